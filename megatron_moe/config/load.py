@@ -1,0 +1,120 @@
+"""YAML and command-line overrides into one frozen ``RunConfig``.
+
+A configuration is one YAML file plus ``key.path=value`` arguments, nothing else: no environment
+variables, no inheritance between files. Unknown keys and wrong types are errors, all told at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from megatron_moe.errors import ConfigError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which ``3e-4`` is a number, as everybody who writes it means."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def load(cls: type[Model], path: Path, overrides: Iterable[str] = ()) -> Model:
+    """Read ``path`` into an instance of ``cls``, the root section.
+
+    Args:
+        cls: The root configuration class, ``RunConfig`` everywhere outside tests.
+        path: A YAML file.
+        overrides: ``parallel.expert_parallel_size=4`` style arguments, applied in order.
+
+    Raises:
+        ConfigError: No such file, broken YAML, or any number of unknown keys, missing keys and
+            values of a wrong type, listed together.
+    """
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold sections (run:, dense:, ...), not {tree!r}")
+    for override in overrides:
+        _apply(tree, override)
+    return build(cls, tree)
+
+
+def build(cls: type[Model], tree: dict[str, Any]) -> Model:
+    """Validate a tree of plain values; see `load` for what it raises."""
+    try:
+        # JSON mode is strict without being foolish: a path is a string there, 1 is not "1".
+        return cls.model_validate_json(json.dumps(tree))
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(cls, e) for e in error.errors())) from error
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"the configuration holds a value YAML alone can express: {error}"
+        ) from error
+
+
+def dump(config: BaseModel) -> str:
+    """The resolved configuration as YAML that `load` reads back to an equal object."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise ConfigError(f"override {override!r} is not of the form key.path=value")
+    *parents, leaf = key.split(".")
+    node = tree
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {parent} is a value, not a section")
+    try:
+        node[leaf] = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: {text!r} is not a YAML value") from error
+
+
+def _explain(root: type[BaseModel], error: ErrorDetails) -> str:
+    """One violation as: setting is value, rule; the way out."""
+    parts = [str(part) for part in error["loc"]]
+    name = ".".join(p for p in parts if not p.startswith(("literal[", "list[", "constrained-")))
+    match error["type"]:
+        case "extra_forbidden":
+            fields = _section(root, parts[:-1]).model_fields
+            close = difflib.get_close_matches(parts[-1], fields, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(fields)}"
+            return f"{name} is not a setting; {hint}"
+        case "missing":
+            return f"{name} must be set"
+        case "literal_error":
+            allowed = error.get("ctx", {}).get("expected", "")
+            return f"{name} is {error['input']!r}, must be one of {allowed}"
+        case _:
+            rule = error["msg"].removeprefix("Input should be ")
+            return f"{name} is {error['input']!r}, must be {rule}"
+
+
+def _section(root: type[BaseModel], parts: list[str]) -> type[BaseModel]:
+    section = root
+    for part in parts:
+        annotation = section.model_fields[part].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            break
+        section = annotation
+    return section

@@ -1,0 +1,194 @@
+"""Everything a run can be told. Read this file first; each stage takes only its own section.
+
+A setting that goes to Megatron-Core untouched keeps Megatron's name, so a search finds it in both
+code bases. A setting we compute with before Megatron sees it has a name of ours. What cannot be
+judged from one section alone (does tp divide the heads? does the world hold the layout?) is judged
+by ``parallel/legality.py``, which sees the dense model and the world size too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Count = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """One section: frozen, no unknown keys, no silent conversions."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
+    )
+
+
+class Run(Section):
+    """Where the run lives and what it runs on."""
+
+    dir: Path
+    """Folder of the run: config.yaml, receipt.json, metrics.jsonl, checkpoints/."""
+
+    seed: int = 0
+    """Seed of the data order. Weights are not random: see upcycle.seed for what is."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes CUDA when a device is there, and says which it took."""
+
+
+class Dense(Section):
+    """The dense model the run starts from."""
+
+    path: Path
+    """Hugging Face folder: config.json, safetensors, tokenizer files."""
+
+
+class Moe(Section):
+    """Shape and router of the Mixture-of-Experts layers."""
+
+    num_moe_experts: Count
+    """Experts of each MoE layer (E)."""
+
+    moe_router_topk: Count = 2
+    """Experts each token goes to (K)."""
+
+    moe_ffn_hidden_size: Count | None = None
+    """Neurons of one expert (M). None: as many as the dense layer's FFN has."""
+
+    router_order: Literal["topk_softmax", "softmax_topk"] = "topk_softmax"
+    """topk_softmax (Mixtral): softmax over the chosen K, so K equal copies reproduce the dense
+    layer. softmax_topk: probabilities of all E, not renormalised."""
+
+    moe_layers: Literal["all"] | list[NonNegativeInt] = "all"
+    """Ids of the layers that become MoE, counted from 0; the others stay dense."""
+
+    moe_aux_loss_coeff: NonNegative = 1e-2
+    """Weight of the load-balancing loss of each layer."""
+
+    moe_expert_capacity_factor: Positive | None = None
+    """Tokens an expert may take, ceil(tokens * K / E * factor); None drops nothing."""
+
+
+class Upcycle(Section):
+    """How experts are built from the dense FFN."""
+
+    method: Literal["copy"] = "copy"
+    """copy: each expert starts as the whole dense FFN (arXiv 2412.09952, 2212.05055)."""
+
+    seed: int = 0
+    """Seed of everything the method draws at random, the router rows included."""
+
+    router_init_std: NonNegative = 0.02
+    """Standard deviation of the router's random rows."""
+
+    verify: Literal["auto", "always", "never"] = "auto"
+    """Compare logits with the dense model after upcycling. auto: up to 1e9 dense parameters."""
+
+
+class Parallel(Section):
+    """Degrees of parallelism. dp and edp are whatever is left of the world, so neither is set."""
+
+    tensor_parallel_size: Count = 1
+    """Ranks that share the heads of one attention layer (tp)."""
+
+    context_parallel_size: Count = 1
+    """Ranks that share one sequence (cp)."""
+
+    pipeline_parallel_size: Count = 1
+    """Stages, each a run of consecutive layers (pp)."""
+
+    virtual_pipeline_parallel_size: Count | None = None
+    """Model chunks a pipeline rank holds, interleaved (vpp); None or 1: one."""
+
+    expert_parallel_size: Count = 1
+    """Ranks that share the experts of one layer, each holding whole experts (ep)."""
+
+    expert_tensor_parallel_size: Count = 1
+    """Ranks that share the neurons of one expert (etp)."""
+
+
+class Data(Section):
+    """Text in, batches out."""
+
+    path: Path
+    """A text or JSONL file, or the prefix of a Megatron .bin/.idx pair."""
+
+    seq_length: Count = 2048
+    """Tokens of one training sequence."""
+
+    validation_path: Path | None = None
+    """Held-out text, in the forms of path; its loss is logged before and after training."""
+
+
+class Train(Section):
+    """How long, how much at once, in which precision."""
+
+    steps: NonNegativeInt
+    """Optimizer steps. 0: upcycle, verify, save, stop."""
+
+    micro_batch_size: Count = 1
+    """Sequences a model replica takes through the model at once."""
+
+    global_batch_size: Count = 1
+    """Sequences of one optimizer step over all replicas."""
+
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """bf16 keeps fp32 master weights in the optimizer."""
+
+
+class Optimizer(Section):
+    """AdamW and its cosine schedule."""
+
+    lr: Positive = 3e-5
+    """Peak learning rate (arXiv 2412.09952: 3e-5)."""
+
+    min_lr: NonNegative = 3e-7
+    """Learning rate at the last step."""
+
+    warmup_steps: NonNegativeInt = 100
+    """Steps of linear warm-up."""
+
+    weight_decay: NonNegative = 0.1
+    """Decoupled weight decay; norms and biases have none."""
+
+    clip_grad: Positive = 1.0
+    """Global gradient norm above which gradients are scaled down."""
+
+
+class Checkpoint(Section):
+    """When to save and what to keep."""
+
+    interval: Count = 1000
+    """Steps between checkpoints; the last step is always saved."""
+
+    keep: Count = 3
+    """Newest checkpoints that stay on disk."""
+
+
+class Log(Section):
+    """Where numbers go besides metrics.jsonl."""
+
+    tensorboard: bool = True
+    """Write run.dir/tensorboard."""
+
+    wandb_project: str | None = None
+    """Weights & Biases project; needs the extra wandb."""
+
+
+class RunConfig(Section):
+    """The whole configuration of a run, one section a stage."""
+
+    run: Run
+    dense: Dense
+    moe: Moe
+    upcycle: Upcycle = Upcycle()
+    parallel: Parallel = Parallel()
+    data: Data
+    train: Train
+    optimizer: Optimizer = Optimizer()
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()

@@ -1,0 +1,1 @@
+"""Which neurons of the dense FFN each expert gets, how they are scaled, what the router says."""

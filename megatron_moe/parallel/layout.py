@@ -1,0 +1,134 @@
+"""Which rank holds what: the attention grid, the expert grid, one folded onto the other.
+
+The same ranks are numbered twice (MoE Parallel Folding, https://arxiv.org/abs/2504.14960)::
+
+    attention layers    pp x dp  x cp x tp
+    expert layers       pp x edp x ep x etp
+
+Axes are written slowest first, so a tp (or etp) group is a run of consecutive ranks, which keeps
+it inside a node. pp is outermost in both grids, so a pipeline stage is the same set of ranks in
+both. This is Megatron-Core's default order, "tp-cp-ep-dp-pp", read from right to left.
+
+Nothing here needs torch or a process group: it tells on a laptop what a cluster will do.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_moe.config.run import Parallel
+from megatron_moe.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class RankGrid:
+    """Ranks ``0 .. world_size - 1`` on named axes, the slowest axis first."""
+
+    axes: tuple[str, ...]
+    shape: tuple[int, ...]
+
+    def size(self, axis: str) -> int:
+        """Length of one axis."""
+        return self.shape[self.axes.index(axis)]
+
+    def coords(self, rank: int) -> dict[str, int]:
+        """Position of ``rank`` on every axis.
+
+        >>> RankGrid(("dp", "tp"), (2, 4)).coords(5)
+        {'dp': 1, 'tp': 1}
+        """
+        return {
+            axis: int(i)
+            for axis, i in zip(self.axes, np.unravel_index(rank, self.shape), strict=True)
+        }
+
+    def groups(self, *axes: str) -> list[list[int]]:
+        """Groups of ranks that differ on ``axes`` only.
+
+        >>> RankGrid(("dp", "tp"), (2, 2)).groups("tp")
+        [[0, 1], [2, 3]]
+        """
+        fixed = [i for i, axis in enumerate(self.axes) if axis not in axes]
+        varied = [i for i, axis in enumerate(self.axes) if axis in axes]
+        ranks = np.arange(math.prod(self.shape)).reshape(self.shape)
+        group_size = math.prod(self.shape[i] for i in varied)
+        return ranks.transpose(fixed + varied).reshape(-1, group_size).tolist()
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelLayout:
+    """The two views of the world that the rest of the package asks."""
+
+    attention: RankGrid
+    """pp, dp, cp, tp: attention, norms, embeddings, router, data."""
+
+    experts: RankGrid
+    """pp, edp, ep, etp: expert weights and their gradients."""
+
+
+def fold(config: Parallel, *, world_size: int) -> ParallelLayout:
+    """Lay ``world_size`` ranks out for attention layers and for expert layers.
+
+    Args:
+        config: Degrees of parallelism; dp and edp are derived here.
+        world_size: Number of ranks of the whole job.
+
+    Returns:
+        Both grids, over the same ranks.
+
+    Raises:
+        ConfigError: The degrees do not divide the world.
+
+    >>> layout = fold(Parallel(tensor_parallel_size=2, expert_parallel_size=4), world_size=8)
+    >>> layout.attention.shape, layout.experts.shape
+    ((1, 4, 1, 2), (1, 2, 4, 1))
+    """
+    pp, cp, tp = (
+        config.pipeline_parallel_size,
+        config.context_parallel_size,
+        config.tensor_parallel_size,
+    )
+    ep, etp = config.expert_parallel_size, config.expert_tensor_parallel_size
+    dp = _derive("dp", world_size, pp=pp, cp=cp, tp=tp)
+    edp = _derive("edp", world_size, pp=pp, ep=ep, etp=etp)
+    return ParallelLayout(
+        attention=RankGrid(("pp", "dp", "cp", "tp"), (pp, dp, cp, tp)),
+        experts=RankGrid(("pp", "edp", "ep", "etp"), (pp, edp, ep, etp)),
+    )
+
+
+def local_experts(layout: ParallelLayout, *, rank: int, num_experts: int) -> range:
+    """Global ids of the experts that ``rank`` holds: one contiguous run per ep rank.
+
+    Raises:
+        ConfigError: ``num_experts`` does not split evenly over ep.
+    """
+    ep = layout.experts.size("ep")
+    if num_experts % ep:
+        raise ConfigError(
+            f"moe.num_moe_experts ({num_experts}) must be divisible by "
+            f"parallel.expert_parallel_size ({ep}): each ep rank holds whole experts.\n"
+            f"  valid expert_parallel_size: {_divisors(num_experts)}"
+        )
+    num_local_experts = num_experts // ep
+    first = layout.experts.coords(rank)["ep"] * num_local_experts
+    return range(first, first + num_local_experts)
+
+
+def _derive(axis: str, world_size: int, **degrees: int) -> int:
+    product = math.prod(degrees.values())
+    if world_size % product:
+        names, values = " * ".join(degrees), " * ".join(map(str, degrees.values()))
+        raise ConfigError(
+            f"world_size ({world_size}) must be divisible by {names} = {values} = {product}: "
+            f"{axis} is what is left over.\n"
+            f"  nearest world_size: {world_size // product * product or product}"
+        )
+    return world_size // product
+
+
+def _divisors(n: int) -> str:
+    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)

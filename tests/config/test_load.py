@@ -1,0 +1,84 @@
+from pathlib import Path
+
+import pytest
+
+from megatron_moe.config.load import dump, load
+from megatron_moe.config.run import RunConfig
+from megatron_moe.errors import ConfigError
+
+MINIMAL = """
+run: {dir: runs/x}
+dense: {path: models/tiny}
+moe: {num_moe_experts: 8}
+data: {path: text.jsonl}
+train: {steps: 10}
+optimizer:
+  lr: 3e-4
+parallel:
+  expert_parallel_size: 2
+"""
+
+
+@pytest.fixture
+def yaml_file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def test_overrides_win_over_the_file(yaml_file: Path):
+    config = load(RunConfig, yaml_file, ["parallel.expert_parallel_size=4", "run.dir=runs/y"])
+    assert config.optimizer.lr == 3e-4
+    assert config.parallel.expert_parallel_size == 4
+    assert config.run.dir == Path("runs/y")
+
+
+def test_a_dumped_configuration_loads_back_to_the_same(yaml_file: Path, tmp_path: Path):
+    config = load(RunConfig, yaml_file, ["moe.moe_layers=[0, 2]"])
+    (tmp_path / "again.yaml").write_text(dump(config))
+    assert load(RunConfig, tmp_path / "again.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("parallel.expert_paralel_size=4", "did you mean 'expert_parallel_size'"),
+        ("parralel.expert_parallel_size=4", "parralel is not a setting; did you mean 'parallel'"),
+        ("parallel.expert_parallel_size=two", "parallel.expert_parallel_size is 'two', must be"),
+        ("parallel.expert_parallel_size='2'", "is '2', must be a valid integer"),
+        ("parallel.expert_parallel_size=0", "must be greater than or equal to 1"),
+        ("moe.router_order=softmax", "must be one of 'topk_softmax' or 'softmax_topk'"),
+        ("moe.moe_layers=some", "moe.moe_layers is 'some'"),
+        ("optimizer.lr=.nan", "optimizer.lr"),
+        ("run.seed", "not of the form key.path=value"),
+        ("run.dir.x=1", "dir is a value, not a section"),
+    ],
+)
+def test_mistakes_are_named(yaml_file: Path, override: str, message: str):
+    with pytest.raises(ConfigError, match=message):
+        load(RunConfig, yaml_file, [override])
+
+
+def test_all_mistakes_come_at_once(yaml_file: Path):
+    with pytest.raises(ConfigError) as caught:
+        load(RunConfig, yaml_file, ["train.steps=-1", "data.sequence=3"])
+    assert "train.steps" in str(caught.value)
+    assert "data.sequence" in str(caught.value)
+
+
+def test_a_required_setting_must_be_set(tmp_path: Path):
+    (tmp_path / "run.yaml").write_text("run: {}\n")
+    with pytest.raises(ConfigError, match=r"run\.dir must be set"):
+        load(RunConfig, tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "a: [", "\x00"])
+def test_what_is_no_configuration_is_said(tmp_path: Path, text: str):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"run\.yaml"):
+        load(RunConfig, tmp_path / "run.yaml")
+
+
+def test_a_missing_file_is_named(tmp_path: Path):
+    with pytest.raises(ConfigError, match="cannot read the configuration"):
+        load(RunConfig, tmp_path / "none.yaml")
