@@ -1,0 +1,197 @@
+"""Which tokens each data-parallel rank sees at each step, and its part of a long sequence.
+
+Sample ``k`` of a run is a function of (data, seed, k) alone. The layout, the number of ranks and
+the batch sizes decide who computes a sample, never which samples a step has, so a run can change
+its layout in the middle; its place in the data is one number, the samples consumed so far.
+
+Shape letters of this module:
+
+    B  micro_batch_size         T  seq_length + 1: a chunk and the token after it
+    S  seq_length (S / cp after slicing for context parallelism)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_moe.data.order import permuted
+from megatron_moe.data.stream import Tokens, TokenStream
+from megatron_moe.errors import ConfigError, DataError
+
+
+class SampleSource(Protocol):
+    """An endless, numbered sequence of samples."""
+
+    def __getitem__(self, k: int) -> Tokens:
+        """Sample ``k``, ``(T,)``: inputs are all but its last token, labels all but its first."""
+        ...
+
+
+class Samples:
+    """The chunks of a token stream, endlessly, each epoch in another order.
+
+    The stream is cut every ``seq_length`` tokens, whatever document is there; documents are kept
+    apart by their end-of-text token only. What is left at the end, shorter than a chunk, is never
+    seen.
+    """
+
+    def __init__(self, stream: TokenStream, *, seq_length: int, seed: int) -> None:
+        """Samples of ``seq_length`` input tokens in the order of ``seed``.
+
+        Raises:
+            DataError: The stream is shorter than one sample.
+        """
+        self._stream = stream
+        self._seq_length = seq_length
+        self._seed = seed
+        self.num_chunks = (stream.num_tokens - 1) // seq_length
+        """Samples of one epoch."""
+        if self.num_chunks < 1:
+            raise DataError(
+                f"{stream.prefix}.bin has {stream.num_tokens} tokens, fewer than one sample of "
+                f"data.seq_length + 1 = {seq_length + 1}.\n  give it more text, or shorten "
+                "data.seq_length"
+            )
+
+    def chunk(self, index: int) -> Tokens:
+        """Chunk ``index`` in the order of the text, ``(T,)``; its last token opens the next one."""
+        return self._stream.read(index * self._seq_length, self._seq_length + 1)
+
+    def __getitem__(self, k: int) -> Tokens:
+        """Sample ``k`` of the run, ``(T,)``: every chunk once in each ``num_chunks`` samples."""
+        epoch, place = divmod(k, self.num_chunks)
+        return self.chunk(permuted(place, self.num_chunks, seed=self._seed, epoch=epoch))
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What the model is given for one micro batch."""
+
+    tokens_BS: Tensor
+    """Input ids, int64."""
+
+    labels_BS: Tensor
+    """The token that follows each input, int64."""
+
+    loss_mask_BS: Tensor
+    """1.0 where the loss counts, float32."""
+
+    position_ids_BS: Tensor
+    """Place of each token in its sequence, int64; it survives slicing."""
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with ``change`` applied to every tensor, e.g. a copy to the GPU."""
+        return Batch(
+            tokens_BS=change(self.tokens_BS),
+            labels_BS=change(self.labels_BS),
+            loss_mask_BS=change(self.loss_mask_BS),
+            position_ids_BS=change(self.position_ids_BS),
+        )
+
+
+def make_batch(samples_BT: list[Tokens], *, counts: list[bool] | None = None) -> Batch:
+    """Samples side by side as model inputs.
+
+    Args:
+        samples_BT: ``B`` samples of one length ``T``.
+        counts: Whether each sample counts in the loss; None: all do.
+    """
+    ids_BT = torch.from_numpy(np.stack(samples_BT))
+    tokens_BS = ids_BT[:, :-1].contiguous()
+    counts_B1 = torch.tensor(counts or [True] * len(samples_BT)).unsqueeze(1)
+    return Batch(
+        tokens_BS=tokens_BS,
+        labels_BS=ids_BT[:, 1:].contiguous(),
+        loss_mask_BS=counts_B1.float().expand(tokens_BS.shape).contiguous(),
+        position_ids_BS=torch.arange(tokens_BS.shape[1]).expand(tokens_BS.shape).contiguous(),
+    )
+
+
+def micro_batches(
+    samples: SampleSource,
+    *,
+    position: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    dp_rank: int,
+    dp_size: int,
+) -> list[Batch]:
+    """The micro batches of one rank for the step that starts at sample ``position``.
+
+    Together the ranks see samples ``[position, position + global_batch_size)``, each once, for
+    any ``dp_size`` and ``micro_batch_size`` that divide it.
+
+    Args:
+        samples: Where the samples come from.
+        position: Samples consumed before this step: ``step * global_batch_size`` while the batch
+            size never changed.
+        global_batch_size: Samples of the step; divisible by ``micro_batch_size * dp_size``.
+        micro_batch_size: ``B``.
+        dp_rank: The rank's place among those that hold the same part of the model.
+        dp_size: How many of them there are.
+    """
+    return [
+        make_batch([samples[position + i] for i in range(start, start + micro_batch_size)])
+        for start in _starts(global_batch_size, micro_batch_size, dp_rank, dp_size)
+    ]
+
+
+def validation_batches(
+    samples: Samples, *, num_samples: int, micro_batch_size: int, dp_rank: int, dp_size: int
+) -> list[Batch]:
+    """One rank's part of the first ``num_samples`` chunks, in the order of the text.
+
+    Every rank gets as many micro batches as the others, as collectives need; where samples run
+    out, their loss mask is zero. So the mean over the mask, summed over dp ranks before it is
+    divided, is the same number for any layout. A text with fewer chunks gives all it has.
+    """
+    num_samples = min(num_samples, samples.num_chunks)
+    round_size = micro_batch_size * dp_size
+    padded = -(-num_samples // round_size) * round_size
+    batches = []
+    for start in _starts(padded, micro_batch_size, dp_rank, dp_size):
+        indices = range(start, start + micro_batch_size)
+        batches.append(
+            make_batch(
+                [samples.chunk(min(i, num_samples - 1)) for i in indices],
+                counts=[i < num_samples for i in indices],
+            )
+        )
+    return batches
+
+
+def slice_for_context_parallel(batch: Batch, *, cp_rank: int, cp_size: int) -> Batch:
+    """The part of each sequence that one cp rank holds: ``(B, S)`` to ``(B, S / cp)``.
+
+    The sequence is cut into ``2 * cp_size`` runs and rank ``r`` takes runs ``r`` and
+    ``2 * cp_size - 1 - r``: an early one, cheap under causal attention, and a late one, dear.
+    Megatron-Core's attention expects exactly this (its ``utils.get_batch_on_this_cp_rank``).
+
+    Raises:
+        ConfigError: ``2 * cp_size`` does not divide ``S``.
+    """
+    if cp_size == 1:
+        return batch
+    seq_length = batch.tokens_BS.shape[1]
+    if seq_length % (2 * cp_size):
+        raise ConfigError(
+            f"data.seq_length ({seq_length}) must be divisible by 2 * "
+            f"parallel.context_parallel_size = {2 * cp_size}: each cp rank holds two runs of it"
+        )
+
+    def two_runs(x_BS: Tensor) -> Tensor:
+        runs = x_BS.chunk(2 * cp_size, dim=1)
+        return torch.cat((runs[cp_rank], runs[2 * cp_size - 1 - cp_rank]), dim=1)
+
+    return batch.map(two_runs)
+
+
+def _starts(total: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> range:
+    """Where the rank's micro batches start within ``range(total)``: every ``dp_size``-th is its."""
+    return range(dp_rank * micro_batch_size, total, dp_size * micro_batch_size)

@@ -1,0 +1,62 @@
+"""A progress bar with an ETA that appears only when the work turns out to be long."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+PATIENCE_SECONDS = 5.0
+
+
+class ByteProgress:
+    """Bytes done of a known total, drawn on stderr once five seconds have passed.
+
+    Example::
+
+        with ByteProgress("tokenize corpus.jsonl", total_bytes=size) as progress:
+            progress.advance_to(offset)
+    """
+
+    def __init__(self, title: str, *, total_bytes: int) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        )
+        self._task = self._progress.add_task(title, total=total_bytes)
+        self._starts_at = time.monotonic() + PATIENCE_SECONDS
+        self._drawn = False
+
+    def advance_to(self, done_bytes: int) -> None:
+        """Say how many bytes are done in all."""
+        self._progress.update(self._task, completed=done_bytes)
+        if not self._drawn and time.monotonic() > self._starts_at:
+            self._progress.start()
+            self._drawn = True
+
+    def __enter__(self) -> ByteProgress:
+        """Start waiting."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Take the bar away."""
+        if self._drawn:
+            self._progress.stop()

@@ -1,0 +1,111 @@
+"""The tokens of a Megatron ``.bin/.idx`` pair, as one long row of documents.
+
+Shape letters: ``T`` tokens.
+"""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import numpy as np
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
+from numpy.typing import NDArray
+
+from megatron_moe.errors import DataError
+
+Tokens = NDArray[np.int64]
+
+# A token file of another tokenizer shows in almost any place one looks; every place is looked at
+# again when it is read. Scanning terabytes before the first step would cost more than it tells.
+_PROBES = 64
+_PROBE_TOKENS = 4096
+
+
+class TokenStream:
+    """All documents of a token file, one after the other, read by position from a memory map."""
+
+    def __init__(self, prefix: Path, *, vocab_size: int) -> None:
+        """Open the pair ``prefix.bin``, ``prefix.idx``.
+
+        Args:
+            prefix: Path of the pair without its suffixes.
+            vocab_size: Rows of the model's embedding; ids must be below.
+
+        Raises:
+            DataError: A file is missing, truncated or no token file, or holds ids out of range.
+        """
+        self.prefix = prefix
+        self.vocab_size = vocab_size
+        self._dataset = _open(prefix)
+        self.num_tokens = int(self._dataset.sequence_lengths.sum(dtype=np.int64))
+        self.num_documents = len(self._dataset.document_indices) - 1
+        self._check_size()
+        for start in np.linspace(0, max(0, self.num_tokens - _PROBE_TOKENS), _PROBES, dtype=int):
+            self.read(int(start), min(_PROBE_TOKENS, self.num_tokens))
+
+    def read(self, start: int, count: int) -> Tokens:
+        """Tokens ``[start, start + count)`` of the stream, ``(count,)``.
+
+        Raises:
+            DataError: An id is not below ``vocab_size``.
+        """
+        dtype = self._dataset.index.dtype
+        # The builder writes documents back to back, so a position in the stream is a byte offset.
+        tokens_T = self._dataset.bin_reader.read(
+            dtype, count, start * np.dtype(dtype).itemsize
+        ).astype(np.int64)
+        bad_T = (tokens_T < 0) | (tokens_T >= self.vocab_size)
+        if bad_T.any():
+            where = int(bad_T.argmax())
+            raise DataError(
+                f"{self.prefix}.bin holds id {tokens_T[where]} (token {start + where}), but the "
+                f"model's vocab_size is {self.vocab_size}.\n"
+                "  these tokens were made with another tokenizer: tokenize the text again"
+            )
+        return tokens_T
+
+    def _check_size(self) -> None:
+        expected = self.num_tokens * np.dtype(self._dataset.index.dtype).itemsize
+        found = Path(f"{self.prefix}.bin").stat().st_size
+        if found != expected:
+            raise DataError(
+                f"{self.prefix}.bin has {found} bytes, but its index promises {expected}: "
+                f"{self.num_tokens} tokens.\n  the copy was cut short, or the two files do not "
+                "belong together"
+            )
+
+
+def _open(prefix: Path) -> IndexedDataset:
+    for suffix in (".bin", ".idx"):
+        path = Path(f"{prefix}{suffix}")
+        if not path.exists():
+            raise DataError(f"{path} does not exist: a token file is a pair {prefix}.bin and .idx")
+        if not path.stat().st_size:
+            raise DataError(f"{path} is empty")
+    if reason := _why_no_index(Path(f"{prefix}.idx")):
+        raise DataError(f"{prefix}.idx is not an index of Megatron's token files: {reason}")
+    return IndexedDataset(str(prefix))
+
+
+_INTEGER_CODES = {
+    DType[name].value for name in ("uint8", "int8", "uint16", "int16", "int32", "int64")
+}
+# magic, version, code of the dtype, number of sequences, number of document ends.
+_HEADER = struct.Struct("<9sQBQQ")
+
+
+def _why_no_index(path: Path) -> str | None:
+    """What is wrong with an index, which Megatron-Core would tell by an assertion, or None."""
+    with path.open("rb") as file:
+        header = file.read(_HEADER.size)
+    if len(header) < _HEADER.size or not header.startswith(b"MMIDIDX\0\0"):
+        return "it does not begin with MMIDIDX"
+    _, version, code, num_sequences, num_ends = _HEADER.unpack(header)
+    if version != 1 or code not in _INTEGER_CODES:
+        return f"version {version} with tokens of type code {code}"
+    # Per sequence a length (int32) and a byte offset (int64), per document its end (int64).
+    expected = _HEADER.size + 12 * num_sequences + 8 * num_ends
+    if (found := path.stat().st_size) != expected:
+        return f"it has {found} bytes, but its header promises {expected}"
+    return None

@@ -1,0 +1,164 @@
+"""The dense folder's tokenizer, reduced to what the data stage asks of it.
+
+A Hugging Face ``tokenizer.json`` is read by transformers. A folder that has only a SentencePiece
+``tokenizer.model`` is read by sentencepiece itself: transformers rebuilds the model from its
+pieces without the normalizer, and loses the space that Llama 2 puts before the first word.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from sentencepiece import SentencePieceProcessor
+from transformers import AutoTokenizer
+
+from megatron_moe.errors import DataError
+
+# Whatever can change an id. The fingerprint covers these files: tokens go stale with them.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back. Adds no special tokens of its own, and reads none out of the text."""
+
+    eos_id: int
+    """Id that ends a document."""
+
+    vocab_size: int
+    """Every id is below it: the largest id plus one, added tokens included."""
+
+    fingerprint: str
+    """Hash of the tokenizer's files: equal fingerprints give equal ids."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of one text; ``</s>`` written in it is ordinary text, not the end of a document."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of many texts, on several threads where the tokenizer has them."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ``ids``, special tokens written out."""
+        ...
+
+
+def load_tokenizer(folder: Path, *, vocab_size: int | None = None) -> Tokenizer:
+    """The tokenizer of a dense model's folder, read offline and without running code of the folder.
+
+    Args:
+        folder: Hugging Face folder with ``tokenizer.json`` or a SentencePiece ``tokenizer.model``.
+        vocab_size: Rows of the model's embedding; None skips the comparison.
+
+    Raises:
+        DataError: No tokenizer that can be read, no end-of-text token, or more ids than rows.
+    """
+    if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
+        tokenizer: Tokenizer = SentencePieceTokenizer(folder)
+    else:
+        tokenizer = HuggingFaceTokenizer(folder)
+    if vocab_size is not None and tokenizer.vocab_size > vocab_size:
+        raise DataError(
+            f"the tokenizer of {folder} has ids up to {tokenizer.vocab_size - 1}, but the model's "
+            f"vocab_size is {vocab_size}: id {vocab_size} has no row in the embedding.\n"
+            "  take the tokenizer that the model was trained with, or resize the embedding first"
+        )
+    return tokenizer
+
+
+class HuggingFaceTokenizer:
+    """A fast tokenizer of transformers."""
+
+    def __init__(self, folder: Path) -> None:
+        tokenizer = _auto_tokenizer(folder)
+        if tokenizer.eos_token_id is None:
+            raise DataError(
+                f"the tokenizer of {folder} names no eos_token, which ends each document.\n"
+                "  set eos_token in tokenizer_config.json"
+            )
+        self.eos_id: int = tokenizer.eos_token_id
+        self.vocab_size: int = max(tokenizer.get_vocab().values()) + 1
+        self.fingerprint: str = _fingerprint(folder)
+        self._backend = tokenizer.backend_tokenizer
+        self._backend.encode_special_tokens = True  # "</s>" in a document is text, not an end
+
+    def encode(self, text: str) -> list[int]:
+        """See `Tokenizer.encode`."""
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """See `Tokenizer.encode_batch`."""
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See `Tokenizer.decode`."""
+        return self._backend.decode(list(ids), skip_special_tokens=False)
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model, as Llama 1 and 2 were released."""
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / "tokenizer.model"
+        try:
+            self._model = SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError) as error:
+            raise DataError(f"{path} is not a SentencePiece model: {error}") from error
+        self.eos_id: int = self._model.eos_id()
+        self.vocab_size: int = self._model.get_piece_size()
+        self.fingerprint: str = _fingerprint(folder)
+        if self.eos_id < 0:
+            raise DataError(f"{path} has no </s>, which ends each document")
+
+    def encode(self, text: str) -> list[int]:
+        """See `Tokenizer.encode`."""
+        return self._model.encode(text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """See `Tokenizer.encode_batch`."""
+        return self._model.encode(list(texts))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See `Tokenizer.decode`."""
+        return self._model.decode(list(ids))
+
+
+def _auto_tokenizer(folder: Path) -> Any:
+    # Any: a stub of AutoTokenizer knows no fast tokenizer, and a slow one has no backend.
+    if not (folder / "tokenizer.json").exists() and not (folder / "vocab.json").exists():
+        raise DataError(
+            f"{folder} has no tokenizer: no tokenizer.json, no tokenizer.model.\n"
+            "  copy the tokenizer files of the dense model there"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # transformers and tokenizers raise bare Exception for bad files
+        raise DataError(f"cannot read the tokenizer of {folder}: {error}") from error
+    if not tokenizer.is_fast:
+        raise DataError(
+            f"the tokenizer of {folder} ({type(tokenizer).__name__}) runs in Python alone.\n"
+            "  convert it to a tokenizer.json"
+        )
+    return tokenizer
+
+
+def _fingerprint(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for name in TOKENIZER_FILES:
+        if (path := folder / name).exists():
+            digest.update(name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()

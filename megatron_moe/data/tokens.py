@@ -1,0 +1,126 @@
+"""``data.path`` to a token file: whatever text the user has, tokenized once and kept.
+
+The cache key covers the text file (path, size, time of change) and the tokenizer's files, so an
+edit of either makes new tokens, and nothing else does. Both files are written under another name
+and renamed when they are whole: a job that is killed leaves no half file behind, and two jobs that
+race write the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+from megatron_moe.data.documents import Piece, read_pieces
+from megatron_moe.data.progress import ByteProgress
+from megatron_moe.data.stream import TokenStream
+from megatron_moe.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_moe.errors import DataError
+
+# Enough text at once to keep the tokenizer's threads busy, little enough to forget about.
+_BATCH_CHARACTERS = 4 << 20
+
+
+def prepare_tokens(path: Path, *, dense_folder: Path, vocab_size: int, cache_dir: Path) -> Path:
+    """The prefix of a token file that holds what ``path`` says.
+
+    Args:
+        path: A text file (one document), a JSONL file (``{"text": ...}`` a line), or the prefix of
+            a Megatron ``.bin/.idx`` pair, which is used as it is.
+        dense_folder: Where the tokenizer lies.
+        vocab_size: Rows of the model's embedding; no id may reach it.
+        cache_dir: Where token files of texts are kept; made when missing.
+
+    Returns:
+        Path without suffix. Each document in it ends with the tokenizer's end-of-text id.
+
+    Raises:
+        DataError: No such file, no text in it, a malformed line, or ids out of the vocabulary.
+    """
+    prefix = _existing_prefix(path)
+    if prefix is None:
+        tokenizer = load_tokenizer(dense_folder, vocab_size=vocab_size)
+        prefix = cache_dir / f"{path.stem}-{_cache_key(path, tokenizer)}"
+        # The index is renamed last: where it lies, the pair is whole.
+        if not Path(f"{prefix}.idx").exists():
+            _tokenize_into(path, prefix, tokenizer)
+    TokenStream(prefix, vocab_size=vocab_size)
+    return prefix
+
+
+def _existing_prefix(path: Path) -> Path | None:
+    """The prefix when ``path`` is a token file already, None when it is text."""
+    prefix = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
+    if any(Path(f"{prefix}{suffix}").exists() for suffix in (".bin", ".idx")):
+        return prefix
+    if not path.exists():
+        raise DataError(
+            f"there is no text at {path}, and no token file {path}.bin, {path}.idx.\n"
+            "  data.path is a text or JSONL file, or the prefix of a .bin/.idx pair"
+        )
+    if path.is_dir():
+        raise DataError(f"{path} is a folder; data.path is one file, or the prefix of a pair")
+    return None
+
+
+def _cache_key(path: Path, tokenizer: Tokenizer) -> str:
+    stat = path.stat()
+    identity = f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\0{tokenizer.fingerprint}"
+    return hashlib.sha256(identity.encode()).hexdigest()[:16]
+
+
+def _tokenize_into(path: Path, prefix: Path, tokenizer: Tokenizer) -> None:
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=prefix.parent, prefix=".tokenizing-") as folder:
+        unfinished = Path(folder) / "tokens"
+        total = path.stat().st_size
+        with ByteProgress(f"tokenize {path.name}", total_bytes=total) as progress:
+            written = write_tokens(unfinished, read_pieces(path), tokenizer, progress=progress)
+        if not written:
+            raise DataError(f"{path} holds no text")
+        for suffix in (".bin", ".idx"):
+            os.replace(f"{unfinished}{suffix}", f"{prefix}{suffix}")
+
+
+def write_tokens(
+    prefix: Path, pieces: Iterable[Piece], tokenizer: Tokenizer, *, progress: ByteProgress
+) -> int:
+    """Write the token file ``prefix`` and return the number of tokens in it.
+
+    A document is one sequence of Megatron's index, or one per piece when it came in several, so
+    that memory does not grow with the longest document.
+    """
+    dtype = DType.optimal_dtype(tokenizer.vocab_size)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
+    num_tokens = 0
+    for batch in _batched(pieces):
+        for piece, ids in zip(batch, tokenizer.encode_batch([p.text for p in batch]), strict=True):
+            if piece.ends_document:
+                ids = [*ids, tokenizer.eos_id]
+            num_tokens += len(ids)
+            builder.add_item(torch.from_numpy(np.asarray(ids, dtype=np.int64)))
+            if piece.ends_document:
+                builder.end_document()
+        progress.advance_to(batch[-1].end_byte)
+    builder.finalize(f"{prefix}.idx")
+    return num_tokens
+
+
+def _batched(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Runs of pieces with about `_BATCH_CHARACTERS` of text each."""
+    iterator = iter(pieces)
+    for first in iterator:
+        batch, characters = [first], len(first.text)
+        for piece in iterator:
+            batch.append(piece)
+            characters += len(piece.text)
+            if characters >= _BATCH_CHARACTERS:
+                break
+        yield batch

@@ -1,0 +1,59 @@
+"""Real tokenizers, trained in seconds on Python's own library."""
+
+import json
+import sysconfig
+from pathlib import Path
+
+import pytest
+from sentencepiece import SentencePieceTrainer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+VOCAB_SIZE = 600
+
+
+@pytest.fixture(scope="session")
+def library_files() -> list[Path]:
+    """Some 0.7 MB of Python that every machine with Python has."""
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    return sorted(stdlib.glob("*.py"))[:40]
+
+
+@pytest.fixture(scope="session")
+def bpe_folder(tmp_path_factory: pytest.TempPathFactory, library_files: list[Path]) -> Path:
+    """A dense folder's tokenizer as Hugging Face writes it: byte-level BPE."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train([str(path) for path in library_files], trainer)
+    folder = tmp_path_factory.mktemp("bpe")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+    fast.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_folder(
+    tmp_path_factory: pytest.TempPathFactory, library_files: list[Path]
+) -> Path:
+    """A dense folder as Llama 2 was released: tokenizer.model and nothing else of a tokenizer."""
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    SentencePieceTrainer.Train(
+        input=",".join(str(path) for path in library_files[:10]),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=VOCAB_SIZE,
+        model_type="bpe",
+        byte_fallback=True,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        max_sentence_length=10_000,
+        minloglevel=2,
+    )
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    return folder

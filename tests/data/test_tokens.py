@@ -1,0 +1,162 @@
+"""Text in its three forms becomes a token file that Megatron-Core reads, once and completely."""
+
+import json
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+
+from megatron_moe.data import documents, tokens
+from megatron_moe.data.stream import TokenStream
+from megatron_moe.data.tokenizer import load_tokenizer
+from megatron_moe.data.tokens import prepare_tokens
+from megatron_moe.errors import DataError
+
+TEXTS = ["one document\n", "another, \u00e9 and \u6f22\n\nwith lines", "third"]
+
+
+def jsonl(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text, "id": 1}) + "\n" for text in texts))
+    return path
+
+
+def prepare(path: Path, folder: Path, vocab_size: int = 600) -> Path:
+    cache = path.parent / "cache"
+    return prepare_tokens(path, dense_folder=folder, vocab_size=vocab_size, cache_dir=cache)
+
+
+def test_jsonl_round_trip_through_megatron(tmp_path: Path, bpe_folder: Path):
+    prefix = prepare(jsonl(tmp_path / "text.jsonl", [*TEXTS, ""]), bpe_folder)
+    dataset, tokenizer = IndexedDataset(str(prefix)), load_tokenizer(bpe_folder)
+    assert [sequence.tolist() for sequence in dataset] == [
+        [*tokenizer.encode(text), tokenizer.eos_id] for text in TEXTS
+    ]
+    assert dataset.document_indices.tolist() == [0, 1, 2, 3]
+    assert dataset.index.dtype == np.uint16
+
+
+def test_a_text_file_is_one_document_whose_pieces_change_no_id(
+    tmp_path: Path, bpe_folder: Path, library_files: list[Path], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(documents, "PIECE_CHARACTERS", 5_000)
+    monkeypatch.setattr(documents.split_pieces, "__kwdefaults__", {"size": 5_000})
+    monkeypatch.setattr(tokens, "_BATCH_CHARACTERS", 20_000)
+    path = tmp_path / "library.txt"
+    path.write_text("".join(file.read_text() for file in library_files[:12]))
+    stream = TokenStream(prepare(path, bpe_folder), vocab_size=600)
+    tokenizer = load_tokenizer(bpe_folder)
+    assert stream.num_documents == 1
+    assert len(stream._dataset) > 20, "the text was meant to come in pieces"
+    whole = [*tokenizer.encode(path.read_text()), tokenizer.eos_id]
+    assert stream.read(0, stream.num_tokens).tolist() == whole
+
+
+def test_a_pair_of_megatron_is_used_as_it_is(tmp_path: Path, bpe_folder: Path):
+    prefix = tmp_path / "pair"
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
+    builder.add_document(torch.arange(7), [7])
+    builder.add_document(torch.arange(3), [3])
+    builder.finalize(f"{prefix}.idx")
+    for path in (prefix, Path(f"{prefix}.bin"), Path(f"{prefix}.idx")):
+        assert prepare(path, bpe_folder) == prefix
+    stream = TokenStream(prefix, vocab_size=7)
+    assert stream.read(5, 4).tolist() == [5, 6, 0, 1]
+    with pytest.raises(DataError, match=r"holds id 6 .*vocab_size is 6"):
+        TokenStream(prefix, vocab_size=6)
+
+
+def test_tokens_are_made_once_and_again_after_a_change(tmp_path: Path, bpe_folder: Path):
+    path = jsonl(tmp_path / "text.jsonl", TEXTS)
+    first = prepare(path, bpe_folder)
+    written = os.stat(f"{first}.bin").st_mtime_ns
+    assert prepare(path, bpe_folder) == first
+    assert os.stat(f"{first}.bin").st_mtime_ns == written
+    jsonl(path, [*TEXTS, "more"])
+    assert prepare(path, bpe_folder) != first
+
+
+def test_jobs_that_race_leave_one_whole_pair(tmp_path: Path, bpe_folder: Path):
+    path = jsonl(tmp_path / "text.jsonl", TEXTS * 50)
+    found: list[Path] = []
+    jobs = [
+        threading.Thread(target=lambda: found.append(prepare(path, bpe_folder))) for _ in range(4)
+    ]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join()
+    assert len(found) == 4
+    assert len(set(found)) == 1
+    names = sorted(file.name for file in (tmp_path / "cache").iterdir())
+    assert names == [f"{found[0].name}.bin", f"{found[0].name}.idx"]
+    assert len(IndexedDataset(str(found[0]))) == 150
+
+
+def test_a_failure_leaves_nothing_behind(tmp_path: Path, bpe_folder: Path):
+    path = jsonl(tmp_path / "text.jsonl", TEXTS)
+    with path.open("a") as file:
+        file.write("not json\n")
+    with pytest.raises(DataError):
+        prepare(path, bpe_folder)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "x"}\n{"text": \n', r"a.jsonl:2: not JSON: Expecting value"),
+        ("a.jsonl", b'\n{"txt": "x"}\n', r"a.jsonl:2: has no key 'text', only 'txt'"),
+        ("a.jsonl", b'{"text": 3}\n', r"a.jsonl:1: 'text' must be a string, not int"),
+        ("a.jsonl", b'["x"]\n', r"a.jsonl:1: must be an object with the key 'text', not list"),
+        ("a.jsonl", b'{"text": "\xff"}\n', r"a.jsonl:1: not UTF-8 at byte 10"),
+        ("a.jsonl", b'{"text": ""}\n', r"a.jsonl holds no text"),
+        ("a.txt", b"", r"a.txt holds no text"),
+        ("a.txt", b"a\nb\xff\n", r"a.txt:2: not UTF-8: invalid start byte"),
+        ("a.txt", b"a\nb\xe6\xbc", r"a.txt:2: the file ends inside a character"),
+        ("a.txt", b"\x7fELF\n\x00", r"a.txt:2: a zero byte: this is a binary file"),
+    ],
+)
+def test_bad_text_is_refused_with_its_place(
+    tmp_path: Path, bpe_folder: Path, name: str, content: bytes, message: str
+):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        prepare(path, bpe_folder)
+
+
+def test_a_missing_path_and_a_folder_are_refused(tmp_path: Path, bpe_folder: Path):
+    with pytest.raises(DataError, match=r"there is no text at .*nothing"):
+        prepare(tmp_path / "nothing", bpe_folder)
+    with pytest.raises(DataError, match="is a folder"):
+        prepare(tmp_path, bpe_folder)
+
+
+def test_a_broken_pair_is_refused(tmp_path: Path, bpe_folder: Path):
+    prefix = prepare(jsonl(tmp_path / "text.jsonl", TEXTS), bpe_folder)
+    data, index = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
+    whole, whole_index = data.read_bytes(), index.read_bytes()
+
+    data.write_bytes(whole[:-2])
+    with pytest.raises(DataError, match=rf"has {len(whole) - 2} bytes, but .* {len(whole)}"):
+        TokenStream(prefix, vocab_size=600)
+    data.write_bytes(b"")
+    with pytest.raises(DataError, match="bin is empty"):
+        TokenStream(prefix, vocab_size=600)
+    data.write_bytes(whole)
+    for broken, message in (
+        (b"hello", "does not begin with MMIDIDX"),
+        (whole_index[:20], "does not begin with MMIDIDX"),
+        (whole_index[:-5], rf"has {len(whole_index) - 5} bytes, .* promises {len(whole_index)}"),
+        (whole_index[:17] + b"\x07" + whole_index[18:], "tokens of type code 7"),
+    ):
+        index.write_bytes(broken)
+        with pytest.raises(DataError, match=message):
+            TokenStream(prefix, vocab_size=600)
+    index.unlink()
+    with pytest.raises(DataError, match="idx does not exist"):
+        prepare(prefix, bpe_folder)
