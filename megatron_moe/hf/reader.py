@@ -1,0 +1,489 @@
+"""Read rows, columns or index lists of the tensors in a Hugging Face folder, and nothing else.
+
+A read maps one window of the file at a time, copies the wanted part to its destination and unmaps
+it, so a process is resident with its destinations and one window, whatever the size of the model::
+
+    file     |header|..tensor..[  window  ]..........|     never more than WINDOW_BYTES mapped
+                                 |  | |                     wanted rows / columns of the window
+    destination            [.....**.*........]              a view of a parameter, dtype converted
+
+Nothing of a folder is executed or unpickled; ``pytorch_model.bin`` is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import re
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megatron_moe.errors import CheckpointError
+from megatron_moe.hf.spec import DenseSpec, read_spec
+
+WINDOW_BYTES = 32 * 2**20
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+"""What a weight may be stored as, in the words of the safetensors header."""
+
+Indices = slice | NDArray[np.integer[Any]] | Tensor
+"""Consecutive indices (step 1), or a 1-D list of them in any order, repeats allowed."""
+
+# Buffers that older versions of transformers saved. The model recomputes them from config.json.
+_RECOMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+_OUTPUT, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_MOST_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+_MOST_LISTED = 20
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where one tensor lies."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: Path
+    offset: int
+    """Bytes from the start of the file."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(slots=True)
+class DenseCheckpoint:
+    """A dense model on disk: what it is, which tensors it has, and slices of them."""
+
+    folder: Path
+    spec: DenseSpec
+    tensors: Mapping[str, TensorInfo]
+    bytes_read: int = field(default=0, init=False)
+    """Bytes asked for so far; an index asked for twice counts twice."""
+
+    @property
+    def source_bytes(self) -> int:
+        """Size of all tensors together."""
+        return sum(info.num_bytes for info in self.tensors.values())
+
+    def read(
+        self, name: str, *, rows: Indices | None = None, columns: Indices | None = None
+    ) -> Tensor:
+        """A new tensor of the file's dtype: the selected rows and columns of tensor ``name``.
+
+        Args:
+            name: A key of ``tensors``, 1-D or 2-D.
+            rows: Which indices of dimension 0; None takes all.
+            columns: Which indices of dimension 1; None takes all.
+
+        Raises:
+            CheckpointError: As ``read_into``.
+        """
+        info = self._find(name)
+        selection = _select(name, info, rows, columns)
+        destination = torch.empty(selection.shape, dtype=info.dtype)
+        self._copy(name, info, selection, destination)
+        return destination
+
+    def read_into(
+        self,
+        name: str,
+        destination: Tensor,
+        *,
+        rows: Indices | None = None,
+        columns: Indices | None = None,
+    ) -> None:
+        """Fill ``destination`` with the selected rows and columns of tensor ``name``.
+
+        The copy is made window by window into the destination's memory and dtype, on its device;
+        the destination may be any view, of a parameter too. Of a file that is refused half-way,
+        the destination holds a part: the caller must stop.
+
+        Args:
+            name: A key of ``tensors``, 1-D or 2-D.
+            destination: Has the shape of the selection.
+            rows: Which indices of dimension 0; None takes all.
+            columns: Which indices of dimension 1; None takes all.
+
+        Raises:
+            CheckpointError: No such tensor, indices that it does not have, a file that became
+                unreadable, or values that are not finite.
+        """
+        info = self._find(name)
+        selection = _select(name, info, rows, columns)
+        found, expected = tuple(destination.shape), selection.shape
+        assert found == expected, f"{name}: {found} is to hold a selection of {expected}"
+        self._copy(name, info, selection, destination.detach())
+
+    def check_tensors(self, expected: Mapping[str, tuple[int, ...]]) -> None:
+        """Compare names and shapes with ``expected``, before anything is read.
+
+        Two kinds of extra tensors are harmless: rotary frequencies saved by old versions of
+        transformers, and an ``lm_head.weight`` next to tied embeddings. The latter must equal the
+        embedding, which is read for it and counted: where it differs, ``tie_word_embeddings`` is
+        wrong for one of the two, and only the user can know for which.
+
+        Raises:
+            CheckpointError: Lists all that is missing, unexpected or of another shape.
+        """
+        extra = sorted(self.tensors.keys() - expected.keys())
+        extra = [name for name in extra if not _RECOMPUTED.fullmatch(name)]
+        if self.spec.tied_embeddings and _OUTPUT in extra and _EMBEDDING in self.tensors:
+            extra.remove(_OUTPUT)
+            self._check_tied()
+        problems = [
+            *_listing("missing", sorted(expected.keys() - self.tensors.keys())),
+            *_listing("not part of such a model", extra),
+            *_listing("of another shape", self._misshapen(expected)),
+        ]
+        if problems:
+            raise CheckpointError(
+                f"{self.folder} does not hold the tensors that its config.json promises.\n"
+                + "\n".join(problems)
+            )
+
+    def _misshapen(self, expected: Mapping[str, tuple[int, ...]]) -> list[str]:
+        return [
+            f"{name} is {found.shape}, but config.json promises {tuple(shape)}\n"
+            f"      file: {found.file}"
+            for name, shape in expected.items()
+            if (found := self.tensors.get(name)) and found.shape != tuple(shape)
+        ]
+
+    def _check_tied(self) -> None:
+        output, embedding = self.tensors[_OUTPUT], self.tensors[_EMBEDDING]
+        same = output.shape == embedding.shape
+        for window in _windows(output, slice(0, output.shape[0])) if same else ():
+            rows = slice(window.start, window.stop)
+            same = same and torch.equal(
+                self.read(_OUTPUT, rows=rows).float(), self.read(_EMBEDDING, rows=rows).float()
+            )
+        if not same:
+            raise CheckpointError(
+                f"{_OUTPUT} must equal {_EMBEDDING}, because config.json says that they are tied, "
+                f"but it holds other values.\n  file: {output.file}\n"
+                "  set tie_word_embeddings to false in config.json if the model was trained with "
+                f"an output layer of its own, or remove {_OUTPUT}"
+            )
+
+    def _copy(self, name: str, info: TensorInfo, selection: _Selection, into: Tensor) -> None:
+        if into.numel() == 0:
+            return
+        for window in _windows(info, selection.rows):
+            values = _values(name, info, window, selection.columns)
+            if isinstance(window.into, slice):
+                into[window.into].copy_(values)
+            else:
+                into.index_copy_(0, window.into.to(into.device), values.to(into.device, into.dtype))
+        self.bytes_read += into.numel() * info.dtype.itemsize
+
+    def _find(self, name: str) -> TensorInfo:
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.folder} holds no tensor {name}")
+        return self.tensors[name]
+
+
+def open_dense_checkpoint(folder: Path) -> DenseCheckpoint:
+    """The dense model in ``folder``, of which only config.json and headers have been read.
+
+    Args:
+        folder: A Hugging Face folder, or a snapshot in the cache of the Hub, whose files are links.
+
+    Raises:
+        CheckpointError: A model that cannot be reproduced, or files that are missing, cut off,
+            outside the folder, or of a kind that is not read.
+    """
+    folder = Path(folder)
+    spec = read_spec(folder)
+    if (folder / SINGLE_FILE).exists() or not (folder / INDEX_FILE).exists():
+        tensors = _read_header(_weights_file(folder))
+    else:
+        tensors = _read_shards(folder)
+    return DenseCheckpoint(folder, spec, tensors)
+
+
+# ---- which files ---------------------------------------------------------------------------------
+
+
+def _weights_file(folder: Path) -> Path:
+    path = folder / SINGLE_FILE
+    if path.is_file():
+        return path
+    if any(folder.glob("pytorch_model*.bin*")):
+        raise CheckpointError(
+            f"{folder} holds its weights as pickles (pytorch_model*.bin), which can run code when "
+            "they are opened: only safetensors are read.\n"
+            "  convert them, if you trust where they come from:\n"
+            "    from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+            f"    folder, out = {str(folder)!r}, {str(folder) + '-safetensors'!r}\n"
+            '    AutoModelForCausalLM.from_pretrained(folder, dtype="auto").save_pretrained(out)\n'
+            "    AutoTokenizer.from_pretrained(folder).save_pretrained(out)"
+        )
+    raise CheckpointError(
+        f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}: it holds "
+        f"{', '.join(sorted(path.name for path in folder.iterdir()))}"
+    )
+
+
+def _read_shards(folder: Path) -> dict[str, TensorInfo]:
+    file_of = _read_index(folder / INDEX_FILE)
+    files = sorted(set(file_of.values()))
+    if absent := [file for file in files if not (folder / file).is_file()]:
+        raise CheckpointError(
+            f"{folder} lacks files that its {INDEX_FILE} names.\n"
+            + "\n".join(_listing(f"of {len(files)} missing", absent))
+            + "\n  finish the download or copy of the folder"
+        )
+    headers = {file: _read_header(folder / file) for file in files}
+    # A tensor that lies in a shard but not in the index is kept: check_tensors judges it.
+    tensors = {name: info for header in headers.values() for name, info in header.items()}
+    for name, file in file_of.items():
+        if name not in headers[file]:
+            raise CheckpointError(
+                f"{name} must be in {file}, because {INDEX_FILE} says so, but it is not there.\n"
+                f"  file: {folder / file}"
+            )
+        tensors[name] = headers[file][name]
+    return tensors
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        file_of = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        entries = [(str(name), str(file)) for name, file in file_of.items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f'{path} is not an index of tensors: expected {{"weight_map": {{NAME: FILE}}}}, '
+            f"found {type(error).__name__}: {error}"
+        ) from error
+    for name, file in entries:
+        # By name, not by where it leads: in the cache of the Hub, files are links to ../../blobs.
+        if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
+            raise CheckpointError(
+                f"{path} names the file {file!r} for {name}: it must lie in the folder of the index"
+            )
+    return dict(entries)
+
+
+# ---- the header of one file ----------------------------------------------------------------------
+
+
+def _read_header(path: Path) -> dict[str, TensorInfo]:
+    """Every tensor of one safetensors file, after checks that make each of them readable.
+
+    The layout is that of https://github.com/huggingface/safetensors#format: eight bytes of header
+    length, the header as JSON, then the tensors without gaps.
+    """
+    entries, start, file_bytes = _parse_header(path)
+    _check_dtypes(path, entries)
+    tensors = {name: _tensor_info(path, name, entry, start) for name, entry in entries.items()}
+    end = start
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].num_bytes)):
+        if info.offset != end:
+            raise _bad_header(path, f"{name} begins at byte {info.offset}, expected {end}")
+        end += info.num_bytes
+    if end != file_bytes:
+        raise CheckpointError(
+            f"{path} is {'cut off' if end > file_bytes else 'too long'}: its header promises "
+            f"{end} bytes, but it has {file_bytes}.\n  download or copy the file again"
+        )
+    return tensors
+
+
+def _parse_header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """The entries of the header, the byte at which the tensors begin, and the size of the file."""
+    try:
+        file_bytes = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            if not 2 <= header_bytes <= min(_MOST_HEADER_BYTES, file_bytes - 8):
+                raise _bad_header(path, f"a header of {header_bytes} bytes in {file_bytes} bytes")
+            entries = json.loads(file.read(header_bytes))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise _bad_header(path, f"a header that is not JSON ({error})") from error
+    if not isinstance(entries, dict):
+        raise _bad_header(path, "a header that is not a JSON object")
+    entries.pop("__metadata__", None)
+    return entries, 8 + header_bytes, file_bytes
+
+
+def _tensor_info(path: Path, name: str, entry: dict[str, Any], start: int) -> TensorInfo:
+    try:
+        shape = tuple(int(size) for size in entry["shape"])
+        begin, end = (int(offset) for offset in entry["data_offsets"])
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise _bad_header(path, f"{name}: {entry}") from error
+    info = TensorInfo(shape, DTYPES[entry["dtype"]], path, start + begin)
+    if min(shape, default=0) < 0 or begin < 0 or end - begin != info.num_bytes:
+        raise _bad_header(
+            path, f"{name} of {shape} {entry['dtype']} in bytes {begin} to {end} of its tensors"
+        )
+    return info
+
+
+def _check_dtypes(path: Path, entries: Mapping[str, Any]) -> None:
+    found = {n: e.get("dtype") if isinstance(e, dict) else e for n, e in entries.items()}
+    refused = [f"{name} is {dtype}" for name, dtype in found.items() if str(dtype) not in DTYPES]
+    if refused:
+        raise CheckpointError(
+            f"{path} holds tensors that are not plain weights: expected {', '.join(DTYPES)}.\n"
+            + "\n".join(_listing("found", refused))
+            + "\n  a quantized checkpoint must be dequantized to bf16 first"
+        )
+
+
+def _bad_header(path: Path, found: str) -> CheckpointError:
+    return CheckpointError(f"{path} is not a safetensors file: found {found}")
+
+
+# ---- windows -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """Consecutive rows of the file, which of them are wanted, and where they go."""
+
+    start: int
+    stop: int
+    take: Tensor | None
+    """Rows wanted, counted from ``start``; None takes all."""
+    into: slice | Tensor
+    """Rows of the destination."""
+
+
+def _windows(info: TensorInfo, rows: slice | Tensor) -> Iterator[_Window]:
+    """Cut a selection of rows into windows of at most ``WINDOW_BYTES`` of the file, ascending."""
+    most = max(1, WINDOW_BYTES // (math.prod(info.shape[1:]) * info.dtype.itemsize))
+    if isinstance(rows, slice):
+        for start in range(rows.start, rows.stop, most):
+            stop = min(start + most, rows.stop)
+            yield _Window(start, stop, None, slice(start - rows.start, stop - rows.start))
+        return
+    # Ascending, so that each byte of the file is touched in one window only.
+    order_M = rows.argsort(stable=True)
+    rows_M = rows[order_M]
+    begin = 0
+    while begin < len(rows_M):
+        start = int(rows_M[begin])
+        end = min(int(torch.searchsorted(rows_M, start + most)), begin + most)
+        take = rows_M[begin:end] - start
+        yield _Window(start, start + int(take[-1]) + 1, take, order_M[begin:end])
+        begin = end
+
+
+def _values(name: str, info: TensorInfo, window: _Window, columns: slice | Tensor | None) -> Tensor:
+    """The wanted rows and columns of a window: a view of the mapped file where possible."""
+    values = _map(info, window)
+    if window.take is not None:
+        values = values.index_select(0, window.take)
+    if isinstance(columns, slice):
+        values = values[:, columns]
+    elif columns is not None:
+        values = values.index_select(1, columns)
+    # A sum costs a tenth of isfinite() and cannot hide a NaN or an infinity; it may overflow.
+    if not values.sum().isfinite() and not (finite := values.isfinite()).all():
+        raise CheckpointError(
+            f"{name} must be finite, but holds {int((~finite).sum())} NaN or infinite values in "
+            f"rows {window.start} to {window.stop - 1}.\n  file: {info.file}"
+        )
+    return values
+
+
+def _map(info: TensorInfo, window: _Window) -> Tensor:
+    """The rows of a window as a view of the file, unmapped when the last view of it goes."""
+    row_bytes = math.prod(info.shape[1:]) * info.dtype.itemsize
+    start = info.offset + window.start * row_bytes
+    page = start - start % mmap.ALLOCATIONGRANULARITY
+    num_bytes = (window.stop - window.start) * row_bytes
+    try:
+        with info.file.open("rb") as file:
+            # A private copy, never written to: torch warns about memory that is read-only.
+            mapped = mmap.mmap(
+                file.fileno(), start - page + num_bytes, access=mmap.ACCESS_COPY, offset=page
+            )
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {info.file} any more: {error}") from error
+    shape = (window.stop - window.start, *info.shape[1:])
+    count = num_bytes // info.dtype.itemsize
+    return torch.frombuffer(mapped, dtype=info.dtype, count=count, offset=start - page).view(shape)
+
+
+# ---- selections ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Selection:
+    """Rows and columns that exist, as slices with both ends or int64 lists, and their shape."""
+
+    rows: slice | Tensor
+    columns: slice | Tensor | None
+    shape: tuple[int, ...]
+
+
+def _select(
+    name: str, info: TensorInfo, rows: Indices | None, columns: Indices | None
+) -> _Selection:
+    if len(info.shape) not in (1, 2) or (columns is not None and len(info.shape) == 1):
+        raise CheckpointError(
+            f"{name} must have {'2' if columns is not None else '1 or 2'} dimensions to be read, "
+            f"but is {info.shape}.\n  file: {info.file}"
+        )
+    asked = (("rows", rows), ("columns", columns))
+    chosen = []
+    for (kind, indices), size in zip(asked, info.shape, strict=False):
+        chosen.append(_normal(indices, size))
+        first, last = _extent(chosen[-1])
+        if not 0 <= first <= last + 1 <= size:
+            raise CheckpointError(
+                f"{name} is {info.shape}, but {kind} {first} to {last} are asked for.\n"
+                f"  file: {info.file}"
+            )
+    shape = tuple(i.stop - i.start if isinstance(i, slice) else len(i) for i in chosen)
+    return _Selection(chosen[0], chosen[1] if len(chosen) == 2 else None, shape)
+
+
+def _normal(indices: Indices | None, size: int) -> slice | Tensor:
+    if indices is None:
+        return slice(0, size)
+    if isinstance(indices, slice):
+        assert indices.step in (None, 1), f"only consecutive indices make a slice: {indices}"
+        return slice(indices.start or 0, size if indices.stop is None else indices.stop)
+    listed = torch.as_tensor(indices).cpu()
+    assert listed.ndim == 1, f"a list of indices is 1-D: {listed}"
+    assert listed.dtype != torch.bool, f"a mask is not a list of indices: {listed}"
+    return listed.long()
+
+
+def _extent(indices: slice | Tensor) -> tuple[int, int]:
+    """Smallest and largest index of a selection; of an empty one, the largest is one less."""
+    if isinstance(indices, slice):
+        return indices.start, indices.stop - 1
+    return (int(indices.min()), int(indices.max())) if len(indices) else (0, -1)
+
+
+def _listing(title: str, lines: Iterable[str]) -> list[str]:
+    lines = list(lines)
+    if not lines:
+        return []
+    listed = [f"    {line}" for line in lines[:_MOST_LISTED]]
+    more = [f"    and {len(lines) - _MOST_LISTED} more"] if len(lines) > _MOST_LISTED else []
+    return [f"  {len(lines)} {title}:", *listed, *more]
