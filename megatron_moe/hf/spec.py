@@ -1,6 +1,8 @@
 """What a dense Hugging Face model is: the numbers of its ``config.json``, and nothing else.
 
-No torch and no transformers here: ``plan`` reads a folder that holds only a ``config.json``.
+No torch and no transformers here: ``plan`` reads a folder that holds only a ``config.json``. What
+is missing there has the value that transformers 5 would give it, family by family; what would make
+the model compute something else than this package builds is refused, with all reasons at once.
 """
 
 from __future__ import annotations
@@ -20,6 +22,31 @@ FAMILY_OF_ARCHITECTURE: dict[str, Family] = {
     "MistralForCausalLM": "mistral",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
+}
+
+# What transformers 5 takes when config.json lacks a key; only where families differ.
+_DEFAULTS: dict[Family, dict[str, Any]] = {
+    "llama": {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
+    "mistral": {
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "qwen2": {
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 32,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+    },
+    "qwen3": {
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+    },
 }
 
 
@@ -56,6 +83,7 @@ class DenseSpec:
     qk_layernorm: bool
     initializer_range: float
     eos_token_id: int | None
+    """The first, where config.json lists several."""
     bos_token_id: int | None
 
 
@@ -81,89 +109,212 @@ def read_spec(folder: Path) -> DenseSpec:
 
 def spec_from_config(config: Mapping[str, Any], *, where: str = "config.json") -> DenseSpec:
     """The same from the parsed ``config.json``; ``where`` opens the error messages."""
-    if reasons := _unsupported(config):
-        raise CheckpointError(
-            f"{where} is not a dense model that can be upcycled:\n"
-            + "\n".join(f"  {reason}" for reason in reasons)
-        )
-    family = FAMILY_OF_ARCHITECTURE[config["architectures"][0]]
+    family = _family(config) if isinstance(config, dict) else None
+    if family is None:
+        raise _refusal(where, [_other_architecture(config)])
+    config = {"rms_norm_eps": 1e-6, "initializer_range": 0.02, **_DEFAULTS[family], **config}
+    bad_numbers = _bad_numbers(config)
+    reasons = [*bad_numbers, *_unsupported(config, family), *_unsupported_rope(config)]
+    if not bad_numbers:
+        reasons += _unsupported_windows(config, family)
+    if reasons:
+        raise _refusal(where, reasons)
     rope = _rope_parameters(config)
-    heads = config["num_attention_heads"]
     return DenseSpec(
         family=family,
         num_layers=config["num_hidden_layers"],
         hidden_size=config["hidden_size"],
         ffn_hidden_size=config["intermediate_size"],
-        num_attention_heads=heads,
-        num_query_groups=config.get("num_key_value_heads") or heads,
-        kv_channels=config.get("head_dim") or config["hidden_size"] // heads,
+        num_attention_heads=config["num_attention_heads"],
+        num_query_groups=_num_query_groups(config),
+        kv_channels=_kv_channels(config),
         vocab_size=config["vocab_size"],
-        max_position_embeddings=config.get("max_position_embeddings", 2048),
-        layernorm_epsilon=config.get("rms_norm_eps", 1e-6),
-        rotary_base=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
+        max_position_embeddings=config["max_position_embeddings"],
+        layernorm_epsilon=config["rms_norm_eps"],
+        rotary_base=float(rope["rope_theta"]),
         rope_scaling=_llama3_scaling(rope),
-        tied_embeddings=config.get("tie_word_embeddings", False),
-        qkv_bias=family == "qwen2" and config.get("attention_bias", True),
+        tied_embeddings=bool(config.get("tie_word_embeddings")),
+        qkv_bias=family == "qwen2",
         qk_layernorm=family == "qwen3",
-        initializer_range=config.get("initializer_range", 0.02),
+        initializer_range=config["initializer_range"],
         eos_token_id=_first(config.get("eos_token_id")),
         bos_token_id=_first(config.get("bos_token_id")),
     )
 
 
-_REQUIRED = (
-    "num_hidden_layers",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "vocab_size",
-)
+# ---- what is refused -----------------------------------------------------------------------------
 
 
-def _unsupported(config: Mapping[str, Any]) -> list[str]:
-    """Every reason why the model cannot be reproduced exactly, in words for the user."""
-    architecture = (config.get("architectures") or ["none named"])[0]
-    if architecture not in FAMILY_OF_ARCHITECTURE:
-        return [
-            f"architectures is {architecture}: supported are {', '.join(FAMILY_OF_ARCHITECTURE)}, "
-            "whose layers are RMSNorm, rotary attention and SwiGLU"
-        ]
-    reasons = [f"{key} is missing" for key in _REQUIRED if key not in config]
-    rope_type = _rope_type(_rope_parameters(config))
-    if rope_type not in ("default", "llama3"):
-        reasons.append(f"rope_type is {rope_type!r}: only default and llama3 are supported")
+def _refusal(where: str, reasons: list[str]) -> CheckpointError:
+    return CheckpointError(
+        f"{where} is not a dense model that can be upcycled:\n"
+        + "\n".join(f"  {reason}" for reason in reasons)
+    )
+
+
+def _family(config: Mapping[str, Any]) -> Family | None:
+    architectures = config.get("architectures")
+    if not architectures:  # a config saved without its model; its type says as much
+        return next((f for f in _DEFAULTS if f == config.get("model_type")), None)
+    return FAMILY_OF_ARCHITECTURE.get(architectures[0]) if len(architectures) == 1 else None
+
+
+def _other_architecture(config: object) -> str:
+    found = config.get("architectures") if isinstance(config, dict) else type(config).__name__
+    return (
+        f"architectures is {found}: supported are {', '.join(FAMILY_OF_ARCHITECTURE)}, "
+        "whose layers are RMSNorm, rotary attention and SwiGLU"
+    )
+
+
+def _bad_numbers(config: Mapping[str, Any]) -> list[str]:
+    """Sizes that are missing, are no numbers, or do not fit each other."""
+    integers = (
+        "num_hidden_layers",
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "vocab_size",
+        "max_position_embeddings",
+    )
+    optional = ("num_key_value_heads", "head_dim", "sliding_window")
+    optional = [key for key in optional if config.get(key) is not None]
+    reasons = [f"{key} is missing" for key in integers if key not in config]
+    reasons += [
+        f"{key} is {config[key]!r}: must be a positive integer"
+        for key in (*integers, *optional)
+        if key in config and not _is_positive(config[key], int)
+    ]
+    reasons += [
+        f"{key} is {value!r}: must be a positive number"
+        for key, value in _real_numbers(config).items()
+        if not _is_positive(value, int, float)
+    ]
+    return reasons or _misfits(config)
+
+
+def _real_numbers(config: Mapping[str, Any]) -> dict[str, Any]:
+    rope = _rope_parameters(config)
+    scaling = _LLAMA3_KEYS if _rope_type(rope) == "llama3" else ()
+    return {
+        "rms_norm_eps": config["rms_norm_eps"],
+        "initializer_range": config["initializer_range"],
+        "rope_theta": rope["rope_theta"],
+        **{f"{key} of rope_type llama3": rope.get(key) for key in scaling},
+    }
+
+
+def _is_positive(value: Any, *kinds: type) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool) and 0 < value < float("inf")
+
+
+def _misfits(config: Mapping[str, Any]) -> list[str]:
+    heads, groups = config["num_attention_heads"], _num_query_groups(config)
+    reasons = []
+    if heads % groups:
+        reasons.append(
+            f"num_attention_heads ({heads}) must be divisible by num_key_value_heads ({groups}): "
+            "each group of queries shares one key"
+        )
+    if config.get("head_dim") is None and config["hidden_size"] % heads:
+        reasons.append(
+            f"hidden_size ({config['hidden_size']}) must be divisible by num_attention_heads "
+            f"({heads}), because there is no head_dim"
+        )
+    elif _kv_channels(config) % 2:
+        reasons.append(f"head_dim is {_kv_channels(config)}: rotary attention turns pairs")
+    return reasons
+
+
+def _unsupported(config: Mapping[str, Any], family: Family) -> list[str]:
+    """What this package does not build, in words for the user."""
+    reasons = []
+    if (kind := config.get("model_type", family)) != family:
+        reasons.append(f"model_type is {kind!r}, but architectures is {config['architectures'][0]}")
     if (act := config.get("hidden_act", "silu")) != "silu":
         reasons.append(f"hidden_act is {act!r}: experts are SwiGLU, so it must be 'silu'")
     if config.get("mlp_bias"):
         reasons.append("mlp_bias is true: experts have no biases to put them in")
-    if config.get("attention_bias") and FAMILY_OF_ARCHITECTURE[architecture] != "qwen2":
+    # transformers ignores the key for Qwen2, whose query, key and value always have biases.
+    if config.get("attention_bias") and family != "qwen2":
         reasons.append(
-            "attention_bias is true: biases of all four projections have no MoE architecture "
-            "of Hugging Face to be exported to"
+            "attention_bias is true: a bias of the attention's output projection is not supported"
         )
     if config.get("attention_dropout"):
         reasons.append(f"attention_dropout is {config['attention_dropout']}: must be 0")
     if config.get("quantization_config"):
         reasons.append("quantization_config is set: dequantize the checkpoint to bf16 first")
-    if _slides(config):
-        reasons.append(
-            f"sliding_window is {config['sliding_window']}, shorter than max_position_embeddings "
-            f"({config.get('max_position_embeddings')}): windowed attention is not supported; "
-            "set it to null if you train on sequences within the window"
-        )
     return reasons
 
 
-def _slides(config: Mapping[str, Any]) -> bool:
-    window = config.get("sliding_window")
-    if not window or config.get("use_sliding_window") is False:
-        return False
-    return window < config.get("max_position_embeddings", 0)
+def _unsupported_rope(config: Mapping[str, Any]) -> list[str]:
+    rope = _rope_parameters(config)
+    reasons = []
+    if (rope_type := _rope_type(rope)) not in ("default", "llama3"):
+        reasons.append(f"rope_type is {rope_type!r}: only default and llama3 are supported")
+    if nested := [key for key, value in rope.items() if isinstance(value, dict)]:
+        reasons.append(f"rope_parameters differ by layer type ({', '.join(nested)}): not supported")
+    if (part := rope.get("partial_rotary_factor")) not in (None, 1):
+        reasons.append(f"partial_rotary_factor is {part}: only whole heads are rotated")
+    return reasons
 
 
-def _rope_parameters(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    # transformers 5 writes rope_parameters, 4 wrote rope_theta and rope_scaling.
-    return config.get("rope_parameters") or config.get("rope_scaling") or {}
+def _unsupported_windows(config: Mapping[str, Any], family: Family) -> list[str]:
+    """Layers that attend to fewer tokens than the model takes."""
+    kinds = config.get("layer_types") or []
+    if others := sorted({str(kind) for kind in kinds} - {"full_attention"}):
+        return [f"layer_types holds {', '.join(others)}: every layer must be full_attention"]
+    window, length = config.get("sliding_window"), config["max_position_embeddings"]
+    match family:
+        case "llama":  # has no windows in transformers, whatever its config says
+            return []
+        case "mistral":
+            remedy = "sliding_window to null"
+        case _:
+            first = config["max_window_layers"]
+            if (
+                not config.get("use_sliding_window")
+                or kinds
+                or first >= config["num_hidden_layers"]
+            ):
+                return []
+            remedy = "use_sliding_window to false"
+    if not window or window >= length:
+        return []
+    return [
+        f"sliding_window is {window}, shorter than max_position_embeddings ({length}): windowed "
+        f"attention is not supported; set {remedy} if you train on sequences within the window"
+    ]
+
+
+# ---- what several keys decide together -----------------------------------------------------------
+
+_LLAMA3_KEYS = (
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+)
+
+
+def _num_query_groups(config: Mapping[str, Any]) -> int:
+    return config.get("num_key_value_heads") or config["num_attention_heads"]
+
+
+def _kv_channels(config: Mapping[str, Any]) -> int:
+    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+
+
+def _rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Rotary settings in one place, as transformers 5 gathers them.
+
+    It writes ``rope_parameters``; version 4 wrote ``rope_theta`` and ``rope_scaling``, and where
+    both stand, the old one wins.
+    """
+    around = {"rope_theta": config.get("rope_theta", 10000.0)}
+    if "partial_rotary_factor" in config:
+        around["partial_rotary_factor"] = config["partial_rotary_factor"]
+    return {**around, **(config.get("rope_scaling") or config.get("rope_parameters") or {})}
 
 
 def _rope_type(rope: Mapping[str, Any]) -> str:
@@ -182,4 +333,4 @@ def _llama3_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
 
 
 def _first(value: int | list[int] | None) -> int | None:
-    return value[0] if isinstance(value, list) else value
+    return next(iter(value), None) if isinstance(value, list) else value
