@@ -6,67 +6,21 @@ its layout in the middle; its place in the data is one number, the samples consu
 
 Shape letters of this module:
 
-    B  micro_batch_size         T  seq_length + 1: a chunk and the token after it
+    B  micro_batch_size
     S  seq_length (S / cp after slicing for context parallelism)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_moe.data.order import permuted
-from megatron_moe.data.stream import Tokens, TokenStream
-from megatron_moe.errors import ConfigError, DataError
-
-
-class SampleSource(Protocol):
-    """An endless, numbered sequence of samples."""
-
-    def __getitem__(self, k: int) -> Tokens:
-        """Sample ``k``, ``(T,)``: inputs are all but its last token, labels all but its first."""
-        ...
-
-
-class Samples:
-    """The chunks of a token stream, endlessly, each epoch in another order.
-
-    The stream is cut every ``seq_length`` tokens, whatever document is there; documents are kept
-    apart by their end-of-text token only. What is left at the end, shorter than a chunk, is never
-    seen.
-    """
-
-    def __init__(self, stream: TokenStream, *, seq_length: int, seed: int) -> None:
-        """Samples of ``seq_length`` input tokens in the order of ``seed``.
-
-        Raises:
-            DataError: The stream is shorter than one sample.
-        """
-        self._stream = stream
-        self._seq_length = seq_length
-        self._seed = seed
-        self.num_chunks = (stream.num_tokens - 1) // seq_length
-        """Samples of one epoch."""
-        if self.num_chunks < 1:
-            raise DataError(
-                f"{stream.prefix}.bin has {stream.num_tokens} tokens, fewer than one sample of "
-                f"data.seq_length + 1 = {seq_length + 1}.\n  give it more text, or shorten "
-                "data.seq_length"
-            )
-
-    def chunk(self, index: int) -> Tokens:
-        """Chunk ``index`` in the order of the text, ``(T,)``; its last token opens the next one."""
-        return self._stream.read(index * self._seq_length, self._seq_length + 1)
-
-    def __getitem__(self, k: int) -> Tokens:
-        """Sample ``k`` of the run, ``(T,)``: every chunk once in each ``num_chunks`` samples."""
-        epoch, place = divmod(k, self.num_chunks)
-        return self.chunk(permuted(place, self.num_chunks, seed=self._seed, epoch=epoch))
+from megatron_moe.data.samples import Sample, Samples, SampleSource
+from megatron_moe.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,21 +49,14 @@ class Batch:
         )
 
 
-def make_batch(samples_BT: list[Tokens], *, counts: list[bool] | None = None) -> Batch:
-    """Samples side by side as model inputs.
-
-    Args:
-        samples_BT: ``B`` samples of one length ``T``.
-        counts: Whether each sample counts in the loss; None: all do.
-    """
-    ids_BT = torch.from_numpy(np.stack(samples_BT))
-    tokens_BS = ids_BT[:, :-1].contiguous()
-    counts_B1 = torch.tensor(counts or [True] * len(samples_BT)).unsqueeze(1)
+def make_batch(samples: Sequence[Sample]) -> Batch:
+    """``B`` samples of one length, side by side as model inputs."""
+    ids_BT = torch.from_numpy(np.stack([sample.ids_T for sample in samples]))
     return Batch(
-        tokens_BS=tokens_BS,
+        tokens_BS=ids_BT[:, :-1].contiguous(),
         labels_BS=ids_BT[:, 1:].contiguous(),
-        loss_mask_BS=counts_B1.float().expand(tokens_BS.shape).contiguous(),
-        position_ids_BS=torch.arange(tokens_BS.shape[1]).expand(tokens_BS.shape).contiguous(),
+        loss_mask_BS=torch.from_numpy(np.stack([sample.loss_mask_S for sample in samples])),
+        position_ids_BS=torch.from_numpy(np.stack([sample.position_ids_S for sample in samples])),
     )
 
 
@@ -157,12 +104,9 @@ def validation_batches(
     batches = []
     for start in _starts(padded, micro_batch_size, dp_rank, dp_size):
         indices = range(start, start + micro_batch_size)
-        batches.append(
-            make_batch(
-                [samples.chunk(min(i, num_samples - 1)) for i in indices],
-                counts=[i < num_samples for i in indices],
-            )
-        )
+        batch = make_batch([samples.chunk(min(i, num_samples - 1)) for i in indices])
+        counts_B1 = torch.tensor([[i < num_samples] for i in indices])
+        batches.append(replace(batch, loss_mask_BS=batch.loss_mask_BS * counts_B1))
     return batches
 
 

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_moe.data.batches import (
-    Samples,
     micro_batches,
     slice_for_context_parallel,
     validation_batches,
 )
 from megatron_moe.data.order import permuted
+from megatron_moe.data.samples import Samples
 from megatron_moe.data.stream import TokenStream
 from megatron_moe.errors import ConfigError, DataError
 
@@ -82,12 +82,12 @@ def test_the_order_of_a_seed_never_changes():
 def test_an_epoch_has_every_token_as_an_input_once(samples: Samples):
     assert samples.num_chunks == NUM_CHUNKS
     for epoch in range(3):
-        rows = [samples[epoch * NUM_CHUNKS + k] for k in range(NUM_CHUNKS)]
+        rows = [samples[epoch * NUM_CHUNKS + k].ids_T for k in range(NUM_CHUNKS)]
         assert sorted(np.concatenate([row[:-1] for row in rows])) == list(range(NUM_CHUNKS * S))
         for row in rows:
             assert row.tolist() == list(range(row[0], row[0] + S + 1))
-    assert [samples[k][0] for k in range(NUM_CHUNKS)] != [
-        samples[NUM_CHUNKS + k][0] for k in range(NUM_CHUNKS)
+    assert [samples[k].ids_T[0] for k in range(NUM_CHUNKS)] != [
+        samples[NUM_CHUNKS + k].ids_T[0] for k in range(NUM_CHUNKS)
     ]
 
 
@@ -127,7 +127,7 @@ def test_a_step_has_the_same_samples_for_any_world(
         )
         for row in batch.tokens_BS.tolist()
     ]
-    expected = [samples[position + k][:-1].tolist() for k in range(global_batch_size)]
+    expected = [samples[position + k].ids_T[:-1].tolist() for k in range(global_batch_size)]
     assert sorted(rows) == sorted(expected)
 
 
