@@ -101,19 +101,8 @@ def fold(config: Parallel, *, world_size: int) -> ParallelLayout:
 
 
 def local_experts(layout: ParallelLayout, *, rank: int, num_experts: int) -> range:
-    """Global ids of the experts that ``rank`` holds: one contiguous run per ep rank.
-
-    Raises:
-        ConfigError: ``num_experts`` does not split evenly over ep.
-    """
-    ep = layout.experts.size("ep")
-    if num_experts % ep:
-        raise ConfigError(
-            f"moe.num_moe_experts ({num_experts}) must be divisible by "
-            f"parallel.expert_parallel_size ({ep}): each ep rank holds whole experts.\n"
-            f"  valid expert_parallel_size: {_divisors(num_experts)}"
-        )
-    num_local_experts = num_experts // ep
+    """Global ids of the experts that ``rank`` holds: one contiguous run per ep rank."""
+    num_local_experts = num_experts // layout.experts.size("ep")
     first = layout.experts.coords(rank)["ep"] * num_local_experts
     return range(first, first + num_local_experts)
 
@@ -128,7 +117,3 @@ def _derive(axis: str, world_size: int, **degrees: int) -> int:
             f"  nearest world_size: {world_size // product * product or product}"
         )
     return world_size // product
-
-
-def _divisors(n: int) -> str:
-    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)

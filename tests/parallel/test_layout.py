@@ -69,9 +69,3 @@ def test_expert_parallel_may_exceed_data_parallel():
 def test_an_impossible_world_names_the_numbers():
     with pytest.raises(ConfigError, match=r"world_size \(12\).*pp \* ep \* etp = 2 \* 4 \* 1 = 8"):
         fold(config(pp=2, ep=4), world_size=12)
-
-
-def test_uneven_experts_name_the_valid_sizes():
-    layout = fold(config(ep=4), world_size=4)
-    with pytest.raises(ConfigError, match=r"valid expert_parallel_size: 1, 2, 3, 6"):
-        local_experts(layout, rank=0, num_experts=6)

@@ -1,0 +1,1 @@
+"""Where a run computes: CUDA as Megatron-Core means it, or the CPU that `cpu.install` makes fit."""

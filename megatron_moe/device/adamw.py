@@ -1,0 +1,62 @@
+"""AdamW on CPU with the state layout of Apex's and Transformer Engine's FusedAdam.
+
+Megatron-Core's distributed optimizer saves and reshards one step count per parameter group, as
+those two keep it; torch's AdamW keeps one per parameter, which does not load under another layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+
+class FusedAdamW(torch.optim.Optimizer):
+    """Decoupled weight decay Adam in one fused pass over parameter, gradient and both moments."""
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float = 0.0,
+        **fused_adam_options: object,
+    ) -> None:
+        # What else Megatron passes steers CUDA kernels and master weights it does not ask us for.
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, {**defaults, "bias_correction": True})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Apply one update to every parameter that has a gradient."""
+        for group in self.param_groups:
+            # Counted also where this rank holds nothing of the group: the count is saved as one
+            # number for all ranks.
+            group["step"] = group.get("step", 0) + 1
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            for p in params:
+                if not self.state[p]:
+                    self.state[p] = {
+                        "exp_avg": torch.zeros_like(p),
+                        "exp_avg_sq": torch.zeros_like(p),
+                    }
+            beta1, beta2 = group["betas"]
+            torch._fused_adamw_(
+                params,
+                [p.grad for p in params],
+                [self.state[p]["exp_avg"] for p in params],
+                [self.state[p]["exp_avg_sq"] for p in params],
+                [],
+                [torch.tensor(float(group["step"])) for _ in params],
+                lr=float(group["lr"]),
+                beta1=beta1,
+                beta2=beta2,
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                amsgrad=False,
+                maximize=False,
+            )

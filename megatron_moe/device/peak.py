@@ -1,0 +1,50 @@
+"""The dense matrix-product peak that MFU divides by: a data sheet's on a GPU, measured on a CPU."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+
+# bf16 dense peaks without sparsity, TFLOP/s, from NVIDIA's data sheets of the SXM parts.
+GPU_PEAK_TFLOPS = {
+    "A100": 312.0,
+    "H100": 989.5,
+    "H200": 989.5,
+    "B200": 2250.0,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """FLOP/s of one rank's device, and where the number comes from."""
+
+    flops_per_second: float
+    source: str
+
+
+def device_peak(device: torch.device, dtype: torch.dtype) -> Peak:
+    """What a large matrix product reaches: from the table, or measured in about a second."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for part, tflops in GPU_PEAK_TFLOPS.items():
+            if part in name and dtype is torch.bfloat16:
+                return Peak(tflops * 1e12, f"{part} data sheet, bf16 dense")
+    return _measured(device, dtype)
+
+
+def _measured(device: torch.device, dtype: torch.dtype, size: int = 1024) -> Peak:
+    a = torch.randn(size, size).to(device, dtype)
+    seconds = []
+    for _ in range(6):
+        start = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    flops = 2 * size**3 / statistics.median(seconds[1:])  # the first call warms up
+    threads = f", {torch.get_num_threads()} thread(s)" if device.type == "cpu" else ""
+    name = str(dtype).removeprefix("torch.")
+    return Peak(flops, f"measured at start: {size}^3 {name} matrix product{threads}")

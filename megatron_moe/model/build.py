@@ -1,0 +1,118 @@
+"""This rank's part of the model, with parameters that hold nothing yet."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_moe.config.run import RunConfig
+from megatron_moe.hf.spec import DenseSpec, RopeScaling
+from megatron_moe.model.config import transformer_config
+from megatron_moe.model.spec import block_spec
+from megatron_moe.parallel.layout import ParallelLayout
+from megatron_moe.parallel.shards import padded_vocabulary
+from megatron_moe.parallel.stages import chunk_layers, is_first, is_last
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One model chunk of a pipeline rank and the global ids of its layers."""
+
+    module: GPTModel
+    layers: range
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What one rank holds: its chunks, and what Megatron-Core was told about all of them."""
+
+    chunks: tuple[Chunk, ...]
+    transformer: TransformerConfig
+    spec: DenseSpec
+    tp_rank: int
+
+    @property
+    def modules(self) -> list[GPTModel]:
+        """The chunks as Megatron-Core's schedules want them."""
+        return [chunk.module for chunk in self.chunks]
+
+
+def build_model(
+    config: RunConfig,
+    spec: DenseSpec,
+    *,
+    layout: ParallelLayout,
+    groups: ProcessGroupCollection,
+    rank: int,
+    cuda: bool,
+) -> Model:
+    """Build this rank's chunks; every parameter is allocated and none is set.
+
+    Args:
+        config: The run.
+        spec: Shape of the dense model.
+        layout: Who holds what.
+        groups: This rank's process groups.
+        rank: This rank.
+        cuda: Build with Transformer Engine on the current CUDA device.
+    """
+    logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
+    transformer = transformer_config(config, spec, cuda=cuda)
+    pp, vpp = layout.attention.size("pp"), transformer.virtual_pipeline_model_parallel_size or 1
+    chunks = []
+    for vpp_rank in range(vpp):
+        stage = {"pp_rank": layout.attention.coords(rank)["pp"], "vpp_rank": vpp_rank}
+        layers = chunk_layers(num_layers=spec.num_layers, pp=pp, vpp=vpp, **stage)
+        vp_stage = vpp_rank if vpp > 1 else None
+        module = GPTModel(
+            config=transformer,
+            transformer_layer_spec=block_spec(transformer, layers, cuda=cuda, vp_stage=vp_stage),
+            vocab_size=padded_vocabulary(spec.vocab_size, layout.attention.size("tp")),
+            max_sequence_length=config.data.seq_length,
+            pre_process=is_first(**stage),
+            post_process=is_last(pp=pp, vpp=vpp, **stage),
+            share_embeddings_and_output_weights=spec.tied_embeddings,
+            position_embedding_type="rope",
+            rotary_base=spec.rotary_base,
+            pg_collection=groups,
+            vp_stage=vp_stage,
+        )
+        if spec.rope_scaling is not None:
+            rotary = module.rotary_pos_emb
+            rotary.inv_freq = llama3_frequencies(rotary.inv_freq, spec.rope_scaling)
+        chunks.append(Chunk(module, layers))
+    return Model(tuple(chunks), transformer, spec, layout.attention.coords(rank)["tp"])
+
+
+def llama3_frequencies(frequency_C: Tensor, scaling: RopeScaling) -> Tensor:
+    """Rotary frequencies as Llama 3.1 stretches them, with all four numbers of the checkpoint.
+
+    Waves shorter than ``original / high_freq_factor`` stay, waves longer than
+    ``original / low_freq_factor`` are slowed by ``factor``, and those between are mixed.
+    Megatron-Core's own version fixes three of the numbers.
+    """
+    original = scaling.original_max_position_embeddings
+    turns_C = original * frequency_C / (2 * math.pi)  # full turns within the original context
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept_C = ((turns_C - low) / (high - low)).clamp(0, 1)
+    return frequency_C * (kept_C + (1 - kept_C) / scaling.factor)
+
+
+def parameter_bytes(model: Model) -> int:
+    """Bytes of this rank's parameters; tied weights count where they are stored."""
+    parameters = {id(p): p for module in model.modules for p in module.parameters()}
+    return sum(p.numel() * p.element_size() for p in parameters.values())
+
+
+def free_of(module: torch.nn.Module) -> torch.nn.Module:
+    """The GPTModel inside the wrappers of mixed precision and data parallelism."""
+    while hasattr(module, "module"):
+        module = module.module
+    return module

@@ -1,0 +1,114 @@
+"""``RunConfig`` and the dense model's shape, said as Megatron-Core's ``TransformerConfig``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_moe.config.run import Moe, Parallel, RunConfig
+from megatron_moe.experts.plan import moe_layer_ids
+from megatron_moe.hf.spec import DenseSpec
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def transformer_config(config: RunConfig, spec: DenseSpec, *, cuda: bool) -> TransformerConfig:
+    """Everything Megatron-Core's model and schedules are told.
+
+    Args:
+        config: The run; `legality.check` has passed it.
+        spec: Shape of the dense model.
+        cuda: Turn on the fused kernels that exist on CUDA alone.
+    """
+    dtype = DTYPES[config.train.precision]
+    return TransformerConfig(
+        **_dense_shape(spec),
+        **_moe(config.moe, spec),
+        **_parallel(config.parallel),
+        **(_CUDA if cuda else _CPU),
+        bf16=dtype is torch.bfloat16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        # Divide gradients by the tokens of the global batch: the same for every layout.
+        calculate_per_token_loss=True,
+        # Every parameter is filled from the dense checkpoint: drawing numbers first is waste.
+        perform_initialization=False,
+    )
+
+
+def _dense_shape(spec: DenseSpec) -> dict[str, Any]:
+    return {
+        "num_layers": spec.num_layers,
+        "hidden_size": spec.hidden_size,
+        "ffn_hidden_size": spec.ffn_hidden_size,
+        "num_attention_heads": spec.num_attention_heads,
+        "num_query_groups": spec.num_query_groups,
+        "kv_channels": spec.kv_channels,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": spec.layernorm_epsilon,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "add_qkv_bias": spec.qkv_bias,
+        "qk_layernorm": spec.qk_layernorm,
+    }
+
+
+def _moe(moe: Moe, spec: DenseSpec) -> dict[str, Any]:
+    layers = moe_layer_ids(moe, spec.num_layers)
+    capacity_factor = moe.moe_expert_capacity_factor
+    return {
+        "num_moe_experts": moe.num_moe_experts,
+        "moe_router_topk": moe.moe_router_topk,
+        "moe_ffn_hidden_size": moe.moe_ffn_hidden_size or spec.ffn_hidden_size,
+        "moe_layer_freq": [int(layer in layers) for layer in range(spec.num_layers)],
+        "moe_router_pre_softmax": moe.router_order == "softmax_topk",
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": moe.moe_aux_loss_coeff,
+        "moe_expert_capacity_factor": capacity_factor,
+        # Equal parts for every expert: what makes a capacity factor fast on CUDA.
+        "moe_pad_expert_input_to_capacity": capacity_factor is not None,
+        "moe_token_dispatcher_type": "alltoall",
+    }
+
+
+def _parallel(parallel: Parallel) -> dict[str, Any]:
+    vpp = parallel.virtual_pipeline_parallel_size or 1
+    return {
+        "tensor_model_parallel_size": parallel.tensor_parallel_size,
+        "context_parallel_size": parallel.context_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_parallel_size,
+        "virtual_pipeline_model_parallel_size": vpp if vpp > 1 else None,
+        "expert_model_parallel_size": parallel.expert_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
+        "sequence_parallel": parallel.tensor_parallel_size > 1,
+        # Batched sends and receives between the same two ranks (pp 2, vpp > 1) are matched in the
+        # wrong order: gradients explode without an error. Single ones are right and overlap.
+        "batch_p2p_comm": vpp == 1,
+        "overlap_p2p_comm": vpp > 1,
+    }
+
+
+_CPU: dict[str, Any] = {
+    "use_cpu_initialization": True,
+    "gradient_accumulation_fusion": False,
+    "bias_activation_fusion": False,
+    "moe_grouped_gemm": False,
+}
+
+# Settings of fast MoE runs on H100, as Megatron-Core's MoE guide names them.
+_CUDA: dict[str, Any] = {
+    "use_cpu_initialization": False,
+    "gradient_accumulation_fusion": True,
+    "bias_activation_fusion": True,
+    "apply_rope_fusion": True,
+    "moe_grouped_gemm": True,
+    "moe_permute_fusion": True,
+    "moe_router_fusion": True,
+}

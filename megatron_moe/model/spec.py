@@ -1,0 +1,98 @@
+"""Layer specs: Megatron-Core's modules put together.
+
+Torch-native on CPU, Transformer Engine on CUDA. Both write checkpoints under the same keys (those
+of Transformer Engine), so that a run can move between them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from megatron_moe.model.attention import SdpaAttention
+from megatron_moe.model.experts import LoopExperts
+from megatron_moe.model.norm import RMSNorm
+from megatron_moe.model.router import CountingRouter
+
+
+def block_spec(
+    config: TransformerConfig, layers: range, *, cuda: bool, vp_stage: int | None
+) -> TransformerBlockSubmodules:
+    """The layers of one model chunk.
+
+    Args:
+        config: Says which layers are MoE (``moe_layer_freq``).
+        layers: Global ids of the chunk's layers.
+        cuda: Transformer Engine's spec; otherwise the torch-native one.
+        vp_stage: Which of the pipeline rank's chunks this is; None when it has one.
+    """
+    if cuda:
+        return _counting(
+            get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+        )
+    return TransformerBlockSubmodules(
+        layer_specs=[_layer(config, moe=bool(config.moe_layer_freq[layer])) for layer in layers],
+        layer_norm=RMSNorm,
+    )
+
+
+def _layer(config: TransformerConfig, *, moe: bool) -> ModuleSpec:
+    qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
+    keys = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    if not moe:
+        keys["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=SdpaAttention,
+                    linear_proj=RowParallelLinear,
+                    q_layernorm=qk_norm,
+                    k_layernorm=qk_norm,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=_moe_mlp() if moe else partial(MLP.as_mlp_submodule, submodules=_LINEAR),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=keys,
+        ),
+    )
+
+
+def _moe_mlp() -> partial[MoELayer]:
+    experts = partial(LoopExperts, submodules=_LINEAR)
+    return partial(MoELayer, submodules=MoESubmodules(experts=experts, router=CountingRouter))
+
+
+def _counting(block: TransformerBlockSubmodules) -> TransformerBlockSubmodules:
+    """The same block with our router in its MoE layers."""
+    for layer in block.layer_specs:
+        mlp = layer.submodules.mlp
+        if isinstance(mlp, partial) and mlp.func is MoELayer:
+            submodules = replace(mlp.keywords["submodules"], router=CountingRouter)
+            layer.submodules = replace(
+                layer.submodules, mlp=partial(MoELayer, submodules=submodules)
+            )
+    return block
+
+
+_LINEAR = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)

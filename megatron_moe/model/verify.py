@@ -1,0 +1,131 @@
+"""Does the upcycled model say what the dense model said? Logits of both on real text, compared.
+
+Shape letters of this module:
+
+    S  tokens of the text (s: this cp rank's part)   V  vocabulary (v: this tp rank's part)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from megatron_moe.model.build import Model
+from megatron_moe.model.loss import make_output_processor
+from megatron_moe.parallel.shards import Part, padded_vocabulary
+
+MAX_TOKENS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """How far the MoE's logits are from the dense model's."""
+
+    max_logit_error: float
+    argmax_agreement: float
+    """Fraction of positions at which both predict the same next token."""
+    tokens: int
+
+
+def verify_length(seq_length: int, *, tp: int, cp: int) -> int:
+    """Tokens to compare: as many as `MAX_TOKENS` that every layout can share."""
+    unit = 2 * cp * tp
+    return min(seq_length, max(unit, MAX_TOKENS // unit * unit))
+
+
+@torch.no_grad()
+def compare_with_dense(
+    model: Model, dense_folder: Path, tokens_S: Tensor, *, groups: ProcessGroupCollection
+) -> Agreement:
+    """Run both models on ``tokens_S``; every rank returns the same numbers.
+
+    Rank 0 holds the dense model for a moment, as `transformers` loads it, in the precision of the
+    run. Only its logits reach the other ranks.
+    """
+    parameter = next(model.modules[0].parameters())
+    mine_sv = _moe_logits(model, tokens_S, groups)
+    vocab_size = model.spec.vocab_size
+    dense_SV = torch.empty(len(tokens_S), vocab_size, device=parameter.device)
+    if dist.get_rank() == 0:
+        dense_SV.copy_(_dense_logits(dense_folder, tokens_S, parameter.dtype, parameter.device))
+    dist.broadcast(dense_SV, src=0)
+    worst = torch.zeros(1, device=parameter.device)
+    agreed = torch.zeros(2, device=parameter.device)
+    if mine_sv is not None:
+        width = padded_vocabulary(vocab_size, groups.tp.size())
+        columns = Part(groups.tp.rank(), groups.tp.size()).of(width)
+        expected_sV = _zigzag(dense_SV, groups.cp)
+        real = max(min(columns.stop, vocab_size) - columns.start, 0)
+        expected_sv = expected_sV[:, columns.start : columns.start + real]
+        if real:
+            worst[0] = (mine_sv[:, :real].float() - expected_sv).abs().max()
+        same_s = _argmax(mine_sv, columns.start, groups.tp) == expected_sV.argmax(dim=-1)
+        agreed[0], agreed[1] = same_s.sum(), len(same_s)
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    dist.all_reduce(agreed)
+    return Agreement(float(worst), float(agreed[0] / agreed[1]), len(tokens_S))
+
+
+def _moe_logits(model: Model, tokens_S: Tensor, groups: ProcessGroupCollection) -> Tensor | None:
+    """This rank's part of the logits, ``(s, v)``; None on ranks before the last stage."""
+    process = make_output_processor(vocab_size=model.spec.vocab_size, tp_group=groups.tp)
+    device = next(model.modules[0].parameters()).device
+    positions_S = torch.arange(len(tokens_S))
+    batch = [_zigzag(x, groups.cp)[None].to(device) for x in (tokens_S, positions_S)]
+
+    def forward_step(_: Any, module: Any) -> tuple[Tensor, Any]:
+        return module(*batch, None, output_processor=process), _keep
+
+    for module in model.modules:
+        module.eval()
+    many = len(model.modules) > 1
+    outputs = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[None] * len(model.modules) if many else None,
+        model=model.modules if many else model.modules[0],
+        num_microbatches=groups.pp.size() if many else 1,
+        seq_length=len(tokens_S),
+        micro_batch_size=1,
+        forward_only=True,
+        collect_non_loss_data=True,
+    )
+    for module in model.modules:
+        module.train()
+    return outputs[0][0] if outputs else None
+
+
+def _keep(logits_BSV: Tensor, *, non_loss_data: bool) -> Tensor:
+    return logits_BSV
+
+
+def _dense_logits(
+    folder: Path, tokens_S: Tensor, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    from transformers import AutoModelForCausalLM
+
+    dense = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    return dense(tokens_S[None].to(device)).logits[0].float()
+
+
+def _zigzag(x_S: Tensor, cp_group: dist.ProcessGroup) -> Tensor:
+    """The positions that this cp rank holds: chunks r and 2 * cp - 1 - r."""
+    cp, rank = cp_group.size(), cp_group.rank()
+    chunks = x_S.chunk(2 * cp)
+    return torch.cat([chunks[rank], chunks[2 * cp - 1 - rank]])
+
+
+def _argmax(logits_sv: Tensor, first: int, tp_group: dist.ProcessGroup) -> Tensor:
+    """Most likely token over all tp ranks' parts, ``(s,)``; ties go to the lowest id."""
+    value_s, index_s = logits_sv.float().max(dim=-1)
+    best = torch.stack([value_s, (index_s + first).float()])
+    gathered = [torch.empty_like(best) for _ in range(tp_group.size())]
+    dist.all_gather(gathered, best, group=tp_group)
+    values_Ps, ids_Ps = torch.stack(gathered).unbind(dim=1)
+    return ids_Ps.gather(0, values_Ps.argmax(dim=0, keepdim=True))[0].long()

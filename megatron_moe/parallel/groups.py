@@ -1,0 +1,53 @@
+"""Process groups: made by Megatron-Core, checked against our own arithmetic, touched only here."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from megatron_moe.config.run import Parallel
+from megatron_moe.parallel.layout import ParallelLayout, fold
+
+
+def create_groups(
+    parallel: Parallel, *, seed: int
+) -> tuple[ParallelLayout, ProcessGroupCollection]:
+    """Lay the joined world out and create Megatron-Core's groups for it.
+
+    Returns:
+        The layout and the groups; each of this rank's groups holds the ranks that the layout says.
+
+    Raises:
+        AssertionError: Megatron-Core's groups differ from the layout, a bug of ours.
+    """
+    vpp = parallel.virtual_pipeline_parallel_size or 1
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_parallel_size,
+        virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None,
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        order="tp-cp-ep-dp-pp",
+    )
+    model_parallel_cuda_manual_seed(seed)
+    layout = fold(parallel, world_size=dist.get_world_size())
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    for ours, theirs in (
+        (layout.attention.groups("tp"), groups.tp),
+        (layout.attention.groups("cp"), groups.cp),
+        (layout.attention.groups("dp", "cp"), groups.dp_cp),
+        (layout.attention.groups("pp"), groups.pp),
+        (layout.experts.groups("etp"), groups.expt_tp),
+        (layout.experts.groups("ep"), groups.ep),
+        (layout.experts.groups("edp"), groups.expt_dp),
+    ):
+        assert dist.get_process_group_ranks(theirs) in ours, (ours, theirs)
+    return layout, groups
+
+
+def destroy_groups() -> None:
+    """Forget the groups, so that another layout can be created in the same processes."""
+    parallel_state.destroy_model_parallel()

@@ -1,0 +1,232 @@
+"""Every rule a configuration must keep, checked together before any process group exists.
+
+Each rule is one function over a `Case` and yields messages of one form: the setting and its value,
+the rule, the other setting and its value, why the rule exists, and, indented, the way out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_moe.config.run import RunConfig
+from megatron_moe.errors import ConfigError
+from megatron_moe.experts.plan import moe_layer_ids
+from megatron_moe.hf.spec import DenseSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What the rules look at."""
+
+    config: RunConfig
+    spec: DenseSpec
+    world_size: int
+
+    @property
+    def vpp(self) -> int:
+        """Model chunks of a pipeline rank."""
+        return self.config.parallel.virtual_pipeline_parallel_size or 1
+
+    @property
+    def expert_ffn(self) -> int:
+        """Neurons of one expert."""
+        return self.config.moe.moe_ffn_hidden_size or self.spec.ffn_hidden_size
+
+
+def check(config: RunConfig, spec: DenseSpec, world_size: int) -> None:
+    """Refuse a configuration that cannot run.
+
+    Raises:
+        ConfigError: Every violated rule, with the numbers and the nearest values that keep it.
+    """
+    if found := violations(config, spec, world_size):
+        raise ConfigError("\n".join(found))
+
+
+def violations(config: RunConfig, spec: DenseSpec, world_size: int) -> list[str]:
+    """Every violated rule in words; an empty list means the configuration can run."""
+    case = Case(config, spec, world_size)
+    return [message for rule in RULES for message in rule(case)]
+
+
+def _world(case: Case) -> Iterator[str]:
+    p = case.config.parallel
+    for axis, degrees in (
+        ("dp", {"pp": p.pipeline_parallel_size, "cp": p.context_parallel_size,
+                "tp": p.tensor_parallel_size}),
+        ("edp", {"pp": p.pipeline_parallel_size, "ep": p.expert_parallel_size,
+                 "etp": p.expert_tensor_parallel_size}),
+    ):  # fmt: skip
+        product = math.prod(degrees.values())
+        if case.world_size % product:
+            names, values = " * ".join(degrees), " * ".join(map(str, degrees.values()))
+            yield (
+                f"world_size ({case.world_size}) must be divisible by {names} = {values} = "
+                f"{product}: {axis} is what is left over.\n"
+                f"  nearest world_size: {_nearest_multiples(case.world_size, product)}"
+            )
+
+
+def _heads(case: Case) -> Iterator[str]:
+    tp = case.config.parallel.tensor_parallel_size
+    if case.spec.num_query_groups % tp:
+        yield _indivisible(
+            "num_key_value_heads of the dense model", case.spec.num_query_groups,
+            "parallel.tensor_parallel_size", tp, "each tp rank holds whole query groups",
+        )  # fmt: skip
+
+
+def _experts(case: Case) -> Iterator[str]:
+    moe, p = case.config.moe, case.config.parallel
+    if moe.num_moe_experts % p.expert_parallel_size:
+        yield _indivisible(
+            "moe.num_moe_experts", moe.num_moe_experts,
+            "parallel.expert_parallel_size", p.expert_parallel_size,
+            "each ep rank holds whole experts",
+        )  # fmt: skip
+    if case.expert_ffn % p.expert_tensor_parallel_size:
+        yield _indivisible(
+            "moe.moe_ffn_hidden_size", case.expert_ffn,
+            "parallel.expert_tensor_parallel_size", p.expert_tensor_parallel_size,
+            "each etp rank holds as many neurons of an expert",
+        )  # fmt: skip
+    if moe.moe_router_topk > moe.num_moe_experts:
+        yield (
+            f"moe.moe_router_topk ({moe.moe_router_topk}) must be at most moe.num_moe_experts "
+            f"({moe.num_moe_experts}): a token goes to different experts"
+        )
+    if moe.moe_router_topk == 1 and moe.router_order == "topk_softmax":
+        yield (
+            "moe.moe_router_topk (1) with moe.router_order (topk_softmax) is not trainable: the "
+            "softmax over one chosen expert is always 1, so the router gets no gradient.\n"
+            "  set moe.router_order=softmax_topk or moe.moe_router_topk=2"
+        )
+
+
+def _method(case: Case) -> Iterator[str]:
+    if case.config.upcycle.method == "copy" and case.expert_ffn != case.spec.ffn_hidden_size:
+        yield (
+            f"moe.moe_ffn_hidden_size ({case.expert_ffn}) must equal the dense model's "
+            f"intermediate_size ({case.spec.ffn_hidden_size}) with upcycle.method (copy): each "
+            "expert is the whole dense FFN.\n  leave moe.moe_ffn_hidden_size unset"
+        )
+
+
+def _moe_layers(case: Case) -> Iterator[str]:
+    layers = moe_layer_ids(case.config.moe, case.spec.num_layers)
+    if not layers:
+        yield "moe.moe_layers ([]) must name at least one layer: otherwise the model stays dense"
+    if outside := [layer for layer in layers if layer >= case.spec.num_layers]:
+        yield (
+            f"moe.moe_layers names {outside}, but the dense model has {case.spec.num_layers} "
+            f"layers: valid ids are 0 to {case.spec.num_layers - 1}"
+        )
+    if len(set(layers)) != len(layers):
+        yield f"moe.moe_layers ({list(layers)}) names a layer twice"
+
+
+def _dense_ffn(case: Case) -> Iterator[str]:
+    tp = case.config.parallel.tensor_parallel_size
+    some_dense = len(moe_layer_ids(case.config.moe, case.spec.num_layers)) < case.spec.num_layers
+    if some_dense and case.spec.ffn_hidden_size % tp:
+        yield _indivisible(
+            "intermediate_size of the dense model", case.spec.ffn_hidden_size,
+            "parallel.tensor_parallel_size", tp, "the layers that stay dense are split over tp",
+        )  # fmt: skip
+
+
+def _pipeline(case: Case) -> Iterator[str]:
+    pp, layers = case.config.parallel.pipeline_parallel_size, case.spec.num_layers
+    if case.vpp > 1 and pp == 1:
+        yield (
+            f"parallel.virtual_pipeline_parallel_size ({case.vpp}) needs "
+            "parallel.pipeline_parallel_size of at least 2: chunks are interleaved between stages"
+        )
+    elif layers % (pp * case.vpp):
+        fits = [f"{a}x{b}" for a in range(1, layers + 1) for b in range(1, layers // a + 1)
+                if layers % (a * b) == 0 and (a > 1 or b == 1)]  # fmt: skip
+        near = sorted(fits, key=lambda ab: abs(math.prod(map(int, ab.split("x"))) - pp * case.vpp))
+        yield (
+            f"num_hidden_layers of the dense model ({layers}) must be divisible by "
+            f"pp * vpp = {pp} * {case.vpp} = {pp * case.vpp}: every chunk holds as many layers.\n"
+            f"  nearest pp x vpp: {', '.join(near[:4])}"
+        )
+
+
+def _sequence(case: Case) -> Iterator[str]:
+    p, length = case.config.parallel, case.config.data.seq_length
+    tp, cp = p.tensor_parallel_size, p.context_parallel_size
+    # Zigzag context parallelism cuts the sequence into 2 * cp chunks; each cp rank's part is then
+    # scattered over tp (sequence parallelism).
+    unit = (2 * cp if cp > 1 else 1) * tp
+    if length % unit:
+        names = "2 * cp * tp" if cp > 1 else "tp"
+        yield (
+            f"data.seq_length ({length}) must be divisible by {names} = {unit}: the sequence is "
+            f"shared by these ranks.\n  nearest data.seq_length: {_nearest_multiples(length, unit)}"
+        )
+    if length > case.spec.max_position_embeddings:
+        yield (
+            f"data.seq_length ({length}) must be at most the dense model's "
+            f"max_position_embeddings ({case.spec.max_position_embeddings}): it has not seen "
+            "positions beyond"
+        )
+
+
+def _batch(case: Case) -> Iterator[str]:
+    p, train = case.config.parallel, case.config.train
+    model = p.pipeline_parallel_size * p.context_parallel_size * p.tensor_parallel_size
+    if case.world_size % model:
+        return  # dp does not exist; _world has said so
+    dp = case.world_size // model
+    unit = train.micro_batch_size * dp
+    if train.global_batch_size % unit:
+        yield (
+            f"train.global_batch_size ({train.global_batch_size}) must be divisible by "
+            f"train.micro_batch_size * dp = {train.micro_batch_size} * {dp} = {unit}: every "
+            "replica takes whole micro-batches.\n  nearest train.global_batch_size: "
+            f"{_nearest_multiples(train.global_batch_size, unit)}"
+        )
+    elif case.vpp > 1 and (train.global_batch_size // unit) % p.pipeline_parallel_size:
+        yield (
+            f"micro-batches of a step (train.global_batch_size / (micro_batch_size * dp) = "
+            f"{train.global_batch_size // unit}) must be divisible by "
+            f"parallel.pipeline_parallel_size ({p.pipeline_parallel_size}) with "
+            "virtual_pipeline_parallel_size: the interleaved schedule runs them in rounds.\n"
+            "  nearest train.global_batch_size: "
+            f"{_nearest_multiples(train.global_batch_size, unit * p.pipeline_parallel_size)}"
+        )
+
+
+def _schedule(case: Case) -> Iterator[str]:
+    optimizer, steps = case.config.optimizer, case.config.train.steps
+    if optimizer.min_lr > optimizer.lr:
+        yield (
+            f"optimizer.min_lr ({optimizer.min_lr}) must be at most optimizer.lr ({optimizer.lr}): "
+            "the schedule decays from lr to min_lr"
+        )
+    if steps and optimizer.warmup_steps >= steps:
+        yield (
+            f"optimizer.warmup_steps ({optimizer.warmup_steps}) must be less than train.steps "
+            f"({steps}): otherwise the learning rate never reaches its peak"
+        )
+
+
+RULES = (
+    _world, _heads, _experts, _method, _moe_layers, _dense_ffn, _pipeline, _sequence, _batch,
+    _schedule,
+)  # fmt: skip
+
+
+def _indivisible(name: str, value: int, divisor_name: str, divisor: int, why: str) -> str:
+    valid = ", ".join(str(d) for d in range(1, value + 1) if value % d == 0)
+    short = divisor_name.rpartition(".")[2]
+    rule = f"{name} ({value}) must be divisible by {divisor_name} ({divisor}): {why}."
+    return f"{rule}\n  valid {short}: {valid}"
+
+
+def _nearest_multiples(value: int, unit: int) -> str:
+    below = value // unit * unit
+    return ", ".join(str(n) for n in (below, below + unit) if n > 0)

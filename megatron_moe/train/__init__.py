@@ -1,0 +1,1 @@
+"""Training: one step, its numbers, and the loop with its hooks."""

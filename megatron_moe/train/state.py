@@ -1,0 +1,109 @@
+"""What training changes: weights, optimizer, schedule and the place in the data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import Float16Module
+
+from megatron_moe.config.run import RunConfig
+from megatron_moe.model.build import Model
+
+
+@dataclass(slots=True)
+class TrainState:
+    """One rank's state; everything here is saved and restored together."""
+
+    model: Model
+    wrapped: list[DistributedDataParallel]
+    """The model's chunks inside mixed precision and data parallelism."""
+    optimizer: MegatronOptimizer
+    schedule: OptimizerParamScheduler
+    step: int = 0
+    """Optimizer steps taken."""
+    samples: int = 0
+    """Sequences consumed: the place in the data, whatever the layout."""
+
+
+def make_state(
+    config: RunConfig, model: Model, groups: ProcessGroupCollection, *, cuda: bool
+) -> TrainState:
+    """Wrap a filled model for training.
+
+    The optimizer copies fp32 master weights out of the parameters, so the parameters must hold
+    their values (or be restored, with the optimizer, afterwards).
+    """
+    transformer = model.transformer
+    ddp = DistributedDataParallelConfig(
+        use_distributed_optimizer=True,
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=cuda,
+        overlap_param_gather=cuda,
+    )
+    wrapped = []
+    for index, module in enumerate(model.modules):
+        inner = Float16Module(transformer, module) if transformer.bf16 else module
+        wrapped.append(
+            DistributedDataParallel(
+                transformer, ddp, inner, disable_bucketing=index > 0, pg_collection=groups
+            )
+        )
+    optimizer = get_megatron_optimizer(
+        optimizer_config(config, cuda=cuda), wrapped, pg_collection=groups
+    )
+    transformer.finalize_model_grads_func = finalize_model_grads
+    transformer.grad_scale_func = optimizer.scale_loss
+    if cuda:
+        transformer.no_sync_func = [chunk.no_sync for chunk in wrapped]
+        if len(wrapped) == 1:
+            transformer.no_sync_func = wrapped[0].no_sync
+    return TrainState(model, wrapped, optimizer, make_schedule(config, optimizer))
+
+
+def optimizer_config(config: RunConfig, *, cuda: bool) -> OptimizerConfig:
+    """AdamW with LLaMA's betas (arXiv 2302.13971, section 2.3), sharded over data parallelism."""
+    bf16 = config.train.precision == "bf16"
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=config.optimizer.lr,
+        min_lr=config.optimizer.min_lr,
+        weight_decay=config.optimizer.weight_decay,
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        adam_eps=1e-8,
+        clip_grad=config.optimizer.clip_grad,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=True,
+        overlap_param_gather=cuda,
+    )
+
+
+def make_schedule(config: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    """Linear warm-up to ``lr``, then cosine decay to ``min_lr`` at the last step."""
+    settings = config.optimizer
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=settings.warmup_steps,
+        lr_decay_steps=max(config.train.steps, 1),
+        lr_decay_style="cosine",
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=max(config.train.steps, 1),
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )

@@ -1,0 +1,189 @@
+"""One optimizer step, and one pass without: Megatron-Core's schedules over our batches.
+
+Shape letters of this module:
+
+    B  micro_batch_size   S  sequence of this cp rank   L  layers   E  num_moe_experts
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from torch import Tensor
+
+from megatron_moe.config.run import RunConfig
+from megatron_moe.data.batches import Batch
+from megatron_moe.model.build import Model
+from megatron_moe.model.loss import make_output_processor
+from megatron_moe.model.router import CountingRouter
+from megatron_moe.train.state import TrainState
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Numbers of one step, the same on every rank and under every layout."""
+
+    lm_loss: float
+    """Cross entropy, nats per token, over the tokens of the global batch."""
+    load_balancing_loss: float
+    """Before its coefficient, mean over MoE layers and micro-batches; 1 is perfect balance."""
+    grad_norm: float
+    chosen_LE: Tensor
+    """Tokens that chose each expert, before any was dropped, by MoE layer."""
+    kept_L: Tensor
+    """Choices that no capacity limit dropped."""
+    entropy_L: Tensor
+    """Mean over tokens of the entropy of the router's softmax over all experts, nats."""
+
+
+def train_step(
+    state: TrainState, batches: list[Batch], config: RunConfig, groups: ProcessGroupCollection
+) -> StepResult:
+    """Forward and backward over this rank's micro-batches, then one update of the weights."""
+    for chunk in state.wrapped:
+        chunk.zero_grad_buffer()
+    state.optimizer.zero_grad()
+    losses = run_schedule(state.wrapped, batches, config, state.model, groups, forward_only=False)
+    _, grad_norm, _ = state.optimizer.step()
+    state.schedule.step(increment=1)
+    state.step += 1
+    state.samples += config.train.global_batch_size
+    return _reduce(state.model, losses, float(grad_norm), len(batches), groups)
+
+
+@torch.no_grad()
+def mean_loss(
+    modules: list[Any],
+    batches: list[Batch],
+    config: RunConfig,
+    model: Model,
+    groups: ProcessGroupCollection,
+) -> float:
+    """Cross entropy in nats per token over the ranks' batches; changes nothing."""
+    for module in modules:
+        module.eval()
+    losses = run_schedule(modules, batches, config, model, groups, forward_only=True)
+    for module in modules:
+        module.train()
+    total = _sum_losses(losses, model).to(_device(model))
+    dist.all_reduce(total)
+    return float(total[0] / total[1])
+
+
+def run_schedule(
+    modules: list[Any],
+    batches: list[Batch],
+    config: RunConfig,
+    model: Model,
+    groups: ProcessGroupCollection,
+    *,
+    forward_only: bool,
+) -> list[Tensor]:
+    """Take the micro-batches through the pipeline.
+
+    Returns:
+        On the last stage, for each micro-batch, the sum of its losses and its number of tokens,
+        on this dp and cp rank; elsewhere an empty list.
+    """
+    process = make_output_processor(vocab_size=model.spec.vocab_size, tp_group=groups.tp)
+    iterators = [iter(batches) for _ in modules]  # each chunk of a pipeline rank sees all of them
+    return get_forward_backward_func()(
+        forward_step_func=partial(_forward_step, process, _device(model)),
+        data_iterator=iterators if len(modules) > 1 else iterators[0],
+        model=modules if len(modules) > 1 else modules[0],
+        num_microbatches=len(batches),
+        seq_length=config.data.seq_length,
+        micro_batch_size=config.train.micro_batch_size,
+        forward_only=forward_only,
+    )
+
+
+def _forward_step(
+    process: Any, device: torch.device, batches: Iterator[Batch], module: Any
+) -> tuple[Tensor, Any]:
+    batch = next(batches).map(lambda x: x.to(device, non_blocking=True))
+    output = module(
+        batch.tokens_BS,
+        batch.position_ids_BS,
+        None,
+        labels=batch.labels_BS,
+        output_processor=process,
+    )
+    return output, partial(_loss, batch.loss_mask_BS)
+
+
+def _loss(loss_mask_BS: Tensor, losses_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum that is differentiated, its number of tokens, and both for the report.
+
+    Megatron-Core divides the gradient by the tokens of the whole global batch, so a step does not
+    depend on how the batch is cut into micro-batches, dp and cp ranks.
+    """
+    total = (losses_BS.float() * loss_mask_BS).sum()
+    tokens = loss_mask_BS.sum()
+    return total, tokens.int(), torch.stack([total.detach(), tokens])
+
+
+def _sum_losses(losses: list[Tensor], model: Model) -> Tensor:
+    """Sum of losses and of tokens of this rank, ``(2,)``, zero where another rank counts them."""
+    if not losses or model.tp_rank:
+        return torch.zeros(2, dtype=torch.float64)
+    return torch.stack(losses).double().sum(dim=0).cpu()
+
+
+def _reduce(
+    model: Model,
+    losses: list[Tensor],
+    grad_norm: float,
+    num_micro_batches: int,
+    groups: ProcessGroupCollection,
+) -> StepResult:
+    """Bring the ranks' numbers together in one sum over the world.
+
+    Losses exist on the last stage and a layer's numbers on its stage; tokens are split over dp, cp
+    and, under sequence parallelism, tp: so every number is a plain sum over all ranks.
+    """
+    num_layers, num_experts = model.spec.num_layers, model.transformer.num_moe_experts
+    assert num_experts is not None
+    chosen_LE = torch.zeros(num_layers, num_experts, dtype=torch.float64)
+    kept_L, entropy_L, aux_L = (torch.zeros(num_layers, dtype=torch.float64) for _ in range(3))
+    for chunk in model.chunks:
+        for router in chunk.module.modules():
+            if isinstance(router, CountingRouter):
+                layer = router.layer_number - 1
+                chosen_E, sums = router.take_counts()
+                chosen_LE[layer] = chosen_E.cpu()
+                kept_L[layer], entropy_L[layer] = sums.tolist()
+    tracker = get_moe_metrics_tracker()
+    if (entry := tracker.metrics.get("load_balancing_loss")) is not None:
+        aux_L = entry.values.double().cpu() / num_micro_batches
+    tracker.clear()
+
+    packed = torch.cat([_sum_losses(losses, model), kept_L, entropy_L, aux_L, chosen_LE.flatten()])
+    packed = packed.to(_device(model))
+    dist.all_reduce(packed)
+    totals, kept_L, entropy_L, aux_L, chosen = packed.cpu().split(
+        [2, num_layers, num_layers, num_layers, num_layers * num_experts]
+    )
+    chosen_LE = chosen.view(num_layers, num_experts)
+    moe = chosen_LE.sum(dim=1) > 0
+    tokens_L = chosen_LE[moe].sum(dim=1) / model.transformer.moe_router_topk
+    return StepResult(
+        lm_loss=float(totals[0] / totals[1]),
+        load_balancing_loss=float(aux_L[moe].mean()) / groups.dp.size(),
+        grad_norm=grad_norm,
+        chosen_LE=chosen_LE[moe],
+        kept_L=kept_L[moe],
+        entropy_L=entropy_L[moe] / tokens_L,
+    )
+
+
+def _device(model: Model) -> torch.device:
+    return next(model.modules[0].parameters()).device
