@@ -6,6 +6,7 @@ Shape letters: ``T`` tokens.
 from __future__ import annotations
 
 import struct
+from bisect import bisect_left
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +26,13 @@ _PROBE_TOKENS = 4096
 class TokenStream:
     """All documents of a token file, one after the other, read by position from a memory map."""
 
-    def __init__(self, prefix: Path, *, vocab_size: int) -> None:
+    def __init__(self, prefix: Path, *, vocab_size: int, documents: slice = slice(None)) -> None:
         """Open the pair ``prefix.bin``, ``prefix.idx``.
 
         Args:
             prefix: Path of the pair without its suffixes.
             vocab_size: Rows of the model's embedding; ids must be below.
+            documents: The consecutive documents that make up the stream.
 
         Raises:
             DataError: A file is missing, truncated or no token file, or holds ids out of range.
@@ -38,9 +40,12 @@ class TokenStream:
         self.prefix = prefix
         self.vocab_size = vocab_size
         self._dataset = _open(prefix)
-        self.num_tokens = int(self._dataset.sequence_lengths.sum(dtype=np.int64))
-        self.num_documents = len(self._dataset.document_indices) - 1
+        self._itemsize = np.dtype(self._dataset.index.dtype).itemsize
         self._check_size()
+        first, last, _ = documents.indices(len(self._dataset.document_indices) - 1)
+        self._first_token = self._start_of(first)
+        self.num_tokens = self._start_of(last) - self._first_token
+        self.num_documents = last - first
         for start in np.linspace(0, max(0, self.num_tokens - _PROBE_TOKENS), _PROBES, dtype=int):
             self.read(int(start), min(_PROBE_TOKENS, self.num_tokens))
 
@@ -50,10 +55,9 @@ class TokenStream:
         Raises:
             DataError: An id is not below ``vocab_size``.
         """
-        dtype = self._dataset.index.dtype
         # The builder writes documents back to back, so a position in the stream is a byte offset.
         tokens_T = self._dataset.bin_reader.read(
-            dtype, count, start * np.dtype(dtype).itemsize
+            self._dataset.index.dtype, count, (self._first_token + start) * self._itemsize
         ).astype(np.int64)
         bad_T = (tokens_T < 0) | (tokens_T >= self.vocab_size)
         if bad_T.any():
@@ -65,15 +69,54 @@ class TokenStream:
             )
         return tokens_T
 
+    def _start_of(self, document: int) -> int:
+        """Token at which ``document`` begins; for the one after the last, the end of the file."""
+        sequence = int(self._dataset.document_indices[document])
+        if sequence == len(self._dataset):
+            return self._tokens_in_file()
+        return int(self._dataset.index.sequence_pointers[sequence]) // self._itemsize
+
+    def _tokens_in_file(self) -> int:
+        return int(self._dataset.sequence_lengths.sum(dtype=np.int64))
+
     def _check_size(self) -> None:
-        expected = self.num_tokens * np.dtype(self._dataset.index.dtype).itemsize
+        expected = self._tokens_in_file() * self._itemsize
         found = Path(f"{self.prefix}.bin").stat().st_size
         if found != expected:
             raise DataError(
                 f"{self.prefix}.bin has {found} bytes, but its index promises {expected}: "
-                f"{self.num_tokens} tokens.\n  the copy was cut short, or the two files do not "
-                "belong together"
+                f"{self._tokens_in_file()} tokens.\n  the copy was cut short, or the two files do "
+                "not belong together"
             )
+
+
+def split_documents(
+    prefix: Path, *, vocab_size: int, validation_fraction: float
+) -> tuple[TokenStream, TokenStream]:
+    """A token file in two, for training and validation, cut where a document begins.
+
+    The validation part is the last ``validation_fraction`` of the tokens, less the end of the
+    document that the cut falls into. Text that is sorted (by date, by source) should be shuffled
+    before it is tokenized, or the end will not speak for the whole.
+
+    Raises:
+        DataError: One of the two would be empty.
+    """
+    whole = TokenStream(prefix, vocab_size=vocab_size)
+    cut = bisect_left(
+        range(whole.num_documents),
+        round(whole.num_tokens * (1 - validation_fraction)),
+        key=whole._start_of,
+    )
+    if not 0 < cut < whole.num_documents:
+        raise DataError(
+            f"{prefix} has {whole.num_documents} documents, and none begins in its last "
+            f"{validation_fraction:.2%}: no document is left for validation, or none for training"
+        )
+    return (
+        TokenStream(prefix, vocab_size=vocab_size, documents=slice(cut)),
+        TokenStream(prefix, vocab_size=vocab_size, documents=slice(cut, None)),
+    )
 
 
 def _open(prefix: Path) -> IndexedDataset:

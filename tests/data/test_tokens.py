@@ -2,16 +2,19 @@
 
 import json
 import os
+import tempfile
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 from megatron_moe.data import documents, tokens
-from megatron_moe.data.stream import TokenStream
+from megatron_moe.data.stream import TokenStream, split_documents
 from megatron_moe.data.tokenizer import load_tokenizer
 from megatron_moe.data.tokens import prepare_tokens
 from megatron_moe.errors import DataError
@@ -160,3 +163,32 @@ def test_a_broken_pair_is_refused(tmp_path: Path, bpe_folder: Path):
     index.unlink()
     with pytest.raises(DataError, match="idx does not exist"):
         prepare(prefix, bpe_folder)
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=3), min_size=2, max_size=12),
+    st.floats(0.01, 0.99),
+)
+def test_a_split_loses_no_document_and_cuts_none(lengths: list[list[int]], fraction: float):
+    """Documents of several sequences each; tokens count up, so a token is its own position."""
+    with tempfile.TemporaryDirectory() as folder:
+        prefix, token, starts = Path(folder) / "pair", 0, []
+        builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
+        for document in lengths:
+            starts.append(token)
+            for length in document:
+                builder.add_item(torch.arange(token, token + length))
+                token += length
+            builder.end_document()
+        builder.finalize(f"{prefix}.idx")
+        wanted = next((s for s in starts if s >= round(token * (1 - fraction))), None)
+        if not wanted:
+            with pytest.raises(DataError, match="no document is left for validation"):
+                split_documents(prefix, vocab_size=token, validation_fraction=fraction)
+            return
+        training, validation = split_documents(
+            prefix, vocab_size=token, validation_fraction=fraction
+        )
+        assert training.read(0, training.num_tokens).tolist() == list(range(wanted))
+        assert validation.read(0, validation.num_tokens).tolist() == list(range(wanted, token))
+        assert training.num_documents + validation.num_documents == len(lengths)
