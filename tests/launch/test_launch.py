@@ -1,0 +1,246 @@
+"""The launch scripts, run with stand-ins for what they start: argv and environment are recorded."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LOCAL, SLURM = ROOT / "launch" / "local.sh", ROOT / "launch" / "slurm.sbatch"
+SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), SLURM])
+GPU_SETTINGS = {
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+    "NCCL_NVLS_ENABLE": "0",
+}
+RECORDER = """\
+#!{python}
+import json, os, sys
+with open({calls!r}, "a") as calls:
+    calls.write(json.dumps([sys.argv, dict(os.environ)]) + "\\n")
+{then}
+"""
+
+
+class Stage:
+    """A folder with a configuration, and a PATH on which some commands are stand-ins."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.calls_file = folder / "calls.jsonl"
+        self.bin = folder / "bin"
+        self.bin.mkdir()
+        self.config = folder / "run.yaml"
+        self.config.touch()
+        self.env = {"PATH": f"{self.bin}:/usr/bin:/bin", "HOME": str(folder)}
+
+    def recorder(self, then: str = "") -> str:
+        return RECORDER.format(python=sys.executable, calls=str(self.calls_file), then=then)
+
+    def stand_in(self, name: str, then: str = "") -> Path:
+        path = self.bin / name
+        path.write_text(self.recorder(then))
+        path.chmod(0o755)
+        return path
+
+    def calls(self, name: str) -> list[tuple[list[str], dict[str, str]]]:
+        if not self.calls_file.exists():
+            return []
+        found = [json.loads(line) for line in self.calls_file.read_text().splitlines()]
+        return [(argv[1:], env) for argv, env in found if Path(argv[0]).name == name]
+
+    def run(self, *command: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [str(part) for part in command],
+            env=self.env,
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Stage:
+    return Stage(tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shellcheck_finds_nothing(script: Path):
+    result = subprocess.run(
+        ["shellcheck", "-x", script], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout
+
+
+class TestLocal:
+    def argv(self, stage: Stage, **env: str) -> tuple[list[str], dict[str, str]]:
+        stage.env |= {"PYTHON": str(stage.stand_in("python"))} | env
+        result = stage.run(LOCAL, stage.config, "train.steps=3", "run.dir=a b")
+        assert result.returncode == 0, result.stderr
+        (call,) = stage.calls("python")
+        return call
+
+    def expected(self, stage: Stage, ranks: int) -> list[str]:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        train = ["-m", "megatron_moe", "train", str(stage.config), "train.steps=3", "run.dir=a b"]
+        return [*torchrun, *train]
+
+    def test_one_rank_a_gpu(self, stage: Stage):
+        stage.stand_in("nvidia-smi", "print('GPU 0: x\\nGPU 1: y\\nGPU 2: z')")
+        argv, env = self.argv(stage)
+        assert argv == self.expected(stage, 3)
+        assert env.items() >= GPU_SETTINGS.items()
+
+    @pytest.mark.parametrize(
+        ("visible", "ranks"), [("0,5", 2), ("GPU-8a1b", 1), ("", 1), ("-1", 1)]
+    )
+    def test_hidden_gpus_get_no_rank(self, stage: Stage, visible: str, ranks: int):
+        stage.stand_in("nvidia-smi", "print('GPU 0: x\\n' * 8)")
+        argv, env = self.argv(stage, CUDA_VISIBLE_DEVICES=visible)
+        assert argv == self.expected(stage, ranks)
+        assert ("NCCL_NVLS_ENABLE" in env) == (visible not in ("", "-1"))
+
+    @pytest.mark.parametrize("driver", [None, "sys.exit(9)"], ids=["no driver", "broken driver"])
+    def test_cpu_ranks_without_gpu_settings(self, stage: Stage, driver: str | None):
+        if driver:
+            stage.stand_in("nvidia-smi", driver)
+        argv, env = self.argv(stage, RANKS="4")
+        assert argv == self.expected(stage, 4)
+        assert not env.keys() & GPU_SETTINGS.keys()
+
+    def test_what_is_set_stays(self, stage: Stage):
+        _, env = self.argv(stage, CUDA_VISIBLE_DEVICES="0", NCCL_NVLS_ENABLE="1")
+        assert env["NCCL_NVLS_ENABLE"] == "1"
+
+    def test_torchrun_starts_the_entry_point_on_every_rank(self, stage: Stage):
+        package = stage.folder / "path" / "megatron_moe"
+        package.mkdir(parents=True)
+        (package / "__init__.py").touch()
+        (package / "__main__.py").write_text(stage.recorder())
+        stage.env |= {"PYTHON": sys.executable, "RANKS": "2", "PYTHONPATH": str(package.parent)}
+        result = stage.run(LOCAL, stage.config, "run.seed=1")
+        assert result.returncode == 0, result.stderr
+        calls = stage.calls("__main__.py")
+        assert [argv for argv, _ in calls] == [["train", str(stage.config), "run.seed=1"]] * 2
+        assert sorted(env["RANK"] for _, env in calls) == ["0", "1"]
+        for _, env in calls:
+            assert (env["WORLD_SIZE"], env["LOCAL_WORLD_SIZE"]) == ("2", "2")
+            assert env["LOCAL_RANK"] == env["RANK"]
+            assert env["MASTER_ADDR"]
+            assert env["MASTER_PORT"]
+
+    def test_no_configuration_is_two_kinds_of_message(self, stage: Stage):
+        usage = stage.run(LOCAL)
+        assert (usage.returncode, "launch/local.sh CONFIG.yaml" in usage.stdout) == (2, True)
+        missing = stage.run(LOCAL, "no.yaml")
+        assert (missing.returncode, "no such configuration: no.yaml" in missing.stderr) == (2, True)
+
+
+@pytest.fixture
+def job(stage: Stage) -> Stage:
+    """What SLURM gives the script of a job of 2 nodes with 8 GPUs each."""
+    (stage.folder / "launch").symlink_to(ROOT / "launch")
+    stage.stand_in("srun")
+    stage.stand_in("scontrol", "print('node17\\nnode18')")
+    stage.env |= {
+        "SLURM_SUBMIT_DIR": str(stage.folder),
+        "SLURM_JOB_ID": "123456",
+        "SLURM_JOB_NODELIST": "node[17-18]",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_NTASKS": "16",
+        "SLURM_CPUS_PER_TASK": "12",
+    }
+    return stage
+
+
+class TestSlurm:
+    train = ("-m", "megatron_moe", "train", "run.yaml", "train.steps=3", "run.dir=a b")
+    srun = ("--kill-on-bad-exit=1", "--cpus-per-task=12")
+
+    def argv(self, job: Stage, **env: str) -> tuple[list[str], dict[str, str]]:
+        job.env |= env
+        result = job.run(SLURM, "run.yaml", "train.steps=3", "run.dir=a b")
+        assert result.returncode == 0, result.stderr
+        (call,) = job.calls("srun")
+        return call
+
+    def test_one_task_a_gpu_that_meets_at_the_first_node(self, job: Stage):
+        argv, env = self.argv(job)
+        assert argv == [*self.srun, "python", *self.train]
+        assert env["MASTER_ADDR"] == "node17"
+        assert 20000 <= int(env["MASTER_PORT"]) < 40000
+        assert env.items() >= GPU_SETTINGS.items()
+        assert job.calls("scontrol")[0][0] == ["show", "hostnames", "node[17-18]"]
+
+    def test_the_virtual_environment_of_the_repository_is_found(self, job: Stage):
+        python = job.folder / ".venv" / "bin" / "python"
+        python.parent.mkdir(parents=True)
+        python.symlink_to(sys.executable)
+        argv, _ = self.argv(job)
+        assert argv == [*self.srun, ".venv/bin/python", *self.train]
+
+    def test_a_container_sees_the_repository_and_the_mounts(self, job: Stage):
+        argv, _ = self.argv(job, CONTAINER="moe.sqsh", MOUNTS="/data,/scratch")
+        here = str(job.folder)
+        assert argv == [
+            *self.srun,
+            "--container-image=moe.sqsh",
+            f"--container-workdir={here}",
+            f"--container-mounts={here}:{here},/data,/scratch",
+            "python",
+            *self.train,
+        ]
+
+    def test_a_failed_step_fails_the_job(self, job: Stage):
+        job.stand_in("srun", "sys.exit(3)")
+        assert job.run(SLURM, "run.yaml").returncode == 3
+
+    def test_the_signal_before_the_time_limit_requeues(self, job: Stage):
+        job.stand_in("srun", "import time; time.sleep(3); sys.exit(5)")
+        process = subprocess.Popen([SLURM, "run.yaml"], env=job.env, cwd=job.folder)
+        wait_until(lambda: bool(job.calls("srun")))
+        process.send_signal(signal.SIGUSR1)
+        wait_until(lambda: len(job.calls("scontrol")) == 2)
+        assert job.calls("scontrol")[1][0] == ["requeue", "123456"]
+        assert process.wait(timeout=30) == 5  # stayed with its step until that ended
+
+    @pytest.mark.parametrize(
+        ("remove", "config", "message"),
+        [
+            ("launch", "run.yaml", "submit from the root of the repository"),
+            ("nothing", "no.yaml", "no such configuration: no.yaml"),
+        ],
+    )
+    def test_mistakes_stop_before_srun(self, job: Stage, remove: str, config: str, message: str):
+        (job.folder / remove).unlink(missing_ok=True)
+        result = job.run(SLURM, config)
+        assert (result.returncode, message in result.stderr) == (2, True)
+        assert job.calls("srun") == []
+
+    def test_sbatch_directives_ask_for_what_the_script_relies_on(self):
+        lines = SLURM.read_text().splitlines()
+        directives = [line for line in lines if line.startswith("#SBATCH")]
+        assert {
+            "#SBATCH --requeue",
+            "#SBATCH --signal=B:USR1@120",
+            "#SBATCH --ntasks-per-node=8",
+            "#SBATCH --gpus-per-node=8",
+        } <= set(directives)
+        # sbatch stops reading directives at the first command.
+        first_command = next(i for i, line in enumerate(lines) if line and line[0] != "#")
+        assert all(lines.index(directive) < first_command for directive in directives)
+
+
+def wait_until(condition, seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
