@@ -23,6 +23,14 @@ class Gpu:
     """To other nodes, one direction: one adapter a GPU."""
     gpus_per_node: int = 8
 
+    @property
+    def usable_gib(self) -> float:
+        """What a prediction may fill."""
+        return self.hbm_gib * (1 - HEADROOM)
+
+
+HEADROOM = 0.05
+"""Part of the memory left free: estimates of activations are no better than that."""
 
 GPUS: dict[str, Gpu] = {
     gpu.name: gpu

@@ -7,13 +7,12 @@ router, all-to-all over ep, all-gather over etp, experts, and back. Letters as i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 from megatron_moe.plan.activations import local_tokens
 from megatron_moe.plan.calibration import Calibration
 from megatron_moe.plan.hardware import Gpu
 from megatron_moe.plan.kernels import ZERO, Kernels, Seconds
-from megatron_moe.plan.network import Group, Links, groups_of
+from megatron_moe.plan.network import Links, group_of
 from megatron_moe.plan.shape import MoeShape
 from megatron_moe.plan.workload import Degrees, Workload
 
@@ -40,7 +39,6 @@ class Machine:
         return Links(self.gpu, self.calibration.link_efficiency)
 
 
-@lru_cache(maxsize=4096)
 def layer_seconds(
     shape: MoeShape, work: Workload, degrees: Degrees, machine: Machine, *, routes: bool
 ) -> Parts:
@@ -79,10 +77,11 @@ def _again(
 
 def total(parts: list[Parts]) -> Parts:
     """Sum of several things' times, part by part."""
-    return {
-        name: sum((p.get(name, ZERO) for p in parts), ZERO)
-        for name in dict.fromkeys(name for p in parts for name in p)
-    }
+    summed: Parts = {}
+    for one in parts:
+        for name, seconds in one.items():
+            summed[name] = summed[name] + seconds if name in summed else seconds
+    return summed
 
 
 def _attention(
@@ -118,9 +117,8 @@ def _experts(
     local = shape.num_moe_experts // degrees.ep
     rows = local_tokens(shape, work, degrees).expert_rows
     received = rows / degrees.etp
-    groups = groups_of(degrees)
-    exchange = links.all_to_all(groups["ep"], received * d * work.bytes_per_value)
-    gather = links.gather(groups["etp"], rows * d * work.bytes_per_value)
+    exchange = links.all_to_all(group_of("ep", degrees), received * d * work.bytes_per_value)
+    gather = links.gather(group_of("etp", degrees), rows * d * work.bytes_per_value)
     # Permute and unpermute pass 3.5 times over the rows; with several local experts, sorting
     # chunks by expert and back passes 4 times more. Backward passes are the same.
     permute = kernels.elementwise(received * d, forward=3.5, backward=3.5)
@@ -155,7 +153,7 @@ def _ffn(
 
 def _sequence_parallel(total_bytes: float, degrees: Degrees, links: Links) -> Seconds:
     """Forward an all-gather and a reduce-scatter; backward both, and the input gathered again."""
-    once = links.gather(Group(degrees.tp, 1), total_bytes)
+    once = links.gather(group_of("tp", degrees), total_bytes)
     return Seconds(2 * once, 3 * once)
 
 
@@ -165,7 +163,7 @@ def _exchange_kv(
     """Keys and values round the cp ring; backward their gradients too. Attention hides most."""
     kv_bytes = 2 * shape.kv_width / degrees.tp * work.bytes_per_value
     kv_bytes *= work.sequence_length * work.micro_batch_size
-    once = links.gather(groups_of(degrees)["cp"], kv_bytes)
+    once = links.gather(group_of("cp", degrees), kv_bytes)
     return _overlapped(Seconds(once, 2 * once), behind=attention)
 
 

@@ -17,17 +17,15 @@ from megatron_moe.plan.shape import MoeShape, dense_shape
 class MoeKeys:
     """Under which keys an architecture's config.json says what Megatron-Core calls otherwise."""
 
-    num_experts: str
     expert_size: str
     qkv_bias: bool = False
     qk_layernorm: bool = False
 
 
 KEYS_OF_ARCHITECTURE: dict[str, MoeKeys] = {
-    "MixtralForCausalLM": MoeKeys("num_local_experts", "intermediate_size"),
-    "OlmoeForCausalLM": MoeKeys("num_experts", "intermediate_size", qk_layernorm=True),
-    "Qwen2MoeForCausalLM": MoeKeys("num_experts", "moe_intermediate_size", qkv_bias=True),
-    "Qwen3MoeForCausalLM": MoeKeys("num_experts", "moe_intermediate_size", qk_layernorm=True),
+    "MixtralForCausalLM": MoeKeys("intermediate_size"),
+    "Qwen2MoeForCausalLM": MoeKeys("moe_intermediate_size", qkv_bias=True),
+    "Qwen3MoeForCausalLM": MoeKeys("moe_intermediate_size", qk_layernorm=True),
 }
 
 
@@ -66,6 +64,8 @@ def _moe_shape(config: Mapping[str, Any], keys: MoeKeys) -> MoeShape:
     heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
     shared = config.get("shared_expert_intermediate_size") or 0
     every = config.get("decoder_sparse_step", 1)
+    # transformers 5 writes num_local_experts, 4 wrote num_experts for all but Mixtral.
+    experts = "num_local_experts" if "num_local_experts" in config else "num_experts"
     dense = set(config.get("mlp_only_layers") or ())
     return MoeShape(
         num_layers=layers,
@@ -81,7 +81,7 @@ def _moe_shape(config: Mapping[str, Any], keys: MoeKeys) -> MoeShape:
         tied_embeddings=config.get("tie_word_embeddings", False),
         qkv_bias=keys.qkv_bias,
         qk_layernorm=keys.qk_layernorm,
-        num_moe_experts=config[keys.num_experts],
+        num_moe_experts=config[experts],
         moe_router_topk=config["num_experts_per_tok"],
         moe_ffn_hidden_size=config[keys.expert_size],
         shared_expert_size=shared,

@@ -75,15 +75,27 @@ class Links:
         return LATENCY_SECONDS * (1 if near == group.size else 2)
 
 
-def groups_of(degrees: Degrees) -> dict[str, Group]:
-    """The groups of a layout by axis; dense gradients are reduced over ``dp_cp``."""
+AXES = ("tp", "cp", "dp_cp", "pp", "etp", "ep", "edp")
+"""Groups that a layout communicates in; dense gradients are reduced over ``dp_cp``."""
+
+
+def group_of(axis: str, degrees: Degrees) -> Group:
+    """The groups of one axis of a layout."""
     d = degrees
-    return {
-        "tp": Group(d.tp, 1),
-        "cp": Group(d.cp, d.tp),
-        "dp_cp": Group(d.dp * d.cp, d.tp),
-        "pp": Group(d.pp, d.gpus // d.pp),
-        "etp": Group(d.etp, 1),
-        "ep": Group(d.ep, d.etp),
-        "edp": Group(d.edp, d.etp * d.ep),
-    }
+    match axis:
+        case "tp":
+            return Group(d.tp, 1)
+        case "cp":
+            return Group(d.cp, d.tp)
+        case "dp_cp":
+            return Group(d.dp * d.cp, d.tp)
+        case "etp":
+            return Group(d.etp, 1)
+        case "ep":
+            return Group(d.ep, d.etp)
+        case "edp":
+            return Group(d.edp, d.etp * d.ep)
+        case "pp":
+            return Group(d.pp, d.gpus // d.pp)
+        case _:
+            raise KeyError(axis)

@@ -4,19 +4,19 @@
          + (pp - 1) / vpp * slowest stage             pipeline fill and drain, interleaved
          + p2p + exposed gradient reduction and parameter gather + optimizer
 
-The slowest stage is usually the last: it holds the output layer and the loss.
+The slowest stage is the last: it holds the output layer and the loss, and the others wait for it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 from megatron_moe.parallel.shards import padded_vocabulary
 from megatron_moe.plan.flops import forward_flops, training_flops
 from megatron_moe.plan.kernels import HBM_EFFICIENCY, Kernels, Seconds
-from megatron_moe.plan.layer import EXPOSED, Machine, Parts, layer_seconds, total
-from megatron_moe.plan.network import groups_of
+from megatron_moe.plan.layer import EXPOSED, Machine, layer_seconds
+from megatron_moe.plan.network import group_of
 from megatron_moe.plan.parameters import rank_parameters
 from megatron_moe.plan.shape import MoeShape
 from megatron_moe.plan.workload import Degrees, Workload
@@ -44,19 +44,15 @@ class StepTime:
 def step_time(shape: MoeShape, work: Workload, degrees: Degrees, machine: Machine) -> StepTime:
     """Predict one step; the layout must be legal for the batch."""
     batches = work.micro_batches(degrees)
-    middle, last = _stage(shape, work, degrees, machine)
-    parts = {name: batches * seconds.both for name, seconds in middle.items()}
-    one, slowest = _sum(middle), _sum(last)
-    parts["last_stage"] = batches * (slowest - one)
+    layers, output = _model(shape, work, degrees, machine)
+    slowest = sum(layers.values()) / degrees.pp + output
+    parts = {name: batches * seconds / degrees.pp for name, seconds in layers.items()}
+    parts["output_layer"] = batches * output
     parts["bubble"] = (degrees.pp - 1) / degrees.vpp * slowest
     parts["pp"] = batches * _send(shape, work, degrees, machine)
     parts["dp"], parts["optimizer"] = _update(shape, work, degrees, machine)
     seconds = sum(parts.values())
-    flops = training_flops(
-        forward_flops(
-            shape, sequence_length=work.sequence_length, batch_size=work.global_batch_size
-        ).model
-    )
+    flops = work.global_batch_size * _sequence_flops(shape, work.sequence_length)
     tokens = work.sequence_length * work.global_batch_size
     return StepTime(
         step_seconds=seconds,
@@ -66,39 +62,41 @@ def step_time(shape: MoeShape, work: Workload, degrees: Degrees, machine: Machin
     )
 
 
-def _sum(parts: Parts) -> float:
-    return sum(seconds.both for seconds in parts.values())
+def least_seconds(shape: MoeShape, work: Workload, degrees: Degrees, machine: Machine) -> float:
+    """What no layout of the same tp, cp, ep, etp and micro-batch can be faster than.
+
+    One stage, so that nothing waits; no reduction, no optimizer; the output layer once.
+    """
+    batches = work.global_batch_size * degrees.tp * degrees.cp / degrees.gpus
+    layers, output = _model(shape, work, degrees, machine)
+    return batches / work.micro_batch_size * (sum(layers.values()) + output)
 
 
-def _stage(
+def _model(
     shape: MoeShape, work: Workload, degrees: Degrees, machine: Machine
-) -> tuple[Parts, Parts]:
-    """Time of one micro-batch in a stage's layers, and in the last stage with the output layer."""
-    # A layer takes as long whatever pp and dp are: a search meets few different layers.
-    ranks = degrees.tp * degrees.cp * degrees.ep * degrees.etp
-    one_stage = replace(degrees, gpus=ranks, pp=1, vpp=1)
-    kinds = ((True, shape.num_moe_layers), (False, shape.num_dense_layers))
-    layers = total(
-        [
-            {
-                name: _scale(seconds, count / degrees.pp)
-                for name, seconds in layer_seconds(
-                    shape, work, one_stage, machine, routes=routes
-                ).items()
-            }
-            for routes, count in kinds
-            if count
-        ]
-    )
-    return layers, total([layers, {"last_stage": _output_layer(shape, work, degrees, machine)}])
+) -> tuple[dict[str, float], float]:
+    """Forward and backward seconds of one micro-batch: all layers by part, and the output layer."""
+    # They take as long whatever pp and dp are: a search meets few different ones.
+    tp, cp, ep, etp = degrees.tp, degrees.cp, degrees.ep, degrees.etp
+    alone = Degrees(gpus=tp * cp * ep * etp, tp=tp, cp=cp, ep=ep, etp=etp)
+    return _one_stage(shape, work, alone, machine)
 
 
-def _scale(seconds: Seconds, times: float) -> Seconds:
-    return Seconds(seconds.forward * times, seconds.backward * times)
+@lru_cache(maxsize=16384)
+def _one_stage(
+    shape: MoeShape, work: Workload, degrees: Degrees, machine: Machine
+) -> tuple[dict[str, float], float]:
+    layers: dict[str, float] = {}
+    for routes, count in ((True, shape.num_moe_layers), (False, shape.num_dense_layers)):
+        if not count:
+            continue
+        for name, part in layer_seconds(shape, work, degrees, machine, routes=routes).items():
+            layers[name] = layers.get(name, 0.0) + count * part.both
+    return layers, _output_layer(shape, work, degrees, machine).both
 
 
 def _output_layer(shape: MoeShape, work: Workload, degrees: Degrees, machine: Machine) -> Seconds:
-    """Product with the vocabulary and the cross entropy, which passes over fp32 logits."""
+    """Product with the vocabulary, and a fused cross entropy that passes 6 times over bf16."""
     kernels = Kernels(machine.gpu, machine.calibration, work.bytes_per_value)
     columns = padded_vocabulary(shape.vocab_size, degrees.tp) // degrees.tp
     tokens = work.sequence_length * work.micro_batch_size / degrees.cp
@@ -110,7 +108,7 @@ def _send(shape: MoeShape, work: Workload, degrees: Degrees, machine: Machine) -
     """Seconds a micro-batch waits for activations and gradients from neighbouring stages."""
     tokens = work.sequence_length * work.micro_batch_size / (degrees.cp * degrees.tp)
     once = machine.links.send(
-        groups_of(degrees)["pp"], tokens * shape.hidden_size * work.bytes_per_value
+        group_of("pp", degrees), tokens * shape.hidden_size * work.bytes_per_value
     )
     return 2 * degrees.vpp * once * (EXPOSED if degrees.vpp > 1 else 1.0)
 
@@ -119,18 +117,23 @@ def _update(
     shape: MoeShape, work: Workload, degrees: Degrees, machine: Machine
 ) -> tuple[float, float]:
     """Exposed seconds of gradient reduction and parameter gather, and of the optimizer."""
-    groups = groups_of(degrees)
+    replicas, expert_replicas = group_of("dp_cp", degrees), group_of("edp", degrees)
     dense, experts = _stage_parameters(shape, degrees)
     links, value = machine.links, work.bytes_per_value
     communicate = sum(
         links.gather(group, params * 4) + links.gather(group, params * value)
-        for group, params in ((groups["dp_cp"], dense), (groups["edp"], experts))
+        for group, params in ((replicas, dense), (expert_replicas, experts))
     )
     # Gradients: zeroed, read for the norm. On the shard: gradient, master weight and two moments
     # read, three of them and the bf16 weight written.
-    shard = dense / groups["dp_cp"].size + experts / groups["edp"].size
+    shard = dense / replicas.size + experts / expert_replicas.size
     moved = 8 * (dense + experts) + 30 * shard
     return EXPOSED * communicate, moved / (machine.gpu.hbm_bytes_per_second * HBM_EFFICIENCY)
+
+
+@lru_cache
+def _sequence_flops(shape: MoeShape, sequence_length: int) -> int:
+    return training_flops(forward_flops(shape, sequence_length=sequence_length).model)
 
 
 @lru_cache(maxsize=4096)

@@ -49,6 +49,11 @@ class Degrees:
             f"dp{self.dp} edp{self.edp}"
         )
 
+    def to_json(self) -> dict[str, int]:
+        """Degrees by their short names, derived ones too."""
+        names = ("tp", "cp", "pp", "vpp", "ep", "etp", "dp", "edp")
+        return {name: getattr(self, name) for name in names}
+
     def parallel(self) -> Parallel:
         """The same as a configuration section."""
         return Parallel(
