@@ -191,6 +191,7 @@ class DenseCheckpoint:
                 into[window.into].copy_(values)
             else:
                 into.index_copy_(0, window.into.to(into.device), values.to(into.device, into.dtype))
+            del values  # unmapped before the next window is mapped
         self.bytes_read += into.numel() * info.dtype.itemsize
 
     def _find(self, name: str) -> TensorInfo:

@@ -84,8 +84,12 @@ def test_safetensors_reads_every_dtype_shape_and_the_metadata(tmp_path: Path):
         assert all(file.get_tensor(name).dtype == TENSORS[name].dtype for name in TENSORS)
 
 
-def test_a_strided_parameter_is_written_as_it_reads(tmp_path: Path):
-    weight = torch.nn.Parameter(torch.randn(6, 4)).T[1:3, ::2]
+@pytest.mark.parametrize(
+    "weight",
+    [torch.nn.Parameter(torch.randn(6, 4)).T[1:3, ::2], torch.nn.Parameter(torch.randn(8))[::2]],
+    ids=["matrix", "vector"],
+)
+def test_a_strided_parameter_is_written_as_it_reads(tmp_path: Path, weight: Tensor):
     with FolderWriter(tmp_path / "out", announced({"w": weight})) as writer:
         writer.write("w", weight)
     with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
