@@ -121,7 +121,10 @@ class Data(Section):
     """Tokens of one training sequence."""
 
     validation_path: Path | None = None
-    """Held-out text, in the forms of path; its loss is logged before and after training."""
+    """Held-out text, in the forms of path; its loss is logged before training and at checkpoints."""
+
+    validation_samples: Count = 64
+    """Sequences of the held-out text that are looked at, from its beginning."""
 
 
 class Train(Section):

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -41,6 +42,7 @@ def install() -> None:
     _replace_cuda_queries()
     _replace_cuda_literals()
     _replace_collectives()
+    _silence_remarks()
     _import_megatron_quietly()
     _replace_optimizer()
 
@@ -157,12 +159,14 @@ def _replace_collectives() -> None:
         )
 
     @functools.wraps(all_gather)
-    def all_gather_padded(tensor_list: list[Tensor], tensor: Tensor, **kwargs: Any) -> Any:
+    def all_gather_padded(
+        tensor_list: list[Tensor], tensor: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
         if _same_shape(tensor_list):
-            return all_gather(tensor_list, tensor, **kwargs)
+            return all_gather(tensor_list, tensor, *args, **kwargs)
         length = max(len(part) for part in tensor_list)
         padded = [tensor.new_empty((length, *tensor.shape[1:])) for _ in tensor_list]
-        all_gather(padded, _pad_rows(tensor, length), **kwargs)
+        all_gather(padded, _pad_rows(tensor, length), *args, **kwargs)
         for part, source in zip(tensor_list, padded, strict=True):
             part.copy_(source[: len(part)])
         return None
@@ -190,6 +194,18 @@ def _pad_rows(tensor: Tensor, length: int) -> Tensor:
     padded = tensor.new_zeros((length, *tensor.shape[1:]))
     padded[: len(tensor)] = tensor
     return padded
+
+
+def _silence_remarks() -> None:
+    """Leave out what Megatron-Core 0.19 makes torch 2.14 say, step after step."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    for message in (
+        r".*`?torch\.distributed\.\w+`? is deprecated",
+        r".*torch\.distributed\.nn\.functional",
+        "full scope is deprecated",
+        r"The \.grad attribute of a Tensor that is not a leaf",
+    ):
+        warnings.filterwarnings("ignore", message)
 
 
 def _import_megatron_quietly() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,13 @@ class TrainState:
     samples: int = 0
     """Sequences consumed: the place in the data, whatever the layout."""
 
+    @property
+    def learning_rate(self) -> float:
+        """What the last step used: the schedule has moved on already."""
+        at_last_step = copy(self.schedule)
+        at_last_step.num_steps = max(self.step - 1, 0)
+        return float(at_last_step.get_lr(self.optimizer.param_groups[0]))
+
 
 def make_state(
     config: RunConfig, model: Model, groups: ProcessGroupCollection, *, cuda: bool
@@ -59,7 +67,10 @@ def make_state(
             )
         )
     optimizer = get_megatron_optimizer(
-        optimizer_config(config, cuda=cuda), wrapped, pg_collection=groups
+        optimizer_config(config, cuda=cuda),
+        wrapped,
+        pg_collection=groups,
+        use_gloo_process_groups=False,
     )
     transformer.finalize_model_grads_func = finalize_model_grads
     transformer.grad_scale_func = optimizer.scale_loss

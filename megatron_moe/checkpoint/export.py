@@ -1,0 +1,245 @@
+"""From a checkpoint of any layout to a Hugging Face MoE folder, one tensor at a time.
+
+The name table is read right to left: for every row of every layer, the global tensor is loaded from
+the checkpoint (one expert of it where it has experts), cut into the tensors Hugging Face wants,
+and written. There is no model, Megatron's or transformers', and never more than one expert or one
+embedding in memory.
+
+Shape letters of this module:
+
+    D  hidden_size   M  neurons of one expert   E  num_moe_experts   V  vocab_size
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_moe.checkpoint import folder as folders
+from megatron_moe.checkpoint.global_tensors import GlobalTensors
+from megatron_moe.config.run import Moe, RunConfig
+from megatron_moe.errors import CheckpointError
+from megatron_moe.experts.plan import moe_layer_ids
+from megatron_moe.hf.names import (
+    MOE_NAMES,
+    ROWS,
+    Architecture,
+    Row,
+    Sharding,
+    dense_shapes,
+    has_row,
+)
+from megatron_moe.hf.spec import DenseSpec, read_spec
+from megatron_moe.hf.writer import FolderWriter
+
+
+def export_checkpoint(source: Path, out: Path) -> Architecture:
+    """Write the model of a checkpoint as a Hugging Face folder.
+
+    Args:
+        source: A run folder (its newest checkpoint is taken) or a checkpoint folder.
+        out: Folder to create: complete, or not there.
+
+    Returns:
+        The architecture that means the same as the trained model.
+
+    Raises:
+        CheckpointError: No checkpoint, no architecture that means the same, or ``out`` exists.
+    """
+    checkpoint = folders.find_checkpoint(source)
+    config, spec = folders.read_config(checkpoint), read_spec(checkpoint / "dense")
+    architecture = architecture_for(spec, config.moe)
+    entries = list(_entries(spec, config.moe, architecture))
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.train.precision]
+    announced = {
+        name: (shape, dtype)
+        for entry in entries
+        for name, shape in zip(entry.names, entry.shapes, strict=True)
+    }
+    with GlobalTensors(checkpoint) as tensors, FolderWriter(out, announced) as writer:
+        for entry in entries:
+            fused = tensors.read(entry.key, index=entry.expert, dtype=dtype)
+            for name, tensor in zip(entry.names, _cut(fused, entry, spec), strict=True):
+                writer.write(name, tensor)
+        hf_config = moe_config(spec, config, architecture, checkpoint / "dense" / "config.json")
+        writer.add_file("config.json", (json.dumps(hf_config, indent=2) + "\n").encode())
+        for file in sorted((checkpoint / "dense").iterdir()):
+            if file.name != "config.json":
+                writer.add_file(file.name, file)
+    return architecture
+
+
+def architecture_for(spec: DenseSpec, moe: Moe) -> Architecture:
+    """The Hugging Face architecture that computes what the trained model computes.
+
+    Raises:
+        CheckpointError: There is none; says why.
+    """
+    mixed = len(moe_layer_ids(moe, spec.num_layers)) < spec.num_layers
+    if spec.qkv_bias and not spec.qk_layernorm:
+        return "Qwen2MoeForCausalLM"
+    if spec.qk_layernorm:
+        return "Qwen3MoeForCausalLM"
+    if moe.router_order == "topk_softmax" and not mixed:
+        return "MixtralForCausalLM"
+    what = "dense layers between MoE layers" if mixed else "moe.router_order (softmax_topk)"
+    raise CheckpointError(
+        f"no Hugging Face architecture means the same as a {spec.family} model with {what}: "
+        "Mixtral routes in every layer and renormalises; Qwen2-MoE wants biases on q, k and v; "
+        "Qwen3-MoE wants norms on q and k.\n"
+        "  use moe.router_order=topk_softmax and moe.moe_layers=all, or keep the checkpoint"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One global tensor (or one expert of it) and the Hugging Face tensors it becomes."""
+
+    key: str
+    expert: int | None
+    row: Row
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+
+def _entries(spec: DenseSpec, moe: Moe, architecture: Architecture) -> Iterator[_Entry]:
+    routed = set(moe_layer_ids(moe, spec.num_layers))
+    for row in ROWS:
+        if not has_row(row.role, spec):
+            continue
+        if "{layer}" not in row.megatron[0]:
+            yield _entry(row, row.hf, spec, moe, layer=None, moe_layer=False)
+            continue
+        moe_role = row.role in MOE_NAMES[architecture]
+        names = MOE_NAMES[architecture][row.role] if moe_role else row.hf
+        for layer in range(spec.num_layers):
+            if moe_role and layer not in routed:
+                continue
+            if row.role in ("fc1", "fc2") and layer in routed:
+                continue
+            experts = range(moe.num_moe_experts) if row.role.startswith("expert") else (None,)
+            for expert in experts:
+                yield _entry(
+                    row, names, spec, moe, layer=layer, moe_layer=layer in routed, expert=expert
+                )
+
+
+def _entry(
+    row: Row,
+    names: tuple[str, ...],
+    spec: DenseSpec,
+    moe: Moe,
+    *,
+    layer: int | None,
+    moe_layer: bool,
+    expert: int | None = None,
+) -> _Entry:
+    return _Entry(
+        key=checkpoint_key(row, layer=layer, moe_layer=moe_layer),
+        expert=expert,
+        row=row,
+        names=tuple(name.format(layer=layer, expert=expert) for name in names),
+        shapes=_hf_shapes(row, spec, moe),
+    )
+
+
+def checkpoint_key(row: Row, *, layer: int | None, moe_layer: bool) -> str:
+    """Megatron-Core's global name of a row: Transformer Engine's, experts numbered by an axis.
+
+    >>> from megatron_moe.hf.names import ROW_OF_ROLE
+    >>> checkpoint_key(ROW_OF_ROLE["expert_fc1"], layer=3, moe_layer=True)
+    'decoder.layers.3.mlp.experts.experts.linear_fc1.weight'
+    """
+    template = row.megatron[-1]
+    if row.role == "ffn_norm" and moe_layer:
+        template = row.megatron[0]  # a module of its own there, not fused into a linear layer
+    if row.role.startswith("expert"):
+        template = row.megatron[-1].replace("experts.", "experts.experts.").replace("{expert}", "")
+    return template.format(layer=layer)
+
+
+def _hf_shapes(row: Row, spec: DenseSpec, moe: Moe) -> tuple[tuple[int, ...], ...]:
+    hidden, size = spec.hidden_size, moe.moe_ffn_hidden_size or spec.ffn_hidden_size
+    match row.role:
+        case "router":
+            return ((moe.num_moe_experts, hidden),)
+        case "expert_fc1":
+            return ((size, hidden), (size, hidden))
+        case "expert_fc2":
+            return ((hidden, size),)
+        case role:
+            return dense_shapes(role, spec)
+
+
+def _cut(fused: Tensor, entry: _Entry, spec: DenseSpec) -> list[Tensor]:
+    """A Megatron tensor as the Hugging Face tensors it fuses."""
+    match entry.row.sharding:
+        case Sharding.VOCABULARY:
+            return [fused[: spec.vocab_size]]
+        case Sharding.GATED:
+            return list(fused.chunk(2))
+        case Sharding.QKV:
+            heads = spec.num_attention_heads // spec.num_query_groups
+            sizes = [heads * spec.kv_channels, spec.kv_channels, spec.kv_channels]
+            groups = fused.unflatten(0, (spec.num_query_groups, sum(sizes)))
+            return [part.flatten(0, 1) for part in groups.split(sizes, dim=1)]
+        case _:
+            return [fused]
+
+
+def moe_config(
+    spec: DenseSpec, config: RunConfig, architecture: Architecture, dense_config: Path
+) -> dict[str, Any]:
+    """``config.json`` of the exported model: the dense model's, with its experts."""
+    moe = config.moe
+    size = moe.moe_ffn_hidden_size or spec.ffn_hidden_size
+    dense = json.loads(dense_config.read_text())
+    kept = {key: value for key, value in dense.items() if key not in _DENSE_ONLY}
+    common = {
+        **kept,
+        "architectures": [architecture],
+        "head_dim": spec.kv_channels,
+        "num_experts_per_tok": moe.moe_router_topk,
+        "router_aux_loss_coef": moe.moe_aux_loss_coeff,
+        "output_router_logits": False,
+        "dtype": {"fp32": "float32", "bf16": "bfloat16"}[config.train.precision],
+        "sliding_window": None,
+    }
+    if architecture == "MixtralForCausalLM":
+        return {
+            **common,
+            "model_type": "mixtral",
+            "intermediate_size": size,
+            "num_local_experts": moe.num_moe_experts,
+        }
+    routed = set(moe_layer_ids(moe, spec.num_layers))
+    qwen = {
+        **common,
+        "model_type": "qwen2_moe" if architecture.startswith("Qwen2") else "qwen3_moe",
+        "num_experts": moe.num_moe_experts,
+        "moe_intermediate_size": size,
+        "norm_topk_prob": moe.router_order == "topk_softmax",
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [layer for layer in range(spec.num_layers) if layer not in routed],
+        "use_sliding_window": False,
+    }
+    if architecture == "Qwen2MoeForCausalLM":
+        # Qwen2-MoE always has a shared expert: one of no neurons adds exactly zero.
+        qwen |= {"shared_expert_intermediate_size": 0, "qkv_bias": True}
+    return qwen
+
+
+_DENSE_ONLY = frozenset(
+    {
+        "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "mlp_bias",
+        "pretraining_tp", "sliding_window", "use_sliding_window", "max_window_layers",
+        "layer_types", "attention_bias",
+    }
+)  # fmt: skip
+"""Keys that say what kind of dense model it was, or that the MoE's config sets itself."""

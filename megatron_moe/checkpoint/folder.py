@@ -1,0 +1,138 @@
+"""Checkpoint folders on disk: names, which is newest, which go. No tensors here.
+
+run.dir/checkpoints/step_00000010/    complete, or not there: it is renamed into place
+run.dir/checkpoints/latest            the newest name, replaced in one step
+.../step_00000010/checkpoint.json     step, samples, plan hash, layout
+.../step_00000010/config.yaml         the run's resolved configuration
+.../step_00000010/dense/              config.json and tokenizer of the dense model
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_moe.config.load import load
+from megatron_moe.config.run import RunConfig
+from megatron_moe.errors import CheckpointError
+
+_STEP = re.compile(r"step_(\d{8,})")
+DENSE_FILES = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",
+               "added_tokens.json", "vocab.json", "merges.txt", "chat_template*")  # fmt: skip
+"""What of a dense folder makes the export complete: everything but the weights."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """What checkpoint.json says."""
+
+    step: int
+    samples: int
+    plan_hash: str
+    world_size: int
+    precision: str
+
+
+def step_folder(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of ``step`` lies."""
+    return run_dir / "checkpoints" / f"step_{step:08d}"
+
+
+def newest(run_dir: Path) -> Path | None:
+    """The newest complete checkpoint of a run; None when it has none yet."""
+    pointer = run_dir / "checkpoints" / "latest"
+    if not pointer.exists():
+        return None
+    folder = pointer.parent / pointer.read_text().strip()
+    if not (folder / "checkpoint.json").exists():
+        raise CheckpointError(
+            f"{pointer} names {folder.name}, but {folder} is not a complete checkpoint.\n"
+            f"  name another in {pointer}, or remove {pointer} to start the run anew"
+        )
+    return folder
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that a run folder or a checkpoint folder means.
+
+    Raises:
+        CheckpointError: Neither.
+    """
+    if (path / "checkpoint.json").exists():
+        return path
+    found = newest(path)
+    if found is None:
+        raise CheckpointError(
+            f"{path} is neither a checkpoint (no checkpoint.json) nor a run with one "
+            "(no checkpoints/latest)"
+        )
+    return found
+
+
+def read_progress(folder: Path) -> Progress:
+    """What checkpoint.json of a complete checkpoint says."""
+    try:
+        return Progress(**json.loads((folder / "checkpoint.json").read_text()))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder / 'checkpoint.json'} is damaged: {error}") from error
+
+
+def read_config(folder: Path) -> RunConfig:
+    """The configuration of the run that wrote the checkpoint."""
+    return load(RunConfig, folder / "config.yaml")
+
+
+def start_folder(final: Path) -> Path:
+    """An empty folder beside ``final`` to write into; leftovers of a killed save go first."""
+    partial = final.with_name(f".{final.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def describe(partial: Path, progress: Progress, config_yaml: str, dense_folder: Path) -> None:
+    """Write the small files of a checkpoint."""
+    (partial / "config.yaml").write_text(config_yaml)
+    (partial / "dense").mkdir()
+    for pattern in DENSE_FILES:
+        for file in dense_folder.glob(pattern):
+            shutil.copyfile(file, partial / "dense" / file.name)
+    (partial / "checkpoint.json").write_text(json.dumps(asdict(progress), indent=2) + "\n")
+
+
+def publish(partial: Path, final: Path) -> None:
+    """Make a written checkpoint count: to the disk, to its name, to ``latest``, in this order."""
+    for file in sorted(partial.rglob("*")):
+        _fsync(file)
+    _fsync(partial)
+    shutil.rmtree(final, ignore_errors=True)  # a resumed run saves a step that it saved before
+    partial.rename(final)
+    pointer = final.parent / "latest"
+    staged = pointer.with_name(".latest.partial")
+    staged.write_text(final.name + "\n")
+    _fsync(staged)
+    staged.replace(pointer)
+    _fsync(final.parent)
+
+
+def prune(run_dir: Path, keep: int) -> list[Path]:
+    """Remove all but the ``keep`` newest checkpoints; returns what went."""
+    folders = sorted(
+        folder for folder in (run_dir / "checkpoints").iterdir() if _STEP.fullmatch(folder.name)
+    )
+    gone = folders[:-keep]
+    for folder in gone:
+        shutil.rmtree(folder)
+    return gone
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,107 @@
+"""Whole tensors, or one expert of them, out of a sharded checkpoint, without the job that wrote it.
+
+Megatron-Core's ``torch_dist`` format is torch's distributed checkpoint: ``.metadata`` says where
+every chunk of every global tensor lies. Reading a part reads only the chunks that it meets.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
+
+from megatron_moe.errors import CheckpointError
+
+
+class GlobalTensors:
+    """Opens a checkpoint folder for reading; ``with`` closes its files.
+
+    Raises:
+        CheckpointError: The folder holds no readable ``.metadata``.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: dict[str, BinaryIO] = {}
+        try:
+            self._metadata = FileSystemReader(folder).read_metadata()
+        except Exception as error:
+            raise CheckpointError(f"cannot read {folder / '.metadata'}: {error}") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def read(self, key: str, *, index: int | None, dtype: torch.dtype) -> Tensor:
+        """One global tensor; with ``index`` only that slice of its first axis, the axis dropped.
+
+        Raises:
+            CheckpointError: No such tensor, or its chunks do not cover it.
+        """
+        stored = self._metadata.state_dict_metadata.get(key)
+        if not isinstance(stored, TensorStorageMetadata):
+            raise CheckpointError(f"{self._folder} holds no tensor {key}")
+        shape = tuple(stored.size) if index is None else tuple(stored.size[1:])
+        result, filled = torch.empty(shape, dtype=dtype), 0
+        for chunk in stored.chunks:
+            first = chunk.offsets[0] if chunk.offsets else 0
+            if index is not None and not first <= index < first + chunk.sizes[0]:
+                continue
+            part, place = self._load(key, chunk), _place(chunk)
+            if index is not None:
+                part, place = part[index - first], place[1:]
+            target = result[place]
+            target.copy_(part[tuple(slice(size) for size in target.shape)])
+            filled += target.numel()
+        if filled != result.numel():
+            raise CheckpointError(
+                f"{key} in {self._folder} has {filled} of its {result.numel()} numbers"
+            )
+        return result
+
+    def _load(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
+        assert self._metadata.storage_data is not None
+        where = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
+        file = self._files.get(where.relative_path)
+        if file is None:
+            file = self._files[where.relative_path] = self._open(where.relative_path)
+        file.seek(where.offset)
+        try:
+            return torch.load(io.BytesIO(file.read(where.length)), weights_only=True)
+        except Exception as error:
+            raise CheckpointError(
+                f"{self._folder / where.relative_path} is damaged at {key}: {error}"
+            ) from error
+
+    def _open(self, relative_path: str) -> BinaryIO:
+        if Path(relative_path).name != relative_path:
+            raise CheckpointError(f"{self._folder / '.metadata'} points out of its folder")
+        try:
+            return (self._folder / relative_path).open("rb")
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self._folder / relative_path}: {error}") from error
+
+
+def _place(chunk: ChunkStorageMetadata) -> tuple[slice, ...]:
+    return tuple(
+        slice(offset, offset + size)
+        for offset, size in zip(chunk.offsets, chunk.sizes, strict=True)
+    )

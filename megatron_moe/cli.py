@@ -1,0 +1,119 @@
+"""The command line: arguments to a configuration and a story; user errors without a traceback.
+
+Heavy imports wait inside the commands, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_moe.config.load import load
+from megatron_moe.config.run import RunConfig
+from megatron_moe.errors import ConfigError, UserError
+from megatron_moe.hf.spec import read_spec
+from megatron_moe.parallel.legality import check
+
+app = typer.Typer(
+    help="Turn a dense Llama-family checkpoint into a Mixture-of-Experts, online on every rank, "
+    "and continue its pre-training.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The run's YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[key.path=value ...]", help="Settings that win over the file, e.g. train.steps=20."
+    ),
+]
+
+
+@app.command()
+def train(
+    config_file: ConfigFile,
+    overrides: Overrides = None,
+    ranks: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Start this many ranks on this machine. Not under torchrun or SLURM."
+        ),
+    ] = None,
+) -> None:
+    """Upcycle a dense checkpoint and continue its pre-training.
+
+    One command for every scale: with --ranks it starts local ranks itself; under torchrun or SLURM
+    it joins the job. Started again with the same run.dir, it resumes from the newest checkpoint.
+
+    Example: megatron-moe train configs/demo.yaml train.steps=20 --ranks 4
+    """
+    config = load(RunConfig, config_file, overrides or [])
+    spec = read_spec(config.dense.path)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+    from megatron_moe.device.world import (
+        joined,
+        place_from_environment,
+        resolve_device,
+        run_local_ranks,
+    )
+
+    place = place_from_environment()
+    if place is not None and ranks is not None:
+        raise ConfigError(
+            f"--ranks ({ranks}) is for starting ranks on this machine, but torchrun or SLURM has "
+            f"started {place.size} already: leave --ranks away"
+        )
+    check(config, spec, place.size if place is not None else ranks or 1)
+    device = resolve_device(config.run.device)
+    config.run.dir.mkdir(parents=True, exist_ok=True)
+    if place is None:
+        run_local_ranks(partial(_train, config), ranks=ranks or 1, device=device)
+    else:
+        with joined(place, device) as world:
+            _train(config, world)
+
+
+def _train(config: RunConfig, world: object) -> None:
+    from megatron_moe import commands
+
+    commands.train(config, world)  # type: ignore[arg-type]
+
+
+@app.command()
+def export(
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run.dir, or one checkpoint in it."),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write; must not exist yet.")],
+) -> None:
+    """Write a checkpoint as a Hugging Face MoE folder that transformers and vLLM load.
+
+    Reads a checkpoint of any layout expert by expert, on one process, without building a model.
+
+    Example: megatron-moe export runs/demo --out runs/demo/hf
+    """
+    from megatron_moe.checkpoint.export import export_checkpoint
+
+    export_checkpoint(source, out)
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    try:
+        app()
+    except UserError as error:
+        kind = type(error).__name__
+        for line in str(error).splitlines():
+            head = "" if line.startswith(" ") else f"{kind}: "
+            print(head + line, file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,252 @@
+"""The stories: one function a command, one line a stage. Read this second, after config/run.py."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_moe.checkpoint.folder import newest
+from megatron_moe.checkpoint.sharded import restore, save
+from megatron_moe.config.load import dump
+from megatron_moe.config.run import RunConfig
+from megatron_moe.data.batches import Batch, micro_batches, slice_for_context_parallel
+from megatron_moe.data.batches import validation_batches as read_validation
+from megatron_moe.data.texts import Texts, open_texts
+from megatron_moe.device.memory import held_bytes, peak_bytes, reset_peak
+from megatron_moe.device.peak import Peak, device_peak
+from megatron_moe.device.world import World
+from megatron_moe.experts.plan import ExpertPlan, make_expert_plan
+from megatron_moe.hf.names import dense_tensors
+from megatron_moe.hf.reader import DenseCheckpoint, open_dense_checkpoint
+from megatron_moe.log import StepProgress, console
+from megatron_moe.model.build import Model, build_model
+from megatron_moe.model.receipt import gather_receipt, rank_receipt, write_receipt
+from megatron_moe.model.upcycle import check_coverage, upcycle
+from megatron_moe.model.verify import Agreement, compare_with_dense, verify_length
+from megatron_moe.parallel.groups import create_groups
+from megatron_moe.parallel.layout import ParallelLayout
+from megatron_moe.plan.flops import forward_flops, training_flops
+from megatron_moe.plan.shape import upcycled_shape
+from megatron_moe.train.loop import Hook, Numbers, run_loop
+from megatron_moe.train.metrics import MetricsWriter, step_numbers
+from megatron_moe.train.state import TrainState, make_state
+from megatron_moe.train.step import StepResult, mean_loss, train_step
+
+VERIFY_UP_TO_PARAMETERS = 1_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What every stage after the process groups needs to know."""
+
+    config: RunConfig
+    world: World
+    layout: ParallelLayout
+    groups: ProcessGroupCollection
+
+    def say(self, text: str) -> None:
+        """Tell the operator, once."""
+        if self.world.rank == 0:
+            console.print(text)
+
+
+def train(config: RunConfig, world: World) -> None:
+    """Turn the dense checkpoint into a Mixture-of-Experts and continue its pre-training.
+
+    Runs on every rank; `legality.check` has passed the configuration. A run that has a checkpoint
+    goes on from its newest one and takes nothing from the dense weights.
+    """
+    # fmt: off
+    cuda = world.device.type == "cuda"
+    layout, groups = create_groups(config.parallel, seed=config.run.seed)  # who holds what
+    job = Job(config, world, layout, groups)
+    resume_from = newest(config.run.dir)
+    dense = open_dense_checkpoint(config.dense.path)                       # 1. read
+    dense.check_tensors(dict(dense_tensors(dense.spec)))
+    plan = make_expert_plan(dense.spec, config.moe, config.upcycle)        # 2. which neurons go where
+    texts = open_texts(config, vocab_size=dense.spec.vocab_size)           # 3. data
+    _announce(job, dense, plan)
+    if resume_from is None:
+        model = _upcycled_model(job, dense, plan, texts, cuda=cuda)        # 4. filled online
+    else:
+        model = build_model(config, dense.spec, layout=layout, groups=groups, rank=world.rank, cuda=cuda)
+    state = make_state(config, model, groups, cuda=cuda)
+    if resume_from is not None:
+        restore(state, resume_from, groups, plan_hash=plan.hash, precision=config.train.precision)
+        job.say(f"resumed {resume_from} at step {state.step}")
+    # fmt: on
+    _continue_pretraining(job, state, plan, texts)  # 5. train, validate, save
+
+
+def _upcycled_model(
+    job: Job, dense: DenseCheckpoint, plan: ExpertPlan, texts: Texts, *, cuda: bool
+) -> Model:
+    """Build the model, fill it from the dense checkpoint, verify it, and write the receipt."""
+    config, rank = job.config, job.world.rank
+    reset_peak()
+    held, start = held_bytes(), time.perf_counter()
+    model = build_model(
+        config, dense.spec, layout=job.layout, groups=job.groups, rank=rank, cuda=cuda
+    )
+    filled = upcycle(model, dense, plan, layout=job.layout, rank=rank)
+    mine = rank_receipt(
+        filled,
+        held_bytes_before=held,
+        peak_bytes=peak_bytes(),
+        seconds=time.perf_counter() - start,
+    )
+    tensors_used = check_coverage(filled, dense)
+    agreement = _verify(job, model, texts) if _wants_verification(config, dense) else None
+    receipt = gather_receipt(
+        mine,
+        tensors_used=tensors_used,
+        source_bytes=dense.source_bytes,
+        plan_hash=plan.hash,
+        method=plan.method,
+        agreement=agreement,
+    )
+    if rank == 0:
+        write_receipt(receipt, config.run.dir)
+    job.say(
+        f"upcycled {tensors_used} tensors in {receipt['seconds']:.1f} s; rank 0 read "
+        f"{mine.bytes_read / 2**20:.1f} MiB for its {mine.parameter_bytes / 2**20:.1f} MiB shard"
+    )
+    return model
+
+
+def _wants_verification(config: RunConfig, dense: DenseCheckpoint) -> bool:
+    if config.upcycle.verify == "auto":
+        parameters = sum(math.prod(tensor.shape) for tensor in dense.tensors.values())
+        return parameters <= VERIFY_UP_TO_PARAMETERS
+    return config.upcycle.verify == "always"
+
+
+def _verify(job: Job, model: Model, texts: Texts) -> Agreement:
+    config = job.config
+    length = verify_length(config.data.seq_length, tp=job.groups.tp.size(), cp=job.groups.cp.size())
+    sample = (texts.validation or texts.training).chunk(0)
+    tokens_S = torch.from_numpy(sample.ids_T[:length].copy())
+    agreement = compare_with_dense(model, config.dense.path, tokens_S, groups=job.groups)
+    job.say(
+        f"against the dense model on {agreement.tokens} tokens of text: max logit error "
+        f"{agreement.max_logit_error:.2e}, same next token at {agreement.argmax_agreement:.1%}"
+    )
+    return agreement
+
+
+def _continue_pretraining(job: Job, state: TrainState, plan: ExpertPlan, texts: Texts) -> None:
+    config = job.config
+    peak = device_peak(job.world.device, state.model.transformer.params_dtype)
+    job.say(f"MFU is of {peak.flops_per_second / 1e12:.3g} TFLOP/s ({peak.source})")
+    writer = MetricsWriter(config, resumed_step=state.step) if job.world.rank == 0 else None
+    resumed_step = state.step
+    if resumed_step == 0:
+        numbers: Numbers = {"step": 0}
+        _validate(job, state, texts, numbers)
+        if writer is not None:
+            writer.write(numbers)
+        if config.train.steps == 0:
+            _save(job, state, plan, numbers)
+
+    with StepProgress(total=config.train.steps, done=resumed_step, rank=job.world.rank) as progress:
+        run_loop(
+            state,
+            steps=config.train.steps,
+            take_step=partial(_take_step, job, state, texts),
+            describe=partial(_describe, job, state, peak),
+            hooks=[
+                Hook(1, progress.show),
+                Hook(config.checkpoint.interval, partial(_validate, job, state, texts)),
+                Hook(1, writer.write if writer is not None else _nothing),
+                Hook(config.checkpoint.interval, partial(_save, job, state, plan)),
+            ],
+        )
+    if writer is not None:
+        writer.close()
+
+
+def _take_step(job: Job, state: TrainState, texts: Texts) -> StepResult:
+    train_config = job.config.train
+    batches = micro_batches(
+        texts.training,
+        position=state.samples,
+        global_batch_size=train_config.global_batch_size,
+        micro_batch_size=train_config.micro_batch_size,
+        dp_rank=job.groups.dp.rank(),
+        dp_size=job.groups.dp.size(),
+    )
+    return train_step(state, _mine(job, batches), job.config, job.groups)
+
+
+def _mine(job: Job, batches: list[Batch]) -> list[Batch]:
+    cp = job.groups.cp
+    return [
+        slice_for_context_parallel(batch, cp_rank=cp.rank(), cp_size=cp.size()) for batch in batches
+    ]
+
+
+def _describe(
+    job: Job, state: TrainState, peak: Peak, result: StepResult, seconds: float
+) -> Numbers:
+    shape = upcycled_shape(state.model.spec, job.config.moe)
+    forward = forward_flops(shape, sequence_length=job.config.data.seq_length).model
+    return step_numbers(
+        result,
+        step=state.step,
+        samples=state.samples,
+        learning_rate=state.learning_rate,
+        seconds=seconds,
+        flops_per_sequence=training_flops(forward),
+        peak_flops=peak.flops_per_second,
+        config=job.config,
+    )
+
+
+def _validate(job: Job, state: TrainState, texts: Texts, numbers: Numbers) -> None:
+    """Add the loss on held-out text to the step's numbers."""
+    if texts.validation is None:
+        return
+    batches = read_validation(
+        texts.validation,
+        num_samples=job.config.data.validation_samples,
+        micro_batch_size=job.config.train.micro_batch_size,
+        dp_rank=job.groups.dp.rank(),
+        dp_size=job.groups.dp.size(),
+    )
+    loss = mean_loss(state.wrapped, _mine(job, batches), job.config, state.model, job.groups)
+    numbers["loss/validation"] = loss
+    job.say(f"step {state.step}: loss on held-out text {loss:.4f}")
+
+
+def _save(job: Job, state: TrainState, plan: ExpertPlan, numbers: Numbers) -> None:
+    start = time.perf_counter()
+    folder = save(state, job.config, job.groups, plan_hash=plan.hash)
+    job.say(f"saved {folder} in {time.perf_counter() - start:.1f} s")
+
+
+def _nothing(numbers: Numbers) -> None:
+    """What ranks that write no metrics do with them."""
+
+
+def _announce(job: Job, dense: DenseCheckpoint, plan: ExpertPlan) -> None:
+    """The resolved layout and plan, in the log and in run.dir/config.yaml."""
+    if job.world.rank == 0:
+        (job.config.run.dir / "config.yaml").write_text(dump(job.config))
+    attention = " x ".join(f"{a}{n}" for a, n in _grid(job.layout.attention))
+    experts = " x ".join(f"{a}{n}" for a, n in _grid(job.layout.experts))
+    job.say(
+        f"{job.world.size} ranks on {job.world.device.type}: attention {attention}, experts {experts}\n"
+        f"{dense.spec.family} with {dense.spec.num_layers} layers, {len(plan.moe_layers)} of them "
+        f"{plan.num_experts} experts by {plan.method!r}; plan {plan.hash[:12]}"
+    )
+
+
+def _grid(grid: Any) -> list[tuple[str, int]]:
+    return list(zip(grid.axes, grid.shape, strict=True))

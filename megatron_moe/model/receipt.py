@@ -1,0 +1,74 @@
+"""The receipt of an upcycling: what was read, by whom, at what cost, and how well it came out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_moe.model.upcycle import Filled
+from megatron_moe.model.verify import Agreement
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankReceipt:
+    """What upcycling took on one rank."""
+
+    rank: int
+    parameters: int
+    parameter_bytes: int
+    bytes_read: int
+    held_bytes_before: int
+    """Memory held before the model was built."""
+    peak_bytes: int
+    """Most memory held from then until every parameter was filled."""
+    seconds: float
+
+
+def rank_receipt(
+    filled: Filled, *, held_bytes_before: int, peak_bytes: int, seconds: float
+) -> RankReceipt:
+    """This rank's line."""
+    return RankReceipt(
+        rank=dist.get_rank(),
+        parameters=filled.parameters,
+        parameter_bytes=filled.parameter_bytes,
+        bytes_read=filled.bytes_read,
+        held_bytes_before=held_bytes_before,
+        peak_bytes=peak_bytes,
+        seconds=round(seconds, 3),
+    )
+
+
+def gather_receipt(
+    mine: RankReceipt,
+    *,
+    tensors_used: int,
+    source_bytes: int,
+    plan_hash: str,
+    method: str,
+    agreement: Agreement | None,
+) -> dict[str, Any]:
+    """The receipt of the whole run, on every rank, as receipt.json holds it."""
+    ranks: list[RankReceipt] = [mine] * dist.get_world_size()
+    dist.all_gather_object(ranks, mine)
+    return {
+        "method": method,
+        "plan_hash": plan_hash,
+        "tensors_covered": tensors_used,
+        "source_bytes": source_bytes,
+        "bytes_read": sum(rank.bytes_read for rank in ranks),
+        "seconds": max(rank.seconds for rank in ranks),
+        "verification": None if agreement is None else asdict(agreement),
+        "ranks": [asdict(rank) for rank in ranks],
+    }
+
+
+def write_receipt(receipt: dict[str, Any], run_dir: Path) -> None:
+    """Put receipt.json in its place in one step."""
+    staged = run_dir / ".receipt.partial"
+    staged.write_text(json.dumps(receipt, indent=2) + "\n")
+    staged.replace(run_dir / "receipt.json")

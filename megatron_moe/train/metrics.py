@@ -1,0 +1,156 @@
+"""Every number that leaves a run: its name, unit and reduction, here and nowhere else.
+
+=========================================  ============================================================
+loss/lm                                    nats per token over the global batch
+loss/load_balancing                        before its coefficient, mean over MoE layers; 1 is balance
+loss/validation                            nats per token over the held-out text
+grad_norm                                  before clipping, over all parameters
+learning_rate                              of the step just taken
+router/load_imbalance                      tokens of the busiest expert / mean, mean over MoE layers
+router/entropy                             nats, of the softmax over all experts, mean over tokens
+router/drop_rate                           choices dropped by capacity / all choices
+router/{load_imbalance,entropy,drop_rate}_by_layer   the same, a list over MoE layers
+throughput/tokens_per_second_per_gpu       tokens of the global batch / seconds / ranks
+throughput/tflops_per_gpu                  model FLOPs (plan/flops.py: full attention, no padding)
+throughput/mfu                             the same / the peak named in the receipt
+memory/peak_gib                            maximum over ranks; resident memory on CPU
+time/step_seconds                          wall time of the step, the slowest rank's
+tokens/seen                                since the run began
+=========================================  ============================================================
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_moe.config.run import RunConfig
+from megatron_moe.device.memory import peak_bytes
+from megatron_moe.train.step import StepResult
+
+GIB = 2**30
+Numbers = dict[str, Any]
+
+
+def step_numbers(
+    result: StepResult,
+    *,
+    step: int,
+    samples: int,
+    learning_rate: float,
+    seconds: float,
+    flops_per_sequence: float,
+    peak_flops: float,
+    config: RunConfig,
+) -> Numbers:
+    """The line of metrics.jsonl of one step; the same on every rank."""
+    slowest, most_bytes = _max_over_ranks(seconds, peak_bytes())
+    ranks = dist.get_world_size()
+    sequences = config.train.global_batch_size
+    achieved = flops_per_sequence * sequences / slowest / ranks
+    imbalance_L = result.chosen_LE.amax(dim=1) / result.chosen_LE.mean(dim=1)
+    drop_rate_L = 1 - result.kept_L / result.chosen_LE.sum(dim=1)
+    return {
+        "step": step,
+        "loss/lm": result.lm_loss,
+        "loss/load_balancing": result.load_balancing_loss,
+        "grad_norm": result.grad_norm,
+        "learning_rate": learning_rate,
+        "router/load_imbalance": float(imbalance_L.mean()),
+        "router/entropy": float(result.entropy_L.mean()),
+        "router/drop_rate": float(drop_rate_L.mean()),
+        "router/load_imbalance_by_layer": _rounded(imbalance_L),
+        "router/entropy_by_layer": _rounded(result.entropy_L),
+        "router/drop_rate_by_layer": _rounded(drop_rate_L),
+        "throughput/tokens_per_second_per_gpu": sequences
+        * config.data.seq_length
+        / slowest
+        / ranks,
+        "throughput/tflops_per_gpu": achieved / 1e12,
+        "throughput/mfu": achieved / peak_flops,
+        "memory/peak_gib": most_bytes / GIB,
+        "time/step_seconds": slowest,
+        "tokens/seen": samples * config.data.seq_length,
+    }
+
+
+def _max_over_ranks(*values: float) -> list[float]:
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    packed = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(packed, op=dist.ReduceOp.MAX)
+    return packed.tolist()
+
+
+def _rounded(values_L: Tensor) -> list[float]:
+    return [round(value, 6) for value in values_L.tolist()]
+
+
+class MetricsWriter:
+    """Appends to metrics.jsonl and, where asked for, to TensorBoard and Weights & Biases.
+
+    Open it on one rank. A run that resumes drops the lines of steps it will take again.
+    """
+
+    def __init__(self, config: RunConfig, *, resumed_step: int) -> None:
+        self._file = _reopen(config.run.dir / "metrics.jsonl", resumed_step)
+        self._tensorboard = None
+        self._wandb = None
+        if config.log.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(
+                str(config.run.dir / "tensorboard"), purge_step=resumed_step + 1
+            )
+        if config.log.wandb_project is not None:
+            import wandb
+
+            self._wandb = wandb.init(
+                project=config.log.wandb_project,
+                name=config.run.dir.name,
+                config=config.model_dump(mode="json"),
+                resume="allow",
+            )
+
+    def write(self, numbers: Mapping[str, Any]) -> None:
+        """One object; it is on disk when this returns."""
+        self._file.write(json.dumps(numbers) + "\n")
+        self._file.flush()
+        step = numbers["step"]
+        scalars = {k: v for k, v in numbers.items() if isinstance(v, int | float) and k != "step"}
+        if self._tensorboard is not None:
+            for name, value in scalars.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(scalars, step=step)
+
+    def close(self) -> None:
+        """Flush everything."""
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _reopen(path: Path, resumed_step: int) -> TextIO:
+    if path.exists():
+        lines = path.read_text().splitlines()
+        kept = [line for line in lines if _step_of(line) <= resumed_step]
+        staged = path.with_suffix(".partial")
+        staged.write_text("".join(line + "\n" for line in kept))
+        staged.replace(path)
+    return path.open("a")
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; a line cut short by a crash belongs to no step and goes."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return float("inf")
