@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from megatron_moe.parallel.shards import padded_vocabulary
 from megatron_moe.plan.activations import local_tokens, recomputed_layer, stage_activations
 from megatron_moe.plan.buffers import distributed_layout
-from megatron_moe.plan.parameters import rank_parameters, rank_tensors
+from megatron_moe.plan.parameters import LocalTensor, rank_parameters, rank_tensors
 from megatron_moe.plan.shape import MoeShape
 from megatron_moe.plan.workload import Degrees, Workload
 
@@ -104,11 +104,10 @@ def model_state(
     state_bytes = precision.moments + (precision.master if weight_bytes < 4 else 0)
     buffered = owned = 0
     for chunk_id, chunk in enumerate(rank_tensors(shape, degrees, pp_rank=pp_rank)):
-        for expert, replicas, place in (
-            (False, degrees.dp * degrees.cp, replica),
-            (True, degrees.edp, expert_replica),
+        for sizes, replicas, place in (
+            (_sizes(chunk, degrees, expert=False), degrees.dp * degrees.cp, replica),
+            (_sizes(chunk, degrees, expert=True), degrees.edp, expert_replica),
         ):
-            sizes = [tensor.numel for tensor in chunk if tensor.expert is expert]
             if not distributed_optimizer:
                 buffered += sum(sizes)
                 owned += sum(sizes)
@@ -122,6 +121,15 @@ def model_state(
         gradients=buffered * precision.gradient,
         optimizer=owned * state_bytes,
     )
+
+
+def _sizes(chunk: list[LocalTensor], degrees: Degrees, *, expert: bool) -> list[int]:
+    """Elements of the tensors in the buffer of one kind.
+
+    Experts have a buffer of their own only where their replicas are others than attention's.
+    """
+    apart = degrees.ep > 1 or degrees.etp != degrees.tp
+    return [tensor.numel for tensor in chunk if (tensor.expert and apart) is expert]
 
 
 def estimated_state(

@@ -123,19 +123,21 @@ def layer_tensors(shape: MoeShape, degrees: Degrees, *, layer: int) -> list[Loca
         "pre_mlp_layernorm.weight": d,
     }
     experts: dict[str, int] = {}
+    shared: dict[str, int] = {}
     if layer in shape.moe_layers:
         neurons = shape.moe_ffn_hidden_size // degrees.etp
         sizes["mlp.router.weight"] = shape.num_moe_experts * d
         for expert in range(shape.num_moe_experts // degrees.ep):
             experts[f"mlp.experts.linear_fc1.weight{expert}"] = 2 * neurons * d
             experts[f"mlp.experts.linear_fc2.weight{expert}"] = neurons * d
-        sizes |= _ffn("mlp.shared_experts.", d, shape.shared_expert_size // tp)
-        sizes["mlp.shared_experts.gate_weight"] = d * shape.shared_expert_gate
+        shared = _ffn("mlp.shared_experts.", d, shape.shared_expert_size // tp)
+        shared["mlp.shared_experts.gate_weight"] = d * shape.shared_expert_gate
     else:
         sizes |= _ffn("mlp.", d, shape.ffn_hidden_size // tp)
     return [
         *(LocalTensor(prefix + name, numel) for name, numel in sizes.items() if numel),
         *(LocalTensor(prefix + name, numel, expert=True) for name, numel in experts.items()),
+        *(LocalTensor(prefix + name, numel) for name, numel in shared.items() if numel),
     ]
 
 

@@ -24,7 +24,7 @@ LLAMA3_8B = LLAMA2_7B | {
 }
 
 
-def run_config(*, gbs=256, seq_length=8192, moe=None, **parallel) -> RunConfig:
+def run_config(*, gbs=256, seq_length=8192, moe=None, train=None, **parallel) -> RunConfig:
     return build(
         RunConfig,
         {
@@ -32,7 +32,7 @@ def run_config(*, gbs=256, seq_length=8192, moe=None, **parallel) -> RunConfig:
             "dense": {"path": "dense"},
             "moe": {"num_moe_experts": 8, "moe_expert_capacity_factor": 1.0} | (moe or {}),
             "data": {"path": "text", "seq_length": seq_length},
-            "train": {"steps": 1000, "global_batch_size": gbs},
+            "train": {"steps": 1000, "global_batch_size": gbs} | (train or {}),
             "parallel": parallel,
         },
     )
