@@ -1,135 +1,242 @@
-"""Documents of text files, a piece at a time, so that memory does not grow with the input.
+"""Documents of files, in blocks of about a mebibyte, so that memory does not grow with the input.
 
-A JSONL file holds one document a line, under the key ``text``. Any other file is one document of
-plain UTF-8. A document longer than `PIECE_CHARACTERS` comes in several pieces that are tokenized
-apart. They are cut between a letter or digit and the white space after it, where the byte-level
-BPEs of Llama 3, Qwen and GPT-2 never merge, so their ids do not change; SentencePiece, or a text
-without such a place, may differ by a token per cut.
+========================  ==================================================================
+``.jsonl .ndjson .json``  one document a line, under the key ``text`` or another
+``.parquet .arrow``       one document a row, in the column of that name; needs pyarrow
+anything else             the whole file is one document of plain UTF-8
+========================  ==================================================================
+
+Each but the second may be compressed (``.gz``, or ``.zst`` with the package zstandard). A reader
+can begin at any `Place` that an earlier block ended at.
 """
 
 from __future__ import annotations
 
 import codecs
-import json
+import gzip
+import importlib
+import io
 import re
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from megatron_moe.errors import DataError
 
-PIECE_CHARACTERS = 1 << 20
-JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
+BLOCK_SIZE = 1 << 20
+_ROWS = 256
+
+_LINE_SUFFIXES = (".jsonl", ".ndjson", ".json")
+_TABLE_SUFFIXES = (".parquet", ".arrow")
+_COMPRESSED_SUFFIXES = (".gz", ".zst")
+# What a folder is searched for: a README or a dataset_info.json beside the data is no document.
+_FOLDER_PATTERN = re.compile(r".*\.(jsonl|ndjson|parquet|arrow|txt)(\.gz|\.zst)?")
 
 _LAST_CUT = re.compile(r"(?s:.*)[^\W_](?=\s)")
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """Part of a document, in the order of the file."""
+class Place:
+    """How far into the inputs a reader has come."""
 
-    text: str
+    file: int = 0
+    """Index of the file."""
 
-    ends_document: bool
-    """The next piece belongs to the next document."""
+    offset: int = 0
+    """Bytes after decompression, or rows, of the file that are done."""
 
-    end_byte: int
-    """Bytes of the file read so far, for the progress bar."""
+    line: int = 0
+    """Lines or rows of the file that are done."""
+
+    read_bytes: int = 0
+    """Bytes of the file as it lies on disk, for the progress bar."""
 
 
-def read_pieces(path: Path) -> Iterator[Piece]:
-    """The non-empty documents of a text or JSONL file, piece by piece.
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Some consecutive documents of one file, or a part of one long document."""
+
+    path: Path
+
+    first_line: int
+    """Number of the first record, counted from 1."""
+
+    records: Sequence[bytes | str | None]
+    """JSON lines as bytes, or texts; None is a row without text."""
+
+    after: Place
+    """Where the next block begins."""
+
+    starts_document: bool = True
+    ends_document: bool = True
+
+
+def find_files(inputs: Sequence[Path]) -> list[Path]:
+    """The files among ``inputs``, and those in its folders, in the order of their names.
 
     Raises:
-        DataError: Not UTF-8, or a line that is not an object with a string ``text``; the message
-            opens with ``file:line``.
+        DataError: Something does not exist, or nothing is there.
     """
-    if path.suffix in JSONL_SUFFIXES:
-        yield from _jsonl_pieces(path)
-    else:
-        yield from _text_pieces(path)
+    files: list[Path] = []
+    for path in inputs:
+        if path.is_dir():
+            files += sorted(p for p in path.rglob("*") if _FOLDER_PATTERN.fullmatch(p.name))
+        elif path.exists():
+            files.append(path)
+        else:
+            raise DataError(f"there is no text at {path}")
+    if not files:
+        folders = ", ".join(map(str, inputs))
+        raise DataError(f"no .jsonl, .parquet, .arrow or .txt file (also .gz, .zst) in {folders}")
+    return files
 
 
-def parse_line(line: bytes) -> str:
-    """The text of one JSONL line.
+def read_blocks(files: Sequence[Path], *, text_key: str, start: Place) -> Iterator[Block]:
+    """The blocks of ``files`` from ``start`` on.
 
     Raises:
-        ValueError: Why the line is malformed, in words for the user.
+        DataError: A damaged file, a text file that is not UTF-8 (with ``file:line``), a table
+            without the column, a package that is not installed.
     """
-    try:
-        record = json.loads(line)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 at byte {error.start} of the line") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"must be an object with the key 'text', not {type(record).__name__}")
-    if "text" not in record:
-        raise ValueError(f"has no key 'text', only {', '.join(map(repr, sorted(record)))}")
-    if not isinstance(record["text"], str):
-        raise ValueError(f"'text' must be a string, not {type(record['text']).__name__}")
-    return record["text"]
+    for index, path in islice(enumerate(files), start.file, None):
+        place = start if index == start.file else Place(file=index)
+        yield from _file_blocks(path, place, text_key)
 
 
-def split_pieces(text: str, *, size: int = PIECE_CHARACTERS) -> Iterator[str]:
-    """``text`` in pieces of about ``size`` characters, cut where tokens do not cross."""
-    start = 0
+def split_pieces(text: str, *, size: int | None = None) -> Iterator[str]:
+    """``text`` in pieces of at most ``size`` characters (`BLOCK_SIZE`), to be tokenized apart.
+
+    They end between a letter or digit and the white space after it, where the byte-level BPEs of
+    Llama 3, Qwen and GPT-2 never merge, so the ids are those of the whole. With SentencePiece, or
+    in a text without such a place, they may differ by a token per cut.
+    """
+    size, start = size or BLOCK_SIZE, 0
     while len(text) - start > size:
-        end = _cut(text, start, start + size)
+        # One character more, for white space that stands right behind the piece.
+        found = _LAST_CUT.match(text, start, start + size + 1)
+        end = found.end() if found else start + size
         yield text[start:end]
         start = end
     yield text[start:]
 
 
-def _cut(text: str, start: int, end: int) -> int:
-    """Where to end the piece that begins at ``start``: the last good place up to ``end``."""
-    # One character more, for white space that stands right behind the piece.
-    found = _LAST_CUT.match(text, start, end + 1)
-    return found.end() if found else end
+def _file_blocks(path: Path, place: Place, text_key: str) -> Iterator[Block]:
+    suffixes = [s for s in path.suffixes if s not in _COMPRESSED_SUFFIXES]
+    suffix = suffixes[-1] if suffixes else ""
+    if suffix in _TABLE_SUFFIXES:
+        yield from _table_blocks(path, place, text_key)
+        return
+    blocks = _line_blocks if suffix in _LINE_SUFFIXES else _text_blocks
+    damages: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)
+    if path.suffix == ".zst":
+        damages += (_package("zstandard", path).ZstdError,)
+    try:
+        with path.open("rb") as raw:
+            yield from blocks(path, place, _decompressed(path, raw), raw)
+    except damages as error:
+        raise DataError(f"cannot read {path}: {error}") from error
 
 
-def _jsonl_pieces(path: Path) -> Iterator[Piece]:
-    end_byte = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            end_byte += len(line)
-            if not line.strip():
-                continue
-            try:
-                text = parse_line(line)
-            except ValueError as error:
-                raise DataError(f"{path}:{number}: {error}") from error
-            if text:
-                *head, tail = split_pieces(text)
-                yield from (Piece(piece, False, end_byte) for piece in head)
-                yield Piece(tail, True, end_byte)
+def _decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
+    if path.suffix == ".gz":
+        return io.BufferedReader(gzip.GzipFile(fileobj=raw))
+    if path.suffix == ".zst":
+        decompressor = _package("zstandard", path).ZstdDecompressor()
+        return io.BufferedReader(decompressor.stream_reader(raw, read_across_frames=True))
+    return raw
 
 
-def _text_pieces(path: Path) -> Iterator[Piece]:
-    held, end_byte = "", 0
-    for block in _decoded_blocks(path):
-        end_byte += len(block.encode())
-        *head, held = split_pieces(held + block)
-        yield from (Piece(piece, False, end_byte) for piece in head)
-    if held:
-        yield Piece(held, True, end_byte)
+def _line_blocks(path: Path, place: Place, stream: BinaryIO, raw: BinaryIO) -> Iterator[Block]:
+    _skip(stream, place.offset)
+    offset, line = place.offset, place.line
+    while lines := stream.readlines(BLOCK_SIZE):
+        first = line + 1
+        offset, line = offset + sum(map(len, lines)), line + len(lines)
+        yield Block(path, first, lines, Place(place.file, offset, line, raw.tell()))
 
 
-def _decoded_blocks(path: Path) -> Iterator[str]:
+def _text_blocks(path: Path, place: Place, stream: BinaryIO, raw: BinaryIO) -> Iterator[Block]:
+    _skip(stream, place.offset)
+    held, offset, line = "", place.offset, place.line
+    for text in _decoded(path, stream, line):
+        *pieces, held = split_pieces(held + text)
+        for piece in pieces:
+            first, starts = line + 1, offset == 0
+            offset, line = offset + len(piece.encode()), line + piece.count("\n")
+            after = Place(place.file, offset, line, raw.tell())
+            yield Block(path, first, [piece], after, starts_document=starts, ends_document=False)
+    after = Place(place.file + 1)
+    yield Block(path, line + 1, [held], after, starts_document=offset == 0)
+
+
+def _decoded(path: Path, stream: BinaryIO, line: int) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")()
-    line = 1
-    with path.open("rb") as file:
-        while block := file.read(PIECE_CHARACTERS):
-            if 0 in block:
-                number = line + block[: block.index(0)].count(b"\n")
-                raise DataError(f"{path}:{number}: a zero byte: this is a binary file, not text")
-            try:
-                yield decoder.decode(block)
-            except UnicodeDecodeError as error:
-                number = line + error.object[: error.start].count(b"\n")
-                raise DataError(f"{path}:{number}: not UTF-8: {error.reason}") from error
-            line += block.count(b"\n")
+    line += 1
+    while block := stream.read(BLOCK_SIZE):
+        if 0 in block:
+            number = line + block[: block.index(0)].count(b"\n")
+            raise DataError(f"{path}:{number}: a zero byte: this is a binary file, not text")
         try:
-            decoder.decode(b"", final=True)
+            yield decoder.decode(block)
         except UnicodeDecodeError as error:
-            raise DataError(f"{path}:{line}: the file ends inside a character") from error
+            number = line + error.object[: error.start].count(b"\n")
+            raise DataError(f"{path}:{number}: not UTF-8: {error.reason}") from error
+        line += block.count(b"\n")
+    if decoder.getstate()[0]:
+        raise DataError(f"{path}:{line}: not UTF-8: the file ends inside a character")
+
+
+def _table_blocks(path: Path, place: Place, text_key: str) -> Iterator[Block]:
+    batches = _record_batches(path, text_key)
+    size, row = path.stat().st_size, 0
+    for column, num_rows in batches:
+        row += len(column)
+        if row > place.offset:
+            done = Place(place.file, row, row, size * row // num_rows if num_rows else 0)
+            yield Block(path, row - len(column) + 1, column, done)
+
+
+def _record_batches(path: Path, text_key: str) -> Iterator[tuple[list[str | None], int]]:
+    """The text column in parts, each with the rows of the file (0 where nobody counted them)."""
+    arrow = _package("pyarrow", path)
+    try:
+        if path.suffix == ".parquet":
+            file = _package("pyarrow.parquet", path).ParquetFile(path)
+            _check_column(path, file.schema_arrow, text_key)
+            for batch in file.iter_batches(_ROWS, columns=[text_key]):
+                yield batch.column(0).to_pylist(), file.metadata.num_rows
+        else:
+            with arrow.memory_map(str(path)) as mapped:
+                reader = arrow.ipc.open_stream(mapped)
+                _check_column(path, reader.schema, text_key)
+                for batch in reader:
+                    yield batch.column(text_key).to_pylist(), 0
+    except arrow.ArrowException as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+
+
+def _check_column(path: Path, schema: Any, text_key: str) -> None:
+    if text_key not in schema.names:
+        raise DataError(f"{path} has no column {text_key!r}, only {', '.join(schema.names)}")
+    if str(schema.field(text_key).type) not in ("string", "large_string"):
+        kind = schema.field(text_key).type
+        raise DataError(f"{path}: column {text_key!r} must hold strings, not {kind}")
+
+
+def _skip(stream: BinaryIO, count: int) -> None:
+    # A compressed stream cannot seek; reading is right for all, and fast beside tokenizing.
+    while count > 0 and (skipped := stream.read(min(count, BLOCK_SIZE))):
+        count -= len(skipped)
+
+
+def _package(name: str, path: Path) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.partition(".")[0]
+        raise DataError(
+            f"{path} needs the package {package}, which is not installed.\n  pip install {package}"
+        ) from error

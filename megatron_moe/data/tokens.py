@@ -11,21 +11,12 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import numpy as np
-import torch
-from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-
-from megatron_moe.data.documents import Piece, read_pieces
-from megatron_moe.data.progress import ByteProgress
+from megatron_moe.data.corpus import tokenize_files
 from megatron_moe.data.stream import TokenStream
 from megatron_moe.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_moe.errors import DataError
-
-# Enough text at once to keep the tokenizer's threads busy, little enough to forget about.
-_BATCH_CHARACTERS = 4 << 20
 
 
 def prepare_tokens(path: Path, *, dense_folder: Path, vocab_size: int, cache_dir: Path) -> Path:
@@ -80,47 +71,6 @@ def _tokenize_into(path: Path, prefix: Path, tokenizer: Tokenizer) -> None:
     prefix.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=prefix.parent, prefix=".tokenizing-") as folder:
         unfinished = Path(folder) / "tokens"
-        total = path.stat().st_size
-        with ByteProgress(f"tokenize {path.name}", total_bytes=total) as progress:
-            written = write_tokens(unfinished, read_pieces(path), tokenizer, progress=progress)
-        if not written:
-            raise DataError(f"{path} holds no text")
-        for suffix in (".bin", ".idx"):
+        tokenize_files([path], unfinished, tokenizer)
+        for suffix in (".json", ".bin", ".idx"):
             os.replace(f"{unfinished}{suffix}", f"{prefix}{suffix}")
-
-
-def write_tokens(
-    prefix: Path, pieces: Iterable[Piece], tokenizer: Tokenizer, *, progress: ByteProgress
-) -> int:
-    """Write the token file ``prefix`` and return the number of tokens in it.
-
-    A document is one sequence of Megatron's index, or one per piece when it came in several, so
-    that memory does not grow with the longest document.
-    """
-    dtype = DType.optimal_dtype(tokenizer.vocab_size)
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
-    num_tokens = 0
-    for batch in _batched(pieces):
-        for piece, ids in zip(batch, tokenizer.encode_batch([p.text for p in batch]), strict=True):
-            if piece.ends_document:
-                ids = [*ids, tokenizer.eos_id]
-            num_tokens += len(ids)
-            builder.add_item(torch.from_numpy(np.asarray(ids, dtype=np.int64)))
-            if piece.ends_document:
-                builder.end_document()
-        progress.advance_to(batch[-1].end_byte)
-    builder.finalize(f"{prefix}.idx")
-    return num_tokens
-
-
-def _batched(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Runs of pieces with about `_BATCH_CHARACTERS` of text each."""
-    iterator = iter(pieces)
-    for first in iterator:
-        batch, characters = [first], len(first.text)
-        for piece in iterator:
-            batch.append(piece)
-            characters += len(piece.text)
-            if characters >= _BATCH_CHARACTERS:
-                break
-        yield batch

@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from megatron_moe.data import documents, tokens
 from megatron_moe.data.stream import TokenStream, split_documents
 from megatron_moe.data.tokenizer import load_tokenizer
 from megatron_moe.data.tokens import prepare_tokens
@@ -42,18 +41,19 @@ def test_jsonl_round_trip_through_megatron(tmp_path: Path, bpe_folder: Path):
     assert dataset.index.dtype == np.uint16
 
 
-def test_a_text_file_is_one_document_whose_pieces_change_no_id(
-    tmp_path: Path, bpe_folder: Path, library_files: list[Path], monkeypatch: pytest.MonkeyPatch
+def test_a_text_file_is_one_document_whose_blocks_change_no_id(
+    tmp_path: Path,
+    bpe_folder: Path,
+    library_files: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr(documents, "PIECE_CHARACTERS", 5_000)
-    monkeypatch.setattr(documents.split_pieces, "__kwdefaults__", {"size": 5_000})
-    monkeypatch.setattr(tokens, "_BATCH_CHARACTERS", 20_000)
+    monkeypatch.setattr("megatron_moe.data.documents.BLOCK_SIZE", 10_000)
     path = tmp_path / "library.txt"
-    path.write_text("".join(file.read_text() for file in library_files[:12]))
+    path.write_text("".join(file.read_text() for file in library_files[:6]))
+    assert path.stat().st_size > 50_000
     stream = TokenStream(prepare(path, bpe_folder), vocab_size=600)
     tokenizer = load_tokenizer(bpe_folder)
     assert stream.num_documents == 1
-    assert len(stream._dataset) > 20, "the text was meant to come in pieces"
     whole = [*tokenizer.encode(path.read_text()), tokenizer.eos_id]
     assert stream.read(0, stream.num_tokens).tolist() == whole
 
@@ -94,8 +94,8 @@ def test_jobs_that_race_leave_one_whole_pair(tmp_path: Path, bpe_folder: Path):
         job.join()
     assert len(found) == 4
     assert len(set(found)) == 1
-    names = sorted(file.name for file in (tmp_path / "cache").iterdir())
-    assert names == [f"{found[0].name}.bin", f"{found[0].name}.idx"]
+    names = {file.name for file in (tmp_path / "cache").iterdir()}
+    assert names == {f"{found[0].name}{suffix}" for suffix in (".bin", ".idx", ".json")}
     assert len(IndexedDataset(str(found[0]))) == 150
 
 
@@ -116,10 +116,10 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, bpe_folder: Path):
         ("a.jsonl", b'{"text": 3}\n', r"a.jsonl:1: 'text' must be a string, not int"),
         ("a.jsonl", b'["x"]\n', r"a.jsonl:1: must be an object with the key 'text', not list"),
         ("a.jsonl", b'{"text": "\xff"}\n', r"a.jsonl:1: not UTF-8 at byte 10"),
-        ("a.jsonl", b'{"text": ""}\n', r"a.jsonl holds no text"),
+        ("a.jsonl", b'{"text": ""}\n', r"a.jsonl holds no text: 1 empty"),
         ("a.txt", b"", r"a.txt holds no text"),
         ("a.txt", b"a\nb\xff\n", r"a.txt:2: not UTF-8: invalid start byte"),
-        ("a.txt", b"a\nb\xe6\xbc", r"a.txt:2: the file ends inside a character"),
+        ("a.txt", b"a\nb\xe6\xbc", r"a.txt:2: not UTF-8: the file ends inside a character"),
         ("a.txt", b"\x7fELF\n\x00", r"a.txt:2: a zero byte: this is a binary file"),
     ],
 )

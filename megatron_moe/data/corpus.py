@@ -1,0 +1,216 @@
+"""Files of text to one token file, on all cores, in the order of the input.
+
+The reader hands blocks of a mebibyte to worker processes and takes their ids back in order, so the
+result does not depend on the number of workers, and only a few blocks are in memory at a time. It
+does depend on everything in `Rules` and on the inputs; a run that was killed goes on where it last
+committed as long as these are the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from megatron.core.datasets.indexed_dataset import DType
+
+from megatron_moe.data.documents import Block, Place, find_files, read_blocks
+from megatron_moe.data.encode import Counts, Encoded, Rules, encode_block
+from megatron_moe.data.progress import ByteProgress
+from megatron_moe.data.tokenizer import Tokenizer
+from megatron_moe.data.writer import TokenWriter
+from megatron_moe.errors import DataError
+
+TAKE_ALL = Rules()
+
+_COMMIT_SECONDS = 5.0
+_BLOCKS_AHEAD = 3
+_DIGEST_BYTES = 16
+_SHOWN = 20
+
+
+@dataclass(frozen=True, slots=True)
+class CorpusReport:
+    """What was made of a corpus; also written to ``prefix.json``."""
+
+    counts: Counts
+
+    malformed: list[str]
+    """``file:line: reason`` of the first malformed records."""
+
+    seconds: float
+    """Time of the process that finished the file; it may have gone on from another."""
+
+    tokens_per_second: float
+    """Of that process alone."""
+
+
+def tokenize_files(
+    inputs: Sequence[Path],
+    prefix: Path,
+    tokenizer: Tokenizer,
+    *,
+    rules: Rules = TAKE_ALL,
+    workers: int = 1,
+    max_malformed: int = 0,
+) -> CorpusReport:
+    """Write the token file ``prefix.bin``, ``prefix.idx`` from ``inputs``.
+
+    Args:
+        inputs: Files of the forms in `documents.py`, and folders of such files.
+        prefix: The pair to write; nothing lies there until it is whole.
+        tokenizer: Whose ids; each document ends with its end-of-text id.
+        rules: Which documents are taken.
+        workers: Processes that tokenize. 1: this one, with the tokenizer's own threads.
+        max_malformed: Malformed records that are skipped and counted before it is an error.
+
+    Returns:
+        Counts and speed.
+
+    Raises:
+        DataError: No input, damaged input, more malformed records than ``max_malformed``, no text
+            at all, or a token file at ``prefix`` already.
+    """
+    if Path(f"{prefix}.idx").exists():
+        raise DataError(f"{prefix}.idx exists already; delete the pair to make it anew")
+    files = find_files(inputs)
+    writer = TokenWriter(
+        prefix,
+        dtype=DType.optimal_dtype(tokenizer.vocab_size),
+        identity=_identity(files, tokenizer, rules),
+    )
+    job = _Job(writer, tokenizer, rules, max_malformed=max_malformed)
+    try:
+        report = job.run(files, workers)
+    finally:
+        writer.close()
+    writer.finish()
+    Path(f"{prefix}.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
+    return report
+
+
+class _Job:
+    """The state of one run: what was counted so far, and which documents were seen."""
+
+    def __init__(
+        self, writer: TokenWriter, tokenizer: Tokenizer, rules: Rules, *, max_malformed: int
+    ) -> None:
+        journal = writer.journal or {"place": {}, "counts": {}, "malformed": []}
+        self.place = Place(**journal["place"])
+        self.counts = Counts(**journal["counts"])
+        self.malformed: list[str] = journal["malformed"]
+        self._writer, self._tokenizer, self._rules = writer, tokenizer, rules
+        self._max_malformed = max_malformed
+        self._seen = writer.digests(_DIGEST_BYTES)
+
+    def run(self, files: list[Path], workers: int) -> CorpusReport:
+        starts = [0, *accumulate(path.stat().st_size for path in files)]
+        title = f"tokenize {files[0].name}" + (f" and {len(files) - 1} more" if files[1:] else "")
+        started, tokens_before, committed = time.monotonic(), self.counts.tokens, time.monotonic()
+        blocks = read_blocks(files, text_key=self._rules.text_key, start=self.place)
+        with ByteProgress(title, total_bytes=starts[-1]) as progress:
+            for block, encoded in _encoded(blocks, self._tokenizer, self._rules, workers):
+                self._take(encoded)
+                self.place = block.after
+                progress.advance_to(starts[self.place.file] + self.place.read_bytes)
+                if time.monotonic() - committed > _COMMIT_SECONDS:
+                    self._commit()
+                    committed = time.monotonic()
+        if not self.counts.documents:
+            raise DataError(
+                f"{', '.join(map(str, files[:3]))} holds no text: {self.counts.left_out()}"
+            )
+        seconds = time.monotonic() - started
+        speed = (self.counts.tokens - tokens_before) / seconds
+        return CorpusReport(self.counts, self.malformed, seconds, speed)
+
+    def _take(self, encoded: Encoded) -> None:
+        """Write what is new of a block, and count it."""
+        self.counts.add(encoded.counts)
+        self.malformed = (self.malformed + encoded.malformed)[:_SHOWN]
+        if self.counts.malformed > self._max_malformed:
+            self._refuse_malformed()
+        encoded = self._without_duplicates(encoded)
+        self._writer.append(encoded.ids_T, encoded.lengths_Q)
+        if encoded.ends_document:
+            self._writer.end_documents(len(encoded.lengths_Q))
+            self.counts.documents += len(encoded.lengths_Q)
+        self.counts.tokens += len(encoded.ids_T)
+        self.counts.characters += sum(encoded.characters_Q)
+
+    def _without_duplicates(self, encoded: Encoded) -> Encoded:
+        kept = []
+        for i, digest in enumerate(encoded.digests_Q):
+            if digest not in self._seen:
+                self._seen.add(digest)
+                self._writer.add_digest(digest)
+                kept.append(i)
+        self.counts.duplicates += len(encoded.digests_Q) - len(kept)
+        return encoded.only(kept) if encoded.digests_Q else encoded
+
+    def _refuse_malformed(self) -> None:
+        raise DataError(
+            f"{self.counts.malformed} malformed documents, more than the {self._max_malformed} "
+            "that may be skipped:\n" + "\n".join(f"  {line}" for line in self.malformed)
+        )
+
+    def _commit(self) -> None:
+        self._writer.commit(
+            {
+                "place": asdict(self.place),
+                "counts": asdict(self.counts),
+                "malformed": self.malformed,
+            }
+        )
+
+
+def _identity(files: list[Path], tokenizer: Tokenizer, rules: Rules) -> dict[str, Any]:
+    """Everything that the token file depends on."""
+    return {
+        "files": [
+            [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files
+        ],
+        "tokenizer": tokenizer.fingerprint,
+        "rules": asdict(rules),
+    }
+
+
+def _encoded(
+    blocks: Iterable[Block], tokenizer: Tokenizer, rules: Rules, workers: int
+) -> Iterator[tuple[Block, Encoded]]:
+    """Each block with its ids, in order; at most a few blocks a worker are held at a time."""
+    if workers == 1:
+        yield from ((block, encode_block(block, tokenizer, rules)) for block in blocks)
+        return
+    # Forked workers have the tokenizer at once; a spawned one would import everything again.
+    with ProcessPoolExecutor(
+        workers, mp_context=get_context("fork"), initializer=_start, initargs=(tokenizer, rules)
+    ) as pool:
+        waiting: deque[tuple[Block, Future[Encoded]]] = deque()
+        for block in blocks:
+            waiting.append((block, pool.submit(_work, block)))
+            if len(waiting) >= workers * _BLOCKS_AHEAD:
+                done, future = waiting.popleft()
+                yield done, future.result()
+        for done, future in waiting:
+            yield done, future.result()
+
+
+_worker: dict[str, Any] = {}
+
+
+def _start(tokenizer: Tokenizer, rules: Rules) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process is a worker; its threads compete
+    _worker.update(tokenizer=tokenizer, rules=rules)
+
+
+def _work(block: Block) -> Encoded:
+    return encode_block(block, _worker["tokenizer"], _worker["rules"])

@@ -1,0 +1,202 @@
+"""A block of documents to ids: what one worker does, as a pure function.
+
+Shape letters: ``T`` tokens of the block, ``Q`` its sequences.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+
+import numpy as np
+from megatron.core.datasets.indexed_dataset import DType
+from numpy.typing import NDArray
+
+from megatron_moe.data.documents import Block, split_pieces
+from megatron_moe.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """Which documents are taken, and how. Everything here can change the token file."""
+
+    text_key: str = "text"
+    """Key or column that holds the text."""
+
+    drop_duplicates: bool = False
+    """Keep only the first of documents with exactly the same text."""
+
+    min_tokens: int = 1
+    """Shorter documents are left out; the end-of-text token does not count."""
+
+    max_tokens: int | None = None
+    """Longer documents are left out."""
+
+
+@dataclass(slots=True)
+class Counts:
+    """What became of the documents."""
+
+    documents: int = 0
+    tokens: int = 0
+    characters: int = 0
+    empty: int = 0
+    duplicates: int = 0
+    too_short: int = 0
+    too_long: int = 0
+    malformed: int = 0
+
+    def add(self, other: Counts) -> None:
+        """Count what ``other`` counted too."""
+        for name in self.__slots__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    def left_out(self) -> str:
+        """The documents that were left out, in words: ``3 empty, 1 malformed``."""
+        reasons = ("empty", "duplicates", "too_short", "too_long", "malformed")
+        told = [f"{getattr(self, r)} {r.replace('_', ' ')}" for r in reasons if getattr(self, r)]
+        return ", ".join(told) or "none left out"
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """The token sequences of one block."""
+
+    ids_T: NDArray[np.number]
+    """All sequences, one after the other."""
+
+    lengths_Q: list[int]
+
+    characters_Q: list[int]
+
+    digests_Q: list[bytes]
+    """Hash of each document's text; empty unless duplicates are to be found."""
+
+    starts_document: bool
+    ends_document: bool
+
+    counts: Counts
+    """Documents that were left out, by reason."""
+
+    malformed: list[str]
+    """``file:line: reason`` of each malformed record."""
+
+    def only(self, kept: list[int]) -> Encoded:
+        """The block with some of its sequences."""
+        if len(kept) == len(self.lengths_Q):
+            return self
+        ends_Q = np.cumsum(self.lengths_Q)
+        rows = [self.ids_T[ends_Q[i] - self.lengths_Q[i] : ends_Q[i]] for i in kept]
+        return replace(
+            self,
+            ids_T=np.concatenate([self.ids_T[:0], *rows]),
+            lengths_Q=[self.lengths_Q[i] for i in kept],
+            characters_Q=[self.characters_Q[i] for i in kept],
+            digests_Q=[self.digests_Q[i] for i in kept],
+        )
+
+
+def encode_block(block: Block, tokenizer: Tokenizer, rules: Rules) -> Encoded:
+    """The documents of ``block`` as ids, filtered by ``rules``.
+
+    A document that came whole is one sequence. Filters and digests pass over a text file that is
+    longer than a block: no single block knows all of it.
+    """
+    counts, malformed, texts = Counts(), [], []
+    for number, record in enumerate(block.records, start=block.first_line):
+        try:
+            text = _text(record, rules.text_key)
+        except ValueError as error:
+            malformed.append(f"{block.path}:{number}: {error}")
+            continue
+        if text:
+            texts.append(text)
+        elif text is not None:
+            counts.empty += 1
+    counts.malformed = len(malformed)
+    rows = _encode_texts(texts, tokenizer)
+    whole = block.starts_document and block.ends_document
+    kept = [i for i, row in enumerate(rows) if not whole or _fits(len(row), rules, counts)]
+    end = [np.array([tokenizer.eos_id])] if block.ends_document else []
+    sequences = [np.concatenate([rows[i], *end]) for i in kept]
+    digests = [_digest(texts[i]) for i in kept] if whole and rules.drop_duplicates else []
+    dtype = DType.optimal_dtype(tokenizer.vocab_size)
+    return Encoded(
+        ids_T=np.concatenate([np.empty(0, dtype=np.int64), *sequences]).astype(dtype),
+        lengths_Q=[len(sequence) for sequence in sequences],
+        characters_Q=[len(texts[i]) for i in kept],
+        digests_Q=digests,
+        starts_document=block.starts_document,
+        ends_document=block.ends_document,
+        counts=counts,
+        malformed=malformed,
+    )
+
+
+def parse_line(line: bytes, text_key: str) -> str:
+    """The text of one JSONL line.
+
+    Raises:
+        ValueError: Why the line is malformed, in words for the user.
+    """
+    try:
+        record = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 at byte {error.start} of the line") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
+    except RecursionError as error:
+        raise ValueError("not JSON that can be read: nested too deeply") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"must be an object with the key {text_key!r}, not {_kind(record)}")
+    if text_key not in record:
+        raise ValueError(f"has no key {text_key!r}, only {', '.join(map(repr, sorted(record)))}")
+    if not isinstance(record[text_key], str):
+        raise ValueError(f"{text_key!r} must be a string, not {_kind(record[text_key])}")
+    return record[text_key]
+
+
+def _text(record: bytes | str | None, text_key: str) -> str | None:
+    """The text of a record; None for a blank line, which is no document."""
+    if record is None:
+        raise ValueError(f"{text_key!r} is null")
+    if isinstance(record, bytes):
+        record = parse_line(record, text_key) if record.strip() else None
+    return _encodable(record) if record else record
+
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can write half of a surrogate pair
+        raise ValueError(f"not Unicode text: {error.reason}") from error
+    return text
+
+
+def _encode_texts(texts: list[str], tokenizer: Tokenizer) -> list[NDArray[np.int64]]:
+    """Ids of each text; long ones are cut into pieces, so that all threads have work."""
+    pieces = [list(split_pieces(text)) for text in texts]
+    ids = iter(tokenizer.encode_batch([piece for of_text in pieces for piece in of_text]))
+    return [
+        np.concatenate([np.asarray(next(ids), dtype=np.int64) for _ in of_text])
+        for of_text in pieces
+    ]
+
+
+def _fits(length: int, rules: Rules, counts: Counts) -> bool:
+    if length < rules.min_tokens:
+        counts.too_short += 1
+        return False
+    if rules.max_tokens is not None and length > rules.max_tokens:
+        counts.too_long += 1
+        return False
+    return True
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def _kind(value: object) -> str:
+    return type(value).__name__

@@ -1,0 +1,113 @@
+"""A token file that grows on disk and survives a kill: sequences are appended, then committed.
+
+Beside ``prefix`` lies a folder ``prefix.partial`` with the tokens so far, the length of each
+sequence, the last sequence of each document, and a journal that says how much of these is whole
+and where the reader was then. What was written after the last commit is cut off on resume.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from megatron.core.datasets.indexed_dataset import _IndexWriter
+from numpy.typing import NDArray
+
+_JOURNAL = "journal.json"
+_PARTS = ("tokens.bin", "lengths", "document_ends", "digests")
+
+
+class TokenWriter:
+    """Appends sequences to the token file ``prefix``, from where the last process stopped."""
+
+    def __init__(self, prefix: Path, *, dtype: type[np.number], identity: dict[str, Any]) -> None:
+        """Open or begin ``prefix.partial``.
+
+        Args:
+            prefix: The token file to be.
+            dtype: Type of a token on disk.
+            identity: What the tokens depend on. A partial file of another identity is discarded.
+        """
+        self.prefix = prefix
+        self.folder = Path(f"{prefix}.partial")
+        self._dtype = dtype
+        self._identity = identity
+        self.journal: dict[str, Any] | None = self._read_journal()
+        """What `commit` was last given, or None at the very beginning."""
+        if self.journal is None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+        sizes = {} if self.journal is None else self.journal["sizes"]
+        self._files = {name: self._open(name, sizes.get(name, 0)) for name in _PARTS}
+        self._num_sequences = sizes.get("lengths", 0) // 4
+
+    def append(self, ids_T: NDArray[np.number], lengths_Q: list[int]) -> None:
+        """Add sequences, all ids one after the other."""
+        self._files["tokens.bin"].write(ids_T.astype(self._dtype, copy=False).tobytes())
+        self._files["lengths"].write(np.asarray(lengths_Q, dtype=np.int32).tobytes())
+        self._num_sequences += len(lengths_Q)
+
+    def end_documents(self, num_sequences: int) -> None:
+        """Make each of the last ``num_sequences`` the last sequence of a document."""
+        ends = np.arange(num_sequences) + self._num_sequences - num_sequences + 1
+        self._files["document_ends"].write(ends.astype(np.int64).tobytes())
+
+    def add_digest(self, digest: bytes) -> None:
+        """Remember a document's hash for a resumed run."""
+        self._files["digests"].write(digest)
+
+    def digests(self, size: int) -> set[bytes]:
+        """All hashes of ``size`` bytes so far."""
+        self._files["digests"].flush()
+        raw = (self.folder / "digests").read_bytes()
+        return {raw[i : i + size] for i in range(0, len(raw), size)}
+
+    def commit(self, journal: dict[str, Any]) -> None:
+        """Make everything so far durable, with ``journal`` to go on from."""
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        sizes = {name: file.tell() for name, file in self._files.items()}
+        whole = {**journal, "identity": self._identity, "sizes": sizes}
+        unfinished = self.folder / f"{_JOURNAL}.new"
+        unfinished.write_text(json.dumps(whole), encoding="utf-8")
+        os.replace(unfinished, self.folder / _JOURNAL)
+
+    def finish(self) -> None:
+        """Write the index with Megatron-Core's own writer and put the pair in its place."""
+        self.close()
+        lengths_Q = np.fromfile(self.folder / "lengths", dtype=np.int32)
+        ends = np.fromfile(self.folder / "document_ends", dtype=np.int64)
+        with _IndexWriter(str(self.folder / "tokens.idx"), self._dtype) as index:
+            index.write(lengths_Q, None, [0, *ends])
+        # The index goes last: where it lies, the pair is whole.
+        os.replace(self.folder / "tokens.bin", f"{self.prefix}.bin")
+        os.replace(self.folder / "tokens.idx", f"{self.prefix}.idx")
+        shutil.rmtree(self.folder)
+
+    def close(self) -> None:
+        """Close the files; what was not committed is lost."""
+        for file in self._files.values():
+            file.close()
+
+    def _read_journal(self) -> dict[str, Any] | None:
+        try:
+            journal = json.loads((self.folder / _JOURNAL).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        # A process that died in `finish` has moved the tokens away already.
+        whole = all(
+            (part := self.folder / name).exists() and part.stat().st_size >= size
+            for name, size in journal["sizes"].items()
+        )
+        return journal if whole and journal["identity"] == self._identity else None
+
+    def _open(self, name: str, size: int) -> BinaryIO:
+        file = (self.folder / name).open("ab")
+        file.truncate(size)
+        file.seek(size)
+        return file
