@@ -186,8 +186,9 @@ def test_a_model_that_would_differ_is_refused(change: dict, reason: str):
 
 @pytest.mark.parametrize("key", [*REQUIRED, "num_attention_heads"])
 def test_a_missing_size_is_named(key: str):
-    with pytest.raises(CheckpointError, match=f"{key} is missing"):
-        spec_from_config({k: v for k, v in LLAMA.items() if k != key})
+    for config in (LLAMA, QWEN2 | {"use_sliding_window": True}):
+        with pytest.raises(CheckpointError, match=f"{key} is missing"):
+            spec_from_config({k: v for k, v in config.items() if k != key})
 
 
 @pytest.mark.parametrize(
