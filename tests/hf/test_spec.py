@@ -119,6 +119,7 @@ def test_every_number_is_that_of_transformers(
     assert read_spec(tmp_path) == as_transformers_says(config)
 
 
+WINDOWED = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
 
 
@@ -135,8 +136,8 @@ REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers
         ("llama", {"rope_theta": 7, "rope_scaling": {**LLAMA3, "type": "llama3"}}),
         ("llama", {"sliding_window": 4}),
         ("mistral", {"sliding_window": None, "head_dim": None}),
-        ("qwen2", {"use_sliding_window": False, "sliding_window": 4, "attention_bias": False}),
-        ("qwen2", {"use_sliding_window": True, "layer_types": ["full_attention"] * 3}),
+        ("qwen2", {"max_window_layers": 0, "sliding_window": 4, "attention_bias": False}),
+        ("qwen2", WINDOWED | {"layer_types": ["full_attention"] * 3}),
     ],
 )
 def test_what_is_missing_is_what_transformers_assumes(family: str, more: dict, tmp_path: Path):
