@@ -162,3 +162,15 @@ def test_groups_in_one_node_cost_less_than_the_same_across():
 def test_degrees_derive_dp_and_edp():
     degrees = Degrees(gpus=128, tp=2, cp=2, pp=4, ep=8, etp=2)
     assert (degrees.dp, degrees.edp) == (8, 2)
+
+
+@pytest.mark.parametrize(("pp", "vpp"), [(1, 1), (4, 1), (4, 8)])
+def test_the_bubble_is_pp_minus_one_chunks_of_a_micro_batch(pp, vpp):
+    """Narayanan et al. (arXiv 2104.04473, section 2.2): (pp - 1) / (vpp * m) of the ideal time."""
+    row = published()[0]
+    degrees = replace(row.degrees, pp=pp, vpp=vpp)
+    parts = dict(step_time(row.shape, row.work, degrees, H100).parts)
+    bubble = parts.pop("bubble")
+    ideal = sum(seconds for name, seconds in parts.items() if name not in ("pp", "dp", "optimizer"))
+    batches = row.work.micro_batches(degrees)
+    assert bubble == pytest.approx((pp - 1) / (vpp * batches) * ideal)
