@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_moe.checkpoint.folder import newest
@@ -63,29 +62,31 @@ def train(config: RunConfig, world: World) -> None:
     Runs on every rank; `legality.check` has passed the configuration. A run that has a checkpoint
     goes on from its newest one and takes nothing from the dense weights.
     """
-    # fmt: off
     cuda = world.device.type == "cuda"
     layout, groups = create_groups(config.parallel, seed=config.run.seed)  # who holds what
     job = Job(config, world, layout, groups)
-    resume_from = newest(config.run.dir)
-    dense = open_dense_checkpoint(config.dense.path)                       # 1. read
+    dense = open_dense_checkpoint(config.dense.path)  # 1. read
     dense.check_tensors(dict(dense_tensors(dense.spec)))
-    plan = make_expert_plan(dense.spec, config.moe, config.upcycle)        # 2. which neurons go where
-    texts = open_texts(config, vocab_size=dense.spec.vocab_size)           # 3. data
+    plan = make_expert_plan(dense.spec, config.moe, config.upcycle)  # 2. which neurons go where
+    texts = open_texts(config, vocab_size=dense.spec.vocab_size)  # 3. data
     _announce(job, dense, plan)
+
+    resume_from = newest(config.run.dir)
     if resume_from is None:
-        model = _upcycled_model(job, dense, plan, texts, cuda=cuda)        # 4. filled online
+        model = upcycled_model(job, dense, plan, texts, cuda=cuda)  # 4. filled online, verified
+        state = make_state(config, model, groups, cuda=cuda)
     else:
-        model = build_model(config, dense.spec, layout=layout, groups=groups, rank=world.rank, cuda=cuda)
-    state = make_state(config, model, groups, cuda=cuda)
-    if resume_from is not None:
+        model = build_model(
+            config, dense.spec, layout=layout, groups=groups, rank=world.rank, cuda=cuda
+        )
+        state = make_state(config, model, groups, cuda=cuda)
         restore(state, resume_from, groups, plan_hash=plan.hash, precision=config.train.precision)
         job.say(f"resumed {resume_from} at step {state.step}")
-    # fmt: on
+
     _continue_pretraining(job, state, plan, texts)  # 5. train, validate, save
 
 
-def _upcycled_model(
+def upcycled_model(
     job: Job, dense: DenseCheckpoint, plan: ExpertPlan, texts: Texts, *, cuda: bool
 ) -> Model:
     """Build the model, fill it from the dense checkpoint, verify it, and write the receipt."""
@@ -242,7 +243,8 @@ def _announce(job: Job, dense: DenseCheckpoint, plan: ExpertPlan) -> None:
     attention = " x ".join(f"{a}{n}" for a, n in _grid(job.layout.attention))
     experts = " x ".join(f"{a}{n}" for a, n in _grid(job.layout.experts))
     job.say(
-        f"{job.world.size} ranks on {job.world.device.type}: attention {attention}, experts {experts}\n"
+        f"{job.world.size} ranks on {job.world.device.type}: attention {attention}, "
+        f"experts {experts}\n"
         f"{dense.spec.family} with {dense.spec.num_layers} layers, {len(plan.moe_layers)} of them "
         f"{plan.num_experts} experts by {plan.method!r}; plan {plan.hash[:12]}"
     )

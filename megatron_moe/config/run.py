@@ -121,7 +121,7 @@ class Data(Section):
     """Tokens of one training sequence."""
 
     validation_path: Path | None = None
-    """Held-out text, in the forms of path; its loss is logged before training and at checkpoints."""
+    """Held-out text, in the forms of path; its loss is logged first and at checkpoints."""
 
     validation_samples: Count = 64
     """Sequences of the held-out text that are looked at, from its beginning."""

@@ -100,7 +100,7 @@ _FACTORIES = ("tensor", "empty", "zeros", "ones", "full", "arange", "empty_like"
 
 
 def _replace_cuda_literals() -> None:
-    # ``with torch.device("meta")`` knows the factories by identity, from the first time it is asked:
+    # ``with torch.device("meta")`` knows the factories by identity, from when it is first asked:
     # ask now, or it would know our wrappers only and let the real ones pass.
     torch.utils._device._device_constructors()
     for name in _FACTORIES:
@@ -198,11 +198,13 @@ def _pad_rows(tensor: Tensor, length: int) -> Tensor:
 
 def _silence_remarks() -> None:
     """Leave out what Megatron-Core 0.19 makes torch 2.14 say, step after step."""
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    for name in ("torch.utils.cpp_extension", "megatron.core.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     for message in (
         r".*`?torch\.distributed\.\w+`? is deprecated",
         r".*torch\.distributed\.nn\.functional",
         "full scope is deprecated",
+        "MimoModelConfig is experimental",
         r"The \.grad attribute of a Tensor that is not a leaf",
     ):
         warnings.filterwarnings("ignore", message)

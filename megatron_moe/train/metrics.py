@@ -1,22 +1,22 @@
 """Every number that leaves a run: its name, unit and reduction, here and nowhere else.
 
-=========================================  ============================================================
-loss/lm                                    nats per token over the global batch
-loss/load_balancing                        before its coefficient, mean over MoE layers; 1 is balance
-loss/validation                            nats per token over the held-out text
-grad_norm                                  before clipping, over all parameters
-learning_rate                              of the step just taken
-router/load_imbalance                      tokens of the busiest expert / mean, mean over MoE layers
-router/entropy                             nats, of the softmax over all experts, mean over tokens
-router/drop_rate                           choices dropped by capacity / all choices
-router/{load_imbalance,entropy,drop_rate}_by_layer   the same, a list over MoE layers
-throughput/tokens_per_second_per_gpu       tokens of the global batch / seconds / ranks
-throughput/tflops_per_gpu                  model FLOPs (plan/flops.py: full attention, no padding)
-throughput/mfu                             the same / the peak named in the receipt
-memory/peak_gib                            maximum over ranks; resident memory on CPU
-time/step_seconds                          wall time of the step, the slowest rank's
-tokens/seen                                since the run began
-=========================================  ============================================================
+========================================  ========================================================
+loss/lm                                   nats per token over the global batch
+loss/load_balancing                       before its coefficient, mean of MoE layers; 1: balanced
+loss/validation                           nats per token over the held-out text
+grad_norm                                 before clipping, over all parameters
+learning_rate                             of the step just taken
+router/load_imbalance                     busiest expert's tokens / mean, mean of MoE layers
+router/entropy                            nats, of the softmax over all experts, mean of tokens
+router/drop_rate                          choices dropped by capacity / all choices
+router/*_by_layer                         each of these three as a list over MoE layers
+throughput/tokens_per_second_per_gpu      tokens of the global batch / seconds / ranks
+throughput/tflops_per_gpu                 model FLOPs (plan/flops.py: full attention, no padding)
+throughput/mfu                            the same / the peak that the log names at start
+memory/peak_gib                           maximum over ranks; resident memory on CPU
+time/step_seconds                         wall time of the step, the slowest rank's
+tokens/seen                               since the run began
+========================================  ========================================================
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ def step_numbers(
     slowest, most_bytes = _max_over_ranks(seconds, peak_bytes())
     ranks = dist.get_world_size()
     sequences = config.train.global_batch_size
+    tokens = sequences * config.data.seq_length
     achieved = flops_per_sequence * sequences / slowest / ranks
     imbalance_L = result.chosen_LE.amax(dim=1) / result.chosen_LE.mean(dim=1)
     drop_rate_L = 1 - result.kept_L / result.chosen_LE.sum(dim=1)
@@ -68,10 +69,7 @@ def step_numbers(
         "router/load_imbalance_by_layer": _rounded(imbalance_L),
         "router/entropy_by_layer": _rounded(result.entropy_L),
         "router/drop_rate_by_layer": _rounded(drop_rate_L),
-        "throughput/tokens_per_second_per_gpu": sequences
-        * config.data.seq_length
-        / slowest
-        / ranks,
+        "throughput/tokens_per_second_per_gpu": tokens / slowest / ranks,
         "throughput/tflops_per_gpu": achieved / 1e12,
         "throughput/mfu": achieved / peak_flops,
         "memory/peak_gib": most_bytes / GIB,

@@ -8,7 +8,7 @@ Shape letters of this module:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -68,6 +68,9 @@ def mean_loss(
     groups: ProcessGroupCollection,
 ) -> float:
     """Cross entropy in nats per token over the ranks' batches; changes nothing."""
+    if len(modules) > 1:  # the interleaved schedule runs micro-batches in rounds of pp
+        nothing = replace(batches[-1], loss_mask_BS=torch.zeros_like(batches[-1].loss_mask_BS))
+        batches = [*batches, *[nothing] * (-len(batches) % groups.pp.size())]
     for module in modules:
         module.eval()
     losses = run_schedule(modules, batches, config, model, groups, forward_only=True)

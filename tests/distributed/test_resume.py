@@ -1,0 +1,80 @@
+"""A killed run, started again with the same command, is the run that was never killed."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from runs import read_metrics, run_training, tree, write_tokens
+from tiny import save_dense
+
+from megatron_moe.checkpoint.folder import newest, read_progress
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+EXACT = ("step", "loss/lm", "grad_norm", "learning_rate", "router/load_imbalance", "tokens/seen")
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("resume")
+    dense, tokens = save_dense(root / "dense"), write_tokens(root / "tokens")
+    return {"root": root, "dense": dense, "tokens": tokens}
+
+
+def settings(inputs: dict[str, Path], name: str, precision: str) -> dict:
+    return tree(
+        inputs["root"] / name, inputs["dense"], inputs["tokens"],
+        parallel={"expert_parallel_size": 2},
+        train={"steps": STEPS, "precision": precision}, checkpoint={"interval": 3, "keep": 2},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_kill_9_in_the_middle_changes_no_bit(inputs: dict[str, Path], precision: str):
+    whole = run_training(settings(inputs, f"whole-{precision}", precision), world_size=2)
+
+    killed = settings(inputs, f"killed-{precision}", precision)
+    run_dir = Path(killed["run"]["dir"])
+    config = inputs["root"] / f"{precision}.yaml"
+    config.write_text(yaml.safe_dump(killed))
+    command = [sys.executable, "-m", "megatron_moe", "train", str(config), "--ranks", "2"]
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for_step(run_dir, 4, job)
+    children = psutil.Process(job.pid).children()
+    children[-1].send_signal(signal.SIGKILL)
+    output, _ = job.communicate(timeout=60)
+    assert job.returncode != 0, output
+    saved = newest(run_dir)
+    assert saved is not None
+    first = read_progress(saved).step
+    assert 3 <= first < STEPS, output
+
+    again = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert f"at step {first}" in again.stdout
+    assert "upcycled" not in again.stdout
+    lines = read_metrics(run_dir)
+    assert [line["step"] for line in lines] == list(range(STEPS + 1))
+    for ours, expected in zip(lines[1:], whole[1:], strict=True):
+        assert {k: ours[k] for k in EXACT} == {k: expected[k] for k in EXACT}
+    assert sorted(p.name for p in (run_dir / "checkpoints").glob("step_*")) == [
+        "step_00000009", "step_00000012",
+    ]  # fmt: skip
+
+
+def wait_for_step(run_dir: Path, step: int, job: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        if (run_dir / "metrics.jsonl").exists() and read_whole_lines(run_dir) > step:
+            return
+        assert job.poll() is None, job.communicate()[0]
+        time.sleep(0.01)
+    raise AssertionError("the run did not get going")
+
+
+def read_whole_lines(run_dir: Path) -> int:
+    return (run_dir / "metrics.jsonl").read_text().count("\n")

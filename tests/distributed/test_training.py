@@ -1,0 +1,127 @@
+"""The same run under any layout: losses, gradient norms, router numbers and the trained weights.
+
+The oracle is one rank. fp32 sums in another order differ in the seventh digit; five AdamW steps
+multiply that, since the first steps move every weight by the learning rate whatever its gradient's
+size, and a gradient near zero may differ in sign. Loss: 1e-5 relative; gradient norm: 1e-4.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from layouts import LAYOUTS
+from runs import run_training, tree, write_tokens
+from safetensors.torch import load_file
+from tiny import save_dense
+from transformers import AutoModelForCausalLM
+
+from megatron_moe.checkpoint.export import export_checkpoint
+
+pytestmark = pytest.mark.distributed
+TRAINED = [
+    "tp2", "ep4", "pp2", "cp2", "etp2", "pp2-vpp2", "tp2-ep4-etp1", "tp2-ep2-etp2", "tp2-pp2-ep4",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("training")
+    return {
+        "root": root,
+        "dense": save_dense(root / "dense", tie_word_embeddings=True),
+        "tokens": write_tokens(root / "tokens"),
+    }
+
+
+@pytest.fixture(scope="module")
+def one_rank(inputs: dict[str, Path]) -> list[dict[str, Any]]:
+    return train(inputs, "1")
+
+
+def train(inputs: dict[str, Path], layout: str, **changes: Any) -> list[dict[str, Any]]:
+    world_size, parallel = LAYOUTS[layout]
+    validation = {"validation_path": str(inputs["tokens"]), "validation_samples": 5}
+    settings = tree(
+        inputs["root"] / layout, inputs["dense"], inputs["tokens"],
+        parallel=parallel, data=validation, **changes,
+    )  # fmt: skip
+    return run_training(settings, world_size=world_size)
+
+
+@pytest.mark.parametrize("layout", TRAINED)
+def test_five_steps_equal_those_of_one_rank(
+    inputs: dict[str, Path], one_rank: list[dict[str, Any]], layout: str
+):
+    lines = train(inputs, layout)
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 5]
+    for ours, expected in zip(lines, one_rank, strict=True):
+        for name, tolerance in [
+            ("loss/lm", 1e-5), ("loss/validation", 1e-5), ("grad_norm", 1e-4),
+            ("loss/load_balancing", 1e-5), ("router/entropy", 1e-5), ("learning_rate", 0),
+        ]:  # fmt: skip
+            if name in expected:
+                assert ours[name] == pytest.approx(expected[name], rel=tolerance), (name, ours)
+    # Which expert a token chooses is a comparison of near-equal numbers: allow one in a hundred.
+    assert lines[-1]["router/load_imbalance"] == pytest.approx(
+        one_rank[-1]["router/load_imbalance"], rel=1e-2
+    )
+    exported = export(inputs, layout)
+    for name, tensor in load_file(export(inputs, "1") / "model.safetensors").items():
+        error = (load_file(exported / "model.safetensors")[name] - tensor).abs()
+        # Adam's first steps are +-lr for any gradient, so a near-zero one may go the other way.
+        assert error.max() <= 5 * 1e-3, name
+        assert error.median() <= 1e-6, (name, error.median())
+
+
+def export(inputs: dict[str, Path], layout: str) -> Path:
+    out = inputs["root"] / f"{layout}-hf"
+    if not out.exists():
+        export_checkpoint(inputs["root"] / layout, out)
+    return out
+
+
+def test_the_export_scores_what_the_trainer_scored(
+    inputs: dict[str, Path], one_rank: list[dict[str, Any]]
+):
+    """transformers, on the same held-out chunks, gives the loss that the trainer logged."""
+    from megatron_moe.data.samples import Samples
+    from megatron_moe.data.stream import TokenStream
+
+    model = AutoModelForCausalLM.from_pretrained(export(inputs, "1"), dtype=torch.float32)
+    samples = Samples(TokenStream(inputs["tokens"], vocab_size=257), seq_length=32, seed=0)
+    ids_BT = torch.stack([torch.from_numpy(samples.chunk(i).ids_T.copy()) for i in range(5)])
+    with torch.no_grad():
+        logits = model(ids_BT[:, :-1]).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids_BT[:, 1:].flatten())
+    assert loss.item() == pytest.approx(one_rank[-1]["loss/validation"], rel=1e-5)
+
+
+def test_the_router_balances_and_learns(one_rank: list[dict[str, Any]]):
+    assert one_rank[-1]["loss/validation"] < one_rank[0]["loss/validation"]
+    assert one_rank[-1]["router/drop_rate"] == 0
+    assert len(one_rank[-1]["router/load_imbalance_by_layer"]) == 4
+    assert one_rank[-1]["loss/load_balancing"] == pytest.approx(1, abs=0.2)
+
+
+def test_a_tight_capacity_drops_and_says_so(inputs: dict[str, Path]):
+    world_size, parallel = LAYOUTS["ep2"]
+    settings = tree(
+        inputs["root"] / "capacity", inputs["dense"], inputs["tokens"], parallel=parallel,
+        moe={"num_moe_experts": 4, "moe_expert_capacity_factor": 0.5}, train={"steps": 1},
+        optimizer={"warmup_steps": 0},
+    )  # fmt: skip
+    lines = run_training(settings, world_size=world_size)
+    assert 0.5 <= lines[-1]["router/drop_rate"] < 0.7
+
+
+def test_bf16_follows_fp32(inputs: dict[str, Path], one_rank: list[dict[str, Any]]):
+    """bf16 has 8 bits of mantissa: 2^-8 relative per operation, 1% on a loss of 7."""
+    _, parallel = LAYOUTS["ep2"]
+    settings = tree(
+        inputs["root"] / "bf16", inputs["dense"], inputs["tokens"],
+        parallel=parallel, train={"steps": 5, "global_batch_size": 4, "precision": "bf16"},
+    )  # fmt: skip
+    lines = run_training(settings, world_size=2)
+    for ours, expected in zip(lines[1:], one_rank[1:], strict=True):
+        assert ours["loss/lm"] == pytest.approx(expected["loss/lm"], rel=2e-2)
