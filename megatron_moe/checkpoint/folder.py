@@ -120,11 +120,19 @@ def publish(partial: Path, final: Path) -> None:
 
 
 def prune(run_dir: Path, keep: int) -> list[Path]:
-    """Remove all but the ``keep`` newest checkpoints; returns what went."""
-    folders = sorted(
-        folder for folder in (run_dir / "checkpoints").iterdir() if _STEP.fullmatch(folder.name)
-    )
-    gone = folders[:-keep]
+    """Remove all but the ``keep`` newest checkpoints; returns what went.
+
+    Steps after the one ``latest`` names are of a future that the operator went back from. They do
+    not count and stay, until the run saves these steps again.
+    """
+    steps = {
+        int(found[1]): folder
+        for folder in (run_dir / "checkpoints").iterdir()
+        if (found := _STEP.fullmatch(folder.name))
+    }
+    latest = newest(run_dir)
+    last = max(steps, default=0) if latest is None else int(latest.name.removeprefix("step_"))
+    gone = [steps[step] for step in sorted(steps) if step <= last][:-keep]
     for folder in gone:
         shutil.rmtree(folder)
     return gone
