@@ -1,0 +1,121 @@
+"""Which Hugging Face architecture a trained model becomes, and under which names it is stored."""
+
+from pathlib import Path
+
+import pytest
+from ranks import run_on_ranks
+from tiny import save_dense
+
+from megatron_moe.checkpoint.export import architecture_for, checkpoint_key
+from megatron_moe.config.run import Data, Dense, Moe, Parallel, Run, RunConfig, Train
+from megatron_moe.device.world import World
+from megatron_moe.errors import CheckpointError
+from megatron_moe.hf.names import ROW_OF_ROLE, match
+from megatron_moe.hf.spec import DenseSpec, read_spec, spec_from_config
+
+MIXTRAL, QWEN2, QWEN3 = "MixtralForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"
+CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+
+TABLE = [  # family, router order, MoE layers, architecture (None: refused)
+    ("llama", "topk_softmax", "all", MIXTRAL),
+    ("llama", "topk_softmax", [0, 1, 2, 3], MIXTRAL),
+    ("llama", "topk_softmax", [1, 3], None),
+    ("llama", "softmax_topk", "all", None),
+    ("llama", "softmax_topk", [1, 3], None),
+    ("mistral", "topk_softmax", "all", MIXTRAL),
+    ("mistral", "softmax_topk", "all", None),
+    ("mistral", "topk_softmax", [0], None),
+    ("qwen2", "topk_softmax", "all", QWEN2),
+    ("qwen2", "softmax_topk", "all", QWEN2),
+    ("qwen2", "topk_softmax", [2], QWEN2),
+    ("qwen3", "topk_softmax", "all", QWEN3),
+    ("qwen3", "softmax_topk", "all", QWEN3),
+    ("qwen3", "softmax_topk", [0, 3], QWEN3),
+]
+
+
+def spec_of(family: str) -> DenseSpec:
+    return spec_from_config(
+        {
+            "architectures": [f"{CLASSES[family]}ForCausalLM"],
+            "num_hidden_layers": 4,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": 64,
+            "sliding_window": None,
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("family", "order", "layers", "architecture"),
+    [
+        pytest.param(*row, id=f"{row[0]}-{row[1]}-{'all' if row[2] == 'all' else 'some'}-{row[2]}")
+        for row in TABLE
+    ],
+)
+def test_the_architecture_means_the_same_or_is_refused(family, order, layers, architecture):
+    moe = Moe(num_moe_experts=4, router_order=order, moe_layers=layers)
+    if architecture is not None:
+        assert architecture_for(spec_of(family), moe) == architecture
+        return
+    with pytest.raises(CheckpointError, match=f"means the same as a {family} model") as caught:
+        architecture_for(spec_of(family), moe)
+    what = "softmax_topk" if layers == "all" else "dense layers between MoE layers"
+    reason, way_out = str(caught.value).split("\n")
+    assert what in reason
+    assert way_out.startswith("  use moe.router_order=topk_softmax and moe.moe_layers=all")
+
+
+KEYS = [  # role, in a MoE layer, key
+    ("embedding", False, "embedding.word_embeddings.weight"),
+    ("input_norm", False, "decoder.layers.7.self_attention.linear_qkv.layer_norm_weight"),
+    ("input_norm", True, "decoder.layers.7.self_attention.linear_qkv.layer_norm_weight"),
+    ("ffn_norm", False, "decoder.layers.7.mlp.linear_fc1.layer_norm_weight"),
+    ("ffn_norm", True, "decoder.layers.7.pre_mlp_layernorm.weight"),
+    ("fc1", False, "decoder.layers.7.mlp.linear_fc1.weight"),
+    ("router", True, "decoder.layers.7.mlp.router.weight"),
+    ("expert_fc1", True, "decoder.layers.7.mlp.experts.experts.linear_fc1.weight"),
+    ("expert_fc2", True, "decoder.layers.7.mlp.experts.experts.linear_fc2.weight"),
+    ("final_norm", False, "decoder.final_layernorm.weight"),
+    ("output", False, "output_layer.weight"),
+]
+
+
+@pytest.mark.parametrize(("role", "moe_layer", "key"), KEYS)
+def test_keys_are_transformer_engines(role: str, moe_layer: bool, key: str):
+    assert checkpoint_key(ROW_OF_ROLE[role], layer=7, moe_layer=moe_layer) == key
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_keys_are_those_megatron_saves(tmp_path: Path, family: str):
+    """Every key of a mixed model's sharded state is a key we read, and the other way round."""
+    run_on_ranks(check_keys, save_dense(tmp_path, family), world_size=1)
+
+
+def check_keys(world: World, folder: Path) -> None:
+    from megatron_moe.model.build import build_model
+    from megatron_moe.parallel.groups import create_groups
+
+    moe_layers = [1, 2]
+    config = RunConfig(
+        run=Run(dir=folder),
+        dense=Dense(path=folder),
+        moe=Moe(num_moe_experts=3, moe_layers=moe_layers),
+        data=Data(path=folder, seq_length=8),
+        train=Train(steps=0, precision="fp32"),
+    )
+    layout, groups = create_groups(Parallel(), seed=0)
+    spec = read_spec(folder)
+    model = build_model(config, spec, layout=layout, groups=groups, rank=0, cuda=False)
+    state = model.modules[0].sharded_state_dict(metadata={"dp_cp_group": groups.dp_cp})
+    saved = {entry.key for entry in state.values() if hasattr(entry, "key")}
+    read = set()
+    for name, _ in model.modules[0].named_parameters():
+        found = match(name)
+        read.add(checkpoint_key(found.row, layer=found.layer, moe_layer=found.layer in moe_layers))
+    extra = {key for key in saved if key.endswith("_extra_state")}
+    assert read == saved - extra

@@ -1,0 +1,125 @@
+"""Where a process stands, and what becomes of local ranks that fail."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_moe.device.world import (
+    Place,
+    World,
+    place_from_environment,
+    resolve_device,
+    run_local_ranks,
+)
+from megatron_moe.errors import ConfigError, UserError
+
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+SLURM = {
+    "SLURM_PROCID": "9", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1", "SLURM_NTASKS_PER_NODE": "8",
+    "MASTER_ADDR": "node0",
+}  # fmt: skip
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch):
+    """Sets exactly these of the variables that place a process."""
+    for name in [*TORCHRUN, *SLURM, "MASTER_PORT"]:
+        monkeypatch.delenv(name, raising=False)
+
+    def put(variables: dict[str, str]) -> None:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return put
+
+
+@pytest.mark.parametrize(
+    ("variables", "place"),
+    [
+        pytest.param({}, None, id="by-hand"),
+        pytest.param(TORCHRUN, Place(5, 16, 1, 4, "env://"), id="torchrun"),
+        pytest.param(
+            {"RANK": "0", "WORLD_SIZE": "1"}, Place(0, 1, 0, 1, "env://"), id="rank-and-size-only"
+        ),
+        pytest.param(SLURM, Place(9, 16, 1, 8, "tcp://node0:29500"), id="slurm"),
+        pytest.param(
+            SLURM | {"MASTER_PORT": "1234"}, Place(9, 16, 1, 8, "tcp://node0:1234"), id="slurm-port"
+        ),
+        pytest.param(SLURM | TORCHRUN, Place(5, 16, 1, 4, "env://"), id="torchrun-inside-slurm"),
+        pytest.param(SLURM | {"SLURM_NTASKS": "1"}, None, id="slurm-one-task"),
+        pytest.param({"RANK": "0"}, None, id="half-of-torchrun"),
+    ],
+)
+def test_the_environment_says_where_a_process_stands(environment, variables, place):
+    environment(variables)
+    assert place_from_environment() == place
+
+
+def test_cuda_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_device("auto") == "cpu"
+    with pytest.raises(ConfigError, match=r"run\.device \(cuda\) needs a CUDA device") as caught:
+        resolve_device("cuda")
+    assert "\n  set run.device=cpu" in str(caught.value)
+
+
+def test_cuda_is_taken_where_it_is(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert [resolve_device(wanted) for wanted in ("auto", "cuda", "cpu")] == ["cuda", "cuda", "cpu"]
+
+
+@pytest.mark.distributed
+def test_ranks_join_one_world(tmp_path: Path):
+    def run(world: World) -> None:
+        mine = torch.tensor([10.0**world.rank])
+        dist.all_reduce(mine)
+        assert (world.rank, world.size) == (dist.get_rank(), dist.get_world_size())
+        (tmp_path / str(world.rank)).write_text(f"{mine.item():.0f} {world.local_rank}")
+
+    run_local_ranks(run, ranks=3, device="cpu")
+    assert [(tmp_path / str(r)).read_text() for r in range(3)] == ["111 0", "111 1", "111 2"]
+
+
+@pytest.mark.distributed
+def test_what_all_ranks_refuse_is_told_once():
+    def run(world: World) -> None:
+        dist.barrier()
+        raise ConfigError("moe.x (3) is odd.\n  set moe.x=4")
+
+    with pytest.raises(UserError) as caught:
+        run_local_ranks(run, ranks=3, device="cpu")
+    assert str(caught.value) == "moe.x (3) is odd.\n  set moe.x=4"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("kind", ["user-error", "bug", "killed"])
+def test_a_rank_that_fails_ends_the_others(kind: str, tmp_path: Path):
+    def run(world: World) -> None:
+        (tmp_path / str(world.rank)).write_text(str(os.getpid()))
+        if world.rank != 1:
+            time.sleep(120)
+        while len(list(tmp_path.iterdir())) < 2:
+            time.sleep(0.01)
+        if kind == "user-error":
+            raise ConfigError("only rank 1 saw it")
+        if kind == "bug":
+            raise ZeroDivisionError("a bug of rank 1")
+        os._exit(3)
+
+    expected = {
+        "user-error": (UserError, "^only rank 1 saw it$"),
+        "bug": (Exception, "(?s)Traceback.*a bug of rank 1"),
+        "killed": (Exception, "exit code 3"),
+    }
+    start = time.monotonic()
+    with pytest.raises(expected[kind][0], match=expected[kind][1]) as caught:
+        run_local_ranks(run, ranks=2, device="cpu")
+    assert isinstance(caught.value, UserError) == (kind == "user-error")
+    assert time.monotonic() - start < 60
+    sleeper = int((tmp_path / "0").read_text())
+    with pytest.raises(ProcessLookupError):
+        os.kill(sleeper, 0)

@@ -1,0 +1,202 @@
+"""The name table against the folders transformers writes, and against itself."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+from ranks import run_on_ranks
+from safetensors import safe_open
+from tiny import FAMILIES, save_dense
+from transformers import (
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from megatron_moe.config.run import Data, Dense, Moe, Parallel, Run, RunConfig, Train
+from megatron_moe.device.world import World
+from megatron_moe.hf.names import (
+    MOE_NAMES,
+    ROW_OF_ROLE,
+    ROWS,
+    dense_shapes,
+    dense_tensors,
+    has_row,
+    match,
+)
+from megatron_moe.hf.spec import DenseSpec, read_spec
+
+EXPERT_ROLES = {"router", "expert_fc1", "expert_fc2"}
+
+DENSE_MODELS = [
+    pytest.param(family, tied, id=f"{family}-{'tied' if tied else 'untied'}")
+    for family, tied in itertools.product(FAMILIES, (False, True))
+]
+
+TEMPLATES = [
+    pytest.param(row.role, template, id=template) for row in ROWS for template in row.megatron
+]
+
+# No sizes are equal, so that a swapped name shows in the shape.
+MOE_SHAPE = {
+    "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 6, "vocab_size": 67, "moe_intermediate_size": 20, "num_experts": 3,
+    "num_experts_per_tok": 2,
+}  # fmt: skip
+MOE_MODELS = {
+    "MixtralForCausalLM": (
+        MixtralConfig, MixtralForCausalLM, {"intermediate_size": 20, "num_local_experts": 3},
+    ),
+    "Qwen2MoeForCausalLM": (
+        Qwen2MoeConfig, Qwen2MoeForCausalLM, {"shared_expert_intermediate_size": 8},
+    ),
+    "Qwen3MoeForCausalLM": (Qwen3MoeConfig, Qwen3MoeForCausalLM, {}),
+}  # fmt: skip
+
+
+def shapes_on_disk(folder: Path) -> dict[str, tuple[int, ...]]:
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+@pytest.mark.parametrize(("family", "tied"), DENSE_MODELS)
+def test_dense_tensors_are_those_transformers_writes(tmp_path: Path, family: str, tied: bool):
+    folder = save_dense(tmp_path, family, tie_word_embeddings=tied)
+    listed = list(dense_tensors(read_spec(folder)))
+    assert len(listed) == len(dict(listed)), "each tensor is named by one row"
+    assert dict(listed) == shapes_on_disk(folder)
+
+
+@pytest.mark.parametrize("architecture", MOE_MODELS)
+def test_moe_names_are_those_transformers_writes(tmp_path: Path, architecture: str):
+    config_class, model_class, sizes = MOE_MODELS[architecture]
+    model_class(config_class(**MOE_SHAPE | sizes)).save_pretrained(tmp_path)
+    hidden, size, experts = 32, 20, 3
+    shapes = {
+        "router": ((experts, hidden),),
+        "expert_fc1": ((size, hidden), (size, hidden)),
+        "expert_fc2": ((hidden, size),),
+    }
+    named = [
+        (template.format(layer=layer, expert=expert), shape)
+        for role, templates in MOE_NAMES[architecture].items()
+        for template, shape in zip(templates, shapes[role], strict=True)
+        for layer in range(2)
+        for expert in range(experts if role != "router" else 1)
+    ]
+    on_disk = shapes_on_disk(tmp_path)
+    routed = {
+        name: shape
+        for name, shape in on_disk.items()
+        if ".mlp." in name + "." or "block_sparse_moe" in name
+        if "shared_expert" not in name
+    }
+    assert len(named) == len(dict(named))
+    assert dict(named) == routed
+    # What is not of the experts keeps the names it had in the dense model.
+    others = {name for name in on_disk if name not in routed and "shared_expert" not in name}
+    roles = {row.role for row in ROWS} - EXPERT_ROLES - {"fc1", "fc2"}
+    roles -= {"qkv_bias"} if architecture != "Qwen2MoeForCausalLM" else set()
+    roles -= {"q_norm", "k_norm"} if architecture != "Qwen3MoeForCausalLM" else set()
+    assert others == {
+        template.format(layer=layer)
+        for role in roles
+        for template in ROW_OF_ROLE[role].hf
+        for layer in range(2)
+    }
+
+
+@pytest.mark.parametrize(("role", "template"), TEMPLATES)
+def test_match_inverts_every_template(role: str, template: str):
+    found = match(template.format(layer=12, expert=345))
+    assert found is not None
+    assert found.row is ROW_OF_ROLE[role]
+    assert found.layer == (12 if "{layer}" in template else None)
+    assert found.expert == (345 if "{expert}" in template else None)
+
+
+def test_no_megatron_name_stands_twice():
+    names = [template for row in ROWS for template in row.megatron]
+    assert len(names) == len(set(names))
+    assert len(ROW_OF_ROLE) == len(ROWS)
+
+
+def test_every_row_shapes_as_many_tensors_as_it_names(tmp_path: Path):
+    spec = read_spec(save_dense(tmp_path))
+    for row in ROWS:
+        if row.role not in EXPERT_ROLES:
+            assert len(dense_shapes(row.role, spec)) == len(row.hf), row.role
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "decoder.layers.0.self_attention.linear_proj.bias",
+        "decoder.layers.x.mlp.router.weight",
+        "decoder.layers.0.mlp.router.weight.1",
+        "module.decoder.layers.0.mlp.router.weight",
+        "decoder.layers.0.mlp.experts.linear_fc1.weight",
+        "decoder.layers.0.mlp.experts.linear_fc1_weight0",
+        "decoderXlayers.0.mlp.router.weight",
+        "",
+    ],
+)
+def test_a_name_of_no_row_is_not_guessed(name: str):
+    assert match(name) is None
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        pytest.param("llama", {"tie_word_embeddings": True}, id="llama-tied"),
+        pytest.param("qwen2", {}, id="qwen2-bias"),
+        pytest.param("qwen3", {}, id="qwen3-qk-norm"),
+    ],
+)
+def test_megatrons_parameters_and_rows_are_one_to_one(tmp_path: Path, family: str, changes: dict):
+    folder = save_dense(tmp_path, family, **changes)
+    run_on_ranks(check_built_names, folder, read_spec(folder), world_size=1)
+
+
+def check_built_names(world: World, folder: Path, spec: DenseSpec) -> None:
+    from megatron_moe.model.build import build_model
+    from megatron_moe.parallel.groups import create_groups
+
+    config = RunConfig(
+        run=Run(dir=folder),
+        dense=Dense(path=folder),
+        moe=Moe(num_moe_experts=3, moe_layers=[1, 2]),
+        data=Data(path=folder, seq_length=8),
+        train=Train(steps=0, precision="fp32"),
+    )
+    layout, groups = create_groups(Parallel(), seed=0)
+    model = build_model(config, spec, layout=layout, groups=groups, rank=0, cuda=False)
+    found = [match(name) for name, _ in model.modules[0].named_parameters()]
+    assert all(found)
+    places = [(f.row.role, f.layer, f.expert) for f in found if f]
+    assert len(places) == len(set(places))
+    assert set(places) == set(expected_places(spec, moe_layers={1, 2}, experts=3))
+
+
+def expected_places(spec: DenseSpec, *, moe_layers: set[int], experts: int):
+    """Every (role, layer, expert) that a model of this shape has on one rank."""
+    for row in ROWS:
+        if not has_row(row.role, spec):
+            continue
+        if "{layer}" not in row.megatron[0]:
+            yield row.role, None, None
+            continue
+        for layer in range(spec.num_layers):
+            routed = layer in moe_layers
+            if row.role in ("expert_fc1", "expert_fc2"):
+                yield from ((row.role, layer, e) for e in range(experts if routed else 0))
+            elif row.role == "router":
+                yield from [(row.role, layer, None)] * routed
+            elif row.role in ("fc1", "fc2"):
+                yield from [(row.role, layer, None)] * (not routed)
+            else:
+                yield row.role, layer, None

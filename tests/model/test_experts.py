@@ -1,0 +1,130 @@
+"""A rank's experts against float64 algebra and Megatron-Core's own SequentialMLP.
+
+Shape letters: T tokens, D hidden_size, M neurons of one expert.
+"""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from ranks import run_on_ranks
+from tiny import save_dense
+from torch import Tensor
+
+from megatron_moe.config.run import Data, Dense, Moe, Parallel, Run, RunConfig, Train
+from megatron_moe.device.world import World
+from megatron_moe.hf.spec import read_spec
+from megatron_moe.model.experts import LoopExperts, swiglu
+
+T, D, M = 9, 6, 5
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def by_hand(x_TD: Tensor, prob_T: Tensor, fc1_2MD: Tensor, fc2_DM: Tensor) -> Tensor:
+    """Neuron by neuron: ``prob * sum(down * silu(gate x) * up x)``."""
+    out_TD = torch.zeros_like(x_TD)
+    size = len(fc1_2MD) // 2
+    for m in range(size):
+        gate_T, up_T = x_TD @ fc1_2MD[m], x_TD @ fc1_2MD[size + m]
+        h_T = gate_T / (1 + (-gate_T).exp()) * up_T
+        out_TD += h_T[:, None] * fc2_DM[:, m] * prob_T[:, None]
+    return out_TD
+
+
+def experts(count: int) -> SimpleNamespace:
+    """What `LoopExperts.forward` looks at: weights. The linear layers are never called."""
+    return SimpleNamespace(
+        local_experts=[
+            SimpleNamespace(
+                linear_fc1=SimpleNamespace(weight=random(2 * M, D, seed=2 * e).requires_grad_()),
+                linear_fc2=SimpleNamespace(weight=random(D, M, seed=2 * e + 1).requires_grad_()),
+            )
+            for e in range(count)
+        ]
+    )
+
+
+def test_swiglu_is_the_sum_over_its_neurons():
+    weights = random(T, D), random(T, seed=1).sigmoid(), random(2 * M, D, seed=2), random(D, M)
+    torch.testing.assert_close(swiglu(*weights), by_hand(*weights), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("counts", [(3, 4, 2), (0, 9, 0), (9, 0, 0)], ids=str)
+def test_each_expert_takes_its_run_of_tokens(counts: tuple[int, ...]):
+    these = experts(3)
+    x_TD, prob_T = random(T, D, seed=8), random(T, seed=9).sigmoid()
+    out_TD, bias = LoopExperts.forward(these, x_TD, torch.tensor(counts), prob_T)
+    assert bias is None
+    expert_of = [e for e, count in enumerate(counts) for _ in range(count)]
+    for t, e in enumerate(expert_of):
+        expert = these.local_experts[e]
+        one = by_hand(
+            x_TD[t : t + 1], prob_T[t : t + 1], expert.linear_fc1.weight, expert.linear_fc2.weight
+        )
+        torch.testing.assert_close(out_TD[t : t + 1], one, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("counts", [(0, 9), (0, 0)], ids=["one-empty", "all-empty"])
+def test_an_expert_without_tokens_has_a_gradient_of_zero(counts: tuple[int, ...]):
+    """None would leave this rank out of the collectives that the others enter."""
+    these = experts(2)
+    tokens = sum(counts)
+    out, _ = LoopExperts.forward(
+        these, random(tokens, D), torch.tensor(counts), random(tokens).sigmoid()
+    )
+    assert out.shape == (tokens, D)
+    out.sum().backward()
+    for expert, count in zip(these.local_experts, counts, strict=True):
+        for linear in (expert.linear_fc1, expert.linear_fc2):
+            assert linear.weight.grad is not None
+            assert bool(linear.weight.grad.any()) == (count > 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_fp32_routing_weights_do_not_change_the_models_precision(dtype: torch.dtype):
+    x_TD, fc1, fc2 = (random(*s, dtype=torch.float32).to(dtype) for s in ((T, D), (8, D), (D, 4)))
+    assert swiglu(x_TD, random(T, dtype=torch.float32), fc1, fc2).dtype == dtype
+
+
+@pytest.mark.distributed
+def test_the_lean_forward_is_megatrons(tmp_path: Path):
+    """Output and every gradient of Megatron-Core's SequentialMLP with the same weights."""
+    run_on_ranks(check_against_megatron, save_dense(tmp_path), world_size=1)
+
+
+def check_against_megatron(world: World, folder: Path) -> None:
+    from megatron.core.transformer.moe.experts import SequentialMLP
+
+    from megatron_moe.model.build import build_model
+    from megatron_moe.parallel.groups import create_groups
+
+    config = RunConfig(
+        run=Run(dir=folder),
+        dense=Dense(path=folder),
+        moe=Moe(num_moe_experts=3, moe_layers=[0]),
+        data=Data(path=folder, seq_length=8),
+        train=Train(steps=0, precision="fp32"),
+    )
+    layout, groups = create_groups(Parallel(), seed=0)
+    spec = read_spec(folder)
+    model = build_model(config, spec, layout=layout, groups=groups, rank=0, cuda=False)
+    ours = model.modules[0].decoder.layers[0].mlp.experts
+    assert type(ours) is LoopExperts
+    for index, parameter in enumerate(ours.parameters()):
+        parameter.data.copy_(random(*parameter.shape, seed=index) * 0.2)
+    counts = torch.tensor([4, 0, 5])
+    results = []
+    for forward in (LoopExperts.forward, SequentialMLP.forward):
+        x_TD = random(9, spec.hidden_size, seed=50).float().requires_grad_()
+        prob_T = random(9, seed=51).sigmoid().float().requires_grad_()
+        ours.zero_grad()
+        out_TD, _ = forward(ours, x_TD, counts, prob_T)
+        out_TD.backward(random(9, spec.hidden_size, seed=52).float())
+        gradients = [x_TD.grad, prob_T.grad, *(p.grad.clone() for p in ours.parameters())]
+        results.append([out_TD.detach(), *gradients])
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,146 @@
+"""What the router counts, on logits whose counts are known.
+
+Shape letters: T tokens, E experts, K moe_router_topk.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_on_ranks
+from torch import Tensor
+
+from megatron_moe.config.run import Data, Dense, Moe, Parallel, Run, RunConfig, Train
+from megatron_moe.device.world import World
+from megatron_moe.hf.spec import spec_from_config
+
+pytestmark = pytest.mark.distributed
+
+SPEC = spec_from_config(
+    {
+        "architectures": ["LlamaForCausalLM"],
+        "num_hidden_layers": 1,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_attention_heads": 1,
+        "vocab_size": 8,
+    }
+)
+
+# Two best experts a token: (0, 1) four times, (2, 0) twice, (1, 0) once; nobody wants expert 3.
+LOGITS_TE = torch.tensor(
+    [[3.0, 2.0, 1.0, 0.0]] * 4 + [[2.0, 0.0, 3.0, -1.0]] * 2 + [[1.0, 5.0, 0.0, 0.5]]
+)
+CHOSEN_E = [7.0, 5.0, 2.0, 0.0]
+
+
+def make_router(**moe: Any):
+    from megatron_moe.model.config import transformer_config
+    from megatron_moe.model.router import CountingRouter
+    from megatron_moe.parallel.groups import create_groups
+
+    config = RunConfig(
+        run=Run(dir=Path("run")),
+        dense=Dense(path=Path("dense")),
+        moe=Moe(num_moe_experts=4, **moe),
+        data=Data(path=Path("text"), seq_length=8),
+        train=Train(steps=0, precision="fp32"),
+    )
+    _, groups = create_groups(Parallel(), seed=0)
+    router = CountingRouter(transformer_config(config, SPEC, cuda=False), pg_collection=groups)
+    router.weight.data.zero_()
+    router.set_layer_number(1)
+    return router.train()
+
+
+def route(router: Any, logits_TE: Tensor = LOGITS_TE) -> tuple[Tensor, Tensor]:
+    return router.routing(logits_TE[:, None].clone().requires_grad_())
+
+
+def entropy(logits_TE: Tensor) -> float:
+    """Summed over tokens, in nats, with plain floats."""
+    total = 0.0
+    for row in logits_TE.tolist():
+        weights = [math.exp(x) for x in row]
+        shares = [w / sum(weights) for w in weights]
+        total -= sum(p * math.log(p) for p in shares)
+    return total
+
+
+def test_choices_and_entropy_are_counted():
+    run_on_ranks(check_counts, world_size=1)
+
+
+def check_counts(world: World) -> None:
+    router = make_router()
+    route(router)
+    chosen_E, sums = router.take_counts()
+    assert chosen_E.tolist() == CHOSEN_E
+    assert sums[0] == 14, "seven tokens, two choices each, none dropped"
+    assert float(sums[1]) == pytest.approx(entropy(LOGITS_TE), rel=1e-9)
+
+
+def test_counts_add_up_until_they_are_taken():
+    run_on_ranks(check_adding_up, world_size=1)
+
+
+def check_adding_up(world: World) -> None:
+    router = make_router()
+    assert [c.tolist() for c in router.take_counts()] == [[0.0] * 4, [0.0] * 2]
+    for _ in range(3):
+        route(router)
+    chosen_E, sums = router.take_counts()
+    assert chosen_E.tolist() == [3 * n for n in CHOSEN_E]
+    assert sums[0] == 3 * 14
+    assert not router.take_counts()[0].any(), "taking starts anew"
+
+
+def test_only_training_is_counted():
+    run_on_ranks(check_only_training, world_size=1)
+
+
+def check_only_training(world: World) -> None:
+    router = make_router()
+    with torch.no_grad():
+        route(router)
+    route(router.eval())
+    assert not torch.cat(router.take_counts()).any()
+    route(router.train())
+    assert router.take_counts()[0].tolist() == CHOSEN_E
+
+
+@pytest.mark.parametrize("pad", [False, True], ids=["as-many-as-came", "padded"])
+def test_a_capacity_drops_choices_but_not_from_the_count_of_wishes(pad: bool):
+    run_on_ranks(check_capacity, pad, world_size=1)
+
+
+def check_capacity(world: World, pad: bool) -> None:
+    # Capacity ceil(7 * 2 / 4 * 1) = 4: expert 0 turns away 3 of 7, expert 1 turns away 1 of 5.
+    router = make_router(moe_expert_capacity_factor=1.0, moe_pad_expert_input_to_capacity=pad)
+    probs_TE, map_TE = route(router)
+    assert map_TE.sum(dim=0).tolist() == ([4, 4, 4, 4] if pad else [4, 4, 2, 0])
+    chosen_E, sums = router.take_counts()
+    assert chosen_E.tolist() == CHOSEN_E
+    assert (probs_TE > 0).sum(dim=0).tolist() == [4, 4, 2, 0], "as Megatron-Core kept them"
+    assert sums[0] == 14 - 3 - 1
+
+
+@pytest.mark.parametrize("order", ["topk_softmax", "softmax_topk"])
+def test_routing_is_megatrons(order: str):
+    run_on_ranks(check_routing, order, world_size=1)
+
+
+def check_routing(world: World, order: str) -> None:
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    router = make_router(router_order=order)
+    probs_TE, map_TE = route(router)
+    theirs = TopKRouter.routing(router, LOGITS_TE[:, None].clone().requires_grad_())
+    assert torch.equal(probs_TE, theirs[0])
+    assert torch.equal(map_TE, theirs[1])
+    # Mixtral's weights are a softmax over the chosen; the other order's do not sum to one.
+    softmax_E = LOGITS_TE[0].softmax(dim=0)
+    expected = softmax_E[:2] / (softmax_E[:2].sum() if order == "topk_softmax" else 1.0)
+    torch.testing.assert_close(probs_TE[0], torch.tensor([*expected.tolist(), 0.0, 0.0]))

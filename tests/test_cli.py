@@ -1,0 +1,192 @@
+"""The command line: help at once, and what a user got wrong in words, with exit code 2."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_moe import cli
+
+DENSE = {
+    "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 4, "hidden_size": 32,
+    "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64,
+}  # fmt: skip
+PLACES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS")
+
+
+@pytest.fixture(autouse=True)
+def started_by_hand(monkeypatch: pytest.MonkeyPatch):
+    for name in PLACES:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def yaml_file(tmp_path: Path) -> Path:
+    """A legal configuration of a dense folder that holds only a config.json."""
+    (tmp_path / "dense").mkdir()
+    (tmp_path / "dense" / "config.json").write_text(json.dumps(DENSE))
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"run: {{dir: {tmp_path / 'run'}, device: cpu}}\n"
+        f"dense: {{path: {tmp_path / 'dense'}}}\n"
+        "moe: {num_moe_experts: 4}\n"
+        f"data: {{path: {tmp_path / 'text.txt'}, seq_length: 64}}\n"
+        "train: {steps: 0, global_batch_size: 4}\n"
+    )
+    return path
+
+
+def refused(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, *args: object) -> str:
+    """Run the command line; what it says on stderr when it exits with code 2."""
+    monkeypatch.setattr(sys, "argv", ["megatron-moe", *map(str, args)])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    assert "Traceback" not in out + err
+    return err
+
+
+def python(*args: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *map(str, args)], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+@pytest.mark.parametrize("command", [(), ("train",), ("export",)], ids=["all", "train", "export"])
+def test_help_comes_at_once(command: tuple[str, ...]):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    done = python("-m", "megatron_moe", *command, "--help")
+    seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+    assert done.returncode == 0, done.stderr
+    for word in command or ("train", "export"):
+        assert word in done.stdout
+    assert seconds < 1.5, "0.4 s when this was written; importing torch alone takes more"
+
+
+def test_help_and_a_wrong_setting_import_neither_torch_nor_megatron(yaml_file: Path):
+    script = (
+        "import sys\n"
+        "from megatron_moe.cli import main\n"
+        "try:\n    main()\n"
+        "except SystemExit as end:\n    print('exit', end.code)\n"
+        "print(sorted({'torch', 'megatron', 'transformers'} & set(sys.modules)))\n"
+    )
+    told = python("-c", script, "--help").stdout.splitlines()[-2:]
+    assert told == ["exit 0", "[]"]
+    told = python("-c", script, "train", yaml_file, "moe.experts=4").stdout.splitlines()
+    assert told == ["exit 2", "[]"]
+
+
+def test_a_refusal_of_the_real_program_has_no_traceback(tmp_path: Path):
+    done = python("-m", "megatron_moe", "train", tmp_path / "none.yaml")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == (
+        f"ConfigError: cannot read the configuration {tmp_path / 'none.yaml'}: "
+        "No such file or directory\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["moe.num_moe_expert=4"],
+         "ConfigError: moe.num_moe_expert is not a setting; did you mean 'num_moe_experts'?\n"),
+        (["train.steps=many"],
+         "ConfigError: train.steps is 'many', must be a valid integer\n"),
+        (["train.steps"],
+         "ConfigError: override 'train.steps' is not of the form key.path=value\n"),
+        (["train.steps=-1", "moe.topk=2", "data.seq_length=0"], None),
+    ],
+    ids=["unknown-key", "wrong-type", "no-equals", "three-at-once"],
+)  # fmt: skip
+def test_a_wrong_setting_is_refused(yaml_file, capsys, monkeypatch, overrides, message):
+    told = refused(capsys, monkeypatch, "train", yaml_file, *overrides)
+    if message is not None:
+        assert told == message
+    else:
+        assert [line.split()[1] for line in told.splitlines()] == [
+            "moe.topk", "data.seq_length", "train.steps",
+        ]  # fmt: skip
+
+
+def test_a_missing_dense_folder_is_refused(yaml_file, capsys, monkeypatch, tmp_path):
+    told = refused(capsys, monkeypatch, "train", yaml_file, f"dense.path={tmp_path / 'nowhere'}")
+    path = tmp_path / "nowhere" / "config.json"
+    assert told.startswith(f"CheckpointError: cannot read {path}: No such file or directory.\n  ")
+    assert not (tmp_path / "run").exists(), "nothing is made before everything is checked"
+
+
+def test_an_unsupported_model_is_refused_with_all_reasons(yaml_file, capsys, monkeypatch, tmp_path):
+    config = DENSE | {"hidden_act": "gelu", "mlp_bias": True}
+    (tmp_path / "dense" / "config.json").write_text(json.dumps(config))
+    told = refused(capsys, monkeypatch, "train", yaml_file).splitlines()
+    assert told[0].startswith("CheckpointError: ")
+    assert [line[:2] for line in told[1:]] == ["  ", "  "]
+
+
+def test_an_illegal_layout_is_refused_before_any_rank_starts(
+    yaml_file, capsys, monkeypatch, tmp_path
+):
+    told = refused(
+        capsys, monkeypatch, "train", yaml_file, "--ranks", 3,
+        "parallel.tensor_parallel_size=4", "parallel.expert_parallel_size=3",
+    )  # fmt: skip
+    heads = [line for line in told.splitlines() if not line.startswith("  ")]
+    assert len(heads) == 3
+    assert all(line.startswith("ConfigError: ") for line in heads)
+    for words in (
+        "world_size (3) must be divisible by pp * cp * tp = 1 * 1 * 4 = 4",
+        "num_key_value_heads of the dense model (2)",
+        "moe.num_moe_experts (4)",
+    ):
+        assert words in told
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"RANK": "0", "WORLD_SIZE": "4"},
+        {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0", "MASTER_ADDR": "node0"},
+    ],
+    ids=["torchrun", "slurm"],
+)
+def test_local_ranks_inside_a_started_job_are_refused(
+    yaml_file, capsys, monkeypatch, environment: dict[str, str]
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    told = refused(capsys, monkeypatch, "train", yaml_file, "--ranks", 2)
+    assert told.startswith("ConfigError: --ranks (2) is for starting ranks on this machine")
+    assert "started 4 already: leave --ranks away" in told
+
+
+def test_an_export_of_no_checkpoint_is_refused(capsys, monkeypatch, tmp_path):
+    told = refused(capsys, monkeypatch, "export", tmp_path, "--out", tmp_path / "out")
+    assert told.startswith(f"CheckpointError: {tmp_path} is neither a checkpoint")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "args", [("train",), ("train", "x.yaml", "--ranks", "0"), ("tarin",), ("export", "x")], ids=str
+)
+def test_a_wrong_command_line_is_refused(capsys, monkeypatch, args):
+    told = refused(capsys, monkeypatch, *args)
+    assert "Usage" in told
+
+
+def test_a_bug_of_ours_keeps_its_traceback(yaml_file, monkeypatch):
+    def broken(*args: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli, "check", broken)
+    monkeypatch.setattr(sys, "argv", ["megatron-moe", "train", str(yaml_file)])
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
+    assert os.environ["TOKENIZERS_PARALLELISM"]

@@ -1,0 +1,108 @@
+"""The loop: how many steps, and which hook runs after which, in what order."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_moe.train.loop import Hook, run_loop
+
+
+def run(*, done: int = 0, steps: int, hooks: dict[str, int]) -> list[tuple[str, int]]:
+    """Everything that happened, as (what, step)."""
+    state, seen = SimpleNamespace(step=done), []
+
+    def take_step() -> str:
+        state.step += 1
+        seen.append(("step", state.step))
+        return f"result {state.step}"
+
+    def describe(result: str, seconds: float) -> dict:
+        assert result == f"result {state.step}"
+        assert seconds >= 0
+        return {"step": state.step}
+
+    run_loop(
+        state,
+        steps=steps,
+        take_step=take_step,
+        describe=describe,
+        hooks=[
+            Hook(interval, lambda numbers, name=name: seen.append((name, numbers["step"])))
+            for name, interval in hooks.items()
+        ],
+    )
+    return seen
+
+
+def test_hooks_run_in_their_order_after_each_step():
+    assert run(steps=2, hooks={"show": 1, "validate": 1, "save": 1}) == [
+        ("step", 1), ("show", 1), ("validate", 1), ("save", 1),
+        ("step", 2), ("show", 2), ("validate", 2), ("save", 2),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("done", "steps", "interval", "at"),
+    [
+        (0, 6, 2, [2, 4, 6]),
+        (0, 7, 3, [3, 6, 7]),
+        (0, 2, 10, [2]),
+        (4, 9, 3, [6, 9]),
+        (5, 7, 5, [7]),
+    ],
+    ids=["divides", "and-the-last", "only-the-last", "resumed", "resumed-at-a-multiple"],
+)
+def test_a_hook_runs_at_its_interval_and_after_the_last_step(done, steps, interval, at):
+    seen = run(done=done, steps=steps, hooks={"save": interval})
+    assert [step for name, step in seen if name == "save"] == at
+    assert [step for name, step in seen if name == "step"] == list(range(done + 1, steps + 1))
+
+
+@pytest.mark.parametrize("done", [3, 4], ids=["done", "past-the-end"])
+def test_a_finished_run_takes_no_step_and_calls_no_hook(done: int):
+    assert run(done=done, steps=3, hooks={"save": 1}) == []
+
+
+def test_a_hook_adds_to_the_numbers_that_later_hooks_see():
+    state, written = SimpleNamespace(step=0), []
+
+    def take_step() -> None:
+        state.step += 1
+
+    run_loop(
+        state,
+        steps=3,
+        take_step=take_step,
+        describe=lambda result, seconds: {"step": state.step},
+        hooks=[
+            Hook(2, lambda numbers: numbers.update({"loss/validation": 1.5})),
+            Hook(1, lambda numbers: written.append(dict(numbers))),
+        ],
+    )
+    assert written == [
+        {"step": 1},
+        {"step": 2, "loss/validation": 1.5},
+        {"step": 3, "loss/validation": 1.5},
+    ]
+
+
+def test_the_seconds_are_those_of_the_step_alone(monkeypatch: pytest.MonkeyPatch):
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr("time.perf_counter", lambda: clock.now)
+    state, told = SimpleNamespace(step=0), []
+
+    def take(seconds: float) -> None:
+        clock.now += seconds
+
+    def take_step() -> None:
+        state.step += 1
+        take(2.5)
+
+    def describe(result: None, seconds: float) -> dict:
+        told.append(seconds)
+        take(1.0)
+        return {}
+
+    run_loop(state, steps=3, take_step=take_step, describe=describe,
+             hooks=[Hook(1, lambda numbers: take(7.0))])  # fmt: skip
+    assert told == [2.5, 2.5, 2.5]
