@@ -92,7 +92,8 @@ def _rounded(values_L: Tensor) -> list[float]:
 class MetricsWriter:
     """Appends to metrics.jsonl and, where asked for, to TensorBoard and Weights & Biases.
 
-    Open it on one rank. A run that resumes drops the lines of steps it will take again.
+    Open it on one rank. A run that resumes drops the lines of steps it will take again; one that
+    starts anew (``resumed_step=0``) drops them all, for it writes the line of step 0 again too.
     """
 
     def __init__(self, config: RunConfig, *, resumed_step: int) -> None:
@@ -139,7 +140,7 @@ class MetricsWriter:
 def _reopen(path: Path, resumed_step: int) -> TextIO:
     if path.exists():
         lines = path.read_text().splitlines()
-        kept = [line for line in lines if _step_of(line) <= resumed_step]
+        kept = [line for line in lines if resumed_step and _step_of(line) <= resumed_step]
         staged = path.with_suffix(".partial")
         staged.write_text("".join(line + "\n" for line in kept))
         staged.replace(path)

@@ -1,0 +1,93 @@
+"""metrics.jsonl: one line a step, each step once, whatever crashed in between."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_moe.config.run import Data, Dense, Log, Moe, Run, RunConfig, Train
+from megatron_moe.train.metrics import MetricsWriter
+
+
+def config(folder: Path, *, tensorboard: bool = False) -> RunConfig:
+    return RunConfig(
+        run=Run(dir=folder),
+        dense=Dense(path=folder),
+        moe=Moe(num_moe_experts=2),
+        data=Data(path=folder),
+        train=Train(steps=9),
+        log=Log(tensorboard=tensorboard),
+    )
+
+
+def write_steps(folder: Path, steps: range, *, resumed_step: int, run: str = "a") -> None:
+    writer = MetricsWriter(config(folder), resumed_step=resumed_step)
+    for step in steps:
+        writer.write({"step": step, "loss/lm": 1 / (step + 1), "run": run})
+    writer.close()
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps_of(folder: Path) -> list[tuple[int, str]]:
+    return [(line["step"], line["run"]) for line in lines(folder)]
+
+
+def test_a_line_is_on_disk_when_write_returns(tmp_path: Path):
+    writer = MetricsWriter(config(tmp_path), resumed_step=0)
+    writer.write({"step": 1, "loss/lm": 2.5, "router/entropy_by_layer": [0.5, 0.25]})
+    assert lines(tmp_path) == [{"step": 1, "loss/lm": 2.5, "router/entropy_by_layer": [0.5, 0.25]}]
+    writer.close()
+
+
+@pytest.mark.parametrize("resumed_step", [1, 3, 6])
+def test_a_resumed_run_has_each_step_once(tmp_path: Path, resumed_step: int):
+    write_steps(tmp_path, range(7), resumed_step=0)
+    write_steps(tmp_path, range(resumed_step + 1, 9), resumed_step=resumed_step, run="b")
+    assert steps_of(tmp_path) == [(s, "a" if s <= resumed_step else "b") for s in range(9)]
+
+
+@pytest.mark.parametrize("cut", [1, 10, -2], ids=["one-character", "in-a-name", "without-its-end"])
+def test_a_half_written_last_line_goes(tmp_path: Path, cut: int):
+    write_steps(tmp_path, range(4), resumed_step=0)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 4, "loss/lm": 0.2, "run": "a"})[:cut])
+    write_steps(tmp_path, range(4, 6), resumed_step=3, run="b")
+    assert steps_of(tmp_path) == [(0, "a"), (1, "a"), (2, "a"), (3, "a"), (4, "b"), (5, "b")]
+
+
+def test_a_whole_last_line_without_its_newline_stays_a_line(tmp_path: Path):
+    write_steps(tmp_path, range(3), resumed_step=0)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text().rstrip("\n"))
+    write_steps(tmp_path, range(3, 4), resumed_step=2, run="b")
+    assert steps_of(tmp_path) == [(0, "a"), (1, "a"), (2, "a"), (3, "b")]
+
+
+def test_a_run_that_never_saved_starts_its_file_anew(tmp_path: Path):
+    """Killed before its first checkpoint, it upcycles again: step 0 is written again too."""
+    write_steps(tmp_path, range(3), resumed_step=0)
+    write_steps(tmp_path, range(3), resumed_step=0, run="b")
+    assert steps_of(tmp_path) == [(0, "b"), (1, "b"), (2, "b")]
+
+
+def test_nothing_is_left_beside_the_file(tmp_path: Path):
+    write_steps(tmp_path, range(3), resumed_step=0)
+    write_steps(tmp_path, range(2, 3), resumed_step=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tensorboard_gets_the_scalars_and_no_lists(tmp_path: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    writer = MetricsWriter(config(tmp_path, tensorboard=True), resumed_step=0)
+    for step in (1, 2):
+        writer.write({"step": step, "loss/lm": 4.0 / step, "router/drop_rate_by_layer": [0.0]})
+    writer.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert events.Tags()["scalars"] == ["loss/lm"]
+    assert [(e.step, e.value) for e in events.Scalars("loss/lm")] == [(1, 4.0), (2, 2.0)]
