@@ -85,7 +85,7 @@ def restore(
                 "  restore the setting, or choose another run.dir"
             )
     try:
-        loaded = dist_checkpointing.load(_sharded(state, groups, is_loading=True), str(folder))
+        loaded: Any = dist_checkpointing.load(_sharded(state, groups, is_loading=True), str(folder))
     except (CheckpointingException, OSError, RuntimeError, KeyError) as error:
         raise CheckpointError(f"cannot load {folder}: {error}") from error
     for index, module in enumerate(state.model.modules):

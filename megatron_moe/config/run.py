@@ -72,6 +72,9 @@ class Moe(Section):
     moe_expert_capacity_factor: Positive | None = None
     """Tokens an expert may take, ceil(tokens * K / E * factor); None drops nothing."""
 
+    moe_pad_expert_input_to_capacity: bool = False
+    """Give every expert exactly its capacity, with zeros where it has fewer tokens."""
+
 
 class Upcycle(Section):
     """How experts are built from the dense FFN."""

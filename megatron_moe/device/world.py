@@ -116,6 +116,7 @@ def run_local_ranks(
         context = mp.start_processes(
             _local_rank, (fn, ranks, device, folder), nprocs=ranks, join=False, start_method="fork"
         )
+        assert context is not None
         try:
             while not context.join():
                 pass
@@ -125,7 +126,7 @@ def run_local_ranks(
                 raise UserError("\n".join(dict.fromkeys(p.read_text() for p in told))) from None
             raise error
         except KeyboardInterrupt:
-            for process in context.processes:
+            for process in filter(None, context.processes):
                 process.terminate()
             raise
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -71,16 +71,18 @@ def build_model(
         stage = {"pp_rank": layout.attention.coords(rank)["pp"], "vpp_rank": vpp_rank}
         layers = chunk_layers(num_layers=spec.num_layers, pp=pp, vpp=vpp, **stage)
         vp_stage = vpp_rank if vpp > 1 else None
+        spec_of_layers: Any = block_spec(transformer, layers, cuda=cuda, vp_stage=vp_stage)
+        rotary_base: Any = spec.rotary_base  # Megatron-Core says int and means a number
         module = GPTModel(
             config=transformer,
-            transformer_layer_spec=block_spec(transformer, layers, cuda=cuda, vp_stage=vp_stage),
+            transformer_layer_spec=spec_of_layers,
             vocab_size=padded_vocabulary(spec.vocab_size, layout.attention.size("tp")),
             max_sequence_length=config.data.seq_length,
             pre_process=is_first(**stage),
             post_process=is_last(pp=pp, vpp=vpp, **stage),
             share_embeddings_and_output_weights=spec.tied_embeddings,
             position_embedding_type="rope",
-            rotary_base=spec.rotary_base,
+            rotary_base=rotary_base,
             pg_collection=groups,
             vp_stage=vp_stage,
         )
@@ -103,16 +105,3 @@ def llama3_frequencies(frequency_C: Tensor, scaling: RopeScaling) -> Tensor:
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     kept_C = ((turns_C - low) / (high - low)).clamp(0, 1)
     return frequency_C * (kept_C + (1 - kept_C) / scaling.factor)
-
-
-def parameter_bytes(model: Model) -> int:
-    """Bytes of this rank's parameters; tied weights count where they are stored."""
-    parameters = {id(p): p for module in model.modules for p in module.parameters()}
-    return sum(p.numel() * p.element_size() for p in parameters.values())
-
-
-def free_of(module: torch.nn.Module) -> torch.nn.Module:
-    """The GPTModel inside the wrappers of mixed precision and data parallelism."""
-    while hasattr(module, "module"):
-        module = module.module
-    return module

@@ -61,7 +61,6 @@ def _dense_shape(spec: DenseSpec) -> dict[str, Any]:
 
 def _moe(moe: Moe, spec: DenseSpec) -> dict[str, Any]:
     layers = moe_layer_ids(moe, spec.num_layers)
-    capacity_factor = moe.moe_expert_capacity_factor
     return {
         "num_moe_experts": moe.num_moe_experts,
         "moe_router_topk": moe.moe_router_topk,
@@ -71,9 +70,8 @@ def _moe(moe: Moe, spec: DenseSpec) -> dict[str, Any]:
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "aux_loss",
         "moe_aux_loss_coeff": moe.moe_aux_loss_coeff,
-        "moe_expert_capacity_factor": capacity_factor,
-        # Equal parts for every expert: what makes a capacity factor fast on CUDA.
-        "moe_pad_expert_input_to_capacity": capacity_factor is not None,
+        "moe_expert_capacity_factor": moe.moe_expert_capacity_factor,
+        "moe_pad_expert_input_to_capacity": moe.moe_pad_expert_input_to_capacity,
         "moe_token_dispatcher_type": "alltoall",
     }
 

@@ -8,6 +8,8 @@ Shape letters of this module:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from megatron.core.transformer.moe.experts import SequentialMLP
@@ -31,9 +33,10 @@ class LoopExperts(SequentialMLP):
         counts = tokens_per_expert.tolist()
         x_parts = permuted_local_hidden_states.split(counts)
         prob_parts = permuted_probs.split(counts)
+        experts: Any = self.local_experts
         out_parts = [
             swiglu(x_TD, prob_T, expert.linear_fc1.weight, expert.linear_fc2.weight)
-            for x_TD, prob_T, expert in zip(x_parts, prob_parts, self.local_experts, strict=True)
+            for x_TD, prob_T, expert in zip(x_parts, prob_parts, experts, strict=True)
         ]
         return torch.cat(out_parts), None
 

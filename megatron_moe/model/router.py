@@ -49,9 +49,6 @@ class CountingRouter(TopKRouter):
         chosen_E, sums = self._chosen_E, self._sums
         self._chosen_E = self._sums = None
         if chosen_E is None or sums is None:
-            device = self.weight.device
-            return (
-                torch.zeros(self.config.num_moe_experts, dtype=torch.float64, device=device),
-                torch.zeros(2, dtype=torch.float64, device=device),
-            )
+            zeros = self.weight.new_zeros(len(self.weight) + 2, dtype=torch.float64)
+            return zeros[:-2], zeros[-2:]
         return chosen_E, sums

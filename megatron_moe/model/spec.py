@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
@@ -43,14 +44,18 @@ def block_spec(
         return _counting(
             get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
         )
+    is_moe: Any = config.moe_layer_freq
     return TransformerBlockSubmodules(
-        layer_specs=[_layer(config, moe=bool(config.moe_layer_freq[layer])) for layer in layers],
+        layer_specs=[_layer(config, moe=bool(is_moe[layer])) for layer in layers],
         layer_norm=RMSNorm,
     )
 
 
 def _layer(config: TransformerConfig, *, moe: bool) -> ModuleSpec:
     qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
+    # Slots whose types Megatron-Core declares more narrowly than it uses them.
+    core_attention: Any = SdpaAttention
+    bias_dropout_add: Any = get_bias_dropout_add
     keys = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     if not moe:
         keys["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
@@ -63,16 +68,16 @@ def _layer(config: TransformerConfig, *, moe: bool) -> ModuleSpec:
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,
-                    core_attention=SdpaAttention,
+                    core_attention=core_attention,
                     linear_proj=RowParallelLinear,
                     q_layernorm=qk_norm,
                     k_layernorm=qk_norm,
                 ),
             ),
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
             mlp=_moe_mlp() if moe else partial(MLP.as_mlp_submodule, submodules=_LINEAR),
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=bias_dropout_add,
             sharded_state_dict_keys_map=keys,
         ),
     )
@@ -85,7 +90,8 @@ def _moe_mlp() -> partial[MoELayer]:
 
 def _counting(block: TransformerBlockSubmodules) -> TransformerBlockSubmodules:
     """The same block with our router in its MoE layers."""
-    for layer in block.layer_specs:
+    layers: Any = block.layer_specs
+    for layer in layers:
         mlp = layer.submodules.mlp
         if isinstance(mlp, partial) and mlp.func is MoELayer:
             submodules = replace(mlp.keywords["submodules"], router=CountingRouter)

@@ -86,7 +86,8 @@ def _moe_logits(model: Model, tokens_S: Tensor, groups: ProcessGroupCollection) 
     for module in model.modules:
         module.eval()
     many = len(model.modules) > 1
-    outputs = get_forward_backward_func()(
+    schedule: Any = get_forward_backward_func()
+    outputs = schedule(
         forward_step_func=forward_step,
         data_iterator=[None] * len(model.modules) if many else None,
         model=model.modules if many else model.modules[0],
@@ -110,7 +111,8 @@ def _dense_logits(
 ) -> Tensor:
     from transformers import AutoModelForCausalLM
 
-    dense = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    dense: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    dense.to(device).eval()
     return dense(tokens_S[None].to(device)).logits[0].float()
 
 

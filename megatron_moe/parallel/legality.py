@@ -97,6 +97,11 @@ def _experts(case: Case) -> Iterator[str]:
             f"moe.moe_router_topk ({moe.moe_router_topk}) must be at most moe.num_moe_experts "
             f"({moe.num_moe_experts}): a token goes to different experts"
         )
+    if moe.moe_pad_expert_input_to_capacity and moe.moe_expert_capacity_factor is None:
+        yield (
+            "moe.moe_pad_expert_input_to_capacity (true) needs moe.moe_expert_capacity_factor: "
+            "without a capacity there is nothing to pad to"
+        )
     if moe.moe_router_topk == 1 and moe.router_order == "topk_softmax":
         yield (
             "moe.moe_router_topk (1) with moe.router_order (topk_softmax) is not trainable: the "

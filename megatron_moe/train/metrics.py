@@ -21,6 +21,7 @@ tokens/seen                               since the run began
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -107,8 +108,7 @@ class MetricsWriter:
                 str(config.run.dir / "tensorboard"), purge_step=resumed_step + 1
             )
         if config.log.wandb_project is not None:
-            import wandb
-
+            wandb = importlib.import_module("wandb")
             self._wandb = wandb.init(
                 project=config.log.wandb_project,
                 name=config.run.dir.name,

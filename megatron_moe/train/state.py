@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.distributed import (
@@ -74,10 +75,9 @@ def make_state(
     )
     transformer.finalize_model_grads_func = finalize_model_grads
     transformer.grad_scale_func = optimizer.scale_loss
-    if cuda:
-        transformer.no_sync_func = [chunk.no_sync for chunk in wrapped]
-        if len(wrapped) == 1:
-            transformer.no_sync_func = wrapped[0].no_sync
+    if cuda:  # gradients are reduced while the backward pass of the last micro-batch runs
+        no_sync: Any = [chunk.no_sync for chunk in wrapped]
+        transformer.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
     return TrainState(model, wrapped, optimizer, make_schedule(config, optimizer))
 
 

@@ -52,11 +52,11 @@ def train_step(
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
     losses = run_schedule(state.wrapped, batches, config, state.model, groups, forward_only=False)
-    _, grad_norm, _ = state.optimizer.step()
+    outcome: Any = state.optimizer.step()
     state.schedule.step(increment=1)
     state.step += 1
     state.samples += config.train.global_batch_size
-    return _reduce(state.model, losses, float(grad_norm), len(batches), groups)
+    return _reduce(state.model, losses, float(outcome[1]), len(batches), groups)
 
 
 @torch.no_grad()
@@ -160,6 +160,7 @@ def _reduce(
     for chunk in model.chunks:
         for router in chunk.module.modules():
             if isinstance(router, CountingRouter):
+                assert router.layer_number is not None
                 layer = router.layer_number - 1
                 chosen_E, sums = router.take_counts()
                 chosen_LE[layer] = chosen_E.cpu()
