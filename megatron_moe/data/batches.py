@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_moe.data.samples import Sample, Samples, SampleSource
+from megatron_moe.data.samples import Chunked, Sample, SampleSource
 from megatron_moe.errors import ConfigError
 
 
@@ -90,7 +90,7 @@ def micro_batches(
 
 
 def validation_batches(
-    samples: Samples, *, num_samples: int, micro_batch_size: int, dp_rank: int, dp_size: int
+    samples: Chunked, *, num_samples: int, micro_batch_size: int, dp_rank: int, dp_size: int
 ) -> list[Batch]:
     """One rank's part of the first ``num_samples`` chunks, in the order of the text.
 

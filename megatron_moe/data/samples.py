@@ -41,6 +41,16 @@ class SampleSource(Protocol):
         ...
 
 
+class Chunked(Protocol):
+    """A finite set of samples in a fixed order, as validation reads it."""
+
+    num_chunks: int
+
+    def chunk(self, index: int) -> Sample:
+        """Sample ``index`` of the set."""
+        ...
+
+
 class Samples:
     """The chunks of a token stream, endlessly, each epoch in another order.
 

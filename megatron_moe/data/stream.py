@@ -39,7 +39,7 @@ class TokenStream:
         """
         self.prefix = prefix
         self.vocab_size = vocab_size
-        self._dataset = _open(prefix)
+        self._dataset = open_pair(prefix)
         self._itemsize = np.dtype(self._dataset.index.dtype).itemsize
         self._check_size()
         first, last, _ = documents.indices(len(self._dataset.document_indices) - 1)
@@ -59,14 +59,7 @@ class TokenStream:
         tokens_T = self._dataset.bin_reader.read(
             self._dataset.index.dtype, count, (self._first_token + start) * self._itemsize
         ).astype(np.int64)
-        bad_T = (tokens_T < 0) | (tokens_T >= self.vocab_size)
-        if bad_T.any():
-            where = int(bad_T.argmax())
-            raise DataError(
-                f"{self.prefix}.bin holds id {tokens_T[where]} (token {start + where}), but the "
-                f"model's vocab_size is {self.vocab_size}.\n"
-                "  these tokens were made with another tokenizer: tokenize the text again"
-            )
+        check_ids(tokens_T, prefix=self.prefix, vocab_size=self.vocab_size)
         return tokens_T
 
     def _start_of(self, document: int) -> int:
@@ -88,6 +81,16 @@ class TokenStream:
                 f"{self._tokens_in_file()} tokens.\n  the copy was cut short, or the two files do "
                 "not belong together"
             )
+
+
+def check_ids(tokens_T: Tokens, *, prefix: Path, vocab_size: int) -> None:
+    """Refuse ids that the model's embedding has no row for, with a `DataError`."""
+    bad_T = tokens_T[(tokens_T < 0) | (tokens_T >= vocab_size)]
+    if bad_T.size:
+        raise DataError(
+            f"{prefix}.bin holds id {bad_T[0]}, but the model's vocab_size is {vocab_size}.\n"
+            "  these tokens were made with another tokenizer: tokenize the text again"
+        )
 
 
 def split_documents(
@@ -119,16 +122,25 @@ def split_documents(
     )
 
 
-def _open(prefix: Path) -> IndexedDataset:
+def open_pair(prefix: Path, *, with_modes: bool = False) -> IndexedDataset:
+    """Megatron-Core's reader of ``prefix.bin``, ``prefix.idx``.
+
+    Args:
+        prefix: Path of the pair without its suffixes.
+        with_modes: Whether the index holds a mode for each sequence, as that of chats does.
+
+    Raises:
+        DataError: A file is missing, empty, or not of this form.
+    """
     for suffix in (".bin", ".idx"):
         path = Path(f"{prefix}{suffix}")
         if not path.exists():
             raise DataError(f"{path} does not exist: a token file is a pair {prefix}.bin and .idx")
         if not path.stat().st_size:
             raise DataError(f"{path} is empty")
-    if reason := _why_no_index(Path(f"{prefix}.idx")):
+    if reason := _why_no_index(Path(f"{prefix}.idx"), with_modes):
         raise DataError(f"{prefix}.idx is not an index of Megatron's token files: {reason}")
-    return IndexedDataset(str(prefix))
+    return IndexedDataset(str(prefix), multimodal=with_modes)
 
 
 _INTEGER_CODES = {
@@ -138,7 +150,7 @@ _INTEGER_CODES = {
 _HEADER = struct.Struct("<9sQBQQ")
 
 
-def _why_no_index(path: Path) -> str | None:
+def _why_no_index(path: Path, with_modes: bool) -> str | None:
     """What is wrong with an index, which Megatron-Core would tell by an assertion, or None."""
     with path.open("rb") as file:
         header = file.read(_HEADER.size)
@@ -147,8 +159,9 @@ def _why_no_index(path: Path) -> str | None:
     _, version, code, num_sequences, num_ends = _HEADER.unpack(header)
     if version != 1 or code not in _INTEGER_CODES:
         return f"version {version} with tokens of type code {code}"
-    # Per sequence a length (int32) and a byte offset (int64), per document its end (int64).
-    expected = _HEADER.size + 12 * num_sequences + 8 * num_ends
+    # Per sequence a length (int32), a byte offset (int64) and, in chats, a mode (int8); per
+    # document its end (int64).
+    expected = _HEADER.size + (12 + with_modes) * num_sequences + 8 * num_ends
     if (found := path.stat().st_size) != expected:
         return f"it has {found} bytes, but its header promises {expected}"
     return None

@@ -22,6 +22,7 @@ TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
+    "chat_template.jinja",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -89,7 +90,7 @@ class HuggingFaceTokenizer:
             )
         self.eos_id: int = tokenizer.eos_token_id
         self.vocab_size: int = max(tokenizer.get_vocab().values()) + 1
-        self.fingerprint: str = _fingerprint(folder)
+        self.fingerprint: str = fingerprint_of(folder)
         self._backend = tokenizer.backend_tokenizer
         self._backend.encode_special_tokens = True  # "</s>" in a document is text, not an end
 
@@ -118,7 +119,7 @@ class SentencePieceTokenizer:
             raise DataError(f"{path} is not a SentencePiece model: {error}") from error
         self.eos_id: int = self._model.eos_id()
         self.vocab_size: int = self._model.get_piece_size()
-        self.fingerprint: str = _fingerprint(folder)
+        self.fingerprint: str = fingerprint_of(folder)
         if self.eos_id < 0:
             raise DataError(f"{path} has no </s>, which ends each document")
 
@@ -156,7 +157,8 @@ def _auto_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def _fingerprint(folder: Path) -> str:
+def fingerprint_of(folder: Path) -> str:
+    """Hash of the tokenizer's files in ``folder``, the chat template included."""
     digest = hashlib.sha256()
     for name in TOKENIZER_FILES:
         if (path := folder / name).exists():

@@ -1,7 +1,7 @@
 """``data.path`` to a token file: whatever text the user has, tokenized once and kept.
 
 The cache key covers the text file (path, size, time of change) and the tokenizer's files, so an
-edit of either makes new tokens, and nothing else does. Both files are written under another name
+edit of either makes new tokens, and nothing else does. The files are written under another name
 and renamed when they are whole: a job that is killed leaves no half file behind, and two jobs that
 race write the same bytes.
 """
@@ -11,11 +11,13 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
+from megatron_moe.data.chat import ChatTokenizer, write_conversations
 from megatron_moe.data.corpus import tokenize_files
 from megatron_moe.data.stream import TokenStream
-from megatron_moe.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_moe.data.tokenizer import load_tokenizer
 from megatron_moe.errors import DataError
 
 
@@ -38,12 +40,41 @@ def prepare_tokens(path: Path, *, dense_folder: Path, vocab_size: int, cache_dir
     prefix = _existing_prefix(path)
     if prefix is None:
         tokenizer = load_tokenizer(dense_folder, vocab_size=vocab_size)
-        prefix = cache_dir / f"{path.stem}-{_cache_key(path, tokenizer)}"
-        # The index is renamed last: where it lies, the pair is whole.
-        if not Path(f"{prefix}.idx").exists():
-            _tokenize_into(path, prefix, tokenizer)
+        prefix = _cached(
+            path,
+            cache_dir,
+            depends_on=tokenizer.fingerprint,
+            write=lambda unfinished: tokenize_files([path], unfinished, tokenizer),
+        )
     TokenStream(prefix, vocab_size=vocab_size)
     return prefix
+
+
+def prepare_conversations(
+    path: Path, *, dense_folder: Path, cache_dir: Path, max_malformed: int = 0
+) -> Path:
+    """The prefix of a token file with the conversations of ``path``, for `ChatSamples`.
+
+    Args:
+        path: A JSONL file of conversations, or the prefix of a pair made from one before.
+        dense_folder: Where the tokenizer and its chat template lie.
+        cache_dir: Where token files are kept; made when missing.
+        max_malformed: Broken conversations that may be left out; ``prefix.json`` lists them.
+
+    Raises:
+        DataError: No such file, no chat template, or too many broken conversations.
+    """
+    if prefix := _existing_prefix(path):
+        return prefix
+    tokenizer = ChatTokenizer(dense_folder)
+    return _cached(
+        path,
+        cache_dir,
+        depends_on=f"chat {tokenizer.fingerprint} {max_malformed}",
+        write=lambda unfinished: write_conversations(
+            path, unfinished, tokenizer, max_malformed=max_malformed
+        ),
+    )
 
 
 def _existing_prefix(path: Path) -> Path | None:
@@ -61,16 +92,20 @@ def _existing_prefix(path: Path) -> Path | None:
     return None
 
 
-def _cache_key(path: Path, tokenizer: Tokenizer) -> str:
+def _cached(
+    path: Path, cache_dir: Path, *, depends_on: str, write: Callable[[Path], object]
+) -> Path:
+    """The prefix under which ``write`` has put the tokens of ``path``, now or in an earlier run."""
     stat = path.stat()
-    identity = f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\0{tokenizer.fingerprint}"
-    return hashlib.sha256(identity.encode()).hexdigest()[:16]
-
-
-def _tokenize_into(path: Path, prefix: Path, tokenizer: Tokenizer) -> None:
-    prefix.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=prefix.parent, prefix=".tokenizing-") as folder:
+    identity = f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\0{depends_on}"
+    prefix = cache_dir / f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+    # The index is renamed last: where it lies, the pair is whole.
+    if Path(f"{prefix}.idx").exists():
+        return prefix
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache_dir, prefix=".tokenizing-") as folder:
         unfinished = Path(folder) / "tokens"
-        tokenize_files([path], unfinished, tokenizer)
+        write(unfinished)
         for suffix in (".json", ".bin", ".idx"):
             os.replace(f"{unfinished}{suffix}", f"{prefix}{suffix}")
+    return prefix

@@ -68,7 +68,7 @@ def test_a_pair_of_megatron_is_used_as_it_is(tmp_path: Path, bpe_folder: Path):
         assert prepare(path, bpe_folder) == prefix
     stream = TokenStream(prefix, vocab_size=7)
     assert stream.read(5, 4).tolist() == [5, 6, 0, 1]
-    with pytest.raises(DataError, match=r"holds id 6 .*vocab_size is 6"):
+    with pytest.raises(DataError, match=r"holds id 6, .*vocab_size is 6"):
         TokenStream(prefix, vocab_size=6)
 
 

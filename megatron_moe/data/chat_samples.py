@@ -1,0 +1,97 @@
+"""Numbered samples out of conversations: whole ones side by side, each in its own positions.
+
+Shape letters of this module:
+
+    S  seq_length
+    T  S + 1: the inputs and the token after the last
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from megatron_moe.data.order import permuted
+from megatron_moe.data.packing import pack
+from megatron_moe.data.samples import Sample
+from megatron_moe.data.stream import check_ids, open_pair
+from megatron_moe.errors import DataError
+
+
+class ChatSamples:
+    """Packed conversations of a token file of `chat.write_conversations`, in the order of a seed.
+
+    A sample is several conversations and padding. Positions start at 0 with each, so
+    `packing.document_bounds` finds where attention must not look back; the loss counts on what
+    assistants say, and never on the first token of the next conversation.
+    """
+
+    def __init__(
+        self, prefix: Path, *, seq_length: int, vocab_size: int, pad_id: int, seed: int
+    ) -> None:
+        """Pack the conversations of ``prefix`` into samples of ``seq_length`` inputs.
+
+        Args:
+            prefix: A pair with modes.
+            seq_length: ``S``.
+            vocab_size: Rows of the model's embedding; ids must be below.
+            pad_id: What fills the end of a sample, where no loss counts.
+            seed: Of the order of samples.
+
+        Raises:
+            DataError: No such pair, or no conversation that fits.
+        """
+        self._prefix, self._vocab_size, self._pad_id = prefix, vocab_size, pad_id
+        self._seq_length, self._seed = seq_length, seed
+        self._dataset = open_pair(prefix, with_modes=True)
+        ends = np.cumsum(self._dataset.sequence_lengths, dtype=np.int64)
+        starts = np.concatenate([[0], ends])[self._dataset.document_indices]
+        lengths = np.diff(starts)
+        fitting = np.flatnonzero(lengths <= seq_length + 1)
+        self.too_long: list[int] = np.flatnonzero(lengths > seq_length + 1).tolist()
+        """Conversations, counted from 0, that are longer than a sample and are left out."""
+        if not len(fitting):
+            raise DataError(
+                f"each of the {len(lengths)} conversations in {prefix}.bin is longer than "
+                f"data.seq_length + 1 = {seq_length + 1} tokens"
+            )
+        packs = pack(lengths[fitting].tolist(), capacity=seq_length + 1)
+        self._packs = [[int(fitting[i]) for i in members] for members in packs]
+        self.num_chunks = len(self._packs)
+        """Samples of one epoch."""
+
+    def chunk(self, index: int) -> Sample:
+        """Pack ``index``, in the order in which they were packed."""
+        size = self._seq_length + 1
+        ids_T = np.full(size, self._pad_id, dtype=np.int64)
+        counts_T = np.zeros(size, dtype=np.float32)
+        positions_T = np.arange(size)
+        start = 0
+        for conversation in self._packs[index]:
+            ids, counts = self._read(conversation)
+            end = start + len(ids)
+            ids_T[start:end], counts_T[start:end] = ids, counts
+            counts_T[start] = 0.0  # its label belongs to the conversation before
+            positions_T[start:end] = np.arange(len(ids))
+            start = end
+        positions_T[start:] = np.arange(size - start)
+        return Sample(ids_T, loss_mask_S=counts_T[1:], position_ids_S=positions_T[:-1])
+
+    def __getitem__(self, k: int) -> Sample:
+        """Sample ``k`` of the run: every pack once in each ``num_chunks`` samples."""
+        epoch, place = divmod(k, self.num_chunks)
+        return self.chunk(permuted(place, self.num_chunks, seed=self._seed, epoch=epoch))
+
+    def _read(self, conversation: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of a conversation, and 1.0 where the model is to learn to say them."""
+        index = self._dataset.index
+        first, last = self._dataset.document_indices[conversation : conversation + 2]
+        lengths = index.sequence_lengths[first:last]
+        ids = self._dataset.bin_reader.read(
+            index.dtype, int(lengths.sum()), int(index.sequence_pointers[first])
+        ).astype(np.int64)
+        check_ids(ids, prefix=self._prefix, vocab_size=self._vocab_size)
+        modes = index.sequence_modes
+        assert modes is not None, "open_pair reads modes"
+        return ids, np.repeat(modes[first:last], lengths).astype(np.float32)
