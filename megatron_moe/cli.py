@@ -5,11 +5,12 @@ Heavy imports wait inside the commands, so that ``--help`` answers at once.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -35,6 +36,9 @@ Overrides = Annotated[
         metavar="[key.path=value ...]", help="Settings that win over the file, e.g. train.steps=20."
     ),
 ]
+
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object, for scripts.")]
 
 
 @app.command()
@@ -105,6 +109,65 @@ def export(
     from megatron_moe.checkpoint.export import export_checkpoint
 
     export_checkpoint(source, out)
+
+
+@app.command()
+def plan(
+    config_file: ConfigFile,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Ranks of the job.")] = 8,
+    gpu: Annotated[str, typer.Option(help="a100, h100, h200 or b200.")] = "h100",
+    check_only: Annotated[
+        bool, typer.Option("--check", help="Explain the layout that CONFIG names instead.")
+    ] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Find the fastest layout that fits, or explain one, before anything is queued.
+
+    A prediction from a calibrated model, without a GPU: docs/planning.md says how good it is.
+
+    Example: megatron-moe plan configs/h100/llama3_8b_e8t2_cf1.yaml --gpus 128
+    """
+    from megatron_moe.plan.check import check_layout
+    from megatron_moe.plan.search import search
+    from megatron_moe.plan.tables import check_report, search_report
+
+    config = load(RunConfig, config_file, overrides or [])
+    spec = read_spec(config.dense.path)
+    if check_only:
+        checked = check_layout(config, spec, gpus=gpus, gpu=gpu)
+        _show(checked.to_json() if as_json else check_report(checked), as_json=as_json)
+    else:
+        found = search(config, spec, gpus=gpus, gpu=gpu)
+        _show(found.to_json() if as_json else search_report(found), as_json=as_json)
+
+
+@app.command()
+def flops(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="HF_DIR_OR_CONFIG", help="A folder with a config.json, or a run's YAML file."
+        ),
+    ],
+    sequence: Annotated[int | None, typer.Option(min=1, help="Tokens of the sequence.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Count parameters and matrix-product FLOPs of a dense or MoE model, exactly.
+
+    Example: megatron-moe flops models/Llama-2-7b --sequence 4096
+    """
+    from megatron_moe.plan.count import count
+    from megatron_moe.plan.tables import counts_report
+
+    counts = count(source, sequence_length=sequence)
+    _show(counts.to_json() if as_json else counts_report(counts), as_json=as_json)
+
+
+def _show(report: Any, *, as_json: bool) -> None:
+    from megatron_moe.log import console
+
+    print(json.dumps(report, indent=2)) if as_json else console.print(report)
 
 
 def main() -> None:

@@ -19,7 +19,6 @@ from megatron_moe.data.batches import Batch, micro_batches, slice_for_context_pa
 from megatron_moe.data.batches import validation_batches as read_validation
 from megatron_moe.data.texts import Texts, open_texts
 from megatron_moe.device.memory import held_bytes, peak_bytes, reset_peak
-from megatron_moe.device.peak import Peak, device_peak
 from megatron_moe.device.world import World
 from megatron_moe.experts.plan import ExpertPlan, make_expert_plan
 from megatron_moe.hf.names import dense_tensors
@@ -35,6 +34,7 @@ from megatron_moe.plan.flops import forward_flops, training_flops
 from megatron_moe.plan.shape import upcycled_shape
 from megatron_moe.train.loop import Hook, Numbers, run_loop
 from megatron_moe.train.metrics import MetricsWriter, step_numbers
+from megatron_moe.train.peak import Peak, device_peak
 from megatron_moe.train.state import TrainState, make_state
 from megatron_moe.train.step import StepResult, mean_loss, train_step
 

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from megatron_moe import errors
 from megatron_moe.device import cpu
 from megatron_moe.errors import ConfigError, UserError
 
@@ -121,10 +122,7 @@ def run_local_ranks(
             while not context.join():
                 pass
         except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
-            if told := sorted(Path(folder).glob("error-*")):
-                # Python keeps the message only; the ranks' exception class said "user".
-                raise UserError("\n".join(dict.fromkeys(p.read_text() for p in told))) from None
-            raise error
+            raise _told(Path(folder)) or error from None
         except KeyboardInterrupt:
             for process in filter(None, context.processes):
                 process.terminate()
@@ -144,5 +142,14 @@ def _local_rank(
         try:
             fn(world)
         except UserError as error:
-            (Path(folder) / f"error-{rank:05d}").write_text(str(error))
+            (Path(folder) / f"error-{rank:05d}").write_text(f"{type(error).__name__}\n{error}")
             raise
+
+
+def _told(folder: Path) -> UserError | None:
+    """What the ranks told before they ended, each message once, in the class it was raised in."""
+    reports = list(dict.fromkeys(path.read_text() for path in sorted(folder.glob("error-*"))))
+    if not reports:
+        return None
+    kinds, messages = zip(*(report.split("\n", 1) for report in reports), strict=True)
+    return getattr(errors, kinds[0])("\n".join(messages))

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import run_on_ranks
-from runs import tree, write_tokens
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
@@ -19,8 +18,9 @@ from megatron_moe.config.run import RunConfig
 from megatron_moe.device.world import World
 from megatron_moe.hf.names import dense_tensors
 from megatron_moe.hf.spec import read_spec
+from runs import tree, write_tokens
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = pytest.mark.distributed
 MIB = 2**20
 HIDDEN, FFN = 1024, 87384
 FFN_BYTES = 2 * 3 * HIDDEN * FFN * 2  # layers, matrices, hidden, neurons, bytes of bf16

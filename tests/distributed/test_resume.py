@@ -9,12 +9,12 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from runs import read_metrics, run_training, tree, write_tokens
 from tiny import save_dense
 
 from megatron_moe.checkpoint.folder import newest, read_progress
+from runs import read_metrics, run_training, tree, write_tokens
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = pytest.mark.distributed
 EXACT = ("step", "loss/lm", "grad_norm", "learning_rate", "router/load_imbalance", "tokens/seen")
 STEPS = 12
 

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 from layouts import LAYOUTS
-from runs import run_training, tree, write_tokens
 from safetensors.torch import load_file
 from tiny import save_dense
 from transformers import AutoModelForCausalLM
 
 from megatron_moe.checkpoint.export import export_checkpoint
+from runs import run_training, tree, write_tokens
 
 pytestmark = pytest.mark.distributed
 TRAINED = [

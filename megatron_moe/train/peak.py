@@ -8,13 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-# bf16 dense peaks without sparsity, TFLOP/s, from NVIDIA's data sheets of the SXM parts.
-GPU_PEAK_TFLOPS = {
-    "A100": 312.0,
-    "H100": 989.5,
-    "H200": 989.5,
-    "B200": 2250.0,
-}
+from megatron_moe.plan.hardware import GPUS
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +21,11 @@ class Peak:
 
 def device_peak(device: torch.device, dtype: torch.dtype) -> Peak:
     """What a large matrix product reaches: from the table, or measured in about a second."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for part, tflops in GPU_PEAK_TFLOPS.items():
-            if part in name and dtype is torch.bfloat16:
-                return Peak(tflops * 1e12, f"{part} data sheet, bf16 dense")
+    if device.type == "cuda" and dtype is torch.bfloat16:
+        device_name = torch.cuda.get_device_name(device).lower()
+        for gpu in GPUS.values():
+            if gpu.name in device_name:
+                return Peak(gpu.peak_flops, f"{gpu.name} data sheet, bf16 dense")
     return _measured(device, dtype)
 
 
