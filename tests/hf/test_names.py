@@ -118,6 +118,33 @@ def test_match_inverts_every_template(role: str, template: str):
     assert found.expert == (345 if "{expert}" in template else None)
 
 
+FUSED = [  # role, its parts in the order in which Megatron-Core stacks them
+    ("qkv", ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight")),
+    ("qkv_bias", ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias")),
+    ("fc1", ("mlp.gate_proj.weight", "mlp.up_proj.weight")),
+    ("expert_fc1", ("mlp.gate_proj.weight", "mlp.up_proj.weight")),
+]
+
+
+@pytest.mark.parametrize(("role", "parts"), [pytest.param(*row, id=row[0]) for row in FUSED])
+def test_fused_rows_name_their_parts_in_megatrons_order(role: str, parts: tuple[str, ...]):
+    """Gate and up, key and value have the same shapes: no other test here would see a swap."""
+    assert ROW_OF_ROLE[role].hf == tuple(f"model.layers.{{layer}}.{part}" for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "gate", "up"),
+    [
+        ("MixtralForCausalLM", "w1", "w3"),
+        ("Qwen2MoeForCausalLM", "gate_proj", "up_proj"),
+        ("Qwen3MoeForCausalLM", "gate_proj", "up_proj"),
+    ],
+)
+def test_an_exported_expert_names_its_gate_first(architecture: str, gate: str, up: str):
+    names = MOE_NAMES[architecture]["expert_fc1"]
+    assert [name.split(".")[-2] for name in names] == [gate, up]
+
+
 def test_no_megatron_name_stands_twice():
     names = [template for row in ROWS for template in row.megatron]
     assert len(names) == len(set(names))
