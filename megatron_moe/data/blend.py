@@ -95,15 +95,24 @@ def draw(state: BlendState, count: int) -> tuple[list[int], BlendState]:
 
 
 class BlendedBatch:
-    """The samples of one global batch, numbered on from the position it starts at."""
+    """The samples of one global batch, numbered on from the position it starts at.
 
-    def __init__(self, picks: list[tuple[SampleSource, int]], *, position: int) -> None:
+    The draws come in a rhythm. Dealt to ranks in turn, it could give a domain to the same rank at
+    every step, whose router would then balance its experts for that domain alone; so they are
+    shuffled within the batch.
+    """
+
+    def __init__(self, picks: list[tuple[SampleSource, int]], *, position: int, seed: int) -> None:
         self._picks = picks
         self._position = position
+        self._seed = seed
 
     def __getitem__(self, k: int) -> Sample:
         """Sample ``k`` of the run; it must lie in this batch."""
-        source, local = self._picks[k - self._position]
+        place = permuted(
+            k - self._position, len(self._picks), seed=self._seed, epoch=self._position
+        )
+        source, local = self._picks[place]
         return source[local]
 
 
@@ -124,13 +133,7 @@ def next_global_batch(
     for domain in drawn:
         picks.append((sources[state.domains[domain]], local[domain]))
         local[domain] += 1
-    # The draws come in a rhythm. Dealt to ranks in turn, it could give a domain to the same rank
-    # at every step, whose router would then balance its experts for that domain alone.
-    order = [
-        permuted(i, global_batch_size, seed=seed, epoch=state.position)
-        for i in range(global_batch_size)
-    ]
-    return BlendedBatch([picks[i] for i in order], position=state.position), after
+    return BlendedBatch(picks, position=state.position, seed=seed), after
 
 
 def epochs_of_domains(

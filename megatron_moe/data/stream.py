@@ -98,24 +98,22 @@ def split_documents(
 ) -> tuple[TokenStream, TokenStream]:
     """A token file in two, for training and validation, cut where a document begins.
 
-    The validation part is the last ``validation_fraction`` of the tokens, less the end of the
-    document that the cut falls into. Text that is sorted (by date, by source) should be shuffled
+    The validation part is the last ``validation_fraction`` of the tokens, as near as documents
+    allow, and at least one of them. Text that is sorted (by date, by source) should be shuffled
     before it is tokenized, or the end will not speak for the whole.
 
     Raises:
-        DataError: One of the two would be empty.
+        DataError: There are not two documents.
     """
     whole = TokenStream(prefix, vocab_size=vocab_size)
-    cut = bisect_left(
-        range(whole.num_documents),
-        round(whole.num_tokens * (1 - validation_fraction)),
-        key=whole._start_of,
-    )
-    if not 0 < cut < whole.num_documents:
+    if whole.num_documents < 2:
         raise DataError(
-            f"{prefix} has {whole.num_documents} documents, and none begins in its last "
-            f"{validation_fraction:.2%}: no document is left for validation, or none for training"
+            f"{prefix} is one document, which cannot be split into training and validation.\n"
+            "  give validation a text of its own"
         )
+    wanted = whole.num_tokens * (1 - validation_fraction)
+    after = bisect_left(range(1, whole.num_documents - 1), wanted, key=whole._start_of) + 1
+    cut = min(max(1, after - 1), after, key=lambda d: abs(whole._start_of(d) - wanted))
     return (
         TokenStream(prefix, vocab_size=vocab_size, documents=slice(cut)),
         TokenStream(prefix, vocab_size=vocab_size, documents=slice(cut, None)),

@@ -181,14 +181,17 @@ def test_a_split_loses_no_document_and_cuts_none(lengths: list[list[int]], fract
                 token += length
             builder.end_document()
         builder.finalize(f"{prefix}.idx")
-        wanted = next((s for s in starts if s >= round(token * (1 - fraction))), None)
-        if not wanted:
-            with pytest.raises(DataError, match="no document is left for validation"):
-                split_documents(prefix, vocab_size=token, validation_fraction=fraction)
-            return
         training, validation = split_documents(
             prefix, vocab_size=token, validation_fraction=fraction
         )
+        target = token * (1 - fraction)
+        wanted = min(starts[1:], key=lambda start: abs(start - target))
         assert training.read(0, training.num_tokens).tolist() == list(range(wanted))
         assert validation.read(0, validation.num_tokens).tolist() == list(range(wanted, token))
         assert training.num_documents + validation.num_documents == len(lengths)
+
+
+def test_one_document_is_not_split(tmp_path: Path, bpe_folder: Path):
+    prefix = prepare(jsonl(tmp_path / "text.jsonl", ["one"]), bpe_folder)
+    with pytest.raises(DataError, match="is one document, which cannot be split"):
+        split_documents(prefix, vocab_size=600, validation_fraction=0.5)
