@@ -62,7 +62,11 @@ def export_checkpoint(source: Path, out: Path) -> Architecture:
         for entry in entries
         for name, shape in zip(entry.names, entry.shapes, strict=True)
     }
+    absent = _absent_shared_experts(spec, config.moe, architecture)
+    announced |= {name: (shape, dtype) for name, shape in absent.items()}
     with GlobalTensors(checkpoint) as tensors, FolderWriter(out, announced) as writer:
+        for name, shape in absent.items():
+            writer.write(name, torch.zeros(shape, dtype=dtype))
         for entry in entries:
             fused = tensors.read(entry.key, index=entry.expert, dtype=dtype)
             for name, tensor in zip(entry.names, _cut(fused, entry, spec), strict=True):
@@ -175,6 +179,26 @@ def _hf_shapes(row: Row, spec: DenseSpec, moe: Moe) -> tuple[tuple[int, ...], ..
             return ((hidden, size),)
         case role:
             return dense_shapes(role, spec)
+
+
+def _absent_shared_experts(
+    spec: DenseSpec, moe: Moe, architecture: Architecture
+) -> dict[str, tuple[int, ...]]:
+    """Tensors of the shared expert that Qwen2-MoE always has: of no neurons, so it adds zero."""
+    if architecture != "Qwen2MoeForCausalLM":
+        return {}
+    hidden = spec.hidden_size
+    shapes = {
+        "shared_expert_gate": (1, hidden),
+        "shared_expert.gate_proj": (0, hidden),
+        "shared_expert.up_proj": (0, hidden),
+        "shared_expert.down_proj": (hidden, 0),
+    }
+    return {
+        f"model.layers.{layer}.mlp.{name}.weight": shape
+        for layer in moe_layer_ids(moe, spec.num_layers)
+        for name, shape in shapes.items()
+    }
 
 
 def _cut(fused: Tensor, entry: _Entry, spec: DenseSpec) -> list[Tensor]:

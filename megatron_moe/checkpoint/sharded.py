@@ -7,8 +7,10 @@ is a function of its seed, and the schedule of the step.
 
 from __future__ import annotations
 
+import functools
 import logging
 import queue
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
 
 from megatron_moe.checkpoint import folder as folders
 from megatron_moe.checkpoint.folder import Progress
@@ -29,6 +33,41 @@ from megatron_moe.train.state import TrainState
 # Megatron-Core would start an interpreter on every rank (6 to 13 s on a laptop).
 filesystem_async.get_write_results_queue = queue.Queue
 logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.ERROR)
+
+
+def _keep_bucket_padding(collect: Callable[..., Any]) -> Callable[..., Any]:
+    """Megatron-Core's gathered optimizer state, with every bucket at its own offset.
+
+    Megatron-Core 0.19 joins the buckets of a buffer without the padding between them, and then
+    looks parameters up at offsets that count it: from the second bucket on (tied embeddings have
+    one of their own) the state saved for a parameter is another's, shifted.
+    """
+
+    @functools.wraps(collect)
+    def collected(self: DistributedOptimizer, *args: Any, **kwargs: Any) -> Any:
+        state = collect(self, *args, **kwargs)
+        for index, buffer in enumerate(self.buffers if state is not None else ()):
+            for tensors in state[index].values():
+                for key, joined in tensors.items():
+                    if isinstance(joined, Tensor):
+                        tensors[key] = _spread(joined, buffer)
+        return state
+
+    return collected
+
+
+def _spread(joined: Tensor, buffer: Any) -> Tensor:
+    spread, start = joined.new_zeros(buffer.numel), 0
+    for bucket in buffer.buckets:
+        part = joined[start : start + bucket.numel_unpadded]
+        spread[bucket.offset : bucket.offset + len(part)] = part
+        start += len(part)
+    return spread
+
+
+DistributedOptimizer.get_parameter_state_dp_zero = _keep_bucket_padding(
+    DistributedOptimizer.get_parameter_state_dp_zero
+)
 
 
 def save(
@@ -44,7 +83,9 @@ def save(
         folders.start_folder(final)
     dist.barrier()
     partial = final.with_name(f".{final.name}.partial")
-    dist_checkpointing.save(_sharded(state, groups, is_loading=False), str(partial))
+    dist_checkpointing.save(
+        _sharded(state, groups, step=state.step, is_loading=False), str(partial)
+    )
     dist.barrier()
     if dist.get_rank() == 0:
         progress = Progress(
@@ -85,18 +126,23 @@ def restore(
                 "  restore the setting, or choose another run.dir"
             )
     try:
-        loaded: Any = dist_checkpointing.load(_sharded(state, groups, is_loading=True), str(folder))
+        loaded: Any = dist_checkpointing.load(
+            _sharded(state, groups, step=progress.step, is_loading=True), str(folder)
+        )
     except (CheckpointingException, OSError, RuntimeError, KeyError) as error:
         raise CheckpointError(f"cannot load {folder}: {error}") from error
     for index, module in enumerate(state.model.modules):
         module.load_state_dict(loaded[f"model{index}"])
-    state.optimizer.load_state_dict(loaded["optimizer"])
+    if progress.step == 0:
+        state.optimizer.reload_model_params()
+    else:
+        state.optimizer.load_state_dict(loaded["optimizer"])
     state.schedule.step(increment=progress.step - state.step)
     state.step, state.samples = progress.step, progress.samples
 
 
 def _sharded(
-    state: TrainState, groups: ProcessGroupCollection, *, is_loading: bool
+    state: TrainState, groups: ProcessGroupCollection, *, step: int, is_loading: bool
 ) -> dict[str, Any]:
     metadata = {
         # Optimizer state by parameter instead of by buffer: any layout can load it.
@@ -108,5 +154,7 @@ def _sharded(
         f"model{index}": module.sharded_state_dict(metadata=metadata)
         for index, module in enumerate(state.model.modules)
     }
+    if step == 0:  # moments are not there yet, and master weights are the weights
+        return model
     optimizer = state.optimizer.sharded_state_dict(model, is_loading, metadata=metadata)
     return {**model, "optimizer": optimizer}

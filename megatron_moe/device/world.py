@@ -67,6 +67,11 @@ def place_from_environment() -> Place | None:
         local_rank, local_size = int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
         return Place(int(env["RANK"]), int(env["WORLD_SIZE"]), local_rank, local_size, "env://")
     if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:  # srun, a task per rank
+        if "MASTER_ADDR" not in env:
+            raise ConfigError(
+                "SLURM started this job, but MASTER_ADDR is not set: it is where ranks meet.\n"
+                "  export MASTER_ADDR=<first host of the job>, as launch/slurm.sbatch does"
+            )
         address = f"tcp://{env['MASTER_ADDR']}:{env.get('MASTER_PORT', '29500')}"
         local_size = int(env.get("SLURM_NTASKS_PER_NODE", 1))
         local_rank = int(env["SLURM_LOCALID"])

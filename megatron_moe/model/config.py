@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -103,7 +104,8 @@ _CPU: dict[str, Any] = {
 # Settings of fast MoE runs on H100, as Megatron-Core's MoE guide names them.
 _CUDA: dict[str, Any] = {
     "use_cpu_initialization": False,
-    "gradient_accumulation_fusion": True,
+    # Apex's kernel adds weight gradients in place; without it they are added after each product.
+    "gradient_accumulation_fusion": find_spec("fused_weight_gradient_mlp_cuda") is not None,
     "bias_activation_fusion": True,
     "apply_rope_fusion": True,
     "moe_grouped_gemm": True,

@@ -103,17 +103,18 @@ def optimizer_config(config: RunConfig, *, cuda: bool) -> OptimizerConfig:
 def make_schedule(config: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
     """Linear warm-up to ``lr``, then cosine decay to ``min_lr`` at the last step."""
     settings = config.optimizer
+    steps = config.train.steps or settings.warmup_steps + 1  # a run of no steps has a schedule too
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=settings.lr,
         min_lr=settings.min_lr,
         lr_warmup_steps=settings.warmup_steps,
-        lr_decay_steps=max(config.train.steps, 1),
+        lr_decay_steps=steps,
         lr_decay_style="cosine",
         start_wd=settings.weight_decay,
         end_wd=settings.weight_decay,
-        wd_incr_steps=max(config.train.steps, 1),
+        wd_incr_steps=steps,
         wd_incr_style="constant",
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,

@@ -78,3 +78,30 @@ def wait_for_step(run_dir: Path, step: int, job: subprocess.Popen) -> None:
 
 def read_whole_lines(run_dir: Path) -> int:
     return (run_dir / "metrics.jsonl").read_text().count("\n")
+
+
+def test_an_upcycled_checkpoint_without_steps_is_where_training_starts(inputs: dict[str, Path]):
+    """steps=0, then more, is the run that took the steps at once."""
+    dense = save_dense(inputs["root"] / "tied", tie_word_embeddings=True)
+    changes = {"parallel": {"pipeline_parallel_size": 2}, "checkpoint": {"interval": 2}}
+    at_once = tree(inputs["root"] / "at-once", dense, inputs["tokens"], **changes)
+    expected = run_training(at_once, world_size=2)
+
+    in_parts = tree(inputs["root"] / "in-parts", dense, inputs["tokens"], **changes)
+    none = {**in_parts, "train": {**in_parts["train"], "steps": 0}}
+    assert [line["step"] for line in run_training(none, world_size=2)] == [0]
+    lines = run_training(in_parts, world_size=2)
+    assert {k: lines[-1][k] for k in EXACT} == {k: expected[-1][k] for k in EXACT}
+
+
+def test_two_buckets_of_optimizer_state_survive(inputs: dict[str, Path]):
+    """Tied embeddings on two stages have a bucket of their own (see checkpoint/sharded.py)."""
+    dense = save_dense(inputs["root"] / "tied2", tie_word_embeddings=True)
+    changes = {"parallel": {"pipeline_parallel_size": 2}, "checkpoint": {"interval": 2}}
+    whole = tree(inputs["root"] / "whole-tied", dense, inputs["tokens"], **changes)
+    expected = run_training(whole, world_size=2)
+    latest = inputs["root"] / "whole-tied" / "checkpoints" / "latest"
+    latest.write_text("step_00000002\n")  # as if the run had been killed after step 2
+    lines = run_training(whole, world_size=2)
+    for ours, first in zip(lines[3:], expected[3:], strict=True):
+        assert {k: ours[k] for k in EXACT} == {k: first[k] for k in EXACT}
