@@ -39,6 +39,7 @@ from megatron_moe.train.state import TrainState, make_state
 from megatron_moe.train.step import StepResult, mean_loss, train_step
 
 VERIFY_UP_TO_PARAMETERS = 1_000_000_000
+EXPERT_KERNEL = {"cpu": "a loop of matrix products", "cuda": "TEGroupedMLP"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +245,7 @@ def _announce(job: Job, dense: DenseCheckpoint, plan: ExpertPlan) -> None:
     experts = " x ".join(f"{a}{n}" for a, n in _grid(job.layout.experts))
     job.say(
         f"{job.world.size} ranks on {job.world.device.type}: attention {attention}, "
-        f"experts {experts}\n"
+        f"experts {experts} ({EXPERT_KERNEL[job.world.device.type]})\n"
         f"{dense.spec.family} with {dense.spec.num_layers} layers, {len(plan.moe_layers)} of them "
         f"{plan.num_experts} experts by {plan.method!r}; plan {plan.hash[:12]}"
     )
