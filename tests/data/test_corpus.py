@@ -179,7 +179,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     monkeypatch.setattr(corpus, "_COMMIT_SECONDS", 0.0)
     path = _gzip(tmp_path, texts).with_name(form)
     if form == "a.txt":
-        path.write_text("\n".join(texts))
+        path.write_text("\n\u00e9 \u6f22\u5b57 ".join(texts))
     rules = Rules(drop_duplicates=True)
     whole = tokenize_files([path], tmp_path / "whole", tokenizer, rules=rules)
 
@@ -275,6 +275,27 @@ def test_malformed_lines_are_skipped_up_to_a_limit(tmp_path: Path, tokenizer: To
     ]
     with pytest.raises(DataError, match=r"5 malformed .* the 4 that may(?s:.*)a.jsonl:2: not JSON"):
         tokenize_files([path], tmp_path / "other", tokenizer, max_malformed=4)
+
+
+def test_a_malformed_line_is_named_by_its_place_in_the_file(
+    tmp_path: Path, texts: list[str], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("megatron_moe.data.documents.BLOCK_SIZE", 10_000)
+    path = jsonl(tmp_path / "a.jsonl", texts)
+    with path.open("a") as file:
+        file.write("broken\n")
+    with pytest.raises(DataError, match=rf"a.jsonl:{len(texts) + 1}: not JSON"):
+        tokenize_files([path], tmp_path / "out", tokenizer)
+
+
+def test_a_text_file_longer_than_a_block_is_not_filtered_in_part(
+    tmp_path: Path, texts: list[str], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("megatron_moe.data.documents.BLOCK_SIZE", 10_000)
+    path = tmp_path / "a.txt"
+    path.write_text("\n".join(texts))
+    tokenize_files([path], tmp_path / "out", tokenizer, rules=Rules(min_tokens=10_000))
+    assert documents(tmp_path / "out") == expected([path.read_text()], tokenizer)
 
 
 def test_a_long_document_is_one_sequence(
