@@ -45,7 +45,7 @@ def _keep_bucket_padding(collect: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(collect)
     def collected(self: DistributedOptimizer, *args: Any, **kwargs: Any) -> Any:
-        state = collect(self, *args, **kwargs)
+        state: Any = collect(self, *args, **kwargs)
         for index, buffer in enumerate(self.buffers if state is not None else ()):
             for tensors in state[index].values():
                 for key, joined in tensors.items():
