@@ -44,9 +44,11 @@ def _keep_bucket_padding(collect: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @functools.wraps(collect)
-    def collected(self: DistributedOptimizer, *args: Any, **kwargs: Any) -> Any:
-        state: Any = collect(self, *args, **kwargs)
-        for index, buffer in enumerate(self.buffers if state is not None else ()):
+    def collected(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state = collect(self, *args, **kwargs)
+        if state is None:
+            return None
+        for index, buffer in enumerate(self.buffers):
             for tensors in state[index].values():
                 for key, joined in tensors.items():
                     if isinstance(joined, Tensor):
