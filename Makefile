@@ -19,7 +19,7 @@ help: ## this list
 
 install: $(INSTALLED) ## .venv with the package and all it needs
 
-demo: $(INSTALLED) ## a real dense model becomes a MoE, trains, is exported and speaks: 8 minutes
+demo: $(INSTALLED) ## a real dense model becomes a MoE, trains, is exported and speaks
 	@$(PYTHON) tools/demo.py
 
 test: $(INSTALLED) ## the tests, real weights included; under 12 minutes on 2 cores

@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,6 +146,7 @@ def held_out_tokens() -> torch.Tensor:
     from megatron_moe.device import cpu
     from megatron_moe.hf.spec import read_spec
 
+    warnings.filterwarnings("ignore", "Could not determine rank")  # there are none here
     cpu.install()  # before anything imports Megatron-Core
     from megatron_moe.data.samples import Samples
     from megatron_moe.data.stream import TokenStream

@@ -1,0 +1,116 @@
+"""README and CONTRIBUTING say nothing that is not so: commands, settings, files, names."""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+
+from megatron_moe.cli import app
+from megatron_moe.config.load import load
+from megatron_moe.config.run import RunConfig
+
+ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "CONTRIBUTING.md")
+README = (ROOT / "README.md").read_text()
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def commands() -> list[list[str]]:
+    """Every command line of the pages' bash blocks, as words."""
+    blocks = [
+        body
+        for page in PAGES
+        for language, body in BLOCK.findall((ROOT / page).read_text())
+        if language == "bash"
+    ]
+    return [words for body in blocks for line in body.splitlines() if (words := _words(line))]
+
+
+def _words(line: str) -> list[str]:
+    return shlex.split(line, comments=True)
+
+
+def tree() -> list[str]:
+    """Paths of the README's tree: a folder alone on its line holds the indented ones below."""
+    (body,) = [body for _, body in BLOCK.findall(README) if body.startswith("megatron_moe/ ")]
+    names = [
+        line.split("  ")[0] if line[0] != " " else line.split()[0] for line in body.split("\n")[:-1]
+    ]
+    indented = [line.startswith("  ") for line in body.splitlines()]
+    return [
+        ("megatron_moe/" if deep else "") + name.strip()
+        for name, deep in zip(names, indented, strict=True)
+    ]
+
+
+def test_the_example_is_a_configuration(tmp_path):
+    (example,) = [body for language, body in BLOCK.findall(README) if language == "yaml"]
+    path = tmp_path / "example.yaml"
+    path.write_text(example)
+    config = load(RunConfig, path)
+    assert set(yaml.safe_load(example)) <= set(type(config).model_fields)
+    assert config.parallel.expert_parallel_size == 4
+
+
+def test_there_are_commands():
+    assert {Path(words[0]).name for words in commands()} >= {
+        "make",
+        "megatron-moe",
+        "sbatch",
+        "local.sh",
+    }
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_a_command_names_what_exists(words):
+    program = Path(words[0]).name
+    if program == "make":
+        assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text()
+    elif program == "megatron-moe":
+        known = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+        assert words[1] in known
+        options = {option for parameter in known[words[1]].params for option in parameter.opts}
+        assert {word for word in words if word.startswith("--")} <= options
+    else:
+        assert any((ROOT / word).is_file() for word in words), words
+    for word in words[1:]:
+        if word.startswith(("configs/", "launch/", "tools/")):
+            assert (ROOT / word).is_file(), word
+        if re.fullmatch(r"[a-z_.]+=\S+", word):
+            section, field = word.partition("=")[0].split(".")
+            assert field in RunConfig.model_fields[section].annotation.model_fields  # type: ignore
+
+
+@pytest.mark.parametrize("path", tree())
+def test_the_tree_names_what_exists(path):
+    assert (ROOT / path).exists()
+
+
+ROWS = re.findall(r"^\| [^|]+ \| `(megatron_moe/\S+)\.py` \| `([\w.]+)` \|", README, re.MULTILINE)
+
+
+def test_the_followed_tensor_has_rows():
+    assert len(ROWS) >= 8
+
+
+@pytest.mark.parametrize(("module", "function"), ROWS)
+def test_a_stage_of_the_followed_tensor_is_a_function(module, function):
+    found = importlib.import_module(module.replace("/", "."))
+    for name in function.split("."):
+        found = getattr(found, name)
+    assert callable(found)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files(page):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text()):
+        assert (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_nothing_is_left_to_fill_in(page):
+    assert not re.search(r"\b(TODO|TBD|FIXME|DEMO_\w+)\b", (ROOT / page).read_text())
