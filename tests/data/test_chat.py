@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from transformers import AutoTokenizer
 
 from megatron_moe.data.batches import micro_batches, validation_batches
@@ -195,6 +195,19 @@ def test_an_epoch_of_samples_holds_each_conversation_once(
     assert sorted(found) == fits
     assert len(samples.too_long) == len(wanted) - len(fits)
     assert (seq_length == 150) == bool(samples.too_long)
+
+
+def test_no_loss_falls_on_the_first_token_of_the_next_conversation(tmp_path: Path):
+    builder = IndexedDatasetBuilder(f"{tmp_path}/pair.bin", dtype=np.int32, multimodal=True)
+    for ids in ([1, 2, 3, 4], [5, 6, 7]):
+        builder.add_item(torch.tensor(ids), mode=1)
+        builder.end_document()
+    builder.finalize(f"{tmp_path}/pair.idx")
+    samples = ChatSamples(tmp_path / "pair", seq_length=7, vocab_size=8, pad_id=0, seed=0)
+    sample = samples.chunk(0)
+    assert sample.ids_T.tolist() == [1, 2, 3, 4, 5, 6, 7, 0]
+    assert sample.loss_mask_S.tolist() == [1, 1, 1, 0, 1, 1, 0]
+    assert sample.position_ids_S.tolist() == [0, 1, 2, 3, 0, 1, 2]
 
 
 def test_packs_go_the_way_of_all_samples(pair: Path):

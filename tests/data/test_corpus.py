@@ -245,15 +245,17 @@ def test_exact_duplicates_and_lengths_are_filtered_and_counted(
 ):
     monkeypatch.setattr("megatron_moe.data.documents.BLOCK_SIZE", 20_000)
     path = jsonl(tmp_path / "a.jsonl", [*texts, ""])
-    rules = Rules(drop_duplicates=True, min_tokens=20, max_tokens=400)
+    lengths = [len(row) - 1 for row in expected(texts, tokenizer)]
+    # The limits are lengths that occur: both still belong.
+    shortest, longest = sorted(lengths)[20], sorted(lengths)[-20]
+    rules = Rules(drop_duplicates=True, min_tokens=shortest, max_tokens=longest)
     report = tokenize_files([path], tmp_path / "out", tokenizer, rules=rules, workers=2)
     ids = expected(list(dict.fromkeys(texts)), tokenizer)
-    kept = [row for row in ids if 20 <= len(row) - 1 <= 400]
+    kept = [row for row in ids if shortest <= len(row) - 1 <= longest]
     assert documents(tmp_path / "out") == kept
     counts = report.counts
-    lengths = [len(row) - 1 for row in expected(texts, tokenizer)]
-    assert counts.too_short == sum(length < 20 for length in lengths) > 0
-    assert counts.too_long == sum(length > 400 for length in lengths) > 0
+    assert counts.too_short == sum(length < shortest for length in lengths) > 0
+    assert counts.too_long == sum(length > longest for length in lengths) > 0
     assert counts.empty == 1
     assert counts.documents == len(kept)
     left_out = counts.too_short + counts.too_long + counts.duplicates

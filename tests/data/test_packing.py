@@ -23,6 +23,11 @@ def test_packs_hold_every_document_once_and_none_could_be_joined(drawn: tuple[in
     assert len(filled) < 2 or filled[0] + filled[1] > capacity
 
 
+def test_the_longest_go_first_and_where_they_leave_least_room():
+    assert pack([3, 5, 7], capacity=10) == [[2, 0], [1]]
+    assert pack([2, 3, 5, 7, 3], capacity=10) == [[3, 1], [2, 4, 0]]
+
+
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=20))
 def test_bounds_are_found_in_the_positions(lengths: list[int]):
     positions_S = torch.cat([torch.arange(length) for length in lengths])
