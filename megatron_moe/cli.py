@@ -126,7 +126,7 @@ def plan(
 
     A prediction from a calibrated model, without a GPU: docs/planning.md says how good it is.
 
-    Example: megatron-moe plan configs/h100/llama3_8b_e8t2_cf1.yaml --gpus 128
+    Example: megatron-moe plan configs/h100/llama3-8b-e8t2-cf1-128.yaml --gpus 128
     """
     from megatron_moe.plan.check import check_layout
     from megatron_moe.plan.search import search

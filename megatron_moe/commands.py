@@ -81,7 +81,7 @@ def train(config: RunConfig, world: World) -> None:
             config, dense.spec, layout=layout, groups=groups, rank=world.rank, cuda=cuda
         )
         state = make_state(config, model, groups, cuda=cuda)
-        restore(state, resume_from, groups, plan_hash=plan.hash, precision=config.train.precision)
+        restore(state, resume_from, config, groups, plan_hash=plan.hash)
         job.say(f"resumed {resume_from} at step {state.step}")
 
     _continue_pretraining(job, state, plan, texts)  # 5. train, validate, save

@@ -1,26 +1,25 @@
 """Save and restore a training state, every rank its part, with Megatron-Core's dist_checkpointing.
 
-Keys are global (layer and expert numbers of the whole model), so what one layout saved another
-can load. Nothing random is saved because nothing in training draws a number: the order of the data
-is a function of its seed, and the schedule of the step.
+Weights are saved under global keys (layer and expert numbers of the whole model): any layout, and
+the export, can read them. Optimizer state is saved as each rank holds it, without gathering: that
+takes no memory and no communication, and is read back under the same layout. Nothing random is
+saved because nothing in training draws a number: the order of the data is a function of its seed,
+and the schedule of the step.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 import queue
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch import Tensor
 
 from megatron_moe.checkpoint import folder as folders
 from megatron_moe.checkpoint.folder import Progress
@@ -33,43 +32,6 @@ from megatron_moe.train.state import TrainState
 # Megatron-Core would start an interpreter on every rank (6 to 13 s on a laptop).
 filesystem_async.get_write_results_queue = queue.Queue
 logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.ERROR)
-
-
-def _keep_bucket_padding(collect: Callable[..., Any]) -> Callable[..., Any]:
-    """Megatron-Core's gathered optimizer state, with every bucket at its own offset.
-
-    Megatron-Core 0.19 joins the buckets of a buffer without the padding between them, and then
-    looks parameters up at offsets that count it: from the second bucket on (tied embeddings have
-    one of their own) the state saved for a parameter is another's, shifted.
-    """
-
-    @functools.wraps(collect)
-    def collected(self: Any, *args: Any, **kwargs: Any) -> Any:
-        state = collect(self, *args, **kwargs)
-        if state is None:
-            return None
-        for index, buffer in enumerate(self.buffers):
-            for tensors in state[index].values():
-                for key, joined in tensors.items():
-                    if isinstance(joined, Tensor):
-                        tensors[key] = _spread(joined, buffer)
-        return state
-
-    return collected
-
-
-def _spread(joined: Tensor, buffer: Any) -> Tensor:
-    spread, start = joined.new_zeros(buffer.numel), 0
-    for bucket in buffer.buckets:
-        part = joined[start : start + bucket.numel_unpadded]
-        spread[bucket.offset : bucket.offset + len(part)] = part
-        start += len(part)
-    return spread
-
-
-DistributedOptimizer.get_parameter_state_dp_zero = _keep_bucket_padding(
-    DistributedOptimizer.get_parameter_state_dp_zero
-)
 
 
 def save(
@@ -104,27 +66,35 @@ def save(
     return final
 
 
+@torch.no_grad()
 def restore(
     state: TrainState,
     folder: Path,
+    config: RunConfig,
     groups: ProcessGroupCollection,
     *,
     plan_hash: str,
-    precision: str,
 ) -> None:
     """Set weights, optimizer, schedule and the place in the data to what ``folder`` holds.
 
     Raises:
-        CheckpointError: The checkpoint is of another model or precision, or damaged.
+        CheckpointError: The checkpoint is of another model, precision or layout, or damaged.
     """
     progress = folders.read_progress(folder)
-    for name, saved, now in (
+    saved_config = folders.read_config(folder)
+    checks = [
         ("expert plan (moe.* and upcycle.*)", progress.plan_hash, plan_hash),
-        ("train.precision", progress.precision, precision),
-    ):
+        ("train.precision", progress.precision, config.train.precision),
+    ]
+    if progress.step:  # an upcycled checkpoint without steps has weights only: any layout
+        checks += [
+            ("world_size", progress.world_size, dist.get_world_size()),
+            ("parallel", saved_config.parallel, config.parallel),
+        ]
+    for name, saved, now in checks:
         if saved != now:
             raise CheckpointError(
-                f"{folder} was written with {name} {saved}, but the configuration says {now}.\n"
+                f"{folder} was written with {name} ({saved}), but this job has ({now}).\n"
                 "  restore the setting, or choose another run.dir"
             )
     try:
@@ -147,9 +117,10 @@ def _sharded(
     state: TrainState, groups: ProcessGroupCollection, *, step: int, is_loading: bool
 ) -> dict[str, Any]:
     metadata = {
-        # Optimizer state by parameter instead of by buffer: any layout can load it.
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "chained_optim_avoid_prefix": True,
+        # By buffer, not by parameter (fully_reshardable): the latter gathers the state of all dp
+        # ranks on each of them (22 GiB for the demo), and Megatron-Core 0.19 then shifts it when
+        # a buffer has several buckets, as tied embeddings on two stages have.
+        "distrib_optim_sharding_type": "dp_reshardable",
         "dp_cp_group": groups.dp_cp,
     }
     model = {

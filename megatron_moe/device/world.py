@@ -127,7 +127,7 @@ def run_local_ranks(
             while not context.join():
                 pass
         except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
-            raise _told(Path(folder)) or error from None
+            raise _told(Path(folder)) or _killed(error) or error from None
         except KeyboardInterrupt:
             for process in filter(None, context.processes):
                 process.terminate()
@@ -149,6 +149,16 @@ def _local_rank(
         except UserError as error:
             (Path(folder) / f"error-{rank:05d}").write_text(f"{type(error).__name__}\n{error}")
             raise
+
+
+def _killed(error: Exception) -> UserError | None:
+    """A rank that another hand ended: the system for want of memory, or an operator."""
+    if isinstance(error, mp.ProcessExitedException) and error.signal_name == "SIGKILL":
+        return UserError(
+            f"rank {error.error_index} was killed (SIGKILL): by the system, out of memory, or "
+            "by hand.\n  run the same command again to go on from the newest checkpoint"
+        )
+    return None
 
 
 def _told(folder: Path) -> UserError | None:

@@ -14,6 +14,7 @@ import torch
 from layouts import LAYOUTS
 from ranks import run_on_ranks
 from tiny import save_dense
+from training_runs import run_training, tree, write_tokens
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_moe.checkpoint.export import export_checkpoint
@@ -21,7 +22,6 @@ from megatron_moe.checkpoint.folder import newest, read_config
 from megatron_moe.config.run import RunConfig
 from megatron_moe.device.world import World
 from megatron_moe.errors import CheckpointError
-from runs import run_training, tree, write_tokens
 
 pytestmark = pytest.mark.distributed
 
@@ -80,7 +80,7 @@ def check_logits(world: World, config: RunConfig, checkpoint: Path, exported: Pa
     model = build_model(config, spec, layout=layout, groups=groups, rank=world.rank, cuda=False)
     state = make_state(config, model, groups, cuda=False)
     plan = make_expert_plan(spec, config.moe, config.upcycle)
-    restore(state, checkpoint, groups, plan_hash=plan.hash, precision="fp32")
+    restore(state, checkpoint, config, groups, plan_hash=plan.hash)
 
     torch.manual_seed(0)
     tokens_S = torch.randint(0, spec.vocab_size, (32,))

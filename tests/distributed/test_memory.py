@@ -11,6 +11,7 @@ import pytest
 import torch
 from ranks import run_on_ranks
 from safetensors.torch import save_file
+from training_runs import tree, write_tokens
 from transformers import LlamaConfig
 
 from megatron_moe.config.load import build
@@ -18,7 +19,6 @@ from megatron_moe.config.run import RunConfig
 from megatron_moe.device.world import World
 from megatron_moe.hf.names import dense_tensors
 from megatron_moe.hf.spec import read_spec
-from runs import tree, write_tokens
 
 pytestmark = pytest.mark.distributed
 MIB = 2**20

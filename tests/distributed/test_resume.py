@@ -10,9 +10,10 @@ import psutil
 import pytest
 import yaml
 from tiny import save_dense
+from training_runs import read_metrics, run_training, tree, write_tokens
 
 from megatron_moe.checkpoint.folder import newest, read_progress
-from runs import read_metrics, run_training, tree, write_tokens
+from megatron_moe.errors import CheckpointError
 
 pytestmark = pytest.mark.distributed
 EXACT = ("step", "loss/lm", "grad_norm", "learning_rate", "router/load_imbalance", "tokens/seen")
@@ -95,7 +96,7 @@ def test_an_upcycled_checkpoint_without_steps_is_where_training_starts(inputs: d
 
 
 def test_two_buckets_of_optimizer_state_survive(inputs: dict[str, Path]):
-    """Tied embeddings on two stages have a bucket of their own (see checkpoint/sharded.py)."""
+    """Tied embeddings on two stages have a bucket of their own, with padding before it."""
     dense = save_dense(inputs["root"] / "tied2", tie_word_embeddings=True)
     changes = {"parallel": {"pipeline_parallel_size": 2}, "checkpoint": {"interval": 2}}
     whole = tree(inputs["root"] / "whole-tied", dense, inputs["tokens"], **changes)
@@ -105,3 +106,20 @@ def test_two_buckets_of_optimizer_state_survive(inputs: dict[str, Path]):
     lines = run_training(whole, world_size=2)
     for ours, first in zip(lines[3:], expected[3:], strict=True):
         assert {k: ours[k] for k in EXACT} == {k: first[k] for k in EXACT}
+
+
+def test_another_layout_is_refused_and_an_upcycled_checkpoint_takes_any(inputs: dict[str, Path]):
+    trained = settings(inputs, "layouts", "fp32")
+    trained["train"]["steps"] = 2
+    run_training(trained, world_size=2)
+    trained["parallel"] = {"tensor_parallel_size": 2}
+    with pytest.raises(CheckpointError, match=r"written with parallel .*expert_parallel_size=2"):
+        run_training(trained, world_size=2)
+
+    upcycled = settings(inputs, "any-layout", "fp32")
+    run_training({**upcycled, "train": {**upcycled["train"], "steps": 0}}, world_size=2)
+    upcycled["parallel"] = {"tensor_parallel_size": 2}
+    upcycled["train"]["steps"] = 2
+    lines = run_training(upcycled, world_size=2)
+    first = run_training({**settings(inputs, "one", "fp32"), "parallel": {}}, world_size=1)
+    assert lines[1]["loss/lm"] == pytest.approx(first[1]["loss/lm"], rel=1e-5)

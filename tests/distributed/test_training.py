@@ -13,10 +13,10 @@ import torch
 from layouts import LAYOUTS
 from safetensors.torch import load_file
 from tiny import save_dense
+from training_runs import run_training, tree, write_tokens
 from transformers import AutoModelForCausalLM
 
 from megatron_moe.checkpoint.export import export_checkpoint
-from runs import run_training, tree, write_tokens
 
 pytestmark = pytest.mark.distributed
 TRAINED = [
