@@ -86,10 +86,10 @@ def train(
             _train(config, world)
 
 
-def _train(config: RunConfig, world: object) -> None:
+def _train(config: RunConfig, world: Any) -> None:
     from megatron_moe import commands
 
-    commands.train(config, world)  # type: ignore[arg-type]
+    commands.train(config, world)
 
 
 @app.command()
