@@ -5,6 +5,7 @@ Heavy imports wait inside the commands, so that ``--help`` answers at once.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -109,6 +110,67 @@ def export(
     from megatron_moe.checkpoint.export import export_checkpoint
 
     export_checkpoint(source, out)
+
+
+@app.command()
+def tokenize(
+    inputs: Annotated[
+        list[Path],
+        typer.Argument(help="JSONL, plain text, Parquet or Arrow files (.gz, .zst), or folders."),
+    ],
+    out: Annotated[Path, typer.Option(help="Prefix of the .bin/.idx pair to write.")],
+    tokenizer: Annotated[Path, typer.Option(help="Folder with the tokenizer's files.")],
+    workers: Annotated[int, typer.Option(min=1, help="Processes that tokenize.")] = 1,
+    text_key: Annotated[str, typer.Option(help="Key or column that holds the text.")] = "text",
+    drop_duplicates: Annotated[
+        bool, typer.Option("--drop-duplicates", help="Keep the first of equal documents.")
+    ] = False,
+    min_tokens: Annotated[int, typer.Option(min=1, help="Leave out shorter documents.")] = 1,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Leave out longer documents.")
+    ] = None,
+    max_malformed: Annotated[
+        int, typer.Option(min=0, help="Malformed lines to skip and count before it is an error.")
+    ] = 0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Turn text into the token file that data.path takes, as Megatron-LM writes it.
+
+    Streams its input; killed, the same command goes on where it was.
+
+    Example: megatron-moe tokenize corpus/ --tokenizer models/Llama-3-8B --out data/train
+    """
+    from megatron_moe.device import cpu
+    from megatron_moe.device.world import resolve_device
+
+    if resolve_device("auto") == "cpu":
+        cpu.install()
+    from megatron_moe.data.corpus import tokenize_files
+    from megatron_moe.data.encode import Rules
+    from megatron_moe.data.tokenizer import load_tokenizer
+
+    rules = Rules(
+        text_key=text_key,
+        drop_duplicates=drop_duplicates,
+        min_tokens=min_tokens,
+        max_tokens=max_tokens,
+    )
+    report = tokenize_files(
+        inputs,
+        out,
+        load_tokenizer(tokenizer),
+        rules=rules,
+        workers=workers,
+        max_malformed=max_malformed,
+    )
+    counted = dataclasses.asdict(report)
+    _show(counted if as_json else _counts_text(counted, out), as_json=as_json)
+
+
+def _counts_text(report: dict[str, Any], out: Path) -> str:
+    lines = [f"{name.replace('_', ' ')}: {value:,}" for name, value in report["counts"].items()]
+    speed = f"{report['seconds']:.1f} s, {report['tokens_per_second']:,.0f} tokens/s"
+    return "\n".join([f"{out}.bin, {out}.idx: {speed}", *lines, *report["malformed"]])
 
 
 @app.command()

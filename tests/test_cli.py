@@ -190,3 +190,22 @@ def test_a_bug_of_ours_keeps_its_traceback(yaml_file, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         cli.main()
     assert os.environ["TOKENIZERS_PARALLELISM"]
+
+
+def test_tokenize_writes_what_data_path_takes(tmp_path: Path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({"</s>": 0, "one": 1, "two": 2, "?": 3}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>").save_pretrained(
+        tmp_path / "model"
+    )
+    (tmp_path / "text.jsonl").write_text('{"text": "one two"}\n{"text": "two"}\n')
+    command = [sys.executable, "-m", "megatron_moe", "tokenize", str(tmp_path / "text.jsonl")]
+    command += ["--tokenizer", str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    counts = json.loads(done.stdout)["counts"]
+    assert (counts["documents"], counts["tokens"]) == (2, 5)
+    assert (tmp_path / "out.bin").exists()
+    assert (tmp_path / "out.idx").exists()

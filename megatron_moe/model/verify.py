@@ -110,7 +110,9 @@ def _dense_logits(
     folder: Path, tokens_S: Tensor, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     dense: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     dense.to(device).eval()
     return dense(tokens_S[None].to(device)).logits[0].float()
