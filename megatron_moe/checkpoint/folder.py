@@ -10,7 +10,6 @@ run.dir/checkpoints/latest            the newest name, replaced in one step
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from pathlib import Path
 from megatron_moe.config.load import load
 from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import CheckpointError
+from megatron_moe.hf.writer import fsync
 
 _STEP = re.compile(r"step_(\d{8,})")
 DENSE_FILES = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",
@@ -107,16 +107,16 @@ def describe(partial: Path, progress: Progress, config_yaml: str, dense_folder: 
 def publish(partial: Path, final: Path) -> None:
     """Make a written checkpoint count: to the disk, to its name, to ``latest``, in this order."""
     for file in sorted(partial.rglob("*")):
-        _fsync(file)
-    _fsync(partial)
+        fsync(file)
+    fsync(partial)
     shutil.rmtree(final, ignore_errors=True)  # a resumed run saves a step that it saved before
     partial.rename(final)
     pointer = final.parent / "latest"
     staged = pointer.with_name(".latest.partial")
     staged.write_text(final.name + "\n")
-    _fsync(staged)
+    fsync(staged)
     staged.replace(pointer)
-    _fsync(final.parent)
+    fsync(final.parent)
 
 
 def prune(run_dir: Path, keep: int) -> list[Path]:
@@ -136,11 +136,3 @@ def prune(run_dir: Path, keep: int) -> list[Path]:
     for folder in gone:
         shutil.rmtree(folder)
     return gone
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

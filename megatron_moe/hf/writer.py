@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from megatron_moe.errors import CheckpointError
-from megatron_moe.hf.reader import DTYPES, INDEX_FILE, SINGLE_FILE
+from megatron_moe.hf.header import DTYPES, INDEX_FILE, SINGLE_FILE
 
 _NAME_OF_DTYPE = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -163,10 +163,10 @@ class FolderWriter:
         if len(self._headers) > 1:
             self.add_file(INDEX_FILE, self._index())
         for path in self._partial.iterdir():
-            _fsync(path)
-        _fsync(self._partial)
+            fsync(path)
+        fsync(self._partial)
         self._partial.rename(self.folder)
-        _fsync(self.folder.parent)
+        fsync(self.folder.parent)
 
     def _index(self) -> bytes:
         total = sum(_num_bytes(slot.shape, slot.dtype) for slot in self._slots.values())
@@ -226,7 +226,8 @@ def _num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     return math.prod(shape) * dtype.itemsize
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Have a file or folder on the disk itself before this returns."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

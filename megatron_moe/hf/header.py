@@ -1,0 +1,199 @@
+"""The files of a safetensors folder and what their headers promise, checked before a byte is read.
+
+Nothing of a folder is executed or unpickled; ``pytorch_model.bin`` is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+
+from megatron_moe.errors import CheckpointError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+"""What a weight may be stored as, in the words of the safetensors header."""
+
+_MOST_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+_MOST_LISTED = 20
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where one tensor lies."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: Path
+    offset: int
+    """Bytes from the start of the file."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def read_headers(folder: Path) -> dict[str, TensorInfo]:
+    """Every tensor of the folder, by name.
+
+    Raises:
+        CheckpointError: Files that are missing, cut off, outside the folder, or not safetensors.
+    """
+    if (folder / SINGLE_FILE).exists() or not (folder / INDEX_FILE).exists():
+        return _read_header(_weights_file(folder))
+    return _read_shards(folder)
+
+
+def _weights_file(folder: Path) -> Path:
+    path = folder / SINGLE_FILE
+    if path.is_file():
+        return path
+    if any(folder.glob("pytorch_model*.bin*")):
+        raise CheckpointError(
+            f"{folder} holds its weights as pickles (pytorch_model*.bin), which can run code when "
+            "they are opened: only safetensors are read.\n"
+            "  convert them, if you trust where they come from:\n"
+            "    from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+            f"    folder, out = {str(folder)!r}, {str(folder) + '-safetensors'!r}\n"
+            '    AutoModelForCausalLM.from_pretrained(folder, dtype="auto").save_pretrained(out)\n'
+            "    AutoTokenizer.from_pretrained(folder).save_pretrained(out)"
+        )
+    raise CheckpointError(
+        f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}: it holds "
+        f"{', '.join(sorted(path.name for path in folder.iterdir()))}"
+    )
+
+
+def _read_shards(folder: Path) -> dict[str, TensorInfo]:
+    file_of = _read_index(folder / INDEX_FILE)
+    files = sorted(set(file_of.values()))
+    if absent := [file for file in files if not (folder / file).is_file()]:
+        raise CheckpointError(
+            f"{folder} lacks files that its {INDEX_FILE} names.\n"
+            + "\n".join(listing(f"of {len(files)} missing", absent))
+            + "\n  finish the download or copy of the folder"
+        )
+    headers = {file: _read_header(folder / file) for file in files}
+    # A tensor that lies in a shard but not in the index is kept: check_tensors judges it.
+    tensors = {name: info for header in headers.values() for name, info in header.items()}
+    for name, file in file_of.items():
+        if name not in headers[file]:
+            raise CheckpointError(
+                f"{name} must be in {file}, because {INDEX_FILE} says so, but it is not there.\n"
+                f"  file: {folder / file}"
+            )
+        tensors[name] = headers[file][name]
+    return tensors
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        file_of = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        entries = [(str(name), str(file)) for name, file in file_of.items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f'{path} is not an index of tensors: expected {{"weight_map": {{NAME: FILE}}}}, '
+            f"found {type(error).__name__}: {error}"
+        ) from error
+    for name, file in entries:
+        # By name, not by where it leads: in the cache of the Hub, files are links to ../../blobs.
+        if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
+            raise CheckpointError(
+                f"{path} names the file {file!r} for {name}: it must lie in the folder of the index"
+            )
+    return dict(entries)
+
+
+def _read_header(path: Path) -> dict[str, TensorInfo]:
+    """Every tensor of one safetensors file, after checks that make each of them readable.
+
+    The layout is that of https://github.com/huggingface/safetensors#format: eight bytes of header
+    length, the header as JSON, then the tensors without gaps.
+    """
+    entries, start, file_bytes = _parse_header(path)
+    _check_dtypes(path, entries)
+    tensors = {name: _tensor_info(path, name, entry, start) for name, entry in entries.items()}
+    end = start
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].num_bytes)):
+        if info.offset != end:
+            raise _bad_header(path, f"{name} begins at byte {info.offset}, expected {end}")
+        end += info.num_bytes
+    if end != file_bytes:
+        raise CheckpointError(
+            f"{path} is {'cut off' if end > file_bytes else 'too long'}: its header promises "
+            f"{end} bytes, but it has {file_bytes}.\n  download or copy the file again"
+        )
+    return tensors
+
+
+def _parse_header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """The entries of the header, the byte at which the tensors begin, and the size of the file."""
+    try:
+        file_bytes = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            if not 2 <= header_bytes <= min(_MOST_HEADER_BYTES, file_bytes - 8):
+                raise _bad_header(path, f"a header of {header_bytes} bytes in {file_bytes} bytes")
+            entries = json.loads(file.read(header_bytes))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise _bad_header(path, f"a header that is not JSON ({error})") from error
+    if not isinstance(entries, dict):
+        raise _bad_header(path, "a header that is not a JSON object")
+    entries.pop("__metadata__", None)
+    return entries, 8 + header_bytes, file_bytes
+
+
+def _tensor_info(path: Path, name: str, entry: dict[str, Any], start: int) -> TensorInfo:
+    try:
+        shape = tuple(int(size) for size in entry["shape"])
+        begin, end = (int(offset) for offset in entry["data_offsets"])
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise _bad_header(path, f"{name}: {entry}") from error
+    info = TensorInfo(shape, DTYPES[entry["dtype"]], path, start + begin)
+    if min(shape, default=0) < 0 or begin < 0 or end - begin != info.num_bytes:
+        raise _bad_header(
+            path, f"{name} of {shape} {entry['dtype']} in bytes {begin} to {end} of its tensors"
+        )
+    return info
+
+
+def _check_dtypes(path: Path, entries: Mapping[str, Any]) -> None:
+    found = {n: e.get("dtype") if isinstance(e, dict) else e for n, e in entries.items()}
+    refused = [f"{name} is {dtype}" for name, dtype in found.items() if str(dtype) not in DTYPES]
+    if refused:
+        raise CheckpointError(
+            f"{path} holds tensors that are not plain weights: expected {', '.join(DTYPES)}.\n"
+            + "\n".join(listing("found", refused))
+            + "\n  a quantized checkpoint must be dequantized to bf16 first"
+        )
+
+
+def _bad_header(path: Path, found: str) -> CheckpointError:
+    return CheckpointError(f"{path} is not a safetensors file: found {found}")
+
+
+def listing(title: str, lines: Iterable[str]) -> list[str]:
+    """Lines of an error message: how many, then the first of them, indented; none for none."""
+    lines = list(lines)
+    if not lines:
+        return []
+    listed = [f"    {line}" for line in lines[:_MOST_LISTED]]
+    more = [f"    and {len(lines) - _MOST_LISTED} more"] if len(lines) > _MOST_LISTED else []
+    return [f"  {len(lines)} {title}:", *listed, *more]
