@@ -21,7 +21,7 @@ from megatron_moe.experts.plan import ExpertPlan, LayerPlan
 from megatron_moe.hf.names import ROW_OF_ROLE, Match, dense_tensors, match
 from megatron_moe.hf.reader import DenseCheckpoint
 from megatron_moe.model.build import Chunk, Model
-from megatron_moe.parallel.layout import ParallelLayout
+from megatron_moe.parallel.layout import ParallelLayout, local_experts
 from megatron_moe.parallel.shards import Part, Piece, pieces
 
 
@@ -144,9 +144,8 @@ def _fill_one(
     neurons_M = None
     if found.expert is not None:
         assert layer_plan is not None
-        ep_rank, ep = layout.experts.coords(rank)["ep"], layout.experts.size("ep")
-        num_local_experts = len(layer_plan.neurons_EM) // ep
-        neurons_M = layer_plan.neurons_EM[ep_rank * num_local_experts + found.expert]
+        mine = local_experts(layout, rank=rank, num_experts=len(layer_plan.neurons_EM))
+        neurons_M = layer_plan.neurons_EM[mine[found.expert]]
         part = Part(layout.experts.coords(rank)["etp"], layout.experts.size("etp"))
     else:
         part = Part(layout.attention.coords(rank)["tp"], layout.attention.size("tp"))

@@ -26,7 +26,7 @@ HIDDEN, FFN = 1024, 87384
 FFN_BYTES = 2 * 3 * HIDDEN * FFN * 2  # layers, matrices, hidden, neurons, bytes of bf16
 assert FFN_BYTES >= 1024 * MIB
 
-# Beside the shard: one window of a file (64 MiB), the router rows and Python's own.
+# Beside the shard: one window of a file (32 MiB), the router rows and Python's own.
 CONSTANT = 160 * MIB
 
 
