@@ -12,7 +12,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_moe.checkpoint.folder import newest
-from megatron_moe.checkpoint.sharded import restore, save
+from megatron_moe.checkpoint.sharded import Saver, restore
 from megatron_moe.config.load import dump
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.batches import Batch, micro_batches, slice_for_context_parallel
@@ -154,10 +154,13 @@ def _continue_pretraining(job: Job, state: TrainState, plan: ExpertPlan, texts: 
         _validate(job, state, texts, numbers)
         if writer is not None:
             writer.write(numbers)
-        if config.train.steps == 0:
-            _save(job, state, plan, numbers)
 
-    with StepProgress(total=config.train.steps, done=resumed_step, rank=job.world.rank) as progress:
+    with (
+        Saver(config, plan_hash=plan.hash, say=job.say) as saver,
+        StepProgress(total=config.train.steps, done=resumed_step, rank=job.world.rank) as progress,
+    ):
+        if config.train.steps == 0:
+            saver.save(state, job.groups)
         run_loop(
             state,
             steps=config.train.steps,
@@ -167,7 +170,7 @@ def _continue_pretraining(job: Job, state: TrainState, plan: ExpertPlan, texts: 
                 Hook(1, progress.show),
                 Hook(config.checkpoint.interval, partial(_validate, job, state, texts)),
                 Hook(1, writer.write if writer is not None else _nothing),
-                Hook(config.checkpoint.interval, partial(_save, job, state, plan)),
+                Hook(config.checkpoint.interval, lambda _: saver.save(state, job.groups)),
             ],
         )
     if writer is not None:
@@ -225,12 +228,6 @@ def _validate(job: Job, state: TrainState, texts: Texts, numbers: Numbers) -> No
     loss = mean_loss(state.wrapped, _mine(job, batches), job.config, state.model, job.groups)
     numbers["loss/validation"] = loss
     job.say(f"step {state.step}: loss on held-out text {loss:.4f}")
-
-
-def _save(job: Job, state: TrainState, plan: ExpertPlan, numbers: Numbers) -> None:
-    start = time.perf_counter()
-    folder = save(state, job.config, job.groups, plan_hash=plan.hash)
-    job.say(f"saved {folder} in {time.perf_counter() - start:.1f} s")
 
 
 def _nothing(numbers: Numbers) -> None:

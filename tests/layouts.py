@@ -1,5 +1,8 @@
 """Layouts to try things under: world size and degrees, by a name that reads like a table."""
 
+import math
+import re
+
 LAYOUTS = {
     "1": (1, {}),
     "tp2": (2, {"tensor_parallel_size": 2}),
@@ -16,3 +19,16 @@ LAYOUTS = {
     "tp2-pp2-ep4": (8, {"tensor_parallel_size": 2, "pipeline_parallel_size": 2,
                         "expert_parallel_size": 4}),
 }  # fmt: skip
+
+_DEGREES = {
+    "tp": "tensor_parallel_size", "cp": "context_parallel_size", "pp": "pipeline_parallel_size",
+    "vpp": "virtual_pipeline_parallel_size", "ep": "expert_parallel_size",
+    "etp": "expert_tensor_parallel_size",
+}  # fmt: skip
+
+
+def layout(name: str) -> tuple[int, dict[str, int]]:
+    """World size and degrees of a name such as ``"tp2 dp2 ep4"``; "1" is one rank."""
+    degrees = dict(re.findall(r"([a-z]+)(\d+)", name))
+    world_size = math.prod(int(degrees.get(axis, 1)) for axis in ("tp", "cp", "pp", "dp"))
+    return world_size, {_DEGREES[a]: int(n) for a, n in degrees.items() if a != "dp"}

@@ -33,6 +33,8 @@ class Progress:
     step: int
     samples: int
     plan_hash: str
+    optimizer_updates: int
+    """Updates of the weights, which Adam counts; a skipped step makes none."""
     world_size: int
     precision: str
 

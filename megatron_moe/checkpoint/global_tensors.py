@@ -13,13 +13,13 @@ from typing import BinaryIO, Self
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
     TensorStorageMetadata,
 )
 
+from megatron_moe.checkpoint.storage import SafeReader
 from megatron_moe.errors import CheckpointError
 
 
@@ -33,13 +33,15 @@ class GlobalTensors:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._files: dict[str, BinaryIO] = {}
-        try:
-            self._metadata = FileSystemReader(folder).read_metadata()
-        except Exception as error:
-            raise CheckpointError(f"cannot read {folder / '.metadata'}: {error}") from error
+        self._metadata = SafeReader(folder).read_metadata()
 
     def __enter__(self) -> Self:
         return self
+
+    @property
+    def names(self) -> list[str]:
+        """All global tensors, sorted."""
+        return sorted(self._metadata.state_dict_metadata)
 
     def __exit__(
         self,
@@ -92,8 +94,6 @@ class GlobalTensors:
             ) from error
 
     def _open(self, relative_path: str) -> BinaryIO:
-        if Path(relative_path).name != relative_path:
-            raise CheckpointError(f"{self._folder / '.metadata'} points out of its folder")
         try:
             return (self._folder / relative_path).open("rb")
         except OSError as error:

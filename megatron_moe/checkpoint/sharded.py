@@ -1,69 +1,140 @@
-"""Save and restore a training state, every rank its part, with Megatron-Core's dist_checkpointing.
+"""Save and restore a training state, every rank its part; what one layout saved any other loads.
 
-Weights are saved under global keys (layer and expert numbers of the whole model): any layout, and
-the export, can read them. Optimizer state is saved as each rank holds it, without gathering: that
-takes no memory and no communication, and is read back under the same layout. Nothing random is
-saved because nothing in training draws a number: the order of the data is a function of its seed,
-and the schedule of the step.
+Everything lies under global names (layer and expert numbers of the whole model), without gathering
+anything: weights, moments and, with bf16 weights, fp32 master weights as ``optimizer.*``. Nothing
+random is saved because nothing in training draws a number: the order of the data is a function of
+its seed, and the schedule of the step.
 """
 
 from __future__ import annotations
 
-import logging
-import queue
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Self
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
 
 from megatron_moe.checkpoint import folder as folders
+from megatron_moe.checkpoint.boxes import Placement, placements
 from megatron_moe.checkpoint.folder import Progress
+from megatron_moe.checkpoint.moments import owned, set_updates_made, updates_made
+from megatron_moe.checkpoint.storage import Boxes, read_boxes, write_boxes
 from megatron_moe.config.load import dump
 from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import CheckpointError
 from megatron_moe.train.state import TrainState
 
-# A save here is written by this process: its results need no queue between processes, for which
-# Megatron-Core would start an interpreter on every rank (6 to 13 s on a laptop).
-filesystem_async.get_write_results_queue = queue.Queue
-logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.ERROR)
 
+class Saver:
+    """Writes a run's checkpoints, one at a time, while ``with`` is open; every rank has one.
 
-def save(
-    state: TrainState, config: RunConfig, groups: ProcessGroupCollection, *, plan_hash: str
-) -> Path:
-    """Write a checkpoint of the current step; it is complete under its name or not there.
+    With ``checkpoint.async_save`` a save copies this rank's numbers to host memory and returns;
+    files are written beside the training that goes on. The next save, and the end of ``with``,
+    wait for it and raise what went wrong.
 
-    Returns:
-        The checkpoint's folder, on every rank after it is complete.
+    Args:
+        config: The run.
+        plan_hash: Of the expert plan, for the check of a resume.
+        say: Tells the operator that a checkpoint counts now; called on rank 0, maybe by a thread.
     """
-    final = folders.step_folder(config.run.dir, state.step)
-    if dist.get_rank() == 0:
-        folders.start_folder(final)
-    dist.barrier()
-    partial = final.with_name(f".{final.name}.partial")
-    dist_checkpointing.save(
-        _sharded(state, groups, step=state.step, is_loading=False), str(partial)
-    )
-    dist.barrier()
-    if dist.get_rank() == 0:
+
+    def __init__(self, config: RunConfig, *, plan_hash: str, say: Callable[[str], None]) -> None:
+        self._config, self._plan_hash, self._say = config, plan_hash, say
+        # Of its own, because a thread's collectives must not meet those of training; gloo, because
+        # what is exchanged is a plan and not tensors.
+        self._group = _new_group()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.wait()
+        self._thread.shutdown(wait=error is None)
+
+    def save(self, state: TrainState, groups: ProcessGroupCollection) -> None:
+        """Write a checkpoint of the current step; it is complete under its name or not there.
+
+        Raises:
+            CheckpointError: On every rank, when this save (or the one before, that was written
+                beside training) failed on one of them; the checkpoints before are untouched.
+        """
+        self.wait()
+        start = time.perf_counter()
+        boxes = _boxes(state, groups, step=state.step, writing=True)
         progress = Progress(
             step=state.step,
             samples=state.samples,
-            plan_hash=plan_hash,
+            plan_hash=self._plan_hash,
+            optimizer_updates=updates_made(state.optimizer),
             world_size=dist.get_world_size(),
-            precision=config.train.precision,
+            precision=self._config.train.precision,
         )
+        if self._config.checkpoint.async_save:
+            copies = _copied_to_host(boxes)
+            self._pending = self._thread.submit(self._write, copies, progress, start)
+        else:
+            self._write(boxes, progress, start)
+
+    def wait(self) -> None:
+        """Return when nothing is being written.
+
+        Raises:
+            CheckpointError: On every rank, when the save that was being written failed on one.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _write(self, boxes: Boxes, progress: Progress, start: float) -> None:
+        config, group = self._config, self._group
+        final = folders.step_folder(config.run.dir, progress.step)
+        partial = final.with_name(f".{final.name}.partial")
+        leads = dist.get_rank() == 0
+        _together(group, lambda: folders.start_folder(final) if leads else None)
+        write_boxes(boxes, partial, group)
+        _together(group, lambda: self._publish(progress, partial, final) if leads else None)
+        if leads:
+            self._say(f"saved {final} in {time.perf_counter() - start:.1f} s")
+
+    def _publish(self, progress: Progress, partial: Path, final: Path) -> None:
+        config = self._config
         folders.describe(partial, progress, dump(config), config.dense.path)
         folders.publish(partial, final)
         folders.prune(config.run.dir, config.checkpoint.keep)
-    dist.barrier()
-    return final
+
+
+def _new_group() -> dist.ProcessGroup:
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)  # every rank is in it
+    return group
+
+
+def _together(group: dist.ProcessGroup, do: Callable[[], object]) -> None:
+    """Run ``do`` on every rank; when it fails on one, every rank raises."""
+    problem = None
+    try:
+        do()
+    except (OSError, CheckpointError) as error:
+        problem = f"rank {dist.get_rank()}: {error}"
+    problems: list[str | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(problems, problem, group=group)
+    if found := [problem for problem in problems if problem is not None]:
+        raise CheckpointError("cannot save: " + "; ".join(found))
 
 
 @torch.no_grad()
@@ -78,56 +149,69 @@ def restore(
     """Set weights, optimizer, schedule and the place in the data to what ``folder`` holds.
 
     Raises:
-        CheckpointError: The checkpoint is of another model, precision or layout, or damaged.
+        CheckpointError: The checkpoint is of another model or precision, or damaged.
     """
     progress = folders.read_progress(folder)
-    saved_config = folders.read_config(folder)
-    checks = [
+    for name, saved, now in (
         ("expert plan (moe.* and upcycle.*)", progress.plan_hash, plan_hash),
         ("train.precision", progress.precision, config.train.precision),
-    ]
-    if progress.step:  # an upcycled checkpoint without steps has weights only: any layout
-        checks += [
-            ("world_size", progress.world_size, dist.get_world_size()),
-            ("parallel", saved_config.parallel, config.parallel),
-        ]
-    for name, saved, now in checks:
+    ):
         if saved != now:
             raise CheckpointError(
                 f"{folder} was written with {name} ({saved}), but this job has ({now}).\n"
                 "  restore the setting, or choose another run.dir"
             )
-    try:
-        loaded: Any = dist_checkpointing.load(
-            _sharded(state, groups, step=progress.step, is_loading=True), str(folder)
-        )
-    except (CheckpointingException, OSError, RuntimeError, KeyError) as error:
-        raise CheckpointError(f"cannot load {folder}: {error}") from error
-    for index, module in enumerate(state.model.modules):
-        module.load_state_dict(loaded[f"model{index}"])
+    boxes = _boxes(state, groups, step=progress.step, writing=False)
+    _clear(state)
+    group = _new_group()
+    read_boxes(boxes, folder, group)
+    dist.destroy_process_group(group)
     if progress.step == 0:
         state.optimizer.reload_model_params()
     else:
-        state.optimizer.load_state_dict(loaded["optimizer"])
+        set_updates_made(state.optimizer, progress.optimizer_updates)
     state.schedule.step(increment=progress.step - state.step)
     state.step, state.samples = progress.step, progress.samples
 
 
-def _sharded(
-    state: TrainState, groups: ProcessGroupCollection, *, step: int, is_loading: bool
-) -> dict[str, Any]:
-    metadata = {
-        # By buffer, not by parameter (fully_reshardable): the latter gathers the state of all dp
-        # ranks on each of them (22 GiB for the demo), and Megatron-Core 0.19 then shifts it when
-        # a buffer has several buckets, as tied embeddings on two stages have.
-        "distrib_optim_sharding_type": "dp_reshardable",
-        "dp_cp_group": groups.dp_cp,
+def _clear(state: TrainState) -> None:
+    """Set everything to zero: rows that only pad the vocabulary are in no checkpoint."""
+    for module in state.model.modules:
+        for parameter in module.parameters():
+            parameter.zero_()
+    for kept in owned(state.optimizer):
+        for tensor in kept.tensors.values():
+            tensor.zero_()
+
+
+def _boxes(state: TrainState, groups: ProcessGroupCollection, *, step: int, writing: bool) -> Boxes:
+    """This rank's boxes of the model and, after a first step, of the optimizer.
+
+    Args:
+        state: Whose memory the boxes are views of.
+        groups: This rank's process groups.
+        step: Of the checkpoint; at 0 moments are not there, and master weights are the weights.
+        writing: Leave out what another tp or pp rank writes.
+    """
+    placed: dict[Tensor, list[Placement]] = {}
+    boxes: Boxes = {}
+    for placement in placements(state.model, groups):
+        placed.setdefault(placement.parameter, []).append(placement)
+    wanted = {p: [x for x in runs if x.writes or not writing] for p, runs in placed.items()}
+    for parameter, runs in wanted.items():
+        flat = parameter.detach().view(-1)
+        for run in runs:
+            boxes.setdefault(run.key, []).extend(run.boxes(flat, begin=0))
+    for kept in owned(state.optimizer) if step else ():
+        for name, flat in kept.tensors.items():
+            for run in wanted[kept.parameter]:
+                key = f"optimizer.{name}.{run.key}"
+                boxes.setdefault(key, []).extend(run.boxes(flat, begin=kept.begin))
+    return {key: held for key, held in boxes.items() if held}
+
+
+def _copied_to_host(boxes: Boxes) -> Boxes:
+    return {
+        key: [replace(box, tensor=box.tensor.detach().to("cpu", copy=True)) for box in held]
+        for key, held in boxes.items()
     }
-    model = {
-        f"model{index}": module.sharded_state_dict(metadata=metadata)
-        for index, module in enumerate(state.model.modules)
-    }
-    if step == 0:  # moments are not there yet, and master weights are the weights
-        return model
-    optimizer = state.optimizer.sharded_state_dict(model, is_loading, metadata=metadata)
-    return {**model, "optimizer": optimizer}

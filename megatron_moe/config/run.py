@@ -164,6 +164,9 @@ class Optimizer(Section):
     clip_grad: Positive = 1.0
     """Global gradient norm above which gradients are scaled down."""
 
+    use_distributed_optimizer: bool = True
+    """Shard optimizer state over dp (ZeRO-1); false: every replica keeps all of it."""
+
 
 class Checkpoint(Section):
     """When to save and what to keep."""
@@ -173,6 +176,9 @@ class Checkpoint(Section):
 
     keep: Count = 3
     """Newest checkpoints that stay on disk."""
+
+    async_save: bool = False
+    """Write files beside the training that goes on; takes host memory for a copy of the state."""
 
 
 class Log(Section):

@@ -18,10 +18,10 @@ import functools
 import torch
 import torch.nn.functional as F  # noqa: N812
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.nn.functional import all_gather
 
 
 class SdpaAttention(torch.nn.Module):
@@ -68,8 +68,8 @@ class SdpaAttention(torch.nn.Module):
 
 def _gather_in_order(part_sBGC: Tensor, group: ProcessGroup) -> Tensor:
     """The whole sequence from every rank's two chunks; gradients go back to their ranks."""
-    parts = all_gather(part_sBGC.contiguous(), group=group)
-    firsts, seconds = zip(*(part.chunk(2) for part in parts), strict=True)
+    gathered = gather_from_sequence_parallel_region(part_sBGC.contiguous(), group=group)
+    firsts, seconds = zip(*(p.chunk(2) for p in gathered.chunk(group.size())), strict=True)
     return torch.cat([*firsts, *reversed(seconds)])
 
 

@@ -54,10 +54,10 @@ def make_state(
     """
     transformer = model.transformer
     ddp = DistributedDataParallelConfig(
-        use_distributed_optimizer=True,
+        use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=cuda,
-        overlap_param_gather=cuda,
+        overlap_param_gather=cuda and config.optimizer.use_distributed_optimizer,
     )
     wrapped = []
     for index, module in enumerate(model.modules):
@@ -95,8 +95,8 @@ def optimizer_config(config: RunConfig, *, cuda: bool) -> OptimizerConfig:
         clip_grad=config.optimizer.clip_grad,
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
-        use_distributed_optimizer=True,
-        overlap_param_gather=cuda,
+        use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
+        overlap_param_gather=cuda and config.optimizer.use_distributed_optimizer,
     )
 
 

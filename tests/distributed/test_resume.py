@@ -5,14 +5,21 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+import torch
 import yaml
+from ranks import run_on_ranks
 from tiny import save_dense
 from training_runs import read_metrics, run_training, tree, write_tokens
 
-from megatron_moe.checkpoint.folder import newest, read_progress
+from megatron_moe.checkpoint.folder import newest, read_progress, step_folder
+from megatron_moe.checkpoint.global_tensors import GlobalTensors
+from megatron_moe.config.load import build
+from megatron_moe.config.run import RunConfig
+from megatron_moe.device.world import World
 from megatron_moe.errors import CheckpointError
 
 pytestmark = pytest.mark.distributed
@@ -108,18 +115,48 @@ def test_two_buckets_of_optimizer_state_survive(inputs: dict[str, Path]):
         assert {k: ours[k] for k in EXACT} == {k: first[k] for k in EXACT}
 
 
-def test_another_layout_is_refused_and_an_upcycled_checkpoint_takes_any(inputs: dict[str, Path]):
-    trained = settings(inputs, "layouts", "fp32")
-    trained["train"]["steps"] = 2
-    run_training(trained, world_size=2)
-    trained["parallel"] = {"tensor_parallel_size": 2}
-    with pytest.raises(CheckpointError, match=r"written with parallel .*expert_parallel_size=2"):
-        run_training(trained, world_size=2)
+def test_a_save_beside_training_is_the_save_that_waited(inputs: dict[str, Path]):
+    """Training goes on and changes every number while its copy is written."""
+    dense, changes = inputs["dense"], {"parallel": {"expert_parallel_size": 2}}
+    waited = tree(inputs["root"] / "waited", dense, inputs["tokens"], **changes,
+                  checkpoint={"interval": 2})  # fmt: skip
+    beside = tree(inputs["root"] / "beside", dense, inputs["tokens"], **changes,
+                  checkpoint={"interval": 2, "async_save": True})  # fmt: skip
+    for run in (waited, beside):
+        run_training(run, world_size=2)
+    for step in (2, 4, 5):
+        folders = [step_folder(inputs["root"] / name, step) for name in ("waited", "beside")]
+        with GlobalTensors(folders[0]) as theirs, GlobalTensors(folders[1]) as ours:
+            assert ours.names == theirs.names
+            for name in ours.names:
+                a, b = (x.read(name, index=None, dtype=torch.float32) for x in (theirs, ours))
+                assert torch.equal(a, b), (step, name)
 
-    upcycled = settings(inputs, "any-layout", "fp32")
-    run_training({**upcycled, "train": {**upcycled["train"], "steps": 0}}, world_size=2)
-    upcycled["parallel"] = {"tensor_parallel_size": 2}
-    upcycled["train"]["steps"] = 2
-    lines = run_training(upcycled, world_size=2)
-    first = run_training({**settings(inputs, "one", "fp32"), "parallel": {}}, world_size=1)
-    assert lines[1]["loss/lm"] == pytest.approx(first[1]["loss/lm"], rel=1e-5)
+
+def test_a_save_that_fails_fails_on_every_rank_and_leaves_the_one_before(inputs: dict[str, Path]):
+    run = settings(inputs, "no-room", "fp32")
+    config = build(RunConfig, run)
+    config.run.dir.mkdir()
+    with pytest.raises(CheckpointError, match=r"cannot write .*rank 1: OSError: .*no room"):
+        run_on_ranks(train_without_room, config, world_size=2)
+    saved = newest(config.run.dir)
+    assert saved is not None
+    assert read_progress(saved).step == 3
+    lines = run_training(run, world_size=2)  # and the run goes on when there is room again
+    assert lines[-1]["step"] == STEPS
+
+
+def train_without_room(world: World, config: RunConfig) -> None:
+    """Rank 1 finds no room from the second checkpoint on."""
+    from megatron_moe import commands
+    from megatron_moe.checkpoint import storage
+
+    write = storage.FileSystemWriter.write_data
+
+    def full(self: Any, *args: Any) -> Any:
+        if world.rank == 1 and "00000003" not in str(self.path):
+            raise OSError("no room left")
+        return write(self, *args)
+
+    storage.FileSystemWriter.write_data = full
+    commands.train(config, world)
