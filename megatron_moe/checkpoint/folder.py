@@ -49,13 +49,26 @@ def newest(run_dir: Path) -> Path | None:
     pointer = run_dir / "checkpoints" / "latest"
     if not pointer.exists():
         return None
-    folder = pointer.parent / pointer.read_text().strip()
+    name = pointer.read_text().strip()
+    folder = pointer.parent / name
+    if not _STEP.fullmatch(name):
+        raise CheckpointError(
+            f"{pointer} names {name!r}, which is no checkpoint beside it (step_00000010).\n"
+            f"  name one in {pointer}, or remove {pointer} to start the run anew"
+        )
     if not (folder / "checkpoint.json").exists():
         raise CheckpointError(
             f"{pointer} names {folder.name}, but {folder} is not a complete checkpoint.\n"
             f"  name another in {pointer}, or remove {pointer} to start the run anew"
         )
     return folder
+
+
+def complete(run_dir: Path) -> list[Path]:
+    """Every complete checkpoint of a run, the oldest first."""
+    found = (run_dir / "checkpoints").glob("step_*/checkpoint.json")
+    named = [file.parent for file in found if _STEP.fullmatch(file.parent.name)]
+    return sorted(named, key=lambda folder: int(folder.name.removeprefix("step_")))
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -88,12 +101,23 @@ def read_config(folder: Path) -> RunConfig:
     return load(RunConfig, folder / "config.yaml")
 
 
+def partial_of(final: Path) -> Path:
+    """Where a checkpoint lies while it is written."""
+    return final.with_name(f".{final.name}.partial")
+
+
 def start_folder(final: Path) -> Path:
-    """An empty folder beside ``final`` to write into; leftovers of a killed save go first."""
-    partial = final.with_name(f".{final.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    """An empty folder beside ``final`` to write into; leftovers of killed saves go first."""
+    partial = partial_of(final)
+    for leftover in final.parent.glob(".step_*.partial"):
+        shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)
     return partial
+
+
+def give_up(partial: Path) -> None:
+    """Remove what a failed save has written: the space is the next one's."""
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def describe(partial: Path, progress: Progress, config_yaml: str, dense_folder: Path) -> None:

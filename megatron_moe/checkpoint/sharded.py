@@ -25,7 +25,7 @@ from megatron_moe.checkpoint import folder as folders
 from megatron_moe.checkpoint.boxes import Placement, placements
 from megatron_moe.checkpoint.folder import Progress
 from megatron_moe.checkpoint.moments import owned, set_updates_made, updates_made
-from megatron_moe.checkpoint.storage import Boxes, read_boxes, write_boxes
+from megatron_moe.checkpoint.storage import Boxes, name_format, read_boxes, write_boxes
 from megatron_moe.config.load import dump
 from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import CheckpointError
@@ -103,16 +103,22 @@ class Saver:
     def _write(self, boxes: Boxes, progress: Progress, start: float) -> None:
         config, group = self._config, self._group
         final = folders.step_folder(config.run.dir, progress.step)
-        partial = final.with_name(f".{final.name}.partial")
+        partial = folders.partial_of(final)
         leads = dist.get_rank() == 0
-        _together(group, lambda: folders.start_folder(final) if leads else None)
-        write_boxes(boxes, partial, group)
-        _together(group, lambda: self._publish(progress, partial, final) if leads else None)
+        try:
+            _together(group, lambda: folders.start_folder(final) if leads else None)
+            write_boxes(boxes, partial, group)
+            _together(group, lambda: self._publish(progress, partial, final) if leads else None)
+        except CheckpointError:
+            if leads:
+                folders.give_up(partial)
+            raise
         if leads:
             self._say(f"saved {final} in {time.perf_counter() - start:.1f} s")
 
     def _publish(self, progress: Progress, partial: Path, final: Path) -> None:
         config = self._config
+        name_format(partial)
         folders.describe(partial, progress, dump(config), config.dense.path)
         folders.publish(partial, final)
         folders.prune(config.run.dir, config.checkpoint.keep)

@@ -55,9 +55,12 @@ def write_boxes(boxes: Boxes, folder: Path, group: dist.ProcessGroup) -> None:
         dcp.save({}, storage_writer=writer, planner=_SavePlanner(boxes), process_group=group)
     except CheckpointException as error:
         raise CheckpointError(f"cannot write {folder}: {_reasons(error)}") from error
-    if dist.get_rank(group) == 0:  # what makes Megatron-Core recognise its own format
-        save_config(CheckpointingConfig("torch_dist", 1), str(folder))
-        torch.save({}, folder / "common.pt")
+
+
+def name_format(folder: Path) -> None:
+    """Write what makes Megatron-Core recognise its own format."""
+    save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+    torch.save({}, folder / "common.pt")
 
 
 def read_boxes(boxes: Boxes, folder: Path, group: dist.ProcessGroup) -> None:
@@ -104,7 +107,10 @@ class SafeReader(FileSystemReader):
         if not isinstance(metadata, Metadata) or metadata.storage_data is None:
             raise CheckpointError(f"{path} is not the index of a checkpoint")
         for stored in metadata.storage_data.values():
-            if Path(stored.relative_path).name != stored.relative_path:
+            if (
+                Path(stored.relative_path).name != stored.relative_path
+                or stored.relative_path == ".."
+            ):
                 raise CheckpointError(f"{path} points out of its folder: {stored.relative_path}")
         return metadata
 

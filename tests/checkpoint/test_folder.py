@@ -36,7 +36,14 @@ CONFIG = build(
 
 
 def progress(step: int) -> Progress:
-    return Progress(step=step, samples=8 * step, plan_hash="abc", world_size=4, precision="fp32")
+    return Progress(
+        step=step,
+        samples=8 * step,
+        plan_hash="abc",
+        optimizer_updates=step,
+        world_size=4,
+        precision="fp32",
+    )
 
 
 @pytest.fixture
@@ -168,6 +175,14 @@ def test_a_latest_that_names_a_missing_folder_says_what_to_do(tmp_path: Path, de
     ) as e:
         newest(tmp_path)
     assert "\n  name another in" in str(e.value)
+
+
+@pytest.mark.parametrize("name", ["../../other/checkpoints/step_00000010", "/etc", "", "step_1"])
+def test_a_latest_that_leaves_its_folder_is_refused(tmp_path: Path, dense: Path, name: str):
+    save(tmp_path, 10, dense)
+    (tmp_path / "checkpoints" / "latest").write_text(name + "\n")
+    with pytest.raises(CheckpointError, match=r"latest names '.*', which is no checkpoint beside"):
+        newest(tmp_path)
 
 
 @pytest.mark.parametrize("at", ["run", "checkpoint"])
