@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from megatron_moe.config.load import load
-from megatron_moe.config.run import RunConfig
+from megatron_moe.config.run import Mixing, Parallel, RunConfig
 from megatron_moe.errors import ConfigError, UserError
 from megatron_moe.hf.spec import read_spec
 from megatron_moe.parallel.legality import check
@@ -171,6 +171,37 @@ def _counts_text(report: dict[str, Any], out: Path) -> str:
     lines = [f"{name.replace('_', ' ')}: {value:,}" for name, value in report["counts"].items()]
     speed = f"{report['seconds']:.1f} s, {report['tokens_per_second']:,.0f} tokens/s"
     return "\n".join([f"{out}.bin, {out}.idx: {speed}", *lines, *report["malformed"]])
+
+
+@app.command("reference-loss")
+def reference_loss(
+    config_file: ConfigFile,
+    out: Annotated[Path, typer.Option(help="JSON file for data.mixing.reference_losses.")],
+    overrides: Overrides = None,
+) -> None:
+    """Evaluate the dense model on each domain's held-out text, for a mixture that moves.
+
+    transformers loads it whole, on one device. A larger model of the same tokenizer may set the
+    mark instead: dense.path=models/larger.
+
+    Example: megatron-moe reference-loss configs/seven-domains.yaml --out runs/reference.json
+    """
+    from megatron_moe.device.world import resolve_device, run_local_ranks
+
+    config = load(RunConfig, config_file, overrides or [])
+    mixing = Mixing(weights=config.data.mixing.weights)  # the file it names is yet to be written
+    data = config.data.model_copy(update={"mixing": mixing})
+    config = config.model_copy(update={"data": data, "parallel": Parallel()})
+    check(config, read_spec(config.dense.path), 1)
+    config.run.dir.mkdir(parents=True, exist_ok=True)
+    device = resolve_device(config.run.device)
+    run_local_ranks(partial(_reference_loss, config, out), ranks=1, device=device)
+
+
+def _reference_loss(config: RunConfig, out: Path, world: Any) -> None:
+    from megatron_moe import commands
+
+    commands.reference_loss(config, world, out)
 
 
 @app.command()

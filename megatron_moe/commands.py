@@ -6,6 +6,7 @@ import math
 import time
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,17 +15,24 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_moe.checkpoint.folder import newest
 from megatron_moe.checkpoint.sharded import Saver, restore
 from megatron_moe.config.load import dump
+from megatron_moe.config.mixtures import starting_weights
 from megatron_moe.config.run import RunConfig
-from megatron_moe.data.batches import Batch, micro_batches, slice_for_context_parallel
-from megatron_moe.data.batches import validation_batches as read_validation
+from megatron_moe.data.announce import announcement
+from megatron_moe.data.feed import Feed, Seat
+from megatron_moe.data.mixing import moved, updates_due
+from megatron_moe.data.reference import dense_losses, write_reference_losses
 from megatron_moe.data.texts import Texts, open_texts
+from megatron_moe.data.tokenizer import fingerprint_of
 from megatron_moe.device.memory import held_bytes, peak_bytes, reset_peak
 from megatron_moe.device.world import World
+from megatron_moe.errors import ConfigError
 from megatron_moe.experts.plan import ExpertPlan, make_expert_plan
 from megatron_moe.hf.names import dense_tensors
 from megatron_moe.hf.reader import DenseCheckpoint, open_dense_checkpoint
+from megatron_moe.hf.spec import read_spec
 from megatron_moe.log import StepProgress, console
 from megatron_moe.model.build import Model, build_model
+from megatron_moe.model.config import DTYPES
 from megatron_moe.model.receipt import gather_receipt, rank_receipt, write_receipt
 from megatron_moe.model.upcycle import check_coverage, upcycle
 from megatron_moe.model.verify import Agreement, compare_with_dense, verify_length
@@ -33,7 +41,7 @@ from megatron_moe.parallel.layout import ParallelLayout
 from megatron_moe.plan.flops import forward_flops, training_flops
 from megatron_moe.plan.shape import upcycled_shape
 from megatron_moe.train.loop import Hook, Numbers, run_loop
-from megatron_moe.train.metrics import MetricsWriter, step_numbers
+from megatron_moe.train.metrics import MetricsWriter, mixture_numbers, step_numbers
 from megatron_moe.train.peak import Peak, device_peak
 from megatron_moe.train.state import TrainState, make_state
 from megatron_moe.train.step import StepResult, mean_loss, train_step
@@ -83,8 +91,43 @@ def train(config: RunConfig, world: World) -> None:
         state = make_state(config, model, groups, cuda=cuda)
         restore(state, resume_from, config, groups, plan_hash=plan.hash)
         job.say(f"resumed {resume_from} at step {state.step}")
+        _take_configured_weights(job, state)
 
-    _continue_pretraining(job, state, plan, texts)  # 5. train, validate, save
+    job.say(announcement(texts, state.blend, config))
+    _continue_pretraining(job, state, plan, _feed(job, texts))  # 5. train, validate, save
+
+
+def reference_loss(config: RunConfig, world: World, out: Path) -> None:
+    """Write the dense model's loss on each domain: what a mixture that moves is measured against.
+
+    Runs on one rank; the model must fit there whole.
+    """
+    spec = read_spec(config.dense.path)
+    texts = open_texts(config, vocab_size=spec.vocab_size)
+    if without := [name for name in texts.training if name not in texts.validation]:
+        raise ConfigError(
+            f"no held-out text of {', '.join(without)} to evaluate the dense model on.\n"
+            "  set data.validation_fraction, or a validation_path for each"
+        )
+    for line in texts.remarks:
+        console.print(line)
+    losses = dense_losses(
+        config.dense.path,
+        texts.validation,
+        num_samples=config.data.validation_samples,
+        reset_attention=config.data.reset_attention,
+        device=world.device,
+        dtype=DTYPES[config.train.precision],
+    )
+    write_reference_losses(
+        out,
+        losses,
+        dense=str(config.dense.path),
+        tokenizer=fingerprint_of(config.dense.path),
+        seq_length=config.data.seq_length,
+        validation_samples=config.data.validation_samples,
+    )
+    console.print("\n".join(f"{name}: {loss:.4f} nats per token" for name, loss in losses.items()))
 
 
 def upcycled_model(
@@ -133,8 +176,7 @@ def _wants_verification(config: RunConfig, dense: DenseCheckpoint) -> bool:
 def _verify(job: Job, model: Model, texts: Texts) -> Agreement:
     config = job.config
     length = verify_length(config.data.seq_length, tp=job.groups.tp.size(), cp=job.groups.cp.size())
-    sample = (texts.validation or texts.training).chunk(0)
-    tokens_S = torch.from_numpy(sample.ids_T[:length].copy())
+    tokens_S = torch.from_numpy(texts.first_sample().ids_T[:length].copy())
     agreement = compare_with_dense(model, config.dense.path, tokens_S, groups=job.groups)
     job.say(
         f"against the dense model on {agreement.tokens} tokens of text: max logit error "
@@ -143,7 +185,13 @@ def _verify(job: Job, model: Model, texts: Texts) -> Agreement:
     return agreement
 
 
-def _continue_pretraining(job: Job, state: TrainState, plan: ExpertPlan, texts: Texts) -> None:
+def _feed(job: Job, texts: Texts) -> Feed:
+    dp, cp = job.groups.dp, job.groups.cp
+    seat = Seat(dp_rank=dp.rank(), dp_size=dp.size(), cp_rank=cp.rank(), cp_size=cp.size())
+    return Feed(texts, job.config, seat)
+
+
+def _continue_pretraining(job: Job, state: TrainState, plan: ExpertPlan, feed: Feed) -> None:
     config = job.config
     peak = device_peak(job.world.device, state.model.transformer.params_dtype)
     job.say(f"MFU is of {peak.flops_per_second / 1e12:.3g} TFLOP/s ({peak.source})")
@@ -151,7 +199,7 @@ def _continue_pretraining(job: Job, state: TrainState, plan: ExpertPlan, texts: 
     resumed_step = state.step
     if resumed_step == 0:
         numbers: Numbers = {"step": 0}
-        _validate(job, state, texts, numbers)
+        _validate(job, state, feed, numbers)
         if writer is not None:
             writer.write(numbers)
 
@@ -164,11 +212,12 @@ def _continue_pretraining(job: Job, state: TrainState, plan: ExpertPlan, texts: 
         run_loop(
             state,
             steps=config.train.steps,
-            take_step=partial(_take_step, job, state, texts),
-            describe=partial(_describe, job, state, peak),
+            take_step=partial(_take_step, job, state, feed),
+            describe=partial(_describe, job, state, feed, peak),
             hooks=[
                 Hook(1, progress.show),
-                Hook(config.checkpoint.interval, partial(_validate, job, state, texts)),
+                Hook(config.checkpoint.interval, partial(_validate, job, state, feed)),
+                Hook(1, partial(_move_mixture, job, state, feed)),
                 Hook(1, writer.write if writer is not None else _nothing),
                 Hook(config.checkpoint.interval, lambda _: saver.save(state, job.groups)),
             ],
@@ -177,28 +226,23 @@ def _continue_pretraining(job: Job, state: TrainState, plan: ExpertPlan, texts: 
         writer.close()
 
 
-def _take_step(job: Job, state: TrainState, texts: Texts) -> StepResult:
-    train_config = job.config.train
-    batches = micro_batches(
-        texts.training,
-        position=state.samples,
-        global_batch_size=train_config.global_batch_size,
-        micro_batch_size=train_config.micro_batch_size,
-        dp_rank=job.groups.dp.rank(),
-        dp_size=job.groups.dp.size(),
-    )
-    return train_step(state, _mine(job, batches), job.config, job.groups)
+def _take_configured_weights(job: Job, state: TrainState) -> None:
+    """A checkpoint brings weights; those that do not move are what the configuration says now."""
+    weights = starting_weights(job.config.data)
+    if job.config.data.mixing.update == "never" and weights != state.blend.by_domain:
+        job.say(f"domains are drawn by new weights from here on; before: {state.blend.by_domain}")
+        state.blend = state.blend.reweighted(tuple(weights.values()))
 
 
-def _mine(job: Job, batches: list[Batch]) -> list[Batch]:
-    cp = job.groups.cp
-    return [
-        slice_for_context_parallel(batch, cp_rank=cp.rank(), cp_size=cp.size()) for batch in batches
-    ]
+def _take_step(job: Job, state: TrainState, feed: Feed) -> StepResult:
+    batches, after = feed.next_step(state.blend)
+    result = train_step(state, batches, job.config, job.groups)
+    state.blend = after
+    return result
 
 
 def _describe(
-    job: Job, state: TrainState, peak: Peak, result: StepResult, seconds: float
+    job: Job, state: TrainState, feed: Feed, peak: Peak, result: StepResult, seconds: float
 ) -> Numbers:
     shape = upcycled_shape(state.model.spec, job.config.moe)
     forward = forward_flops(shape, sequence_length=job.config.data.seq_length).model
@@ -208,26 +252,45 @@ def _describe(
         samples=state.samples,
         learning_rate=state.learning_rate,
         seconds=seconds,
+        data_seconds=feed.seconds,
         flops_per_sequence=training_flops(forward),
         peak_flops=peak.flops_per_second,
         config=job.config,
     )
 
 
-def _validate(job: Job, state: TrainState, texts: Texts, numbers: Numbers) -> None:
-    """Add the loss on held-out text to the step's numbers."""
-    if texts.validation is None:
+def _validate(job: Job, state: TrainState, feed: Feed, numbers: Numbers) -> None:
+    """Add the loss on each domain's held-out text to the step's numbers."""
+    losses = {
+        name: mean_loss(state.wrapped, feed.held_out(name), job.config, state.model, job.groups)
+        for name in feed.texts.validation
+    }
+    if not losses:
         return
-    batches = read_validation(
-        texts.validation,
-        num_samples=job.config.data.validation_samples,
-        micro_batch_size=job.config.train.micro_batch_size,
-        dp_rank=job.groups.dp.rank(),
-        dp_size=job.groups.dp.size(),
+    mean = sum(losses.values()) / len(losses)
+    numbers["loss/validation"] = mean
+    if len(feed.texts.training) > 1:
+        numbers |= {f"loss/validation/{name}": loss for name, loss in losses.items()}
+    each = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+    job.say(
+        f"step {state.step}: loss on held-out text {mean:.4f}" + f" ({each})" * (len(losses) > 1)
     )
-    loss = mean_loss(state.wrapped, _mine(job, batches), job.config, state.model, job.groups)
-    numbers["loss/validation"] = loss
-    job.say(f"step {state.step}: loss on held-out text {loss:.4f}")
+
+
+def _move_mixture(job: Job, state: TrainState, feed: Feed, numbers: Numbers) -> None:
+    """Where it is time, weigh the domains anew by their losses; and tell their weights."""
+    mixing, tokens = job.config.data.mixing, numbers["tokens/seen"]
+    before = tokens - job.config.train.global_batch_size * job.config.data.seq_length
+    if mixing.update != "never" and updates_due(before, tokens, interval=mixing.interval):
+        if "loss/validation" not in numbers:
+            _validate(job, state, feed, numbers)
+        references = feed.texts.references
+        assert references is not None, "legality asks for them"
+        losses = [numbers[f"loss/validation/{name}"] for name in references]
+        weights = moved(state.blend.weights, losses, list(references.values()), mixing)
+        state.blend = state.blend.reweighted(weights)
+    chunks = {name: text.num_chunks for name, text in feed.texts.training.items()}
+    numbers |= mixture_numbers(state.blend, chunks)
 
 
 def _nothing(numbers: Numbers) -> None:

@@ -1,14 +1,16 @@
-"""Tiny dense models with random weights: real Hugging Face folders, made in a second."""
+"""Tiny dense models with random weights and small tokenizers: real folders, made in a second."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -54,4 +56,29 @@ def save_dense(folder: Path, family: str = "llama", *, seed: int = 0, **changes:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
             assert torch.isfinite(parameter).all(), name
     model.save_pretrained(folder)
+    return folder
+
+
+TOKENIZER_SIZE = 600
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def save_tokenizer(folder: Path, files: list[Path], *, chat_template: str | None = None) -> Path:
+    """Train a byte-level BPE on ``files`` and write it as Hugging Face does."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=TOKENIZER_SIZE,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train([str(path) for path in files], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+    fast.chat_template = chat_template
+    fast.save_pretrained(folder)
     return folder

@@ -16,12 +16,14 @@ from megatron_moe.hf.spec import read_spec
 from megatron_moe.parallel.legality import check
 
 
-def write_tokens(prefix: Path, *, vocab_size: int = 257, documents: int = 20) -> Path:
+def write_tokens(
+    prefix: Path, *, vocab_size: int = 257, documents: int = 20, length: int = 300, seed: int = 0
+) -> Path:
     """A Megatron token file of random documents."""
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     for _ in range(documents):
-        tokens = torch.randint(0, vocab_size, (300,), generator=generator)
+        tokens = torch.randint(0, vocab_size, (length,), generator=generator)
         builder.add_document(tokens, [len(tokens)])
     builder.finalize(f"{prefix}.idx")
     return prefix

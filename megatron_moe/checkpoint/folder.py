@@ -2,7 +2,7 @@
 
 run.dir/checkpoints/step_00000010/    complete, or not there: it is renamed into place
 run.dir/checkpoints/latest            the newest name, replaced in one step
-.../step_00000010/checkpoint.json     step, samples, plan hash, layout
+.../step_00000010/checkpoint.json     step, samples, place in each domain, plan hash, layout
 .../step_00000010/config.yaml         the run's resolved configuration
 .../step_00000010/dense/              config.json and tokenizer of the dense model
 """
@@ -14,6 +14,7 @@ import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_moe.config.load import load
 from megatron_moe.config.run import RunConfig
@@ -37,6 +38,8 @@ class Progress:
     """Updates of the weights, which Adam counts; a skipped step makes none."""
     world_size: int
     precision: str
+    blend: dict[str, Any]
+    """Place in each domain, and the weights they are drawn by (`BlendState.to_json`)."""
 
 
 def step_folder(run_dir: Path, step: int) -> Path:

@@ -28,6 +28,7 @@ from megatron_moe.checkpoint.moments import owned, set_updates_made, updates_mad
 from megatron_moe.checkpoint.storage import Boxes, name_format, read_boxes, write_boxes
 from megatron_moe.config.load import dump
 from megatron_moe.config.run import RunConfig
+from megatron_moe.data.blend import BlendState
 from megatron_moe.errors import CheckpointError
 from megatron_moe.train.state import TrainState
 
@@ -83,6 +84,7 @@ class Saver:
             optimizer_updates=updates_made(state.optimizer),
             world_size=dist.get_world_size(),
             precision=self._config.train.precision,
+            blend=state.blend.to_json(),
         )
         if self._config.checkpoint.async_save:
             copies = _copied_to_host(boxes)
@@ -178,6 +180,7 @@ def restore(
         set_updates_made(state.optimizer, progress.optimizer_updates)
     state.schedule.step(increment=progress.step - state.step)
     state.step, state.samples = progress.step, progress.samples
+    state.blend = BlendState.from_json(progress.blend, domains=state.blend.domains)
 
 
 def _clear(state: TrainState) -> None:

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -111,10 +111,16 @@ def _explain(root: type[BaseModel], error: ErrorDetails) -> str:
 
 
 def _section(root: type[BaseModel], parts: list[str]) -> type[BaseModel]:
+    """The section that ``parts`` lead to; names of a mapping's entries lead nowhere further."""
     section = root
     for part in parts:
-        annotation = section.model_fields[part].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            break
-        section = annotation
+        if part in section.model_fields:
+            section = _section_in(section.model_fields[part].annotation) or section
     return section
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field holds, itself or as values of a mapping."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_section_in, get_args(annotation))), None)

@@ -114,20 +114,83 @@ class Parallel(Section):
     """Ranks that share the neurons of one expert (etp)."""
 
 
+class Domain(Section):
+    """One named part of a mixture."""
+
+    path: Path
+    """Its text, in the forms of data.path."""
+
+    weight: NonNegative | None = None
+    """Share of the samples, with data.mixing.weights (given); the domains' weights sum to 1."""
+
+    validation_path: Path | None = None
+    """Its held-out text; or set data.validation_fraction for all domains."""
+
+
+class Mixing(Section):
+    """In which shares the domains are drawn, and how the shares move."""
+
+    weights: Literal["given", "llama", "sheared"] = "given"
+    """given: data.domains.*.weight. llama, sheared: the published shares of SlimPajama's seven
+    domains (LLaMA-MoE, arXiv 2406.16554): commoncrawl, c4, github, wikipedia, books, arxiv,
+    stackexchange. Where a mixture that moves starts."""
+
+    update: Literal["never", "sheared_llama", "doremi"] = "never"
+    """never: the weights stay. sheared_llama: more of the domains whose held-out loss is above
+    their reference, less of the others (arXiv 2310.06694, algorithm 1). doremi: the same without
+    the clamp, so that a domain below its reference loses by how far it is."""
+
+    interval: Count = 100_000_000
+    """Tokens between updates, at least those of one step; LLaMA-MoE takes 5e9."""
+
+    reference_losses: Path | None = None
+    """What `megatron-moe reference-loss` wrote, or a JSON object {domain: nats per token}."""
+
+    step_size: Positive = 1.0
+    """Factor on the excess loss: a domain one nat above its reference gains by exp(step_size)."""
+
+    floor: Annotated[float, Field(ge=0, lt=1)] = 1e-4
+    """Share c that is spread evenly at every update, so that no domain dies."""
+
+
 class Data(Section):
     """Text in, batches out."""
 
-    path: Path
-    """A text or JSONL file, or the prefix of a Megatron .bin/.idx pair."""
+    path: Path | None = None
+    """A text or JSONL file, a folder of them, or the prefix of a Megatron .bin/.idx pair."""
+
+    domains: dict[str, Domain] | None = None
+    """Several texts in given shares, by name; instead of path."""
+
+    mixing: Mixing = Mixing()
+    """How domains are mixed."""
+
+    kind: Literal["text", "chat"] = "text"
+    """text: every token is learned. chat: conversations (messages or ShareGPT, one a line) in the
+    tokenizer's chat template, packed whole; the loss counts on what assistants say."""
 
     seq_length: Count = 2048
     """Tokens of one training sequence."""
 
+    reset_attention: bool = False
+    """Let no token attend to a document or conversation before its own in the same sequence."""
+
     validation_path: Path | None = None
     """Held-out text, in the forms of path; its loss is logged first and at checkpoints."""
 
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Hold out this part of each text instead: its last documents, whole ones."""
+
     validation_samples: Count = 64
-    """Sequences of the held-out text that are looked at, from its beginning."""
+    """Sequences of each held-out text that are looked at, from its beginning."""
+
+    max_malformed: NonNegativeInt = 0
+    """Malformed lines or broken conversations of a text that are skipped, counted and shown before
+    it is an error."""
+
+    warn_above_epochs: Positive = 4.0
+    """Say before the run which domains it will read more often than this; up to about four times
+    train almost as well as new text (arXiv 2305.16264)."""
 
 
 class Train(Section):

@@ -11,14 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from megatron_moe.data.mixing import check_weights
+from megatron_moe.config.mixtures import check_weights
 from megatron_moe.data.order import permuted
 from megatron_moe.data.samples import Sample, SampleSource
 from megatron_moe.errors import CheckpointError
-
-# Up to about four epochs of the same text train almost as well as new text (Muennighoff et al.,
-# arXiv 2305.16264).
-EPOCHS_LIMIT = 4.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +36,11 @@ class BlendState:
     def position(self) -> int:
         """Samples drawn in all."""
         return sum(self.consumed)
+
+    @property
+    def by_domain(self) -> dict[str, float]:
+        """Weights by the names of their domains."""
+        return dict(zip(self.domains, self.weights, strict=True))
 
     def reweighted(self, weights: Sequence[float]) -> BlendState:
         """The same place with other shares from here on."""
@@ -143,7 +144,7 @@ def epochs_of_domains(
     return {name: weight * num_samples / chunks[name] for name, weight in weights.items()}
 
 
-def repetition_warnings(epochs: Mapping[str, float], *, limit: float = EPOCHS_LIMIT) -> list[str]:
+def repetition_warnings(epochs: Mapping[str, float], *, limit: float) -> list[str]:
     """A line for each domain that is read more than ``limit`` times, to say before the run."""
     return [
         f"domain {name} will be read {count:.1f} times, more than {limit:g}: it has too little "

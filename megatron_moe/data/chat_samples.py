@@ -11,11 +11,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_moe.data.order import permuted
 from megatron_moe.data.packing import pack
 from megatron_moe.data.samples import Sample
-from megatron_moe.data.stream import check_ids, open_pair
+from megatron_moe.data.stream import check_ids, nearest_document, open_pair
 from megatron_moe.errors import DataError
 
 
@@ -28,7 +29,13 @@ class ChatSamples:
     """
 
     def __init__(
-        self, prefix: Path, *, seq_length: int, vocab_size: int, pad_id: int, seed: int
+        self,
+        prefix: Path,
+        *,
+        seq_length: int,
+        vocab_size: int,
+        seed: int,
+        conversations: slice = slice(None),
     ) -> None:
         """Pack the conversations of ``prefix`` into samples of ``seq_length`` inputs.
 
@@ -36,24 +43,23 @@ class ChatSamples:
             prefix: A pair with modes.
             seq_length: ``S``.
             vocab_size: Rows of the model's embedding; ids must be below.
-            pad_id: What fills the end of a sample, where no loss counts.
             seed: Of the order of samples.
+            conversations: The consecutive ones that are read.
 
         Raises:
             DataError: No such pair, or no conversation that fits.
         """
-        self._prefix, self._vocab_size, self._pad_id = prefix, vocab_size, pad_id
+        self._prefix, self._vocab_size = prefix, vocab_size
         self._seq_length, self._seed = seq_length, seed
         self._dataset = open_pair(prefix, with_modes=True)
-        ends = np.cumsum(self._dataset.sequence_lengths, dtype=np.int64)
-        starts = np.concatenate([[0], ends])[self._dataset.document_indices]
-        lengths = np.diff(starts)
-        fitting = np.flatnonzero(lengths <= seq_length + 1)
-        self.too_long: list[int] = np.flatnonzero(lengths > seq_length + 1).tolist()
+        lengths = np.diff(_starts(self._dataset))
+        read = np.arange(len(lengths))[conversations]
+        fitting = read[lengths[read] <= seq_length + 1]
+        self.too_long: list[int] = read[lengths[read] > seq_length + 1].tolist()
         """Conversations, counted from 0, that are longer than a sample and are left out."""
         if not len(fitting):
             raise DataError(
-                f"each of the {len(lengths)} conversations in {prefix}.bin is longer than "
+                f"each of the {len(read)} conversations in {prefix}.bin is longer than "
                 f"data.seq_length + 1 = {seq_length + 1} tokens"
             )
         packs = pack(lengths[fitting].tolist(), capacity=seq_length + 1)
@@ -64,7 +70,8 @@ class ChatSamples:
     def chunk(self, index: int) -> Sample:
         """Pack ``index``, in the order in which they were packed."""
         size = self._seq_length + 1
-        ids_T = np.full(size, self._pad_id, dtype=np.int64)
+        # Padding has any id: no loss counts on it, and it comes last, where none attends to it.
+        ids_T = np.zeros(size, dtype=np.int64)
         counts_T = np.zeros(size, dtype=np.float32)
         positions_T = np.arange(size)
         start = 0
@@ -95,3 +102,26 @@ class ChatSamples:
         modes = index.sequence_modes
         assert modes is not None, "open_pair reads modes"
         return ids, np.repeat(modes[first:last], lengths).astype(np.float32)
+
+
+def split_conversations(prefix: Path, *, validation_fraction: float) -> tuple[slice, slice]:
+    """Conversations to train on, and the last ``validation_fraction`` of the tokens, whole ones.
+
+    Raises:
+        DataError: No such pair, or not two conversations.
+    """
+    starts = _starts(open_pair(prefix, with_modes=True))
+    if len(starts) < 3:
+        raise DataError(
+            f"{prefix} is one conversation, which cannot be split into training and validation.\n"
+            "  give validation a file of its own"
+        )
+    wanted = starts[-1] * (1 - validation_fraction)
+    cut = nearest_document(wanted, len(starts) - 1, start_of=lambda i: int(starts[i]))
+    return slice(cut), slice(cut, None)
+
+
+def _starts(dataset: IndexedDataset) -> np.ndarray:
+    """Token at which each conversation begins, and the end of the last."""
+    ends = np.cumsum(dataset.sequence_lengths, dtype=np.int64)
+    return np.concatenate([[0], ends])[dataset.document_indices]

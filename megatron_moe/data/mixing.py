@@ -1,82 +1,19 @@
-"""Weights of a mixture of domains: published ones, and rules that move them while training.
+"""Rules that move the weights of a mixture while training, and what they measure against.
 
-Every weight is a share of samples. Domains are named; all tuples of this module follow the order
-of the names they came with.
+Every weight is a share of samples. All tuples of this module follow the order of the domains.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 
-from megatron_moe.errors import ConfigError, DataError
+from megatron_moe.config.run import Mixing
+from megatron_moe.errors import DataError
 
-Rule = Literal["sheared", "doremi"]
-
-SLIMPAJAMA = ("commoncrawl", "c4", "github", "wikipedia", "books", "arxiv", "stackexchange")
-
-
-def _slimpajama(*values: float) -> dict[str, float]:
-    return dict(zip(SLIMPAJAMA, values, strict=True))
-
-
-# The two static mixtures of LLaMA-MoE (arXiv 2406.16554).
-PRESETS: dict[str, dict[str, float]] = {
-    "llama": _slimpajama(0.67, 0.15, 0.045, 0.045, 0.045, 0.025, 0.02),
-    "sheared": _slimpajama(0.361, 0.492, 0.008, 0.031, 0.091, 0.007, 0.010),
-}
-
-# The same paper: losses of LLaMA-2-7B on each domain, in nats per token.
-LLAMA_2_7B_LOSSES = _slimpajama(1.6917, 2.0749, 0.6984, 1.5899, 1.9253, 1.2408, 1.4975)
-
-
-def check_weights(weights: Mapping[str, float]) -> dict[str, float]:
-    """The weights scaled to sum to 1 in the last bit, once they are close to it.
-
-    Raises:
-        ConfigError: No domain, a weight that is not a positive number, or a sum that is not 1.
-    """
-    if not weights:
-        raise ConfigError("a mixture needs at least one domain")
-    if bad := {name: w for name, w in weights.items() if not (0 < w < math.inf)}:
-        raise ConfigError(
-            "\n".join(
-                f"weight of domain {name!r} ({w}) must be positive" for name, w in bad.items()
-            )
-            + "\n  leave out a domain that is not to be drawn"
-        )
-    total = math.fsum(weights.values())
-    scaled = {name: weight / total for name, weight in weights.items()}
-    if abs(total - 1) > 1e-3:
-        shares = ", ".join(f"{name}: {weight:.4g}" for name, weight in scaled.items())
-        raise ConfigError(
-            f"weights of the domains sum to {total:.6g}, and must sum to 1: they are shares of "
-            f"samples.\n  in these proportions: {shares}"
-        )
-    return scaled
-
-
-def preset_weights(preset: str, domains: Sequence[str]) -> dict[str, float]:
-    """Published weights for the ``domains`` at hand, which must be the seven of SlimPajama.
-
-    Raises:
-        ConfigError: No such preset, or other domains than it has weights for.
-    """
-    if preset not in PRESETS:
-        raise ConfigError(f"mixture {preset!r} is not known; known: {', '.join(PRESETS)}")
-    if set(domains) != set(SLIMPAJAMA):
-        missing, unknown = set(SLIMPAJAMA) - set(domains), set(domains) - set(SLIMPAJAMA)
-        raise ConfigError(
-            f"mixture {preset!r} is for the domains {', '.join(SLIMPAJAMA)}: "
-            f"missing {sorted(missing)}, without a weight {sorted(unknown)}.\n"
-            "  rename the domains, or give weights of your own"
-        )
-    return check_weights({name: PRESETS[preset][name] for name in domains})
+Rule = Literal["sheared_llama", "doremi"]
 
 
 def updated_weights(
@@ -95,7 +32,7 @@ def updated_weights(
         w' = w * exp(step_size * excess), scaled to sum 1
         result = (1 - floor) * w' + floor / number of domains
 
-    ``sheared``: excess is ``max(0, loss - reference)``, so a domain that is better than its
+    ``sheared_llama``: excess is ``max(0, loss - reference)``, so a domain that is better than its
     reference only loses what others gain (Sheared LLaMA, arXiv 2310.06694, Algorithm 1).
     ``doremi``: excess is ``loss - reference``, as the code released with that paper computes it
     under this name. The floor is of DoReMi (arXiv 2305.10429, Algorithm 1): no domain dies.
@@ -116,7 +53,7 @@ def updated_weights(
         raise DataError(
             f"cannot update the mixture: losses {[*losses]} against references {[*references]}"
         )
-    if rule == "sheared":
+    if rule == "sheared_llama":
         excess = np.maximum(excess, 0.0)
     # In logarithms, less their maximum: exp of a large excess would overflow.
     logits = np.log(np.asarray(weights, dtype=np.float64)) + step_size * excess
@@ -125,32 +62,28 @@ def updated_weights(
     return tuple(float(weight) for weight in mixed / mixed.sum())
 
 
+def moved(
+    weights: Sequence[float], losses: Sequence[float], references: Sequence[float], mixing: Mixing
+) -> tuple[float, ...]:
+    """`updated_weights` by a run's settings.
+
+    Losses are rounded to 1e-4 nats first: layouts sum in other orders, and one that differs in the
+    seventh digit must not draw another sample.
+    """
+    assert mixing.update != "never"
+    return updated_weights(
+        weights,
+        [round(loss, 4) for loss in losses],
+        references,
+        rule=mixing.update,
+        step_size=mixing.step_size,
+        floor=mixing.floor,
+    )
+
+
 def updates_due(before: int, after: int, *, interval: int) -> int:
     """How many multiples of ``interval`` lie in ``(before, after]``, e.g. tokens seen.
 
     A function of the position alone, so a resumed run updates where the first would have.
     """
     return after // interval - before // interval
-
-
-def read_reference_losses(path: Path, domains: Sequence[str]) -> dict[str, float]:
-    """Losses in nats per token from a JSON object ``{domain: loss}``.
-
-    Raises:
-        DataError: Not such a file, or no loss for one of ``domains``.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read the reference losses {path}: {error}") from error
-    if not isinstance(found, dict):
-        raise DataError(f"{path} must hold an object {{domain: loss}}, not {type(found).__name__}")
-    if missing := [name for name in domains if not _is_loss(found.get(name))]:
-        raise DataError(
-            f"{path} has no loss for {', '.join(missing)}; it has {', '.join(found) or 'none'}"
-        )
-    return {name: float(found[name]) for name in domains}
-
-
-def _is_loss(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)

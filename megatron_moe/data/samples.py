@@ -51,16 +51,28 @@ class Chunked(Protocol):
         ...
 
 
+class Text(SampleSource, Chunked, Protocol):
+    """A finite set of samples that is read in epochs: what a domain trains or is judged on."""
+
+
 class Samples:
     """The chunks of a token stream, endlessly, each epoch in another order.
 
     The stream is cut every ``seq_length`` tokens, whatever document is there; documents are kept
-    apart by their end-of-text token only, as in the pre-training of Llama 2. What is left at the
-    end, shorter than a chunk, is never seen.
+    apart by their end-of-text token only, as in the pre-training of Llama 2, or by their positions
+    too. What is left at the end, shorter than a chunk, is never seen.
     """
 
-    def __init__(self, stream: TokenStream, *, seq_length: int, seed: int) -> None:
+    def __init__(
+        self, stream: TokenStream, *, seq_length: int, seed: int, reset_positions: bool = False
+    ) -> None:
         """Samples of ``seq_length`` input tokens in the order of ``seed``.
+
+        Args:
+            stream: The text.
+            seq_length: ``S``.
+            seed: Of the order.
+            reset_positions: Count positions from 0 again where a document begins.
 
         Raises:
             DataError: The stream is shorter than one sample.
@@ -68,6 +80,7 @@ class Samples:
         self._stream = stream
         self._seq_length = seq_length
         self._seed = seed
+        self._reset_positions = reset_positions
         self.num_chunks = (stream.num_tokens - 1) // seq_length
         """Samples of one epoch."""
         if self.num_chunks < 1:
@@ -79,11 +92,15 @@ class Samples:
 
     def chunk(self, index: int) -> Sample:
         """Chunk ``index`` in the order of the text; its last token opens the next one."""
-        ids_T = self._stream.read(index * self._seq_length, self._seq_length + 1)
+        start, length = index * self._seq_length, self._seq_length
+        position_ids_S = np.arange(length)
+        if self._reset_positions:
+            for begin in self._stream.document_starts(start, length):
+                position_ids_S[begin:] = np.arange(length - begin)
         return Sample(
-            ids_T,
-            loss_mask_S=np.ones(self._seq_length, dtype=np.float32),
-            position_ids_S=np.arange(self._seq_length),
+            self._stream.read(start, length + 1),
+            loss_mask_S=np.ones(length, dtype=np.float32),
+            position_ids_S=position_ids_S,
         )
 
     def __getitem__(self, k: int) -> Sample:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 from bisect import bisect_left
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,7 @@ class TokenStream:
         self._itemsize = np.dtype(self._dataset.index.dtype).itemsize
         self._check_size()
         first, last, _ = documents.indices(len(self._dataset.document_indices) - 1)
+        self._documents = range(first, last)
         self._first_token = self._start_of(first)
         self.num_tokens = self._start_of(last) - self._first_token
         self.num_documents = last - first
@@ -61,6 +63,17 @@ class TokenStream:
         ).astype(np.int64)
         check_ids(tokens_T, prefix=self.prefix, vocab_size=self.vocab_size)
         return tokens_T
+
+    def document_starts(self, start: int, count: int) -> list[int]:
+        """Where documents begin in ``[start, start + count)``, counted from ``start``."""
+        begin = self._first_token + start
+        place = bisect_left(self._documents, begin, key=self._start_of)
+        starts = []
+        for document in self._documents[place:]:
+            if (found := self._start_of(document) - begin) >= count:
+                break
+            starts.append(found)
+        return starts
 
     def _start_of(self, document: int) -> int:
         """Token at which ``document`` begins; for the one after the last, the end of the file."""
@@ -112,12 +125,17 @@ def split_documents(
             "  give validation a text of its own"
         )
     wanted = whole.num_tokens * (1 - validation_fraction)
-    after = bisect_left(range(1, whole.num_documents - 1), wanted, key=whole._start_of) + 1
-    cut = min(max(1, after - 1), after, key=lambda d: abs(whole._start_of(d) - wanted))
+    cut = nearest_document(wanted, whole.num_documents, start_of=whole._start_of)
     return (
         TokenStream(prefix, vocab_size=vocab_size, documents=slice(cut)),
         TokenStream(prefix, vocab_size=vocab_size, documents=slice(cut, None)),
     )
+
+
+def nearest_document(wanted: float, num_documents: int, *, start_of: Callable[[int], int]) -> int:
+    """The document, neither the first nor beyond the last, that begins nearest to ``wanted``."""
+    after = bisect_left(range(1, num_documents - 1), wanted, key=start_of) + 1
+    return min(max(1, after - 1), after, key=lambda document: abs(start_of(document) - wanted))
 
 
 def open_pair(prefix: Path, *, with_modes: bool = False) -> IndexedDataset:

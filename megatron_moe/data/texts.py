@@ -1,25 +1,46 @@
-"""The run's texts, opened on every rank: tokenized once by rank 0, read by all."""
+"""The run's texts, opened on every rank: tokenized once by rank 0, read by all.
+
+A run with ``data.path`` is a mixture of one domain, so there is one way through the data.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_moe.config.run import RunConfig
-from megatron_moe.data.samples import Samples
-from megatron_moe.data.stream import TokenStream
-from megatron_moe.data.tokens import prepare_tokens
+from megatron_moe.config.mixtures import SINGLE
+from megatron_moe.config.run import Domain, RunConfig
+from megatron_moe.data.chat_samples import ChatSamples, split_conversations
+from megatron_moe.data.reference import read_reference_losses
+from megatron_moe.data.samples import Sample, Samples, Text
+from megatron_moe.data.stream import TokenStream, split_documents
+from megatron_moe.data.tokenizer import fingerprint_of
+from megatron_moe.data.tokens import prepare_conversations, prepare_tokens
 from megatron_moe.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """What the run trains on and what it is judged on."""
+    """What the run trains on and what it is judged on, by domain."""
 
-    training: Samples
-    validation: Samples | None
+    training: dict[str, Text]
+
+    validation: dict[str, Text]
+    """Of those domains that hold text out."""
+
+    references: dict[str, float] | None
+    """Losses that a mixture that moves is measured against, in nats per token."""
+
+    remarks: list[str]
+    """What the operator should know: text that was left out."""
+
+    def first_sample(self) -> Sample:
+        """Real text, held out where there is any."""
+        return next(iter((self.validation or self.training).values())).chunk(0)
 
 
 def open_texts(config: RunConfig, *, vocab_size: int) -> Texts:
@@ -28,29 +49,118 @@ def open_texts(config: RunConfig, *, vocab_size: int) -> Texts:
     Raises:
         DataError: A text that cannot be used; on every rank, whichever found it.
     """
-    validation = config.data.validation_path
+    single = Domain.model_construct(
+        path=config.data.path, weight=None, validation_path=config.data.validation_path
+    )
+    opened = {
+        name: _open_domain(config, domain, vocab_size)
+        for name, domain in (config.data.domains or {SINGLE: single}).items()
+    }
+    references = config.data.mixing.reference_losses
     return Texts(
-        training=_open(config.data.path, config, vocab_size),
-        validation=None if validation is None else _open(validation, config, vocab_size),
+        training={name: training for name, (training, _, _) in opened.items()},
+        validation={name: held_out for name, (_, held_out, _) in opened.items() if held_out},
+        references=None
+        if references is None
+        else read_reference_losses(
+            references, tuple(opened), tokenizer=fingerprint_of(config.dense.path)
+        ),
+        remarks=[f"{name}: {line}" for name, (_, _, lines) in opened.items() for line in lines],
     )
 
 
-def _open(path: Path, config: RunConfig, vocab_size: int) -> Samples:
+def _open_domain(
+    config: RunConfig, domain: Domain, vocab_size: int
+) -> tuple[Text, Text | None, list[str]]:
+    """Training text, held-out text, and remarks."""
+    open_ = _open_chat if config.data.kind == "chat" else _open_text
+    prefix = _prepared(domain.path, config, vocab_size)
+    remarks = _left_out(prefix)
+    if config.data.validation_fraction is not None:
+        training, validation = open_(prefix, config, vocab_size, split=True)
+    else:
+        (training,), validation = open_(prefix, config, vocab_size, split=False), None
+        if domain.validation_path is not None:
+            other = _prepared(domain.validation_path, config, vocab_size)
+            (validation,) = open_(other, config, vocab_size, split=False)
+            remarks += _left_out(other)
+    for text in (training, validation):
+        if isinstance(text, ChatSamples) and text.too_long:
+            remarks.append(
+                f"{len(text.too_long)} conversations are longer than data.seq_length + 1 = "
+                f"{config.data.seq_length + 1} tokens and are left out; the first is number "
+                f"{text.too_long[0]} (counted from 0, without broken ones)"
+            )
+    return training, validation, remarks
+
+
+def _open_text(prefix: Path, config: RunConfig, vocab_size: int, *, split: bool) -> list[Text]:
+    fraction = config.data.validation_fraction
+    if split and fraction is not None:
+        streams = split_documents(prefix, vocab_size=vocab_size, validation_fraction=fraction)
+    else:
+        streams = (TokenStream(prefix, vocab_size=vocab_size),)
+    return [
+        Samples(
+            stream,
+            seq_length=config.data.seq_length,
+            seed=config.run.seed,
+            reset_positions=config.data.reset_attention,
+        )
+        for stream in streams
+    ]
+
+
+def _open_chat(prefix: Path, config: RunConfig, vocab_size: int, *, split: bool) -> list[Text]:
+    fraction = config.data.validation_fraction
+    if split and fraction is not None:
+        parts = split_conversations(prefix, validation_fraction=fraction)
+    else:
+        parts = (slice(None),)
+    return [
+        ChatSamples(
+            prefix,
+            seq_length=config.data.seq_length,
+            vocab_size=vocab_size,
+            seed=config.run.seed,
+            conversations=part,
+        )
+        for part in parts
+    ]
+
+
+def _prepared(path: Path, config: RunConfig, vocab_size: int) -> Path:
+    prepare = prepare_conversations if config.data.kind == "chat" else prepare_tokens
+    return _once(
+        lambda: prepare(
+            path,
+            dense_folder=config.dense.path,
+            vocab_size=vocab_size,
+            cache_dir=config.run.dir / "tokens",
+            max_malformed=config.data.max_malformed,
+        )
+    )
+
+
+def _once(work: Callable[[], Path]) -> Path:
+    """What ``work`` returns or raises on rank 0, on every rank."""
     outcome: list[Path | UserError | None] = [None]
     if dist.get_rank() == 0:
         try:
-            outcome[0] = prepare_tokens(
-                path,
-                dense_folder=config.dense.path,
-                vocab_size=vocab_size,
-                cache_dir=config.run.dir / "tokens",
-            )
+            outcome[0] = work()
         except UserError as error:
             outcome[0] = error
     dist.broadcast_object_list(outcome, src=0)
-    prefix = outcome[0]
-    if isinstance(prefix, UserError):
-        raise prefix
-    assert prefix is not None
-    stream = TokenStream(prefix, vocab_size=vocab_size)
-    return Samples(stream, seq_length=config.data.seq_length, seed=config.run.seed)
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
+    assert outcome[0] is not None
+    return outcome[0]
+
+
+def _left_out(prefix: Path) -> list[str]:
+    """Malformed records that were skipped when the text was tokenized, as its report tells."""
+    report = Path(f"{prefix}.json")
+    if not report.exists():
+        return []
+    shown: list[str] = json.loads(report.read_text(encoding="utf-8")).get("malformed", [])
+    return [f"left out as malformed: {line}" for line in shown]

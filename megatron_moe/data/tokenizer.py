@@ -69,13 +69,19 @@ def load_tokenizer(folder: Path, *, vocab_size: int | None = None) -> Tokenizer:
         tokenizer: Tokenizer = SentencePieceTokenizer(folder)
     else:
         tokenizer = HuggingFaceTokenizer(folder)
-    if vocab_size is not None and tokenizer.vocab_size > vocab_size:
+    if vocab_size is not None:
+        check_vocabulary(tokenizer.vocab_size, vocab_size, folder=folder)
+    return tokenizer
+
+
+def check_vocabulary(ids: int, rows: int, *, folder: Path) -> None:
+    """Refuse a tokenizer of ``ids`` ids for an embedding of ``rows`` rows, with a `DataError`."""
+    if ids > rows:
         raise DataError(
-            f"the tokenizer of {folder} has ids up to {tokenizer.vocab_size - 1}, but the model's "
-            f"vocab_size is {vocab_size}: id {vocab_size} has no row in the embedding.\n"
+            f"the tokenizer of {folder} has ids up to {ids - 1}, but the model's "
+            f"vocab_size is {rows}: id {rows} has no row in the embedding.\n"
             "  take the tokenizer that the model was trained with, or resize the embedding first"
         )
-    return tokenizer
 
 
 class HuggingFaceTokenizer:

@@ -16,20 +16,24 @@ from pathlib import Path
 
 from megatron_moe.data.chat import ChatTokenizer, write_conversations
 from megatron_moe.data.corpus import tokenize_files
+from megatron_moe.data.documents import find_files
 from megatron_moe.data.stream import TokenStream
-from megatron_moe.data.tokenizer import load_tokenizer
+from megatron_moe.data.tokenizer import check_vocabulary, load_tokenizer
 from megatron_moe.errors import DataError
 
 
-def prepare_tokens(path: Path, *, dense_folder: Path, vocab_size: int, cache_dir: Path) -> Path:
+def prepare_tokens(
+    path: Path, *, dense_folder: Path, vocab_size: int, cache_dir: Path, max_malformed: int = 0
+) -> Path:
     """The prefix of a token file that holds what ``path`` says.
 
     Args:
-        path: A text file (one document), a JSONL file (``{"text": ...}`` a line), or the prefix of
-            a Megatron ``.bin/.idx`` pair, which is used as it is.
+        path: A text file (one document), a JSONL file (``{"text": ...}`` a line), a folder of
+            such files, or the prefix of a Megatron ``.bin/.idx`` pair, which is used as it is.
         dense_folder: Where the tokenizer lies.
         vocab_size: Rows of the model's embedding; no id may reach it.
         cache_dir: Where token files of texts are kept; made when missing.
+        max_malformed: Malformed lines that may be left out; ``prefix.json`` shows them.
 
     Returns:
         Path without suffix. Each document in it ends with the tokenizer's end-of-text id.
@@ -43,21 +47,24 @@ def prepare_tokens(path: Path, *, dense_folder: Path, vocab_size: int, cache_dir
         prefix = _cached(
             path,
             cache_dir,
-            depends_on=tokenizer.fingerprint,
-            write=lambda unfinished: tokenize_files([path], unfinished, tokenizer),
+            depends_on=f"{tokenizer.fingerprint} {max_malformed}",
+            write=lambda unfinished: tokenize_files(
+                [path], unfinished, tokenizer, max_malformed=max_malformed
+            ),
         )
     TokenStream(prefix, vocab_size=vocab_size)
     return prefix
 
 
 def prepare_conversations(
-    path: Path, *, dense_folder: Path, cache_dir: Path, max_malformed: int = 0
+    path: Path, *, dense_folder: Path, vocab_size: int, cache_dir: Path, max_malformed: int = 0
 ) -> Path:
     """The prefix of a token file with the conversations of ``path``, for `ChatSamples`.
 
     Args:
         path: A JSONL file of conversations, or the prefix of a pair made from one before.
         dense_folder: Where the tokenizer and its chat template lie.
+        vocab_size: Rows of the model's embedding; no id may reach it.
         cache_dir: Where token files are kept; made when missing.
         max_malformed: Broken conversations that may be left out; ``prefix.json`` lists them.
 
@@ -66,7 +73,10 @@ def prepare_conversations(
     """
     if prefix := _existing_prefix(path):
         return prefix
+    if path.is_dir():
+        raise DataError(f"{path} is a folder; conversations come from one JSONL file")
     tokenizer = ChatTokenizer(dense_folder)
+    check_vocabulary(tokenizer.vocab_size, vocab_size, folder=dense_folder)
     return _cached(
         path,
         cache_dir,
@@ -85,10 +95,8 @@ def _existing_prefix(path: Path) -> Path | None:
     if not path.exists():
         raise DataError(
             f"there is no text at {path}, and no token file {path}.bin, {path}.idx.\n"
-            "  data.path is a text or JSONL file, or the prefix of a .bin/.idx pair"
+            "  name a text or JSONL file, a folder of them, or the prefix of a .bin/.idx pair"
         )
-    if path.is_dir():
-        raise DataError(f"{path} is a folder; data.path is one file, or the prefix of a pair")
     return None
 
 
@@ -96,8 +104,9 @@ def _cached(
     path: Path, cache_dir: Path, *, depends_on: str, write: Callable[[Path], object]
 ) -> Path:
     """The prefix under which ``write`` has put the tokens of ``path``, now or in an earlier run."""
-    stat = path.stat()
-    identity = f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\0{depends_on}"
+    files = [(file.resolve(), file.stat()) for file in find_files([path])]
+    seen = [f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}" for file, stat in files]
+    identity = "\0".join([*seen, depends_on])
     prefix = cache_dir / f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
     # The index is renamed last: where it lies, the pair is whole.
     if Path(f"{prefix}.idx").exists():

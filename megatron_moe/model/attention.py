@@ -47,19 +47,27 @@ class SdpaAttention(torch.nn.Module):
         attention_mask: Tensor | None,
         **unused_by_causal_self_attention: object,
     ) -> Tensor:
-        """Attend causally: ``(s, B, H, C)`` to ``(s, B, H * C)``."""
-        cp = self.cp_group.size()
-        mask_sS = None
+        """Attend causally: ``(s, B, H, C)`` to ``(s, B, H * C)``.
+
+        ``attention_mask`` is the place of each query in its document, ``(B, s)``: it then attends
+        to nothing before the document. None lets it attend to the whole sequence before it.
+        """
+        cp, rank = self.cp_group.size(), self.cp_group.rank()
+        mask = None
         if cp > 1:
             key_sBGC = _gather_in_order(key_sBGC, self.cp_group)
             value_sBGC = _gather_in_order(value_sBGC, self.cp_group)
-            mask_sS = _causal_mask(len(key_sBGC), cp, self.cp_group.rank())
+            mask = _causal_mask(len(key_sBGC), cp, rank)
+        if attention_mask is not None:
+            length = len(key_sBGC)
+            position_s = _positions(length, cp, rank).to(attention_mask.device)
+            mask = document_mask(attention_mask, position_s, length=length)
         out_BHsC = F.scaled_dot_product_attention(
             query_sBHC.permute(1, 2, 0, 3),
             key_sBGC.permute(1, 2, 0, 3),
             value_sBGC.permute(1, 2, 0, 3),
-            attn_mask=mask_sS,
-            is_causal=mask_sS is None,
+            attn_mask=mask,
+            is_causal=mask is None,
             scale=self.softmax_scale,
             enable_gqa=query_sBHC.shape[2] != key_sBGC.shape[2],
         )
@@ -73,9 +81,31 @@ def _gather_in_order(part_sBGC: Tensor, group: ProcessGroup) -> Tensor:
     return torch.cat([*firsts, *reversed(seconds)])
 
 
+def document_mask(place_Bs: Tensor, position_s: Tensor, *, length: int) -> Tensor:
+    """Which of all keys each query may see: its document's up to itself, ``(B, 1, s, S)``.
+
+    A query knows where its document begins: at its own position less its place in the document.
+    So cp ranks need nothing of each other.
+
+    Args:
+        place_Bs: Place of each query in its document, from 0.
+        position_s: Place of each query in the sequence.
+        length: ``S``.
+    """
+    key_S = torch.arange(length, device=place_Bs.device)
+    begin_Bs1 = (position_s - place_Bs)[..., None]
+    return ((key_S >= begin_Bs1) & (key_S <= position_s[:, None]))[:, None]
+
+
+def _positions(length: int, cp: int, rank: int) -> Tensor:
+    """Places in the sequence of this rank's two chunks, ``(s,)``."""
+    if cp == 1:
+        return torch.arange(length)
+    chunks = torch.arange(length).chunk(2 * cp)
+    return torch.cat([chunks[rank], chunks[2 * cp - 1 - rank]])
+
+
 @functools.lru_cache(maxsize=4)
 def _causal_mask(length: int, cp: int, rank: int) -> Tensor:
     """Which of all keys each query of this rank may see: ``(s, S)``, True where it may."""
-    chunks = torch.arange(length).chunk(2 * cp)
-    position_s = torch.cat([chunks[rank], chunks[2 * cp - 1 - rank]])
-    return torch.arange(length) <= position_s[:, None]
+    return torch.arange(length) <= _positions(length, cp, rank)[:, None]

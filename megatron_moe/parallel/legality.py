@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megatron_moe.config.mixtures import starting_weights
 from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import ConfigError
 from megatron_moe.experts.plan import moe_layer_ids
@@ -219,9 +220,78 @@ def _schedule(case: Case) -> Iterator[str]:
         )
 
 
+def _texts(case: Case) -> Iterator[str]:
+    data = case.config.data
+    if (data.path is None) == (data.domains is None):
+        yield (
+            "data.path or data.domains must be set, one of the two: a text, or several by name in "
+            "given shares"
+        )
+        return
+    if data.domains is not None and data.validation_path is not None:
+        yield (
+            "data.validation_path is for data.path.\n"
+            "  set data.domains.NAME.validation_path, or data.validation_fraction"
+        )
+    paths = [data.validation_path, *(d.validation_path for d in (data.domains or {}).values())]
+    if data.validation_fraction is not None and any(paths):
+        yield (
+            f"data.validation_fraction ({data.validation_fraction}) and a validation_path are two "
+            "ways to hold text out.\n  leave out one of the two"
+        )
+
+
+def _mixing(case: Case) -> Iterator[str]:
+    data, train = case.config.data, case.config.train
+    try:
+        starting_weights(data)
+    except ConfigError as error:
+        yield str(error)
+    mixing, step_tokens = data.mixing, train.global_batch_size * data.seq_length
+    if mixing.update == "never":
+        return
+    rule = f"data.mixing.update ({mixing.update})"
+    if data.domains is None:
+        yield f"{rule} needs data.domains: one text has no shares that could move"
+        return
+    if mixing.reference_losses is None:
+        yield (
+            f"{rule} needs data.mixing.reference_losses: weights follow the losses above them.\n"
+            "  megatron-moe reference-loss CONFIG.yaml --out FILE evaluates the dense model"
+        )
+    judged = (data.validation_fraction, *(d.validation_path for d in data.domains.values()))
+    if judged[0] is None and not all(judged[1:]):
+        yield (
+            f"{rule} needs held-out text of each domain.\n"
+            "  set data.validation_fraction, or data.domains.NAME.validation_path for all"
+        )
+    if mixing.interval < step_tokens:
+        yield (
+            f"data.mixing.interval ({mixing.interval} tokens) must be at least the tokens of a "
+            f"step, train.global_batch_size * data.seq_length = {step_tokens}: weights move "
+            "between steps"
+        )
+
+
+def _reset_attention(case: Case) -> Iterator[str]:
+    data, p, train = case.config.data, case.config.parallel, case.config.train
+    if not data.reset_attention or case.config.run.device == "cpu":
+        return
+    for name, value in (
+        ("parallel.context_parallel_size", p.context_parallel_size),
+        ("train.micro_batch_size", train.micro_batch_size),
+    ):
+        if value > 1:
+            yield (
+                f"data.reset_attention (true) needs {name} (1), not ({value}), on CUDA: "
+                "Transformer Engine takes packed documents as one row.\n  raise the number of "
+                "micro-batches instead, or set run.device=cpu, where attention takes any"
+            )
+
+
 RULES = (
     _world, _heads, _experts, _method, _moe_layers, _dense_ffn, _pipeline, _sequence, _batch,
-    _schedule,
+    _schedule, _texts, _mixing, _reset_attention,
 )  # fmt: skip
 
 

@@ -3,7 +3,11 @@
 ========================================  ========================================================
 loss/lm                                   nats per token over the global batch
 loss/load_balancing                       before its coefficient, mean of MoE layers; 1: balanced
-loss/validation                           nats per token over the held-out text
+loss/validation                           nats per token over held-out text, mean of domains
+loss/validation/DOMAIN                    the same of each domain, where there are several
+mixing/weight/DOMAIN                      share of the samples to come
+mixing/share/DOMAIN                       share of the samples so far
+mixing/epochs/DOMAIN                      how often its text has been read so far
 grad_norm                                 before clipping, over all parameters
 learning_rate                             of the step just taken
 router/load_imbalance                     busiest expert's tokens / mean, mean of MoE layers
@@ -15,6 +19,7 @@ throughput/tflops_per_gpu                 model FLOPs (plan/flops.py: full atten
 throughput/mfu                            the same / the peak that the log names at start
 memory/peak_gib                           maximum over ranks; resident memory on CPU
 time/step_seconds                         wall time of the step, the slowest rank's
+time/data_seconds                         of it, waiting for data, the slowest rank's
 tokens/seen                               since the run began
 ========================================  ========================================================
 """
@@ -32,6 +37,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_moe.config.run import RunConfig
+from megatron_moe.data.blend import BlendState
 from megatron_moe.device.memory import peak_bytes
 from megatron_moe.train.step import StepResult
 
@@ -46,12 +52,13 @@ def step_numbers(
     samples: int,
     learning_rate: float,
     seconds: float,
+    data_seconds: float,
     flops_per_sequence: float,
     peak_flops: float,
     config: RunConfig,
 ) -> Numbers:
     """The line of metrics.jsonl of one step; the same on every rank."""
-    slowest, most_bytes = _max_over_ranks(seconds, peak_bytes())
+    slowest, waited, most_bytes = _max_over_ranks(seconds, data_seconds, peak_bytes())
     ranks = dist.get_world_size()
     sequences = config.train.global_batch_size
     tokens = sequences * config.data.seq_length
@@ -75,8 +82,22 @@ def step_numbers(
         "throughput/mfu": achieved / peak_flops,
         "memory/peak_gib": most_bytes / GIB,
         "time/step_seconds": slowest,
+        "time/data_seconds": waited,
         "tokens/seen": samples * config.data.seq_length,
     }
+
+
+def mixture_numbers(blend: BlendState, num_chunks: Mapping[str, int]) -> Numbers:
+    """Weights and consumption of each domain; nothing where there is only one."""
+    numbers: Numbers = {}
+    if len(blend.domains) > 1:
+        for name, weight, consumed in zip(
+            blend.domains, blend.weights, blend.consumed, strict=True
+        ):
+            numbers[f"mixing/weight/{name}"] = weight
+            numbers[f"mixing/share/{name}"] = consumed / max(blend.position, 1)
+            numbers[f"mixing/epochs/{name}"] = consumed / num_chunks[name]
+    return numbers
 
 
 def _max_over_ranks(*values: float) -> list[float]:

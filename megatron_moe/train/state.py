@@ -18,7 +18,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 
+from megatron_moe.config.mixtures import starting_weights
 from megatron_moe.config.run import RunConfig
+from megatron_moe.data.blend import BlendState, start_blend
 from megatron_moe.model.build import Model
 
 
@@ -31,6 +33,8 @@ class TrainState:
     """The model's chunks inside mixed precision and data parallelism."""
     optimizer: MegatronOptimizer
     schedule: OptimizerParamScheduler
+    blend: BlendState
+    """The place in each domain of the data, and the weights they are drawn by."""
     step: int = 0
     """Optimizer steps taken."""
     samples: int = 0
@@ -78,7 +82,8 @@ def make_state(
     if cuda:  # gradients are reduced while the backward pass of the last micro-batch runs
         no_sync: Any = [chunk.no_sync for chunk in wrapped]
         transformer.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
-    return TrainState(model, wrapped, optimizer, make_schedule(config, optimizer))
+    blend = start_blend(starting_weights(config.data))
+    return TrainState(model, wrapped, optimizer, make_schedule(config, optimizer), blend)
 
 
 def optimizer_config(config: RunConfig, *, cuda: bool) -> OptimizerConfig:

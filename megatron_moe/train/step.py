@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.batches import Batch
+from megatron_moe.data.packing import document_bounds
 from megatron_moe.model.build import Model
 from megatron_moe.model.loss import make_output_processor
 from megatron_moe.model.router import CountingRouter
@@ -99,7 +101,9 @@ def run_schedule(
     process = make_output_processor(vocab_size=model.spec.vocab_size, tp_group=groups.tp)
     iterators = [iter(batches) for _ in modules]  # each chunk of a pipeline rank sees all of them
     return get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, process, _device(model)),
+        forward_step_func=partial(
+            _forward_step, process, _device(model), config.data.reset_attention
+        ),
         data_iterator=iterators if len(modules) > 1 else iterators[0],
         model=modules if len(modules) > 1 else modules[0],
         num_microbatches=len(batches),
@@ -110,17 +114,40 @@ def run_schedule(
 
 
 def _forward_step(
-    process: Any, device: torch.device, batches: Iterator[Batch], module: Any
+    process: Any,
+    device: torch.device,
+    reset_attention: bool,
+    batches: Iterator[Batch],
+    module: Any,
 ) -> tuple[Tensor, Any]:
     batch = next(batches).map(lambda x: x.to(device, non_blocking=True))
     output = module(
         batch.tokens_BS,
         batch.position_ids_BS,
-        None,
+        **(_documents(batch.position_ids_BS) if reset_attention else {"attention_mask": None}),
         labels=batch.labels_BS,
         output_processor=process,
     )
     return output, partial(_loss, batch.loss_mask_BS)
+
+
+def _documents(position_ids_BS: Tensor) -> dict[str, Any]:
+    """What makes attention stay within documents: `SdpaAttention`'s mask, or TE's bounds.
+
+    `legality` lets one unsliced row come to CUDA.
+    """
+    if not position_ids_BS.is_cuda:
+        return {"attention_mask": position_ids_BS}
+    bounds = document_bounds(position_ids_BS[0])
+    longest = int(bounds.diff().max())
+    packed = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
+    return {"attention_mask": None, "packed_seq_params": packed}
 
 
 def _loss(loss_mask_BS: Tensor, losses_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:

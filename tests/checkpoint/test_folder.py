@@ -43,6 +43,7 @@ def progress(step: int) -> Progress:
         optimizer_updates=step,
         world_size=4,
         precision="fp32",
+        blend={},
     )
 
 

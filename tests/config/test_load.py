@@ -59,6 +59,16 @@ def test_mistakes_are_named(yaml_file: Path, override: str, message: str):
         load(RunConfig, yaml_file, [override])
 
 
+def test_a_mistake_in_a_domain_is_named(yaml_file: Path):
+    domains = "data.domains={wiki: {path: a, wieght: 1}, code: {weight: 1}}"
+    with pytest.raises(ConfigError) as caught:
+        load(RunConfig, yaml_file, [domains])
+    assert str(caught.value).splitlines() == [
+        "data.domains.wiki.wieght is not a setting; did you mean 'weight'?",
+        "data.domains.code.path must be set",
+    ]
+
+
 def test_all_mistakes_come_at_once(yaml_file: Path):
     with pytest.raises(ConfigError) as caught:
         load(RunConfig, yaml_file, ["train.steps=-1", "data.sequence=3"])

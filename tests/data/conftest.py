@@ -7,10 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 from sentencepiece import SentencePieceTrainer
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
-
-VOCAB_SIZE = 600
+from tiny import TOKENIZER_SIZE, save_tokenizer
 
 # A busy machine is slow at times; that says nothing about the property.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -27,20 +24,7 @@ def library_files() -> list[Path]:
 @pytest.fixture(scope="session")
 def bpe_folder(tmp_path_factory: pytest.TempPathFactory, library_files: list[Path]) -> Path:
     """A dense folder's tokenizer as Hugging Face writes it: byte-level BPE."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train([str(path) for path in library_files], trainer)
-    folder = tmp_path_factory.mktemp("bpe")
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
-    fast.save_pretrained(folder)
-    return folder
+    return save_tokenizer(tmp_path_factory.mktemp("bpe"), library_files)
 
 
 @pytest.fixture(scope="session")
@@ -52,7 +36,7 @@ def sentencepiece_folder(
     SentencePieceTrainer.Train(
         input=",".join(str(path) for path in library_files[:10]),
         model_prefix=str(folder / "tokenizer"),
-        vocab_size=VOCAB_SIZE,
+        vocab_size=TOKENIZER_SIZE,
         model_type="bpe",
         byte_fallback=True,
         remove_extra_whitespaces=False,

@@ -4,6 +4,7 @@ import json
 import shutil
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -113,21 +114,24 @@ def test_broken_conversations_are_told_with_their_place(
 
 def test_conversations_are_prepared_once(tmp_path: Path, folder: Path, bpe_folder: Path):
     path = jsonl(tmp_path / "chat.jsonl", [{"messages": messages(CONVERSATIONS[0])}, "broken"])
+    into: Any = {"dense_folder": folder, "vocab_size": 600, "cache_dir": tmp_path / "cache"}
 
     def prepare() -> Path:
-        return prepare_conversations(
-            path, dense_folder=folder, cache_dir=tmp_path / "cache", max_malformed=1
-        )
+        return prepare_conversations(path, **into, max_malformed=1)
 
     prefix = prepare()
     assert prepare() == prefix
-    assert prepare_conversations(prefix, dense_folder=folder, cache_dir=tmp_path) == prefix
+    assert prepare_conversations(prefix, **into) == prefix
     report = json.loads(Path(f"{prefix}.json").read_text())
     assert report["conversations"] == 1
     assert report["malformed"][0].startswith(f"{path}:2: must be an object")
-    assert ChatSamples(prefix, seq_length=99, vocab_size=600, pad_id=0, seed=0).num_chunks == 1
+    assert ChatSamples(prefix, seq_length=99, vocab_size=600, seed=0).num_chunks == 1
     with pytest.raises(DataError, match="broken conversations"):
-        prepare_conversations(path, dense_folder=folder, cache_dir=tmp_path / "cache")
+        prepare_conversations(path, **into)
+    with pytest.raises(
+        DataError, match=r"ids up to \d+, but the model's vocab_size is 9: id 9 has"
+    ):
+        prepare_conversations(path, **{**into, "vocab_size": 9})
 
 
 def test_templates_that_rewrite_earlier_turns_are_refused(folder: Path, tmp_path: Path):
@@ -174,7 +178,7 @@ def test_an_epoch_of_samples_holds_each_conversation_once(
         )
         for a, b in pairwise(bounds)
     )
-    samples = ChatSamples(pair, seq_length=seq_length, vocab_size=600, pad_id=0, seed=5)
+    samples = ChatSamples(pair, seq_length=seq_length, vocab_size=600, seed=5)
     found = []
     for k in range(samples.num_chunks):
         sample = samples[k]
@@ -203,7 +207,7 @@ def test_no_loss_falls_on_the_first_token_of_the_next_conversation(tmp_path: Pat
         builder.add_item(torch.tensor(ids), mode=1)
         builder.end_document()
     builder.finalize(f"{tmp_path}/pair.idx")
-    samples = ChatSamples(tmp_path / "pair", seq_length=7, vocab_size=8, pad_id=0, seed=0)
+    samples = ChatSamples(tmp_path / "pair", seq_length=7, vocab_size=8, seed=0)
     sample = samples.chunk(0)
     assert sample.ids_T.tolist() == [1, 2, 3, 4, 5, 6, 7, 0]
     assert sample.loss_mask_S.tolist() == [1, 1, 1, 0, 1, 1, 0]
@@ -211,7 +215,7 @@ def test_no_loss_falls_on_the_first_token_of_the_next_conversation(tmp_path: Pat
 
 
 def test_packs_go_the_way_of_all_samples(pair: Path):
-    samples = ChatSamples(pair, seq_length=300, vocab_size=600, pad_id=0, seed=5)
+    samples = ChatSamples(pair, seq_length=300, vocab_size=600, seed=5)
     batches = micro_batches(
         samples, position=3, global_batch_size=4, micro_batch_size=2, dp_rank=1, dp_size=2
     )
@@ -224,7 +228,7 @@ def test_packs_go_the_way_of_all_samples(pair: Path):
 
 def test_conversations_that_cannot_be_used_are_refused(pair: Path):
     with pytest.raises(DataError, match=r"each of the 40 conversations .* = 11 tokens"):
-        ChatSamples(pair, seq_length=10, vocab_size=600, pad_id=0, seed=0)
-    samples = ChatSamples(pair, seq_length=300, vocab_size=5, pad_id=0, seed=0)
+        ChatSamples(pair, seq_length=10, vocab_size=600, seed=0)
+    samples = ChatSamples(pair, seq_length=300, vocab_size=5, seed=0)
     with pytest.raises(DataError, match="vocab_size is 5"):
         samples.chunk(0)

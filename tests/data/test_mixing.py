@@ -1,20 +1,19 @@
 """Weights: published ones add up, and the rules move them as their papers say."""
 
-import json
 import math
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_moe.data.mixing import (
+from megatron_moe.config.mixtures import (
     LLAMA_2_7B_LOSSES,
     PRESETS,
     SLIMPAJAMA,
     check_weights,
     preset_weights,
-    read_reference_losses,
+)
+from megatron_moe.data.mixing import (
     updated_weights,
     updates_due,
 )
@@ -41,7 +40,7 @@ def test_presets_are_shares_of_the_seven_domains(preset: str):
 
 def test_an_update_by_hand():
     # Two domains, the first 1 nat worse than its reference, the second better than its own.
-    moved = updated_weights([0.5, 0.5], [3.0, 1.0], [2.0, 1.5], rule="sheared", floor=0.01)
+    moved = updated_weights([0.5, 0.5], [3.0, 1.0], [2.0, 1.5], rule="sheared_llama", floor=0.01)
     e = math.e
     assert moved == pytest.approx([0.99 * e / (e + 1) + 0.005, 0.99 / (e + 1) + 0.005])
     moved = updated_weights([0.5, 0.5], [3.0, 1.0], [2.0, 1.5], rule="doremi", floor=0.01)
@@ -54,12 +53,12 @@ def test_an_update_by_hand():
 def test_an_update_at_the_reference_stands_still():
     losses = list(LLAMA_2_7B_LOSSES.values())
     weights = list(preset_weights("sheared", SLIMPAJAMA).values())
-    for rule in ("sheared", "doremi"):
+    for rule in ("sheared_llama", "doremi"):
         moved = updated_weights(weights, losses, losses, rule=rule)
         assert moved == pytest.approx([(1 - 1e-4) * w + 1e-4 / 7 for w in weights], abs=1e-12)
 
 
-@given(DOMAINS, st.sampled_from(["sheared", "doremi"]))
+@given(DOMAINS, st.sampled_from(["sheared_llama", "doremi"]))
 def test_updates_stay_shares_and_favour_the_worst(drawn, rule):
     weights, losses, references = drawn
     moved = updated_weights(weights, losses, references, rule=rule)
@@ -77,16 +76,16 @@ def test_updates_stay_shares_and_favour_the_worst(drawn, rule):
 def test_the_sheared_rule_ignores_how_much_better_a_domain_is(drawn):
     weights, losses, references = drawn
     clamped = [max(loss, reference) for loss, reference in zip(losses, references, strict=True)]
-    assert updated_weights(weights, losses, references, rule="sheared") == pytest.approx(
+    assert updated_weights(weights, losses, references, rule="sheared_llama") == pytest.approx(
         updated_weights(weights, clamped, references, rule="doremi")
     )
 
 
 def test_large_losses_do_not_overflow_and_broken_ones_are_refused():
-    moved = updated_weights([0.5, 0.5], [2000.0, 1.0], [1.0, 1.0], rule="sheared")
+    moved = updated_weights([0.5, 0.5], [2000.0, 1.0], [1.0, 1.0], rule="sheared_llama")
     assert moved == pytest.approx([1 - 5e-5, 5e-5])
     with pytest.raises(DataError, match=r"cannot update the mixture: losses .*nan"):
-        updated_weights([0.5, 0.5], [math.nan, 1.0], [1.0, 1.0], rule="sheared")
+        updated_weights([0.5, 0.5], [math.nan, 1.0], [1.0, 1.0], rule="sheared_llama")
 
 
 @given(
@@ -121,19 +120,3 @@ def test_presets_refuse_other_domains():
         preset_weights("lama", SLIMPAJAMA)
     with pytest.raises(ConfigError, match=r"missing \['arxiv'\], without a weight \['papers'\]"):
         preset_weights("llama", [*(d for d in SLIMPAJAMA if d != "arxiv"), "papers"])
-
-
-def test_reference_losses_come_from_a_file(tmp_path: Path):
-    path = tmp_path / "losses.json"
-    path.write_text(json.dumps({"a": 2, "b": 1.5, "c": 1.0}))
-    assert read_reference_losses(path, ["b", "a"]) == {"b": 1.5, "a": 2.0}
-    with pytest.raises(DataError, match="has no loss for d; it has a, b, c"):
-        read_reference_losses(path, ["a", "d"])
-    path.write_text('{"a": NaN}')
-    with pytest.raises(DataError, match="has no loss for a"):
-        read_reference_losses(path, ["a"])
-    path.write_text("[1]")
-    with pytest.raises(DataError, match="must hold an object"):
-        read_reference_losses(path, ["a"])
-    with pytest.raises(DataError, match="cannot read the reference losses"):
-        read_reference_losses(tmp_path / "none", ["a"])

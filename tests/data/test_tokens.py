@@ -132,11 +132,41 @@ def test_bad_text_is_refused_with_its_place(
         prepare(path, bpe_folder)
 
 
-def test_a_missing_path_and_a_folder_are_refused(tmp_path: Path, bpe_folder: Path):
+def test_a_missing_path_and_a_folder_without_text_are_refused(tmp_path: Path, bpe_folder: Path):
     with pytest.raises(DataError, match=r"there is no text at .*nothing"):
         prepare(tmp_path / "nothing", bpe_folder)
-    with pytest.raises(DataError, match="is a folder"):
-        prepare(tmp_path, bpe_folder)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"no .jsonl, .parquet, .arrow or .txt file"):
+        prepare(tmp_path / "empty", bpe_folder)
+
+
+def test_a_folder_is_its_files_and_made_anew_when_one_changes(tmp_path: Path, bpe_folder: Path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    jsonl(folder / "b.jsonl", TEXTS)
+    (folder / "a.txt").write_text("first of all")
+    stream = TokenStream(first := prepare(folder, bpe_folder), vocab_size=600)
+    tokenizer = load_tokenizer(bpe_folder)
+    assert stream.num_documents == 1 + len(TEXTS)
+    start = tokenizer.encode("first of all")
+    assert stream.read(0, len(start)).tolist() == start
+    assert prepare(folder, bpe_folder) == first
+    (folder / "a.txt").write_text("another first")
+    assert prepare(folder, bpe_folder) != first
+
+
+def test_documents_are_found_where_they_begin(tmp_path: Path):
+    lengths = [5, 1, 7, 3]
+    builder = IndexedDatasetBuilder(f"{tmp_path}/pair.bin", dtype=np.uint16)
+    for length in lengths:
+        builder.add_document(torch.arange(length), [1, length - 1] if length > 1 else [1])
+    builder.finalize(f"{tmp_path}/pair.idx")
+    for documents, starts in ((slice(None), [0, 5, 6, 13]), (slice(1, 3), [0, 1])):
+        stream = TokenStream(tmp_path / "pair", vocab_size=9, documents=documents)
+        for start in range(stream.num_tokens):
+            for count in range(1, stream.num_tokens - start + 1):
+                expected = [s - start for s in starts if start <= s < start + count]
+                assert stream.document_starts(start, count) == expected
 
 
 def test_a_broken_pair_is_refused(tmp_path: Path, bpe_folder: Path):

@@ -81,6 +81,39 @@ def check_context_parallel(world: World) -> None:
         torch.testing.assert_close(part.grad, full.grad[mine], **exact, msg=lambda m, n=name: n + m)
 
 
+LENGTHS = (5, 1, 7, 3)
+PLACES = torch.tensor([i for length in LENGTHS for i in range(length)])
+
+
+def test_documents_are_as_if_alone():
+    """Two rows, cut into documents at different places, against each document by itself."""
+    qkv = random_qkv(16, 2, 6, 2, 4)
+    places_BS = torch.stack([PLACES, torch.arange(16)])
+    out = attention()(*qkv, places_BS)
+    alone = [
+        attention()(*(x[:, :1] for x in documents), None)
+        for documents in zip(*(x.split(LENGTHS) for x in qkv), strict=True)
+    ]
+    exact = {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(out[:, :1], torch.cat(alone), **exact)
+    whole = attention()(*(x[:, 1:] for x in qkv), None)
+    torch.testing.assert_close(out[:, 1:], whole, **exact)
+
+
+@pytest.mark.distributed
+def test_documents_on_context_parallel_ranks_are_those_of_one_rank():
+    run_on_ranks(check_documents, world_size=2)
+
+
+def check_documents(world: World) -> None:
+    qkv = random_qkv(16, 2, 6, 2, 4)
+    places_BS = torch.stack([PLACES, torch.arange(16) % 6])
+    expected = attention()(*qkv, places_BS)
+    mine = zigzag_positions(16, world)
+    out = attention(dist.group.WORLD)(*(x[mine] for x in qkv), places_BS[:, mine])
+    torch.testing.assert_close(out, expected[mine], rtol=1e-12, atol=1e-12)
+
+
 def zigzag_positions(length: int, world: World) -> list[int]:
     """Rank r of cp holds chunks r and 2 cp - 1 - r."""
     size = length // (2 * world.size)

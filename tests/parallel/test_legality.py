@@ -53,6 +53,15 @@ def parallel(**degrees: int) -> dict[str, int]:
     return {f"parallel.{names[short]}_parallel_size": size for short, size in degrees.items()}
 
 
+def domains(**weights: float | None) -> dict[str, Any]:
+    """Named domains instead of one text."""
+    named = {name: {"path": name, "weight": weight} for name, weight in weights.items()}
+    return {"data.path": None, "data.domains": named}
+
+
+MOVES = {"update": "doremi", "reference_losses": "losses.json"}
+HELD_OUT = {"data.validation_fraction": 0.1}
+
 # rule, changes to a legal configuration, world size, the whole message
 REFUSALS = [
     ("dp", parallel(tp=2, cp=2), 6,
@@ -120,6 +129,45 @@ REFUSALS = [
     ("min-lr", {"optimizer.min_lr": 1e-3}, 1,
      "optimizer.min_lr (0.001) must be at most optimizer.lr (3e-05): the schedule decays from lr "
      "to min_lr"),
+    ("no-text", {"data.path": None}, 1,
+     "data.path or data.domains must be set, one of the two: a text, or several by name in given "
+     "shares"),
+    ("two-ways-to-hold-out", {"data.validation_path": "v", "data.validation_fraction": 0.1}, 1,
+     "data.validation_fraction (0.1) and a validation_path are two ways to hold text out.\n"
+     "  leave out one of the two"),
+    ("validation-of-domains", domains(a=1) | {"data.validation_path": "v"}, 1,
+     "data.validation_path is for data.path.\n"
+     "  set data.domains.NAME.validation_path, or data.validation_fraction"),
+    ("weight-0", domains(a=0, b=1), 1,
+     "weight of domain 'a' (0.0) must be positive\n  leave out a domain that is not to be drawn"),
+    ("no-weight", domains(a=None, b=1), 1,
+     "data.domains.a must have a weight: data.mixing.weights is given"),
+    ("sum", domains(a=3, b=1), 1,
+     "weights of the domains sum to 4, and must sum to 1: they are shares of samples.\n"
+     "  in these proportions: a: 0.75, b: 0.25"),
+    ("missing-domain", domains(a=None) | {"data.mixing": {"weights": "llama"}}, 1,
+     "mixture 'llama' is for the domains commoncrawl, c4, github, wikipedia, books, arxiv, "
+     "stackexchange: missing ['arxiv', 'books', 'c4', 'commoncrawl', 'github', 'stackexchange', "
+     "'wikipedia'], without a weight ['a'].\n  rename the domains, or give weights of your own"),
+    ("two-weights", domains(a=1) | {"data.mixing": {"weights": "llama"}}, 1,
+     "data.domains.a.weight is set, but data.mixing.weights is llama, which brings its own.\n"
+     "  leave out one of the two"),
+    ("one-text-moves", {"data.mixing": MOVES}, 1,
+     "data.mixing.update (doremi) needs data.domains: one text has no shares that could move"),
+    ("no-reference", domains(a=1) | HELD_OUT | {"data.mixing": {"update": "doremi"}}, 1,
+     "data.mixing.update (doremi) needs data.mixing.reference_losses: weights follow the losses "
+     "above them.\n"
+     "  megatron-moe reference-loss CONFIG.yaml --out FILE evaluates the dense model"),
+    ("not-judged", domains(a=1) | {"data.mixing": MOVES}, 1,
+     "data.mixing.update (doremi) needs held-out text of each domain.\n"
+     "  set data.validation_fraction, or data.domains.NAME.validation_path for all"),
+    ("interval", domains(a=1) | HELD_OUT | {"data.mixing": {**MOVES, "interval": 2303}}, 1,
+     "data.mixing.interval (2303 tokens) must be at least the tokens of a step, "
+     "train.global_batch_size * data.seq_length = 2304: weights move between steps"),
+    ("reset-attention", {"data.reset_attention": True, "train.micro_batch_size": 2}, 1,
+     "data.reset_attention (true) needs train.micro_batch_size (1), not (2), on CUDA: "
+     "Transformer Engine takes packed documents as one row.\n  raise the number of micro-batches "
+     "instead, or set run.device=cpu, where attention takes any"),
     ("warmup", {"optimizer.warmup_steps": 10}, 1,
      "optimizer.warmup_steps (10) must be less than train.steps (10): otherwise the learning rate "
      "never reaches its peak"),

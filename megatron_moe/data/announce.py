@@ -1,0 +1,25 @@
+"""What the operator is told about the data before the first step."""
+
+from __future__ import annotations
+
+from megatron_moe.config.run import RunConfig
+from megatron_moe.data.blend import BlendState, epochs_of_domains, repetition_warnings
+from megatron_moe.data.texts import Texts
+
+
+def announcement(texts: Texts, blend: BlendState, config: RunConfig) -> str:
+    """A line a domain, then what was left out, then what is read too often."""
+    chunks = {name: text.num_chunks for name, text in texts.training.items()}
+    weights = blend.by_domain
+    num_samples = config.train.steps * config.train.global_batch_size
+    epochs = epochs_of_domains(weights, chunks, num_samples=num_samples)
+    length = config.data.seq_length
+    lines = [
+        f"data {name}: {count} samples of {length} tokens, weight {weights[name]:.4g}, "
+        f"{epochs[name]:.2f} epochs in this run"
+        for name, count in chunks.items()
+    ]
+    if config.data.mixing.update != "never":
+        lines.append("epochs are those of the weights as they are now; they will move")
+    repeated = repetition_warnings(epochs, limit=config.data.warn_above_epochs)
+    return "\n".join([*lines, *texts.remarks, *repeated])

@@ -1,0 +1,116 @@
+"""Losses of the dense model on each domain: what a mixture that moves is measured against.
+
+Shape letters: ``B`` batch, ``S`` seq_length, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from megatron_moe.data.batches import Batch, validation_batches
+from megatron_moe.data.samples import Text
+from megatron_moe.errors import DataError
+from megatron_moe.model.attention import document_mask
+
+
+@torch.no_grad()
+def dense_losses(
+    dense_folder: Path,
+    texts: dict[str, Text],
+    *,
+    num_samples: int,
+    reset_attention: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, float]:
+    """Nats per token of the dense model on the sequences that training validates on.
+
+    Args:
+        dense_folder: A folder that transformers loads, whole, on one device.
+        texts: Held-out text of each domain.
+        num_samples: Sequences of each text, from its beginning.
+        reset_attention: Whether documents are kept apart.
+        device: Where to compute.
+        dtype: In which precision.
+    """
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        dense_folder, dtype=dtype, local_files_only=True
+    )
+    model.to(device).eval()
+    losses = {}
+    for name, text in texts.items():
+        batches = validation_batches(
+            text, num_samples=num_samples, micro_batch_size=1, dp_rank=0, dp_size=1
+        )
+        sums = torch.stack(
+            [_sums(model, batch.map(lambda x: x.to(device)), reset_attention) for batch in batches]
+        )
+        total, tokens = sums.sum(dim=0).tolist()
+        losses[name] = total / tokens
+    return losses
+
+
+def _sums(model: Any, batch: Batch, reset_attention: bool) -> Tensor:
+    """Sum of the losses that count, and how many, ``(2,)`` in float64."""
+    mask_B1SS = None
+    if reset_attention:
+        position_S = torch.arange(batch.tokens_BS.shape[1], device=batch.tokens_BS.device)
+        mask_B1SS = document_mask(batch.position_ids_BS, position_S, length=len(position_S))
+    logits_BSV = model(batch.tokens_BS, attention_mask=mask_B1SS).logits.float()
+    losses_BS = F.cross_entropy(logits_BSV.transpose(1, 2), batch.labels_BS, reduction="none")
+    counted_BS = batch.loss_mask_BS.double()
+    return torch.stack([(losses_BS * counted_BS).sum(), counted_BS.sum()])
+
+
+def write_reference_losses(path: Path, losses: dict[str, float], **origin: Any) -> None:
+    """Write what `read_reference_losses` reads, with where it came from beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(f".{path.name}.partial")
+    staged.write_text(json.dumps({"losses": losses, **origin}, indent=2) + "\n", encoding="utf-8")
+    staged.replace(path)
+
+
+def read_reference_losses(
+    path: Path, domains: Sequence[str], *, tokenizer: str
+) -> dict[str, float]:
+    """Losses in nats per token, written by `write_reference_losses` or by hand.
+
+    Args:
+        path: ``{"losses": {domain: loss}, "tokenizer": ...}``, or ``{domain: loss}`` alone.
+        domains: Whose losses are wanted.
+        tokenizer: Fingerprint of the run's. Nats per token of another cannot be compared.
+
+    Raises:
+        DataError: Not such a file, of another tokenizer, or without a loss for a domain.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read the reference losses {path}: {error}") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{path} must hold an object {{domain: loss}}, not {type(found).__name__}")
+    if (made_with := found.get("tokenizer")) not in (None, tokenizer):
+        raise DataError(
+            f"{path} was made with another tokenizer ({str(made_with)[:12]}) than the dense "
+            f"model's ({tokenizer[:12]}): their nats per token cannot be compared.\n"
+            "  run megatron-moe reference-loss again with a model of this tokenizer"
+        )
+    losses = found.get("losses", found)
+    if missing := [name for name in domains if not _is_loss(losses.get(name))]:
+        raise DataError(
+            f"{path} has no loss for {', '.join(missing)}; it has {', '.join(losses) or 'none'}"
+        )
+    return {name: float(losses[name]) for name in domains}
+
+
+def _is_loss(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
