@@ -44,7 +44,6 @@ def progress(step: int) -> Progress:
         world_size=4,
         precision="fp32",
         blend={},
-    )
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,20 @@ def test_a_resumed_run_goes_on_with_weights_and_samples(
     same = [n for n in one_rank[-1] if n.startswith(("loss/", "mixing/", "grad"))]
     for ours, expected in zip(lines, one_rank, strict=True):
         assert {n: ours.get(n) for n in same} == {n: expected.get(n) for n in same}
+
+
+def test_a_run_goes_on_under_another_layout(
+    inputs: dict[str, Path], one_rank: list[dict[str, Any]]
+):
+    root = inputs["root"]
+    shutil.copytree(root / "one", root / "moved")
+    (root / "moved" / "checkpoints" / "latest").write_text("step_00000002\n")
+    lines = run_training(settings(inputs, "moved", "tp2-ep2"), world_size=2)
+    for name in ("mixing/weight", "mixing/share", "mixing/epochs"):
+        assert column(lines[1:], name) == column(one_rank[1:], name)
+    for ours, expected in zip(lines, one_rank, strict=True):
+        for name in (name for name in expected if name.startswith("loss/")):
+            assert ours[name] == pytest.approx(expected[name], rel=2e-5), (name, ours["step"])
 
 
 def test_one_text_tells_no_mixture(inputs: dict[str, Path]):
