@@ -44,6 +44,7 @@ def progress(step: int) -> Progress:
         world_size=4,
         precision="fp32",
         blend={},
+    )
 
 
 @pytest.fixture
