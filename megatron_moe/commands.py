@@ -32,7 +32,7 @@ from megatron_moe.hf.reader import DenseCheckpoint, open_dense_checkpoint
 from megatron_moe.hf.spec import read_spec
 from megatron_moe.log import StepProgress, console
 from megatron_moe.model.build import Model, build_model
-from megatron_moe.model.config import DTYPES
+from megatron_moe.model.config import DTYPES, check_dispatcher
 from megatron_moe.model.receipt import gather_receipt, rank_receipt, write_receipt
 from megatron_moe.model.upcycle import check_coverage, upcycle
 from megatron_moe.model.verify import Agreement, compare_with_dense, verify_length
@@ -72,6 +72,7 @@ def train(config: RunConfig, world: World) -> None:
     goes on from its newest one and takes nothing from the dense weights.
     """
     cuda = world.device.type == "cuda"
+    check_dispatcher(config.moe, cuda=cuda)
     layout, groups = create_groups(config.parallel, seed=config.run.seed)  # who holds what
     job = Job(config, world, layout, groups)
     dense = open_dense_checkpoint(config.dense.path)  # 1. read

@@ -2,6 +2,7 @@
 
 import math
 import re
+from typing import Any
 
 LAYOUTS = {
     "1": (1, {}),
@@ -32,3 +33,24 @@ def layout(name: str) -> tuple[int, dict[str, int]]:
     degrees = dict(re.findall(r"([a-z]+)(\d+)", name))
     world_size = math.prod(int(degrees.get(axis, 1)) for axis in ("tp", "cp", "pp", "dp"))
     return world_size, {_DEGREES[a]: int(n) for a, n in degrees.items() if a != "dp"}
+
+
+def changes(name: str) -> tuple[int, dict[str, dict[str, Any]]]:
+    """World size and settings of a name such as ``"tp2 dp2 ep4 drops recompute-full"``.
+
+    capacity: a limit that no expert reaches. drops: one that a quarter of the choices exceeds,
+    decided over whole sequences. replicated: no distributed optimizer.
+    """
+    world_size, parallel = layout(name)
+    found: dict[str, dict[str, Any]] = {"parallel": parallel, "moe": {}, "train": {}}
+    for word in name.split():
+        match word.partition("-"):
+            case ("capacity", _, _):
+                found["moe"] |= {"moe_expert_capacity_factor": 2.0}
+            case ("drops", _, _):
+                found["moe"] |= {"moe_expert_capacity_factor": 0.75, "capacity_scope": "sequence"}
+            case ("recompute", _, what):
+                found["train"] |= {"recompute": what}
+            case ("replicated", _, _):
+                found["optimizer"] = {"use_distributed_optimizer": False}
+    return world_size, found

@@ -85,6 +85,12 @@ def architecture_for(spec: DenseSpec, moe: Moe) -> Architecture:
     Raises:
         CheckpointError: There is none; says why.
     """
+    if moe.moe_router_score_function == "sigmoid":
+        raise CheckpointError(
+            f"no Hugging Face architecture means the same as a {spec.family} model with "
+            "moe.moe_router_score_function (sigmoid): Mixtral, Qwen2-MoE and Qwen3-MoE take a "
+            "softmax.\n  use moe.moe_router_score_function=softmax, or keep the checkpoint"
+        )
     mixed = len(moe_layer_ids(moe, spec.num_layers)) < spec.num_layers
     if spec.qkv_bias and not spec.qk_layernorm:
         return "Qwen2MoeForCausalLM"

@@ -66,14 +66,59 @@ class Moe(Section):
     moe_layers: Literal["all"] | list[NonNegativeInt] = "all"
     """Ids of the layers that become MoE, counted from 0; the others stay dense."""
 
+    moe_router_score_function: Literal["softmax", "sigmoid"] = "softmax"
+    """sigmoid (DeepSeek-V3): each expert scored alone, and the scores of the chosen K divided by
+    their sum."""
+
+    moe_router_load_balancing_type: Literal[
+        "aux_loss", "seq_aux_loss", "global_aux_loss", "none"
+    ] = "aux_loss"
+    """Over which tokens the balancing loss is taken: of a micro-batch (arXiv 2101.03961), of one
+    sequence, or of the global batch's micro-batches so far (arXiv 2501.11873)."""
+
     moe_aux_loss_coeff: NonNegative = 1e-2
     """Weight of the load-balancing loss of each layer."""
 
+    moe_z_loss_coeff: NonNegative = 0.0
+    """Weight of the router's z-loss (arXiv 2202.08906), which keeps its logits small."""
+
+    moe_router_enable_expert_bias: bool = False
+    """Balance without a loss (arXiv 2408.15664): a bias per expert, for choosing only, that moves
+    against its load after each step. Needs moe_router_score_function sigmoid."""
+
+    moe_router_bias_update_rate: Positive = 1e-3
+    """How far an expert's bias moves in a step."""
+
     moe_expert_capacity_factor: Positive | None = None
-    """Tokens an expert may take, ceil(tokens * K / E * factor); None drops nothing."""
+    """Sets how many tokens an expert may take (capacity_formula); None drops nothing."""
+
+    capacity_formula: Literal["megatron", "tokens_per_expert"] = "megatron"
+    """megatron: ceil(tokens * K / E * factor). tokens_per_expert: ceil(tokens / E * factor), the
+    formula of arXiv 2412.09952, so its CF 4 at K 2 is Megatron's 2."""
+
+    capacity_scope: Literal["rank", "sequence"] = "rank"
+    """Among which tokens dropping is decided: those of one rank, which depends on tp and cp and
+    costs nothing, or whole sequences of the micro-batch, which does not and costs a gather."""
+
+    moe_token_drop_policy: Literal["probs", "position"] = "probs"
+    """Which choices go first: the least probable, or the last of the sequence."""
 
     moe_pad_expert_input_to_capacity: bool = False
     """Give every expert exactly its capacity, with zeros where it has fewer tokens."""
+
+    moe_token_dispatcher_type: Literal["alltoall", "allgather", "flex"] = "alltoall"
+    """How tokens travel to experts. flex: DeepEP's or HybridEP's kernels, on CUDA."""
+
+    moe_flex_dispatcher_backend: Literal["deepep", "hybridep"] = "deepep"
+    """Whose kernels flex uses; they must be installed."""
+
+    @property
+    def megatron_capacity_factor(self) -> float | None:
+        """The factor that means the same in Megatron-Core's formula, ceil(tokens * K / E * it)."""
+        factor = self.moe_expert_capacity_factor
+        if factor is None or self.capacity_formula == "megatron":
+            return factor
+        return factor / self.moe_router_topk
 
 
 class Upcycle(Section):
@@ -207,6 +252,19 @@ class Train(Section):
 
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16 keeps fp32 master weights in the optimizer."""
+
+    recompute: Literal["none", "selective", "moe", "full"] = "none"
+    """What the backward pass computes again instead of keeping: nothing, the core attention, each
+    MoE layer, or every layer."""
+
+    overlap_grad_reduce: bool = True
+    """On CUDA, reduce gradients over dp while the backward pass runs."""
+
+    overlap_param_gather: bool = True
+    """On CUDA, gather updated weights over dp while the next forward pass runs."""
+
+    gradient_accumulation_fusion: bool = True
+    """On CUDA, add weight gradients in place, where Apex's kernel is installed."""
 
 
 class Optimizer(Section):

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron_moe.data.samples import Chunked, Sample, SampleSource
 from megatron_moe.errors import ConfigError
+from megatron_moe.parallel.sequence import zigzag
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +114,7 @@ def validation_batches(
 def slice_for_context_parallel(batch: Batch, *, cp_rank: int, cp_size: int) -> Batch:
     """The part of each sequence that one cp rank holds: ``(B, S)`` to ``(B, S / cp)``.
 
-    The sequence is cut into ``2 * cp_size`` runs and rank ``r`` takes runs ``r`` and
-    ``2 * cp_size - 1 - r``: an early one, cheap under causal attention, and a late one, dear.
-    Megatron-Core's attention expects exactly this (its ``utils.get_batch_on_this_cp_rank``).
+    Which part is `parallel.sequence.zigzag`'s.
 
     Raises:
         ConfigError: ``2 * cp_size`` does not divide ``S``.
@@ -129,11 +128,7 @@ def slice_for_context_parallel(batch: Batch, *, cp_rank: int, cp_size: int) -> B
             f"parallel.context_parallel_size = {2 * cp_size}: each cp rank holds two runs of it"
         )
 
-    def two_runs(x_BS: Tensor) -> Tensor:
-        runs = x_BS.chunk(2 * cp_size, dim=1)
-        return torch.cat((runs[cp_rank], runs[2 * cp_size - 1 - cp_rank]), dim=1)
-
-    return batch.map(two_runs)
+    return batch.map(lambda x_BS: zigzag(x_BS, dim=1, cp_rank=cp_rank, cp_size=cp_size))
 
 
 def _starts(total: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> range:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from megatron.core.models.gpt import GPTModel
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from megatron_moe.config.run import RunConfig
 from megatron_moe.hf.spec import DenseSpec, RopeScaling
+from megatron_moe.model.capacity import capacity_of
 from megatron_moe.model.config import transformer_config
+from megatron_moe.model.router import CountingRouter
 from megatron_moe.model.spec import block_spec
 from megatron_moe.parallel.layout import ParallelLayout
 from megatron_moe.parallel.shards import padded_vocabulary
@@ -65,13 +68,16 @@ def build_model(
     """
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
     transformer = transformer_config(config, spec, cuda=cuda)
+    router = partial(CountingRouter, capacity=capacity_of(config.moe))
     pp, vpp = layout.attention.size("pp"), transformer.virtual_pipeline_model_parallel_size or 1
     chunks = []
     for vpp_rank in range(vpp):
         stage = {"pp_rank": layout.attention.coords(rank)["pp"], "vpp_rank": vpp_rank}
         layers = chunk_layers(num_layers=spec.num_layers, pp=pp, vpp=vpp, **stage)
         vp_stage = vpp_rank if vpp > 1 else None
-        spec_of_layers: Any = block_spec(transformer, layers, cuda=cuda, vp_stage=vp_stage)
+        spec_of_layers: Any = block_spec(
+            transformer, layers, router=router, cuda=cuda, vp_stage=vp_stage
+        )
         rotary_base: Any = spec.rotary_base  # Megatron-Core says int and means a number
         module = GPTModel(
             config=transformer,

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_moe.config.run import Moe, Parallel, RunConfig
+from megatron_moe.config.run import Moe, Parallel, RunConfig, Train
+from megatron_moe.errors import ConfigError
 from megatron_moe.experts.plan import moe_layer_ids
 from megatron_moe.hf.spec import DenseSpec
 
@@ -29,7 +30,8 @@ def transformer_config(config: RunConfig, spec: DenseSpec, *, cuda: bool) -> Tra
         **_dense_shape(spec),
         **_moe(config.moe, spec),
         **_parallel(config.parallel),
-        **(_CUDA if cuda else _CPU),
+        **RECOMPUTE[config.train.recompute],
+        **(_cuda(config.train) if cuda else _CPU),
         bf16=dtype is torch.bfloat16,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -69,11 +71,17 @@ def _moe(moe: Moe, spec: DenseSpec) -> dict[str, Any]:
         "moe_layer_freq": [int(layer in layers) for layer in range(spec.num_layers)],
         "moe_router_pre_softmax": moe.router_order == "softmax_topk",
         "moe_router_dtype": "fp32",
-        "moe_router_load_balancing_type": "aux_loss",
+        "moe_router_score_function": moe.moe_router_score_function,
+        "moe_router_load_balancing_type": moe.moe_router_load_balancing_type,
         "moe_aux_loss_coeff": moe.moe_aux_loss_coeff,
-        "moe_expert_capacity_factor": moe.moe_expert_capacity_factor,
+        "moe_z_loss_coeff": moe.moe_z_loss_coeff or None,
+        "moe_router_enable_expert_bias": moe.moe_router_enable_expert_bias,
+        "moe_router_bias_update_rate": moe.moe_router_bias_update_rate,
+        "moe_expert_capacity_factor": moe.megatron_capacity_factor,
         "moe_pad_expert_input_to_capacity": moe.moe_pad_expert_input_to_capacity,
-        "moe_token_dispatcher_type": "alltoall",
+        "moe_token_drop_policy": moe.moe_token_drop_policy,
+        "moe_token_dispatcher_type": moe.moe_token_dispatcher_type,
+        "moe_flex_dispatcher_backend": moe.moe_flex_dispatcher_backend,
     }
 
 
@@ -101,14 +109,46 @@ _CPU: dict[str, Any] = {
     "moe_grouped_gemm": False,
 }
 
-# Settings of fast MoE runs on H100, as Megatron-Core's MoE guide names them.
-_CUDA: dict[str, Any] = {
-    "use_cpu_initialization": False,
-    # Apex's kernel adds weight gradients in place; without it they are added after each product.
-    "gradient_accumulation_fusion": find_spec("fused_weight_gradient_mlp_cuda") is not None,
-    "bias_activation_fusion": True,
-    "apply_rope_fusion": True,
-    "moe_grouped_gemm": True,
-    "moe_permute_fusion": True,
-    "moe_router_fusion": True,
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "moe": {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
+    "full": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
 }
+
+
+def _cuda(train: Train) -> dict[str, Any]:
+    """Settings of fast MoE runs on H100, as Megatron-Core's MoE guide names them."""
+    # Apex's kernel adds weight gradients in place; without it they are added after each product.
+    apex = find_spec("fused_weight_gradient_mlp_cuda") is not None
+    return {
+        "use_cpu_initialization": False,
+        "gradient_accumulation_fusion": train.gradient_accumulation_fusion and apex,
+        "bias_activation_fusion": True,
+        "apply_rope_fusion": True,
+        "moe_grouped_gemm": True,
+        "moe_permute_fusion": True,
+        "moe_router_fusion": True,
+    }
+
+
+def check_dispatcher(moe: Moe, *, cuda: bool) -> None:
+    """Refuse a dispatcher whose kernels are not there.
+
+    Raises:
+        ConfigError: Names what is missing.
+    """
+    if moe.moe_token_dispatcher_type != "flex":
+        return
+    package = {"deepep": "deep_ep", "hybridep": "deep_ep"}[moe.moe_flex_dispatcher_backend]
+    missing = "a CUDA device" if not cuda else f"the package {package}"
+    if not cuda or find_spec(package) is None:
+        raise ConfigError(
+            f"moe.moe_token_dispatcher_type (flex) with moe.moe_flex_dispatcher_backend "
+            f"({moe.moe_flex_dispatcher_backend}) needs {missing}, which is not here.\n"
+            "  set moe.moe_token_dispatcher_type=alltoall"
+        )

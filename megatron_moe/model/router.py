@@ -1,54 +1,118 @@
-"""Megatron-Core's top-k router, watched: what the tokens chose, counted where they choose.
+"""Megatron-Core's top-k router, watched, and with a capacity that does not depend on the layout.
 
 Shape letters of this module:
 
     T  tokens this rank routes   E  num_moe_experts   K  moe_router_topk
+    s  positions of this rank    B  micro_batch_size
 """
 
 from __future__ import annotations
+
+from copy import copy
+from typing import Any
 
 import torch
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
+from megatron_moe.model.capacity import Capacity, kept_choices, kept_over_ranks, padded
+from megatron_moe.parallel.sequence import zigzag
+
 
 class CountingRouter(TopKRouter):
-    """TopKRouter that adds up what it did in training since `take_counts` was last called.
+    """TopKRouter that drops by `Capacity` and adds up what it did in training.
 
-    The routing itself is Megatron-Core's and is not changed. Only passes that build a graph are
-    counted, so evaluation does not count and a recomputed layer counts once.
+    Choices and losses are Megatron-Core's and not changed; tokens that an expert has no room for
+    are dropped here. Only passes that build a graph are counted, so evaluation does not count and a
+    recomputed layer counts once.
+
+    Args:
+        capacity: None drops nothing.
+        **megatron: What Megatron-Core's router takes.
     """
 
     _chosen_E: Tensor | None = None
+    _scores_E: Tensor | None = None
     _sums: Tensor | None = None
 
+    def __init__(self, *, capacity: Capacity | None = None, **megatron: Any) -> None:
+        super().__init__(**megatron)
+        self.capacity = capacity
+        self._tp, self._cp = megatron["pg_collection"].tp, megatron["pg_collection"].cp
+        # The dispatcher must know of the capacity (the shared configuration says it), and
+        # Megatron-Core's router must not drop on its own.
+        self.config = copy(self.config)
+        self.config.moe_expert_capacity_factor = None
+
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Weights and choices of each token, as the base class gives them: both ``(T, E)``."""
-        probs_TE, map_TE = super().routing(logits, padding_mask=padding_mask)
+        """Weights and choices of each token, dropped ones left out: both ``(T, E)``."""
+        probs_TE, chosen_TE = super().routing(logits, padding_mask=padding_mask)
+        map_TE = chosen_TE
+        if self.capacity is not None:
+            map_TE, probs_TE = self._drop(probs_TE, chosen_TE, batch=logits.shape[1])
         if self.training and torch.is_grad_enabled():
-            self._count(logits.detach().flatten(0, -2), probs_TE.detach())
+            self._count(logits.detach().flatten(0, -2), chosen_TE, probs_TE.detach())
         return probs_TE, map_TE
 
+    def _drop(self, probs_TE: Tensor, chosen_TE: Tensor, *, batch: int) -> tuple[Tensor, Tensor]:
+        capacity = self.capacity
+        assert capacity is not None
+        tokens, experts = chosen_TE.shape
+        group = self.tp_cp_group
+        whole = capacity.scope == "sequence"
+        limit = capacity.tokens(
+            tokens * (group.size() if whole else 1), num_experts=experts, topk=self.topk
+        )
+        weights_TE = probs_TE.detach()
+        if whole and group.size() > 1:
+            kept_TE = kept_over_ranks(
+                weights_TE, chosen_TE, self._places(tokens // batch, batch), limit,
+                policy=capacity.policy, group=group,
+            )  # fmt: skip
+        else:
+            kept_TE = kept_choices(weights_TE, chosen_TE, limit, policy=capacity.policy)
+        probs_TE = probs_TE * kept_TE
+        return (padded(kept_TE, limit) if capacity.pad else kept_TE), probs_TE
+
+    def _places(self, length: int, batch: int) -> Tensor:
+        """Places of this rank's tokens, ordered by position and then sequence: ``(T,)``."""
+        tp, cp = self._tp, self._cp
+        whole_S = torch.arange(length * tp.size() * cp.size())
+        of_cp = zigzag(whole_S, dim=0, cp_rank=cp.rank(), cp_size=cp.size())
+        position_s = of_cp.chunk(tp.size())[tp.rank()]
+        place_sB = position_s[:, None] * batch + torch.arange(batch)
+        return place_sB.flatten().to(self.weight.device)
+
     @torch.no_grad()
-    def _count(self, logits_TE: Tensor, probs_TE: Tensor) -> None:
-        chosen_TK = logits_TE.topk(self.topk, dim=-1).indices
-        chosen_E = torch.bincount(chosen_TK.flatten(), minlength=logits_TE.shape[-1]).double()
-        log_p_TE = logits_TE.double().log_softmax(dim=-1)
-        entropy = -(log_p_TE.exp() * log_p_TE).sum()
-        sums = torch.stack([(probs_TE > 0).sum().double(), entropy])
+    def _count(self, logits_TE: Tensor, chosen_TE: Tensor, probs_TE: Tensor) -> None:
+        chosen_E = chosen_TE.sum(dim=0).double()
+        log_p_TE = self._log_scores(logits_TE.double())
+        p_TE = log_p_TE.exp()
+        sums = torch.stack([(probs_TE > 0).sum().double(), -(log_p_TE * p_TE).sum()])
+        scores_E = p_TE.sum(dim=0)
         self._chosen_E = chosen_E if self._chosen_E is None else self._chosen_E + chosen_E
+        self._scores_E = scores_E if self._scores_E is None else self._scores_E + scores_E
         self._sums = sums if self._sums is None else self._sums + sums
 
-    def take_counts(self) -> tuple[Tensor, Tensor]:
+    def _log_scores(self, logits_TE: Tensor) -> Tensor:
+        """Logarithm of every expert's share of a token, all of them together one."""
+        if self.score_function == "softmax":
+            return logits_TE.log_softmax(dim=-1)
+        log_TE = torch.nn.functional.logsigmoid(logits_TE)
+        return log_TE - log_TE.logsumexp(dim=-1, keepdim=True)
+
+    def take_counts(self) -> tuple[Tensor, Tensor, Tensor]:
         """What was counted, and start anew.
 
         Returns:
-            Tokens that chose each expert, before any was dropped, ``(E,)``; and ``(2,)``: choices
-            that were kept, and the sum over tokens of the entropy (nats) of the softmax over all E.
+            Tokens that chose each expert, before any was dropped, ``(E,)``; the sum over tokens of
+            each expert's score, all E of a token together one, ``(E,)``; and ``(2,)``: choices that
+            were kept, and the sum over tokens of the entropy (nats) of these scores.
         """
-        chosen_E, sums = self._chosen_E, self._sums
-        self._chosen_E = self._sums = None
-        if chosen_E is None or sums is None:
-            zeros = self.weight.new_zeros(len(self.weight) + 2, dtype=torch.float64)
-            return zeros[:-2], zeros[-2:]
-        return chosen_E, sums
+        counted = self._chosen_E, self._scores_E, self._sums
+        self._chosen_E = self._scores_E = self._sums = None
+        chosen_E, scores_E, sums = counted
+        if chosen_E is None or scores_E is None or sums is None:
+            zeros = self.weight.new_zeros(len(self.weight), dtype=torch.float64)
+            return zeros, zeros, zeros.new_zeros(2)
+        return chosen_E, scores_E, sums

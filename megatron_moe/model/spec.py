@@ -26,38 +26,40 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron_moe.model.attention import SdpaAttention
 from megatron_moe.model.experts import LoopExperts
 from megatron_moe.model.norm import RMSNorm
-from megatron_moe.model.router import CountingRouter
 
 
 def block_spec(
-    config: TransformerConfig, layers: range, *, cuda: bool, vp_stage: int | None
+    config: TransformerConfig, layers: range, *, router: Any, cuda: bool, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
     """The layers of one model chunk.
 
     Args:
         config: Says which layers are MoE (``moe_layer_freq``).
         layers: Global ids of the chunk's layers.
+        router: Makes a layer's router, as Megatron-Core's TopKRouter is made.
         cuda: Transformer Engine's spec; otherwise the torch-native one.
         vp_stage: Which of the pipeline rank's chunks this is; None when it has one.
     """
     if cuda:
-        return _counting(
-            get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+        return _routed_by(
+            router,
+            get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage),
         )
     is_moe: Any = config.moe_layer_freq
     return TransformerBlockSubmodules(
-        layer_specs=[_layer(config, moe=bool(is_moe[layer])) for layer in layers],
+        layer_specs=[_layer(config, router if is_moe[layer] else None) for layer in layers],
         layer_norm=RMSNorm,
     )
 
 
-def _layer(config: TransformerConfig, *, moe: bool) -> ModuleSpec:
+def _layer(config: TransformerConfig, router: Any) -> ModuleSpec:
+    """One layer; MoE where it has a router."""
     qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
     # Slots whose types Megatron-Core declares more narrowly than it uses them.
     core_attention: Any = SdpaAttention
     bias_dropout_add: Any = get_bias_dropout_add
     keys = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
-    if not moe:
+    if router is None:
         keys["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     return ModuleSpec(
         module=TransformerLayer,
@@ -76,25 +78,29 @@ def _layer(config: TransformerConfig, *, moe: bool) -> ModuleSpec:
             ),
             self_attn_bda=bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=_moe_mlp() if moe else partial(MLP.as_mlp_submodule, submodules=_LINEAR),
+            mlp=(
+                partial(MLP.as_mlp_submodule, submodules=_LINEAR)
+                if router is None
+                else _moe_mlp(router)
+            ),
             mlp_bda=bias_dropout_add,
             sharded_state_dict_keys_map=keys,
         ),
     )
 
 
-def _moe_mlp() -> partial[MoELayer]:
+def _moe_mlp(router: Any) -> partial[MoELayer]:
     experts = partial(LoopExperts, submodules=_LINEAR)
-    return partial(MoELayer, submodules=MoESubmodules(experts=experts, router=CountingRouter))
+    return partial(MoELayer, submodules=MoESubmodules(experts=experts, router=router))
 
 
-def _counting(block: TransformerBlockSubmodules) -> TransformerBlockSubmodules:
-    """The same block with our router in its MoE layers."""
+def _routed_by(router: Any, block: TransformerBlockSubmodules) -> TransformerBlockSubmodules:
+    """The same block with this router in its MoE layers."""
     layers: Any = block.layer_specs
     for layer in layers:
         mlp = layer.submodules.mlp
         if isinstance(mlp, partial) and mlp.func is MoELayer:
-            submodules = replace(mlp.keywords["submodules"], router=CountingRouter)
+            submodules = replace(mlp.keywords["submodules"], router=router)
             layer.submodules = replace(
                 layer.submodules, mlp=partial(MoELayer, submodules=submodules)
             )

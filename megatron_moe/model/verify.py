@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_moe.model.build import Model
 from megatron_moe.model.loss import make_output_processor
+from megatron_moe.parallel.sequence import zigzag
 from megatron_moe.parallel.shards import Part, padded_vocabulary
 
 MAX_TOKENS = 512
@@ -61,7 +62,7 @@ def compare_with_dense(
     if mine_sv is not None:
         width = padded_vocabulary(vocab_size, groups.tp.size())
         columns = Part(groups.tp.rank(), groups.tp.size()).of(width)
-        expected_sV = _zigzag(dense_SV, groups.cp)
+        expected_sV = _part_of(dense_SV, groups.cp)
         real = max(min(columns.stop, vocab_size) - columns.start, 0)
         expected_sv = expected_sV[:, columns.start : columns.start + real]
         if real:
@@ -78,7 +79,7 @@ def _moe_logits(model: Model, tokens_S: Tensor, groups: ProcessGroupCollection) 
     process = make_output_processor(vocab_size=model.spec.vocab_size, tp_group=groups.tp)
     device = next(model.modules[0].parameters()).device
     positions_S = torch.arange(len(tokens_S))
-    batch = [_zigzag(x, groups.cp)[None].to(device) for x in (tokens_S, positions_S)]
+    batch = [_part_of(x, groups.cp)[None].to(device) for x in (tokens_S, positions_S)]
 
     def forward_step(_: Any, module: Any) -> tuple[Tensor, Any]:
         return module(*batch, None, output_processor=process), _keep
@@ -118,11 +119,8 @@ def _dense_logits(
     return dense(tokens_S[None].to(device)).logits[0].float()
 
 
-def _zigzag(x_S: Tensor, cp_group: dist.ProcessGroup) -> Tensor:
-    """The positions that this cp rank holds: chunks r and 2 * cp - 1 - r."""
-    cp, rank = cp_group.size(), cp_group.rank()
-    chunks = x_S.chunk(2 * cp)
-    return torch.cat([chunks[rank], chunks[2 * cp - 1 - rank]])
+def _part_of(x_S: Tensor, cp_group: dist.ProcessGroup) -> Tensor:
+    return zigzag(x_S, dim=0, cp_rank=cp_group.rank(), cp_size=cp_group.size())
 
 
 def _argmax(logits_sv: Tensor, first: int, tp_group: dist.ProcessGroup) -> Tensor:

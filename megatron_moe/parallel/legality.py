@@ -98,16 +98,62 @@ def _experts(case: Case) -> Iterator[str]:
             f"moe.moe_router_topk ({moe.moe_router_topk}) must be at most moe.num_moe_experts "
             f"({moe.num_moe_experts}): a token goes to different experts"
         )
-    if moe.moe_pad_expert_input_to_capacity and moe.moe_expert_capacity_factor is None:
-        yield (
-            "moe.moe_pad_expert_input_to_capacity (true) needs moe.moe_expert_capacity_factor: "
-            "without a capacity there is nothing to pad to"
-        )
-    if moe.moe_router_topk == 1 and moe.router_order == "topk_softmax":
+    softmax = moe.moe_router_score_function == "softmax"
+    if moe.moe_router_topk == 1 and moe.router_order == "topk_softmax" and softmax:
         yield (
             "moe.moe_router_topk (1) with moe.router_order (topk_softmax) is not trainable: the "
             "softmax over one chosen expert is always 1, so the router gets no gradient.\n"
             "  set moe.router_order=softmax_topk or moe.moe_router_topk=2"
+        )
+
+
+def _capacity(case: Case) -> Iterator[str]:
+    moe = case.config.moe
+    if moe.moe_expert_capacity_factor is None:
+        for name, unset in (
+            ("moe_pad_expert_input_to_capacity", False), ("moe_token_drop_policy", "probs"),
+            ("capacity_formula", "megatron"), ("capacity_scope", "rank"),
+        ):  # fmt: skip
+            if (value := getattr(moe, name)) != unset:
+                yield (
+                    f"moe.{name} ({value}) needs moe.moe_expert_capacity_factor: without one "
+                    "nothing is dropped.\n  set moe.moe_expert_capacity_factor, or leave "
+                    f"moe.{name} unset"
+                )
+        return
+    if not moe.moe_pad_expert_input_to_capacity:
+        return
+    if moe.capacity_scope == "sequence":
+        yield (
+            "moe.capacity_scope (sequence) cannot be with moe.moe_pad_expert_input_to_capacity "
+            "(true): an expert then takes another number of tokens from each rank, and there is no "
+            "one number to pad to.\n  set moe.capacity_scope=rank"
+        )
+    factor = moe.megatron_capacity_factor
+    assert factor is not None
+    if factor * moe.moe_router_topk > moe.num_moe_experts:
+        yield (
+            f"moe.moe_expert_capacity_factor ({moe.moe_expert_capacity_factor}) makes a capacity "
+            "larger than all tokens, which moe.moe_pad_expert_input_to_capacity (true) cannot pad "
+            f"to.\n  largest moe.moe_expert_capacity_factor: "
+            f"{moe.moe_expert_capacity_factor / factor * moe.num_moe_experts / moe.moe_router_topk}"
+        )
+
+
+def _router(case: Case) -> Iterator[str]:
+    moe = case.config.moe
+    sigmoid = moe.moe_router_score_function == "sigmoid"
+    if moe.moe_router_enable_expert_bias and not sigmoid:
+        yield (
+            "moe.moe_router_enable_expert_bias (true) needs moe.moe_router_score_function "
+            "(softmax) to be sigmoid: the bias is added to scores of experts taken alone.\n"
+            "  set moe.moe_router_score_function=sigmoid"
+        )
+    if sigmoid and moe.router_order != "topk_softmax":
+        yield (
+            f"moe.router_order ({moe.router_order}) has no meaning with "
+            "moe.moe_router_score_function (sigmoid): scores of the chosen are divided by their "
+            "sum.\n  leave moe.router_order unset"
         )
 
 
@@ -290,8 +336,8 @@ def _reset_attention(case: Case) -> Iterator[str]:
 
 
 RULES = (
-    _world, _heads, _experts, _method, _moe_layers, _dense_ffn, _pipeline, _sequence, _batch,
-    _schedule, _texts, _mixing, _reset_attention,
+    _world, _heads, _experts, _capacity, _router, _method, _moe_layers, _dense_ffn, _pipeline,
+    _sequence, _batch, _schedule, _texts, _mixing, _reset_attention,
 )  # fmt: skip
 
 

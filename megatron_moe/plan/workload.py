@@ -115,14 +115,14 @@ def degrees_of(config: RunConfig, *, gpus: int) -> Degrees:
     )
 
 
-def workload_of(config: RunConfig, *, recompute: Recompute = "none") -> Workload:
+def workload_of(config: RunConfig) -> Workload:
     """The step that a configuration asks for."""
     return Workload(
         sequence_length=config.data.seq_length,
         global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
-        capacity_factor=config.moe.moe_expert_capacity_factor,
-        pad_to_capacity=bool(getattr(config.moe, "moe_pad_expert_input_to_capacity", False)),
-        recompute=recompute,
+        capacity_factor=config.moe.megatron_capacity_factor,
+        pad_to_capacity=config.moe.moe_pad_expert_input_to_capacity,
+        recompute=config.train.recompute,
         precision=config.train.precision,
     )

@@ -3,6 +3,7 @@
 ========================================  ========================================================
 loss/lm                                   nats per token over the global batch
 loss/load_balancing                       before its coefficient, mean of MoE layers; 1: balanced
+loss/router_z                             before its coefficient, mean of MoE layers and tokens
 loss/validation                           nats per token over held-out text, mean of domains
 loss/validation/DOMAIN                    the same of each domain, where there are several
 mixing/weight/DOMAIN                      share of the samples to come
@@ -69,6 +70,7 @@ def step_numbers(
         "step": step,
         "loss/lm": result.lm_loss,
         "loss/load_balancing": result.load_balancing_loss,
+        **({"loss/router_z": result.router_z_loss} if config.moe.moe_z_loss_coeff else {}),
         "grad_norm": result.grad_norm,
         "learning_rate": learning_rate,
         "router/load_imbalance": float(imbalance_L.mean()),

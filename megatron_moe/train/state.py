@@ -60,8 +60,8 @@ def make_state(
     ddp = DistributedDataParallelConfig(
         use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=cuda,
-        overlap_param_gather=cuda and config.optimizer.use_distributed_optimizer,
+        overlap_grad_reduce=cuda and config.train.overlap_grad_reduce,
+        overlap_param_gather=_gathers_beside(config, cuda=cuda),
     )
     wrapped = []
     for index, module in enumerate(model.modules):
@@ -79,7 +79,7 @@ def make_state(
     )
     transformer.finalize_model_grads_func = finalize_model_grads
     transformer.grad_scale_func = optimizer.scale_loss
-    if cuda:  # gradients are reduced while the backward pass of the last micro-batch runs
+    if ddp.overlap_grad_reduce:  # during the backward pass of the last micro-batch only
         no_sync: Any = [chunk.no_sync for chunk in wrapped]
         transformer.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
     blend = start_blend(starting_weights(config.data))
@@ -101,8 +101,13 @@ def optimizer_config(config: RunConfig, *, cuda: bool) -> OptimizerConfig:
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
-        overlap_param_gather=cuda and config.optimizer.use_distributed_optimizer,
+        overlap_param_gather=_gathers_beside(config, cuda=cuda),
     )
+
+
+def _gathers_beside(config: RunConfig, *, cuda: bool) -> bool:
+    distributed = config.optimizer.use_distributed_optimizer
+    return cuda and distributed and config.train.overlap_param_gather
 
 
 def make_schedule(config: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:

@@ -36,7 +36,11 @@ class StepResult:
     lm_loss: float
     """Cross entropy, nats per token, over the tokens of the global batch."""
     load_balancing_loss: float
-    """Before its coefficient, mean over MoE layers and micro-batches; 1 is perfect balance."""
+    """Of the configured kind, before its coefficient, mean over MoE layers; 1 is perfect balance.
+    Where the kind is of the global batch, or there is none, it is taken over the global batch."""
+    router_z_loss: float
+    """Mean over tokens and MoE layers of the squared log-sum-exp of the router's logits, before its
+    coefficient; 0 where it has none."""
     grad_norm: float
     chosen_LE: Tensor
     """Tokens that chose each expert, before any was dropped, by MoE layer."""
@@ -182,38 +186,57 @@ def _reduce(
     """
     num_layers, num_experts = model.spec.num_layers, model.transformer.num_moe_experts
     assert num_experts is not None
-    chosen_LE = torch.zeros(num_layers, num_experts, dtype=torch.float64)
-    kept_L, entropy_L, aux_L = (torch.zeros(num_layers, dtype=torch.float64) for _ in range(3))
+    wide_2LE = torch.zeros(2, num_layers, num_experts, dtype=torch.float64)
+    narrow_4L = torch.zeros(4, num_layers, dtype=torch.float64)
     for chunk in model.chunks:
         for router in chunk.module.modules():
             if isinstance(router, CountingRouter):
                 assert router.layer_number is not None
                 layer = router.layer_number - 1
-                chosen_E, sums = router.take_counts()
-                chosen_LE[layer] = chosen_E.cpu()
-                kept_L[layer], entropy_L[layer] = sums.tolist()
-    tracker = get_moe_metrics_tracker()
-    if (entry := tracker.metrics.get("load_balancing_loss")) is not None:
-        aux_L = entry.values.double().cpu() / num_micro_batches
-    tracker.clear()
+                chosen_E, scores_E, sums = router.take_counts()
+                wide_2LE[:, layer] = torch.stack([chosen_E, scores_E]).cpu()
+                narrow_4L[:2, layer] = sums.cpu()
+    narrow_4L[2:] = _tracked_losses(num_layers) / num_micro_batches
 
-    packed = torch.cat([_sum_losses(losses, model), kept_L, entropy_L, aux_L, chosen_LE.flatten()])
+    packed = torch.cat([_sum_losses(losses, model), narrow_4L.flatten(), wide_2LE.flatten()])
     packed = packed.to(_device(model))
     dist.all_reduce(packed)
-    totals, kept_L, entropy_L, aux_L, chosen = packed.cpu().split(
-        [2, num_layers, num_layers, num_layers, num_layers * num_experts]
-    )
-    chosen_LE = chosen.view(num_layers, num_experts)
+    totals, narrow, wide = packed.cpu().split([2, narrow_4L.numel(), wide_2LE.numel()])
+    kept_L, entropy_L, balance_L, z_L = narrow.view_as(narrow_4L)
+    chosen_LE, scores_LE = wide.view_as(wide_2LE)
     moe = chosen_LE.sum(dim=1) > 0
     tokens_L = chosen_LE[moe].sum(dim=1) / model.transformer.moe_router_topk
+    if not balance_L.any():  # none of a micro-batch's own: that of the global batch
+        share_LE = chosen_LE[moe] / chosen_LE[moe].sum(dim=1, keepdim=True)
+        mean_LE = scores_LE[moe] / tokens_L[:, None]
+        balance = float((share_LE * mean_LE).sum(dim=1).mean()) * num_experts
+    else:
+        balance = float(balance_L[moe].mean()) / groups.dp.size()
     return StepResult(
         lm_loss=float(totals[0] / totals[1]),
-        load_balancing_loss=float(aux_L[moe].mean()) / groups.dp.size(),
+        load_balancing_loss=balance,
+        router_z_loss=float(z_L[moe].mean()) / groups.tp_dp_cp.size(),
         grad_norm=grad_norm,
         chosen_LE=chosen_LE[moe],
         kept_L=kept_L[moe],
         entropy_L=entropy_L[moe] / tokens_L,
     )
+
+
+def _tracked_losses(num_layers: int) -> Tensor:
+    """This rank's sums of Megatron-Core's balancing and z-losses, ``(2, L)``, and start anew.
+
+    The balancing loss of the global batch is left out: Megatron-Core takes it over the
+    micro-batches so far, whose number depends on the layout.
+    """
+    tracker = get_moe_metrics_tracker()
+    sums_2L = torch.zeros(2, num_layers, dtype=torch.float64)
+    for row, names in enumerate([("load_balancing_loss", "seq_load_balancing_loss"), ("z_loss",)]):
+        for name in names:
+            if (entry := tracker.metrics.get(name)) is not None:
+                sums_2L[row] += entry.values.double().cpu()
+    tracker.clear()
+    return sums_2L
 
 
 def _device(model: Model) -> torch.device:

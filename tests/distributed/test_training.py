@@ -1,9 +1,4 @@
-"""The same run under any layout: losses, gradient norms, router numbers and the trained weights.
-
-The oracle is one rank. fp32 sums in another order differ in the seventh digit; five AdamW steps
-multiply that, since the first steps move every weight by the learning rate whatever its gradient's
-size, and a gradient near zero may differ in sign. Loss: 1e-5 relative; gradient norm: 1e-4.
-"""
+"""What training does, by its numbers: it learns, drops where told to, and bf16 follows fp32."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from layouts import LAYOUTS
-from safetensors.torch import load_file
 from tiny import save_dense
 from training_runs import run_training, tree, write_tokens
 from transformers import AutoModelForCausalLM
@@ -19,9 +13,6 @@ from transformers import AutoModelForCausalLM
 from megatron_moe.checkpoint.export import export_checkpoint
 
 pytestmark = pytest.mark.distributed
-TRAINED = [
-    "tp2", "ep4", "pp2", "cp2", "etp2", "pp2-vpp2", "tp2-ep4-etp1", "tp2-ep2-etp2", "tp2-pp2-ep4",
-]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -47,31 +38,6 @@ def train(inputs: dict[str, Path], layout: str, **changes: Any) -> list[dict[str
         parallel=parallel, data=validation, **changes,
     )  # fmt: skip
     return run_training(settings, world_size=world_size)
-
-
-@pytest.mark.parametrize("layout", TRAINED)
-def test_five_steps_equal_those_of_one_rank(
-    inputs: dict[str, Path], one_rank: list[dict[str, Any]], layout: str
-):
-    lines = train(inputs, layout)
-    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 5]
-    for ours, expected in zip(lines, one_rank, strict=True):
-        for name, tolerance in [
-            ("loss/lm", 1e-5), ("loss/validation", 1e-5), ("grad_norm", 1e-4),
-            ("loss/load_balancing", 1e-5), ("router/entropy", 1e-5), ("learning_rate", 0),
-        ]:  # fmt: skip
-            if name in expected:
-                assert ours[name] == pytest.approx(expected[name], rel=tolerance), (name, ours)
-    # Which expert a token chooses is a comparison of near-equal numbers: allow one in a hundred.
-    assert lines[-1]["router/load_imbalance"] == pytest.approx(
-        one_rank[-1]["router/load_imbalance"], rel=1e-2
-    )
-    exported = export(inputs, layout)
-    for name, tensor in load_file(export(inputs, "1") / "model.safetensors").items():
-        error = (load_file(exported / "model.safetensors")[name] - tensor).abs()
-        # Adam's first steps are +-lr for any gradient, so a near-zero one may go the other way.
-        assert error.max() <= 5 * 1e-3, name
-        assert error.median() <= 1e-6, (name, error.median())
 
 
 def export(inputs: dict[str, Path], layout: str) -> Path:

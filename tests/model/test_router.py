@@ -37,6 +37,7 @@ CHOSEN_E = [7.0, 5.0, 2.0, 0.0]
 
 
 def make_router(**moe: Any):
+    from megatron_moe.model.capacity import capacity_of
     from megatron_moe.model.config import transformer_config
     from megatron_moe.model.router import CountingRouter
     from megatron_moe.parallel.groups import create_groups
@@ -49,7 +50,11 @@ def make_router(**moe: Any):
         train=Train(steps=0, precision="fp32"),
     )
     _, groups = create_groups(Parallel(), seed=0)
-    router = CountingRouter(transformer_config(config, SPEC, cuda=False), pg_collection=groups)
+    router = CountingRouter(
+        capacity=capacity_of(config.moe),
+        config=transformer_config(config, SPEC, cuda=False),
+        pg_collection=groups,
+    )
     router.weight.data.zero_()
     router.set_layer_number(1)
     return router.train()
@@ -76,7 +81,7 @@ def test_choices_and_entropy_are_counted():
 def check_counts(world: World) -> None:
     router = make_router()
     route(router)
-    chosen_E, sums = router.take_counts()
+    chosen_E, _, sums = router.take_counts()
     assert chosen_E.tolist() == CHOSEN_E
     assert sums[0] == 14, "seven tokens, two choices each, none dropped"
     assert float(sums[1]) == pytest.approx(entropy(LOGITS_TE), rel=1e-9)
@@ -88,10 +93,10 @@ def test_counts_add_up_until_they_are_taken():
 
 def check_adding_up(world: World) -> None:
     router = make_router()
-    assert [c.tolist() for c in router.take_counts()] == [[0.0] * 4, [0.0] * 2]
+    assert [c.tolist() for c in router.take_counts()] == [[0.0] * 4, [0.0] * 4, [0.0] * 2]
     for _ in range(3):
         route(router)
-    chosen_E, sums = router.take_counts()
+    chosen_E, _, sums = router.take_counts()
     assert chosen_E.tolist() == [3 * n for n in CHOSEN_E]
     assert sums[0] == 3 * 14
     assert not router.take_counts()[0].any(), "taking starts anew"
@@ -121,7 +126,7 @@ def check_capacity(world: World, pad: bool) -> None:
     router = make_router(moe_expert_capacity_factor=1.0, moe_pad_expert_input_to_capacity=pad)
     probs_TE, map_TE = route(router)
     assert map_TE.sum(dim=0).tolist() == ([4, 4, 4, 4] if pad else [4, 4, 2, 0])
-    chosen_E, sums = router.take_counts()
+    chosen_E, _, sums = router.take_counts()
     assert chosen_E.tolist() == CHOSEN_E
     assert (probs_TE > 0).sum(dim=0).tolist() == [4, 4, 2, 0], "as Megatron-Core kept them"
     assert sums[0] == 14 - 3 - 1

@@ -88,8 +88,27 @@ REFUSALS = [
      "moe.moe_router_topk (9) must be at most moe.num_moe_experts (8): a token goes to different "
      "experts"),
     ("padding", {"moe.moe_pad_expert_input_to_capacity": True}, 1,
-     "moe.moe_pad_expert_input_to_capacity (true) needs moe.moe_expert_capacity_factor: without a "
-     "capacity there is nothing to pad to"),
+     "moe.moe_pad_expert_input_to_capacity (True) needs moe.moe_expert_capacity_factor: without "
+     "one nothing is dropped.\n  set moe.moe_expert_capacity_factor, or leave "
+     "moe.moe_pad_expert_input_to_capacity unset"),
+    ("padding-over-ranks", {"moe.moe_pad_expert_input_to_capacity": True,
+     "moe.moe_expert_capacity_factor": 1.0, "moe.capacity_scope": "sequence"}, 1,
+     "moe.capacity_scope (sequence) cannot be with moe.moe_pad_expert_input_to_capacity (true): an "
+     "expert then takes another number of tokens from each rank, and there is no one number to pad "
+     "to.\n  set moe.capacity_scope=rank"),
+    ("padding-beyond-all", {"moe.moe_pad_expert_input_to_capacity": True,
+     "moe.moe_expert_capacity_factor": 9.0, "moe.capacity_formula": "tokens_per_expert"}, 1,
+     "moe.moe_expert_capacity_factor (9.0) makes a capacity larger than all tokens, which "
+     "moe.moe_pad_expert_input_to_capacity (true) cannot pad to.\n"
+     "  largest moe.moe_expert_capacity_factor: 8.0"),
+    ("bias", {"moe.moe_router_enable_expert_bias": True}, 1,
+     "moe.moe_router_enable_expert_bias (true) needs moe.moe_router_score_function (softmax) to be "
+     "sigmoid: the bias is added to scores of experts taken alone.\n"
+     "  set moe.moe_router_score_function=sigmoid"),
+    ("sigmoid-order", {"moe.moe_router_score_function": "sigmoid",
+     "moe.router_order": "softmax_topk"}, 1,
+     "moe.router_order (softmax_topk) has no meaning with moe.moe_router_score_function (sigmoid): "
+     "scores of the chosen are divided by their sum.\n  leave moe.router_order unset"),
     ("top1", {"moe.moe_router_topk": 1}, 1,
      "moe.moe_router_topk (1) with moe.router_order (topk_softmax) is not trainable: the softmax "
      "over one chosen expert is always 1, so the router gets no gradient.\n"

@@ -1,0 +1,114 @@
+"""Expert capacity: which of the chosen tokens an expert takes when it cannot take all.
+
+Megatron-Core drops among the tokens of one rank, and by position in the order of `torch.topk` among
+equals, which is none. Here dropping is a function of the tokens alone, and may be decided over the
+whole sequences of a micro-batch, so that it is the same under every tp and cp.
+
+Shape letters of this module:
+
+    T  tokens this rank routes   A  tokens of the micro-batch on all its tp and cp ranks
+    E  num_moe_experts
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_moe.config.run import Moe
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """How many tokens an expert takes, and which; a ``Moe`` section's settings."""
+
+    factor: float
+    formula: str
+    policy: str
+    scope: str
+    pad: bool
+
+    def tokens(self, num_tokens: int, *, num_experts: int, topk: int) -> int:
+        """Tokens an expert takes of ``num_tokens``.
+
+        >>> Capacity(1.25, "megatron", "probs", "rank", False).tokens(64, num_experts=8, topk=2)
+        20
+        >>> by_tokens = Capacity(1.25, "tokens_per_expert", "probs", "rank", False)
+        >>> by_tokens.tokens(64, num_experts=8, topk=2)
+        10
+        """
+        choices = num_tokens * topk if self.formula == "megatron" else num_tokens
+        return math.ceil(choices / num_experts * self.factor)
+
+
+def capacity_of(moe: Moe) -> Capacity | None:
+    """What the settings say; None: nothing is dropped."""
+    if moe.moe_expert_capacity_factor is None:
+        return None
+    return Capacity(
+        factor=moe.moe_expert_capacity_factor,
+        formula=moe.capacity_formula,
+        policy=moe.moe_token_drop_policy,
+        scope=moe.capacity_scope,
+        pad=moe.moe_pad_expert_input_to_capacity,
+    )
+
+
+def kept_choices(probs_TE: Tensor, chosen_TE: Tensor, limit: int, *, policy: str) -> Tensor:
+    """The choices that fit: at most ``limit`` an expert, ``(T, E)`` bool.
+
+    Args:
+        probs_TE: Weights of the choices, zero where there is none.
+        chosen_TE: The choices.
+        limit: Tokens an expert takes.
+        policy: ``position``: the first; ``probs``: the most probable, the first among equals.
+    """
+    if limit >= len(chosen_TE):
+        return chosen_TE
+    if policy == "position":
+        return chosen_TE & (chosen_TE.cumsum(dim=0) <= limit)
+    score_TE = probs_TE.masked_fill(~chosen_TE, -1.0)
+    best_TE = score_TE.argsort(dim=0, descending=True, stable=True)[:limit]
+    return torch.zeros_like(chosen_TE).scatter_(0, best_TE, True) & chosen_TE
+
+
+def kept_over_ranks(
+    probs_TE: Tensor,
+    chosen_TE: Tensor,
+    place_T: Tensor,
+    limit: int,
+    *,
+    policy: str,
+    group: ProcessGroup,
+) -> Tensor:
+    """`kept_choices` among the tokens of all ranks of ``group``; returns this rank's.
+
+    Args:
+        probs_TE: As there, of this rank's tokens.
+        chosen_TE: As there.
+        place_T: Place of each of this rank's tokens among the ``A`` of the group.
+        limit: Tokens an expert takes of all ``A``.
+        policy: As there.
+        group: The ranks that share the micro-batch's sequences (tp x cp).
+    """
+    packed_TX = torch.cat(
+        [probs_TE.float(), chosen_TE.float(), place_T[:, None].to(torch.float32)], dim=1
+    )
+    parts = [torch.empty_like(packed_TX) for _ in range(group.size())]
+    dist.all_gather(parts, packed_TX.contiguous(), group=group)
+    all_AX = torch.cat(parts)
+    experts = probs_TE.shape[1]
+    all_AX = all_AX[all_AX[:, -1].argsort()]
+    kept_AE = kept_choices(all_AX[:, :experts], all_AX[:, experts:-1].bool(), limit, policy=policy)
+    return kept_AE[place_T]
+
+
+def padded(kept_TE: Tensor, limit: int) -> Tensor:
+    """The same choices and others, of weight zero, until every expert has exactly ``limit``."""
+    filled_TE = kept_TE.int().topk(limit, dim=0, sorted=False).indices
+    return torch.zeros_like(kept_TE).scatter_(0, filled_TE, True)
