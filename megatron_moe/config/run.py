@@ -258,7 +258,7 @@ class Train(Section):
     MoE layer, or every layer."""
 
     overlap_grad_reduce: bool = True
-    """On CUDA, reduce gradients over dp while the backward pass runs."""
+    """Reduce gradients over dp while the backward pass runs."""
 
     overlap_param_gather: bool = True
     """On CUDA, gather updated weights over dp while the next forward pass runs."""

@@ -60,7 +60,7 @@ def make_state(
     ddp = DistributedDataParallelConfig(
         use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=cuda and config.train.overlap_grad_reduce,
+        overlap_grad_reduce=config.train.overlap_grad_reduce,
         overlap_param_gather=_gathers_beside(config, cuda=cuda),
     )
     wrapped = []
@@ -106,6 +106,10 @@ def optimizer_config(config: RunConfig, *, cuda: bool) -> OptimizerConfig:
 
 
 def _gathers_beside(config: RunConfig, *, cuda: bool) -> bool:
+    """Whether a forward pass starts before all weights are gathered: a module waits for its own.
+
+    Not with the loop over experts, which reads weights of modules that it does not call.
+    """
     distributed = config.optimizer.use_distributed_optimizer
     return cuda and distributed and config.train.overlap_param_gather
 
