@@ -18,7 +18,7 @@ import typer
 from megatron_moe.config.load import load
 from megatron_moe.config.run import Mixing, Parallel, RunConfig
 from megatron_moe.errors import ConfigError, UserError
-from megatron_moe.hf.spec import read_spec
+from megatron_moe.hf.spec import DenseSpec, read_spec
 from megatron_moe.parallel.legality import check
 
 app = typer.Typer(
@@ -52,16 +52,33 @@ def train(
             min=1, help="Start this many ranks on this machine. Not under torchrun or SLURM."
         ),
     ] = None,
+    dry: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Train nothing: show what one rank of the job will be."),
+    ] = False,
+    world_size: Annotated[
+        int | None, typer.Option(min=1, help="With --dry-run: ranks of the job.")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=0, help="With --dry-run: the rank to show; default 0.")
+    ] = None,
+    as_json: JsonFlag = False,
 ) -> None:
     """Upcycle a dense checkpoint and continue its pre-training.
 
     One command for every scale: with --ranks it starts local ranks itself; under torchrun or SLURM
     it joins the job. Started again with the same run.dir, it resumes from the newest checkpoint.
+    With --dry-run it builds what one rank of any world will hold, without a GPU, and counts it.
 
     Example: megatron-moe train configs/demo.yaml train.steps=20 --ranks 4
     """
     config = load(RunConfig, config_file, overrides or [])
     spec = read_spec(config.dense.path)
+    if dry:
+        _dry_run(config, spec, ranks, world_size, rank or 0, as_json=as_json)
+        return
+    if world_size is not None or rank is not None or as_json:
+        raise ConfigError("--world-size, --rank and --json of train are for --dry-run: add it")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
     from megatron_moe.device.world import (
@@ -85,6 +102,31 @@ def train(
     else:
         with joined(place, device) as world:
             _train(config, world)
+
+
+def _dry_run(
+    config: RunConfig,
+    spec: DenseSpec,
+    ranks: int | None,
+    world_size: int | None,
+    rank: int,
+    *,
+    as_json: bool,
+) -> None:
+    if ranks is not None or world_size is None:
+        raise ConfigError(
+            "--dry-run starts no ranks, it stands for one of --world-size ranks: say how many\n"
+            f"  --dry-run --world-size {ranks or 8}"
+        )
+    check(config, spec, world_size)
+
+    from megatron_moe.device import cpu
+
+    cpu.install()  # before Megatron-Core is imported
+    from megatron_moe.dry_run import dry_run, dry_run_report
+
+    found = dry_run(config, rank=rank, world_size=world_size)
+    _show(found.to_json() if as_json else dry_run_report(found), as_json=as_json)
 
 
 def _train(config: RunConfig, world: Any) -> None:

@@ -116,7 +116,7 @@ def _replace_cuda_literals() -> None:
     def tensor_type(self: Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs:
             return type_name(self, *args, **kwargs)
-        return type_name(self).replace("torch.", "torch.cuda.", 1)
+        return f"torch.cuda.{type_name(self).rpartition('.')[2]}"  # of the meta device too
 
     Tensor.to = tensor_to
     Tensor.type = tensor_type

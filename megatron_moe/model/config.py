@@ -41,6 +41,8 @@ def transformer_config(config: RunConfig, spec: DenseSpec, *, cuda: bool) -> Tra
         calculate_per_token_loss=True,
         # Every parameter is filled from the dense checkpoint: drawing numbers first is waste.
         perform_initialization=False,
+        # Transformer Engine's modules ask this, not torch's default device.
+        init_model_with_meta_device=torch.get_default_device().type == "meta",
     )
 
 

@@ -1,0 +1,56 @@
+"""A dense checkpoint that is asked and never read: how many bytes would a rank take from it?
+
+A folder with only a ``config.json`` is enough, since that promises every tensor's shape.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_moe.errors import CheckpointError
+from megatron_moe.hf.header import INDEX_FILE, SINGLE_FILE, TensorInfo, read_headers
+from megatron_moe.hf.names import dense_tensors
+from megatron_moe.hf.reader import DenseCheckpoint
+from megatron_moe.hf.spec import read_spec
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(slots=True)
+class UnreadCheckpoint(DenseCheckpoint):
+    """Counts the bytes of each selection in ``bytes_read`` and leaves the destination alone."""
+
+    def _copy(self, name: str, info: TensorInfo, selection: object, into: Tensor) -> None:
+        self.bytes_read += into.numel() * info.dtype.itemsize
+
+
+def open_unread(folder: Path) -> UnreadCheckpoint:
+    """The dense model in ``folder``: by its headers, or where it has none by its config.json.
+
+    Raises:
+        CheckpointError: As `open_dense_checkpoint`, or a config.json that alone does not say what
+            a number is stored in.
+    """
+    spec = read_spec(folder)
+    if any((folder / file).exists() for file in (SINGLE_FILE, INDEX_FILE)):
+        return UnreadCheckpoint(folder, spec, read_headers(folder))
+    dtype = _stored_dtype(folder / "config.json")
+    nowhere = folder / SINGLE_FILE
+    promised = {name: TensorInfo(shape, dtype, nowhere, 0) for name, shape in dense_tensors(spec)}
+    return UnreadCheckpoint(folder, spec, promised)
+
+
+def _stored_dtype(path: Path) -> torch.dtype:
+    config = json.loads(path.read_text(encoding="utf-8"))
+    name = config.get("dtype") or config.get("torch_dtype") or "float32"  # as transformers has it
+    if name not in _DTYPES:
+        raise CheckpointError(
+            f"{path} has dtype {name!r}, and there are no safetensors to say otherwise: must be "
+            f"one of {', '.join(_DTYPES)}"
+        )
+    return _DTYPES[name]

@@ -1,0 +1,186 @@
+"""The dry run against the planner, against real ranks, and on every configuration for H100s.
+
+It stands for a rank in a child, because the rest of the tests fork ranks out of this process.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.multiprocessing as mp
+from dense_models import DENSE_MODELS, H100_FILES, shipped
+from layouts import layout
+from tiny import save_dense
+from training_runs import run_training, tree, write_tokens
+
+from megatron_moe.config.load import build
+from megatron_moe.config.run import RunConfig
+from megatron_moe.dry_run import DryRun, dry_run
+from megatron_moe.errors import ConfigError
+from megatron_moe.hf.spec import DenseSpec, read_spec
+from megatron_moe.parallel.layout import fold
+from megatron_moe.plan.parameters import rank_parameters, rank_tensors
+from megatron_moe.plan.shape import upcycled_shape
+
+# Odd sizes, so that padding shows: no tensor is a multiple of 64, and the vocabulary is prime.
+DENSE = {
+    "architectures": ["Qwen3ForCausalLM"], "num_hidden_layers": 8, "hidden_size": 48,
+    "intermediate_size": 104, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 12,
+    "vocab_size": 1009, "max_position_embeddings": 256,
+}  # fmt: skip
+LAYOUTS = ["dp4", "tp2 cp2 pp2 ep2 etp2 dp2", "pp4 vpp2 ep4 dp4", "tp4 ep8 dp2", "tp2 pp2 etp1 dp6"]
+
+
+def in_a_child(check, *args) -> None:
+    mp.start_processes(lambda _: check(*args), nprocs=1, start_method="fork")
+
+
+def agrees_with_the_planner(
+    found: DryRun, config: RunConfig, spec: DenseSpec, *, world_size: int
+) -> None:
+    assert found.counted == found.planned
+    shape, stage = upcycled_shape(spec, config.moe), found.groups["pp"].index(found.rank)
+    assert found.parameters == sum(rank_parameters(shape, found.degrees, pp_rank=stage))
+    chunks = rank_tensors(shape, found.degrees, pp_rank=stage)
+    assert found.filled.parameters == sum(map(len, chunks))
+    both = fold(config.parallel, world_size=world_size)
+    for axis in ("tp", "cp", "dp", "pp"):
+        assert found.groups[axis] in both.attention.groups(axis)
+    for axis in ("etp", "ep", "edp"):
+        assert found.groups[axis] in both.experts.groups(axis)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("precision", "device", "distributed"),
+    [("bf16", "auto", True), ("fp32", "cpu", True), ("bf16", "auto", False)],
+)
+def test_parameters_and_state_are_the_planners_to_the_byte(
+    tmp_path: Path, precision: str, device: str, distributed: bool
+):
+    dense = tmp_path / "dense"
+    dense.mkdir()
+    (dense / "config.json").write_text(json.dumps(DENSE))
+
+    def check() -> None:
+        for name in LAYOUTS:
+            world_size, parallel = layout(name)
+            config = build(
+                RunConfig,
+                tree(
+                    tmp_path, dense, tmp_path, parallel=parallel,
+                    run={"device": device},
+                    moe={"num_moe_experts": 8, "moe_layers": [0, 1, 3, 6]},
+                    train={"precision": precision, "global_batch_size": 32},
+                    optimizer={"use_distributed_optimizer": distributed},
+                ),
+            )  # fmt: skip
+            for rank in sorted({0, world_size // 3, world_size - 1}):
+                found = dry_run(config, rank=rank, world_size=world_size)
+                agrees_with_the_planner(found, config, read_spec(dense), world_size=world_size)
+
+    in_a_child(check)
+
+
+@pytest.mark.distributed
+def test_bytes_read_are_those_of_real_ranks(tmp_path: Path):
+    """The same job twice: its receipt, and a dry run of each rank on a bare config.json."""
+    dense = save_dense(tmp_path / "dense", "qwen2")
+    world_size, parallel = layout("tp2 pp2 ep2")
+    tokens = write_tokens(tmp_path / "tokens")
+    settings = tree(
+        tmp_path / "run", dense, tokens, parallel=parallel, train={"steps": 0},
+        moe={"num_moe_experts": 4, "moe_layers": [1, 2]},
+    )  # fmt: skip
+    run_training(settings, world_size=world_size)
+    receipt = json.loads((tmp_path / "run" / "receipt.json").read_text())
+
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_text((dense / "config.json").read_text())
+    config = build(RunConfig, settings | {"dense": {"path": str(bare)}})
+
+    def check() -> None:
+        for theirs in receipt["ranks"]:
+            found = dry_run(config, rank=theirs["rank"], world_size=world_size)
+            assert found.filled.bytes_read == theirs["bytes_read"] > 0
+            assert found.filled.parameter_bytes == theirs["parameter_bytes"]
+            assert found.source_bytes == receipt["source_bytes"]
+
+    in_a_child(check)
+
+
+@pytest.mark.distributed
+def test_every_h100_configuration(tmp_path: Path):
+    """Up to 1,024 ranks: the first, and one of the last stage."""
+    for name, shape in DENSE_MODELS.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(shape))
+
+    def check() -> None:
+        for path in H100_FILES:
+            config, spec, gpus = shipped(path)
+            folder = tmp_path / config.dense.path.name
+            config = config.model_copy(
+                update={"dense": config.dense.model_copy(update={"path": folder})}
+            )
+            for rank in (0, gpus - 1):
+                found = dry_run(config, rank=rank, world_size=gpus)
+                agrees_with_the_planner(found, config, spec, world_size=gpus)
+                assert found.memory.total < 80
+                assert 0 < found.filled.bytes_read <= found.source_bytes
+
+    in_a_child(check)
+
+
+@pytest.fixture
+def yaml_file(tmp_path: Path) -> Path:
+    (tmp_path / "dense").mkdir()
+    (tmp_path / "dense" / "config.json").write_text(json.dumps(DENSE))
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps(tree(tmp_path, tmp_path / "dense", tmp_path)))
+    return path
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "megatron_moe", "train", *map(str, arguments)],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+def test_json_of_the_command(yaml_file: Path):
+    told = command(
+        yaml_file, "parallel.expert_parallel_size=4", "--dry-run", "--world-size", 4, "--rank", 3,
+        "--json",
+    )  # fmt: skip
+    assert told.returncode == 0, told.stderr
+    numbers = json.loads(told.stdout)
+    assert numbers["groups"]["ep"] == [0, 1, 2, 3]
+    assert numbers["experts"] == [3]
+    assert numbers["state_bytes"] == numbers["planned_state_bytes"]
+    assert numbers["memory_gib"]["total"] > 2.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--dry-run",), "--world-size 8"),
+        (("--dry-run", "--ranks", 4), "--world-size 4"),
+        (("--world-size", 8), "are for --dry-run"),
+        (("--dry-run", "--world-size", 3), "train.global_batch_size"),
+    ],
+)
+def test_refusals(yaml_file: Path, arguments: tuple, words: str):
+    told = command(yaml_file, *arguments)
+    assert told.returncode == 2
+    assert words in told.stderr
+    assert "Traceback" not in told.stderr
+
+
+def test_a_rank_that_is_not_there(yaml_file: Path):
+    config = build(RunConfig, json.loads(yaml_file.read_text()))
+    with pytest.raises(ConfigError, match=r"--rank \(4\) must be less than --world-size \(4\)"):
+        dry_run(config, rank=4, world_size=4)
