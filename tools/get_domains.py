@@ -149,8 +149,9 @@ def _from_local(folder: Path) -> dict[str, Texts]:
         for block in read_blocks([path], text_key="text", start=Place()):
             for number, record in enumerate(block.records, start=block.first_line):
                 entry = json.loads(record) if isinstance(record, bytes) else {"text": record}
-                if domain := _domain_of(entry, path):
-                    found.setdefault(domain, []).append((f"{path}:{number}", entry["text"]))
+                domain, text = _domain_of(entry, path), entry.get("text")
+                if domain is not None and isinstance(text, str):
+                    found.setdefault(domain, []).append((f"{path}:{number}", text))
     if missing := [name for name in SLIMPAJAMA if name not in found]:
         raise UserError(
             f"{folder} has no text of {', '.join(missing)}.\n"
