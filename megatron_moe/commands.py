@@ -17,6 +17,7 @@ from megatron_moe.checkpoint.sharded import Saver, restore
 from megatron_moe.config.load import dump
 from megatron_moe.config.mixtures import starting_weights
 from megatron_moe.config.run import RunConfig
+from megatron_moe.construct.complete import complete_plan
 from megatron_moe.data.announce import announcement
 from megatron_moe.data.feed import Feed, Seat
 from megatron_moe.data.mixing import moved, updates_due
@@ -28,12 +29,13 @@ from megatron_moe.device.world import World
 from megatron_moe.errors import ConfigError
 from megatron_moe.experts.plan import ExpertPlan, make_expert_plan
 from megatron_moe.hf.names import dense_tensors
-from megatron_moe.hf.reader import DenseCheckpoint, open_dense_checkpoint
+from megatron_moe.hf.reader import DenseCheckpoint, open_dense_checkpoint, open_mixed
 from megatron_moe.hf.spec import read_spec
 from megatron_moe.log import StepProgress, console
 from megatron_moe.model.build import Model, build_model
 from megatron_moe.model.config import DTYPES, check_dispatcher
 from megatron_moe.model.receipt import gather_receipt, rank_receipt, write_receipt
+from megatron_moe.model.router import set_output_scales
 from megatron_moe.model.upcycle import check_coverage, upcycle
 from megatron_moe.model.verify import Agreement, compare_with_dense, verify_length
 from megatron_moe.parallel.groups import create_groups
@@ -77,7 +79,8 @@ def train(config: RunConfig, world: World) -> None:
     job = Job(config, world, layout, groups)
     dense = open_dense_checkpoint(config.dense.path)  # 1. read
     dense.check_tensors(dict(dense_tensors(dense.spec)))
-    plan = make_expert_plan(dense.spec, config.moe, config.upcycle)  # 2. which neurons go where
+    plan = make_expert_plan(dense.spec, config.moe, config.upcycle)
+    plan = complete_plan(plan, config, dense)  # 2. which neurons go where
     texts = open_texts(config, vocab_size=dense.spec.vocab_size)  # 3. data
     _announce(job, dense, plan)
 
@@ -86,9 +89,7 @@ def train(config: RunConfig, world: World) -> None:
         model = upcycled_model(job, dense, plan, texts, cuda=cuda)  # 4. filled online, verified
         state = make_state(config, model, groups, cuda=cuda)
     else:
-        model = build_model(
-            config, dense.spec, layout=layout, groups=groups, rank=world.rank, cuda=cuda
-        )
+        model = empty_model(job, dense, plan, cuda=cuda)
         state = make_state(config, model, groups, cuda=cuda)
         restore(state, resume_from, config, groups, plan_hash=plan.hash)
         job.say(f"resumed {resume_from} at step {state.step}")
@@ -138,24 +139,23 @@ def upcycled_model(
     config, rank = job.config, job.world.rank
     reset_peak()
     held, start = held_bytes(), time.perf_counter()
-    model = build_model(
-        config, dense.spec, layout=job.layout, groups=job.groups, rank=rank, cuda=cuda
-    )
-    filled = upcycle(model, dense, plan, layout=job.layout, rank=rank)
+    model = empty_model(job, dense, plan, cuda=cuda)
+    mix_with = open_mixed(dense, config.upcycle.mix_with)
+    filled = upcycle(model, dense, plan, layout=job.layout, rank=rank, mix_with=mix_with)
     mine = rank_receipt(
         filled,
         held_bytes_before=held,
         peak_bytes=peak_bytes(),
         seconds=time.perf_counter() - start,
     )
-    tensors_used = check_coverage(filled, dense)
+    tensors_used = check_coverage(filled, dense, num_sources=plan.recipe.num_sources)
     agreement = _verify(job, model, texts) if _wants_verification(config, dense) else None
     receipt = gather_receipt(
         mine,
         tensors_used=tensors_used,
         source_bytes=dense.source_bytes,
         plan_hash=plan.hash,
-        method=plan.method,
+        method=plan.recipe.method,
         agreement=agreement,
     )
     if rank == 0:
@@ -164,6 +164,20 @@ def upcycled_model(
         f"upcycled {tensors_used} tensors in {receipt['seconds']:.1f} s; rank 0 read "
         f"{mine.bytes_read / 2**20:.1f} MiB for its {mine.parameter_bytes / 2**20:.1f} MiB shard"
     )
+    return model
+
+
+def empty_model(job: Job, dense: DenseCheckpoint, plan: ExpertPlan, *, cuda: bool) -> Model:
+    """This rank's part of the MoE, without values; its routers know the plan's scales."""
+    model = build_model(
+        job.config,
+        dense.spec,
+        layout=job.layout,
+        groups=job.groups,
+        rank=job.world.rank,
+        cuda=cuda,
+    )
+    set_output_scales(model.modules, plan)
     return model
 
 
@@ -307,8 +321,9 @@ def _announce(job: Job, dense: DenseCheckpoint, plan: ExpertPlan) -> None:
     job.say(
         f"{job.world.size} ranks on {job.world.device.type}: attention {attention}, "
         f"experts {experts} ({EXPERT_KERNEL[job.world.device.type]})\n"
-        f"{dense.spec.family} with {dense.spec.num_layers} layers, {len(plan.moe_layers)} of them "
-        f"{plan.num_experts} experts by {plan.method!r}; plan {plan.hash[:12]}"
+        f"{dense.spec.family} with {dense.spec.num_layers} layers, "
+        f"{len(plan.recipe.moe_layers)} of them {plan.recipe.num_experts} experts by "
+        f"{plan.recipe.method!r}; plan {plan.hash[:12]}"
     )
 
 

@@ -4,6 +4,7 @@ run.dir/checkpoints/step_00000010/    complete, or not there: it is renamed into
 run.dir/checkpoints/latest            the newest name, replaced in one step
 .../step_00000010/checkpoint.json     step, samples, place in each domain, plan hash, layout
 .../step_00000010/config.yaml         the run's resolved configuration
+.../step_00000010/plan.safetensors     where the plan is more than its settings
 .../step_00000010/dense/              config.json and tokenizer of the dense model
 """
 
@@ -19,6 +20,7 @@ from typing import Any
 from megatron_moe.config.load import load
 from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import CheckpointError
+from megatron_moe.experts.file import PLAN_FILE
 from megatron_moe.hf.writer import fsync
 
 _STEP = re.compile(r"step_(\d{8,})")
@@ -130,6 +132,8 @@ def describe(partial: Path, progress: Progress, config_yaml: str, dense_folder: 
     for pattern in DENSE_FILES:
         for file in dense_folder.glob(pattern):
             shutil.copyfile(file, partial / "dense" / file.name)
+    if (plan := partial.parents[1] / PLAN_FILE).exists():
+        shutil.copyfile(plan, partial / PLAN_FILE)
     (partial / "checkpoint.json").write_text(json.dumps(asdict(progress), indent=2) + "\n")
 
 

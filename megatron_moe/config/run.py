@@ -17,6 +17,21 @@ Count = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+Method = Literal[
+    "copy",
+    "drop",
+    "granular",
+    "split_random",
+    "split_clustered",
+    "sharing_inner",
+    "sharing_inter",
+    "qwen",
+    "weaver",
+    "mix",
+]
+RouterInit = Literal["normal", "uniform", "zero", "gate_mean", "virtual_groups", "centroids"]
 
 
 class Section(BaseModel):
@@ -65,6 +80,15 @@ class Moe(Section):
 
     moe_layers: Literal["all"] | list[NonNegativeInt] = "all"
     """Ids of the layers that become MoE, counted from 0; the others stay dense."""
+
+    first_dense_layers: NonNegativeInt = 0
+    """With moe_layers "all": layers at the beginning that stay dense nevertheless."""
+
+    last_dense_layers: NonNegativeInt = 0
+    """The same at the end."""
+
+    moe_shared_expert_intermediate_size: Count | None = None
+    """Neurons of an expert that every token passes, next to the routed ones (S); None: none."""
 
     moe_router_score_function: Literal["softmax", "sigmoid"] = "softmax"
     """sigmoid (DeepSeek-V3): each expert scored alone, and the scores of the chosen K divided by
@@ -122,13 +146,62 @@ class Moe(Section):
 
 
 class Upcycle(Section):
-    """How experts are built from the dense FFN."""
+    """How experts are built from the dense FFN of F neurons."""
 
-    method: Literal["copy"] = "copy"
-    """copy: each expert starts as the whole dense FFN (arXiv 2412.09952, 2212.05055)."""
+    method: Method = "copy"
+    """Which dense neurons an expert of M neurons is made of.
+
+    copy             all (arXiv 2412.09952, 2212.05055)
+    drop             all, part of them drawn anew (Drop-Upcycling, 2502.19261)
+    granular         one of G = F / M shards, in R = E / G replicas (virtual groups, 2410.07524)
+    split_random     its part of a random partition (LLaMA-MoE, 2406.16554)
+    split_clustered  a cluster of like rows of up, all of one size (same)
+    sharing_inner    the M most important for its part of the text (same; needs plan)
+    sharing_inter    the same, after those that most experts want went to the shared expert
+    qwen             a piece of shuffled copies, half of it drawn anew (Qwen1.5-MoE)
+    weaver           a cluster of like activations; even ones are shared (2602.15521; needs plan)
+    mix              all, of one of several dense models (Branch-Train-MiX, 2403.07816)
+    """
+
+    plan: Path | None = None
+    """The plan file that `megatron-moe construct` writes and `train` reads, where the method, the
+    router or the scale is measured."""
+
+    mix_with: list[Path] = []
+    """With method mix: dense checkpoints besides dense.path. Experts come from dense.path and these
+    in turn; all other weights are averaged."""
 
     seed: int = 0
     """Seed of everything the method draws at random, the router rows included."""
+
+    permutation_seed: int | None = None
+    """Order in which copies and shards take the dense neurons; None: as they are."""
+
+    reinit_ratio: Fraction | None = None
+    """Part of each expert's neurons that is drawn anew, with mean and std of what it replaces, on
+    top of any method. None: 0.5 for drop and qwen, else 0."""
+
+    noise_std: NonNegative = 0.0
+    """Standard deviation of noise added to the routed experts' weights, so that copies differ."""
+
+    scale: Literal["exact", "paper", "calibrated", "none"] | None = None
+    """With method granular: how the output regains the dense layer's magnitude. exact (None too):
+    the factor goes into down. paper: its cube root into gate, up and down. calibrated: the factor
+    is measured."""
+
+    rescale: Literal["N/K", "N", "none", "calibrated"] | None = None
+    """With other methods: factor of the routed output, N experts of which K are chosen. None: N/K
+    where experts are parts of the dense layer (LLaMA-MoE), else none."""
+
+    rescale_at: Literal["weights", "runtime"] = "weights"
+    """Multiply down once, or the experts' output always."""
+
+    router_init: RouterInit | None = None
+    """Rows of the router. None: virtual_groups for granular, uniform for drop, gate_mean for
+    weaver, else normal. normal, uniform: of router_init_std. zero: as good as zero, with ties
+    broken. gate_mean: the mean of the expert's rows of gate. virtual_groups: random rows, each
+    repeated so that the shards of a replica are chosen together. centroids: of k-means over the
+    layer's inputs (needs plan)."""
 
     router_init_std: NonNegative = 0.02
     """Standard deviation of the router's random rows."""

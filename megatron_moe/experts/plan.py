@@ -3,98 +3,150 @@
 A SwiGLU layer is a sum over its neurons (row of gate, row of up, column of down), so an expert is a
 list of neurons, and every way of building experts is another list. A plan is derived from
 (method, seed, layer) alone: each rank computes what it needs of it, and no rank needs to be told.
+Methods that look at the weights or at the model at work put what they found into a table a layer.
 
 Shape letters of this module:
 
     E  num_moe_experts          D  hidden_size
     F  ffn_hidden_size (dense)  M  moe_ffn_hidden_size, the neurons of one expert
+    S  neurons of the shared expert
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_moe.config.run import Moe, Upcycle
+from megatron_moe.experts import replicate, split
+from megatron_moe.experts.draws import Use, generator
+from megatron_moe.experts.recipe import Recipe, make_recipe, moe_layer_ids
+from megatron_moe.experts.router import router_rows
 from megatron_moe.hf.spec import DenseSpec
 
-SCHEMA = 1
+__all__ = ["ExpertPlan", "LayerPlan", "LayerTable", "make_expert_plan", "moe_layer_ids"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerTable:
+    """What cannot be derived from the recipe alone; None where it can."""
+
+    neurons_EM: NDArray[np.int64] | None = None
+    shared_S: NDArray[np.int64] | None = None
+    router_ED: NDArray[np.float32] | None = None
+    output_scale: float | None = None
+    """Factor that makes the routed output as large as the dense layer's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerPlan:
     """The experts of one layer."""
 
     neurons_EM: NDArray[np.int64]
     """Dense neuron that each neuron of each expert is a copy of."""
 
-    router_ED: NDArray[np.float32]
-    """Rows of the router at the start."""
+    shared_S: NDArray[np.int64]
+    """Dense neurons of the always-on expert; empty where there is none."""
+
+    source_E: NDArray[np.int64]
+    """Which dense checkpoint each expert comes from."""
+
+    reinit_EM: NDArray[np.bool_] | None
+    """Neurons drawn anew, with the mean and std of those they replace; None: none."""
+
+    weight_scales: tuple[float, float, float]
+    """Factors of gate, up and down of the routed experts."""
+
+    output_scale: float
+    """Factor of the routed experts' output at run time."""
+
+    router_ED: NDArray[np.float32] | None
+    """Rows of the router at the start; None: the mean of the expert's rows of gate."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertPlan:
     """How every MoE layer of the model is built; ask it a layer at a time."""
 
-    method: str
-    seed: int
-    num_experts: int
-    expert_ffn_hidden_size: int
-    dense_ffn_hidden_size: int
-    hidden_size: int
-    router_init_std: float
-    moe_layers: tuple[int, ...]
+    recipe: Recipe
+    tables: Mapping[int, LayerTable] = field(default_factory=dict)
+    """By layer, for recipes that need them."""
 
     def layer(self, layer: int) -> LayerPlan:
         """The experts of layer ``layer``, counted from 0 over the whole model."""
+        recipe, table = self.recipe, self.tables.get(layer, LayerTable())
+        part = _neurons(recipe, layer, table)
+        down, runtime = recipe.weight_scales[2], recipe.output_scale
+        if recipe.calibrated:
+            assert table.output_scale is not None, f"layer {layer} was not calibrated"
+            down *= table.output_scale if recipe.rescale_at == "weights" else 1.0
+            runtime *= table.output_scale if recipe.rescale_at == "runtime" else 1.0
         return LayerPlan(
-            neurons_EM=METHODS[self.method](self, layer),
-            router_ED=_normal_rows(self, layer),
+            neurons_EM=part.neurons_EM,
+            shared_S=part.shared_S,
+            source_E=replicate.source_of_experts(recipe),
+            reinit_EM=_reinit_mask(recipe, layer) if recipe.reinit_ratio else None,
+            weight_scales=(*recipe.weight_scales[:2], down),
+            output_scale=runtime,
+            router_ED=table.router_ED
+            if recipe.router_init == "centroids"
+            else router_rows(recipe, layer),
         )
+
+    def with_tables(self, tables: Mapping[int, LayerTable]) -> ExpertPlan:
+        """The same recipe with what was found about each layer."""
+        return replace(self, tables=tables)
 
     @property
     def hash(self) -> str:
         """Same plan, same hash: sha256 over everything the layers are derived from."""
-        fields = {name: getattr(self, name) for name in self.__slots__}
-        text = json.dumps({"schema": SCHEMA, **fields}, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps(self.recipe.content(), sort_keys=True).encode())
+        for layer in sorted(self.tables):
+            table = self.tables[layer]
+            for name in ("neurons_EM", "shared_S", "router_ED", "output_scale"):
+                if (value := getattr(table, name)) is not None:
+                    values = np.ascontiguousarray(value)
+                    digest.update(f"{layer} {name} {values.dtype} {values.shape}".encode())
+                    digest.update(values.tobytes())
+        return digest.hexdigest()
 
 
 def make_expert_plan(spec: DenseSpec, moe: Moe, upcycle: Upcycle) -> ExpertPlan:
-    """The plan that the configuration asks for, for a dense model of this shape."""
-    return ExpertPlan(
-        method=upcycle.method,
-        seed=upcycle.seed,
-        num_experts=moe.num_moe_experts,
-        expert_ffn_hidden_size=moe.moe_ffn_hidden_size or spec.ffn_hidden_size,
-        dense_ffn_hidden_size=spec.ffn_hidden_size,
-        hidden_size=spec.hidden_size,
-        router_init_std=upcycle.router_init_std,
-        moe_layers=moe_layer_ids(moe, spec.num_layers),
-    )
+    """The plan that the configuration asks for, for a dense model of this shape.
+
+    Where its recipe needs weights or measuring, it has no tables yet.
+    """
+    return ExpertPlan(make_recipe(spec, moe, upcycle))
 
 
-def moe_layer_ids(moe: Moe, num_layers: int) -> tuple[int, ...]:
-    """Ids of the layers that become MoE, ascending."""
-    return tuple(range(num_layers)) if moe.moe_layers == "all" else tuple(sorted(moe.moe_layers))
+def _neurons(recipe: Recipe, layer: int, table: LayerTable) -> split.Partition:
+    none = np.zeros(0, dtype=np.int64)
+    match recipe.method:
+        case "copy" | "drop" | "mix":
+            return split.Partition(replicate.copy(recipe, layer), none)
+        case "granular":
+            return split.Partition(replicate.granular(recipe, layer), none)
+        case "qwen":
+            return split.Partition(replicate.qwen(recipe, layer), none)
+        case "split_random":
+            return split.random(recipe, layer)
+        case "split_clustered" | "sharing_inner" | "sharing_inter" | "weaver":
+            assert table.neurons_EM is not None, f"layer {layer} of {recipe.method} has no table"
+            shared_S = none if table.shared_S is None else table.shared_S
+            return split.Partition(table.neurons_EM, shared_S)
 
 
-def _copy(plan: ExpertPlan, layer: int) -> NDArray[np.int64]:
-    """Each expert is the whole dense FFN (arXiv 2212.05055, section 3; 2412.09952)."""
-    neurons_M = np.arange(plan.expert_ffn_hidden_size, dtype=np.int64)
-    return np.broadcast_to(neurons_M, (plan.num_experts, plan.expert_ffn_hidden_size))
-
-
-def _normal_rows(plan: ExpertPlan, layer: int) -> NDArray[np.float32]:
-    generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([plan.seed, layer])))
-    shape = (plan.num_experts, plan.hidden_size)
-    return generator.standard_normal(shape, dtype=np.float32) * np.float32(plan.router_init_std)
-
-
-METHODS: dict[str, Callable[[ExpertPlan, int], NDArray[np.int64]]] = {"copy": _copy}
-"""Every way of choosing neurons; a method is a function, never a file per combination."""
+def _reinit_mask(recipe: Recipe, layer: int) -> NDArray[np.bool_]:
+    """Neurons of each expert that are drawn anew: the same for gate, up and down (2502.19261)."""
+    size = recipe.expert_ffn_hidden_size
+    mask_EM = np.zeros((recipe.num_experts, size), dtype=np.bool_)
+    count = round(recipe.reinit_ratio * size)
+    for expert in range(recipe.num_experts):
+        drawn = generator(recipe.seed, layer, Use.REINIT_MASK, expert)
+        mask_EM[expert, drawn.permutation(size)[:count]] = True
+    return mask_EM

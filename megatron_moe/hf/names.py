@@ -71,6 +71,10 @@ ROWS: tuple[Row, ...] = (
                        (_H + "mlp.gate_proj.weight", _H + "mlp.up_proj.weight"), Sharding.GATED),
     Row("expert_fc2",  (_L + "mlp.experts.local_experts.{expert}.linear_fc2.weight", _L + "mlp.experts.linear_fc2.weight{expert}"),
                        (_H + "mlp.down_proj.weight",),                          Sharding.COLUMNS),
+    Row("shared_fc1",  (_L + "mlp.shared_experts.linear_fc1.weight",),
+                       (_H + "mlp.gate_proj.weight", _H + "mlp.up_proj.weight"), Sharding.GATED),
+    Row("shared_fc2",  (_L + "mlp.shared_experts.linear_fc2.weight",),
+                       (_H + "mlp.down_proj.weight",),                          Sharding.COLUMNS),
     Row("final_norm",  ("decoder.final_layernorm.weight",),
                        ("model.norm.weight",),                                  Sharding.WHOLE),
     Row("output",      ("output_layer.weight",),
@@ -97,6 +101,8 @@ MOE_NAMES: dict[Architecture, dict[str, tuple[str, ...]]] = {
 # fmt: on
 
 ROW_OF_ROLE = {row.role: row for row in ROWS}
+MOE_ROLES = frozenset({"router", "expert_fc1", "expert_fc2", "shared_fc1", "shared_fc2"})
+"""Rows that a dense model does not have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +141,7 @@ def match(parameter: str) -> Match | None:
 def dense_tensors(spec: DenseSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of every tensor that a dense folder of this shape must hold."""
     for row in ROWS:
-        if row.role in ("expert_fc1", "expert_fc2", "router") or not has_row(row.role, spec):
+        if row.role in MOE_ROLES or not has_row(row.role, spec):
             continue
         layers = range(spec.num_layers) if "{layer}" in row.hf[0] else (0,)
         for layer in layers:

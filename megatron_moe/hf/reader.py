@@ -12,11 +12,12 @@ Nothing of a folder is executed or unpickled; ``pytorch_model.bin`` is refused.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import mmap
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from megatron_moe.errors import CheckpointError
 from megatron_moe.hf.header import TensorInfo, listing, read_headers
+from megatron_moe.hf.names import dense_tensors
 from megatron_moe.hf.spec import DenseSpec, read_spec
 
 WINDOW_BYTES = 32 * 2**20
@@ -52,6 +54,16 @@ class DenseCheckpoint:
     def source_bytes(self) -> int:
         """Size of all tensors together."""
         return sum(info.num_bytes for info in self.tensors.values())
+
+    def fingerprint(self) -> str:
+        """A hash that tells dense models apart: their tensors and the first bytes of each."""
+        digest = hashlib.sha256()
+        for name, info in sorted(self.tensors.items()):
+            digest.update(f"{name} {info.dtype} {info.shape}".encode())
+            with info.file.open("rb") as file:
+                file.seek(info.offset)
+                digest.update(file.read(min(info.num_bytes, 4096)))
+        return digest.hexdigest()
 
     def read(
         self, name: str, *, rows: Indices | None = None, columns: Indices | None = None
@@ -184,6 +196,36 @@ def open_dense_checkpoint(folder: Path) -> DenseCheckpoint:
     folder = Path(folder)
     spec = read_spec(folder)
     return DenseCheckpoint(folder, spec, read_headers(folder))
+
+
+def open_mixed(dense: DenseCheckpoint, folders: Sequence[Path]) -> list[DenseCheckpoint]:
+    """Checkpoints of the shape of ``dense``, to take experts from and to average with it.
+
+    Raises:
+        CheckpointError: One is of another shape; says in what.
+    """
+    opened = []
+    for folder in folders:
+        other = open_dense_checkpoint(folder)
+        other.check_tensors(dict(dense_tensors(other.spec)))
+        if differences := [
+            f"    {key}: {value} and {ours[key]}"
+            for ours in [asdict(dense.spec)]
+            for key, value in asdict(other.spec).items()
+            if value != ours[key] and key not in _MAY_DIFFER
+        ]:
+            raise CheckpointError(
+                f"{folder} (upcycle.mix_with) and {dense.folder} (dense.path) must be models of "
+                "one shape, because their weights are averaged, but differ in\n"
+                + "\n".join(differences)
+            )
+        opened.append(other)
+    return opened
+
+
+_MAY_DIFFER = frozenset(
+    {"max_position_embeddings", "initializer_range", "eos_token_id", "bos_token_id"}
+)
 
 
 # ---- windows -------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ Shape letters of this module:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from copy import copy
 from typing import Any
 
@@ -15,8 +16,18 @@ import torch
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
+from megatron_moe.experts.plan import ExpertPlan
 from megatron_moe.model.capacity import Capacity, kept_choices, kept_over_ranks, padded
 from megatron_moe.parallel.sequence import zigzag
+
+
+def set_output_scales(modules: Iterable[torch.nn.Module], plan: ExpertPlan) -> None:
+    """Tell every router of ``modules`` by how much the plan scales its layer's routed output."""
+    for module in modules:
+        for router in module.modules():
+            if isinstance(router, CountingRouter):
+                assert router.layer_number is not None
+                router.output_scale = plan.layer(router.layer_number - 1).output_scale
 
 
 class CountingRouter(TopKRouter):
@@ -30,6 +41,9 @@ class CountingRouter(TopKRouter):
         capacity: None drops nothing.
         **megatron: What Megatron-Core's router takes.
     """
+
+    output_scale: float = 1.0
+    """Factor of the combine weights, and so of the routed experts' output."""
 
     _chosen_E: Tensor | None = None
     _scores_E: Tensor | None = None
@@ -52,6 +66,8 @@ class CountingRouter(TopKRouter):
             map_TE, probs_TE = self._drop(probs_TE, chosen_TE, batch=logits.shape[1])
         if self.training and torch.is_grad_enabled():
             self._count(logits.detach().flatten(0, -2), chosen_TE, probs_TE.detach())
+        if self.output_scale != 1.0:
+            probs_TE = probs_TE * self.output_scale
         return probs_TE, map_TE
 
     def _drop(self, probs_TE: Tensor, chosen_TE: Tensor, *, batch: int) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -90,8 +91,12 @@ def _layer(config: TransformerConfig, router: Any) -> ModuleSpec:
 
 
 def _moe_mlp(router: Any) -> partial[MoELayer]:
-    experts = partial(LoopExperts, submodules=_LINEAR)
-    return partial(MoELayer, submodules=MoESubmodules(experts=experts, router=router))
+    submodules = MoESubmodules(
+        experts=partial(LoopExperts, submodules=_LINEAR),
+        shared_experts=partial(SharedExpertMLP, submodules=_LINEAR),
+        router=router,
+    )
+    return partial(MoELayer, submodules=submodules)
 
 
 def _routed_by(router: Any, block: TransformerBlockSubmodules) -> TransformerBlockSubmodules:

@@ -5,13 +5,17 @@ takes, and ``parallel/shards.py`` which slices are this rank's. These slices are
 the parameter. There is no dense model, no full tensor, no second copy and no broadcast. Loading is
 total: each parameter is filled exactly once by one rule, and over all ranks each tensor of the
 checkpoint is used, or the run stops and lists what is missing.
+
+Where a plan also changes values (scales, neurons drawn anew, noise, router rows that are means of
+weights), `model/reshape.py` does it afterwards, in place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -19,8 +23,9 @@ from torch import Tensor
 from megatron_moe.errors import CheckpointError
 from megatron_moe.experts.plan import ExpertPlan, LayerPlan
 from megatron_moe.hf.names import ROW_OF_ROLE, Match, dense_tensors, match
-from megatron_moe.hf.reader import DenseCheckpoint
+from megatron_moe.hf.reader import WINDOW_BYTES, DenseCheckpoint
 from megatron_moe.model.build import Chunk, Model
+from megatron_moe.model.reshape import LocalExpert, LocalLayer, reshape_values
 from megatron_moe.parallel.layout import ParallelLayout, local_experts
 from megatron_moe.parallel.shards import Part, Piece, pieces
 
@@ -34,27 +39,51 @@ class Filled:
     parameter_bytes: int
     bytes_read: int
     """Bytes asked of the checkpoint; slices that several experts share are read once."""
-    sources: frozenset[str]
-    """Tensors of the checkpoint this rank read from."""
+    sources: frozenset[tuple[int, str]]
+    """Tensors this rank read from, each with the number of its checkpoint."""
 
 
 @dataclass(slots=True)
 class _Filler:
     """Reads pieces into parameters, each distinct piece of a layer once."""
 
-    dense: DenseCheckpoint
-    sources: set[str] = field(default_factory=set)
+    checkpoints: Sequence[DenseCheckpoint]
+    sources: set[tuple[int, str]] = field(default_factory=set)
     seen: dict[tuple, Tensor] = field(default_factory=dict)
 
-    def fill(self, parameter: Tensor, parts: list[Piece]) -> None:
+    def fill(self, parameter: Tensor, parts: list[Piece], *, source: int | None) -> None:
+        """Fill from checkpoint ``source``, or, None, with the average of all."""
         for piece in parts:
-            target = parameter[piece.into]
-            if (again := self.seen.get(piece.key)) is not None:
+            target, key = parameter[piece.into], (source, *piece.key)
+            if (again := self.seen.get(key)) is not None:
                 target.copy_(again)
+            elif source is None and len(self.checkpoints) > 1:
+                self._average(piece, target)
+                self.seen[key] = target
             else:
-                self.dense.read_into(piece.source, target, rows=piece.rows, columns=piece.columns)
-                self.seen[piece.key] = target
-            self.sources.add(piece.source)
+                self._read(source or 0, piece, target)
+                self.seen[key] = target
+
+    def _read(self, source: int, piece: Piece, target: Tensor) -> None:
+        self.checkpoints[source].read_into(
+            piece.source, target, rows=piece.rows, columns=piece.columns
+        )
+        self.sources.add((source, piece.source))
+
+    def _average(self, piece: Piece, target: Tensor) -> None:
+        """The mean over checkpoints in fp32, a window at a time; rows are consecutive here."""
+        assert not isinstance(piece.rows, np.ndarray), piece
+        first = piece.rows.start if piece.rows is not None else 0
+        step = max(1, WINDOW_BYTES // (4 * target[0].numel()))
+        for start in range(0, len(target), step):
+            window = target[start : start + step]
+            rows = slice(first + start, first + start + len(window))
+            total = torch.zeros(window.shape, dtype=torch.float32, device=window.device)
+            read = torch.empty_like(total)
+            for source in range(len(self.checkpoints)):
+                self._read(source, replace(piece, rows=rows), read)
+                total += read
+            window.copy_(total / len(self.checkpoints))
 
 
 @torch.no_grad()
@@ -65,6 +94,7 @@ def upcycle(
     *,
     layout: ParallelLayout,
     rank: int,
+    mix_with: Sequence[DenseCheckpoint] = (),
 ) -> Filled:
     """Fill every parameter of ``model`` on this rank.
 
@@ -74,38 +104,50 @@ def upcycle(
         plan: Which neurons go to which expert.
         layout: Who holds what.
         rank: This rank.
+        mix_with: The other checkpoints of a plan with several sources.
 
     Raises:
         CheckpointError: A parameter that no rule fills, or NaN or Inf in a tensor.
     """
-    filler = _Filler(dense)
-    before, count, size = dense.bytes_read, 0, 0
+    checkpoints = [dense, *mix_with]
+    assert len(checkpoints) == plan.recipe.num_sources, (len(checkpoints), plan.recipe)
+    filler = _Filler(checkpoints)
+    before, count, size = _bytes_read(checkpoints), 0, 0
+    local_layers: list[LocalLayer] = []
     for chunk in model.chunks:
         for layer, parameters in _by_layer(chunk):
-            layer_plan = plan.layer(layer) if layer in plan.moe_layers else None
+            place = _Place(dense, layer, plan, layout, rank)
             filler.seen.clear()
             for parameter, found in parameters:
-                _fill_one(parameter, found, layer, layer_plan, filler, layout, rank)
+                place.fill(parameter, found, filler)
                 count += 1
                 size += parameter.numel() * parameter.element_size()
+            if place.layer_plan is not None:
+                local_layers.append(place.local_layer(parameters))
     filler.seen.clear()
-    return Filled(count, size, dense.bytes_read - before, frozenset(filler.sources))
+    reshape_values(local_layers, plan.recipe, layout=layout, rank=rank)
+    read = _bytes_read(checkpoints) - before
+    return Filled(count, size, read, frozenset(filler.sources))
 
 
-def check_coverage(filled: Filled, dense: DenseCheckpoint) -> int:
-    """How many tensors the ranks used together: all of them.
+def check_coverage(filled: Filled, dense: DenseCheckpoint, *, num_sources: int = 1) -> int:
+    """How many tensors the ranks used together: all of them, of every source.
 
     Raises:
         CheckpointError: Some tensor of the dense model reached no rank; on every rank.
     """
-    gathered: list[frozenset[str]] = [frozenset()] * dist.get_world_size()
+    gathered: list[frozenset[tuple[int, str]]] = [frozenset()] * dist.get_world_size()
     dist.all_gather_object(gathered, filled.sources)
-    expected = {name for name, _ in dense_tensors(dense.spec)}
+    expected = {(i, name) for i in range(num_sources) for name, _ in dense_tensors(dense.spec)}
     used = frozenset().union(*gathered)
     if unused := sorted(expected - used):
-        listed = "\n".join(f"    {name}" for name in unused)
+        listed = "\n".join(f"    {name}" for _, name in unused)
         raise CheckpointError(f"{len(unused)} tensors of the checkpoint reached no rank:\n{listed}")
     return len(used)
+
+
+def _bytes_read(checkpoints: Sequence[DenseCheckpoint]) -> int:
+    return sum(checkpoint.bytes_read for checkpoint in checkpoints)
 
 
 def _by_layer(chunk: Chunk) -> Iterator[tuple[int | None, list[tuple[Tensor, Match]]]]:
@@ -127,36 +169,55 @@ def _by_layer(chunk: Chunk) -> Iterator[tuple[int | None, list[tuple[Tensor, Mat
     yield from groups.items()
 
 
-def _fill_one(
-    parameter: Tensor,
-    found: Match,
-    layer: int | None,
-    layer_plan: LayerPlan | None,
-    filler: _Filler,
-    layout: ParallelLayout,
-    rank: int,
-) -> None:
-    row = found.row
-    if row.role == "router":
-        assert layer_plan is not None
-        parameter.copy_(torch.from_numpy(layer_plan.router_ED))
-        return
-    neurons_M = None
-    if found.expert is not None:
-        assert layer_plan is not None
-        mine = local_experts(layout, rank=rank, num_experts=len(layer_plan.neurons_EM))
-        neurons_M = layer_plan.neurons_EM[mine[found.expert]]
-        part = Part(layout.experts.coords(rank)["etp"], layout.experts.size("etp"))
-    else:
-        part = Part(layout.attention.coords(rank)["tp"], layout.attention.size("tp"))
-    if row.role in ("embedding", "output"):
-        parameter.zero_()  # rows that pad the vocabulary
-    source = row if row.role != "output" or not filler.dense.spec.tied_embeddings else _EMBEDDING
-    filler.fill(
-        parameter,
-        pieces(source, layer=layer, part=part, spec=filler.dense.spec, neurons_M=neurons_M),
-    )
+class _Place:
+    """One layer of the model on one rank (None: what is outside the layers)."""
 
+    def __init__(
+        self,
+        dense: DenseCheckpoint,
+        layer: int | None,
+        plan: ExpertPlan,
+        layout: ParallelLayout,
+        rank: int,
+    ) -> None:
+        self.dense, self.layer = dense, layer
+        self.layer_plan: LayerPlan | None = None
+        if layer is not None and layer in plan.recipe.moe_layers:
+            self.layer_plan = plan.layer(layer)
+        self.experts = local_experts(layout, rank=rank, num_experts=plan.recipe.num_experts)
+        self.tp = Part(layout.attention.coords(rank)["tp"], layout.attention.size("tp"))
+        self.etp = Part(layout.experts.coords(rank)["etp"], layout.experts.size("etp"))
 
-_EMBEDDING = ROW_OF_ROLE["embedding"]
-"""Where the last pipeline stage's output layer comes from when embeddings are tied."""
+    def fill(self, parameter: Tensor, found: Match, filler: _Filler) -> None:
+        """Fill one parameter with what the dense model has for it."""
+        row, part, neurons, source = found.row, self.tp, None, None
+        if row.role == "router":
+            assert self.layer_plan is not None
+            if self.layer_plan.router_ED is not None:
+                parameter.copy_(torch.from_numpy(self.layer_plan.router_ED))
+            return
+        if found.expert is not None:
+            assert self.layer_plan is not None
+            expert, part = self.experts[found.expert], self.etp
+            neurons = self.layer_plan.neurons_EM[expert]
+            source = int(self.layer_plan.source_E[expert])
+        elif row.role in ("shared_fc1", "shared_fc2"):
+            assert self.layer_plan is not None
+            neurons = self.layer_plan.shared_S
+        if row.role in ("embedding", "output"):
+            parameter.zero_()  # rows that pad the vocabulary
+        if row.role == "output" and self.dense.spec.tied_embeddings:
+            row = ROW_OF_ROLE["embedding"]  # the last stage's copy
+        parts = pieces(row, layer=self.layer, part=part, spec=self.dense.spec, neurons_M=neurons)
+        filler.fill(parameter, parts, source=source)
+
+    def local_layer(self, parameters: list[tuple[Tensor, Match]]) -> LocalLayer:
+        """The layer's experts as `reshape_values` wants them, once they are filled."""
+        assert self.layer is not None
+        assert self.layer_plan is not None
+        by_role = {(found.row.role, found.expert): tensor for tensor, found in parameters}
+        experts = [
+            LocalExpert(expert, by_role["expert_fc1", i], by_role["expert_fc2", i], self.etp)
+            for i, expert in enumerate(self.experts)
+        ]
+        return LocalLayer(self.layer, self.layer_plan, experts, by_role["router", None])

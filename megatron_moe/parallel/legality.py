@@ -14,6 +14,7 @@ from megatron_moe.config.mixtures import starting_weights
 from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import ConfigError
 from megatron_moe.experts.plan import moe_layer_ids
+from megatron_moe.experts.rules import construction_violations
 from megatron_moe.hf.spec import DenseSpec
 
 
@@ -157,18 +158,36 @@ def _router(case: Case) -> Iterator[str]:
         )
 
 
-def _method(case: Case) -> Iterator[str]:
-    if case.config.upcycle.method == "copy" and case.expert_ffn != case.spec.ffn_hidden_size:
-        yield (
-            f"moe.moe_ffn_hidden_size ({case.expert_ffn}) must equal the dense model's "
-            f"intermediate_size ({case.spec.ffn_hidden_size}) with upcycle.method (copy): each "
-            "expert is the whole dense FFN.\n  leave moe.moe_ffn_hidden_size unset"
-        )
+def _construction(case: Case) -> Iterator[str]:
+    return construction_violations(case.config, case.spec)
+
+
+def _shared_expert(case: Case) -> Iterator[str]:
+    tp = case.config.parallel.tensor_parallel_size
+    size = case.config.moe.moe_shared_expert_intermediate_size or 0
+    if size % tp:
+        yield _indivisible(
+            "moe.moe_shared_expert_intermediate_size", size,
+            "parallel.tensor_parallel_size", tp, "the shared expert is split over tp",
+        )  # fmt: skip
 
 
 def _moe_layers(case: Case) -> Iterator[str]:
-    layers = moe_layer_ids(case.config.moe, case.spec.num_layers)
-    if not layers:
+    moe = case.config.moe
+    layers = moe_layer_ids(moe, case.spec.num_layers)
+    if moe.moe_layers != "all" and (moe.first_dense_layers or moe.last_dense_layers):
+        yield (
+            f"moe.first_dense_layers ({moe.first_dense_layers}) and moe.last_dense_layers "
+            f"({moe.last_dense_layers}) are for moe.moe_layers (all), but it is a list: leave the "
+            "dense layers out of the list"
+        )
+    if moe.first_dense_layers + moe.last_dense_layers >= case.spec.num_layers:
+        yield (
+            f"moe.first_dense_layers ({moe.first_dense_layers}) + moe.last_dense_layers "
+            f"({moe.last_dense_layers}) must be less than the dense model's num_hidden_layers "
+            f"({case.spec.num_layers}): otherwise the model stays dense"
+        )
+    elif not layers:
         yield "moe.moe_layers ([]) must name at least one layer: otherwise the model stays dense"
     if outside := [layer for layer in layers if layer >= case.spec.num_layers]:
         yield (
@@ -336,7 +355,8 @@ def _reset_attention(case: Case) -> Iterator[str]:
 
 
 RULES = (
-    _world, _heads, _experts, _capacity, _router, _method, _moe_layers, _dense_ffn, _pipeline,
+    _world, _heads, _experts, _capacity, _router, _construction, _shared_expert, _moe_layers,
+    _dense_ffn, _pipeline,
     _sequence, _batch, _schedule, _texts, _mixing, _reset_attention,
 )  # fmt: skip
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from megatron_moe.config.run import Moe, Upcycle
-from megatron_moe.experts.plan import ExpertPlan, make_expert_plan, moe_layer_ids
+from megatron_moe.experts.plan import ExpertPlan, LayerTable, make_expert_plan, moe_layer_ids
+from megatron_moe.experts.recipe import Recipe
 from megatron_moe.hf.spec import spec_from_config
 
 SPEC = spec_from_config(
@@ -21,7 +22,7 @@ SPEC = spec_from_config(
 )
 
 OTHER_VALUES = {
-    "method": "another",
+    "method": "drop",
     "seed": 8,
     "num_experts": 5,
     "expert_ffn_hidden_size": 20,
@@ -29,6 +30,16 @@ OTHER_VALUES = {
     "hidden_size": 512,
     "router_init_std": 0.03,
     "moe_layers": (0, 1, 2, 3, 4),
+    "shared_size": 8,
+    "num_sources": 2,
+    "router_init": "uniform",
+    "weight_scales": (1.0, 1.0, 2.0),
+    "output_scale": 2.0,
+    "calibrated": True,
+    "rescale_at": "runtime",
+    "reinit_ratio": 0.5,
+    "noise_std": 0.1,
+    "permutation_seed": 0,
 }
 
 
@@ -39,7 +50,7 @@ def make(seed: int = 7, std: float = 0.02, **moe: object) -> ExpertPlan:
 
 def test_copy_gives_every_expert_every_neuron_once():
     plan = make()
-    for layer in plan.moe_layers:
+    for layer in plan.recipe.moe_layers:
         neurons_EM = plan.layer(layer).neurons_EM
         assert neurons_EM.shape == (4, 40)
         for neurons_M in neurons_EM:
@@ -49,7 +60,7 @@ def test_copy_gives_every_expert_every_neuron_once():
 def test_the_same_settings_give_the_same_plan():
     one, other = make(), make()
     assert one.hash == other.hash
-    for layer in one.moe_layers:
+    for layer in one.recipe.moe_layers:
         ours, theirs = one.layer(layer), other.layer(layer)
         np.testing.assert_array_equal(ours.neurons_EM, theirs.neurons_EM)
         np.testing.assert_array_equal(ours.router_ED, theirs.router_ED)
@@ -88,12 +99,24 @@ def test_a_router_of_std_zero_prefers_no_expert():
     assert not make(std=0.0).layer(0).router_ED.any()
 
 
-@pytest.mark.parametrize("field", [field.name for field in fields(ExpertPlan)])
+@pytest.mark.parametrize("field", [field.name for field in fields(Recipe)])
 def test_the_hash_changes_with_every_field(field: str):
     plan = make()
-    changed = replace(plan, **{field: OTHER_VALUES[field]})
-    assert getattr(plan, field) != OTHER_VALUES[field]
-    assert changed.hash != plan.hash
+    changed = replace(plan.recipe, **{field: OTHER_VALUES[field]})
+    assert getattr(plan.recipe, field) != OTHER_VALUES[field]
+    assert ExpertPlan(changed).hash != plan.hash
+
+
+def test_the_hash_changes_with_every_table():
+    plan = make()
+    tables = [
+        LayerTable(neurons_EM=np.zeros((4, 40), dtype=np.int64)),
+        LayerTable(shared_S=np.zeros(4, dtype=np.int64)),
+        LayerTable(router_ED=np.zeros((4, 1024), dtype=np.float32)),
+        LayerTable(output_scale=2.0),
+    ]
+    plans = [plan, *(plan.with_tables({layer: t}) for t in tables for layer in (0, 1))]
+    assert len({plan.hash for plan in plans}) == len(plans)
 
 
 def test_the_hash_is_the_same_in_every_version():
@@ -111,5 +134,10 @@ def test_moe_layer_ids_ascend(asked: object, ids: tuple[int, ...]):
 
 
 def test_an_experts_size_is_the_dense_layers_unless_set():
-    assert make().expert_ffn_hidden_size == 40
-    assert make(moe_ffn_hidden_size=10).expert_ffn_hidden_size == 10
+    assert make().recipe.expert_ffn_hidden_size == 40
+    assert make(moe_ffn_hidden_size=10).recipe.expert_ffn_hidden_size == 10
+
+
+def test_first_and_last_layers_stay_dense():
+    moe = Moe(num_moe_experts=2, first_dense_layers=1, last_dense_layers=2)
+    assert moe_layer_ids(moe, 6) == (1, 2, 3)

@@ -29,7 +29,8 @@ from megatron_moe.hf.names import (
 )
 from megatron_moe.hf.spec import DenseSpec, read_spec
 
-EXPERT_ROLES = {"router", "expert_fc1", "expert_fc2"}
+SHARED_ROLES = {"shared_fc1", "shared_fc2"}
+EXPERT_ROLES = {"router", "expert_fc1", "expert_fc2", *SHARED_ROLES}
 
 DENSE_MODELS = [
     pytest.param(family, tied, id=f"{family}-{'tied' if tied else 'untied'}")
@@ -196,7 +197,7 @@ def check_built_names(world: World, folder: Path, spec: DenseSpec) -> None:
     config = RunConfig(
         run=Run(dir=folder),
         dense=Dense(path=folder),
-        moe=Moe(num_moe_experts=3, moe_layers=[1, 2]),
+        moe=Moe(num_moe_experts=3, moe_layers=[1, 2], moe_shared_expert_intermediate_size=16),
         data=Data(path=folder, seq_length=8),
         train=Train(steps=0, precision="fp32"),
     )
@@ -221,7 +222,7 @@ def expected_places(spec: DenseSpec, *, moe_layers: set[int], experts: int):
             routed = layer in moe_layers
             if row.role in ("expert_fc1", "expert_fc2"):
                 yield from ((row.role, layer, e) for e in range(experts if routed else 0))
-            elif row.role == "router":
+            elif row.role == "router" or row.role in SHARED_ROLES:
                 yield from [(row.role, layer, None)] * routed
             elif row.role in ("fc1", "fc2"):
                 yield from [(row.role, layer, None)] * (not routed)

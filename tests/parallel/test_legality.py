@@ -34,6 +34,7 @@ def make_config(changes: dict[str, Any] | None = None) -> RunConfig:
         "dense": {"path": "dense"},
         "moe": {"num_moe_experts": 8},
         "parallel": {},
+        "upcycle": {},
         "data": {"path": "text", "seq_length": 48},
         "train": {"steps": 10, "global_batch_size": 48},
         "optimizer": {"warmup_steps": 2},
@@ -117,6 +118,18 @@ REFUSALS = [
      "moe.moe_ffn_hidden_size (24) must equal the dense model's intermediate_size (48) with "
      "upcycle.method (copy): each expert is the whole dense FFN.\n"
      "  leave moe.moe_ffn_hidden_size unset"),
+    ("shared-expert", parallel(tp=3) | {
+        "moe.moe_ffn_hidden_size": 5, "moe.moe_shared_expert_intermediate_size": 8,
+        "upcycle.method": "split_random", "train.global_batch_size": 48}, 3,
+     "moe.moe_shared_expert_intermediate_size (8) must be divisible by "
+     "parallel.tensor_parallel_size (3): the shared expert is split over tp.\n"
+     "  valid tensor_parallel_size: 1, 2, 4, 8"),
+    ("dense-ends", {"moe.first_dense_layers": 6, "moe.last_dense_layers": 6}, 1,
+     "moe.first_dense_layers (6) + moe.last_dense_layers (6) must be less than the dense model's "
+     "num_hidden_layers (12): otherwise the model stays dense"),
+    ("dense-ends-of-a-list", {"moe.moe_layers": [3], "moe.first_dense_layers": 1}, 1,
+     "moe.first_dense_layers (1) and moe.last_dense_layers (0) are for moe.moe_layers (all), but "
+     "it is a list: leave the dense layers out of the list"),
     ("no-moe-layer", {"moe.moe_layers": []}, 1,
      "moe.moe_layers ([]) must name at least one layer: otherwise the model stays dense"),
     ("layer-ids", {"moe.moe_layers": [0, 12, 99]}, 1,

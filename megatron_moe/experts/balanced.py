@@ -1,0 +1,85 @@
+"""Balanced k-means: clusters of exactly equal size, each assignment solved as a min-cost flow.
+
+Shape letters: X points, D features, C clusters.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from ortools.graph.python import min_cost_flow
+
+ITERATIONS = 20
+STEPS_OF_COST = 2**24
+"""Costs are integers of this resolution: rounding hides in which order a product was summed."""
+
+
+def balanced_kmeans(
+    points_XD: NDArray[np.float32], clusters: int, drawn: np.random.Generator
+) -> NDArray[np.int64]:
+    """Cluster of each point, ``(X,)``; every cluster has X / C points.
+
+    Lloyd's algorithm with k-means++ starts; each round assigns all points at once at the least
+    total squared distance that equal sizes allow, and ends when that no longer falls.
+    """
+    centers_CD = _spread_starts(points_XD, clusters, drawn)
+    best, cluster_X = None, np.zeros(len(points_XD), dtype=np.int64)
+    for _ in range(ITERATIONS):
+        assigned_X, cost = assign(_costs(points_XD, centers_CD))
+        if best is not None and cost >= best:
+            break
+        best, cluster_X = cost, assigned_X
+        centers_CD = np.stack(
+            [points_XD[cluster_X == c].mean(axis=0, dtype=np.float64) for c in range(clusters)]
+        ).astype(np.float32)
+    return cluster_X
+
+
+def assign(costs_XC: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
+    """The cheapest assignment of X points to C clusters of X / C points, and what it costs."""
+    points, clusters = costs_XC.shape
+    assert points % clusters == 0, (points, clusters)
+    solver: Any = min_cost_flow.SimpleMinCostFlow()
+    arcs = solver.add_arcs_with_capacity_and_unit_cost(
+        np.repeat(np.arange(points), clusters),
+        points + np.tile(np.arange(clusters), points),
+        np.ones(points * clusters, dtype=np.int64),
+        costs_XC.ravel(),
+    )
+    supplies = np.full(points + clusters, -(points // clusters), dtype=np.int64)
+    supplies[:points] = 1
+    solver.set_nodes_supplies(np.arange(points + clusters), supplies)
+    status = solver.solve()
+    assert status == solver.OPTIMAL, status
+    return solver.flows(arcs).reshape(points, clusters).argmax(axis=1), int(solver.optimal_cost())
+
+
+def _costs(points_XD: NDArray[np.float32], centers_CD: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Squared distances as integers; what all clusters of a point share is left out."""
+    size_C = (centers_CD.astype(np.float64) ** 2).sum(axis=1)
+    costs_XC = size_C - 2 * (points_XD @ centers_CD.T).astype(np.float64)
+    costs_XC -= costs_XC.min(axis=1, keepdims=True)
+    scale = STEPS_OF_COST / max(float(costs_XC.max()), np.finfo(np.float64).tiny)
+    return np.rint(costs_XC * scale).astype(np.int64)
+
+
+def _spread_starts(
+    points_XD: NDArray[np.float32], clusters: int, drawn: np.random.Generator
+) -> NDArray[np.float32]:
+    """k-means++: each start is drawn with probability as its squared distance to the others."""
+    chosen = [int(drawn.integers(len(points_XD)))]
+    far_X = _squared_distance(points_XD, points_XD[chosen[0]])
+    for _ in range(clusters - 1):
+        total = far_X.sum()
+        probability_X = far_X / total if total > 0 else None  # all points are the same
+        chosen.append(int(drawn.choice(len(points_XD), p=probability_X)))
+        far_X = np.minimum(far_X, _squared_distance(points_XD, points_XD[chosen[-1]]))
+    return points_XD[chosen]
+
+
+def _squared_distance(
+    points_XD: NDArray[np.float32], point_D: NDArray[np.float32]
+) -> NDArray[np.float64]:
+    return ((points_XD - point_D) ** 2).sum(axis=1, dtype=np.float64)

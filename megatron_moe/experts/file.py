@@ -1,0 +1,130 @@
+"""The plan file: what was found about each layer, with the recipe and the model it was found for.
+
+A safetensors file whose header holds a JSON text: schema, recipe, hash of the plan, fingerprint of
+the dense checkpoint. Neurons are int32, so a file is some megabytes for the largest models.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from megatron_moe.errors import CheckpointError
+from megatron_moe.experts.plan import ExpertPlan, LayerTable
+from megatron_moe.experts.recipe import SCHEMA
+
+PLAN_FILE = "plan.safetensors"
+_KEY = "megatron_moe.expert_plan"
+
+
+def write_plan(
+    path: Path, plan: ExpertPlan, *, source: str, measured_on: dict[str, Any] | None = None
+) -> None:
+    """Write ``plan`` with its tables; the file is complete under its name or not there.
+
+    Args:
+        path: File to write.
+        plan: With a table for each layer that needs one.
+        source: Fingerprint of the dense checkpoint.
+        measured_on: What was measured with, for the reader of the file.
+    """
+    arrays = {}
+    for layer, table in plan.tables.items():
+        for name, value in _arrays(table).items():
+            arrays[f"layers.{layer}.{name}"] = value
+    header = {
+        "schema": SCHEMA,
+        "recipe": plan.recipe.content(),
+        "hash": plan.hash,
+        "source": source,
+        "measured_on": measured_on,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(f".{path.name}.partial")
+    save_file(arrays, staged, metadata={_KEY: json.dumps(header)})
+    staged.replace(path)
+
+
+def read_plan(path: Path, plan: ExpertPlan, *, source: str | None) -> ExpertPlan:
+    """``plan`` with the tables of a plan file made for the same recipe and the same dense model.
+
+    Args:
+        path: A file that `write_plan` wrote.
+        plan: What the configuration asks for.
+        source: Fingerprint of the dense checkpoint; None: whichever it was.
+
+    Raises:
+        CheckpointError: No such file, one of another recipe or model, or a damaged one.
+    """
+    header, arrays = _read(path)
+    if header.get("schema") != SCHEMA:
+        raise CheckpointError(
+            f"{path} has schema {header.get('schema')}, but this version reads {SCHEMA}: "
+            "make it again with megatron-moe construct"
+        )
+    expected = json.loads(json.dumps(plan.recipe.content()))
+    if header["recipe"] != expected:
+        raise CheckpointError(
+            f"{path} was made for other settings:\n"
+            + "\n".join(_differences(header["recipe"], expected))
+            + "\n  make it again with megatron-moe construct, or restore the settings"
+        )
+    if source is not None and header["source"] != source:
+        raise CheckpointError(
+            f"{path} was made from another dense model (fingerprint {header['source'][:12]}) than "
+            f"dense.path holds ({source[:12]}).\n  make it again with megatron-moe construct"
+        )
+    found = plan.with_tables(_tables(arrays))
+    if found.hash != header["hash"]:
+        raise CheckpointError(
+            f"{path} is damaged: its tables have hash {found.hash[:12]}, but it says "
+            f"{header['hash'][:12]}"
+        )
+    return found
+
+
+def _arrays(table: LayerTable) -> dict[str, np.ndarray]:
+    stored = {}
+    for field in fields(table):
+        value = getattr(table, field.name)
+        if value is None:
+            continue
+        array = np.ascontiguousarray(value)
+        stored[field.name] = array.astype(np.int32) if array.dtype == np.int64 else array
+    return stored
+
+
+def _tables(arrays: dict[str, np.ndarray]) -> dict[int, LayerTable]:
+    found: dict[int, dict[str, Any]] = {}
+    for key, array in arrays.items():
+        _, layer, name = key.split(".")
+        value = array.astype(np.int64) if array.dtype == np.int32 else array
+        found.setdefault(int(layer), {})[name] = value if value.ndim else float(value)
+    return {layer: LayerTable(**values) for layer, values in found.items()}
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    try:
+        with safe_open(path, "numpy") as file:
+            header = json.loads((file.metadata() or {})[_KEY])
+            return header, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"there is no plan file {path}.\n  make it first: megatron-moe construct CONFIG.yaml"
+        ) from error
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a plan file: {error!r}") from error
+
+
+def _differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    return [
+        f"    {name}: the file has {found.get(name)}, the configuration {expected.get(name)}"
+        for name in sorted(found.keys() | expected.keys())
+        if found.get(name) != expected.get(name)
+    ]

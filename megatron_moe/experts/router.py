@@ -1,0 +1,42 @@
+"""Rows of the router at the start of training.
+
+Shape letters: E num_moe_experts, D hidden_size, G granularity, R replicas = E / G.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_moe.experts.draws import generator
+from megatron_moe.experts.recipe import Recipe
+
+TIE_BREAK_STD = 1e-6
+"""Rows of zeros would send every token to the first K experts. These are too small to weigh one
+expert above another, and large enough to choose."""
+
+
+def router_rows(recipe: Recipe, layer: int) -> NDArray[np.float32] | None:
+    """Rows that are drawn, ``(E, D)``; None where they are measured or read from the weights."""
+    experts, std = recipe.num_experts, np.float32(recipe.router_init_std)
+    match recipe.router_init:
+        case "normal":
+            return _normal(recipe, layer, experts) * std
+        case "uniform":
+            drawn = generator(recipe.seed, layer).random(
+                (experts, recipe.hidden_size), dtype=np.float32
+            )
+            return (2 * drawn - 1) * np.float32(3**0.5) * std
+        case "zero":
+            return _normal(recipe, layer, experts) * np.float32(TIE_BREAK_STD)
+        case "virtual_groups":
+            granularity = recipe.dense_ffn_hidden_size // recipe.expert_ffn_hidden_size
+            rows_RD = _normal(recipe, layer, experts // granularity) * std
+            return np.repeat(rows_RD, granularity, axis=0)
+        case "gate_mean" | "centroids":
+            return None
+
+
+def _normal(recipe: Recipe, layer: int, rows: int) -> NDArray[np.float32]:
+    shape = (rows, recipe.hidden_size)
+    return generator(recipe.seed, layer).standard_normal(shape, dtype=np.float32)

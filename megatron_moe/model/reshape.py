@@ -1,0 +1,181 @@
+"""Change the values of filled experts in place: scales, neurons drawn anew, noise, router rows.
+
+What depends on more than one rank holds (the mean of an expert that etp ranks share, the mean row
+of an expert that ep rank 3 has) is summed as integers: fixed-point sums are the same in any order,
+so the weights are the same bits under every layout. All of it is one sum over the world.
+
+Shape letters of this module:
+
+    E  num_moe_experts   D  hidden_size   m  neurons of an expert on this etp rank
+    L  MoE layers
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_moe.experts.draws import BLOCK_NEURONS, Use, normal_rows
+from megatron_moe.experts.plan import LayerPlan
+from megatron_moe.experts.recipe import Recipe
+from megatron_moe.parallel.layout import ParallelLayout
+from megatron_moe.parallel.shards import Part
+
+FIXED_POINT = 2**28
+"""Steps of one unit: 2**28 weights of size 8 fill 63 bits, and a step is 1e-7 of a weight of
+0.03."""
+ROWS_AT_ONCE = 512
+
+
+@dataclass(frozen=True, slots=True)
+class LocalExpert:
+    """One expert of one layer as this rank holds it."""
+
+    expert: int
+    fc1_2mD: Tensor
+    fc2_Dm: Tensor
+    part: Part
+
+    @property
+    def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Views of gate, up and down with a row for each neuron of this rank."""
+        gate_mD, up_mD = self.fc1_2mD.chunk(2)
+        return gate_mD, up_mD, self.fc2_Dm.T
+
+    def neurons(self, size: int) -> slice:
+        """Which of the expert's ``size`` neurons this rank holds."""
+        return self.part.of(size)
+
+
+@dataclass(frozen=True, slots=True)
+class LocalLayer:
+    """The experts of one MoE layer on this rank."""
+
+    layer: int
+    plan: LayerPlan
+    experts: list[LocalExpert]
+    router_ED: Tensor
+
+
+@torch.no_grad()
+def reshape_values(
+    layers: list[LocalLayer], recipe: Recipe, *, layout: ParallelLayout, rank: int
+) -> None:
+    """Do what the plan wants done to the values of the filled ``layers`` of this rank.
+
+    Every rank of the world calls it, also one without MoE layers.
+    """
+    counts_once = layout.experts.coords(rank)["edp"] == 0
+    if recipe.reinit_ratio:
+        moments = _world_sums(layers, recipe, _moments, (3, 2), counts_once=counts_once)
+        for local in layers:
+            _redraw(local, recipe, moments[recipe.moe_layers.index(local.layer)])
+    if recipe.router_init == "gate_mean":
+        rows = _world_sums(
+            layers, recipe, _gate_rows, (recipe.hidden_size,), counts_once=counts_once
+        )
+        for local in layers:
+            mean_ED = rows[recipe.moe_layers.index(local.layer)] / recipe.expert_ffn_hidden_size
+            local.router_ED.copy_(mean_ED.float())
+    for local in layers:
+        for expert in local.experts:
+            _scale(expert, local.plan.weight_scales)
+            if recipe.noise_std:
+                _add_noise(local, expert, recipe)
+
+
+def _world_sums(
+    layers: list[LocalLayer],
+    recipe: Recipe,
+    measure: Callable[[LocalLayer, LocalExpert], Tensor],
+    shape: tuple[int, ...],
+    *,
+    counts_once: bool,
+) -> Tensor:
+    """Sum of ``measure`` over the parts of each expert, ``(L, E, *shape)``, in float64."""
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    size = (len(recipe.moe_layers), recipe.num_experts, *shape)
+    sums = torch.zeros(size, dtype=torch.int64, device=device)
+    for local in layers if counts_once else ():
+        for expert in local.experts:
+            at = recipe.moe_layers.index(local.layer)
+            sums[at, expert.expert] = measure(local, expert)
+    dist.all_reduce(sums)
+    return sums.double() / FIXED_POINT
+
+
+def _fixed(values: Tensor) -> Tensor:
+    return (values.double() * FIXED_POINT).round().long()
+
+
+def _fresh(local: LocalLayer, expert: LocalExpert) -> Tensor:
+    """Which of this rank's neurons are drawn anew, as indices."""
+    assert local.plan.reinit_EM is not None
+    mask_M = local.plan.reinit_EM[expert.expert]
+    return torch.from_numpy(mask_M[expert.neurons(len(mask_M))].nonzero()[0])
+
+
+def _moments(local: LocalLayer, expert: LocalExpert) -> Tensor:
+    """Sum and sum of squares of the neurons to be drawn anew, of gate, up and down: ``(3, 2)``."""
+    sums = torch.zeros(3, 2, dtype=torch.int64)
+    for rows in _fresh(local, expert).split(ROWS_AT_ONCE):
+        for i, matrix_mD in enumerate(expert.matrices):
+            values = matrix_mD[rows].double()
+            sums[i, 0] += _fixed(values).sum()
+            sums[i, 1] += _fixed(values.square()).sum()
+    return sums
+
+
+def _gate_rows(local: LocalLayer, expert: LocalExpert) -> Tensor:
+    """Sum of the expert's rows of gate, ``(D,)``."""
+    gate_mD = expert.matrices[0]
+    sums = [_fixed(rows_mD).sum(dim=0) for rows_mD in gate_mD.split(ROWS_AT_ONCE)]
+    return torch.stack(sums).sum(dim=0)
+
+
+def _redraw(local: LocalLayer, recipe: Recipe, moments: Tensor) -> None:
+    """Overwrite neurons with normal numbers of the mean and std they had together."""
+    assert local.plan.reinit_EM is not None
+    for expert in local.experts:
+        mask_M = local.plan.reinit_EM[expert.expert]
+        count = int(mask_M.sum()) * recipe.hidden_size
+        for i in range(3 if count else 0):
+            total, squares = moments[expert.expert, i].tolist()
+            mean = total / count
+            std = max(squares / count - mean**2, 0.0) ** 0.5
+            for neurons, into_mD, drawn_mD in _drawn(local, expert, recipe, Use.REINIT_VALUES, i):
+                fresh_m = torch.from_numpy(mask_M[neurons])[:, None].to(into_mD.device)
+                new_mD = (drawn_mD * std + mean).to(into_mD.dtype)
+                into_mD.copy_(torch.where(fresh_m, new_mD, into_mD))
+
+
+def _add_noise(local: LocalLayer, expert: LocalExpert, recipe: Recipe) -> None:
+    for i in range(3):
+        for _, into_mD, drawn_mD in _drawn(local, expert, recipe, Use.NOISE, i):
+            into_mD.copy_(into_mD.float() + drawn_mD * recipe.noise_std)
+
+
+def _drawn(
+    local: LocalLayer, expert: LocalExpert, recipe: Recipe, use: Use, matrix: int
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Runs of this rank's neurons: which of the expert's, where they are, normal numbers."""
+    mine = expert.neurons(recipe.expert_ffn_hidden_size)
+    matrix_mD = expert.matrices[matrix]
+    key = (use, expert.expert, matrix)
+    for start in range(mine.start // BLOCK_NEURONS * BLOCK_NEURONS, mine.stop, BLOCK_NEURONS):
+        run = slice(max(start, mine.start), min(start + BLOCK_NEURONS, mine.stop))
+        drawn_mD = normal_rows(
+            recipe.seed, local.layer, *key, neurons=run, width=recipe.hidden_size
+        )
+        into_mD = matrix_mD[run.start - mine.start : run.stop - mine.start]
+        yield run, into_mD, torch.from_numpy(drawn_mD).to(into_mD.device)
+
+
+def _scale(expert: LocalExpert, scales: tuple[float, float, float]) -> None:
+    for matrix_mD, scale in zip(expert.matrices, scales, strict=True):
+        for rows_mD in matrix_mD.split(ROWS_AT_ONCE) if scale != 1.0 else ():
+            rows_mD.copy_(rows_mD.float() * scale)

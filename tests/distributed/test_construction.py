@@ -1,0 +1,138 @@
+"""Every method, under layouts that cut experts, layers and attention differently: the same bits.
+
+The ranks' parts are put together under the global names that checkpoints and the export use.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from construction import CASES, make_plan, settings
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories, is_main_replica
+from ranks import run_on_ranks
+from tiny import save_dense
+from torch import Tensor
+
+from megatron_moe.config.run import Data, Dense, Moe, Parallel, Run, RunConfig, Train, Upcycle
+from megatron_moe.device.world import World
+from megatron_moe.hf.names import dense_tensors
+from megatron_moe.hf.reader import open_dense_checkpoint, open_mixed
+from megatron_moe.parallel.legality import violations
+
+pytestmark = pytest.mark.distributed
+
+LAYOUTS: dict[str, dict[str, int]] = {  # of 4 ranks
+    "dp4": {},
+    "ep4": {"expert_parallel_size": 4},
+    "tp2-ep2-etp2": {"tensor_parallel_size": 2, "expert_parallel_size": 2,
+                     "expert_tensor_parallel_size": 2},
+    "pp2-etp2": {"pipeline_parallel_size": 2, "expert_tensor_parallel_size": 2},
+    "cp2-etp4": {"context_parallel_size": 2, "expert_tensor_parallel_size": 4},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    root = tmp_path_factory.mktemp("dense")
+    return [
+        save_dense(root / name, seed=seed, num_hidden_layers=2, hidden_size=32, vocab_size=64)
+        for seed, name in enumerate(("dense", "other"))
+    ]
+
+
+def run_config(folders: list[Path], parallel: dict[str, int], moe: Moe, upcycle: Upcycle):
+    mixed = [folders[1]] if upcycle.mix_with else []
+    return RunConfig(
+        run=Run(dir=folders[0] / "run"),
+        dense=Dense(path=folders[0]),
+        moe=moe,
+        upcycle=upcycle.model_copy(update={"mix_with": mixed}),
+        parallel=Parallel(**parallel),
+        data=Data(path=folders[0] / "unused", seq_length=32),
+        train=Train(steps=0, precision="fp32", global_batch_size=4),
+        optimizer={"warmup_steps": 0},
+    )
+
+
+def test_weights_are_the_same_bits_under_every_layout(folders: list[Path]):
+    """All methods in one world: starting ranks and groups is what takes time."""
+    configs = {
+        (case, layout): run_config(folders, parallel, *settings(case))
+        for layout, parallel in LAYOUTS.items()
+        for case in CASES
+    }
+    spec = open_dense_checkpoint(folders[0]).spec
+    for config in configs.values():
+        assert not violations(config, spec, 4)
+    run_on_ranks(check_layouts, configs, world_size=4)
+
+
+def check_layouts(world: World, configs: dict[tuple[str, str], RunConfig]) -> None:
+    from megatron_moe.parallel.groups import create_groups, destroy_groups
+
+    first: dict[str, dict[str, Tensor]] = {}
+    for name, parallel in LAYOUTS.items():
+        layout, groups = create_groups(Parallel(**parallel), seed=0)
+        for case in CASES:
+            config = configs[case, name]
+            weights = global_weights(*filled_model(config, layout, groups, world.rank))
+            if world.rank == 0:
+                assert not any(tensor.isnan().any() for tensor in weights.values()), case
+                expected = first.setdefault(case, weights)
+                assert expected.keys() == weights.keys()
+                other = [key for key in expected if not torch.equal(expected[key], weights[key])]
+                assert not other, (case, name, other)
+        destroy_groups()
+
+
+def filled_model(config: RunConfig, layout: Any, groups: Any, rank: int) -> tuple[Any, Any]:
+    from megatron_moe.model.build import build_model
+    from megatron_moe.model.router import set_output_scales
+    from megatron_moe.model.upcycle import check_coverage, upcycle
+
+    dense = open_dense_checkpoint(config.dense.path)
+    mixed = open_mixed(dense, config.upcycle.mix_with)
+    plan = make_plan(dense.spec, config.moe, config.upcycle, dense)
+    model = build_model(config, dense.spec, layout=layout, groups=groups, rank=rank, cuda=False)
+    set_output_scales(model.modules, plan)
+    for module in model.modules:
+        for parameter in module.parameters():
+            parameter.data.fill_(float("nan"))  # what is not filled shows
+    filled = upcycle(model, dense, plan, layout=layout, rank=rank, mix_with=mixed)
+    sources = 1 + len(mixed)
+    expected = sources * len(dict(dense_tensors(dense.spec)))
+    assert check_coverage(filled, dense, num_sources=sources) == expected
+    return model, groups
+
+
+def global_weights(model: Any, groups: Any) -> dict[str, Tensor]:
+    """All weights under their global names, on rank 0."""
+    mine = []
+    for module in model.modules:
+        state: Any = module.sharded_state_dict(metadata={"dp_cp_group": groups.dp_cp})
+        apply_factories(state)
+        shards, _ = extract_matching_values(state, lambda value: isinstance(value, ShardedTensor))
+        mine += list(leaves(shards))
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, mine)
+    whole: dict[str, Tensor] = {}
+    for key, shape, offset, data in (shard for shards in gathered for shard in shards):
+        target = whole.setdefault(key, torch.full(shape, float("nan")))
+        target[tuple(slice(o, o + n) for o, n in zip(offset, data.shape, strict=True))] = data
+    return whole
+
+
+def leaves(tree: Any):
+    if isinstance(tree, ShardedTensor):
+        if is_main_replica(tree.replica_id):
+            data = tree.data.detach()
+            data = data.reshape((1,) * tree.prepend_axis_num + tuple(data.shape))
+            sizes = (slice(0, end - begin) for begin, end in zip(
+                tree.global_offset, tree.global_shape, strict=True))  # fmt: skip
+            yield tree.key, tree.global_shape, tree.global_offset, data[tuple(sizes)].clone()
+    else:
+        for value in tree.values() if isinstance(tree, dict) else tree:
+            yield from leaves(value)
