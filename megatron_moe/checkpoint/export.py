@@ -3,7 +3,7 @@
 The name table is read right to left: for every row of every layer, the global tensor is loaded from
 the checkpoint (one expert of it where it has experts), cut into the tensors Hugging Face wants,
 and written. There is no model, Megatron's or transformers', and never more than one expert or one
-embedding in memory.
+embedding in memory. Factors that a run applies to outputs are multiplied into the weights.
 
 Shape letters of this module:
 
@@ -25,9 +25,11 @@ from megatron_moe.checkpoint import folder as folders
 from megatron_moe.checkpoint.global_tensors import GlobalTensors
 from megatron_moe.config.run import Moe, RunConfig
 from megatron_moe.errors import CheckpointError
-from megatron_moe.experts.plan import moe_layer_ids
+from megatron_moe.experts.file import PLAN_FILE, read_plan
+from megatron_moe.experts.plan import ExpertPlan, make_expert_plan, moe_layer_ids
 from megatron_moe.hf.names import (
     MOE_NAMES,
+    MOE_ROLES,
     ROWS,
     Architecture,
     Row,
@@ -62,13 +64,15 @@ def export_checkpoint(source: Path, out: Path) -> Architecture:
         for entry in entries
         for name, shape in zip(entry.names, entry.shapes, strict=True)
     }
-    absent = _absent_shared_experts(spec, config.moe, architecture)
+    absent = _fixed_zeros(spec, config.moe, architecture)
+    plan = _plan(checkpoint, spec, config)
     announced |= {name: (shape, dtype) for name, shape in absent.items()}
     with GlobalTensors(checkpoint) as tensors, FolderWriter(out, announced) as writer:
         for name, shape in absent.items():
             writer.write(name, torch.zeros(shape, dtype=dtype))
         for entry in entries:
             fused = tensors.read(entry.key, index=entry.expert, dtype=dtype)
+            fused = _folded(fused, _output_factor(entry, plan))
             for name, tensor in zip(entry.names, _cut(fused, entry, spec), strict=True):
                 writer.write(name, tensor)
         hf_config = moe_config(spec, config, architecture, checkpoint / "dense" / "config.json")
@@ -91,20 +95,45 @@ def architecture_for(spec: DenseSpec, moe: Moe) -> Architecture:
             "moe.moe_router_score_function (sigmoid): Mixtral, Qwen2-MoE and Qwen3-MoE take a "
             "softmax.\n  use moe.moe_router_score_function=softmax, or keep the checkpoint"
         )
-    mixed = len(moe_layer_ids(moe, spec.num_layers)) < spec.num_layers
-    if spec.qkv_bias and not spec.qk_layernorm:
-        return "Qwen2MoeForCausalLM"
+    shared = moe.moe_shared_expert_intermediate_size
+    if spec.qk_layernorm and shared:
+        raise CheckpointError(
+            f"no Hugging Face architecture means the same as a {spec.family} model with a shared "
+            f"expert (moe.moe_shared_expert_intermediate_size {shared}): Qwen3-MoE has none, and "
+            "Qwen2-MoE and Mixtral have no norms on q and k.\n"
+            "  build without a shared expert, or keep the checkpoint"
+        )
     if spec.qk_layernorm:
         return "Qwen3MoeForCausalLM"
-    if moe.router_order == "topk_softmax" and not mixed:
-        return "MixtralForCausalLM"
-    what = "dense layers between MoE layers" if mixed else "moe.router_order (softmax_topk)"
-    raise CheckpointError(
-        f"no Hugging Face architecture means the same as a {spec.family} model with {what}: "
-        "Mixtral routes in every layer and renormalises; Qwen2-MoE wants biases on q, k and v; "
-        "Qwen3-MoE wants norms on q and k.\n"
-        "  use moe.router_order=topk_softmax and moe.moe_layers=all, or keep the checkpoint"
-    )
+    # Mixtral routes in every layer, renormalises, and has neither biases nor a shared expert.
+    mixed = len(moe_layer_ids(moe, spec.num_layers)) < spec.num_layers
+    if spec.qkv_bias or shared or mixed or moe.router_order == "softmax_topk":
+        return "Qwen2MoeForCausalLM"
+    return "MixtralForCausalLM"
+
+
+def _plan(checkpoint: Path, spec: DenseSpec, config: RunConfig) -> ExpertPlan:
+    """The plan of the run, with the tables it needed, as the checkpoint keeps them."""
+    plan = make_expert_plan(spec, config.moe, config.upcycle)
+    if plan.recipe.needs_measuring or plan.recipe.needs_weights:
+        return read_plan(checkpoint / PLAN_FILE, plan, source=None)
+    return plan
+
+
+def _output_factor(entry: _Entry, plan: ExpertPlan) -> float:
+    """By what the tensor is multiplied to do in Hugging Face what it did in the run.
+
+    Routed experts' outputs may be scaled at run time. Qwen2-MoE's shared expert passes a gate: its
+    rows are zero, so it lets half of the output through.
+    """
+    if entry.row.role == "expert_fc2":
+        assert entry.layer is not None
+        return plan.layer(entry.layer).output_scale
+    return 2.0 if entry.row.role == "shared_fc2" else 1.0
+
+
+def _folded(tensor: Tensor, factor: float) -> Tensor:
+    return tensor if factor == 1.0 else (tensor.float() * factor).to(tensor.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +141,7 @@ class _Entry:
     """One global tensor (or one expert of it) and the Hugging Face tensors it becomes."""
 
     key: str
+    layer: int | None
     expert: int | None
     row: Row
     names: tuple[str, ...]
@@ -121,12 +151,12 @@ class _Entry:
 def _entries(spec: DenseSpec, moe: Moe, architecture: Architecture) -> Iterator[_Entry]:
     routed = set(moe_layer_ids(moe, spec.num_layers))
     for row in ROWS:
-        if not has_row(row.role, spec):
+        if not has_row(row.role, spec) or _has_no_neurons(row, moe):
             continue
         if "{layer}" not in row.megatron[0]:
             yield _entry(row, row.hf, spec, moe, layer=None, moe_layer=False)
             continue
-        moe_role = row.role in MOE_NAMES[architecture]
+        moe_role = row.role in MOE_ROLES
         names = MOE_NAMES[architecture][row.role] if moe_role else row.hf
         for layer in range(spec.num_layers):
             if moe_role and layer not in routed:
@@ -138,6 +168,10 @@ def _entries(spec: DenseSpec, moe: Moe, architecture: Architecture) -> Iterator[
                 yield _entry(
                     row, names, spec, moe, layer=layer, moe_layer=layer in routed, expert=expert
                 )
+
+
+def _has_no_neurons(row: Row, moe: Moe) -> bool:
+    return row.role.startswith("shared") and not moe.moe_shared_expert_intermediate_size
 
 
 def _entry(
@@ -152,6 +186,7 @@ def _entry(
 ) -> _Entry:
     return _Entry(
         key=checkpoint_key(row, layer=layer, moe_layer=moe_layer),
+        layer=layer,
         expert=expert,
         row=row,
         names=tuple(name.format(layer=layer, expert=expert) for name in names),
@@ -176,6 +211,7 @@ def checkpoint_key(row: Row, *, layer: int | None, moe_layer: bool) -> str:
 
 def _hf_shapes(row: Row, spec: DenseSpec, moe: Moe) -> tuple[tuple[int, ...], ...]:
     hidden, size = spec.hidden_size, moe.moe_ffn_hidden_size or spec.ffn_hidden_size
+    shared = moe.moe_shared_expert_intermediate_size or 0
     match row.role:
         case "router":
             return ((moe.num_moe_experts, hidden),)
@@ -183,23 +219,34 @@ def _hf_shapes(row: Row, spec: DenseSpec, moe: Moe) -> tuple[tuple[int, ...], ..
             return ((size, hidden), (size, hidden))
         case "expert_fc2":
             return ((hidden, size),)
+        case "shared_fc1":
+            return ((shared, hidden), (shared, hidden))
+        case "shared_fc2":
+            return ((hidden, shared),)
         case role:
             return dense_shapes(role, spec)
 
 
-def _absent_shared_experts(
+def _fixed_zeros(
     spec: DenseSpec, moe: Moe, architecture: Architecture
 ) -> dict[str, tuple[int, ...]]:
-    """Tensors of the shared expert that Qwen2-MoE always has: of no neurons, so it adds zero."""
+    """Tensors that Qwen2-MoE has and a run does not.
+
+    The gate of the shared expert, and, where there is none, that expert itself: of no neurons, so
+    it adds zero.
+    """
     if architecture != "Qwen2MoeForCausalLM":
         return {}
     hidden = spec.hidden_size
     shapes = {
         "shared_expert_gate": (1, hidden),
-        "shared_expert.gate_proj": (0, hidden),
-        "shared_expert.up_proj": (0, hidden),
-        "shared_expert.down_proj": (hidden, 0),
     }
+    if not moe.moe_shared_expert_intermediate_size:
+        shapes |= {
+            "shared_expert.gate_proj": (0, hidden),
+            "shared_expert.up_proj": (0, hidden),
+            "shared_expert.down_proj": (hidden, 0),
+        }
     return {
         f"model.layers.{layer}.mlp.{name}.weight": shape
         for layer in moe_layer_ids(moe, spec.num_layers)
@@ -261,7 +308,8 @@ def moe_config(
     }
     if architecture == "Qwen2MoeForCausalLM":
         # Qwen2-MoE always has a shared expert: one of no neurons adds exactly zero.
-        qwen |= {"shared_expert_intermediate_size": 0, "qkv_bias": True}
+        shared = moe.moe_shared_expert_intermediate_size or 0
+        qwen |= {"shared_expert_intermediate_size": shared, "qkv_bias": spec.qkv_bias}
     return qwen
 
 

@@ -94,7 +94,11 @@ MOE_NAMES: dict[Architecture, dict[str, tuple[str, ...]]] = {
         "expert_fc1": (_H + "block_sparse_moe.experts.{expert}.w1.weight", _H + "block_sparse_moe.experts.{expert}.w3.weight"),
         "expert_fc2": (_H + "block_sparse_moe.experts.{expert}.w2.weight",),
     },
-    "Qwen2MoeForCausalLM": _QWEN_MOE,
+    "Qwen2MoeForCausalLM": {
+        **_QWEN_MOE,
+        "shared_fc1": (_H + "mlp.shared_expert.gate_proj.weight", _H + "mlp.shared_expert.up_proj.weight"),
+        "shared_fc2": (_H + "mlp.shared_expert.down_proj.weight",),
+    },
     "Qwen3MoeForCausalLM": _QWEN_MOE,
 }
 """What the rows of the MoE layers are called in each architecture; all others keep their names."""

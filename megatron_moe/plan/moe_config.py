@@ -79,7 +79,7 @@ def _moe_shape(config: Mapping[str, Any], keys: MoeKeys) -> MoeShape:
         kv_channels=config.get("head_dim") or config["hidden_size"] // heads,
         vocab_size=config["vocab_size"],
         tied_embeddings=config.get("tie_word_embeddings", False),
-        qkv_bias=keys.qkv_bias,
+        qkv_bias=keys.qkv_bias and config.get("qkv_bias", True),
         qk_layernorm=keys.qk_layernorm,
         num_moe_experts=config[experts],
         moe_router_topk=config["num_experts_per_tok"],

@@ -16,15 +16,18 @@ from megatron_moe.hf.spec import DenseSpec, read_spec, spec_from_config
 MIXTRAL, QWEN2, QWEN3 = "MixtralForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"
 CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 
-TABLE = [  # family, router order, MoE layers, architecture (None: refused)
+SHARED = {
+    "num_moe_experts": 4, "moe_ffn_hidden_size": 8, "moe_shared_expert_intermediate_size": 16,
+}  # fmt: skip
+TABLE = [  # family, router order, MoE layers, architecture
     ("llama", "topk_softmax", "all", MIXTRAL),
     ("llama", "topk_softmax", [0, 1, 2, 3], MIXTRAL),
-    ("llama", "topk_softmax", [1, 3], None),
-    ("llama", "softmax_topk", "all", None),
-    ("llama", "softmax_topk", [1, 3], None),
+    ("llama", "topk_softmax", [1, 3], QWEN2),
+    ("llama", "softmax_topk", "all", QWEN2),
+    ("llama", "softmax_topk", [1, 3], QWEN2),
     ("mistral", "topk_softmax", "all", MIXTRAL),
-    ("mistral", "softmax_topk", "all", None),
-    ("mistral", "topk_softmax", [0], None),
+    ("mistral", "softmax_topk", "all", QWEN2),
+    ("mistral", "topk_softmax", [0], QWEN2),
     ("qwen2", "topk_softmax", "all", QWEN2),
     ("qwen2", "softmax_topk", "all", QWEN2),
     ("qwen2", "topk_softmax", [2], QWEN2),
@@ -56,17 +59,22 @@ def spec_of(family: str) -> DenseSpec:
         for row in TABLE
     ],
 )
-def test_the_architecture_means_the_same_or_is_refused(family, order, layers, architecture):
+def test_the_architecture_means_the_same(family, order, layers, architecture):
     moe = Moe(num_moe_experts=4, router_order=order, moe_layers=layers)
-    if architecture is not None:
-        assert architecture_for(spec_of(family), moe) == architecture
-        return
-    with pytest.raises(CheckpointError, match=f"means the same as a {family} model") as caught:
-        architecture_for(spec_of(family), moe)
-    what = "softmax_topk" if layers == "all" else "dense layers between MoE layers"
+    assert architecture_for(spec_of(family), moe) == architecture
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+def test_a_shared_expert_is_qwen2_moes(family: str):
+    assert architecture_for(spec_of(family), Moe(**SHARED)) == QWEN2
+
+
+def test_a_shared_expert_with_norms_on_q_and_k_is_refused():
+    with pytest.raises(CheckpointError, match="means the same as a qwen3 model") as caught:
+        architecture_for(spec_of("qwen3"), Moe(**SHARED))
     reason, way_out = str(caught.value).split("\n")
-    assert what in reason
-    assert way_out.startswith("  use moe.router_order=topk_softmax and moe.moe_layers=all")
+    assert "moe.moe_shared_expert_intermediate_size 16" in reason
+    assert way_out.startswith("  build without a shared expert")
 
 
 KEYS = [  # role, in a MoE layer, key
@@ -104,7 +112,7 @@ def check_keys(world: World, folder: Path) -> None:
     config = RunConfig(
         run=Run(dir=folder),
         dense=Dense(path=folder),
-        moe=Moe(num_moe_experts=3, moe_layers=moe_layers),
+        moe=Moe(num_moe_experts=3, moe_layers=moe_layers, moe_shared_expert_intermediate_size=16),
         data=Data(path=folder, seq_length=8),
         train=Train(steps=0, precision="fp32"),
     )

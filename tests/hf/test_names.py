@@ -80,25 +80,27 @@ def test_moe_names_are_those_transformers_writes(tmp_path: Path, architecture: s
         "router": ((experts, hidden),),
         "expert_fc1": ((size, hidden), (size, hidden)),
         "expert_fc2": ((hidden, size),),
+        "shared_fc1": ((8, hidden), (8, hidden)),
+        "shared_fc2": ((hidden, 8),),
     }
     named = [
         (template.format(layer=layer, expert=expert), shape)
         for role, templates in MOE_NAMES[architecture].items()
         for template, shape in zip(templates, shapes[role], strict=True)
         for layer in range(2)
-        for expert in range(experts if role != "router" else 1)
+        for expert in range(experts if role.startswith("expert") else 1)
     ]
     on_disk = shapes_on_disk(tmp_path)
     routed = {
         name: shape
         for name, shape in on_disk.items()
         if ".mlp." in name + "." or "block_sparse_moe" in name
-        if "shared_expert" not in name
+        if "shared_expert_gate" not in name
     }
     assert len(named) == len(dict(named))
     assert dict(named) == routed
     # What is not of the experts keeps the names it had in the dense model.
-    others = {name for name in on_disk if name not in routed and "shared_expert" not in name}
+    others = {name for name in on_disk if name not in routed and "_expert_gate" not in name}
     roles = {row.role for row in ROWS} - EXPERT_ROLES - {"fc1", "fc2"}
     roles -= {"qkv_bias"} if architecture != "Qwen2MoeForCausalLM" else set()
     roles -= {"q_norm", "k_norm"} if architecture != "Qwen3MoeForCausalLM" else set()
