@@ -39,7 +39,8 @@ def changes(name: str) -> tuple[int, dict[str, dict[str, Any]]]:
     """World size and settings of a name such as ``"tp2 dp2 ep4 drops recompute-full"``.
 
     capacity: a limit that no expert reaches. drops: one that a quarter of the choices exceeds,
-    decided over whole sequences. replicated: no distributed optimizer.
+    decided over whole sequences. padded: every expert gets its capacity, which holds all tokens.
+    allgather: tokens go to all ranks. replicated: no distributed optimizer.
     """
     world_size, parallel = layout(name)
     found: dict[str, dict[str, Any]] = {"parallel": parallel, "moe": {}, "train": {}}
@@ -51,6 +52,11 @@ def changes(name: str) -> tuple[int, dict[str, dict[str, Any]]]:
                 found["moe"] |= {"moe_expert_capacity_factor": 0.75, "capacity_scope": "sequence"}
             case ("recompute", _, what):
                 found["train"] |= {"recompute": what}
+            case ("allgather", _, _):
+                found["moe"] |= {"moe_token_dispatcher_type": "allgather"}
+            case ("padded", _, _):
+                found["moe"] |= {"moe_expert_capacity_factor": 2.0,
+                                 "moe_pad_expert_input_to_capacity": True}  # fmt: skip
             case ("replicated", _, _):
                 found["optimizer"] = {"use_distributed_optimizer": False}
     return world_size, found

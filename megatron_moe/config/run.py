@@ -327,8 +327,9 @@ class Train(Section):
     """bf16 keeps fp32 master weights in the optimizer."""
 
     recompute: Literal["none", "selective", "moe", "full"] = "none"
-    """What the backward pass computes again instead of keeping: nothing, the core attention, each
-    MoE layer, or every layer."""
+    """What the backward pass computes again instead of keeping. selective: norms and activation
+    functions of experts (on CPU: the core attention); moe: MoE layers and, on CUDA, norms; full:
+    every layer."""
 
     overlap_grad_reduce: bool = True
     """Reduce gradients over dp while the backward pass runs."""

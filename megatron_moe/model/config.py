@@ -30,7 +30,7 @@ def transformer_config(config: RunConfig, spec: DenseSpec, *, cuda: bool) -> Tra
         **_dense_shape(spec),
         **_moe(config.moe, spec),
         **_parallel(config.parallel),
-        **RECOMPUTE[config.train.recompute],
+        **_recompute(config.train.recompute, cuda=cuda),
         **(_cuda(config.train) if cuda else _CPU),
         bf16=dtype is torch.bfloat16,
         params_dtype=dtype,
@@ -112,16 +112,20 @@ _CPU: dict[str, Any] = {
     "moe_grouped_gemm": False,
 }
 
-RECOMPUTE: dict[str, dict[str, Any]] = {
-    "none": {},
-    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
-    "moe": {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
-    "full": {
-        "recompute_granularity": "full",
-        "recompute_method": "uniform",
-        "recompute_num_layers": 1,
-    },
-}
+
+def _recompute(what: str, *, cuda: bool) -> dict[str, Any]:
+    """`train.recompute` in Megatron-Core's words, the planner's four settings."""
+    if what == "none":
+        return {}
+    if what == "full":
+        one_layer = {"recompute_method": "uniform", "recompute_num_layers": 1}
+        return {"recompute_granularity": "full", **one_layer}
+    # Norms and activation functions are recomputed by Transformer Engine's and grouped modules.
+    modules = {
+        "selective": ["layernorm", "moe_act"] if cuda else ["core_attn"],
+        "moe": ["layernorm", "moe"] if cuda else ["moe"],
+    }
+    return {"recompute_granularity": "selective", "recompute_modules": modules[what]}
 
 
 def _cuda(train: Train) -> dict[str, Any]:
