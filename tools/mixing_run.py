@@ -2,7 +2,7 @@
 """A mixture that moves, on seven real domains: docs/mixing.svg and docs/mixing.json.
 
 As in Sheared LLaMA, in small: SmolLM2-135M loses its middle layers, becomes 2 experts top-2, and is
-trained on; weights follow how far each domain still is from the loss of the whole model. About ten
+trained on; weights follow how far each domain still is from the loss of the whole model. Some
 minutes on 2 cores; everything it needs is made below runs/ once.
 """
 
@@ -28,9 +28,9 @@ ROOT = Path(__file__).parents[1]
 DENSE, CUT, DOMAINS = (ROOT / "runs" / p for p in ("models/smollm2-135m", "models/cut", "domains"))
 RUN = ROOT / "runs" / "mixing"
 REFERENCE = ROOT / "runs" / "mixing-reference.json"
-KEPT = (*range(10), *range(22, 30))
+KEPT = (*range(6), *range(24, 30))
 """Layers of 30 that stay."""
-SEQ_LENGTH, BATCH, STEPS, STEPS_BETWEEN = 128, 4, 96, 8
+SEQ_LENGTH, BATCH, STEPS, STEPS_BETWEEN = 128, 2, 48, 6
 COLORS = ("#1b9e77", "#d95f02", "#7570b3", "#e7298a", "#66a61e", "#e6ab02", "#555555")
 
 
@@ -70,18 +70,18 @@ def settings() -> dict[str, Any]:
                 for name in SLIMPAJAMA
             },
             "validation_fraction": 0.05,
-            "validation_samples": 16,
+            "validation_samples": 4,
             "seq_length": SEQ_LENGTH,
             "mixing": {
                 "update": "sheared_llama",
                 "reference_losses": str(REFERENCE),
                 "interval": STEPS_BETWEEN * BATCH * SEQ_LENGTH,
-                "step_size": 0.5,
+                "step_size": 0.25,
             },
         },
         "train": {"steps": STEPS, "global_batch_size": BATCH, "micro_batch_size": 2,
                   "precision": "fp32"},
-        "optimizer": {"lr": 3e-4, "min_lr": 3e-5, "warmup_steps": 8},
+        "optimizer": {"lr": 3e-4, "min_lr": 3e-5, "warmup_steps": 4},
         "checkpoint": {"interval": STEPS, "keep": 1},
         "log": {"tensorboard": False},
     }  # fmt: skip
@@ -105,6 +105,7 @@ def collect(metrics: Path) -> dict[str, Any]:
     judged = [line for line in lines if "loss/validation" in line]
     mixing = settings()["data"]["mixing"]
     reference = json.loads(REFERENCE.read_text())["losses"]
+    seconds = sum(line["time/step_seconds"] for line in lines[1:])
     return {
         "date": date.today().isoformat(),
         "step_size": mixing["step_size"],
@@ -119,7 +120,8 @@ def collect(metrics: Path) -> dict[str, Any]:
             name: [line[f"mixing/weight/{name}"] for line in judged[1:]] for name in SLIMPAJAMA
         },
         "epochs": {name: lines[-1][f"mixing/epochs/{name}"] for name in SLIMPAJAMA},
-        "seconds_per_step": sum(line["time/step_seconds"] for line in lines[1:]) / STEPS,
+        "seconds_per_step": seconds / STEPS,
+        "waiting_for_data": sum(line["time/data_seconds"] for line in lines[1:]) / seconds,
     }
 
 

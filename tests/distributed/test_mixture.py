@@ -141,6 +141,22 @@ def test_a_run_goes_on_under_another_layout(
             assert ours[name] == pytest.approx(expected[name], rel=2e-5), (name, ours["step"])
 
 
+def test_weights_that_stay_are_those_of_the_configuration(inputs: dict[str, Path], capfd):
+    first = settings(inputs, "static", "1")
+    first["data"] |= {"mixing": {}, "validation_fraction": None}
+    first["train"]["steps"] = 2
+    run_training(first, world_size=1)
+    told = " ".join(capfd.readouterr().out.split())
+    assert "data code: 187 samples of 32 tokens, weight 0.5, 0.02 epochs in this run" in told
+    first["data"]["domains"]["code"]["weight"] = 0.2
+    first["data"]["domains"]["books"]["weight"] = 0.5
+    first["train"]["steps"] = 3
+    lines = run_training(first, world_size=1)
+    assert column(lines[1:], "mixing/weight") == [(0.5, 0.3, 0.2)] * 2 + [(0.2, 0.3, 0.5)]
+    told = " ".join(capfd.readouterr().out.split())
+    assert "drawn by new weights from here on; before: {'code': 0.5" in told
+
+
 def test_one_text_tells_no_mixture(inputs: dict[str, Path]):
     single = tree(
         inputs["root"] / "single", inputs["dense"], inputs["root"] / "code",
