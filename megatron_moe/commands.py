@@ -34,6 +34,7 @@ from megatron_moe.hf.spec import read_spec
 from megatron_moe.log import StepProgress, console
 from megatron_moe.model.build import Model, build_model
 from megatron_moe.model.config import DTYPES, check_dispatcher
+from megatron_moe.model.overlap import start_tp_overlap
 from megatron_moe.model.receipt import gather_receipt, rank_receipt, write_receipt
 from megatron_moe.model.router import set_output_scales
 from megatron_moe.model.upcycle import check_coverage, upcycle
@@ -78,6 +79,8 @@ def train(config: RunConfig, world: World) -> None:
     layout, groups = create_groups(config.parallel, seed=config.run.seed)  # who holds what
     job = Job(config, world, layout, groups)
     dense = open_dense_checkpoint(config.dense.path)  # 1. read
+    if cuda:
+        start_tp_overlap(config, dense.spec)
     dense.check_tensors(dict(dense_tensors(dense.spec)))
     plan = make_expert_plan(dense.spec, config.moe, config.upcycle)
     plan = complete_plan(plan, config, dense)  # 2. which neurons go where

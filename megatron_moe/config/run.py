@@ -337,6 +337,9 @@ class Train(Section):
     overlap_param_gather: bool = True
     """On CUDA, gather updated weights over dp while the next forward pass runs."""
 
+    tp_comm_overlap: bool = False
+    """On CUDA, overlap tp's gathers and scatters with the products they feed (user buffers)."""
+
     gradient_accumulation_fusion: bool = True
     """On CUDA, add weight gradients in place, where Apex's kernel is installed."""
 

@@ -135,6 +135,7 @@ def _cuda(train: Train) -> dict[str, Any]:
     return {
         "use_cpu_initialization": False,
         "gradient_accumulation_fusion": train.gradient_accumulation_fusion and apex,
+        "tp_comm_overlap": train.tp_comm_overlap,
         "bias_activation_fusion": True,
         "apply_rope_fusion": True,
         "moe_grouped_gemm": True,

@@ -246,6 +246,15 @@ def _sequence(case: Case) -> Iterator[str]:
         )
 
 
+def _tp_overlap(case: Case) -> Iterator[str]:
+    tp = case.config.parallel.tensor_parallel_size
+    if case.config.train.tp_comm_overlap and tp == 1:
+        yield (
+            "train.tp_comm_overlap (true) needs parallel.tensor_parallel_size (1) to be at least "
+            "2: there is no communication to overlap.\n  leave train.tp_comm_overlap unset"
+        )
+
+
 def _batch(case: Case) -> Iterator[str]:
     p, train = case.config.parallel, case.config.train
     model = p.pipeline_parallel_size * p.context_parallel_size * p.tensor_parallel_size
@@ -357,7 +366,7 @@ def _reset_attention(case: Case) -> Iterator[str]:
 RULES = (
     _world, _heads, _experts, _capacity, _router, _construction, _shared_expert, _moe_layers,
     _dense_ffn, _pipeline,
-    _sequence, _batch, _schedule, _texts, _mixing, _reset_attention,
+    _sequence, _batch, _schedule, _texts, _mixing, _reset_attention, _tp_overlap,
 )  # fmt: skip
 
 

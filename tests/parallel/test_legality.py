@@ -106,6 +106,9 @@ REFUSALS = [
      "moe.moe_router_enable_expert_bias (true) needs moe.moe_router_score_function (softmax) to be "
      "sigmoid: the bias is added to scores of experts taken alone.\n"
      "  set moe.moe_router_score_function=sigmoid"),
+    ("tp-overlap", {"train.tp_comm_overlap": True}, 1,
+     "train.tp_comm_overlap (true) needs parallel.tensor_parallel_size (1) to be at least 2: there "
+     "is no communication to overlap.\n  leave train.tp_comm_overlap unset"),
     ("sigmoid-order", {"moe.moe_router_score_function": "sigmoid",
      "moe.router_order": "softmax_topk"}, 1,
      "moe.router_order (softmax_topk) has no meaning with moe.moe_router_score_function (sigmoid): "
