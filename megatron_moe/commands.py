@@ -13,6 +13,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_moe.checkpoint.folder import newest
+from megatron_moe.checkpoint.policy import go_back, save_or_go_on, told
 from megatron_moe.checkpoint.sharded import Saver, restore
 from megatron_moe.config.load import dump
 from megatron_moe.config.mixtures import starting_weights
@@ -43,11 +44,14 @@ from megatron_moe.parallel.groups import create_groups
 from megatron_moe.parallel.layout import ParallelLayout
 from megatron_moe.plan.flops import forward_flops, training_flops
 from megatron_moe.plan.shape import upcycled_shape
+from megatron_moe.train.guard import Boundary, Judge, Signals
+from megatron_moe.train.lock import only_job
 from megatron_moe.train.loop import Hook, Numbers, run_loop
 from megatron_moe.train.metrics import MetricsWriter, mixture_numbers, step_numbers
 from megatron_moe.train.peak import Peak, device_peak
 from megatron_moe.train.state import TrainState, make_state
 from megatron_moe.train.step import StepResult, mean_loss, train_step
+from megatron_moe.train.watch import Observe, Watch, unobserved
 
 VERIFY_UP_TO_PARAMETERS = 1_000_000_000
 EXPERT_KERNEL = {"cpu": "a loop of matrix products", "cuda": "TEGroupedMLP"}
@@ -61,6 +65,8 @@ class Job:
     world: World
     layout: ParallelLayout
     groups: ProcessGroupCollection
+    watch: Watch
+    signals: Signals
 
     def say(self, text: str) -> None:
         """Tell the operator, once."""
@@ -68,16 +74,32 @@ class Job:
             console.print(text)
 
 
-def train(config: RunConfig, world: World) -> None:
+def train(config: RunConfig, world: World, observe: Observe = unobserved) -> None:
     """Turn the dense checkpoint into a Mixture-of-Experts and continue its pre-training.
 
     Runs on every rank; `legality.check` has passed the configuration. A run that has a checkpoint
-    goes on from its newest one and takes nothing from the dense weights.
+    goes on from its newest one and takes nothing from the dense weights. SIGTERM and SIGUSR1 save
+    and return after the step that is being taken; a rank that is lost ends the others.
+
+    Args:
+        config: The run.
+        world: This rank's place in the joined job.
+        observe: Called with the stage and the step whenever this rank enters a stage.
     """
+    check_dispatcher(config.moe, cuda=world.device.type == "cuda")
+    with (
+        Signals() as signals,
+        only_job(config.run.dir),
+        Watch(world, hang_seconds=config.guard.hang_seconds, observe=observe) as watch,
+    ):
+        layout, groups = create_groups(config.parallel, seed=config.run.seed)  # who holds what
+        _train(Job(config, world, layout, groups, watch, signals))
+
+
+def _train(job: Job) -> None:
+    config, world, layout, groups = job.config, job.world, job.layout, job.groups
     cuda = world.device.type == "cuda"
-    check_dispatcher(config.moe, cuda=cuda)
-    layout, groups = create_groups(config.parallel, seed=config.run.seed)  # who holds what
-    job = Job(config, world, layout, groups)
+    job.watch.at("load")
     dense = open_dense_checkpoint(config.dense.path)  # 1. read
     if cuda:
         start_tp_overlap(config, dense.spec)
@@ -226,20 +248,37 @@ def _continue_pretraining(job: Job, state: TrainState, plan: ExpertPlan, feed: F
         StepProgress(total=config.train.steps, done=resumed_step, rank=job.world.rank) as progress,
     ):
         if config.train.steps == 0:
-            saver.save(state, job.groups)
+            _save(job, saver, state, last=True)
+        boundary = Boundary(job.signals, job.watch, job.say)
         run_loop(
             state,
             steps=config.train.steps,
-            take_step=partial(_take_step, job, state, feed),
+            take_step=partial(_take_step, job, state, feed, Judge(config.guard)),
             describe=partial(_describe, job, state, feed, peak),
             hooks=[
                 Hook(1, progress.show),
-                Hook(config.checkpoint.interval, partial(_validate, job, state, feed)),
+                Hook(
+                    config.checkpoint.interval,
+                    partial(_validate, job, state, feed),
+                    when_stopped=False,
+                ),
                 Hook(1, partial(_move_mixture, job, state, feed)),
                 Hook(1, writer.write if writer is not None else _nothing),
-                Hook(config.checkpoint.interval, lambda _: saver.save(state, job.groups)),
+                Hook(
+                    config.checkpoint.interval,
+                    lambda numbers: _save(
+                        job,
+                        saver,
+                        state,
+                        last=boundary.stopped or numbers["step"] == config.train.steps,
+                    ),
+                ),
             ],
+            keeps=partial(_keeps, job, state, saver, writer, plan.hash),
+            stopping=boundary.stopping,
         )
+    if boundary.stopped:
+        job.say(f"stopped by a signal after step {state.step}; the same command goes on from there")
     if writer is not None:
         writer.close()
 
@@ -252,11 +291,41 @@ def _take_configured_weights(job: Job, state: TrainState) -> None:
         state.blend = state.blend.reweighted(tuple(weights.values()))
 
 
-def _take_step(job: Job, state: TrainState, feed: Feed) -> StepResult:
+def _take_step(job: Job, state: TrainState, feed: Feed, judge: Judge) -> StepResult:
+    watch = job.watch
+    watch.step = state.step + 1
+    watch.at("data")
     batches, after = feed.next_step(state.blend)
-    result = train_step(state, batches, job.config, job.groups)
+    result = train_step(state, batches, job.config, job.groups, judge=judge, at=watch.at)
     state.blend = after
+    watch.at("report")
     return result
+
+
+def _keeps(
+    job: Job,
+    state: TrainState,
+    saver: Saver,
+    writer: MetricsWriter | None,
+    plan_hash: str,
+    result: StepResult,
+) -> bool:
+    """Whether the step stays; after a loss spike the run goes back, where it can."""
+    if result.fate == "keep":
+        return True
+    step = state.step
+    back = result.fate == "roll back" and go_back(
+        saver, state, job.config, job.groups, plan_hash=plan_hash
+    )
+    if back and writer is not None:
+        writer.go_back(state.step)
+    job.say(told(step, result, back_at=state.step if back else None))
+    return not back
+
+
+def _save(job: Job, saver: Saver, state: TrainState, *, last: bool) -> None:
+    job.watch.at("save")
+    save_or_go_on(saver, state, job.config, job.groups, last=last, say=job.say)
 
 
 def _describe(
@@ -279,6 +348,7 @@ def _describe(
 
 def _validate(job: Job, state: TrainState, feed: Feed, numbers: Numbers) -> None:
     """Add the loss on each domain's held-out text to the step's numbers."""
+    job.watch.at("validate")
     losses = {
         name: mean_loss(state.wrapped, feed.held_out(name), job.config, state.model, job.groups)
         for name in feed.texts.validation

@@ -15,3 +15,7 @@ class CheckpointError(UserError):
 
 class DataError(UserError):
     """Text or tokens that cannot be what the run needs."""
+
+
+class JobError(UserError):
+    """Training cannot go on, whatever the configuration: a lost rank, a loss that is no number."""

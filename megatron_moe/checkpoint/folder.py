@@ -62,6 +62,8 @@ def newest(run_dir: Path) -> Path | None:
             f"  name one in {pointer}, or remove {pointer} to start the run anew"
         )
     if not (folder / "checkpoint.json").exists():
+        if (replaced_by(folder) / "checkpoint.json").exists():  # killed while it was replaced
+            return replaced_by(folder)
         raise CheckpointError(
             f"{pointer} names {folder.name}, but {folder} is not a complete checkpoint.\n"
             f"  name another in {pointer}, or remove {pointer} to start the run anew"
@@ -111,6 +113,11 @@ def partial_of(final: Path) -> Path:
     return final.with_name(f".{final.name}.partial")
 
 
+def replaced_by(final: Path) -> Path:
+    """Where a checkpoint lies while another of the same step takes its place."""
+    return final.with_name(f".{final.name}.replaced")
+
+
 def start_folder(final: Path) -> Path:
     """An empty folder beside ``final`` to write into; leftovers of killed saves go first."""
     partial = partial_of(final)
@@ -142,8 +149,12 @@ def publish(partial: Path, final: Path) -> None:
     for file in sorted(partial.rglob("*")):
         fsync(file)
     fsync(partial)
-    shutil.rmtree(final, ignore_errors=True)  # a resumed run saves a step that it saved before
+    replaced = replaced_by(final)
+    if final.exists():  # a resumed run saves a step that it saved before
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
     partial.rename(final)
+    shutil.rmtree(replaced, ignore_errors=True)
     pointer = final.parent / "latest"
     staged = pointer.with_name(".latest.partial")
     staged.write_text(final.name + "\n")

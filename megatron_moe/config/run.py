@@ -379,6 +379,26 @@ class Checkpoint(Section):
     """Write files beside the training that goes on; takes host memory for a copy of the state."""
 
 
+class Guard(Section):
+    """What a run survives, and when it gives up."""
+
+    max_skipped_steps: NonNegativeInt = 10
+    """Steps in a row without a finite loss and gradient that change no weights, before the run
+    stops. A skipped step counts as a step: schedule and data go on."""
+
+    spike_factor: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
+    """A loss this many times the mean of the 16 steps before goes back to the newest checkpoint
+    and leaves out the batches since. None: whatever is finite is kept."""
+
+    hang_seconds: Positive = 1800
+    """When no rank has got on for so long, the job ends and names the rank that hangs. Longer than
+    the longest load, validation or save."""
+
+    save_retry_seconds: NonNegative = 600
+    """How long the last save of a job is tried again when the disk refuses it. Earlier ones are
+    tried again after checkpoint.interval steps."""
+
+
 class Log(Section):
     """Where numbers go besides metrics.jsonl."""
 
@@ -401,4 +421,5 @@ class RunConfig(Section):
     train: Train
     optimizer: Optimizer = Optimizer()
     checkpoint: Checkpoint = Checkpoint()
+    guard: Guard = Guard()
     log: Log = Log()

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
+import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -20,8 +27,13 @@ from megatron_moe import errors
 from megatron_moe.device import cpu
 from megatron_moe.errors import ConfigError, UserError
 
-TIMEOUT = timedelta(minutes=10)
-"""How long a collective waits for a rank that does not come."""
+TIMEOUT = timedelta(hours=2)
+"""How long a collective waits; the watch (guard.hang_seconds) speaks long before."""
+PR_SET_PDEATHSIG = 1
+PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+NOTICE_SECONDS = 15.0
+"""How long local ranks may go on when one has failed, to say what they know and end."""
+AGAIN = "  run the same command again to go on from the newest checkpoint"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +44,17 @@ class World:
     size: int
     local_rank: int
     device: torch.device
+    address: str
+    """Where the other ranks reach rank 0's machine."""
+    reports: Path | None = None
+    """Folder where local ranks leave what went wrong, for the process that started them."""
+
+    def last_words(self, error: UserError) -> None:
+        """Tell the operator why this rank ends, when it cannot raise any more."""
+        if self.reports is not None:
+            _report(self.reports, self.rank, error)
+        else:
+            print(f"rank {self.rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +66,14 @@ class Place:
     local_rank: int
     local_size: int
     init_method: str
+
+    @property
+    def address(self) -> str:
+        """Where the other ranks reach rank 0's machine."""
+        if self.init_method.startswith("file:"):
+            return "127.0.0.1"
+        url = urlsplit(self.init_method)
+        return url.hostname or os.environ["MASTER_ADDR"]
 
 
 def resolve_device(wanted: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:
@@ -82,7 +113,9 @@ def place_from_environment() -> Place | None:
 
 
 @contextlib.contextmanager
-def joined(place: Place, device: Literal["cpu", "cuda"]) -> Iterator[World]:
+def joined(
+    place: Place, device: Literal["cpu", "cuda"], reports: Path | None = None
+) -> Iterator[World]:
     """Join the job at ``place`` for the length of a ``with`` block."""
     if device == "cuda":
         torch.cuda.set_device(place.local_rank)
@@ -100,7 +133,7 @@ def joined(place: Place, device: Literal["cpu", "cuda"]) -> Iterator[World]:
         device_id=where if device == "cuda" else None,
     )
     try:
-        yield World(place.rank, place.size, place.local_rank, where)
+        yield World(place.rank, place.size, place.local_rank, where, place.address, reports)
     finally:
         dist.destroy_process_group()
 
@@ -111,6 +144,7 @@ def run_local_ranks(
     """Fork ``ranks`` processes on this machine, join them and run ``fn`` on each.
 
     Forking shares the interpreter and everything imported so far, so ranks start in a second.
+    SIGTERM, SIGUSR1 and SIGUSR2 are passed on to the ranks; when this process is killed, they are.
 
     Raises:
         UserError: What a rank raised, once however many ranks raised it.
@@ -118,20 +152,56 @@ def run_local_ranks(
     """
     if device == "cpu":
         cpu.install()  # once, here: the forked ranks inherit the imports
-    with tempfile.TemporaryDirectory() as folder:
-        context = mp.start_processes(
-            _local_rank, (fn, ranks, device, folder), nprocs=ranks, join=False, start_method="fork"
-        )
-        assert context is not None
+    context = mp.get_context("fork")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        processes = [
+            context.Process(target=_local_rank, args=(rank, fn, ranks, device, folder))
+            for rank in range(ranks)
+        ]
         try:
-            while not context.join():
-                pass
-        except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
-            raise _told(Path(folder)) or _killed(error) or error from None
-        except KeyboardInterrupt:
-            for process in filter(None, context.processes):
-                process.terminate()
-            raise
+            with _passing_on_signals(processes):
+                for process in processes:
+                    process.start()
+                _wait(processes)
+            exit_codes = [process.exitcode for process in processes]
+        finally:
+            for process in processes:
+                if process.is_alive():
+                    process.kill()
+                    process.join()
+        problem = _problem(folder, exit_codes)
+        if problem is not None:
+            raise problem
+
+
+@contextlib.contextmanager
+def _passing_on_signals(processes: Sequence[BaseProcess]) -> Iterator[None]:
+    """What is told to this process is told to the ranks."""
+
+    def pass_on(number: int, _: object) -> None:
+        for process in processes:
+            if process.pid is not None and process.is_alive():
+                os.kill(process.pid, number)
+
+    before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait(processes: Sequence[BaseProcess]) -> None:
+    """Until all have ended; when one has failed, the others have a while to notice."""
+    deadline = float("inf")
+    while alive := [process for process in processes if process.is_alive()]:
+        left = deadline - time.monotonic()
+        if left < 0:
+            return
+        connection.wait([process.sentinel for process in alive], timeout=min(left, 3600.0))
+        if deadline == float("inf") and any(process.exitcode for process in processes):
+            deadline = time.monotonic() + NOTICE_SECONDS
 
 
 def _local_rank(
@@ -139,32 +209,54 @@ def _local_rank(
     fn: Callable[[World], None],
     ranks: int,
     device: Literal["cpu", "cuda"],
-    folder: str,
+    folder: Path,
 ) -> None:
+    if sys.platform == "linux":  # a rank does not outlive the process that started it
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    for number in PASSED_ON:  # until training listens; a rank that only starts may simply end
+        signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, who ends us
-    place = Place(rank, ranks, rank, ranks, (Path(folder) / "rendezvous").as_uri())
-    with joined(place, device) as world:
-        try:
+    place = Place(rank, ranks, rank, ranks, (folder / "rendezvous").as_uri())
+    try:
+        with joined(place, device, folder) as world:
             fn(world)
-        except UserError as error:
-            (Path(folder) / f"error-{rank:05d}").write_text(f"{type(error).__name__}\n{error}")
-            raise
+    except UserError as error:
+        _report(folder, rank, error)
+        sys.exit(1)
+    except Exception:
+        (folder / f"bug-{rank:05d}").write_text(traceback.format_exc())
+        sys.exit(1)
 
 
-def _killed(error: Exception) -> UserError | None:
-    """A rank that another hand ended: the system for want of memory, or an operator."""
-    if isinstance(error, mp.ProcessExitedException) and error.signal_name == "SIGKILL":
-        return UserError(
-            f"rank {error.error_index} was killed (SIGKILL): by the system, out of memory, or "
-            "by hand.\n  run the same command again to go on from the newest checkpoint"
-        )
-    return None
+def _report(folder: Path, rank: int, error: UserError) -> None:
+    (folder / f"{type(error).__name__}-{rank:05d}").write_text(str(error))
 
 
-def _told(folder: Path) -> UserError | None:
-    """What the ranks told before they ended, each message once, in the class it was raised in."""
-    reports = list(dict.fromkeys(path.read_text() for path in sorted(folder.glob("error-*"))))
-    if not reports:
+def _problem(folder: Path, exit_codes: list[int | None]) -> Exception | None:
+    """The error that says best what went wrong: a cause before what followed from it."""
+    if not any(exit_codes):
         return None
-    kinds, messages = zip(*(report.split("\n", 1) for report in reports), strict=True)
-    return getattr(errors, kinds[0])("\n".join(messages))
+    for kind in (errors.ConfigError, errors.CheckpointError, errors.DataError, errors.UserError):
+        if told := _messages(folder, kind.__name__):
+            return kind("\n".join(told))
+    bugs = sorted(folder.glob("bug-*"))
+    if bugs:
+        return RuntimeError(f"rank {int(bugs[0].name[4:])} failed:\n\n{bugs[0].read_text()}")
+    killed = [_end(rank, code) for rank, code in enumerate(exit_codes) if code not in (0, 1)]
+    told = _messages(folder, "JobError")
+    return errors.JobError("\n".join([*told, *killed, AGAIN]))
+
+
+def _messages(folder: Path, kind: str) -> list[str]:
+    """What ranks told in errors of this kind, each message once."""
+    return list(dict.fromkeys(p.read_text() for p in sorted(folder.glob(f"{kind}-*"))))
+
+
+def _end(rank: int, exit_code: int | None) -> str:
+    if exit_code == -signal.SIGKILL:
+        return f"rank {rank} was killed (SIGKILL): by hand, or by the system, out of memory"
+    if exit_code is None:
+        return f"rank {rank} did not end and was killed"
+    if exit_code < 0:
+        return f"rank {rank} ended by {signal.Signals(-exit_code).name}"
+    return f"rank {rank} ended with exit code {exit_code}"

@@ -19,6 +19,8 @@ class Hook:
 
     interval: int
     run: Callable[[Numbers], None]
+    when_stopped: bool = True
+    """Whether the step after which the run was told to stop counts as the last."""
 
 
 def run_loop(
@@ -28,8 +30,10 @@ def run_loop(
     take_step: Callable[[], StepResult],
     describe: Callable[[StepResult, float], Numbers],
     hooks: Sequence[Hook],
+    keeps: Callable[[StepResult], bool],
+    stopping: Callable[[], bool],
 ) -> None:
-    """Take steps until ``steps`` are taken.
+    """Take steps until ``steps`` are taken, or the run is told to stop.
 
     Args:
         state: Where training is; ``take_step`` advances it.
@@ -37,11 +41,18 @@ def run_loop(
         take_step: One optimizer step.
         describe: The step's numbers, from its result and its seconds.
         hooks: Called in this order with the step's numbers, to which they may add.
+        keeps: Whether the step happened; where it says no, it has set ``state`` back.
+        stopping: Asked after every step: whether it was the last one of this process.
     """
-    while state.step < steps:
+    stopped = False
+    while state.step < steps and not stopped:
         start = time.perf_counter()
         result = take_step()
+        if not keeps(result):
+            continue
         numbers = describe(result, time.perf_counter() - start)
+        stopped = stopping()
         for hook in hooks:
-            if state.step % hook.interval == 0 or state.step == steps:
+            last = state.step == steps or (stopped and hook.when_stopped)
+            if state.step % hook.interval == 0 or last:
                 hook.run(numbers)

@@ -10,6 +10,7 @@ mixing/weight/DOMAIN                      share of the samples to come
 mixing/share/DOMAIN                       share of the samples so far
 mixing/epochs/DOMAIN                      how often its text has been read so far
 grad_norm                                 before clipping, over all parameters
+skipped                                   1 where the step changed no weights, else 0
 learning_rate                             of the step just taken
 router/load_imbalance                     busiest expert's tokens / mean, mean of MoE layers
 router/entropy                            nats, of the softmax over all experts, mean of tokens
@@ -29,6 +30,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -72,6 +74,7 @@ def step_numbers(
         "loss/load_balancing": result.load_balancing_loss,
         **({"loss/router_z": result.router_z_loss} if config.moe.moe_z_loss_coeff else {}),
         "grad_norm": result.grad_norm,
+        "skipped": float(result.fate != "keep"),
         "learning_rate": learning_rate,
         "router/load_imbalance": float(imbalance_L.mean()),
         "router/entropy": float(result.entropy_L.mean()),
@@ -121,7 +124,8 @@ class MetricsWriter:
     """
 
     def __init__(self, config: RunConfig, *, resumed_step: int) -> None:
-        self._file = _reopen(config.run.dir / "metrics.jsonl", resumed_step)
+        self._path = config.run.dir / "metrics.jsonl"
+        self._file = _reopen(self._path, resumed_step)
         self._tensorboard = None
         self._wandb = None
         if config.log.tensorboard:
@@ -139,9 +143,14 @@ class MetricsWriter:
                 resume="allow",
             )
 
+    def go_back(self, step: int) -> None:
+        """Drop the lines after ``step``: these steps are taken again."""
+        self._file.close()
+        self._file = _reopen(self._path, step)
+
     def write(self, numbers: Mapping[str, Any]) -> None:
         """One object; it is on disk when this returns."""
-        self._file.write(json.dumps(numbers) + "\n")
+        self._file.write(json.dumps(_finite(numbers), allow_nan=False) + "\n")
         self._file.flush()
         step = numbers["step"]
         scalars = {k: v for k, v in numbers.items() if isinstance(v, int | float) and k != "step"}
@@ -158,6 +167,14 @@ class MetricsWriter:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _finite(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN and no infinity: null stands for them."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in numbers.items()
+    }
 
 
 def _reopen(path: Path, resumed_step: int) -> TextIO:

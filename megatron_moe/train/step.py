@@ -7,7 +7,7 @@ Shape letters of this module:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -26,7 +26,11 @@ from megatron_moe.data.packing import document_bounds
 from megatron_moe.model.build import Model
 from megatron_moe.model.loss import make_output_processor
 from megatron_moe.model.router import CountingRouter
+from megatron_moe.train.guard import Fate, Judge
 from megatron_moe.train.state import TrainState
+
+Mark = Callable[[str], None]
+"""Told which stage of a step begins (train/verdict.py names them)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,21 +52,41 @@ class StepResult:
     """Choices that no capacity limit dropped."""
     entropy_L: Tensor
     """Mean over tokens of the entropy of the router's softmax over all experts, nats."""
+    fate: Fate = "keep"
+    """Whether the step changed the weights."""
 
 
 def train_step(
-    state: TrainState, batches: list[Batch], config: RunConfig, groups: ProcessGroupCollection
+    state: TrainState,
+    batches: list[Batch],
+    config: RunConfig,
+    groups: ProcessGroupCollection,
+    *,
+    judge: Judge,
+    at: Mark,
 ) -> StepResult:
-    """Forward and backward over this rank's micro-batches, then one update of the weights."""
+    """Forward and backward over this rank's micro-batches, then one update of the weights.
+
+    ``judge`` may refuse the update; the step counts all the same, for the schedule and the data.
+    """
     for chunk in state.wrapped:
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
-    losses = run_schedule(state.wrapped, batches, config, state.model, groups, forward_only=False)
-    outcome: Any = state.optimizer.step()
+    losses = run_schedule(
+        state.wrapped, batches, config, state.model, groups, forward_only=False, at=at
+    )
+    at("optimizer")
+    optimizer: Any = state.optimizer
+    optimizer.prepare_grads()
+    grad_norm = float(optimizer.get_grad_norm())
+    result = _reduce(state.model, losses, grad_norm, len(batches), groups)
+    fate = judge(step=state.step + 1, loss=result.lm_loss, grad_norm=grad_norm)
+    if fate == "keep":
+        optimizer.step()
     state.schedule.step(increment=1)
     state.step += 1
     state.samples += config.train.global_batch_size
-    return _reduce(state.model, losses, float(outcome[1]), len(batches), groups)
+    return replace(result, fate=fate)
 
 
 @torch.no_grad()
@@ -95,6 +119,7 @@ def run_schedule(
     groups: ProcessGroupCollection,
     *,
     forward_only: bool,
+    at: Mark | None = None,
 ) -> list[Tensor]:
     """Take the micro-batches through the pipeline.
 
@@ -106,7 +131,7 @@ def run_schedule(
     iterators = [iter(batches) for _ in modules]  # each chunk of a pipeline rank sees all of them
     return get_forward_backward_func()(
         forward_step_func=partial(
-            _forward_step, process, _device(model), config.data.reset_attention
+            _forward_step, process, _device(model), config.data.reset_attention, at or _unmarked
         ),
         data_iterator=iterators if len(modules) > 1 else iterators[0],
         model=modules if len(modules) > 1 else modules[0],
@@ -117,13 +142,19 @@ def run_schedule(
     )
 
 
+def _unmarked(stage: str) -> None:
+    """Where nobody follows."""
+
+
 def _forward_step(
     process: Any,
     device: torch.device,
     reset_attention: bool,
+    at: Mark,
     batches: Iterator[Batch],
     module: Any,
 ) -> tuple[Tensor, Any]:
+    at("forward")
     batch = next(batches).map(lambda x: x.to(device, non_blocking=True))
     output = module(
         batch.tokens_BS,
@@ -132,6 +163,8 @@ def _forward_step(
         labels=batch.labels_BS,
         output_processor=process,
     )
+    if output.requires_grad:  # called when the gradient of the output is there
+        output.register_hook(lambda _: at("backward"))
     return output, partial(_loss, batch.loss_mask_BS)
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_moe.device import world as world_module
 from megatron_moe.device.world import (
     Place,
     World,
@@ -15,7 +16,7 @@ from megatron_moe.device.world import (
     resolve_device,
     run_local_ranks,
 )
-from megatron_moe.errors import ConfigError, UserError
+from megatron_moe.errors import ConfigError, JobError, UserError
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 SLURM = {
@@ -97,7 +98,11 @@ def test_what_all_ranks_refuse_is_told_once():
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("kind", ["user-error", "bug", "killed"])
-def test_a_rank_that_fails_ends_the_others(kind: str, tmp_path: Path):
+def test_a_rank_that_fails_ends_the_others(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(world_module, "NOTICE_SECONDS", 1.0)
+
     def run(world: World) -> None:
         (tmp_path / str(world.rank)).write_text(str(os.getpid()))
         if world.rank != 1:
@@ -112,14 +117,14 @@ def test_a_rank_that_fails_ends_the_others(kind: str, tmp_path: Path):
 
     expected = {
         "user-error": (UserError, "^only rank 1 saw it$"),
-        "bug": (Exception, "(?s)Traceback.*a bug of rank 1"),
-        "killed": (Exception, "exit code 3"),
+        "bug": (RuntimeError, "(?s)rank 1 failed:.*Traceback.*a bug of rank 1"),
+        "killed": (JobError, "rank 1 ended with exit code 3"),
     }
     start = time.monotonic()
     with pytest.raises(expected[kind][0], match=expected[kind][1]) as caught:
         run_local_ranks(run, ranks=2, device="cpu")
-    assert isinstance(caught.value, UserError) == (kind == "user-error")
-    assert time.monotonic() - start < 60
+    assert isinstance(caught.value, UserError) == (kind != "bug")
+    assert time.monotonic() - start < 30
     sleeper = int((tmp_path / "0").read_text())
     with pytest.raises(ProcessLookupError):
         os.kill(sleeper, 0)

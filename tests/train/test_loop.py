@@ -7,8 +7,16 @@ import pytest
 from megatron_moe.train.loop import Hook, run_loop
 
 
-def run(*, done: int = 0, steps: int, hooks: dict[str, int]) -> list[tuple[str, int]]:
+def run(
+    *,
+    done: int = 0,
+    steps: int,
+    hooks: dict[str, int],
+    stop_after: int | None = None,
+    goes_back: dict[int, int] | None = None,
+) -> list[tuple[str, int]]:
     """Everything that happened, as (what, step)."""
+    back = dict(goes_back or {})
     state, seen = SimpleNamespace(step=done), []
 
     def take_step() -> str:
@@ -21,15 +29,27 @@ def run(*, done: int = 0, steps: int, hooks: dict[str, int]) -> list[tuple[str, 
         assert seconds >= 0
         return {"step": state.step}
 
+    def keeps(result: str) -> bool:
+        assert result == f"result {state.step}"
+        goal = back.pop(state.step, None)
+        state.step = state.step if goal is None else goal
+        return goal is None
+
     run_loop(
         state,
         steps=steps,
         take_step=take_step,
         describe=describe,
         hooks=[
-            Hook(interval, lambda numbers, name=name: seen.append((name, numbers["step"])))
+            Hook(
+                interval,
+                lambda numbers, name=name: seen.append((name, numbers["step"])),
+                when_stopped=name != "validate",
+            )
             for name, interval in hooks.items()
         ],
+        keeps=keeps,
+        stopping=lambda: state.step == stop_after,
     )
     return seen
 
@@ -106,3 +126,16 @@ def test_the_seconds_are_those_of_the_step_alone(monkeypatch: pytest.MonkeyPatch
     run_loop(state, steps=3, take_step=take_step, describe=describe,
              hooks=[Hook(1, lambda numbers: take(7.0))])  # fmt: skip
     assert told == [2.5, 2.5, 2.5]
+
+
+def test_a_run_that_is_stopped_saves_and_does_not_validate():
+    assert run(steps=9, hooks={"show": 1, "validate": 5, "save": 5}, stop_after=2) == [
+        ("step", 1), ("show", 1), ("step", 2), ("show", 2), ("save", 2),
+    ]  # fmt: skip
+
+
+def test_a_step_that_is_not_kept_is_taken_again_from_where_it_went_back_to():
+    assert run(steps=3, hooks={"show": 1}, goes_back={3: 1}) == [
+        ("step", 1), ("show", 1), ("step", 2), ("show", 2), ("step", 3),
+        ("step", 2), ("show", 2), ("step", 3), ("show", 3),
+    ]  # fmt: skip
