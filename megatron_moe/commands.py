@@ -97,7 +97,7 @@ def train(config: RunConfig, world: World, observe: Observe = unobserved) -> Non
 
 
 def _train(job: Job) -> None:
-    config, world, layout, groups = job.config, job.world, job.layout, job.groups
+    config, world, groups = job.config, job.world, job.groups
     cuda = world.device.type == "cuda"
     job.watch.at("load")
     dense = open_dense_checkpoint(config.dense.path)  # 1. read

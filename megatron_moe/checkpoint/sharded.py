@@ -172,7 +172,10 @@ def restore(
     boxes = _boxes(state, groups, step=progress.step, writing=False)
     _clear(state)
     group = _new_group()
-    read_boxes(boxes, folder, group)
+    try:
+        read_boxes(boxes, folder, group)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}\n  {_another(folder)}") from error
     dist.destroy_process_group(group)
     if progress.step == 0:
         state.optimizer.reload_model_params()
@@ -181,6 +184,15 @@ def restore(
     state.schedule.step(increment=progress.step - state.step)
     state.step, state.samples = progress.step, progress.samples
     state.blend = BlendState.from_json(progress.blend, domains=state.blend.domains)
+
+
+def _another(folder: Path) -> str:
+    """The way out of a checkpoint that cannot be read."""
+    latest = folder.parent / "latest"
+    older = [path.name for path in folders.complete(folder.parents[1]) if path != folder]
+    if older:
+        return f"write {older[-1]} into {latest} to go on from there"
+    return f"remove {latest} to start the run anew: there is no other checkpoint"
 
 
 def _clear(state: TrainState) -> None:

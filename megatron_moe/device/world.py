@@ -199,7 +199,7 @@ def _wait(processes: Sequence[BaseProcess]) -> None:
         left = deadline - time.monotonic()
         if left < 0:
             return
-        connection.wait([process.sentinel for process in alive], timeout=min(left, 3600.0))
+        connection.wait([process.sentinel for process in alive], timeout=min(left, 1.0))
         if deadline == float("inf") and any(process.exitcode for process in processes):
             deadline = time.monotonic() + NOTICE_SECONDS
 

@@ -98,6 +98,8 @@ def test_a_hook_adds_to_the_numbers_that_later_hooks_see():
             Hook(2, lambda numbers: numbers.update({"loss/validation": 1.5})),
             Hook(1, lambda numbers: written.append(dict(numbers))),
         ],
+        keeps=lambda result: True,
+        stopping=lambda: False,
     )
     assert written == [
         {"step": 1},
@@ -124,7 +126,8 @@ def test_the_seconds_are_those_of_the_step_alone(monkeypatch: pytest.MonkeyPatch
         return {}
 
     run_loop(state, steps=3, take_step=take_step, describe=describe,
-             hooks=[Hook(1, lambda numbers: take(7.0))])  # fmt: skip
+             hooks=[Hook(1, lambda numbers: take(7.0))],
+             keeps=lambda result: True, stopping=lambda: False)  # fmt: skip
     assert told == [2.5, 2.5, 2.5]
 
 

@@ -1,0 +1,322 @@
+#!/usr/bin/env python3
+"""Do to training jobs what clusters do to them, and tell what was lost, seen and how it went on.
+
+    for each fault:  a job that meets it  ->  the same command again  ->  losses to the last digit
+                                                                         those of an undisturbed run
+
+Writes docs/reliability.md's table. Jobs are forked from this process, which has imported
+everything, so that the seconds are those of the job and not of Python's imports.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tests")]
+
+import chaos_faults as faults  # noqa: E402
+import torch  # noqa: E402
+import torch.multiprocessing as mp  # noqa: E402
+from chaos_faults import Fault  # noqa: E402
+
+from megatron_moe.checkpoint.folder import complete, newest  # noqa: E402
+from megatron_moe.config.load import load  # noqa: E402
+from megatron_moe.config.run import RunConfig  # noqa: E402
+from megatron_moe.device import cpu  # noqa: E402
+from megatron_moe.device.world import World, run_local_ranks  # noqa: E402
+from megatron_moe.errors import UserError  # noqa: E402
+
+RANKS = 2
+EXACT = ("step", "loss/lm", "grad_norm", "learning_rate", "tokens/seen", "router/load_imbalance")
+TABLE = ROOT / "docs" / "reliability.md"
+BEGIN, END = "<!-- table by make chaos -->\n", "<!-- end of table -->\n"
+CONFIG = """\
+run: {{dir: {run_dir}, device: cpu}}
+dense: {{path: {root}/dense}}
+moe: {{num_moe_experts: 4}}
+parallel: {{expert_parallel_size: 2}}
+data: {{path: {root}/tokens, seq_length: 32}}
+train: {{steps: {steps}, global_batch_size: 4, precision: bf16}}
+optimizer: {{lr: 1.0e-3, min_lr: 1.0e-4, warmup_steps: 1}}
+checkpoint: {{interval: {interval}, keep: 3}}
+upcycle: {{verify: never}}
+log: {{tensorboard: false}}
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a job ended."""
+
+    exit_code: int
+    output: str
+    seconds: float
+    seconds_to_first_step: float | None
+
+    @property
+    def message(self) -> str:
+        """What the operator saw instead of the end they wanted."""
+        lines = self.output.splitlines()
+        first = [i for i, line in enumerate(lines) if re.match(r"\w+Error: ", line)]
+        told = [
+            x for x in lines if x.startswith(("stopped by", "cannot save", "  trying", "saved"))
+        ]
+        return "\n".join(lines[first[0] :] if first else told)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One row of the table."""
+
+    fault: str
+    message: str
+    ended_seconds: float | None
+    """From the blow to the end of the job."""
+    steps_again: int
+    """Steps that had been taken and were taken again."""
+    recover_seconds: float
+    """From the restart to the first new step."""
+
+
+class Stage:
+    """A tiny dense model, its text, and the losses of a run that nothing disturbs."""
+
+    def __init__(self, root: Path) -> None:
+        from tiny import save_dense
+        from training_runs import write_tokens
+
+        self.root = root
+        save_dense(root / "dense")
+        write_tokens(root / "tokens")
+        undisturbed = self.run_dir("undisturbed")
+        ended = self.job(undisturbed)
+        assert ended.exit_code == 0, ended.output
+        self.expected = exact_lines(undisturbed)
+
+    def run_dir(self, name: str) -> Path:
+        """A new run folder."""
+        path = self.root / re.sub(r"\W+", "-", name)
+        path.mkdir()
+        return path
+
+    def job(
+        self, run_dir: Path, fault: Fault | None = None, *, log_name: str | None = None
+    ) -> Ended:
+        """Run a job to its end, as ``megatron-moe train`` does it; a fault may meet it."""
+        config_file = run_dir.parent / f"{run_dir.name}.yaml"
+        config_file.write_text(
+            CONFIG.format(
+                run_dir=run_dir, root=self.root, steps=faults.STEPS, interval=faults.INTERVAL
+            )
+        )
+        fault = fault or Fault(name="none")
+        config = load(RunConfig, config_file, list(fault.changes))
+        log = run_dir.parent / f"{log_name or run_dir.name}.log"
+        before, start = last_step(run_dir), time.monotonic()
+        process = mp.get_context("fork").Process(target=_job, args=(config, fault, log))
+        process.start()
+        first_step, said = None, None
+        while process.is_alive():
+            process.join(0.02)
+            step = last_step(run_dir)
+            if first_step is None and step > before:
+                first_step = time.monotonic() - start
+            if said is None and step >= faults.BLOW_STEP:
+                said = fault.on_job(process.pid or 0, run_dir) or ""
+        seconds = time.monotonic() - start
+        return Ended(process.exitcode or 0, said or log.read_text(), seconds, first_step)
+
+
+def _job(config: RunConfig, fault: Fault, log: Path) -> None:
+    """The first process of a job: output to a file, errors told as the command line tells them."""
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    fault.prepare(config.run.dir)
+    try:
+        run_local_ranks(partial(_rank, config, fault), ranks=RANKS, device="cpu")
+    except UserError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        os._exit(2)
+
+
+def _rank(config: RunConfig, fault: Fault, world: World) -> None:
+    from megatron_moe import commands
+
+    commands.train(config, world, partial(fault.observe, world.rank))
+
+
+def meet(stage: Stage, fault: Fault) -> Outcome:
+    """Let a job meet the fault, start it again, and compare what came out.
+
+    Raises:
+        AssertionError: The fault went unnoticed, or the run that went on is another one.
+    """
+    with _disk(stage.run_dir(fault.name), fault.disk_bytes) as run_dir:
+        if fault.damage is faults.nothing:
+            broken = stage.job(run_dir, fault)
+            assert (broken.exit_code == 0) == fault.ends_well, broken.output
+        else:
+            told = stage.job(run_dir, faults.told(signal.SIGTERM))  # leaves steps to go
+            assert told.exit_code == 0, told.output
+            fault.damage(run_dir)
+            broken = stage.job(run_dir)
+            assert broken.exit_code == 2, broken.output
+            _follow_the_way_out(run_dir, broken.message)
+        blow, saved = last_step(run_dir), newest(run_dir)
+        at = int(saved.name.removeprefix("step_")) if saved else 0
+        if fault.disk_bytes is not None:
+            enlarge(run_dir)
+        recovered = stage.job(run_dir)
+        assert recovered.exit_code == 0, recovered.output
+        assert exact_lines(run_dir) == stage.expected, (
+            f"{fault.name}: another run\n{recovered.output}"
+        )
+        assert not list(run_dir.glob("checkpoints/.step*")), "something half is left"
+        assert not (run_dir / "executed").exists(), "code of a checkpoint was executed"
+        return Outcome(
+            fault.name,
+            broken.message.replace(f"{stage.root}/", ""),
+            broken.seconds,
+            blow - at,
+            recovered.seconds_to_first_step or recovered.seconds,
+        )
+
+
+def _follow_the_way_out(run_dir: Path, message: str) -> None:
+    """Do what the message of a damaged checkpoint tells its reader to do."""
+    pointer = run_dir / "checkpoints" / "latest"
+    named = re.search(r"write (step_\d+) into", message)
+    if named:
+        pointer.write_text(named[1] + "\n")
+    else:
+        assert f"remove {pointer}" in message, message
+        pointer.unlink()
+
+
+def exact_lines(run_dir: Path) -> list[dict[str, Any]]:
+    """The numbers of each step that may not differ in any digit."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [{name: line.get(name) for name in EXACT} for line in map(json.loads, lines)]
+
+
+def last_step(run_dir: Path) -> int:
+    """The newest step that the run folder tells of."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    return 0
+
+
+@contextlib.contextmanager
+def _disk(run_dir: Path, size: int | None) -> Iterator[Path]:
+    """The folder, on a small disk of its own where ``size`` is given (which takes root)."""
+    if size is None:
+        yield run_dir
+        return
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(run_dir)]
+    subprocess.run(mount, check=True)
+    try:
+        yield run_dir
+    finally:
+        subprocess.run(["umount", "-l", str(run_dir)], check=True)
+
+
+def enlarge(run_dir: Path) -> None:
+    """Make room on a small disk."""
+    subprocess.run(["mount", "-o", "remount,size=1g", str(run_dir)], check=True)
+
+
+def all_faults(stage: Stage, checkpoint_bytes: int) -> list[Fault]:
+    """Every row of the table, in its order."""
+    stages = ("forward", "backward", "optimizer", "save")
+    room = checkpoint_bytes * 3 // 2
+    found = [
+        *(faults.kill(rank, "load", 0) for rank in range(RANKS)),
+        *(
+            faults.kill(rank, name, 6 if name == "save" else faults.FAULT_STEP)
+            for name in stages
+            for rank in range(RANKS)
+        ),
+        *(
+            faults.kill_half_written(rank, async_save=async_save)
+            for async_save in (False, True)
+            for rank in range(RANKS)
+        ),
+        faults.kill_before_name(),
+        faults.kill_job(),
+        faults.told(signal.SIGTERM),
+        faults.told(signal.SIGUSR1),
+        faults.stopped(1),
+        faults.stopped(0),
+        faults.hanging(1),
+        faults.truncated_shard(),
+        faults.corrupted_index(),
+        faults.index_that_names_code(),
+        faults.second_job(lambda run_dir: stage.job(run_dir, log_name="second").message),
+    ]
+    if os.geteuid() == 0:
+        found += [
+            faults.disk_full(room, room_is_made=None),
+            faults.disk_full(room, room_is_made=enlarge),
+        ]
+    return found
+
+
+def table(outcomes: list[Outcome]) -> str:
+    """The rows as Markdown, with the messages below."""
+    rows = [
+        "| fault | steps taken again | job ended after (s) | first new step after restart (s) |",
+        "|---|---|---|---|",
+    ]
+    rows += [
+        f"| {o.fault} | {o.steps_again} | {o.ended_seconds:.1f} | {o.recover_seconds:.1f} |"
+        for o in outcomes
+    ]
+    rows += ["", "What the operator saw, word for word:", ""]
+    for outcome in outcomes:
+        rows += [f"{outcome.fault}", "", "```", outcome.message, "```", ""]
+    return "\n".join(rows)
+
+
+def main() -> None:
+    """Meet every fault (or those whose name contains an argument) and write the table."""
+    torch.set_num_threads(1)
+    cpu.install()
+    with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
+        stage = Stage(Path(folder))
+        one = complete(Path(folder) / "undisturbed")[0]
+        size = sum(file.stat().st_size for file in one.rglob("*") if file.is_file())
+        chosen = [f for f in all_faults(stage, size) if all(a in f.name for a in sys.argv[1:])]
+        outcomes = []
+        for number, fault in enumerate(chosen, 1):
+            outcomes.append(meet(stage, fault))
+            last = outcomes[-1]
+            print(
+                f"{number}/{len(chosen)} {fault.name}: {last.steps_again} steps again, "
+                f"{last.recover_seconds:.1f} s to the first new step",
+                flush=True,
+            )
+            shutil.rmtree(Path(folder) / re.sub(r"\W+", "-", fault.name), ignore_errors=True)
+    if len(sys.argv) == 1:
+        head, _, rest = TABLE.read_text().partition(BEGIN)
+        TABLE.write_text(head + BEGIN + table(outcomes) + END + rest.partition(END)[2])
+        print(f"wrote the table of {TABLE.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
