@@ -27,6 +27,10 @@ DENSE_MODELS = {
     "Llama-3.2-1B": LLAMA32 | {
         "num_hidden_layers": 16, "hidden_size": 2048, "intermediate_size": 8192, "head_dim": 64,
     },
+    "Llama-2-7b-hf": LLAMA3 | {
+        "intermediate_size": 11008, "num_key_value_heads": 32, "vocab_size": 32000,
+        "max_position_embeddings": 4096,
+    },
     "dense-56x6144": LLAMA3 | {
         "num_hidden_layers": 56, "hidden_size": 6144, "intermediate_size": 16384,
         "num_attention_heads": 48, "vocab_size": 32000,
