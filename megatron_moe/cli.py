@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +19,7 @@ import typer
 from megatron_moe.config.load import load
 from megatron_moe.config.run import Mixing, Parallel, RunConfig
 from megatron_moe.errors import ConfigError, UserError
+from megatron_moe.experts.rules import measuring_violations
 from megatron_moe.hf.spec import DenseSpec, read_spec
 from megatron_moe.parallel.legality import check
 
@@ -80,7 +82,13 @@ def train(
     if world_size is not None or rank is not None or as_json:
         raise ConfigError("--world-size, --rank and --json of train are for --dry-run: add it")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    _on_ranks(_train, config, ranks)
 
+
+def _on_ranks(
+    story: Callable[[RunConfig, Any], None], config: RunConfig, ranks: int | None
+) -> None:
+    """Run a story on the ranks of the job that this process is part of, or on ranks of its own."""
     from megatron_moe.device.world import (
         joined,
         place_from_environment,
@@ -94,14 +102,14 @@ def train(
             f"--ranks ({ranks}) is for starting ranks on this machine, but torchrun or SLURM has "
             f"started {place.size} already: leave --ranks away"
         )
-    check(config, spec, place.size if place is not None else ranks or 1)
+    check(config, read_spec(config.dense.path), place.size if place is not None else ranks or 1)
     device = resolve_device(config.run.device)
     config.run.dir.mkdir(parents=True, exist_ok=True)
     if place is None:
-        run_local_ranks(partial(_train, config), ranks=ranks or 1, device=device)
+        run_local_ranks(partial(story, config), ranks=ranks or 1, device=device)
     else:
         with joined(place, device) as world:
-            _train(config, world)
+            story(config, world)
 
 
 def _dry_run(
@@ -244,6 +252,37 @@ def _reference_loss(config: RunConfig, out: Path, world: Any) -> None:
     from megatron_moe import commands
 
     commands.reference_loss(config, world, out)
+
+
+@app.command()
+def construct(
+    config_file: ConfigFile,
+    overrides: Overrides = None,
+    ranks: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Start this many ranks on this machine. Not under torchrun or SLURM."
+        ),
+    ] = None,
+) -> None:
+    """Measure the dense model on text and write the plan file that train builds from.
+
+    For methods that look at the model at work, centroid routers and calibrated scales. Killed, the
+    same command goes on where it was.
+
+    Example: megatron-moe construct configs/demo.yaml upcycle.plan=runs/plan.safetensors --ranks 4
+    """
+    config = load(RunConfig, config_file, overrides or [])
+    if found := list(measuring_violations(config, read_spec(config.dense.path))):
+        raise ConfigError("\n".join(found))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    _on_ranks(_construct, config, ranks)
+
+
+def _construct(config: RunConfig, world: Any) -> None:
+    from megatron_moe.construct.command import construct
+
+    construct(config, world)
 
 
 @app.command()

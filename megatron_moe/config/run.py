@@ -210,6 +210,20 @@ class Upcycle(Section):
     """Compare logits with the dense model after upcycling. auto: up to 1e9 dense parameters."""
 
 
+class Measure(Section):
+    """How `megatron-moe construct` measures the dense model."""
+
+    samples: Count = 256
+    """Sequences of the training text that are looked at; a multiple of moe.num_moe_experts, for
+    they are cut into clusters of one size."""
+
+    hidden_states: Count = 4096
+    """Inputs of each layer that are kept, for router centroids and calibrated scales."""
+
+    interval: Count = 16
+    """Rounds (of one sequence a replica and stage) after which what was measured is kept."""
+
+
 class Parallel(Section):
     """Degrees of parallelism. dp and edp are whatever is left of the world, so neither is set."""
 
@@ -416,6 +430,7 @@ class RunConfig(Section):
     dense: Dense
     moe: Moe
     upcycle: Upcycle = Upcycle()
+    measure: Measure = Measure()
     parallel: Parallel = Parallel()
     data: Data
     train: Train

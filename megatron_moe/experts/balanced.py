@@ -61,8 +61,8 @@ def _costs(points_XD: NDArray[np.float32], centers_CD: NDArray[np.float32]) -> N
     size_C = (centers_CD.astype(np.float64) ** 2).sum(axis=1)
     costs_XC = size_C - 2 * (points_XD @ centers_CD.T).astype(np.float64)
     costs_XC -= costs_XC.min(axis=1, keepdims=True)
-    scale = STEPS_OF_COST / max(float(costs_XC.max()), np.finfo(np.float64).tiny)
-    return np.rint(costs_XC * scale).astype(np.int64)
+    largest = float(costs_XC.max()) or 1.0  # 0: all points are the same
+    return np.rint(costs_XC / largest * STEPS_OF_COST).astype(np.int64)
 
 
 def _spread_starts(

@@ -59,6 +59,25 @@ def construction_violations(config: RunConfig, spec: DenseSpec) -> Iterator[str]
         )
 
 
+def measuring_violations(config: RunConfig, spec: DenseSpec) -> Iterator[str]:
+    """What `megatron-moe construct` cannot do, in words."""
+    recipe, samples = make_recipe(spec, config.moe, config.upcycle), config.measure.samples
+    experts = config.moe.num_moe_experts
+    if not recipe.needs_measuring:
+        yield (
+            f"upcycle.method ({recipe.method}) with this router and scale needs no measuring: "
+            "there is no plan file to make.\n  run megatron-moe train"
+        )
+    elif config.upcycle.plan is None:
+        yield "upcycle.plan must be set: it is the file that megatron-moe construct writes"
+    if samples % experts:
+        yield (
+            f"measure.samples ({samples}) must be divisible by moe.num_moe_experts ({experts}): "
+            "the sequences are cut into one cluster an expert, all of one size.\n"
+            f"  nearest measure.samples: {_nearest(samples, experts)}"
+        )
+
+
 def _whole(case: _Case) -> Iterator[str]:
     if case.upcycle.method in _WHOLE and case.size != case.dense_size:
         yield (

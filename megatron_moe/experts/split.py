@@ -56,7 +56,7 @@ def cluster_neurons(
     return neurons_X[order_X].reshape(recipe.num_experts, recipe.expert_ffn_hidden_size)
 
 
-def unit_rows(rows_FD: NDArray[np.float32]) -> NDArray[np.float32]:
+def unit_rows(rows_FD: NDArray[np.floating]) -> NDArray[np.float32]:
     """Each row divided by its length; a row of zeros stays."""
     length_F = np.linalg.norm(rows_FD, axis=1, keepdims=True)
     return (rows_FD / np.maximum(length_F, np.finfo(np.float32).tiny)).astype(np.float32)

@@ -1,0 +1,145 @@
+"""From measurements of one layer to its table: neurons, router rows, output scale.
+
+Shape letters: T sampled inputs, D hidden_size, F dense neurons, M neurons of an expert, E experts,
+C clusters (= E), K top-k.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megatron_moe.config.run import Moe
+from megatron_moe.experts import share, split
+from megatron_moe.experts.balanced import balanced_kmeans
+from megatron_moe.experts.draws import Use, generator
+from megatron_moe.experts.plan import ExpertPlan, LayerPlan, LayerTable
+from megatron_moe.experts.recipe import Recipe
+from megatron_moe.hf.reader import DenseCheckpoint
+
+
+@dataclass(frozen=True, slots=True)
+class LayerMeasured:
+    """What was measured of one layer, whole."""
+
+    inputs_TD: Tensor
+    importance_CF: NDArray[np.float64]
+    activity_CF: NDArray[np.float64]
+
+
+def layer_table(
+    plan: ExpertPlan, layer: int, measured: LayerMeasured, dense: DenseCheckpoint, moe: Moe
+) -> LayerTable:
+    """Everything about one layer that its recipe does not say itself."""
+    recipe = plan.recipe
+    table = _neurons(recipe, layer, measured, dense)
+    if recipe.router_init == "centroids":
+        table = replace(table, router_ED=centroid_rows(recipe, layer, measured.inputs_TD))
+    if recipe.calibrated:
+        uncalibrated = replace(plan, recipe=replace(recipe, calibrated=False))
+        layer_plan = uncalibrated.with_tables({layer: table}).layer(layer)
+        gate, up, down = (
+            dense.read(f"model.layers.{layer}.mlp.{name}_proj.weight").float()
+            for name in ("gate", "up", "down")
+        )
+        ffn = DenseFfn(gate, up, down)
+        scale = matching_scale(ffn, layer_plan, measured.inputs_TD, moe)
+        table = replace(table, output_scale=scale)
+    return table
+
+
+def _neurons(
+    recipe: Recipe, layer: int, measured: LayerMeasured, dense: DenseCheckpoint
+) -> LayerTable:
+    size, shared = recipe.expert_ffn_hidden_size, recipe.shared_size
+    match recipe.method:
+        case "split_clustered":
+            up = dense.read(f"model.layers.{layer}.mlp.up_proj.weight").float().numpy()
+            part = split.clustered(recipe, layer, up)
+        case "sharing_inner":
+            part = share.sharing_inner(measured.importance_CF, size=size)
+        case "sharing_inter":
+            part = share.sharing_inter(measured.importance_CF, size=size, shared=shared)
+        case "weaver":
+            part = share.weaver(recipe, layer, measured.activity_CF)
+        case _:
+            return LayerTable()
+    return LayerTable(neurons_EM=part.neurons_EM, shared_S=part.shared_S)
+
+
+def centroid_rows(recipe: Recipe, layer: int, inputs_TD: Tensor) -> NDArray[np.float32]:
+    """Centroids of the layer's inputs, as long as random rows of router_init_std would be.
+
+    The mean of all inputs is taken off first: it would raise every expert's logit alike.
+    """
+    points_TD = inputs_TD[: len(inputs_TD) // recipe.num_experts * recipe.num_experts].numpy()
+    points_TD = (points_TD - points_TD.mean(axis=0)).astype(np.float32)
+    drawn = generator(recipe.seed, layer, Use.CLUSTERS, 2)
+    cluster_T = balanced_kmeans(points_TD, recipe.num_experts, drawn)
+    means = [points_TD[cluster_T == expert].mean(axis=0) for expert in range(recipe.num_experts)]
+    length = recipe.router_init_std * recipe.hidden_size**0.5
+    return (split.unit_rows(np.stack(means)) * length).astype(np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class DenseFfn:
+    """The weights of a dense layer, whole."""
+
+    gate_FD: Tensor
+    up_FD: Tensor
+    down_DF: Tensor
+
+    def output(self, x_TD: Tensor, neurons_M: Tensor | slice = slice(None)) -> Tensor:
+        """What these neurons add to the residual stream."""
+        gate_TM, up_TM = x_TD @ self.gate_FD[neurons_M].T, x_TD @ self.up_FD[neurons_M].T
+        return (torch.nn.functional.silu(gate_TM) * up_TM) @ self.down_DF[:, neurons_M].T
+
+
+def matching_scale(ffn: DenseFfn, plan: LayerPlan, inputs_TD: Tensor, moe: Moe) -> float:
+    """Factor of the routed output that gives the MoE layer the dense layer's variance.
+
+    What the shared expert adds is taken from both sides, so the factor is that of the routed
+    experts alone. Neurons drawn anew and noise are not in it: it is of the experts as they are cut.
+    """
+    shared = torch.from_numpy(plan.shared_S)
+    wanted_TD = ffn.output(inputs_TD) - ffn.output(inputs_TD, shared)
+    routed_TD = routed_output(ffn, plan, inputs_TD, moe)
+    wanted, found = (x.var(dim=0, correction=0).sum() for x in (wanted_TD, routed_TD))
+    return float((wanted / found).sqrt())
+
+
+def routed_output(ffn: DenseFfn, plan: LayerPlan, inputs_TD: Tensor, moe: Moe) -> Tensor:
+    """The routed experts' weighted output, before any scale."""
+    weights_TE = combine_weights(inputs_TD @ _router(ffn, plan).T, moe)
+    out_TD = torch.zeros(len(inputs_TD), ffn.down_DF.shape[0])
+    for expert, neurons_M in enumerate(plan.neurons_EM):
+        rows = weights_TE[:, expert].nonzero()[:, 0]
+        part = ffn.output(inputs_TD[rows], torch.from_numpy(neurons_M.copy()))
+        out_TD.index_add_(0, rows, weights_TE[rows, expert, None] * part)
+    return out_TD
+
+
+def combine_weights(logits_TE: Tensor, moe: Moe) -> Tensor:
+    """Weight of each expert for each token, zero where it is not chosen."""
+    scores_TE = logits_TE
+    if moe.moe_router_score_function == "sigmoid":
+        scores_TE = logits_TE.sigmoid()
+    elif moe.router_order == "softmax_topk":
+        scores_TE = logits_TE.softmax(dim=-1)
+    values_TK, chosen_TK = scores_TE.topk(moe.moe_router_topk, dim=-1)
+    if moe.moe_router_score_function == "sigmoid":
+        values_TK = values_TK / values_TK.sum(dim=-1, keepdim=True)
+    elif moe.router_order == "topk_softmax":
+        values_TK = values_TK.softmax(dim=-1)
+    return torch.zeros_like(logits_TE).scatter(-1, chosen_TK, values_TK)
+
+
+def _router(ffn: DenseFfn, plan: LayerPlan) -> Tensor:
+    if plan.router_ED is not None:
+        return torch.from_numpy(plan.router_ED)
+    rows = [ffn.gate_FD[torch.from_numpy(n.copy())].mean(dim=0) for n in plan.neurons_EM]
+    return torch.stack(rows)

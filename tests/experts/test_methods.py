@@ -1,0 +1,198 @@
+"""Properties of every method: sizes, ranges, coverage, and that nothing but the key decides.
+
+Shape letters: E experts, F dense neurons, M neurons of an expert, S shared neurons, C clusters.
+"""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_moe.experts import replicate, router, share, split
+from megatron_moe.experts.balanced import assign, balanced_kmeans
+from megatron_moe.experts.draws import BLOCK_NEURONS, Use, generator, normal_rows
+from megatron_moe.experts.plan import ExpertPlan
+from megatron_moe.experts.recipe import Recipe
+
+QUICK = settings(max_examples=60, deadline=None)
+SEEDS = st.integers(0, 2**31)
+
+
+def recipe(method="copy", *, experts=4, size=12, dense=48, **more) -> Recipe:
+    defaults = {
+        "seed": 0, "hidden_size": 8, "router_init_std": 0.02, "moe_layers": (0, 1, 2, 3),
+    }  # fmt: skip
+    return Recipe(
+        method=method, num_experts=experts, expert_ffn_hidden_size=size,
+        dense_ffn_hidden_size=dense, **defaults | more,
+    )  # fmt: skip
+
+
+@QUICK
+@given(
+    experts=st.integers(1, 8), size=st.integers(1, 20), shared=st.integers(0, 20), seed=SEEDS,
+    layer=st.integers(0, 100),
+)  # fmt: skip
+def test_a_random_split_is_a_partition(experts, size, shared, seed, layer):
+    dense = experts * size + shared
+    asked = recipe("split_random", experts=experts, size=size, dense=dense, seed=seed,
+                   shared_size=shared)  # fmt: skip
+    part, again = split.random(asked, layer), split.random(asked, layer)
+    assert part.neurons_EM.shape == (experts, size)
+    assert sorted([*part.neurons_EM.ravel(), *part.shared_S]) == list(range(dense))
+    assert (np.diff(part.neurons_EM, axis=1) > 0).all()
+    np.testing.assert_array_equal(part.neurons_EM, again.neurons_EM)
+    np.testing.assert_array_equal(part.shared_S, again.shared_S)
+
+
+@QUICK
+@given(experts=st.integers(1, 8), size=st.integers(1, 60), seed=SEEDS, layer=st.integers(0, 50))
+def test_qwen_uses_each_copy_once_and_discards_the_rest(experts, size, seed, layer):
+    dense = 48
+    neurons_EM = replicate.qwen(recipe("qwen", experts=experts, size=size, seed=seed), layer)
+    assert neurons_EM.shape == (experts, size)
+    copies, rest = divmod(experts * size, dense)
+    counts_F = np.bincount(neurons_EM.ravel(), minlength=dense)
+    assert set(counts_F) <= {copies, copies + 1}
+    assert (counts_F == copies + 1).sum() == rest
+
+
+@QUICK
+@given(shards=st.integers(1, 8), replicas=st.integers(1, 4), seed=st.none() | SEEDS)
+def test_granular_holds_the_dense_layer_once_a_replica(shards, replicas, seed):
+    asked = recipe("granular", experts=shards * replicas, size=6, dense=6 * shards,
+                   permutation_seed=seed)  # fmt: skip
+    neurons_EM = replicate.granular(asked, 3)
+    for replica in neurons_EM.reshape(replicas, -1):
+        assert sorted(replica) == list(range(6 * shards))
+    assert (neurons_EM[:shards] == neurons_EM[-shards:]).all()
+
+
+@QUICK
+@given(seed=SEEDS, shared=st.integers(0, 12), size=st.integers(1, 12))
+def test_sharing_takes_the_most_important(seed, shared, size):
+    importance_EF = np.random.default_rng(seed).random((3, 24))
+    inner = share.sharing_inner(importance_EF, size=size)
+    for row_F, neurons_M in zip(importance_EF, inner.neurons_EM, strict=True):
+        assert len(set(neurons_M)) == size
+        left = np.delete(row_F, neurons_M)
+        assert left.max(initial=0) <= row_F[neurons_M].min()
+    inter = share.sharing_inter(importance_EF, size=size, shared=shared)
+    assert len(set(inter.shared_S)) == shared
+    wanted_F = np.bincount(inner.neurons_EM.ravel(), minlength=24)
+    if shared:
+        assert np.delete(wanted_F, inter.shared_S).max() <= wanted_F[inter.shared_S].min()
+    for row_F, neurons_M in zip(importance_EF, inter.neurons_EM, strict=True):
+        assert not set(neurons_M) & set(inter.shared_S)
+        left = np.delete(row_F, [*neurons_M, *inter.shared_S])
+        assert left.max(initial=0) <= row_F[neurons_M].min()
+
+
+def test_experts_that_want_the_same_neurons_share_them():
+    importance_EF = np.array([[9, 8, 7, 1, 0, 0], [9, 8, 0, 0, 7, 1]], dtype=float)
+    part = share.sharing_inter(importance_EF, size=2, shared=2)
+    assert part.shared_S.tolist() == [0, 1]
+    assert part.neurons_EM.tolist() == [[2, 3], [4, 5]]
+
+
+def test_weaver_shares_the_even_and_groups_the_alike():
+    even = np.full((4, 8), 3.0)
+    special = np.kron(np.eye(4), np.ones((1, 6))) + 0.01
+    activity_CF = np.concatenate([special, even], axis=1)
+    asked = recipe("weaver", experts=4, size=6, dense=32, shared_size=8)
+    part = share.weaver(asked, 0, activity_CF)
+    assert part.shared_S.tolist() == list(range(24, 32))
+    assert sorted(map(tuple, part.neurons_EM)) == [tuple(range(6 * i, 6 * i + 6)) for i in range(4)]
+
+
+@QUICK
+@given(seed=SEEDS)
+def test_an_assignment_is_the_cheapest_of_all(seed):
+    costs_XC = np.random.default_rng(seed).integers(0, 50, (6, 3))
+    cluster_X, cost = assign(costs_XC)
+    assert np.bincount(cluster_X, minlength=3).tolist() == [2, 2, 2]
+    assert costs_XC[np.arange(6), cluster_X].sum() == cost
+    every = set(itertools.permutations([0, 0, 1, 1, 2, 2]))
+    assert cost == min(costs_XC[np.arange(6), list(way)].sum() for way in every)
+
+
+@QUICK
+@given(seed=SEEDS, clusters=st.integers(1, 6), each=st.integers(1, 9))
+def test_clusters_are_of_exactly_one_size(seed, clusters, each):
+    drawn = np.random.default_rng(seed)
+    points_XD = drawn.standard_normal((clusters * each, 5)).astype(np.float32)
+    found = balanced_kmeans(points_XD, clusters, generator(seed, 0, Use.CLUSTERS))
+    assert np.bincount(found, minlength=clusters).tolist() == [each] * clusters
+
+
+def test_clusters_that_are_there_are_found():
+    drawn = np.random.default_rng(0)
+    truth_X = np.repeat(np.arange(4), 50)
+    points_XD = (np.eye(4)[truth_X] + 0.1 * drawn.standard_normal((200, 4))).astype(np.float32)
+    found_X = balanced_kmeans(points_XD, 4, generator(0, 0, Use.CLUSTERS))
+    for cluster in range(4):
+        assert len(set(truth_X[found_X == cluster])) == 1
+
+
+def test_clustering_equal_points_ends():
+    found_X = balanced_kmeans(np.ones((12, 3), dtype=np.float32), 3, np.random.default_rng(0))
+    assert np.bincount(found_X).tolist() == [4, 4, 4]
+
+
+@QUICK
+@given(start=st.integers(0, 300), length=st.integers(1, 300), seed=SEEDS)
+def test_a_run_of_neurons_has_the_numbers_it_has_in_the_whole(start, length, seed):
+    key = (seed, 2, Use.NOISE, 1, 0)
+    whole = normal_rows(*key, neurons=slice(0, 4 * BLOCK_NEURONS + 90), width=3)
+    run = slice(start, start + length)
+    np.testing.assert_array_equal(normal_rows(*key, neurons=run, width=3), whole[run])
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5, 1.0])
+def test_so_many_neurons_are_drawn_anew(ratio: float):
+    layer = ExpertPlan(recipe("drop", size=48, reinit_ratio=ratio)).layer(2)
+    if not ratio:
+        assert layer.reinit_EM is None
+        return
+    assert layer.reinit_EM is not None
+    assert (layer.reinit_EM.sum(axis=1) == round(48 * ratio)).all()
+    if ratio < 1:
+        assert len({mask.tobytes() for mask in layer.reinit_EM}) == 4, "each expert its own"
+
+
+def rows(init: str, **more) -> np.ndarray:
+    found = router.router_rows(recipe(router_init=init, hidden_size=4096, **more), 1)
+    assert found is not None
+    return found
+
+
+def test_uniform_rows_have_the_std_asked_for_and_no_tails():
+    drawn = rows("uniform", router_init_std=0.5)
+    assert drawn.std() == pytest.approx(0.5, rel=0.02)
+    assert np.abs(drawn).max() <= 0.5 * 3**0.5
+    assert abs(drawn.mean()) < 0.02
+
+
+def test_zero_rows_weigh_nothing_and_still_choose():
+    drawn = rows("zero")
+    assert 0 < np.abs(drawn).max() < 1e-5
+    x_TD = np.random.default_rng(0).standard_normal((1000, 4096))
+    chosen = np.bincount((x_TD @ drawn.T).argmax(axis=1), minlength=4)
+    assert chosen.min() > 150, "every expert is chosen by some tokens"
+
+
+def test_virtual_groups_repeat_a_row_for_each_shard():
+    drawn = rows("virtual_groups", experts=6, size=16)
+    assert (drawn.reshape(2, 3, -1) == drawn.reshape(2, 3, -1)[:, :1]).all()
+    assert not (drawn[0] == drawn[3]).any()
+
+
+def test_methods_differ_by_seed_and_layer():
+    seen = {
+        split.random(recipe("split_random", seed=seed), layer).neurons_EM.tobytes()
+        for seed in range(4)
+        for layer in range(4)
+    }
+    assert len(seen) == 16
