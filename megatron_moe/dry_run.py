@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from rich.console import Group, RenderableType
@@ -20,11 +21,11 @@ from rich.text import Text
 from megatron_moe.config.run import RunConfig
 from megatron_moe.device.stand_in import META, has_transformer_engine, standing_for
 from megatron_moe.errors import ConfigError
-from megatron_moe.experts.plan import make_expert_plan
+from megatron_moe.experts.plan import ExpertPlan, LayerTable, make_expert_plan
 from megatron_moe.hf.spec import DenseSpec
 from megatron_moe.hf.unread import open_unread
 from megatron_moe.model.build import Model, build_model
-from megatron_moe.model.upcycle import Filled, upcycle
+from megatron_moe.model.upcycle import Filled, fill
 from megatron_moe.parallel.groups import create_groups
 from megatron_moe.parallel.layout import ParallelLayout, local_experts
 from megatron_moe.plan.memory import ModelState, RankMemory, model_state, rank_memory
@@ -97,18 +98,38 @@ def dry_run(config: RunConfig, *, rank: int, world_size: int) -> DryRun:
         raise ConfigError(f"--rank ({rank}) must be less than --world-size ({world_size})")
     cuda = config.run.device != "cpu"
     engine = cuda and has_transformer_engine()
-    dense = open_unread(config.dense.path)  # 1. headers, or the promise of config.json
-    plan = make_expert_plan(dense.spec, config.moe, config.upcycle)  # 2. which neurons go where
+    folders = [config.dense.path, *config.upcycle.mix_with]
+    dense = [open_unread(folder) for folder in folders]  # 1. headers, or the promise of config.json
+    spec = dense[0].spec
+    plan = sized_plan(make_expert_plan(spec, config.moe, config.upcycle))  # 2. how many neurons
     with standing_for(rank, world_size=world_size):
         layout, groups = create_groups(config.parallel, seed=config.run.seed)  # 3. who holds what
         with META:  # 4. this rank's chunks
-            model = build_model(
-                config, dense.spec, layout=layout, groups=groups, rank=rank, cuda=engine
-            )
-        filled = upcycle(model, dense, plan, layout=layout, rank=rank)  # 5. what it would read
+            model = build_model(config, spec, layout=layout, groups=groups, rank=rank, cuda=engine)
+        filled, _ = fill(model, dense, plan, layout=layout, rank=rank)  # 5. what it would read
         with META:  # 6. gradient buffers, optimizer
             state = make_state(config, model, groups, cuda=cuda)
-        return _report(config, dense.spec, layout, groups, state, filled, dense.source_bytes)
+        source_bytes = sum(checkpoint.source_bytes for checkpoint in dense)
+        return _report(config, spec, layout, groups, state, filled, source_bytes)
+
+
+def sized_plan(plan: ExpertPlan) -> ExpertPlan:
+    """``plan`` as it is, or with any neurons where finding the right ones takes the dense weights.
+
+    How many bytes are read depends on how many neurons an expert has, not on which.
+    """
+    recipe = plan.recipe
+    if not (recipe.needs_weights or recipe.needs_measuring):
+        return plan
+    generator = np.random.default_rng(0)
+    every = [generator.permutation(recipe.dense_ffn_hidden_size) for _ in range(recipe.num_experts)]
+    table = LayerTable(
+        neurons_EM=np.stack([order_F[: recipe.expert_ffn_hidden_size] for order_F in every]),
+        shared_S=generator.permutation(recipe.dense_ffn_hidden_size)[: recipe.shared_size],
+        router_ED=np.zeros((recipe.num_experts, recipe.hidden_size), dtype=np.float32),
+        output_scale=1.0,
+    )
+    return plan.with_tables(dict.fromkeys(recipe.moe_layers, table))
 
 
 def _report(

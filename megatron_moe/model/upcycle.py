@@ -86,7 +86,6 @@ class _Filler:
             window.copy_(total / len(self.checkpoints))
 
 
-@torch.no_grad()
 def upcycle(
     model: Model,
     dense: DenseCheckpoint,
@@ -96,7 +95,7 @@ def upcycle(
     rank: int,
     mix_with: Sequence[DenseCheckpoint] = (),
 ) -> Filled:
-    """Fill every parameter of ``model`` on this rank.
+    """Fill every parameter of ``model`` on this rank, and change what the plan wants changed.
 
     Args:
         model: Freshly built; its parameters hold nothing.
@@ -109,14 +108,32 @@ def upcycle(
     Raises:
         CheckpointError: A parameter that no rule fills, or NaN or Inf in a tensor.
     """
-    checkpoints = [dense, *mix_with]
+    filled, layers = fill(model, [dense, *mix_with], plan, layout=layout, rank=rank)
+    reshape_values(layers, plan.recipe, layout=layout, rank=rank)
+    return filled
+
+
+@torch.no_grad()
+def fill(
+    model: Model,
+    checkpoints: Sequence[DenseCheckpoint],
+    plan: ExpertPlan,
+    *,
+    layout: ParallelLayout,
+    rank: int,
+) -> tuple[Filled, list[LocalLayer]]:
+    """The first half of `upcycle`: all that is read. No rank needs another for it.
+
+    Returns:
+        What was done, and this rank's MoE layers for `reshape_values`.
+    """
     assert len(checkpoints) == plan.recipe.num_sources, (len(checkpoints), plan.recipe)
     filler = _Filler(checkpoints)
     before, count, size = _bytes_read(checkpoints), 0, 0
     local_layers: list[LocalLayer] = []
     for chunk in model.chunks:
         for layer, parameters in _by_layer(chunk):
-            place = _Place(dense, layer, plan, layout, rank)
+            place = _Place(checkpoints[0], layer, plan, layout, rank)
             filler.seen.clear()
             for parameter, found in parameters:
                 place.fill(parameter, found, filler)
@@ -125,9 +142,8 @@ def upcycle(
             if place.layer_plan is not None:
                 local_layers.append(place.local_layer(parameters))
     filler.seen.clear()
-    reshape_values(local_layers, plan.recipe, layout=layout, rank=rank)
     read = _bytes_read(checkpoints) - before
-    return Filled(count, size, read, frozenset(filler.sources))
+    return Filled(count, size, read, frozenset(filler.sources)), local_layers
 
 
 def check_coverage(filled: Filled, dense: DenseCheckpoint, *, num_sources: int = 1) -> int:

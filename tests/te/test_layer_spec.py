@@ -43,6 +43,7 @@ CASES = [  # layout, family, changes of the dense model
     ("pp2 vpp2 dp2 ep2", "qwen2", {"tie_word_embeddings": True}),
     ("pp4 tp2 ep2", "qwen3", {}),
 ]
+PARTS = {"moe_ffn_hidden_size": 16, "moe_shared_expert_intermediate_size": 32}
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,15 @@ def boxes(model: Model, groups: ProcessGroupCollection) -> dict[tuple, Tensor]:
     return found
 
 
-def run_config(folder: Path, parallel: dict[str, int], **moe: Any) -> RunConfig:
+def run_config(
+    folder: Path, parallel: dict[str, int], *, method: str = "copy", **moe: Any
+) -> RunConfig:
     return build(
         RunConfig,
         tree(
             folder / "run", folder / "dense", folder / "tokens", parallel=parallel,
             moe={"num_moe_experts": 4, "moe_layers": [1, 2], **moe},
-            train={"precision": "bf16", "global_batch_size": 16},
+            train={"precision": "bf16", "global_batch_size": 16}, upcycle={"method": method},
         ),
     )  # fmt: skip
 
@@ -128,6 +131,22 @@ def test_each_parameter_is_filled_once_with_its_slice_and_saved_in_its_place(
     dense = open_dense_checkpoint(save_dense(tmp_path / "dense", family, **changes))
     world_size, parallel = layout(name)
     config = run_config(tmp_path, parallel)
+    compare_all_ranks(config, dense, world_size)
+
+
+def test_shared_experts_are_those_of_the_torch_native_layers(tmp_path: Path):
+    """They are shared by tp, where the experts beside them are shared by etp."""
+    dense = open_dense_checkpoint(save_dense(tmp_path / "dense", "qwen2"))
+    world_size, parallel = layout("tp4 ep2 etp2")
+    config = run_config(tmp_path, parallel, method="split_random", **PARTS)
+    engine = compare_all_ranks(config, dense, world_size)
+    shapes = {name: tuple(p.shape) for _, name, p in engine.parameters() if ".1.mlp." in name}
+    assert shapes["decoder.layers.1.mlp.shared_experts.linear_fc1.weight"] == (16, 64)
+    assert shapes["decoder.layers.1.mlp.experts.linear_fc1.weight0"] == (16, 64)
+
+
+def compare_all_ranks(config: RunConfig, dense: DenseCheckpoint, world_size: int) -> Built:
+    """Each rank's two models, parameter by parameter and box by box; the last rank's for more."""
     check(config, dense.spec, world_size)
     for rank in range(world_size):
         engine, native = both(config, dense, rank=rank, world_size=world_size)
@@ -141,6 +160,7 @@ def test_each_parameter_is_filled_once_with_its_slice_and_saved_in_its_place(
         # Boxes, numbers and which rank writes them: a run may go on with the other spec's.
         assert engine.saved
         assert_same_tensors(engine.saved, native.saved)
+    return engine
 
 
 def test_names_and_shapes_of_a_folded_rank(tmp_path: Path):
