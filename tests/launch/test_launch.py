@@ -203,14 +203,33 @@ class TestSlurm:
         job.stand_in("srun", "sys.exit(3)")
         assert job.run(SLURM, "run.yaml").returncode == 3
 
-    def test_the_signal_before_the_time_limit_requeues(self, job: Stage):
-        job.stand_in("srun", "import time; time.sleep(3); sys.exit(5)")
-        process = subprocess.Popen([SLURM, "run.yaml"], env=job.env, cwd=job.folder)
-        wait_until(lambda: bool(job.calls("srun")))
+    def test_before_the_time_limit_ranks_save_and_then_the_job_is_requeued(self, job: Stage):
+        saves = "import signal, time; signal.signal(signal.SIGUSR1, lambda *_: sys.exit(0));"
+        job.stand_in("srun", saves + "print('ready', flush=True); time.sleep(60)")
+        process = subprocess.Popen(
+            [SLURM, "run.yaml"], env=job.env, cwd=job.folder, stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        assert len(job.calls("scontrol")) == 1
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(timeout=30) == 0
+        assert [call for call, _ in job.calls("scontrol")[1:]] == [["requeue", "123456"]]
+
+    def test_a_save_that_takes_too_long_is_given_up(self, job: Stage):
+        deaf = "import signal, time; signal.signal(signal.SIGUSR1, signal.SIG_IGN);"
+        job.stand_in("srun", deaf + "print('ready', flush=True); time.sleep(4)")
+        job.env["SAVE_SECONDS"] = "1"
+        process = subprocess.Popen(
+            [SLURM, "run.yaml"], env=job.env, cwd=job.folder, stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGUSR1)
         wait_until(lambda: len(job.calls("scontrol")) == 2)
-        assert job.calls("scontrol")[1][0] == ["requeue", "123456"]
-        assert process.wait(timeout=30) == 5  # stayed with its step until that ended
+        assert process.poll() is None, "requeued while the step was still there"
+        assert process.wait(timeout=30) == 0
+        assert len(job.calls("scontrol")) == 2, "requeued once"
 
     @pytest.mark.parametrize(
         ("remove", "config", "message"),
@@ -230,7 +249,7 @@ class TestSlurm:
         directives = [line for line in lines if line.startswith("#SBATCH")]
         assert {
             "#SBATCH --requeue",
-            "#SBATCH --signal=B:USR1@120",
+            "#SBATCH --signal=B:USR1@300",
             "#SBATCH --ntasks-per-node=8",
             "#SBATCH --gpus-per-node=8",
         } <= set(directives)
