@@ -73,10 +73,10 @@ class Ended:
         """What the operator saw instead of the end they wanted."""
         lines = self.output.splitlines()
         first = [i for i, line in enumerate(lines) if re.match(r"\w+Error: ", line)]
-        told = [
-            x for x in lines if x.startswith(("stopped by", "cannot save", "  trying", "saved"))
-        ]
-        return "\n".join(lines[first[0] :] if first else told)
+        end = first[0] if first else len(lines)
+        kinds = ("stopped by", "cannot ", "  trying", "  training")
+        told = [line for line in lines[:end] if line.startswith(kinds)]
+        return "\n".join([*dict.fromkeys(told), *lines[end:]])
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,9 +144,10 @@ class Stage:
 
 def _job(config: RunConfig, fault: Fault, log: Path) -> None:
     """The first process of a job: output to a file, errors told as the command line tells them."""
-    with log.open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    file = log.open("w", buffering=1)
+    os.dup2(file.fileno(), 1)
+    os.dup2(file.fileno(), 2)
+    sys.stdout = sys.stderr = file  # pytest has put others there
     fault.prepare(config.run.dir)
     try:
         run_local_ranks(partial(_rank, config, fault), ranks=RANKS, device="cpu")
@@ -289,7 +290,14 @@ def table(outcomes: list[Outcome]) -> str:
     ]
     rows += ["", "What the operator saw, word for word:", ""]
     for outcome in outcomes:
-        rows += [f"{outcome.fault}", "", "```", outcome.message, "```", ""]
+        rows += [
+            f"{outcome.fault}",
+            "",
+            "```",
+            outcome.message or "(nothing: it is gone)",
+            "```",
+            "",
+        ]
     return "\n".join(rows)
 
 

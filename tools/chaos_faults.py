@@ -130,6 +130,7 @@ def stopped(rank: int) -> Fault:
 
     def observe(here: int, entered: str, at: int) -> None:
         if (here, entered, at) == (rank, "forward", FAULT_STEP):
+            time.sleep(IN_THE_MIDDLE_SECONDS)
             os.kill(os.getpid(), signal.SIGSTOP)
 
     return Fault(

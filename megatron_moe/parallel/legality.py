@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_moe.config.mixtures import starting_weights
-from megatron_moe.config.run import RunConfig
+from megatron_moe.config.run import Parallel, RunConfig
 from megatron_moe.errors import ConfigError
 from megatron_moe.experts.plan import moe_layer_ids
 from megatron_moe.experts.rules import construction_violations
 from megatron_moe.hf.spec import DenseSpec
+from megatron_moe.parallel.nearest import changes, nearest_layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,32 @@ def check(config: RunConfig, spec: DenseSpec, world_size: int) -> None:
         ConfigError: Every violated rule, with the numbers and the nearest values that keep it.
     """
     if found := violations(config, spec, world_size):
-        raise ConfigError("\n".join(found))
+        way_out = legal_layout(config, spec, world_size)
+        raise ConfigError("\n".join([*found, *way_out]))
+
+
+def legal_layout(config: RunConfig, spec: DenseSpec, world_size: int) -> list[str]:
+    """A line with the nearest layout that keeps all rules of layouts; none where it needs none.
+
+    Rules that look at no degree are left out: another layout does not help them.
+    """
+
+    def broken(parallel: Parallel) -> bool:
+        case = Case(config.model_copy(update={"parallel": parallel}), spec, world_size)
+        return any(True for rule in LAYOUT_RULES for _ in rule(case))
+
+    before = config.parallel
+    if not broken(before):
+        return []
+    found = nearest_layout(
+        before,
+        world_size=world_size,
+        num_layers=spec.num_layers,
+        is_legal=lambda parallel: not broken(parallel),
+    )
+    if found is None:
+        return [f"  no layout of {world_size} ranks is legal with the other settings"]
+    return [f"  nearest legal layout of {world_size} ranks: {changes(before, found)}"]
 
 
 def violations(config: RunConfig, spec: DenseSpec, world_size: int) -> list[str]:
@@ -97,7 +123,8 @@ def _experts(case: Case) -> Iterator[str]:
     if moe.moe_router_topk > moe.num_moe_experts:
         yield (
             f"moe.moe_router_topk ({moe.moe_router_topk}) must be at most moe.num_moe_experts "
-            f"({moe.num_moe_experts}): a token goes to different experts"
+            f"({moe.num_moe_experts}): a token goes to different experts.\n"
+            f"  largest moe.moe_router_topk: {moe.num_moe_experts}"
         )
     softmax = moe.moe_router_score_function == "softmax"
     if moe.moe_router_topk == 1 and moe.router_order == "topk_softmax" and softmax:
@@ -178,24 +205,31 @@ def _moe_layers(case: Case) -> Iterator[str]:
     if moe.moe_layers != "all" and (moe.first_dense_layers or moe.last_dense_layers):
         yield (
             f"moe.first_dense_layers ({moe.first_dense_layers}) and moe.last_dense_layers "
-            f"({moe.last_dense_layers}) are for moe.moe_layers (all), but it is a list: leave the "
-            "dense layers out of the list"
+            f"({moe.last_dense_layers}) are for moe.moe_layers (all), but it is a list.\n"
+            "  leave the dense layers out of the list"
         )
     if moe.first_dense_layers + moe.last_dense_layers >= case.spec.num_layers:
         yield (
             f"moe.first_dense_layers ({moe.first_dense_layers}) + moe.last_dense_layers "
             f"({moe.last_dense_layers}) must be less than the dense model's num_hidden_layers "
-            f"({case.spec.num_layers}): otherwise the model stays dense"
+            f"({case.spec.num_layers}): otherwise the model stays dense.\n"
+            f"  largest sum: {case.spec.num_layers - 1}"
         )
     elif not layers:
-        yield "moe.moe_layers ([]) must name at least one layer: otherwise the model stays dense"
+        yield (
+            "moe.moe_layers ([]) must name at least one layer: otherwise the model stays dense."
+            "\n  set moe.moe_layers=all"
+        )
     if outside := [layer for layer in layers if layer >= case.spec.num_layers]:
         yield (
             f"moe.moe_layers names {outside}, but the dense model has {case.spec.num_layers} "
-            f"layers: valid ids are 0 to {case.spec.num_layers - 1}"
+            f"layers.\n  valid ids: 0 to {case.spec.num_layers - 1}"
         )
     if len(set(layers)) != len(layers):
-        yield f"moe.moe_layers ({list(layers)}) names a layer twice"
+        yield (
+            f"moe.moe_layers ({list(layers)}) names a layer twice.\n"
+            f"  set moe.moe_layers={sorted(set(layers))}"
+        )
 
 
 def _dense_ffn(case: Case) -> Iterator[str]:
@@ -213,7 +247,8 @@ def _pipeline(case: Case) -> Iterator[str]:
     if case.vpp > 1 and pp == 1:
         yield (
             f"parallel.virtual_pipeline_parallel_size ({case.vpp}) needs "
-            "parallel.pipeline_parallel_size of at least 2: chunks are interleaved between stages"
+            "parallel.pipeline_parallel_size of at least 2: chunks are interleaved between stages."
+            "\n  leave parallel.virtual_pipeline_parallel_size unset"
         )
     elif layers % (pp * case.vpp):
         fits = [f"{a}x{b}" for a in range(1, layers + 1) for b in range(1, layers // a + 1)
@@ -242,7 +277,8 @@ def _sequence(case: Case) -> Iterator[str]:
         yield (
             f"data.seq_length ({length}) must be at most the dense model's "
             f"max_position_embeddings ({case.spec.max_position_embeddings}): it has not seen "
-            "positions beyond"
+            "positions beyond.\n"
+            f"  largest data.seq_length: {case.spec.max_position_embeddings}"
         )
 
 
@@ -285,12 +321,14 @@ def _schedule(case: Case) -> Iterator[str]:
     if optimizer.min_lr > optimizer.lr:
         yield (
             f"optimizer.min_lr ({optimizer.min_lr}) must be at most optimizer.lr ({optimizer.lr}): "
-            "the schedule decays from lr to min_lr"
+            "the schedule decays from lr to min_lr.\n"
+            f"  largest optimizer.min_lr: {optimizer.lr}"
         )
     if steps and optimizer.warmup_steps >= steps:
         yield (
             f"optimizer.warmup_steps ({optimizer.warmup_steps}) must be less than train.steps "
-            f"({steps}): otherwise the learning rate never reaches its peak"
+            f"({steps}): otherwise the learning rate never reaches its peak.\n"
+            f"  largest optimizer.warmup_steps: {steps - 1}"
         )
 
 
@@ -343,7 +381,7 @@ def _mixing(case: Case) -> Iterator[str]:
         yield (
             f"data.mixing.interval ({mixing.interval} tokens) must be at least the tokens of a "
             f"step, train.global_batch_size * data.seq_length = {step_tokens}: weights move "
-            "between steps"
+            f"between steps.\n  smallest data.mixing.interval: {step_tokens}"
         )
 
 
@@ -362,6 +400,9 @@ def _reset_attention(case: Case) -> Iterator[str]:
                 "micro-batches instead, or set run.device=cpu, where attention takes any"
             )
 
+
+LAYOUT_RULES = (_world, _heads, _experts, _dense_ffn, _pipeline, _sequence, _batch)
+"""Rules that another layout may keep."""
 
 RULES = (
     _world, _heads, _experts, _capacity, _router, _construction, _shared_expert, _moe_layers,

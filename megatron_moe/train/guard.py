@@ -95,8 +95,9 @@ class Judge:
             self._roll_backs += 1
             if self._roll_backs > self._config.max_skipped_steps:
                 raise JobError(
-                    f"the loss of step {step} ({loss:.4f}) spikes for the {self._roll_backs}th "
-                    "time: other batches do not help.\n  lower optimizer.lr, or look at the data"
+                    f"the loss of step {step} ({loss:.4f}) spikes again after "
+                    f"{self._roll_backs - 1} roll-backs: other batches do not help.\n"
+                    "  lower optimizer.lr, or look at the data"
                 )
             self._losses.clear()
             return "roll back"

@@ -1,6 +1,7 @@
 """Every rule refuses with both numbers, the reason and a way out that the rule accepts."""
 
 import itertools
+import math
 import re
 from typing import Any
 
@@ -13,7 +14,7 @@ from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import ConfigError
 from megatron_moe.hf.spec import DenseSpec, spec_from_config
 from megatron_moe.parallel.layout import fold, local_experts
-from megatron_moe.parallel.legality import RULES, Case, check, violations
+from megatron_moe.parallel.legality import RULES, Case, check, legal_layout, violations
 
 LAYERS, HEADS, GROUPS, FFN, MAX_LENGTH = 12, 12, 6, 48, 256
 
@@ -87,7 +88,7 @@ REFUSALS = [
      "  valid expert_tensor_parallel_size: 1, 2, 3, 4, 6, 8, 12, 16, 24, 48"),
     ("topk", {"moe.moe_router_topk": 9}, 1,
      "moe.moe_router_topk (9) must be at most moe.num_moe_experts (8): a token goes to different "
-     "experts"),
+     "experts.\n  largest moe.moe_router_topk: 8"),
     ("padding", {"moe.moe_pad_expert_input_to_capacity": True}, 1,
      "moe.moe_pad_expert_input_to_capacity (True) needs moe.moe_expert_capacity_factor: without "
      "one nothing is dropped.\n  set moe.moe_expert_capacity_factor, or leave "
@@ -129,19 +130,21 @@ REFUSALS = [
      "  valid tensor_parallel_size: 1, 2, 4, 8"),
     ("dense-ends", {"moe.first_dense_layers": 6, "moe.last_dense_layers": 6}, 1,
      "moe.first_dense_layers (6) + moe.last_dense_layers (6) must be less than the dense model's "
-     "num_hidden_layers (12): otherwise the model stays dense"),
+     "num_hidden_layers (12): otherwise the model stays dense.\n  largest sum: 11"),
     ("dense-ends-of-a-list", {"moe.moe_layers": [3], "moe.first_dense_layers": 1}, 1,
      "moe.first_dense_layers (1) and moe.last_dense_layers (0) are for moe.moe_layers (all), but "
-     "it is a list: leave the dense layers out of the list"),
+     "it is a list.\n  leave the dense layers out of the list"),
     ("no-moe-layer", {"moe.moe_layers": []}, 1,
-     "moe.moe_layers ([]) must name at least one layer: otherwise the model stays dense"),
+     "moe.moe_layers ([]) must name at least one layer: otherwise the model stays dense.\n"
+     "  set moe.moe_layers=all"),
     ("layer-ids", {"moe.moe_layers": [0, 12, 99]}, 1,
-     "moe.moe_layers names [12, 99], but the dense model has 12 layers: valid ids are 0 to 11"),
+     "moe.moe_layers names [12, 99], but the dense model has 12 layers.\n  valid ids: 0 to 11"),
     ("layer-twice", {"moe.moe_layers": [3, 0, 3]}, 1,
-     "moe.moe_layers ([0, 3, 3]) names a layer twice"),
+     "moe.moe_layers ([0, 3, 3]) names a layer twice.\n  set moe.moe_layers=[0, 3]"),
     ("vpp-alone", parallel(vpp=2), 1,
      "parallel.virtual_pipeline_parallel_size (2) needs parallel.pipeline_parallel_size of at "
-     "least 2: chunks are interleaved between stages"),
+     "least 2: chunks are interleaved between stages.\n"
+     "  leave parallel.virtual_pipeline_parallel_size unset"),
     ("layers", parallel(pp=2, vpp=4), 2,
      "num_hidden_layers of the dense model (12) must be divisible by pp * vpp = 2 * 4 = 8: every "
      "chunk holds as many layers.\n  nearest pp x vpp: 2x3, 3x2, 6x1, 2x2"),
@@ -153,7 +156,7 @@ REFUSALS = [
      "ranks.\n  nearest data.seq_length: 48, 56"),
     ("too-long", {"data.seq_length": 257}, 1,
      "data.seq_length (257) must be at most the dense model's max_position_embeddings (256): it "
-     "has not seen positions beyond"),
+     "has not seen positions beyond.\n  largest data.seq_length: 256"),
     ("batch", {"train.global_batch_size": 10, "train.micro_batch_size": 2}, 4,
      "train.global_batch_size (10) must be divisible by train.micro_batch_size * dp = 2 * 4 = 8: "
      "every replica takes whole micro-batches.\n  nearest train.global_batch_size: 8, 16"),
@@ -163,7 +166,7 @@ REFUSALS = [
      "interleaved schedule runs them in rounds.\n  nearest train.global_batch_size: 2, 4"),
     ("min-lr", {"optimizer.min_lr": 1e-3}, 1,
      "optimizer.min_lr (0.001) must be at most optimizer.lr (3e-05): the schedule decays from lr "
-     "to min_lr"),
+     "to min_lr.\n  largest optimizer.min_lr: 3e-05"),
     ("no-text", {"data.path": None}, 1,
      "data.path or data.domains must be set, one of the two: a text, or several by name in given "
      "shares"),
@@ -198,14 +201,15 @@ REFUSALS = [
      "  set data.validation_fraction, or data.domains.NAME.validation_path for all"),
     ("interval", domains(a=1) | HELD_OUT | {"data.mixing": {**MOVES, "interval": 2303}}, 1,
      "data.mixing.interval (2303 tokens) must be at least the tokens of a step, "
-     "train.global_batch_size * data.seq_length = 2304: weights move between steps"),
+     "train.global_batch_size * data.seq_length = 2304: weights move between steps.\n"
+     "  smallest data.mixing.interval: 2304"),
     ("reset-attention", {"data.reset_attention": True, "train.micro_batch_size": 2}, 1,
      "data.reset_attention (true) needs train.micro_batch_size (1), not (2), on CUDA: "
      "Transformer Engine takes packed documents as one row.\n  raise the number of micro-batches "
      "instead, or set run.device=cpu, where attention takes any"),
     ("warmup", {"optimizer.warmup_steps": 10}, 1,
      "optimizer.warmup_steps (10) must be less than train.steps (10): otherwise the learning rate "
-     "never reaches its peak"),
+     "never reaches its peak.\n  largest optimizer.warmup_steps: 9"),
 ]  # fmt: skip
 
 
@@ -246,7 +250,8 @@ def test_all_violations_come_in_one_error():
     assert len(found) == 7
     with pytest.raises(ConfigError) as caught:
         check(make_config(changes), make_spec(), 7)
-    assert str(caught.value) == "\n".join(found)
+    assert str(caught.value) == "\n".join([*found, "  no layout of 7 ranks is legal with the "
+                                           "other settings"])  # fmt: skip
     for setting in (
         "pp * cp * tp", "pp * ep * etp", "num_key_value_heads", "num_moe_experts",
         "moe_router_topk", "seq_length", "min_lr",
@@ -356,7 +361,7 @@ def test_every_value_that_is_offered_keeps_the_rule(changes: dict[str, Any], dat
     world_size = data.draw(st.sampled_from(worlds_of(changes)))
     for message in violations(make_config(changes), make_spec(), world_size):
         offers = list(offered(message))
-        assert offers or "\n" not in message
+        assert "\n  " in message, "every message ends in a way out"
         for setting in offers:
             world = setting.pop("world_size", world_size)
             left = violations(make_config(changes | setting), make_spec(), world)
@@ -370,7 +375,8 @@ def rule_of(message: str) -> str:
 
 def offered(message: str):
     """Each value of the indented line as a change of settings."""
-    for name, values in re.findall(r"\n  (?:valid|nearest) ([\w. ]+): (.*)", message):
+    lines = r"\n  (?:valid|nearest|largest|smallest) ([\w. ]+): (.*)"
+    for name, values in re.findall(lines, message):
         for value in values.split(", "):
             if name == "pp x vpp":
                 pp, vpp = map(int, value.split("x"))
@@ -378,3 +384,63 @@ def offered(message: str):
             else:
                 full = f"parallel.{name}" if name.endswith("parallel_size") else name
                 yield {full: int(value)}
+
+
+@given(changes=RANDOM, data=st.data())
+@settings(max_examples=50, deadline=None)
+def test_the_nearest_legal_layout_is_legal_and_no_nearer_one_is(
+    changes: dict[str, Any], data: st.DataObject
+):
+    """Against a search through everything: all degrees up to the world's size."""
+    world_size = data.draw(st.sampled_from([w for w in worlds_of(changes) if w <= 24]))
+    config, spec = make_config(changes), make_spec()
+    way_out = legal_layout(config, spec, world_size)
+    legal = [
+        degrees
+        for degrees in itertools.product(*[divisors(world_size)] * 3, range(1, 13),
+                                         *[divisors(world_size)] * 2)
+        if is_legal_layout(changes, degrees, world_size)
+    ]  # fmt: skip
+    wanted = tuple(changes[name] or 1 for name in DEGREES)
+    if wanted in legal:
+        assert way_out == []
+    elif not legal:
+        assert way_out == [f"  no layout of {world_size} ranks is legal with the other settings"]
+    else:
+        assert way_out[0].startswith(f"  nearest legal layout of {world_size} ranks: parallel.")
+        moved = re.findall(r"(parallel\.\w+)=(\d+)", way_out[0])
+        found = tuple(int(dict(moved).get(name, changes[name] or 1)) for name in DEGREES)
+        assert found in legal
+        assert far(found, wanted) == pytest.approx(min(far(one, wanted) for one in legal))
+
+
+DEGREES = [f"parallel.{name}_parallel_size" for name in (
+    "tensor", "context", "pipeline", "virtual_pipeline", "expert", "expert_tensor")]  # fmt: skip
+
+
+def far(a: tuple[int, ...], b: tuple[int, ...]) -> float:
+    return sum(abs(math.log2(x / y)) for x, y in zip(a, b, strict=True))
+
+
+def divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def is_legal_layout(changes: dict[str, Any], degrees: tuple[int, ...], world_size: int) -> bool:
+    """The rules of layouts, each in a line, apart from the checker's."""
+    tp, cp, pp, vpp, ep, etp = degrees
+    length, batch = changes["data.seq_length"], changes["train.global_batch_size"]
+    if world_size % (tp * cp * pp) or world_size % (pp * ep * etp):
+        return False
+    micro, rest = divmod(batch, changes["train.micro_batch_size"] * (world_size // (tp * cp * pp)))
+    return not (
+        rest
+        or GROUPS % tp
+        or changes["moe.num_moe_experts"] % ep
+        or FFN % etp
+        or (changes["moe.moe_layers"] != "all" and FFN % tp)
+        or LAYERS % (pp * vpp)
+        or (vpp > 1 and (pp == 1 or micro % pp))
+        or length % (tp * (2 * cp if cp > 1 else 1))
+        or changes["moe.num_moe_experts"] < 2  # top-2 of one expert: no layout helps
+    )

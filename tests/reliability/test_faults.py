@@ -1,0 +1,49 @@
+"""A few of the faults of ``make chaos`` on every ``make test``; the harness checks the losses."""
+
+import re
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+
+import chaos
+import chaos_faults as faults
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> chaos.Stage:
+    return chaos.Stage(tmp_path_factory.mktemp("chaos"))
+
+
+@pytest.mark.parametrize(
+    ("fault", "message", "steps_again"),
+    [
+        (faults.kill(1, "backward"), r"^JobError: rank 1 died in backward of step 5: killed", 1),
+        (faults.kill(0, "load", 0), r"^JobError: rank 0 died in load: killed", 0),
+        (faults.kill_half_written(1, async_save=True), r"^JobError: rank 1 died in ", None),
+        (faults.hanging(1), r"no rank has got on for 4 s: rank 1 hangs in data of step 5 at ", 1),
+        (faults.told(signal.SIGTERM), r"^stopped by a signal after step \d+; the same command", 0),
+        (faults.truncated_shard(), r"(?s)^CheckpointError: cannot load .*\n  write step_", None),
+    ],
+    ids=lambda value: value.name.replace(" ", "-") if isinstance(value, faults.Fault) else "",
+)
+def test_a_run_survives(
+    stage: chaos.Stage, fault: faults.Fault, message: str, steps_again: int | None
+):
+    outcome = chaos.meet(stage, fault)
+    assert re.search(message, outcome.message), outcome.message
+    assert steps_again is None or outcome.steps_again == steps_again
+    assert outcome.ended_seconds is not None
+    assert outcome.ended_seconds < 60
+
+
+def test_the_second_job_on_a_folder_is_told_who_the_first_is(stage: chaos.Stage):
+    fault = faults.second_job(lambda run_dir: stage.job(run_dir, log_name="second").message)
+    outcome = chaos.meet(stage, fault)
+    assert "belongs to a job that is running, process " in outcome.message
+    assert "\n  end that job, wait for it, or set another run.dir" in outcome.message

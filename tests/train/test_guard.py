@@ -1,0 +1,99 @@
+"""Which steps change weights, and who is to blame: pure decisions; then NaN and spikes for real."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import save_dense
+from training_runs import run_training, tree, write_tokens
+
+from megatron_moe.config.run import Guard
+from megatron_moe.errors import JobError
+from megatron_moe.train import step as step_module
+from megatron_moe.train.guard import SPIKE_WINDOW, Judge
+from megatron_moe.train.verdict import Report, died, hung
+
+
+def fates(judge: Judge, losses: list[float], grad_norm: float = 1.0) -> list[str]:
+    return [judge(step=i, loss=x, grad_norm=grad_norm) for i, x in enumerate(losses, 1)]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_skipped_up_to_the_limit_in_a_row(bad: float):
+    judge = Judge(Guard(max_skipped_steps=2))
+    assert fates(judge, [1.0, bad, bad, 1.0, bad, bad]) == [
+        "keep", "skip", "skip", "keep", "skip", "skip",
+    ]  # fmt: skip
+    with pytest.raises(JobError, match=r"3 steps in a row \(5 to 7\) had no finite loss") as caught:
+        judge(step=7, loss=1.0, grad_norm=bad)
+    assert "\n  look at the data of these steps" in str(caught.value)
+
+
+def test_a_spike_needs_a_history_a_factor_and_is_no_part_of_the_history():
+    flat = [2.0] * SPIKE_WINDOW
+    assert fates(Judge(Guard()), [*flat, 9.0])[-1] == "keep"
+    assert fates(Judge(Guard(spike_factor=2.0)), [*flat[1:], 9.0])[-1] == "keep"
+    assert fates(Judge(Guard(spike_factor=2.0)), [*flat, 4.0])[-1] == "keep"
+    judge = Judge(Guard(spike_factor=2.0, max_skipped_steps=1))
+    assert fates(judge, [*flat, 4.1, *flat])[SPIKE_WINDOW] == "roll back"
+    with pytest.raises(JobError, match=r"spikes again after 1 roll-backs"):
+        judge(step=99, loss=4.1, grad_norm=1.0)
+
+
+def test_the_rank_that_is_furthest_behind_and_does_not_wait_is_to_blame():
+    there = Report(rank=0, step=7, stage="forward", where="a.py:1 in f", waiting=True)
+    behind = Report(rank=2, step=7, stage="data", where="b.py:2 in g")
+    reports = {0: there, 1: replace(there, rank=1), 2: behind}
+    assert hung(reports, 30) == (
+        "no rank has got on for 30 s: rank 2 hangs in data of step 7 at b.py:2 in g"
+    )
+    reports[2] = replace(there, rank=2, where="c.py:3 in h", waiting=False)
+    assert hung(reports, 30).endswith(": rank 2 hangs in forward of step 7 at c.py:3 in h")
+    assert died(behind).startswith("rank 2 died in data of step 7: ")
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> dict:
+    return tree(
+        tmp_path / "run", save_dense(tmp_path / "dense"), write_tokens(tmp_path / "tokens"),
+        train={"steps": 6}, checkpoint={"interval": 2}, parallel={"expert_parallel_size": 2},
+        guard={"max_skipped_steps": 1},
+    )  # fmt: skip
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, *calls: int) -> None:
+    """Make the loss of these calls of rank 0 NaN; a step of two micro-batches makes two."""
+    loss, seen = step_module._loss, []
+
+    def poisoned(mask, losses):
+        total, tokens, report = loss(mask, losses)
+        seen.append(1)
+        if len(seen) in calls and torch.distributed.get_rank() == 0:
+            return total * math.nan, tokens, report * math.nan
+        return total, tokens, report
+
+    monkeypatch.setattr(step_module, "_loss", poisoned)
+
+
+@pytest.mark.distributed
+def test_a_poisoned_step_changes_nothing_and_the_run_goes_on(
+    settings: dict, monkeypatch: pytest.MonkeyPatch
+):
+    poison(monkeypatch, 5)
+    lines = run_training(settings, world_size=2)
+    assert [line["step"] for line in lines] == list(range(7))
+    assert [line["skipped"] for line in lines[1:]] == [0, 0, 1, 0, 0, 0]
+    assert lines[3]["loss/lm"] is None
+    assert all(math.isfinite(line["loss/lm"]) for line in lines[4:])
+
+
+@pytest.mark.distributed
+def test_one_poisoned_step_too_many_ends_the_run(settings: dict, monkeypatch: pytest.MonkeyPatch):
+    poison(monkeypatch, 5, 7)
+    with pytest.raises(JobError, match=r"2 steps in a row \(3 to 4\) had no finite loss"):
+        run_training(settings, world_size=2)
+    assert (Path(settings["run"]["dir"]) / "checkpoints" / "latest").read_text().split() == [
+        "step_00000002"
+    ]
