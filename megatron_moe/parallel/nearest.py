@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from megatron_moe.config.run import Parallel
 
@@ -62,7 +63,7 @@ def _degrees(parallel: Parallel) -> Degrees:
 
 
 def _parallel(parallel: Parallel, degrees: Degrees) -> Parallel:
-    update = dict(zip(SETTINGS, degrees, strict=True))
+    update: dict[str, Any] = dict(zip(SETTINGS, degrees, strict=True))
     if degrees[3] == 1:
         update["virtual_pipeline_parallel_size"] = parallel.virtual_pipeline_parallel_size and 1
     return parallel.model_copy(update=update)
