@@ -76,6 +76,7 @@ def _replace_cuda_queries() -> None:
     replacements: dict[str, Any] = {
         "current_device": lambda: CPU,
         "device_count": lambda: 1,
+        "is_available": lambda: False,  # device_count must not answer for it
         "set_device": lambda device: None,
         "synchronize": lambda *args: None,
         "empty_cache": lambda: None,
