@@ -97,3 +97,27 @@ def test_one_poisoned_step_too_many_ends_the_run(settings: dict, monkeypatch: py
     assert (Path(settings["run"]["dir"]) / "checkpoints" / "latest").read_text().split() == [
         "step_00000002"
     ]
+
+
+@pytest.mark.distributed
+def test_a_spike_goes_back_and_its_batches_are_not_seen_again(
+    settings: dict, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    """Spiked at step 18, back at 15; the last two steps see what steps 19 and 20 would have."""
+    loss, seen = step_module._loss, []
+
+    def spiking(mask, losses):
+        total, tokens, report = loss(mask, losses)
+        seen.append(1)
+        high = 9.0 if len(seen) in (35, 36) else 1.0
+        return total, tokens, report * torch.tensor([high, 1.0])
+
+    monkeypatch.setattr(step_module, "_loss", spiking)
+    settings = {**settings, "guard": {"spike_factor": 3.0}, "checkpoint": {"interval": 15}}
+    settings["train"] = {**settings["train"], "steps": 20}
+    lines = run_training(settings, world_size=2)
+    assert "step 18 spiked" in capfd.readouterr().out
+    assert [line["step"] for line in lines] == list(range(21))
+    assert [line["tokens/seen"] // (4 * 32) for line in lines[1:]] == [
+        *range(1, 16), *range(19, 24),
+    ]  # fmt: skip
