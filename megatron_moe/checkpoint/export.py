@@ -28,6 +28,7 @@ from megatron_moe.errors import CheckpointError
 from megatron_moe.experts.file import PLAN_FILE, read_plan
 from megatron_moe.experts.plan import ExpertPlan, make_expert_plan, moe_layer_ids
 from megatron_moe.hf.names import (
+    GATE_ROLES,
     MOE_NAMES,
     MOE_ROLES,
     ROWS,
@@ -89,6 +90,12 @@ def architecture_for(spec: DenseSpec, moe: Moe) -> Architecture:
     Raises:
         CheckpointError: There is none; says why.
     """
+    if moe.router_gate == "noisy_mlp":
+        raise CheckpointError(
+            f"no Hugging Face architecture means the same as a {spec.family} model with "
+            "moe.router_gate (noisy_mlp): all of them route by one linear layer.\n"
+            "  use moe.router_gate=noisy_linear, or keep the checkpoint"
+        )
     if moe.moe_router_score_function == "sigmoid":
         raise CheckpointError(
             f"no Hugging Face architecture means the same as a {spec.family} model with "
@@ -151,7 +158,8 @@ class _Entry:
 def _entries(spec: DenseSpec, moe: Moe, architecture: Architecture) -> Iterator[_Entry]:
     routed = set(moe_layer_ids(moe, spec.num_layers))
     for row in ROWS:
-        if not has_row(row.role, spec) or _has_no_neurons(row, moe):
+        # Noise is of training alone: what routes afterwards is the plain gate.
+        if not has_row(row.role, spec) or row.role in GATE_ROLES or _has_no_neurons(row, moe):
             continue
         if "{layer}" not in row.megatron[0]:
             yield _entry(row, row.hf, spec, moe, layer=None, moe_layer=False)

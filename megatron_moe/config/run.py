@@ -94,11 +94,16 @@ class Moe(Section):
     """sigmoid (DeepSeek-V3): each expert scored alone, and the scores of the chosen K divided by
     their sum."""
 
+    router_gate: Literal["linear", "noisy_linear", "noisy_mlp"] = "linear"
+    """noisy_linear, noisy_mlp (LLaMA-MoE): learnt noise on the logits while training, from a gate
+    of one linear layer or of linear, tanh, linear."""
+
     moe_router_load_balancing_type: Literal[
-        "aux_loss", "seq_aux_loss", "global_aux_loss", "none"
+        "aux_loss", "seq_aux_loss", "global_aux_loss", "cv_squared", "none"
     ] = "aux_loss"
     """Over which tokens the balancing loss is taken: of a micro-batch (arXiv 2101.03961), of one
-    sequence, or of the global batch's micro-batches so far (arXiv 2501.11873)."""
+    sequence, or of the global batch's micro-batches so far (arXiv 2501.11873). cv_squared: the
+    noisy gate's own loss, CV^2 of importance and of load, of a micro-batch."""
 
     moe_aux_loss_coeff: NonNegative = 1e-2
     """Weight of the load-balancing loss of each layer."""

@@ -40,9 +40,13 @@ class Batch:
     position_ids_BS: Tensor
     """Place of each token in its sequence, int64; it survives slicing."""
 
+    samples_B: Tensor
+    """Number of each sample in the run, int64."""
+
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        """The batch with ``change`` applied to every tensor, e.g. a copy to the GPU."""
-        return Batch(
+        """The batch with ``change`` applied to every tensor of tokens, e.g. a copy to the GPU."""
+        return replace(
+            self,
             tokens_BS=change(self.tokens_BS),
             labels_BS=change(self.labels_BS),
             loss_mask_BS=change(self.loss_mask_BS),
@@ -50,14 +54,15 @@ class Batch:
         )
 
 
-def make_batch(samples: Sequence[Sample]) -> Batch:
-    """``B`` samples of one length, side by side as model inputs."""
+def make_batch(samples: Sequence[Sample], *, first: int = 0) -> Batch:
+    """``B`` samples of one length, side by side as model inputs, numbered from ``first``."""
     ids_BT = torch.from_numpy(np.stack([sample.ids_T for sample in samples]))
     return Batch(
         tokens_BS=ids_BT[:, :-1].contiguous(),
         labels_BS=ids_BT[:, 1:].contiguous(),
         loss_mask_BS=torch.from_numpy(np.stack([sample.loss_mask_S for sample in samples])),
         position_ids_BS=torch.from_numpy(np.stack([sample.position_ids_S for sample in samples])),
+        samples_B=torch.arange(first, first + len(samples)),
     )
 
 
@@ -85,7 +90,10 @@ def micro_batches(
         dp_size: How many of them there are.
     """
     return [
-        make_batch([samples[position + i] for i in range(start, start + micro_batch_size)])
+        make_batch(
+            [samples[position + i] for i in range(start, start + micro_batch_size)],
+            first=position + start,
+        )
         for start in _starts(global_batch_size, micro_batch_size, dp_rank, dp_size)
     ]
 

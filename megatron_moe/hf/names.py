@@ -67,6 +67,10 @@ ROWS: tuple[Row, ...] = (
                        (_H + "mlp.down_proj.weight",),                          Sharding.COLUMNS),
     Row("router",      (_L + "mlp.router.weight",),
                        (),                                                      Sharding.WHOLE),
+    Row("router_noise", (_L + "mlp.router.noise_weight",),
+                       (),                                                      Sharding.WHOLE),
+    Row("router_output", (_L + "mlp.router.output_weight",),
+                       (),                                                      Sharding.WHOLE),
     Row("expert_fc1",  (_L + "mlp.experts.local_experts.{expert}.linear_fc1.weight", _L + "mlp.experts.linear_fc1.weight{expert}"),
                        (_H + "mlp.gate_proj.weight", _H + "mlp.up_proj.weight"), Sharding.GATED),
     Row("expert_fc2",  (_L + "mlp.experts.local_experts.{expert}.linear_fc2.weight", _L + "mlp.experts.linear_fc2.weight{expert}"),
@@ -105,7 +109,9 @@ MOE_NAMES: dict[Architecture, dict[str, tuple[str, ...]]] = {
 # fmt: on
 
 ROW_OF_ROLE = {row.role: row for row in ROWS}
-MOE_ROLES = frozenset({"router", "expert_fc1", "expert_fc2", "shared_fc1", "shared_fc2"})
+GATE_ROLES = frozenset({"router_noise", "router_output"})
+"""Rows of the noisy gate, which no Hugging Face architecture has."""
+MOE_ROLES = GATE_ROLES | {"router", "expert_fc1", "expert_fc2", "shared_fc1", "shared_fc2"}
 """Rows that a dense model does not have."""
 
 

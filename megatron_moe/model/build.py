@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from megatron.core.models.gpt import GPTModel
@@ -15,9 +14,8 @@ from torch import Tensor
 
 from megatron_moe.config.run import RunConfig
 from megatron_moe.hf.spec import DenseSpec, RopeScaling
-from megatron_moe.model.capacity import capacity_of
 from megatron_moe.model.config import transformer_config
-from megatron_moe.model.router import CountingRouter
+from megatron_moe.model.noisy_router import router_of
 from megatron_moe.model.spec import block_spec
 from megatron_moe.parallel.layout import ParallelLayout
 from megatron_moe.parallel.shards import padded_vocabulary
@@ -68,7 +66,7 @@ def build_model(
     """
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
     transformer = transformer_config(config, spec, cuda=cuda)
-    router = partial(CountingRouter, capacity=capacity_of(config.moe))
+    router = router_of(config)
     pp, vpp = layout.attention.size("pp"), transformer.virtual_pipeline_model_parallel_size or 1
     chunks = []
     for vpp_rank in range(vpp):

@@ -74,6 +74,7 @@ def _dense_shape(spec: DenseSpec) -> dict[str, Any]:
 
 def _moe(moe: Moe, spec: DenseSpec) -> dict[str, Any]:
     layers = moe_layer_ids(moe, spec.num_layers)
+    own_loss = moe.moe_router_load_balancing_type == "cv_squared"  # the noisy router's
     return {
         "num_moe_experts": moe.num_moe_experts,
         "moe_router_topk": moe.moe_router_topk,
@@ -83,7 +84,9 @@ def _moe(moe: Moe, spec: DenseSpec) -> dict[str, Any]:
         "moe_router_pre_softmax": moe.router_order == "softmax_topk",
         "moe_router_dtype": "fp32",
         "moe_router_score_function": moe.moe_router_score_function,
-        "moe_router_load_balancing_type": moe.moe_router_load_balancing_type,
+        "moe_router_load_balancing_type": "none"
+        if own_loss
+        else moe.moe_router_load_balancing_type,
         "moe_aux_loss_coeff": moe.moe_aux_loss_coeff,
         "moe_z_loss_coeff": moe.moe_z_loss_coeff or None,
         "moe_router_enable_expert_bias": moe.moe_router_enable_expert_bias,

@@ -90,12 +90,16 @@ class CountingRouter(TopKRouter):
         probs_TE = probs_TE * kept_TE
         return (padded(kept_TE, limit) if capacity.pad else kept_TE), probs_TE
 
-    def _places(self, length: int, batch: int) -> Tensor:
-        """Places of this rank's tokens, ordered by position and then sequence: ``(T,)``."""
+    def positions(self, length: int) -> Tensor:
+        """Places in the sequence of this rank's ``length`` positions."""
         tp, cp = self._tp, self._cp
         whole_S = torch.arange(length * tp.size() * cp.size())
         of_cp = zigzag(whole_S, dim=0, cp_rank=cp.rank(), cp_size=cp.size())
-        position_s = of_cp.chunk(tp.size())[tp.rank()]
+        return of_cp.chunk(tp.size())[tp.rank()]
+
+    def _places(self, length: int, batch: int) -> Tensor:
+        """Places of this rank's tokens, ordered by position and then sequence: ``(T,)``."""
+        position_s = self.positions(length)
         place_sB = position_s[:, None] * batch + torch.arange(batch)
         return place_sB.flatten().to(self.weight.device)
 

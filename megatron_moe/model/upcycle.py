@@ -22,9 +22,10 @@ from torch import Tensor
 
 from megatron_moe.errors import CheckpointError
 from megatron_moe.experts.plan import ExpertPlan, LayerPlan
-from megatron_moe.hf.names import ROW_OF_ROLE, Match, dense_tensors, match
+from megatron_moe.hf.names import GATE_ROLES, ROW_OF_ROLE, Match, dense_tensors, match
 from megatron_moe.hf.reader import WINDOW_BYTES, DenseCheckpoint
 from megatron_moe.model.build import Chunk, Model
+from megatron_moe.model.noisy_router import fill_gate
 from megatron_moe.model.reshape import LocalExpert, LocalLayer, reshape_values
 from megatron_moe.parallel.layout import ParallelLayout, local_experts
 from megatron_moe.parallel.shards import Part, Piece, pieces
@@ -211,6 +212,9 @@ class _Place:
             assert self.layer_plan is not None
             if self.layer_plan.router_ED is not None:
                 parameter.copy_(torch.from_numpy(self.layer_plan.router_ED))
+            return
+        if row.role in GATE_ROLES:
+            fill_gate(row.role, parameter)
             return
         if found.expert is not None:
             assert self.layer_plan is not None

@@ -177,6 +177,19 @@ def _router(case: Case) -> Iterator[str]:
             "(softmax) to be sigmoid: the bias is added to scores of experts taken alone.\n"
             "  set moe.moe_router_score_function=sigmoid"
         )
+    noisy = moe.router_gate != "linear"
+    if noisy and sigmoid:
+        yield (
+            f"moe.router_gate ({moe.router_gate}) needs moe.moe_router_score_function (sigmoid) to "
+            "be softmax, which the noisy gate is defined with.\n"
+            "  set moe.moe_router_score_function=softmax"
+        )
+    if moe.moe_router_load_balancing_type == "cv_squared" and not noisy:
+        yield (
+            "moe.moe_router_load_balancing_type (cv_squared) needs moe.router_gate (linear) to be "
+            "noisy: its load is a probability under the gate's noise.\n"
+            "  set moe.router_gate=noisy_linear or moe.moe_router_load_balancing_type=aux_loss"
+        )
     if sigmoid and moe.router_order != "topk_softmax":
         yield (
             f"moe.router_order ({moe.router_order}) has no meaning with "

@@ -71,7 +71,7 @@ def rank_parameters(shape: MoeShape, degrees: Degrees, *, pp_rank: int) -> tuple
     qkv = (shape.query_width + 2 * shape.kv_width) // tp
     attention = d * (qkv + shape.query_width // tp + 2) + qkv * shape.qkv_bias
     attention += 2 * shape.kv_channels * shape.qk_layernorm
-    router = d * (shape.num_moe_experts + shape.shared_expert_gate)
+    router = sum(shape.router_sizes.values()) + d * shape.shared_expert_gate
     dense = len(layers) * attention
     dense += routed * (router + 3 * d * (shape.shared_expert_size // tp))
     dense += (len(layers) - routed) * 3 * d * (shape.ffn_hidden_size // tp)
@@ -126,7 +126,7 @@ def layer_tensors(shape: MoeShape, degrees: Degrees, *, layer: int) -> list[Loca
     shared: dict[str, int] = {}
     if layer in shape.moe_layers:
         neurons = shape.moe_ffn_hidden_size // degrees.etp
-        sizes["mlp.router.weight"] = shape.num_moe_experts * d
+        sizes |= {f"mlp.router.{name}": numel for name, numel in shape.router_sizes.items()}
         for expert in range(shape.num_moe_experts // degrees.ep):
             experts[f"mlp.experts.linear_fc1.weight{expert}"] = 2 * neurons * d
             experts[f"mlp.experts.linear_fc2.weight{expert}"] = neurons * d

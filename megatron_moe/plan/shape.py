@@ -44,6 +44,8 @@ class MoeShape:
     """Neurons of the always-on expert of each MoE layer; 0: there is none."""
     shared_expert_gate: bool = False
     """A learned scalar gate on the shared expert (Qwen2-MoE)."""
+    router_gate: str = "linear"
+    """The router's network, as `Moe.router_gate` names it."""
 
     @property
     def query_width(self) -> int:
@@ -54,6 +56,17 @@ class MoeShape:
     def kv_width(self) -> int:
         """Columns of all groups' keys (or values), G * kv_channels."""
         return self.num_query_groups * self.kv_channels
+
+    @property
+    def router_sizes(self) -> dict[str, int]:
+        """Parameters of one router, by name."""
+        rows, experts = self.num_moe_experts * self.hidden_size, self.num_moe_experts
+        noisy, mlp = self.router_gate != "linear", self.router_gate == "noisy_mlp"
+        return {
+            "weight": rows,
+            "noise_weight": rows * noisy,
+            "output_weight": experts * experts * mlp,
+        }
 
     @property
     def num_moe_layers(self) -> int:
@@ -83,6 +96,7 @@ def upcycled_shape(spec: DenseSpec, moe: Moe) -> MoeShape:
         moe_ffn_hidden_size=moe.moe_ffn_hidden_size or spec.ffn_hidden_size,
         shared_expert_size=getattr(moe, "moe_shared_expert_intermediate_size", None) or 0,
         shared_expert_gate=bool(getattr(moe, "moe_shared_expert_gate", False)),
+        router_gate=moe.router_gate,
         **_attention_of(spec),
     )
 

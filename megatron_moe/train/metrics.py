@@ -2,7 +2,8 @@
 
 ========================================  ========================================================
 loss/lm                                   nats per token over the global batch
-loss/load_balancing                       before its coefficient, mean of MoE layers; 1: balanced
+loss/load_balancing                       before its coefficient, mean of MoE layers; 1 is balanced,
+                                          0 with cv_squared
 loss/router_z                             before its coefficient, mean of MoE layers and tokens
 loss/validation                           nats per token over held-out text, mean of domains
 loss/validation/DOMAIN                    the same of each domain, where there are several

@@ -25,6 +25,7 @@ from megatron_moe.data.batches import Batch
 from megatron_moe.data.packing import document_bounds
 from megatron_moe.model.build import Model
 from megatron_moe.model.loss import make_output_processor
+from megatron_moe.model.noisy_router import set_samples
 from megatron_moe.model.router import CountingRouter
 from megatron_moe.train.guard import Fate, Judge
 from megatron_moe.train.state import TrainState
@@ -130,9 +131,7 @@ def run_schedule(
     process = make_output_processor(vocab_size=model.spec.vocab_size, tp_group=groups.tp)
     iterators = [iter(batches) for _ in modules]  # each chunk of a pipeline rank sees all of them
     return get_forward_backward_func()(
-        forward_step_func=partial(
-            _forward_step, process, _device(model), config.data.reset_attention, at or _unmarked
-        ),
+        forward_step_func=partial(_forward_step, process, _device(model), config, at or _unmarked),
         data_iterator=iterators if len(modules) > 1 else iterators[0],
         model=modules if len(modules) > 1 else modules[0],
         num_microbatches=len(batches),
@@ -149,17 +148,20 @@ def _unmarked(stage: str) -> None:
 def _forward_step(
     process: Any,
     device: torch.device,
-    reset_attention: bool,
+    config: RunConfig,
     at: Mark,
     batches: Iterator[Batch],
     module: Any,
 ) -> tuple[Tensor, Any]:
     at("forward")
     batch = next(batches).map(lambda x: x.to(device, non_blocking=True))
+    if config.moe.router_gate != "linear":
+        set_samples(module, batch.samples_B)
+    documents = _documents(batch.position_ids_BS) if config.data.reset_attention else {}
     output = module(
         batch.tokens_BS,
         batch.position_ids_BS,
-        **(_documents(batch.position_ids_BS) if reset_attention else {"attention_mask": None}),
+        **{"attention_mask": None, **documents},
         labels=batch.labels_BS,
         output_processor=process,
     )

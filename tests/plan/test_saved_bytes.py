@@ -113,7 +113,7 @@ def measure(world: World, config: RunConfig, spec: Any) -> int:
     tokens_BS = torch.randint(0, spec.vocab_size, size)
     batch = Batch(
         tokens_BS=tokens_BS, labels_BS=tokens_BS, loss_mask_BS=torch.ones(size),
-        position_ids_BS=torch.arange(size[1]).expand(size),
+        position_ids_BS=torch.arange(size[1]).expand(size), samples_B=torch.arange(size[0]),
     )  # fmt: skip
     batch = slice_for_context_parallel(batch, cp_rank=groups.cp.rank(), cp_size=groups.cp.size())
     saved: list[int] = []

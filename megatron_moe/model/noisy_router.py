@@ -1,0 +1,167 @@
+"""The noisy top-k gate (arXiv 1701.06538) as LLaMA-MoE has it, and its balance loss.
+
+logits = x W + normal * (softplus(x W_noise) + 0.01), with noise in training alone; W_noise starts
+at zero. Balance: CV^2(importance) + CV^2(load), where importance is what the tokens' weights sum to
+and load the expected number of tokens, smooth in the logits (LLaMA-MoE, arXiv 2406.16554, 3.3).
+
+Shape letters of this module:
+
+    T  tokens this rank routes   E  num_moe_experts   K  moe_router_topk
+    s  positions of this rank    B  micro_batch_size  D  hidden_size
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, router_gating_linear
+from torch import Tensor
+
+from megatron_moe.config.run import RunConfig
+from megatron_moe.model.capacity import capacity_of
+from megatron_moe.model.noise import normal_numbers
+from megatron_moe.model.router import CountingRouter
+
+LEAST_STD = 1e-2
+
+
+def router_of(config: RunConfig) -> Callable[..., CountingRouter]:
+    """Makes the routers that a run asks for, as Megatron-Core's TopKRouter is made."""
+    moe, capacity = config.moe, capacity_of(config.moe)
+    if moe.router_gate == "linear":
+        return partial(CountingRouter, capacity=capacity)
+    own_loss = moe.moe_router_load_balancing_type == "cv_squared"
+    return partial(
+        NoisyRouter,
+        network=moe.router_gate.removeprefix("noisy_"),
+        balance=moe.moe_aux_loss_coeff if own_loss else 0.0,
+        seed=config.run.seed,
+        capacity=capacity,
+    )
+
+
+def set_samples(module: torch.nn.Module, samples_B: Tensor) -> None:
+    """Tell the routers of ``module`` which samples of the run its next forward pass is of."""
+    for router in module.modules():
+        if isinstance(router, NoisyRouter):
+            router.samples_B = samples_B
+
+
+class NoisyRouter(CountingRouter):
+    """CountingRouter whose choices are made under noise while it trains.
+
+    Args:
+        network: ``linear``; or ``mlp``, Linear(D, E), tanh, Linear(E, E).
+        balance: Coefficient of the CV^2 loss; 0 leaves balancing to Megatron-Core's losses.
+        seed: Of the noise.
+        **others: What `CountingRouter` takes.
+    """
+
+    def __init__(self, *, network: str, balance: float, seed: int, **others: Any) -> None:
+        super().__init__(**others)
+        self._balance, self._seed = balance, seed
+        self.noise_weight = self._parameter(self.weight.shape[1])
+        self.output_weight = self._parameter(len(self.weight)) if network == "mlp" else None
+        self.samples_B = torch.zeros(1, dtype=torch.int64)
+        self._waiting: deque[Tensor] = deque()
+        self._clean_TE, self._std_TE = torch.empty(0), torch.empty(0)
+
+    def _parameter(self, width: int) -> torch.nn.Parameter:
+        parameter = torch.nn.Parameter(self.weight.new_empty(len(self.weight), width))
+        # As of the router's own weight: under sequence parallelism its gradient is summed over tp.
+        setattr(parameter, "sequence_parallel", self.config.sequence_parallel)  # noqa: B010
+        return parameter
+
+    def gating(self, input: Tensor) -> Tensor:
+        """Logits of each token, ``(s, B, D)`` to ``(s, B, E)``; noisy while training."""
+        clean_sBE = super().gating(input)
+        if self.output_weight is not None:
+            clean_sBE = F.linear(clean_sBE.tanh(), self.output_weight.to(clean_sBE.dtype))
+        if not self.training:
+            return clean_sBE
+        raw_sBE = router_gating_linear(input, self.noise_weight, None, clean_sBE.dtype)
+        std_sBE = F.softplus(raw_sBE) + LEAST_STD
+        self._clean_TE, self._std_TE = clean_sBE.flatten(0, 1), std_sBE.flatten(0, 1)
+        noise_sBE = normal_numbers(
+            seed=self._seed,
+            layer=self._layer(),
+            samples_B=self._samples_of_this_pass().to(clean_sBE.device),
+            positions_s=self.positions(len(clean_sBE)).to(clean_sBE.device),
+            num_experts=clean_sBE.shape[-1],
+        )
+        return clean_sBE + noise_sBE.to(clean_sBE.dtype) * std_sBE
+
+    def _layer(self) -> int:
+        assert self.layer_number is not None
+        return self.layer_number - 1
+
+    def _samples_of_this_pass(self) -> Tensor:
+        """Those announced; where a layer is computed again, those of its first pass.
+
+        A first pass that will be computed again builds no graph, and passes are computed again in
+        the order in which they were made, by every pipeline schedule.
+        """
+        if not torch.is_grad_enabled():
+            self._waiting.append(self.samples_B)
+            return self.samples_B
+        return self._waiting.popleft() if self._waiting else self.samples_B
+
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Weights and choices, as in the base class; the balance loss rides on the weights."""
+        probs_TE, map_TE = super().routing(logits, padding_mask=padding_mask)
+        if self._balance and self.training and torch.is_grad_enabled():
+            noisy_TE = logits.flatten(0, 1)
+            sums_2E = torch.stack([probs_TE.float().sum(dim=0), self._expected_load(noisy_TE)])
+            group = self.tp_cp_group
+            sums_2E = reduce_from_tensor_model_parallel_region(sums_2E, group)
+            loss = squared_variation(sums_2E).sum()
+            # Every rank holds the whole loss; what is logged is summed over them.
+            get_moe_metrics_tracker().record(
+                "load_balancing_loss", loss / group.size(), self._layer() + 1,
+                self.config.num_layers, reduce_group=group,
+            )  # fmt: skip
+            # Megatron-Core divides all gradients by the tokens of the global batch.
+            tokens = len(probs_TE) * group.size()
+            scaled = loss * self._balance * tokens
+            probs_TE = MoEAuxLossAutoScaler.apply(probs_TE, scaled)  # type: ignore[assignment]
+        return probs_TE, map_TE
+
+    def _expected_load(self, noisy_TE: Tensor) -> Tensor:
+        """Sum over tokens of the probability that noise drawn anew keeps an expert in the best K.
+
+        An expert is in when its logit is above the K-th best of the others: of the noisy logits
+        that is the K-th where the expert is not in, and the next where it is.
+        """
+        clean_TE, std_TE = self._clean_TE.float(), self._std_TE.float()
+        if self.topk == clean_TE.shape[1]:
+            return torch.full_like(clean_TE[0], len(clean_TE))
+        best_TK = noisy_TE.float().topk(self.topk + 1, dim=-1).values
+        inside_TE = noisy_TE.float() > best_TK[:, self.topk, None]
+        bar_TE = torch.where(
+            inside_TE, best_TK[:, self.topk, None], best_TK[:, self.topk - 1, None]
+        )
+        return torch.special.ndtr((clean_TE - bar_TE) / std_TE).sum(dim=0)
+
+
+def squared_variation(values_XE: Tensor) -> Tensor:
+    """Squared coefficient of variation of each row: its variance over its squared mean."""
+    return values_XE.var(dim=-1) / (values_XE.mean(dim=-1) ** 2 + 1e-10)
+
+
+def fill_gate(role: str, parameter: Tensor) -> None:
+    """The noisy gate's own weights at the start: no learnt noise, and an output layer that passes.
+
+    Args:
+        role: ``router_noise`` or ``router_output``.
+        parameter: What to fill.
+    """
+    parameter.zero_()
+    if role == "router_output":
+        parameter.fill_diagonal_(1.0)
