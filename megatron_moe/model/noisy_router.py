@@ -130,7 +130,7 @@ class NoisyRouter(CountingRouter):
             # Megatron-Core divides all gradients by the tokens of the global batch.
             tokens = len(probs_TE) * group.size()
             scaled = loss * self._balance * tokens
-            probs_TE = MoEAuxLossAutoScaler.apply(probs_TE, scaled)  # type: ignore[assignment]
+            probs_TE = MoEAuxLossAutoScaler.apply(probs_TE, scaled)
         return probs_TE, map_TE
 
     def _expected_load(self, noisy_TE: Tensor) -> Tensor:

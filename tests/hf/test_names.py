@@ -19,6 +19,7 @@ from transformers import (
 from megatron_moe.config.run import Data, Dense, Moe, Parallel, Run, RunConfig, Train
 from megatron_moe.device.world import World
 from megatron_moe.hf.names import (
+    GATE_ROLES,
     MOE_NAMES,
     ROW_OF_ROLE,
     ROWS,
@@ -30,7 +31,7 @@ from megatron_moe.hf.names import (
 from megatron_moe.hf.spec import DenseSpec, read_spec
 
 SHARED_ROLES = {"shared_fc1", "shared_fc2"}
-EXPERT_ROLES = {"router", "expert_fc1", "expert_fc2", *SHARED_ROLES}
+EXPERT_ROLES = {"router", "expert_fc1", "expert_fc2", *SHARED_ROLES, *GATE_ROLES}
 
 DENSE_MODELS = [
     pytest.param(family, tied, id=f"{family}-{'tied' if tied else 'untied'}")
@@ -215,7 +216,7 @@ def check_built_names(world: World, folder: Path, spec: DenseSpec) -> None:
 def expected_places(spec: DenseSpec, *, moe_layers: set[int], experts: int):
     """Every (role, layer, expert) that a model of this shape has on one rank."""
     for row in ROWS:
-        if not has_row(row.role, spec):
+        if not has_row(row.role, spec) or row.role in GATE_ROLES:
             continue
         if "{layer}" not in row.megatron[0]:
             yield row.role, None, None
