@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -41,6 +41,7 @@ Overrides = Annotated[
 ]
 
 
+Routing = Literal["natural", "balanced"]
 JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object, for scripts.")]
 
 
@@ -89,12 +90,18 @@ def _on_ranks(
     story: Callable[[RunConfig, Any], None], config: RunConfig, ranks: int | None
 ) -> None:
     """Run a story on the ranks of the job that this process is part of, or on ranks of its own."""
-    from megatron_moe.device.world import (
-        joined,
-        place_from_environment,
-        resolve_device,
-        run_local_ranks,
-    )
+    from megatron_moe.device.world import resolve_device
+
+    place = _place(ranks)
+    check(config, read_spec(config.dense.path), place.size if place is not None else ranks or 1)
+    device = resolve_device(config.run.device)
+    config.run.dir.mkdir(parents=True, exist_ok=True)
+    _joined(partial(story, config), place, ranks=ranks or 1, device=device)
+
+
+def _place(ranks: int | None) -> Any:
+    """Where torchrun or SLURM put this process; None where it is to start ranks itself."""
+    from megatron_moe.device.world import place_from_environment
 
     place = place_from_environment()
     if place is not None and ranks is not None:
@@ -102,14 +109,19 @@ def _on_ranks(
             f"--ranks ({ranks}) is for starting ranks on this machine, but torchrun or SLURM has "
             f"started {place.size} already: leave --ranks away"
         )
-    check(config, read_spec(config.dense.path), place.size if place is not None else ranks or 1)
-    device = resolve_device(config.run.device)
-    config.run.dir.mkdir(parents=True, exist_ok=True)
+    return place
+
+
+def _joined(
+    fn: Callable[[Any], None], place: Any, *, ranks: int, device: Literal["cpu", "cuda"]
+) -> None:
+    from megatron_moe.device.world import joined, run_local_ranks
+
     if place is None:
-        run_local_ranks(partial(story, config), ranks=ranks or 1, device=device)
+        run_local_ranks(fn, ranks=ranks, device=device)
     else:
         with joined(place, device) as world:
-            story(config, world)
+            fn(world)
 
 
 def _dry_run(
@@ -283,6 +295,103 @@ def _construct(config: RunConfig, world: Any) -> None:
     from megatron_moe.construct.command import construct
 
     construct(config, world)
+
+
+@app.command()
+def bench(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="CONFIG.yaml [key.path=value ...]", help="With --table: records instead."
+        ),
+    ] = None,
+    ranks: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Start this many ranks on this machine. Not under torchrun or SLURM."
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps.")] = 20,
+    warmup: Annotated[int, typer.Option(min=0, help="Steps before them.")] = 5,
+    routing: Annotated[
+        Routing, typer.Option(help="Who chooses experts: the router, or random numbers.")
+    ] = "natural",
+    random: Annotated[
+        bool, typer.Option("--random", help="Random weights and tokens: needs config.json alone.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="The record; default RUN.DIR/bench-ROUTING.json.")
+    ] = None,
+    table: Annotated[bool, typer.Option("--table", help="Print records as Markdown.")] = False,
+    collectives: Annotated[
+        bool, typer.Option("--collectives", help="Time collectives by size, without a model.")
+    ] = False,
+    largest_mib: Annotated[
+        int, typer.Option(min=1, help="With --collectives: the largest size.")
+    ] = 256,
+    sweep: Annotated[
+        Path | None, typer.Option(help="Print the command that launches each run of this file.")
+    ] = None,
+) -> None:
+    """Time training steps of a configuration, and where their time goes.
+
+    Writes one JSON record with everything that is needed to repeat it. Capacity and layout are the
+    configuration's: moe.moe_expert_capacity_factor=null drops nothing.
+
+    Example: megatron-moe bench configs/demo.yaml --ranks 4 --random --routing balanced
+    """
+    from megatron_moe.bench.record import read_record
+    from megatron_moe.bench.sweep import commands as sweep_commands
+    from megatron_moe.bench.sweep import read_sweep
+    from megatron_moe.bench.table import tables
+
+    given = arguments or []
+    if sum((table, collectives, sweep is not None, bool(given) and not table)) != 1:
+        raise ConfigError(
+            "bench does one thing: give CONFIG.yaml, --table RECORDS, --collectives or --sweep FILE"
+        )
+    if table:
+        print(tables(read_record(Path(name)) for name in given), end="")
+    elif sweep is not None:
+        print("\n".join(sweep_commands(read_sweep(sweep))))
+    elif collectives:
+        _start_collectives(ranks, largest_mib, out or Path("collectives.json"))
+    else:
+        config = load(RunConfig, Path(given[0]), given[1:])
+        wish = {"steps": steps, "warmup": warmup, "routing": routing, "random": random}
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+        path = out or config.run.dir / f"bench-{routing}.json"
+        _on_ranks(partial(_bench, wish, path), config, ranks)
+
+
+def _bench(wish: dict[str, Any], out: Path, config: RunConfig, world: Any) -> None:
+    from megatron_moe.bench.steps import Wish
+    from megatron_moe.bench.steps import bench as measure
+
+    _keep(measure(config, world, Wish(**wish)), world, out)
+
+
+def _start_collectives(ranks: int | None, largest_mib: int, out: Path) -> None:
+    from megatron_moe.device.world import resolve_device
+
+    fn = partial(_collectives, largest_mib, out)
+    _joined(fn, _place(ranks), ranks=ranks or 1, device=resolve_device("auto"))
+
+
+def _collectives(largest_mib: int, out: Path, world: Any) -> None:
+    from megatron_moe.bench.collectives import bench_collectives
+
+    _keep(bench_collectives(world, largest_bytes=largest_mib * 2**20), world, out)
+
+
+def _keep(record: Any, world: Any, out: Path) -> None:
+    """Write a record and show it, once."""
+    from megatron_moe.bench.record import write_record
+    from megatron_moe.bench.table import tables
+
+    if world.rank == 0:
+        write_record(record, out)
+        print(f"{tables([record])}\n{out}", flush=True)
 
 
 @app.command()

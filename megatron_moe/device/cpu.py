@@ -199,7 +199,11 @@ def _pad_rows(tensor: Tensor, length: int) -> Tensor:
 
 def _silence_remarks() -> None:
     """Leave out what Megatron-Core 0.19 makes torch 2.14 say, step after step."""
-    for name in ("torch.utils.cpp_extension", "megatron.core.distributed"):
+    for name in (
+        "torch.utils.cpp_extension",
+        "megatron.core.distributed",
+        "megatron.core.tensor_parallel.random",  # the CPU's RNG is the one it calls the GPU's
+    ):
         logging.getLogger(name).setLevel(logging.ERROR)
     for message in (
         r".*`?torch\.distributed\.\w+`? is deprecated",

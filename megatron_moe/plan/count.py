@@ -60,7 +60,7 @@ def count(path: Path, *, sequence_length: int | None = None) -> ModelCounts:
     return count_shape(
         shape,
         sequence_length=sequence_length or config.data.seq_length,
-        padded_capacity_factor=config.moe.moe_expert_capacity_factor
+        padded_capacity_factor=config.moe.megatron_capacity_factor
         if config.moe.moe_pad_expert_input_to_capacity
         else None,
     )

@@ -1,0 +1,1 @@
+"""BENCH: timed steps, phases, collectives; one JSON record a run."""

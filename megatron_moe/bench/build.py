@@ -1,0 +1,136 @@
+"""What is timed: the training state and its batches, real or random.
+
+Shape letters of this module:
+
+    B  micro_batch_size   S  seq_length
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_moe.config.run import RunConfig
+from megatron_moe.construct.complete import complete_plan
+from megatron_moe.data.batches import Batch, slice_for_context_parallel
+from megatron_moe.data.feed import Feed, Seat
+from megatron_moe.data.texts import open_texts
+from megatron_moe.device.world import World
+from megatron_moe.experts.plan import make_expert_plan
+from megatron_moe.hf.names import dense_tensors
+from megatron_moe.hf.reader import open_dense_checkpoint, open_mixed
+from megatron_moe.hf.spec import DenseSpec, read_spec
+from megatron_moe.model.build import Model, build_model
+from megatron_moe.model.overlap import start_tp_overlap
+from megatron_moe.model.router import CountingRouter, set_output_scales
+from megatron_moe.model.upcycle import upcycle
+from megatron_moe.parallel.layout import ParallelLayout
+from megatron_moe.train.state import TrainState, make_state
+
+Supply = Callable[[TrainState], list[Batch]]
+"""Gives this rank's micro-batches of the next step."""
+
+
+def make_timed_state(
+    config: RunConfig,
+    world: World,
+    layout: ParallelLayout,
+    groups: ProcessGroupCollection,
+    *,
+    random: bool,
+    balanced: bool,
+) -> TrainState:
+    """A state that trains: upcycled from the dense checkpoint, or of its shape and random.
+
+    Args:
+        config: The run; `legality.check` has passed it.
+        world: This rank's place.
+        layout: Who holds what.
+        groups: This rank's process groups.
+        random: Read nothing of the dense model but its config.json.
+        balanced: Let random numbers choose the experts instead of the router's logits.
+    """
+    cuda = world.device.type == "cuda"
+    spec = read_spec(config.dense.path)
+    if cuda:
+        start_tp_overlap(config, spec)
+    model = build_model(config, spec, layout=layout, groups=groups, rank=world.rank, cuda=cuda)
+    if random:
+        _fill_at_random(model)
+    else:
+        _fill_from_checkpoint(model, config, layout, world.rank)
+    if balanced:
+        _force_balance(model)
+    return make_state(config, model, groups, cuda=cuda)
+
+
+def _fill_from_checkpoint(
+    model: Model, config: RunConfig, layout: ParallelLayout, rank: int
+) -> None:
+    dense = open_dense_checkpoint(config.dense.path)
+    dense.check_tensors(dict(dense_tensors(dense.spec)))
+    plan = complete_plan(make_expert_plan(dense.spec, config.moe, config.upcycle), config, dense)
+    set_output_scales(model.modules, plan)
+    mix_with = open_mixed(dense, config.upcycle.mix_with)
+    upcycle(model, dense, plan, layout=layout, rank=rank, mix_with=mix_with)
+
+
+@torch.no_grad()
+def _fill_at_random(model: Model) -> None:
+    """Weights of the usual size, the same on every rank that holds the same name; norms of one."""
+    for chunk in model.chunks:
+        for name, parameter in chunk.module.named_parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+                continue
+            generator = torch.Generator(parameter.device).manual_seed(zlib.crc32(name.encode()))
+            parameter.normal_(0.0, model.spec.initializer_range, generator=generator)
+
+
+def _force_balance(model: Model) -> None:
+    """Megatron-Core's switch for benchmarks: logits are drawn anew for every token."""
+    for chunk in model.chunks:
+        for router in chunk.module.modules():
+            if isinstance(router, CountingRouter):
+                router.config.moe_router_force_load_balancing = True
+
+
+def make_supply(
+    config: RunConfig, spec: DenseSpec, groups: ProcessGroupCollection, *, random: bool
+) -> Supply:
+    """This rank's batches: of the run's text, or random tokens made once."""
+    dp, cp = groups.dp, groups.cp
+    seat = Seat(dp_rank=dp.rank(), dp_size=dp.size(), cp_rank=cp.rank(), cp_size=cp.size())
+    if random:
+        batches = _random_batches(config, spec.vocab_size, seat)
+        return lambda _: batches
+    feed = Feed(open_texts(config, vocab_size=spec.vocab_size), config, seat)
+
+    def supply(state: TrainState) -> list[Batch]:
+        batches, state.blend = feed.next_step(state.blend)
+        return batches
+
+    return supply
+
+
+def _random_batches(config: RunConfig, vocab_size: int, seat: Seat) -> list[Batch]:
+    train, length = config.train, config.data.seq_length
+    generator = torch.Generator().manual_seed(config.run.seed + seat.dp_rank)
+    size: Any = (train.micro_batch_size, length + 1)
+    batches = []
+    for _ in range(train.global_batch_size // (train.micro_batch_size * seat.dp_size)):
+        ids_BT = torch.randint(0, vocab_size, size, generator=generator)
+        whole = Batch(
+            tokens_BS=ids_BT[:, :-1].contiguous(),
+            labels_BS=ids_BT[:, 1:].contiguous(),
+            loss_mask_BS=torch.ones(train.micro_batch_size, length),
+            position_ids_BS=torch.arange(length).repeat(train.micro_batch_size, 1),
+        )
+        batches.append(
+            slice_for_context_parallel(whole, cp_rank=seat.cp_rank, cp_size=seat.cp_size)
+        )
+    return batches

@@ -1,0 +1,178 @@
+"""What a benchmark leaves behind: one JSON object, enough to repeat it and to judge it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from megatron_moe.errors import ConfigError
+
+PHASES: tuple[str, ...] = (
+    "data", "forward", "dispatch", "experts", "combine", "backward", "reduce", "optimizer", "other",
+)  # fmt: skip
+
+
+class Part(BaseModel):
+    """A piece of a record: frozen, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Spread(Part):
+    """A number that was measured several times."""
+
+    median: float
+    p10: float
+    p90: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.4g} [{self.p10:.4g}, {self.p90:.4g}]"
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Median, 10th and 90th percentile, linear between neighbours.
+
+    >>> spread([3.0, 1.0, 2.0])
+    Spread(median=2.0, p10=1.2, p90=2.8)
+    """
+    p10, median, p90 = (float(v) for v in np.percentile(values, [10, 50, 90]).round(12))
+    return Spread(median=median, p10=p10, p90=p90)
+
+
+class Surroundings(Part):
+    """Where and by what it was measured."""
+
+    time: str
+    """When it ended, UTC."""
+    command: list[str]
+    commit: str | None
+    """Of the working tree the package was imported from; None where it is no working tree."""
+    uncommitted_changes: bool | None
+    versions: dict[str, str]
+    device: str
+    device_memory_gib: float
+    ranks: int
+    hosts: int
+    environment: dict[str, str]
+    """Variables that change how NCCL, CUDA and OpenMP work."""
+
+
+class Mfu(Part):
+    """How MFU was computed."""
+
+    formula: str
+    flops_per_sequence: float
+    denominator_flops_per_second: float
+    denominator_source: str
+
+
+class Capacity(Part):
+    """What an expert was allowed to take."""
+
+    factor: float
+    formula: str
+    padded: bool
+    tokens_per_expert: int
+    """Of one rank's micro-batch."""
+
+
+class Phases(Part):
+    """Where the time of a step goes; from steps of their own, slower than the timed ones."""
+
+    how: str
+    steps: int
+    step_seconds: Spread
+    seconds: dict[str, Spread]
+    """By phase, mean over ranks; together one step."""
+
+
+class StepsRecord(Part):
+    """Timed training steps of one configuration."""
+
+    kind: Literal["steps"] = "steps"
+    name: str
+    surroundings: Surroundings
+    config: dict[str, Any]
+    """Every setting, defaults included."""
+    dense: dict[str, Any]
+    """Shape of the dense model."""
+    layout: dict[str, int]
+    total_parameters: int
+    active_parameters: int
+    routing: Literal["natural", "balanced"]
+    weights: Literal["dense checkpoint", "random"]
+    data: Literal["text", "random tokens"]
+    capacity: Capacity | None
+    """None: dropless."""
+    warmup_steps: int
+    timed_steps: int
+    each_step_seconds: list[float]
+    """The slowest rank's."""
+    step_seconds: Spread
+    tokens_per_second_per_gpu: Spread
+    tflops_per_gpu: Spread
+    mfu: Spread
+    """A fraction of one."""
+    mfu_is: Mfu
+    phases: Phases
+    load_imbalance: Spread
+    """Busiest expert's tokens over the mean, before any is dropped; mean of MoE layers."""
+    drop_rate: Spread
+    peak_memory_gib: float
+    """Maximum over ranks; resident memory on CPU."""
+    last_loss: float
+
+
+class Timing(Part):
+    """One collective at one size."""
+
+    collective: str
+    group: str
+    ranks: int
+    bytes: int
+    """Of the larger of input and output, as nccl-tests counts."""
+    seconds: Spread
+    bus_gb_per_second: float
+    """At the median: bytes that must cross a rank's link, whatever the algorithm, over time."""
+
+
+class CollectivesRecord(Part):
+    """Bandwidth of collectives by size."""
+
+    kind: Literal["collectives"] = "collectives"
+    surroundings: Surroundings
+    timings: list[Timing]
+
+
+Record = Annotated[StepsRecord | CollectivesRecord, Field(discriminator="kind")]
+_RECORD: TypeAdapter[Record] = TypeAdapter(Record)
+
+
+def write_record(record: Record, path: Path) -> None:
+    """Write the record; a reader sees all of it or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(path.name + ".partial")
+    staged.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    staged.replace(path)
+
+
+def read_record(path: Path) -> Record:
+    """The record in a file.
+
+    Raises:
+        ConfigError: There is none, or it is not what `write_record` writes.
+    """
+    try:
+        return _RECORD.validate_python(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (ValidationError, ValueError) as error:
+        first = str(error).splitlines()[:3]
+        raise ConfigError(
+            f"{path} is not a record of megatron-moe bench: {'; '.join(first)}"
+        ) from (error)
