@@ -28,7 +28,6 @@ class Use(IntEnum):
     NOISE = 4
     PERMUTATION = 5
     CLUSTERS = 6
-    GATE_NETWORK = 7
 
 
 def generator(seed: int, layer: int, *key: int) -> np.random.Generator:

@@ -33,6 +33,16 @@ LAYOUTS: dict[str, dict[str, int]] = {  # of 4 ranks
     "cp2-etp4": {"context_parallel_size": 2, "expert_tensor_parallel_size": 4},
 }  # fmt: skip
 
+NEURONS_READ = {  # a layer, of 96; "dp4" holds all experts, "ep4" one, "cp2-etp4" a quarter of each
+    "copy": {"dp4": 96, "ep4": 96, "cp2-etp4": 24},
+    "granular": {"dp4": 96, "ep4": 48, "cp2-etp4": 24},  # two replicas are read once
+    "split_random": {"dp4": 96, "ep4": 24, "cp2-etp4": 24},
+    "split_random-shared": {"dp4": 96, "ep4": 48, "cp2-etp4": 48},
+    "split_clustered": {"dp4": 96, "ep4": 24, "cp2-etp4": 24},
+    "sharing_inner": {"dp4": 128, "ep4": 32, "cp2-etp4": 32},  # experts overlap
+    "sharing_inter": {"dp4": 96, "ep4": 48, "cp2-etp4": 48},
+}
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
@@ -78,7 +88,10 @@ def check_layouts(world: World, configs: dict[tuple[str, str], RunConfig]) -> No
         layout, groups = create_groups(Parallel(**parallel), seed=0)
         for case in CASES:
             config = configs[case, name]
-            weights = global_weights(*filled_model(config, layout, groups, world.rank))
+            model, filled = filled_model(config, layout, groups, world.rank)
+            if (neurons := NEURONS_READ.get(case, {}).get(name)) is not None:
+                assert filled.bytes_read == expected_bytes(config, neurons), (case, name)
+            weights = global_weights(model, groups)
             if world.rank == 0:
                 assert not any(tensor.isnan().any() for tensor in weights.values()), case
                 expected = first.setdefault(case, weights)
@@ -105,7 +118,16 @@ def filled_model(config: RunConfig, layout: Any, groups: Any, rank: int) -> tupl
     sources = 1 + len(mixed)
     expected = sources * len(dict(dense_tensors(dense.spec)))
     assert check_coverage(filled, dense, num_sources=sources) == expected
-    return model, groups
+    return model, filled
+
+
+def expected_bytes(config: RunConfig, neurons: int) -> int:
+    """All that is not FFN once, and of every layer's FFN this many neurons."""
+    dense = open_dense_checkpoint(config.dense.path)
+    spec = dense.spec
+    neuron = 3 * spec.hidden_size * 4  # a row of gate and of up, a column of down, fp32
+    skipped = spec.num_layers * (spec.ffn_hidden_size - neurons) * neuron
+    return dense.source_bytes - skipped
 
 
 def global_weights(model: Any, groups: Any) -> dict[str, Tensor]:

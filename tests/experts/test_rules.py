@@ -6,7 +6,7 @@ import pytest
 
 from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
-from megatron_moe.experts.rules import construction_violations
+from megatron_moe.experts.rules import construction_violations, measuring_violations
 from megatron_moe.hf.spec import spec_from_config
 
 FFN = 48
@@ -19,11 +19,15 @@ SPEC = spec_from_config(
 
 
 def found(moe: dict[str, Any], upcycle: dict[str, Any]) -> list[str]:
+    return list(construction_violations(config(moe=moe, upcycle=upcycle), SPEC))
+
+
+def config(*, moe: dict[str, Any], **sections: dict[str, Any]) -> RunConfig:
     tree = {
         "run": {"dir": "run"}, "dense": {"path": "dense"}, "data": {"path": "text"},
-        "train": {"steps": 10}, "moe": {"num_moe_experts": 8, **moe}, "upcycle": upcycle,
+        "train": {"steps": 10}, "moe": {"num_moe_experts": 8, **moe}, **sections,
     }  # fmt: skip
-    return list(construction_violations(build(RunConfig, tree), SPEC))
+    return build(RunConfig, tree)
 
 
 def sizes(size: int, shared: int | None = None, **more: int) -> dict[str, Any]:
@@ -131,3 +135,30 @@ LEGAL = [
 @pytest.mark.parametrize(("moe", "upcycle"), LEGAL)
 def test_what_a_method_can_build_is_legal(moe, upcycle):
     assert found(moe, upcycle) == []
+
+
+NOTHING_TO_MEASURE = (
+    "upcycle.method (copy) with this router and scale needs no measuring: there is no plan file to "
+    "make.\n  run megatron-moe train"
+)
+NO_PLAN = "upcycle.plan must be set: it is the file that megatron-moe construct writes"
+UNEVEN = (
+    "measure.samples (20) must be divisible by moe.num_moe_experts (8): the sequences are cut into "
+    "one cluster an expert, all of one size.\n  nearest measure.samples: 16, 24"
+)
+INNER = {"method": "sharing_inner"}
+
+
+@pytest.mark.parametrize(
+    ("upcycle", "samples", "messages"),
+    [
+        pytest.param({}, 16, [NOTHING_TO_MEASURE], id="nothing"),
+        pytest.param(INNER, 16, [NO_PLAN], id="no-plan"),
+        pytest.param({**INNER, **PLAN}, 20, [UNEVEN], id="uneven"),
+        pytest.param(INNER, 20, [NO_PLAN, UNEVEN], id="both"),
+        pytest.param({**INNER, **PLAN}, 16, [], id="legal"),
+    ],
+)
+def test_what_construct_cannot_measure_is_refused(upcycle, samples: int, messages: list[str]):
+    asked = config(moe=sizes(24), upcycle=upcycle, measure={"samples": samples})
+    assert list(measuring_violations(asked, SPEC)) == messages

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from megatron_moe.errors import CheckpointError
 from megatron_moe.hf import reader
-from megatron_moe.hf.reader import DenseCheckpoint, open_dense_checkpoint
+from megatron_moe.hf.names import dense_tensors
+from megatron_moe.hf.reader import DenseCheckpoint, open_dense_checkpoint, open_mixed
+from megatron_moe.hf.spec import spec_from_config
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -466,3 +468,20 @@ def test_an_output_layer_next_to_tied_embeddings_must_equal_them(tmp_path: Path)
     message = refused(lambda: tied.check_tensors(expected))
     assert "lm_head.weight must equal model.embed_tokens.weight" in message
     assert "set tie_word_embeddings to false" in message
+
+
+def test_models_of_another_shape_are_not_mixed(tmp_path: Path):
+    dense = open_dense_checkpoint(whole_folder(tmp_path / "dense"))
+    same = whole_folder(tmp_path / "same", max_position_embeddings=99)
+    assert [other.folder for other in open_mixed(dense, [same])] == [same]
+    wider = whole_folder(tmp_path / "wider", intermediate_size=8)
+    assert refused(lambda: open_mixed(dense, [same, wider])) == (
+        f"{wider} (upcycle.mix_with) and {dense.folder} (dense.path) must be models of one shape, "
+        "because their weights are averaged, but differ in\n    ffn_hidden_size: 8 and 6"
+    )
+
+
+def whole_folder(path: Path, **config: object) -> Path:
+    """A folder that holds every tensor of its configuration."""
+    shapes = dense_tensors(spec_from_config(CONFIG | config))
+    return folder_of(path, {name: torch.ones(shape) for name, shape in shapes}, **config)
