@@ -18,6 +18,11 @@ from megatron_moe.checkpoint.sharded import Saver, restore
 from megatron_moe.config.load import dump
 from megatron_moe.config.mixtures import starting_weights
 from megatron_moe.config.run import RunConfig
+from megatron_moe.construct.against_dense import (
+    AgainstDense,
+    Comparing,
+    compare_layers_and_losses,
+)
 from megatron_moe.construct.complete import complete_plan
 from megatron_moe.data.announce import announcement
 from megatron_moe.data.feed import Feed, Seat
@@ -174,7 +179,10 @@ def upcycled_model(
         seconds=time.perf_counter() - start,
     )
     tensors_used = check_coverage(filled, dense, num_sources=plan.recipe.num_sources)
-    agreement = _verify(job, model, texts) if _wants_verification(config, dense) else None
+    agreement, against_dense = None, None
+    if _wants_verification(config, dense):
+        agreement = _verify(job, model, texts)
+        against_dense = _compare(job, model, dense, texts, cuda=cuda)
     receipt = gather_receipt(
         mine,
         tensors_used=tensors_used,
@@ -182,6 +190,7 @@ def upcycled_model(
         plan_hash=plan.hash,
         method=plan.recipe.method,
         agreement=agreement,
+        against_dense=None if against_dense is None else against_dense.to_json(),
     )
     if rank == 0:
         write_receipt(receipt, config.run.dir)
@@ -223,6 +232,18 @@ def _verify(job: Job, model: Model, texts: Texts) -> Agreement:
         f"{agreement.max_logit_error:.2e}, same next token at {agreement.argmax_agreement:.1%}"
     )
     return agreement
+
+
+def _compare(
+    job: Job, model: Model, dense: DenseCheckpoint, texts: Texts, *, cuda: bool
+) -> AgainstDense:
+    comparing = Comparing(
+        config=job.config, dense=dense, layout=job.layout, groups=job.groups,
+        rank=job.world.rank, cuda=cuda,
+    )  # fmt: skip
+    found = compare_layers_and_losses(comparing, model, texts)
+    job.say(str(found))
+    return found
 
 
 def _feed(job: Job, texts: Texts) -> Feed:

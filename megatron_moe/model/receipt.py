@@ -51,6 +51,7 @@ def gather_receipt(
     plan_hash: str,
     method: str,
     agreement: Agreement | None,
+    against_dense: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """The receipt of the whole run, on every rank, as receipt.json holds it."""
     ranks: list[RankReceipt] = [mine] * dist.get_world_size()
@@ -63,6 +64,7 @@ def gather_receipt(
         "bytes_read": sum(rank.bytes_read for rank in ranks),
         "seconds": max(rank.seconds for rank in ranks),
         "verification": None if agreement is None else asdict(agreement),
+        "against_dense": against_dense,
         "ranks": [asdict(rank) for rank in ranks],
     }
 
