@@ -122,13 +122,15 @@ def _random_batches(config: RunConfig, vocab_size: int, seat: Seat) -> list[Batc
     generator = torch.Generator().manual_seed(config.run.seed + seat.dp_rank)
     size: Any = (train.micro_batch_size, length + 1)
     batches = []
-    for _ in range(train.global_batch_size // (train.micro_batch_size * seat.dp_size)):
+    for turn in range(train.global_batch_size // (train.micro_batch_size * seat.dp_size)):
+        first = (turn * seat.dp_size + seat.dp_rank) * train.micro_batch_size
         ids_BT = torch.randint(0, vocab_size, size, generator=generator)
         whole = Batch(
             tokens_BS=ids_BT[:, :-1].contiguous(),
             labels_BS=ids_BT[:, 1:].contiguous(),
             loss_mask_BS=torch.ones(train.micro_batch_size, length),
             position_ids_BS=torch.arange(length).repeat(train.micro_batch_size, 1),
+            samples_B=torch.arange(first, first + train.micro_batch_size),
         )
         batches.append(
             slice_for_context_parallel(whole, cp_rank=seat.cp_rank, cp_size=seat.cp_size)
