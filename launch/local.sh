@@ -4,6 +4,7 @@
 #   launch/local.sh CONFIG.yaml [key.path=value ...]
 #
 #   RANKS=4 launch/local.sh CONFIG.yaml       so many ranks; default: the GPUs in sight, or 1
+#   ACTION=bench launch/local.sh ...          measure instead of training
 #   PYTHON=python3 launch/local.sh ...        the interpreter that has the package; default:
 #                                             .venv/bin/python of the repository, or python
 #
@@ -50,4 +51,4 @@ fi
 
 # --standalone: a free port is chosen, so that two runs on one machine do not meet.
 exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$ranks" \
-    -m megatron_moe train "$@"
+    -m megatron_moe "${ACTION:-train}" "$@"

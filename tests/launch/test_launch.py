@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[2]
 LOCAL, SLURM = ROOT / "launch" / "local.sh", ROOT / "launch" / "slurm.sbatch"
@@ -151,6 +152,7 @@ def job(stage: Stage) -> Stage:
     stage.stand_in("srun")
     stage.stand_in("scontrol", "print('node17\\nnode18')")
     stage.env |= {
+        "HEALTH_CHECK": "no",
         "SLURM_SUBMIT_DIR": str(stage.folder),
         "SLURM_JOB_ID": "123456",
         "SLURM_JOB_NODELIST": "node[17-18]",
@@ -198,6 +200,25 @@ class TestSlurm:
             "python",
             *self.train,
         ]
+
+    def test_another_action(self, job: Stage):
+        argv, _ = self.argv(job, ACTION="bench")
+        assert argv[3:6] == ["-m", "megatron_moe", "bench"]
+
+    def test_every_node_is_looked_at_before_the_ranks_start(self, job: Stage):
+        job.env |= {"HEALTH_CHECK": "yes", "SLURM_GPUS_ON_NODE": "8"}
+        assert job.run(SLURM, "run.yaml").returncode == 0
+        (check, _), (step, _) = job.calls("srun")
+        a_task_a_node = ["--ntasks=2", "--ntasks-per-node=1"]
+        assert check == [*a_task_a_node, "bash", "launch/node_health.sh", "8", str(job.folder)]
+        assert "megatron_moe" in step
+
+    def test_a_sick_node_ends_the_job_before_the_ranks_start(self, job: Stage):
+        job.env |= {"HEALTH_CHECK": "yes"}
+        job.stand_in("srun", "sys.exit(1)")
+        result = job.run(SLURM, "run.yaml")
+        assert (result.returncode, "not fit to run" in result.stderr) == (4, True)
+        assert len(job.calls("srun")) == 1
 
     def test_a_failed_step_fails_the_job(self, job: Stage):
         job.stand_in("srun", "sys.exit(3)")
@@ -256,6 +277,47 @@ class TestSlurm:
         # sbatch stops reading directives at the first command.
         first_command = next(i for i, line in enumerate(lines) if line and line[0] != "#")
         assert all(lines.index(directive) < first_command for directive in directives)
+
+
+HEALTH = ROOT / "launch" / "node_health.sh"
+
+
+@pytest.mark.parametrize(
+    ("answer", "gpus", "message"),
+    [
+        ("print('0\\n' * 8)", 8, None),
+        ("print('[N/A]\\n' * 8)", 8, None),
+        ("print('0\\n' * 7)", 8, "7 of 8 GPUs answer"),
+        ("print('0\\n' * 7 + '3')", 8, "uncorrected memory errors"),
+        ("sys.exit(9)", 8, "nvidia-smi fails"),
+        ("sys.exit(9)", 0, None),
+    ],
+)
+def test_node_health(stage: Stage, answer: str, gpus: int, message: str | None):
+    stage.stand_in("nvidia-smi", answer)
+    result = stage.run(HEALTH, gpus, stage.folder)
+    assert result.returncode == (0 if message is None else 1)
+    assert (message or "") in result.stderr
+    assert not list(stage.folder.glob(".node_health*"))
+
+
+def test_a_file_system_that_takes_no_file_is_sick(stage: Stage):
+    result = stage.run(HEALTH, 0, stage.folder / "not mounted")
+    assert (result.returncode, "cannot write to" in result.stderr) == (1, True)
+
+
+def test_the_kubernetes_job_fits_its_configuration():
+    job = yaml.safe_load((ROOT / "launch" / "kubernetes.yaml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
+    replicas = job["spec"]["pytorchReplicaSpecs"]
+    nodes = sum(replica["replicas"] for replica in replicas.values())
+    (container,) = replicas["Worker"]["template"]["spec"]["containers"]
+    assert container["name"] == "pytorch"  # the operator looks for it by this name
+    path = next(word for word in container["args"][0].split() if word.startswith("configs/"))
+    assert nodes * int(job["spec"]["nprocPerNode"]) == int(Path(path).stem.rpartition("-")[2])
+    assert (ROOT / path).exists()
+    settings = {entry["name"]: entry["value"] for entry in container["env"]}
+    assert settings.items() >= GPU_SETTINGS.items()
 
 
 def wait_until(condition, seconds: float = 20.0) -> None:
