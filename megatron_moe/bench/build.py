@@ -2,22 +2,23 @@
 
 Shape letters of this module:
 
-    B  micro_batch_size   S  seq_length
+    S  seq_length   T  seq_length + 1
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from typing import Any
 
+import numpy as np
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_moe.config.run import RunConfig
 from megatron_moe.construct.complete import complete_plan
-from megatron_moe.data.batches import Batch, slice_for_context_parallel
+from megatron_moe.data.batches import Batch, micro_batches, slice_for_context_parallel
 from megatron_moe.data.feed import Feed, Seat
+from megatron_moe.data.samples import Sample
 from megatron_moe.data.texts import open_texts
 from megatron_moe.device.world import World
 from megatron_moe.experts.plan import make_expert_plan
@@ -117,22 +118,33 @@ def make_supply(
     return supply
 
 
+class _RandomTokens:
+    """Samples of random tokens, the same whoever asks."""
+
+    def __init__(self, *, vocab_size: int, length: int, seed: int) -> None:
+        self._vocab_size, self._length, self._seed = vocab_size, length, seed
+
+    def __getitem__(self, k: int) -> Sample:
+        ids_T = np.random.default_rng((self._seed, k)).integers(self._vocab_size, size=self._length)
+        inputs = self._length - 1
+        return Sample(
+            ids_T=ids_T,
+            loss_mask_S=np.ones(inputs, dtype=np.float32),
+            position_ids_S=np.arange(inputs),
+        )
+
+
 def _random_batches(config: RunConfig, vocab_size: int, seat: Seat) -> list[Batch]:
-    train, length = config.train, config.data.seq_length
-    generator = torch.Generator().manual_seed(config.run.seed + seat.dp_rank)
-    size: Any = (train.micro_batch_size, length + 1)
-    batches = []
-    for turn in range(train.global_batch_size // (train.micro_batch_size * seat.dp_size)):
-        first = (turn * seat.dp_size + seat.dp_rank) * train.micro_batch_size
-        ids_BT = torch.randint(0, vocab_size, size, generator=generator)
-        whole = Batch(
-            tokens_BS=ids_BT[:, :-1].contiguous(),
-            labels_BS=ids_BT[:, 1:].contiguous(),
-            loss_mask_BS=torch.ones(train.micro_batch_size, length),
-            position_ids_BS=torch.arange(length).repeat(train.micro_batch_size, 1),
-            samples_B=torch.arange(first, first + train.micro_batch_size),
-        )
-        batches.append(
-            slice_for_context_parallel(whole, cp_rank=seat.cp_rank, cp_size=seat.cp_size)
-        )
-    return batches
+    train, seed = config.train, config.run.seed
+    batches = micro_batches(
+        _RandomTokens(vocab_size=vocab_size, length=config.data.seq_length + 1, seed=seed),
+        position=0,
+        global_batch_size=train.global_batch_size,
+        micro_batch_size=train.micro_batch_size,
+        dp_rank=seat.dp_rank,
+        dp_size=seat.dp_size,
+    )
+    return [
+        slice_for_context_parallel(batch, cp_rank=seat.cp_rank, cp_size=seat.cp_size)
+        for batch in batches
+    ]
