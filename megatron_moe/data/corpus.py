@@ -8,6 +8,7 @@ committed as long as these are the same.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import time
@@ -190,7 +191,9 @@ def _encoded(
     if workers == 1:
         yield from ((block, encode_block(block, tokenizer, rules)) for block in blocks)
         return
-    # Forked workers have the tokenizer at once; a spawned one would import everything again.
+    # Forked workers have the tokenizer at once; a spawned one would import everything again. What
+    # they share with this process stays shared: their garbage collector would write to all of it.
+    gc.freeze()
     with ProcessPoolExecutor(
         workers, mp_context=get_context("fork"), initializer=_start, initargs=(tokenizer, rules)
     ) as pool:
