@@ -31,7 +31,7 @@ class GlobalTensors:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         self._files: dict[str, BinaryIO] = {}
         self._metadata = SafeReader(folder).read_metadata()
 
@@ -51,6 +51,23 @@ class GlobalTensors:
     ) -> None:
         for file in self._files.values():
             file.close()
+        self._files.clear()
+
+    def __contains__(self, key: str) -> bool:
+        return isinstance(self._metadata.state_dict_metadata.get(key), TensorStorageMetadata)
+
+    def shape_and_dtype(self, key: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Of the whole tensor."""
+        stored = self._stored(key)
+        return tuple(stored.size), stored.properties.dtype
+
+    def chunks(self, key: str, *, index: int | None) -> list[ChunkStorageMetadata]:
+        """Chunks of a tensor; with ``index`` those that meet that slice of its first axis."""
+        return [
+            chunk
+            for chunk in self._stored(key).chunks
+            if index is None or chunk.offsets[0] <= index < chunk.offsets[0] + chunk.sizes[0]
+        ]
 
     def read(self, key: str, *, index: int | None, dtype: torch.dtype) -> Tensor:
         """One global tensor; with ``index`` only that slice of its first axis, the axis dropped.
@@ -58,28 +75,30 @@ class GlobalTensors:
         Raises:
             CheckpointError: No such tensor, or its chunks do not cover it.
         """
-        stored = self._metadata.state_dict_metadata.get(key)
-        if not isinstance(stored, TensorStorageMetadata):
-            raise CheckpointError(f"{self._folder} holds no tensor {key}")
+        stored = self._stored(key)
         shape = tuple(stored.size) if index is None else tuple(stored.size[1:])
         result, filled = torch.empty(shape, dtype=dtype), 0
-        for chunk in stored.chunks:
-            first = chunk.offsets[0] if chunk.offsets else 0
-            if index is not None and not first <= index < first + chunk.sizes[0]:
-                continue
-            part, place = self._load(key, chunk), _place(chunk)
+        for chunk in self.chunks(key, index=index):
+            part, place = self.load(key, chunk), _place(chunk)
             if index is not None:
-                part, place = part[index - first], place[1:]
+                part, place = part[index - chunk.offsets[0]], place[1:]
             target = result[place]
             target.copy_(part[tuple(slice(size) for size in target.shape)])
             filled += target.numel()
         if filled != result.numel():
             raise CheckpointError(
-                f"{key} in {self._folder} has {filled} of its {result.numel()} numbers"
+                f"{key} in {self.folder} has {filled} of its {result.numel()} numbers"
             )
         return result
 
-    def _load(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
+    def _stored(self, key: str) -> TensorStorageMetadata:
+        stored = self._metadata.state_dict_metadata.get(key)
+        if not isinstance(stored, TensorStorageMetadata):
+            raise CheckpointError(f"{self.folder} holds no tensor {key}")
+        return stored
+
+    def load(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
+        """The numbers of one chunk."""
         assert self._metadata.storage_data is not None
         where = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
         file = self._files.get(where.relative_path)
@@ -90,14 +109,14 @@ class GlobalTensors:
             return torch.load(io.BytesIO(file.read(where.length)), weights_only=True)
         except Exception as error:
             raise CheckpointError(
-                f"{self._folder / where.relative_path} is damaged at {key}: {error}"
+                f"{self.folder / where.relative_path} is damaged at {key}: {error}"
             ) from error
 
     def _open(self, relative_path: str) -> BinaryIO:
         try:
-            return (self._folder / relative_path).open("rb")
+            return (self.folder / relative_path).open("rb")
         except OSError as error:
-            raise CheckpointError(f"cannot read {self._folder / relative_path}: {error}") from error
+            raise CheckpointError(f"cannot read {self.folder / relative_path}: {error}") from error
 
 
 def _place(chunk: ChunkStorageMetadata) -> tuple[slice, ...]:

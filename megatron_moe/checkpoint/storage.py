@@ -136,6 +136,10 @@ _METADATA_NAMES = frozenset(
                 "StorageMeta", "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
             )
         ),
+        *(  # Megatron-Core keeps who wrote what beside the index
+            ("torch.distributed.checkpoint.planner", name)
+            for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")
+        ),
         *(("torch", str(dtype).removeprefix("torch.")) for dtype in
           (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8)),
     }

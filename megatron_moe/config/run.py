@@ -59,7 +59,8 @@ class Dense(Section):
     """The dense model the run starts from."""
 
     path: Path
-    """Hugging Face folder: config.json, safetensors, tokenizer files."""
+    """Hugging Face folder: config.json, safetensors, tokenizer files. In place of the safetensors
+    may lie the files of a dense torch_dist checkpoint of Megatron-Core."""
 
 
 class Moe(Section):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_moe.checkpoint.dense_source import open_dense
 from megatron_moe.config.load import dump
 from megatron_moe.config.run import Moe, RunConfig, Upcycle
 from megatron_moe.construct.complete import gather_tables
@@ -20,7 +21,7 @@ from megatron_moe.device.world import World
 from megatron_moe.experts.file import write_plan
 from megatron_moe.experts.plan import ExpertPlan, make_expert_plan
 from megatron_moe.hf.names import dense_tensors
-from megatron_moe.hf.reader import DenseCheckpoint, open_dense_checkpoint
+from megatron_moe.hf.reader import DenseCheckpoint
 from megatron_moe.log import RoundProgress
 from megatron_moe.model.build import build_model
 from megatron_moe.model.upcycle import upcycle
@@ -34,7 +35,7 @@ def construct(config: RunConfig, world: World) -> None:
     """
     assert config.upcycle.plan is not None
     layout, groups = create_groups(config.parallel, seed=config.run.seed)
-    dense = open_dense_checkpoint(config.dense.path)
+    dense = open_dense(config.dense.path)
     dense.check_tensors(dict(dense_tensors(dense.spec)))
     plan = make_expert_plan(dense.spec, config.moe, config.upcycle)
     texts = open_texts(config, vocab_size=dense.spec.vocab_size)

@@ -165,7 +165,7 @@ class DenseCheckpoint:
                 f"an output layer of its own, or remove {_OUTPUT}"
             )
 
-    def _copy(self, name: str, info: TensorInfo, selection: _Selection, into: Tensor) -> None:
+    def _copy(self, name: str, info: TensorInfo, selection: Selected, into: Tensor) -> None:
         if into.numel() == 0:
             return
         for window in _windows(info, selection.rows):
@@ -304,7 +304,7 @@ def _map(info: TensorInfo, window: _Window) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class _Selection:
+class Selected:
     """Rows and columns that exist, as slices with both ends or int64 lists, and their shape."""
 
     rows: slice | Tensor
@@ -312,9 +312,7 @@ class _Selection:
     shape: tuple[int, ...]
 
 
-def _select(
-    name: str, info: TensorInfo, rows: Indices | None, columns: Indices | None
-) -> _Selection:
+def _select(name: str, info: TensorInfo, rows: Indices | None, columns: Indices | None) -> Selected:
     if len(info.shape) not in (1, 2) or (columns is not None and len(info.shape) == 1):
         raise CheckpointError(
             f"{name} must have {'2' if columns is not None else '1 or 2'} dimensions to be read, "
@@ -331,7 +329,7 @@ def _select(
                 f"  file: {info.file}"
             )
     shape = tuple(i.stop - i.start if isinstance(i, slice) else len(i) for i in chosen)
-    return _Selection(chosen[0], chosen[1] if len(chosen) == 2 else None, shape)
+    return Selected(chosen[0], chosen[1] if len(chosen) == 2 else None, shape)
 
 
 def _normal(indices: Indices | None, size: int) -> slice | Tensor:

@@ -1,0 +1,91 @@
+"""A dense checkpoint that Megatron-Core wrote gives the same model as the folder it came from."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from layouts import LAYOUTS
+from megatron.core import dist_checkpointing
+from ranks import run_on_ranks
+from tiny import save_dense
+from training_runs import tree, write_tokens
+
+from megatron_moe.checkpoint.dense_source import DistributedDense, open_dense
+from megatron_moe.checkpoint.global_tensors import GlobalTensors
+from megatron_moe.config.load import build
+from megatron_moe.config.run import RunConfig
+from megatron_moe.device.world import World
+from megatron_moe.errors import CheckpointError
+from megatron_moe.hf.names import dense_tensors
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.mark.parametrize("layers", ["one-tensor-a-layer", "layers-in-one-tensor"])
+def test_it_upcycles_to_the_same_bits(tmp_path: Path, layers: str):
+    family = {"one-tensor-a-layer": "llama", "layers-in-one-tensor": "qwen2"}[layers]
+    hf = save_dense(tmp_path / "hf", family)
+    saved = tmp_path / "distributed"
+    saved.mkdir()
+    shutil.copy(hf / "config.json", saved)
+    tokens = write_tokens(tmp_path / "tokens")
+    world_size, parallel = LAYOUTS["tp2"]
+    config = build(RunConfig, tree(tmp_path, hf, tokens, parallel=parallel))
+    run_on_ranks(save, config, saved, layers == "one-tensor-a-layer", world_size=world_size)
+    apart = "decoder.layers.0.mlp.linear_fc1.weight" in GlobalTensors(saved)
+    assert apart == (layers == "one-tensor-a-layer")
+    both = shutil.copytree(saved, tmp_path / "both")
+    shutil.copy(hf / "model.safetensors", both)
+    with pytest.raises(CheckpointError, match="must be one model"):
+        open_dense(both)
+    for name in ("tp2-ep2-etp2", "pp2"):
+        world_size, parallel = LAYOUTS[name]
+        for moe, upcycle in (
+            ({"num_moe_experts": 4}, {}),
+            ({"num_moe_experts": 4, "moe_ffn_hidden_size": 24}, {"method": "split_random"}),
+        ):
+            settings = tree(tmp_path, hf, tokens, parallel=parallel, moe=moe, upcycle=upcycle)
+            run_on_ranks(compare, build(RunConfig, settings), saved, world_size=world_size)
+
+
+def save(world: World, config: RunConfig, out: Path, apart: bool) -> None:
+    from megatron_moe.construct.command import dense_config
+    from megatron_moe.parallel.groups import create_groups
+
+    layout, groups = create_groups(config.parallel, seed=0)
+    (module,) = filled(dense_config(config), config.dense.path, layout, groups, world.rank)
+    # A model with experts somewhere keeps its layers apart; Megatron-Core's dense models need not.
+    module.config.moe_layer_freq = 1
+    module.config.num_moe_experts = None
+    metadata = {"dp_cp_group": groups.dp_cp, "non_homogeneous_layers": apart}
+    dist_checkpointing.save(module.sharded_state_dict(metadata=metadata), str(out))
+
+
+def compare(world: World, config: RunConfig, distributed: Path) -> None:
+    from megatron_moe.parallel.groups import create_groups
+
+    layout, groups = create_groups(config.parallel, seed=0)
+    ours = filled(config, distributed, layout, groups, world.rank)
+    theirs = filled(config, config.dense.path, layout, groups, world.rank)
+    for module, other in zip(ours, theirs, strict=True):
+        expected = dict(other.named_parameters())
+        for name, parameter in module.named_parameters():
+            assert torch.equal(parameter, expected[name]), name
+
+
+def filled(config, folder, layout, groups, rank):
+    from megatron_moe.experts.plan import make_expert_plan
+    from megatron_moe.model.build import build_model
+    from megatron_moe.model.upcycle import upcycle
+
+    dense = open_dense(folder)
+    assert isinstance(dense, DistributedDense) == (folder != config.dense.path)
+    dense.check_tensors(dict(dense_tensors(dense.spec)))
+    plan = make_expert_plan(dense.spec, config.moe, config.upcycle)
+    model = build_model(config, dense.spec, layout=layout, groups=groups, rank=rank, cuda=False)
+    for module in model.modules:
+        for parameter in module.parameters():
+            parameter.data.fill_(float("nan"))
+    upcycle(model, dense, plan, layout=layout, rank=rank)
+    return model.modules
