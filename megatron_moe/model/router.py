@@ -30,6 +30,16 @@ def set_output_scales(modules: Iterable[torch.nn.Module], plan: ExpertPlan) -> N
                 router.output_scale = plan.layer(router.layer_number - 1).output_scale
 
 
+def expert_biases(modules: Iterable[torch.nn.Module]) -> list[tuple[Tensor, Tensor]]:
+    """Every router's bias and a copy of it: gradients that are finished move the biases too."""
+    return [
+        (router.expert_bias, router.expert_bias.clone())
+        for module in modules
+        for router in module.modules()
+        if isinstance(router, CountingRouter) and router.expert_bias is not None
+    ]
+
+
 class CountingRouter(TopKRouter):
     """TopKRouter that drops by `Capacity` and adds up what it did in training.
 

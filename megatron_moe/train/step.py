@@ -26,7 +26,7 @@ from megatron_moe.data.packing import document_bounds
 from megatron_moe.model.build import Model
 from megatron_moe.model.loss import make_output_processor
 from megatron_moe.model.noisy_router import set_samples
-from megatron_moe.model.router import CountingRouter
+from megatron_moe.model.router import CountingRouter, expert_biases
 from megatron_moe.train.guard import Fate, Judge
 from megatron_moe.train.state import TrainState
 
@@ -73,6 +73,7 @@ def train_step(
     for chunk in state.wrapped:
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
+    biases = expert_biases(state.model.modules) if config.moe.moe_router_enable_expert_bias else ()
     losses = run_schedule(
         state.wrapped, batches, config, state.model, groups, forward_only=False, at=at
     )
@@ -84,6 +85,9 @@ def train_step(
     fate = judge(step=state.step + 1, loss=result.lm_loss, grad_norm=grad_norm)
     if fate == "keep":
         optimizer.step()
+    else:
+        for bias_E, before_E in biases:
+            bias_E.copy_(before_E)
     state.schedule.step(increment=1)
     state.step += 1
     state.samples += config.train.global_batch_size

@@ -168,8 +168,8 @@ REFUSALS = [
      "optimizer.min_lr (0.001) must be at most optimizer.lr (3e-05): the schedule decays from lr "
      "to min_lr.\n  largest optimizer.min_lr: 3e-05"),
     ("no-text", {"data.path": None}, 1,
-     "data.path or data.domains must be set, one of the two: a text, or several by name in given "
-     "shares"),
+     "data.path or data.domains must be set, one of the two.\n"
+     "  set data.path to a text, or data.domains to several by name in given shares"),
     ("two-ways-to-hold-out", {"data.validation_path": "v", "data.validation_fraction": 0.1}, 1,
      "data.validation_fraction (0.1) and a validation_path are two ways to hold text out.\n"
      "  leave out one of the two"),

@@ -9,6 +9,8 @@ import torch
 from tiny import save_dense
 from training_runs import run_training, tree, write_tokens
 
+from megatron_moe.checkpoint.folder import newest
+from megatron_moe.checkpoint.global_tensors import GlobalTensors
 from megatron_moe.config.run import Guard
 from megatron_moe.errors import JobError
 from megatron_moe.train import step as step_module
@@ -87,6 +89,29 @@ def test_a_poisoned_step_changes_nothing_and_the_run_goes_on(
     assert [line["skipped"] for line in lines[1:]] == [0, 0, 1, 0, 0, 0]
     assert lines[3]["loss/lm"] is None
     assert all(math.isfinite(line["loss/lm"]) for line in lines[4:])
+
+
+@pytest.mark.distributed
+def test_a_poisoned_step_does_not_move_the_routers_biases(
+    settings: dict, monkeypatch: pytest.MonkeyPatch
+):
+    """Five steps of which one was skipped move each bias by the rate an even number of times."""
+    poison(monkeypatch, 5)
+    settings["moe"] |= {
+        "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True,
+        "moe_router_load_balancing_type": "none", "moe_router_bias_update_rate": 1.0,
+    }  # fmt: skip
+    settings["train"]["steps"] = 5
+    run_training(settings, world_size=2)
+    checkpoint = newest(Path(settings["run"]["dir"]))
+    assert checkpoint is not None
+    with GlobalTensors(checkpoint) as tensors:
+        biases = [name for name in tensors.names if name.endswith("expert_bias")]
+        moves_LE = torch.stack([tensors.read(n, index=None, dtype=torch.float32) for n in biases])
+    assert moves_LE.any()
+    # A load of exactly the mean moves nothing: allow it, in one step of a few experts.
+    assert (moves_LE.abs() <= 4).all()
+    assert ((moves_LE % 2) == 0).double().mean() > 0.8
 
 
 @pytest.mark.distributed
