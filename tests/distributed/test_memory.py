@@ -81,10 +81,13 @@ def upcycle_only(world: World, config: RunConfig) -> None:
     from megatron_moe.experts.plan import make_expert_plan
     from megatron_moe.hf.reader import open_dense_checkpoint
     from megatron_moe.parallel.groups import create_groups
+    from megatron_moe.train.guard import Signals
+    from megatron_moe.train.watch import Watch, unobserved
 
     config.run.dir.mkdir(parents=True, exist_ok=True)
     layout, groups = create_groups(config.parallel, seed=0)
-    job = commands.Job(config, world, layout, groups)
+    watch = Watch(world, hang_seconds=60, observe=unobserved)
+    job = commands.Job(config, world, layout, groups, watch, Signals())
     opened = open_dense_checkpoint(config.dense.path)
     plan = make_expert_plan(opened.spec, config.moe, config.upcycle)
     texts = open_texts(config, vocab_size=opened.spec.vocab_size)
