@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_moe.checkpoint.storage import SafeReader
+from megatron_moe.checkpoint.index import SafeReader
 from megatron_moe.errors import CheckpointError
 
 

@@ -1,5 +1,7 @@
 """Which Hugging Face architecture a trained model becomes, and under which names it is stored."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,6 +77,15 @@ def test_a_shared_expert_with_norms_on_q_and_k_is_refused():
     reason, way_out = str(caught.value).split("\n")
     assert "moe.moe_shared_expert_intermediate_size 16" in reason
     assert way_out.startswith("  build without a shared expert")
+
+
+def test_an_export_imports_nothing_of_megatron_core():
+    """Its import takes seconds and prints what is not installed, which is no news to an export."""
+    code = (
+        "import sys, megatron_moe.checkpoint.export; "
+        "sys.exit([name for name in sys.modules if name.startswith('megatron.')] or 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 KEYS = [  # role, in a MoE layer, key

@@ -18,7 +18,7 @@ from training_runs import run_training, tree, write_tokens
 
 from megatron_moe.checkpoint.export import export_checkpoint
 from megatron_moe.checkpoint.folder import newest
-from megatron_moe.checkpoint.storage import SafeReader
+from megatron_moe.checkpoint.index import SafeReader
 from megatron_moe.errors import CheckpointError
 
 pytestmark = pytest.mark.distributed

@@ -1,0 +1,76 @@
+"""The index of a checkpoint, read without executing what it names.
+
+Nothing of Megatron-Core is imported here: an export needs none of it, nor its remarks.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata
+
+from megatron_moe.errors import CheckpointError
+
+
+class SafeReader(FileSystemReader):
+    """torch's reader, with a ``.metadata`` that can name nothing but what torch writes there.
+
+    ``.metadata`` is a pickle, and a pickle can call anything that can be imported.
+    """
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The index of the checkpoint.
+
+        Raises:
+            CheckpointError: Not there, damaged, or naming something that has no place in it.
+        """
+        path = Path(self.path) / ".metadata"
+        try:
+            metadata = _Unpickler(io.BytesIO(path.read_bytes())).load()
+        except Exception as error:  # a damaged pickle raises nearly anything
+            raise CheckpointError(f"cannot read {path}: {error}") from error
+        if not isinstance(metadata, Metadata) or metadata.storage_data is None:
+            raise CheckpointError(f"{path} is not the index of a checkpoint")
+        for stored in metadata.storage_data.values():
+            if (
+                Path(stored.relative_path).name != stored.relative_path
+                or stored.relative_path == ".."
+            ):
+                raise CheckpointError(f"{path} points out of its folder: {stored.relative_path}")
+        return metadata
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _METADATA_NAMES:
+            raise pickle.UnpicklingError(f"{module}.{name} has no place in an index")
+        return super().find_class(module, name)
+
+
+_METADATA_NAMES = frozenset(
+    {
+        ("torch", "Size"),
+        ("torch.serialization", "_get_layout"),
+        ("pathlib", "PosixPath"),
+        ("pathlib._local", "PosixPath"),
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+        *(
+            ("torch.distributed.checkpoint.metadata", name)
+            for name in (
+                "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex",
+                "StorageMeta", "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+            )
+        ),
+        *(  # Megatron-Core keeps who wrote what beside the index
+            ("torch.distributed.checkpoint.planner", name)
+            for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")
+        ),
+        *(("torch", str(dtype).removeprefix("torch.")) for dtype in
+          (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8)),
+    }
+)  # fmt: skip
