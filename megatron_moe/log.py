@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -13,22 +13,23 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 console = Console(highlight=False, soft_wrap=True)
 
 
-class StepProgress:
-    """On rank 0 a bar with loss, speed and ETA, or without a terminal one line a step."""
+class _Progress:
+    """A bar on a terminal, on rank 0; elsewhere its children print lines, or nothing."""
 
-    def __init__(self, *, total: int, done: int, rank: int) -> None:
-        self._total, self._first, self._start = total, done, time.monotonic()
+    def __init__(self, title: str, *fields: str, rank: int, total: int | None, done: int) -> None:
         self._quiet = rank != 0
+        self._first, self._start = done, time.monotonic()
         self._bar = None
         if console.is_terminal and not self._quiet:
+            columns = ("{task.completed}/{task.total}", *(f"{{task.fields[{f}]}}" for f in fields))
             self._bar = Progress(
-                TextColumn("training"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
-                TextColumn("{task.fields[numbers]}"), TimeElapsedColumn(), TextColumn("ETA"),
-                TimeRemainingColumn(), console=console,
+                TextColumn(title), BarColumn(), *map(TextColumn, columns), TimeElapsedColumn(),
+                TextColumn("ETA"), TimeRemainingColumn(), console=console,
             )  # fmt: skip
-            self._task = self._bar.add_task("", total=total, completed=done, numbers="")
+            empty: dict[str, Any] = dict.fromkeys(fields, "")
+            self._task = self._bar.add_task("", total=total, completed=done, **empty)
 
-    def __enter__(self) -> StepProgress:
+    def __enter__(self) -> Self:
         if self._bar is not None:
             self._bar.start()
         return self
@@ -41,6 +42,19 @@ class StepProgress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+    def _left(self, done: int, total: int) -> str:
+        """How long the rest takes at the pace so far."""
+        pace = (time.monotonic() - self._start) / (done - self._first)
+        return _clock(pace * (total - done))
+
+
+class StepProgress(_Progress):
+    """On rank 0 a bar with loss, speed and ETA, or without a terminal one line a step."""
+
+    def __init__(self, *, total: int, done: int, rank: int) -> None:
+        super().__init__("training", "numbers", rank=rank, total=total, done=done)
+        self._total = total
 
     def show(self, numbers: Mapping[str, Any]) -> None:
         """Tell of the step that was just taken."""
@@ -55,47 +69,25 @@ class StepProgress:
         if self._bar is not None:
             self._bar.update(self._task, completed=step, numbers=text)
             return
-        left = (time.monotonic() - self._start) / (step - self._first) * (self._total - step)
-        console.print(f"step {step}/{self._total}  {text}  ETA {_clock(left)}")
+        left = self._left(step, self._total)
+        console.print(f"step {step}/{self._total}  {text}  ETA {left}")
 
 
-class RoundProgress:
+class RoundProgress(_Progress):
     """On rank 0 a bar with ETA, or without a terminal a line every tenth of the way."""
 
     def __init__(self, what: str, *, rank: int) -> None:
-        self._what, self._quiet = what, rank != 0
-        self._start, self._first = time.monotonic(), None
-        self._bar = None
-        if console.is_terminal and not self._quiet:
-            self._bar = Progress(
-                TextColumn(what), BarColumn(), TextColumn("{task.completed}/{task.total}"),
-                TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), console=console,
-            )  # fmt: skip
-            self._task = self._bar.add_task("", total=None)
-
-    def __enter__(self) -> RoundProgress:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        super().__init__(what, rank=rank, total=None, done=0)
+        self._what, self._begun = what, False
 
     def show(self, done: int, total: int) -> None:
-        """Tell how far it is."""
-        if self._first is None:
-            self._first = done - 1
+        """Tell how far it is; where the first call says more than one, a killed process did it."""
+        if not self._begun:
+            self._begun, self._first = True, done - 1
         if self._bar is not None:
             self._bar.update(self._task, completed=done, total=total)
         elif not self._quiet and (done == total or done % max(1, total // 10) == 0):
-            left = (time.monotonic() - self._start) / (done - self._first) * (total - done)
-            console.print(f"{self._what} {done}/{total}  ETA {_clock(left)}")
+            console.print(f"{self._what} {done}/{total}  ETA {self._left(done, total)}")
 
     def say(self, text: str) -> None:
         """A line of its own, once."""

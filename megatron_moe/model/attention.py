@@ -4,11 +4,8 @@ Shape letters of this module:
 
     S  sequence (s: this cp rank's part)   B  batch   H  heads   G  KV groups   C  head width
 
-Under context parallelism a sequence is cut into 2 * cp chunks and rank r holds chunks r and
-2 * cp - 1 - r (zigzag), which gives every rank the same work under the causal mask. Keys and values
-are gathered over cp and put back in order; queries stay where they are::
-
-    cp = 2    chunks 0 1 2 3    rank 0 holds 0 3, rank 1 holds 1 2
+Under context parallelism a rank holds the two runs of the sequence that `parallel.sequence.zigzag`
+gives it. Keys and values are gathered over cp and put back in order; queries stay where they are.
 """
 
 from __future__ import annotations
@@ -22,6 +19,8 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+from megatron_moe.parallel.sequence import zigzag
 
 
 class SdpaAttention(torch.nn.Module):
@@ -98,11 +97,8 @@ def document_mask(place_Bs: Tensor, position_s: Tensor, *, length: int) -> Tenso
 
 
 def _positions(length: int, cp: int, rank: int) -> Tensor:
-    """Places in the sequence of this rank's two chunks, ``(s,)``."""
-    if cp == 1:
-        return torch.arange(length)
-    chunks = torch.arange(length).chunk(2 * cp)
-    return torch.cat([chunks[rank], chunks[2 * cp - 1 - rank]])
+    """Places in the sequence of this rank's tokens, ``(s,)``."""
+    return zigzag(torch.arange(length), dim=0, cp_rank=rank, cp_size=cp)
 
 
 @functools.lru_cache(maxsize=4)

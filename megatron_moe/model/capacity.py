@@ -12,11 +12,11 @@ Shape letters of this module:
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.moe.moe_utils import get_capacity
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -28,7 +28,7 @@ class Capacity:
     """How many tokens an expert takes, and which; a ``Moe`` section's settings."""
 
     factor: float
-    formula: str
+    """In Megatron-Core's formula, ceil(tokens * K / E * factor)."""
     policy: str
     scope: str
     pad: bool
@@ -36,23 +36,19 @@ class Capacity:
     def tokens(self, num_tokens: int, *, num_experts: int, topk: int) -> int:
         """Tokens an expert takes of ``num_tokens``.
 
-        >>> Capacity(1.25, "megatron", "probs", "rank", False).tokens(64, num_experts=8, topk=2)
+        >>> Capacity(1.25, "probs", "rank", False).tokens(64, num_experts=8, topk=2)
         20
-        >>> by_tokens = Capacity(1.25, "tokens_per_expert", "probs", "rank", False)
-        >>> by_tokens.tokens(64, num_experts=8, topk=2)
-        10
         """
-        choices = num_tokens * topk if self.formula == "megatron" else num_tokens
-        return math.ceil(choices / num_experts * self.factor)
+        return get_capacity(num_tokens * topk, num_experts, self.factor)
 
 
 def capacity_of(moe: Moe) -> Capacity | None:
     """What the settings say; None: nothing is dropped."""
-    if moe.moe_expert_capacity_factor is None:
+    factor = moe.megatron_capacity_factor
+    if factor is None:
         return None
     return Capacity(
-        factor=moe.moe_expert_capacity_factor,
-        formula=moe.capacity_formula,
+        factor=factor,
         policy=moe.moe_token_drop_policy,
         scope=moe.capacity_scope,
         pad=moe.moe_pad_expert_input_to_capacity,

@@ -163,9 +163,8 @@ def check_dispatcher(moe: Moe, *, cuda: bool) -> None:
     """
     if moe.moe_token_dispatcher_type != "flex":
         return
-    package = {"deepep": "deep_ep", "hybridep": "deep_ep"}[moe.moe_flex_dispatcher_backend]
-    missing = "a CUDA device" if not cuda else f"the package {package}"
-    if not cuda or find_spec(package) is None:
+    missing = "a CUDA device" if not cuda else "the package deep_ep"  # which holds both backends
+    if not cuda or find_spec("deep_ep") is None:
         raise ConfigError(
             f"moe.moe_token_dispatcher_type (flex) with moe.moe_flex_dispatcher_backend "
             f"({moe.moe_flex_dispatcher_backend}) needs {missing}, which is not here.\n"

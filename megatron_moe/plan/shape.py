@@ -85,17 +85,13 @@ def dense_shape(spec: DenseSpec) -> MoeShape:
 
 
 def upcycled_shape(spec: DenseSpec, moe: Moe) -> MoeShape:
-    """What upcycling ``spec`` as ``moe`` says ends in.
-
-    A ``moe_shared_expert_intermediate_size`` of the section counts too, where the section has one.
-    """
+    """What upcycling ``spec`` as ``moe`` says ends in."""
     return MoeShape(
         moe_layers=frozenset(moe_layer_ids(moe, spec.num_layers)),
         num_moe_experts=moe.num_moe_experts,
         moe_router_topk=moe.moe_router_topk,
         moe_ffn_hidden_size=moe.moe_ffn_hidden_size or spec.ffn_hidden_size,
-        shared_expert_size=getattr(moe, "moe_shared_expert_intermediate_size", None) or 0,
-        shared_expert_gate=bool(getattr(moe, "moe_shared_expert_gate", False)),
+        shared_expert_size=moe.moe_shared_expert_intermediate_size or 0,
         router_gate=moe.router_gate,
         **_attention_of(spec),
     )

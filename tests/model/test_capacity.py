@@ -4,6 +4,7 @@ Shape letters: T tokens, E experts, K moe_router_topk.
 """
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ def test_by_weight_we_keep_what_megatron_keeps(tokens, experts, topk, seed, fact
     if topk == 1:
         topk = 2  # one choice has weight 1 everywhere: all are equal, and Megatron's order is none
     probs_TE, chosen_TE = random_choices(tokens, experts, topk, seed)
-    capacity = Capacity(factor, "megatron", "probs", "rank", False)
+    capacity = Capacity(factor, "probs", "rank", False)
     limit = capacity.tokens(tokens, num_experts=experts, topk=topk)
     expected_probs_TE, expected_TE = apply_router_token_dropping(
         probs_TE, chosen_TE, topk, factor, drop_policy="probs"
@@ -70,18 +71,15 @@ def test_by_weight_we_keep_what_megatron_keeps(tokens, experts, topk, seed, fact
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 200), st.sampled_from([2, 4, 8, 64]), st.integers(1, 8),
        st.sampled_from([0.5, 1.0, 1.25, 2.0, 4.0]))  # fmt: skip
-def test_both_formulas_are_megatrons_with_a_factor(tokens, experts, topk, factor):
-    from megatron.core.transformer.moe.moe_utils import get_capacity
-
-    for formula in ("megatron", "tokens_per_expert"):
+def test_both_formulas_are_as_they_are_written(tokens, experts, topk, factor):
+    for formula, counted in (("megatron", tokens * topk), ("tokens_per_expert", tokens)):
         moe = Moe(num_moe_experts=experts, moe_router_topk=topk,
                   moe_expert_capacity_factor=factor, capacity_formula=formula)  # fmt: skip
-        capacity, theirs = capacity_of(moe), moe.megatron_capacity_factor
+        capacity = capacity_of(moe)
         assert capacity is not None
-        assert theirs is not None
-        ours = capacity.tokens(tokens, num_experts=experts, topk=topk)
-        assert ours == get_capacity(tokens * topk, experts, theirs)
-    assert ours == math.ceil(tokens / experts * factor)
+        limit = capacity.tokens(tokens, num_experts=experts, topk=topk)
+        # Quarters and powers of two: the fraction is exact, and so must its ceiling be.
+        assert limit == math.ceil(Fraction(counted, experts) * Fraction(factor))
 
 
 def test_padding_fills_every_expert_and_keeps_who_stays():
