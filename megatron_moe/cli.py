@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,6 +20,7 @@ from megatron_moe.errors import ConfigError, UserError
 from megatron_moe.experts.rules import measuring_violations
 from megatron_moe.hf.spec import DenseSpec, read_spec
 from megatron_moe.parallel.legality import check
+from megatron_moe.start import joined_to, on_ranks, place_of
 
 app = typer.Typer(
     help="Turn a dense Llama-family checkpoint into a Mixture-of-Experts, online on every rank, "
@@ -41,6 +40,10 @@ Overrides = Annotated[
 ]
 
 
+Ranks = Annotated[
+    int | None,
+    typer.Option(min=1, help="Start this many ranks on this machine. Not under torchrun or SLURM."),
+]
 Routing = Literal["natural", "balanced"]
 JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object, for scripts.")]
 
@@ -49,12 +52,7 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object, for scr
 def train(
     config_file: ConfigFile,
     overrides: Overrides = None,
-    ranks: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Start this many ranks on this machine. Not under torchrun or SLURM."
-        ),
-    ] = None,
+    ranks: Ranks = None,
     dry: Annotated[
         bool,
         typer.Option("--dry-run", help="Train nothing: show what one rank of the job will be."),
@@ -82,46 +80,7 @@ def train(
         return
     if world_size is not None or rank is not None or as_json:
         raise ConfigError("--world-size, --rank and --json of train are for --dry-run: add it")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    _on_ranks(_train, config, ranks)
-
-
-def _on_ranks(
-    story: Callable[[RunConfig, Any], None], config: RunConfig, ranks: int | None
-) -> None:
-    """Run a story on the ranks of the job that this process is part of, or on ranks of its own."""
-    from megatron_moe.device.world import resolve_device
-
-    place = _place(ranks)
-    check(config, read_spec(config.dense.path), place.size if place is not None else ranks or 1)
-    device = resolve_device(config.run.device)
-    config.run.dir.mkdir(parents=True, exist_ok=True)
-    _joined(partial(story, config), place, ranks=ranks or 1, device=device)
-
-
-def _place(ranks: int | None) -> Any:
-    """Where torchrun or SLURM put this process; None where it is to start ranks itself."""
-    from megatron_moe.device.world import place_from_environment
-
-    place = place_from_environment()
-    if place is not None and ranks is not None:
-        raise ConfigError(
-            f"--ranks ({ranks}) is for starting ranks on this machine, but torchrun or SLURM has "
-            f"started {place.size} already: leave --ranks away"
-        )
-    return place
-
-
-def _joined(
-    fn: Callable[[Any], None], place: Any, *, ranks: int, device: Literal["cpu", "cuda"]
-) -> None:
-    from megatron_moe.device.world import joined, run_local_ranks
-
-    if place is None:
-        run_local_ranks(fn, ranks=ranks, device=device)
-    else:
-        with joined(place, device) as world:
-            fn(world)
+    on_ranks(_train, config, ranks)
 
 
 def _dry_run(
@@ -270,12 +229,7 @@ def _reference_loss(config: RunConfig, out: Path, world: Any) -> None:
 def construct(
     config_file: ConfigFile,
     overrides: Overrides = None,
-    ranks: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Start this many ranks on this machine. Not under torchrun or SLURM."
-        ),
-    ] = None,
+    ranks: Ranks = None,
 ) -> None:
     """Measure the dense model on text and write the plan file that train builds from.
 
@@ -287,8 +241,7 @@ def construct(
     config = load(RunConfig, config_file, overrides or [])
     if found := list(measuring_violations(config, read_spec(config.dense.path))):
         raise ConfigError("\n".join(found))
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    _on_ranks(_construct, config, ranks)
+    on_ranks(_construct, config, ranks)
 
 
 def _construct(config: RunConfig, world: Any) -> None:
@@ -305,12 +258,7 @@ def bench(
             metavar="CONFIG.yaml [key.path=value ...]", help="With --table: records instead."
         ),
     ] = None,
-    ranks: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Start this many ranks on this machine. Not under torchrun or SLURM."
-        ),
-    ] = None,
+    ranks: Ranks = None,
     steps: Annotated[int, typer.Option(min=1, help="Timed steps.")] = 20,
     warmup: Annotated[int, typer.Option(min=0, help="Steps before them.")] = 5,
     routing: Annotated[
@@ -355,13 +303,13 @@ def bench(
     elif sweep is not None:
         print("\n".join(sweep_commands(read_sweep(sweep))))
     elif collectives:
-        _start_collectives(ranks, largest_mib, out or Path("collectives.json"))
+        story = partial(_collectives, largest_mib, out or Path("collectives.json"))
+        joined_to(place_of(ranks), story, ranks=ranks or 1, device="auto")
     else:
         config = load(RunConfig, Path(given[0]), given[1:])
         wish = {"steps": steps, "warmup": warmup, "routing": routing, "random": random}
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         path = out or config.run.dir / f"bench-{routing}.json"
-        _on_ranks(partial(_bench, wish, path), config, ranks)
+        on_ranks(partial(_bench, wish, path), config, ranks)
 
 
 def _bench(wish: dict[str, Any], out: Path, config: RunConfig, world: Any) -> None:
@@ -369,13 +317,6 @@ def _bench(wish: dict[str, Any], out: Path, config: RunConfig, world: Any) -> No
     from megatron_moe.bench.steps import bench as measure
 
     _keep(measure(config, world, Wish(**wish)), world, out)
-
-
-def _start_collectives(ranks: int | None, largest_mib: int, out: Path) -> None:
-    from megatron_moe.device.world import resolve_device
-
-    fn = partial(_collectives, largest_mib, out)
-    _joined(fn, _place(ranks), ranks=ranks or 1, device=resolve_device("auto"))
 
 
 def _collectives(largest_mib: int, out: Path, world: Any) -> None:

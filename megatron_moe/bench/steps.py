@@ -190,12 +190,12 @@ def _routed_tokens(config: RunConfig) -> int:
 
 
 def _capacity(config: RunConfig, *, tokens: int, experts: int) -> Capacity | None:
-    limit = capacity_of(config.moe)
-    if limit is None:
+    limit, factor = capacity_of(config.moe), config.moe.moe_expert_capacity_factor
+    if limit is None or factor is None:
         return None
     return Capacity(
-        factor=limit.factor,
-        formula=limit.formula,
+        factor=factor,
+        formula=config.moe.capacity_formula,
         padded=limit.pad,
         tokens_per_expert=limit.tokens(
             tokens, num_experts=experts, topk=config.moe.moe_router_topk

@@ -76,19 +76,20 @@ def test_a_rank_reads_and_holds_its_shard_only(
 
 
 def upcycle_only(world: World, config: RunConfig) -> None:
-    from megatron_moe import commands
     from megatron_moe.data.texts import open_texts
     from megatron_moe.experts.plan import make_expert_plan
     from megatron_moe.hf.reader import open_dense_checkpoint
+    from megatron_moe.job import Job
     from megatron_moe.parallel.groups import create_groups
     from megatron_moe.train.guard import Signals
     from megatron_moe.train.watch import Watch, unobserved
+    from megatron_moe.upcycling import upcycled_model
 
     config.run.dir.mkdir(parents=True, exist_ok=True)
     layout, groups = create_groups(config.parallel, seed=0)
     watch = Watch(world, hang_seconds=60, observe=unobserved)
-    job = commands.Job(config, world, layout, groups, watch, Signals())
+    job = Job(config, world, layout, groups, watch, Signals())
     opened = open_dense_checkpoint(config.dense.path)
     plan = make_expert_plan(opened.spec, config.moe, config.upcycle)
     texts = open_texts(config, vocab_size=opened.spec.vocab_size)
-    commands.upcycled_model(job, opened, plan, texts, cuda=False)
+    upcycled_model(job, opened, plan, texts, cuda=False)
