@@ -19,3 +19,9 @@ class DataError(UserError):
 
 class JobError(UserError):
     """Training cannot go on, whatever the configuration: a lost rank, a loss that is no number."""
+
+
+def nearest_multiples(value: int, unit: int) -> str:
+    """The multiples of ``unit`` below and above ``value``."""
+    below = value // unit * unit
+    return ", ".join(str(n) for n in (below, below + unit) if n > 0)

@@ -16,6 +16,7 @@ from megatron_moe.construct.against_dense import (
 )
 from megatron_moe.data.texts import Texts
 from megatron_moe.device.memory import held_bytes, peak_bytes, reset_peak
+from megatron_moe.errors import ConfigError
 from megatron_moe.experts.plan import ExpertPlan
 from megatron_moe.hf.reader import DenseCheckpoint, open_mixed
 from megatron_moe.job import Job
@@ -33,6 +34,13 @@ def upcycled_model(
 ) -> Model:
     """Build the model, fill it from the dense checkpoint, verify it, and write the receipt."""
     config, rank = job.config, job.world.rank
+    distributed = isinstance(dense, DistributedDense)
+    if distributed and config.upcycle.verify == "always":
+        raise ConfigError(
+            f"upcycle.verify (always) needs a Hugging Face folder, but dense.path "
+            f"({dense.folder}) is a distributed checkpoint, whose logits transformers cannot "
+            "compute.\n  set upcycle.verify=auto: layers and losses are compared all the same"
+        )
     reset_peak()
     held, start = held_bytes(), time.perf_counter()
     model = empty_model(job, dense, plan, cuda=cuda)
@@ -47,7 +55,7 @@ def upcycled_model(
     tensors_used = check_coverage(filled, dense, num_sources=plan.recipe.num_sources)
     agreement, against_dense = None, None
     if _wants_verification(config, dense):
-        if isinstance(dense, DistributedDense):
+        if distributed:
             job.say("no logits to compare: transformers does not load a distributed checkpoint")
         else:
             agreement = _verify(job, model, texts)

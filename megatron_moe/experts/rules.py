@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_moe.config.run import Moe, RunConfig, Upcycle
+from megatron_moe.errors import nearest_multiples
 from megatron_moe.experts.recipe import NEEDS_MEASURING, make_recipe
 from megatron_moe.hf.spec import DenseSpec
 
@@ -74,7 +75,7 @@ def measuring_violations(config: RunConfig, spec: DenseSpec) -> Iterator[str]:
         yield (
             f"measure.samples ({samples}) must be divisible by moe.num_moe_experts ({experts}): "
             "the sequences are cut into one cluster an expert, all of one size.\n"
-            f"  nearest measure.samples: {_nearest(samples, experts)}"
+            f"  nearest measure.samples: {nearest_multiples(samples, experts)}"
         )
 
 
@@ -104,14 +105,15 @@ def _granular(case: _Case) -> Iterator[str]:
         yield (
             f"moe.num_moe_experts ({moe.num_moe_experts}) must be divisible by intermediate_size / "
             f"moe_ffn_hidden_size = {shards} {case.with_method}: experts are whole replicas of the "
-            f"dense FFN.\n  nearest num_moe_experts: {_nearest(moe.num_moe_experts, shards)}"
+            "dense FFN.\n  nearest num_moe_experts: "
+            f"{nearest_multiples(moe.num_moe_experts, shards)}"
         )
     if (case.upcycle.scale or "exact") == "exact" and moe.moe_router_topk % shards:
         yield (
             f"moe.moe_router_topk ({moe.moe_router_topk}) must be divisible by intermediate_size / "
             f"moe_ffn_hidden_size = {shards} with upcycle.scale (exact): a token that misses a "
             "shard of the dense FFN cannot get its output back by a factor.\n"
-            f"  nearest moe_router_topk: {_nearest(moe.moe_router_topk, shards)}; or set "
+            f"  nearest moe_router_topk: {nearest_multiples(moe.moe_router_topk, shards)}; or set "
             "upcycle.scale"
         )
 
@@ -205,8 +207,3 @@ def _router(case: _Case) -> Iterator[str]:
             f"upcycle.router_init (virtual_groups) {case.with_method}: only experts of method "
             "granular are shards of replicas that are to be chosen together"
         )
-
-
-def _nearest(value: int, unit: int) -> str:
-    below = value // unit * unit
-    return ", ".join(str(n) for n in (below, below + unit) if n > 0)

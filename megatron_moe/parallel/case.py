@@ -33,9 +33,3 @@ def indivisible(name: str, value: int, divisor_name: str, divisor: int, why: str
     short = divisor_name.rpartition(".")[2]
     rule = f"{name} ({value}) must be divisible by {divisor_name} ({divisor}): {why}."
     return f"{rule}\n  valid {short}: {valid}"
-
-
-def nearest_multiples(value: int, unit: int) -> str:
-    """The multiples of ``unit`` below and above ``value``."""
-    below = value // unit * unit
-    return ", ".join(str(n) for n in (below, below + unit) if n > 0)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from megatron_moe.errors import nearest_multiples
 from megatron_moe.experts.plan import moe_layer_ids
-from megatron_moe.parallel.case import Case, indivisible, nearest_multiples
+from megatron_moe.parallel.case import Case, indivisible
 
 
 def world(case: Case) -> Iterator[str]:

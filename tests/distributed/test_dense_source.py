@@ -9,14 +9,14 @@ from layouts import LAYOUTS
 from megatron.core import dist_checkpointing
 from ranks import run_on_ranks
 from tiny import save_dense
-from training_runs import tree, write_tokens
+from training_runs import run_training, tree, write_tokens
 
 from megatron_moe.checkpoint.dense_source import DistributedDense, open_dense
 from megatron_moe.checkpoint.global_tensors import GlobalTensors
 from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
 from megatron_moe.device.world import World
-from megatron_moe.errors import CheckpointError
+from megatron_moe.errors import CheckpointError, ConfigError
 from megatron_moe.hf.names import dense_tensors
 
 pytestmark = pytest.mark.distributed
@@ -47,6 +47,24 @@ def test_it_upcycles_to_the_same_bits(tmp_path: Path, layers: str):
         ):
             settings = tree(tmp_path, hf, tokens, parallel=parallel, moe=moe, upcycle=upcycle)
             run_on_ranks(compare, build(RunConfig, settings), saved, world_size=world_size)
+
+
+def test_a_run_starts_from_it_and_asks_for_no_logits(tmp_path: Path):
+    hf = save_dense(tmp_path / "hf")
+    saved = tmp_path / "distributed"
+    saved.mkdir()
+    shutil.copy(hf / "config.json", saved)
+    tokens = write_tokens(tmp_path / "tokens")
+    run_on_ranks(save, build(RunConfig, tree(tmp_path, hf, tokens)), saved, True, world_size=1)
+    short = {"parallel": {"expert_parallel_size": 2}, "train": {"steps": 2}}
+    lines = [
+        run_training(tree(tmp_path / name, folder, tokens, **short, upcycle={}), world_size=2)
+        for name, folder in (("from-hf", hf), ("from-distributed", saved))
+    ]
+    assert [line["loss/lm"] for line in lines[0][1:]] == [line["loss/lm"] for line in lines[1][1:]]
+    always = tree(tmp_path / "always", saved, tokens, **short, upcycle={"verify": "always"})
+    with pytest.raises(ConfigError, match=r"upcycle.verify \(always\) needs a Hugging Face folder"):
+        run_training(always, world_size=2)
 
 
 def save(world: World, config: RunConfig, out: Path, apart: bool) -> None:
