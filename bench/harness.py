@@ -1,0 +1,93 @@
+"""What every benchmark here shares: the machine it ran on, turns, spreads, results, progress."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from megatron_moe.bench.record import spread
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+PACKAGES = ("torch", "megatron-core", "transformers")
+GIB = 2**30
+
+
+def machine() -> dict[str, Any]:
+    """What a figure must be read with: cores, how busy they were, commit, versions, time."""
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="minutes"),
+        "cores": os.cpu_count(),
+        "processor": _processor(),
+        "load_before": round(os.getloadavg()[0], 2),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in PACKAGES},
+    }
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _commit() -> str | None:
+    try:
+        return _git("rev-parse", "--short=10", "HEAD") + ("+" if _git("status", "-suno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
+def spread_of(values: Sequence[float], digits: int = 4) -> dict[str, float]:
+    """Median, p10 and p90 of what was measured, as the results keep them."""
+    found = spread(list(values)).model_dump()
+    return {name: float(f"{value:.{digits}g}") for name, value in found.items()}
+
+
+def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> dict[str, float]:
+    """Spread of the ratio of neighbours: both of a round saw the same machine."""
+    return spread_of([a / b for a, b in zip(numerators, denominators, strict=True)])
+
+
+def keep(name: str, cases: Mapping[str, Any], surroundings: Mapping[str, Any]) -> Path:
+    """Put cases into bench/results/NAME.json beside those that are there already."""
+    path = RESULTS / f"{name}.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    found |= {case: {**measured, "machine": surroundings} for case, measured in cases.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(path.name + ".partial")
+    staged.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    staged.replace(path)
+    return path
+
+
+def say(text: str) -> None:
+    """Progress, for who waits."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def stopwatch() -> Iterator[list[float]]:
+    """Seconds of the block, in the list, once it has ended."""
+    seconds: list[float] = []
+    start = time.perf_counter()
+    yield seconds
+    seconds.append(time.perf_counter() - start)

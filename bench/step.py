@@ -1,0 +1,185 @@
+#!/usr/bin/env python3
+"""A training step of ours beside MixtralForCausalLM of transformers: same model, batch and dtype.
+
+Forward, backward, clipping and fused AdamW from the same weights on the same tokens. The sides take
+turns, step by step: peer, ours, ours on two ranks of one thread each, and a large matrix product
+that tells what the cores gave in that minute. The peer's experts run in each of its modes first,
+and then in the faster one.
+
+    python bench/step.py --case base-fp32 --rounds 3      # one case, a minute or two
+    python bench/step.py --record                         # all, into bench/results/step.json
+
+A ratio above 1 is in our favour: seconds of the peer's step over seconds of ours, of one round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from harness import keep, machine, ratios, say, spread_of
+from step_cases import CASES, Case
+from workers import Worker
+
+MODES = ("eager", "grouped_mm")
+"""Of the peer's experts. batched_mm copies an expert's weights for every token: left out."""
+THREADS = 2
+CLOSE = {"fp32": 2e-3, "bf16": 3e-2}
+"""How far apart the first losses may be; at 9 nats, bf16 logits alone move them by 1e-2."""
+
+
+@dataclass(slots=True)
+class Turns:
+    """What each side took, round by round."""
+
+    ours: list[float] = field(default_factory=list)
+    peer: list[float] = field(default_factory=list)
+    ranks2: list[float] = field(default_factory=list)
+    product_flops: list[float] = field(default_factory=list)
+    peak_gib: dict[str, float] = field(default_factory=dict)
+    mode: str = MODES[0]
+    first_losses: dict[str, float] = field(default_factory=dict)
+
+
+def main() -> None:
+    """Measure the cases, print them and, if asked, keep them."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--case", action="append", choices=list(CASES), help="default: all")
+    parser.add_argument("--rounds", type=int, help="default: the case's own number")
+    parser.add_argument("--skip-ranks2", action="store_true", help="leave out the two ranks")
+    parser.add_argument("--record", action="store_true", help="keep in bench/results/step.json")
+    args = parser.parse_args()
+    for name in args.case or CASES:
+        case, surroundings = CASES[name], machine()
+        with tempfile.TemporaryDirectory() as folder:
+            told = measure(case, Path(folder), args.rounds or case.rounds, args.skip_ranks2)
+        print(summary(case, told), flush=True)
+        if args.record:
+            keep("step", {name: told}, surroundings)
+
+
+def measure(case: Case, folder: Path, rounds: int, skip_ranks2: bool) -> dict[str, Any]:
+    """Rounds of turns, and what they say."""
+    dense = case.dense(folder)
+    about = {"case": case.name, "dense": str(dense), "folder": str(folder)}
+    sides = {
+        "peer": ("step_peer.py", about),
+        "ours": ("step_ours.py", {**about, "ranks": 1}),
+        "ranks2": ("step_ours.py", {**about, "ranks": 2}),
+    }
+    if skip_ranks2:
+        del sides["ranks2"]
+    turns = Turns()
+    (_side_by_side if case.resident else _one_after_the_other)(case, sides, turns, rounds)
+    _check_same_model(case, turns.first_losses)
+    return _told(case, dense, folder, turns)
+
+
+def _side_by_side(case: Case, sides: dict[str, Any], turns: Turns, rounds: int) -> None:
+    workers = {side: Worker(*start, threads=THREADS) for side, start in sides.items()}
+    try:
+        for side, worker in workers.items():
+            _warm_up(case, side, worker, turns)
+        for number in range(rounds):
+            turns.product_flops.append(workers["ours"].ask(do="product")["flops"])
+            for side, worker in workers.items():
+                _step(case, side, worker, turns, f"round {number + 1}/{rounds}")
+        for side, worker in workers.items():
+            turns.peak_gib[side] = worker.ask(do="memory")["peak_gib"]
+    finally:
+        for worker in workers.values():
+            worker.close()
+
+
+def _one_after_the_other(case: Case, sides: dict[str, Any], turns: Turns, rounds: int) -> None:
+    for number in range(rounds):
+        for side, start in sides.items():
+            with Worker(*start, threads=THREADS) as worker:
+                _warm_up(case, side, worker, turns)
+                if side == "ours":
+                    turns.product_flops.append(worker.ask(do="product")["flops"])
+                _step(case, side, worker, turns, f"round {number + 1}/{rounds}")
+                turns.peak_gib[side] = worker.ask(do="memory")["peak_gib"]
+
+
+def _warm_up(case: Case, side: str, worker: Worker, turns: Turns) -> None:
+    """The first step makes the optimizer's moments; the second tells the peer's better mode."""
+    if side != "peer":
+        turns.first_losses[side] = worker.ask(do="step")["loss"]
+        return
+    turns.first_losses[side] = worker.ask(do="step", mode=MODES[0])["loss"]
+    took = {mode: worker.ask(do="step", mode=mode)["seconds"] for mode in MODES}
+    turns.mode = min(took, key=lambda mode: took[mode])
+    told = ", ".join(f"{mode} {seconds:.2f} s" for mode, seconds in took.items())
+    say(f"{case.name}: peer's experts: {told}")
+
+
+def _step(case: Case, side: str, worker: Worker, turns: Turns, where: str) -> None:
+    command = {"mode": turns.mode} if side == "peer" else {}
+    seconds = worker.ask(do="step", **command)["seconds"]
+    getattr(turns, side).append(seconds)
+    say(f"{case.name}, {where}: {side} {seconds:.2f} s")
+
+
+def _check_same_model(case: Case, losses: dict[str, float]) -> None:
+    if max(losses.values()) - min(losses.values()) > CLOSE[case.precision]:
+        raise SystemExit(f"{case.name}: the sides begin with different losses: {losses}")
+
+
+def _told(case: Case, dense: Path, folder: Path, turns: Turns) -> dict[str, Any]:
+    tokens = case.seq_length * case.batch
+    flops = case.flops(case.config(dense, folder, 1))
+    products = turns.product_flops
+    told: dict[str, Any] = {
+        "sizes": case.sizes, "experts": case.experts, "topk": case.topk,
+        "seq_length": case.seq_length, "batch": case.batch, "precision": case.precision,
+        "weights": "SmolLM2-135M" if dense.name.startswith("smollm2") else "random",
+        "rounds": len(turns.ours), "peer_mode": turns.mode, "target": case.target,
+        "first_losses": {side: round(loss, 5) for side, loss in turns.first_losses.items()},
+        "product_gflops": spread_of([f / 1e9 for f in products]),
+        "peak_gib": {side: round(gib, 2) for side, gib in turns.peak_gib.items()},
+    }  # fmt: skip
+    if turns.ranks2:
+        told["layout_of_2_ranks"] = case.layout
+        told["ranks2_speed"] = ratios(turns.ours, turns.ranks2)
+    for side in ("peer", "ours", "ranks2"):
+        if seconds := getattr(turns, side):
+            told[side] = {
+                "step_seconds": spread_of(seconds),
+                "tokens_per_second": round(tokens / statistics.median(seconds), 1),
+                "mfu": spread_of(
+                    [flops / s / p for s, p in zip(seconds, products, strict=True)], digits=3
+                ),
+            }
+    told["ratio"] = ratios(turns.peer, turns.ours)
+    return told
+
+
+def summary(case: Case, told: dict[str, Any]) -> str:
+    """One case for the terminal."""
+    lines = [f"{case.name}, peer's experts {told['peer_mode']}"]
+    for side in ("peer", "ours", "ranks2"):
+        if side in told:
+            found = told[side]
+            lines.append(
+                f"  {side:7s} {found['step_seconds']['median']:.3f} s a step, "
+                f"{found['tokens_per_second']:.0f} tokens/s, "
+                f"MFU {found['mfu']['median']:.1%}, {told['peak_gib'][side]:.1f} GiB"
+            )
+    ratio = told["ratio"]
+    target = f", target {case.target}" if case.target else ""
+    lines.append(
+        f"  ratio {ratio['median']:.2f} [{ratio['p10']:.2f}, {ratio['p90']:.2f}]{target}; "
+        f"matrix product {told['product_gflops']['median']:.0f} GFLOP/s"
+    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
