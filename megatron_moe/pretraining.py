@@ -24,9 +24,7 @@ from megatron_moe.train.step import StepResult, mean_loss, train_step
 
 def feed_of(job: Job, texts: Texts) -> Feed:
     """What this rank is fed."""
-    dp, cp = job.groups.dp, job.groups.cp
-    seat = Seat(dp_rank=dp.rank(), dp_size=dp.size(), cp_rank=cp.rank(), cp_size=cp.size())
-    return Feed(texts, job.config, seat)
+    return Feed(texts, job.config, Seat.of(job.groups))
 
 
 def continue_pretraining(job: Job, state: TrainState, plan: ExpertPlan, feed: Feed) -> None:

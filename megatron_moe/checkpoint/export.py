@@ -25,8 +25,7 @@ from megatron_moe.checkpoint import folder as folders
 from megatron_moe.checkpoint.global_tensors import GlobalTensors
 from megatron_moe.config.run import Moe, RunConfig
 from megatron_moe.errors import CheckpointError
-from megatron_moe.experts.file import PLAN_FILE, read_plan
-from megatron_moe.experts.plan import ExpertPlan, make_expert_plan, moe_layer_ids
+from megatron_moe.experts.plan import ExpertPlan, moe_layer_ids
 from megatron_moe.hf.names import (
     GATE_ROLES,
     MOE_NAMES,
@@ -66,7 +65,7 @@ def export_checkpoint(source: Path, out: Path) -> Architecture:
         for name, shape in zip(entry.names, entry.shapes, strict=True)
     }
     absent = _fixed_zeros(spec, config.moe, architecture)
-    plan = _plan(checkpoint, spec, config)
+    plan = folders.plan_of(checkpoint, spec, config)
     announced |= {name: (shape, dtype) for name, shape in absent.items()}
     with GlobalTensors(checkpoint) as tensors, FolderWriter(out, announced) as writer:
         for name, shape in absent.items():
@@ -117,14 +116,6 @@ def architecture_for(spec: DenseSpec, moe: Moe) -> Architecture:
     if spec.qkv_bias or shared or mixed or moe.router_order == "softmax_topk":
         return "Qwen2MoeForCausalLM"
     return "MixtralForCausalLM"
-
-
-def _plan(checkpoint: Path, spec: DenseSpec, config: RunConfig) -> ExpertPlan:
-    """The plan of the run, with the tables it needed, as the checkpoint keeps them."""
-    plan = make_expert_plan(spec, config.moe, config.upcycle)
-    if plan.recipe.needs_measuring or plan.recipe.needs_weights:
-        return read_plan(checkpoint / PLAN_FILE, plan, source=None)
-    return plan
 
 
 def _output_factor(entry: _Entry, plan: ExpertPlan) -> float:

@@ -13,14 +13,17 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_moe.config.load import load
-from megatron_moe.config.run import RunConfig
+from megatron_moe.config.run import Dense, RunConfig
 from megatron_moe.errors import CheckpointError
-from megatron_moe.experts.file import PLAN_FILE
+from megatron_moe.experts.file import PLAN_FILE, read_plan
+from megatron_moe.experts.plan import ExpertPlan, make_expert_plan
+from megatron_moe.hf.spec import DenseSpec
 from megatron_moe.hf.writer import fsync
 
 _STEP = re.compile(r"step_(\d{8,})")
@@ -106,6 +109,33 @@ def read_progress(folder: Path) -> Progress:
 def read_config(folder: Path) -> RunConfig:
     """The configuration of the run that wrote the checkpoint."""
     return load(RunConfig, folder / "config.yaml")
+
+
+def run_of(source: Path, overrides: Iterable[str] = ()) -> tuple[Path, RunConfig]:
+    """The checkpoint that ``source`` means, and the configuration to read it with.
+
+    Args:
+        source: A run folder (its newest checkpoint is taken) or a checkpoint folder.
+        overrides: Settings that win over the run's, such as another layout.
+
+    Raises:
+        CheckpointError: No checkpoint there.
+        ConfigError: Overrides that are no settings.
+    """
+    checkpoint = find_checkpoint(source).resolve()
+    here = f"run.dir={json.dumps(str(checkpoint.parents[1]))}"  # wherever the run lies by now
+    config = load(RunConfig, checkpoint / "config.yaml", [here, *overrides])
+    if not (config.dense.path / "config.json").exists():  # the shape and the tokenizer are here too
+        config = config.model_copy(update={"dense": Dense(path=checkpoint / "dense")})
+    return checkpoint, config
+
+
+def plan_of(folder: Path, spec: DenseSpec, config: RunConfig) -> ExpertPlan:
+    """The expert plan of the run, with the tables it needed, as the checkpoint keeps them."""
+    plan = make_expert_plan(spec, config.moe, config.upcycle)
+    if plan.recipe.needs_measuring or plan.recipe.needs_weights:
+        return read_plan(folder / PLAN_FILE, plan, source=None)
+    return plan
 
 
 def partial_of(final: Path) -> Path:

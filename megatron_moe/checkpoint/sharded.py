@@ -30,6 +30,7 @@ from megatron_moe.config.load import dump
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.blend import BlendState
 from megatron_moe.errors import CheckpointError
+from megatron_moe.model.build import Model
 from megatron_moe.train.state import TrainState
 
 
@@ -159,6 +160,47 @@ def restore(
     Raises:
         CheckpointError: The checkpoint is of another model or precision, or damaged.
     """
+    progress = _checked_progress(folder, config, plan_hash)
+    boxes = _boxes(state, groups, step=progress.step, writing=False)
+    _clear(state.model)
+    for kept in owned(state.optimizer):
+        for tensor in kept.tensors.values():
+            tensor.zero_()
+    _read(boxes, folder)
+    if progress.step == 0:
+        state.optimizer.reload_model_params()
+    else:
+        set_updates_made(state.optimizer, progress.optimizer_updates)
+    state.schedule.step(increment=progress.step - state.step)
+    state.step, state.samples = progress.step, progress.samples
+    state.blend = BlendState.from_json(progress.blend, domains=state.blend.domains)
+
+
+@torch.no_grad()
+def restore_weights(
+    model: Model,
+    folder: Path,
+    config: RunConfig,
+    groups: ProcessGroupCollection,
+    *,
+    plan_hash: str,
+) -> Progress:
+    """Set the weights alone to what ``folder`` holds, of any layout: for what does not train.
+
+    Raises:
+        CheckpointError: The checkpoint is of another model or precision, or damaged.
+    """
+    progress = _checked_progress(folder, config, plan_hash)
+    boxes: Boxes = {}
+    for placement in placements(model, groups):
+        flat = placement.parameter.detach().view(-1)
+        boxes.setdefault(placement.key, []).extend(placement.boxes(flat, begin=0))
+    _clear(model)
+    _read({key: held for key, held in boxes.items() if held}, folder)
+    return progress
+
+
+def _checked_progress(folder: Path, config: RunConfig, plan_hash: str) -> Progress:
     progress = folders.read_progress(folder)
     for name, saved, now in (
         ("expert plan (moe.* and upcycle.*)", progress.plan_hash, plan_hash),
@@ -169,21 +211,16 @@ def restore(
                 f"{folder} was written with {name} ({saved}), but this job has ({now}).\n"
                 "  restore the setting, or choose another run.dir"
             )
-    boxes = _boxes(state, groups, step=progress.step, writing=False)
-    _clear(state)
+    return progress
+
+
+def _read(boxes: Boxes, folder: Path) -> None:
     group = _new_group()
     try:
         read_boxes(boxes, folder, group)
     except CheckpointError as error:
         raise CheckpointError(f"{error}\n  {_another(folder)}") from error
     dist.destroy_process_group(group)
-    if progress.step == 0:
-        state.optimizer.reload_model_params()
-    else:
-        set_updates_made(state.optimizer, progress.optimizer_updates)
-    state.schedule.step(increment=progress.step - state.step)
-    state.step, state.samples = progress.step, progress.samples
-    state.blend = BlendState.from_json(progress.blend, domains=state.blend.domains)
 
 
 def _another(folder: Path) -> str:
@@ -195,14 +232,11 @@ def _another(folder: Path) -> str:
     return f"remove {latest} to start the run anew: there is no other checkpoint"
 
 
-def _clear(state: TrainState) -> None:
-    """Set everything to zero: rows that only pad the vocabulary are in no checkpoint."""
-    for module in state.model.modules:
+def _clear(model: Model) -> None:
+    """Set all weights to zero: rows that only pad the vocabulary are in no checkpoint."""
+    for module in model.modules:
         for parameter in module.parameters():
             parameter.zero_()
-    for kept in owned(state.optimizer):
-        for tensor in kept.tensors.values():
-            tensor.zero_()
 
 
 def _boxes(state: TrainState, groups: ProcessGroupCollection, *, step: int, writing: bool) -> Boxes:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from megatron.core.process_groups_config import ProcessGroupCollection
+
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.batches import (
     Batch,
@@ -24,6 +26,12 @@ class Seat:
     dp_size: int
     cp_rank: int
     cp_size: int
+
+    @classmethod
+    def of(cls, groups: ProcessGroupCollection) -> Seat:
+        """This rank's, by its process groups."""
+        dp, cp = groups.dp, groups.cp
+        return cls(dp_rank=dp.rank(), dp_size=dp.size(), cp_rank=cp.rank(), cp_size=cp.size())
 
 
 class Feed:

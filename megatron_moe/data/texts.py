@@ -69,6 +69,17 @@ def open_texts(config: RunConfig, *, vocab_size: int) -> Texts:
     )
 
 
+def open_text(path: Path, config: RunConfig, *, vocab_size: int) -> Text:
+    """All of one text that is no domain of the run, in the forms of ``data.path``.
+
+    Raises:
+        DataError: A text that cannot be used; on every rank.
+    """
+    open_ = _open_chat if config.data.kind == "chat" else _open_text
+    (text,) = open_(_prepared(path, config, vocab_size), config, vocab_size, split=False)
+    return text
+
+
 def _open_domain(
     config: RunConfig, domain: Domain, vocab_size: int
 ) -> tuple[Text, Text | None, list[str]]:

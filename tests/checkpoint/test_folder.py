@@ -15,6 +15,7 @@ from megatron_moe.checkpoint.folder import (
     publish,
     read_config,
     read_progress,
+    run_of,
     start_folder,
     step_folder,
 )
@@ -226,3 +227,17 @@ def test_a_damaged_configuration_is_named(tmp_path: Path, dense: Path):
     (final / "config.yaml").write_text("run: {dir: 3")
     with pytest.raises(ConfigError, match=r"config\.yaml is not YAML"):
         read_config(final)
+
+
+def test_a_run_is_read_where_it_lies_and_with_other_settings(tmp_path: Path, dense: Path):
+    run = tmp_path / "run"
+    save(run, 3, dense)
+    shutil.move(run, tmp_path / "moved run")
+    found, config = run_of(tmp_path / "moved run", ["parallel.expert_parallel_size=2"])
+    assert found == step_folder(tmp_path / "moved run", 3)
+    assert config.run.dir == tmp_path / "moved run"
+    assert config.parallel.expert_parallel_size == 2
+    assert config.dense.path == found / "dense"  # the configured one is not there
+    assert run_of(found, [f"dense.path={dense}"])[1].dense.path == dense
+    with pytest.raises(ConfigError, match="not a setting"):
+        run_of(found, ["parallel.epp=2"])

@@ -1,0 +1,63 @@
+"""A run's model at one of its checkpoints, for what does not train: no optimizer, no gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import Float16Module
+
+from megatron_moe.checkpoint.folder import Progress, plan_of
+from megatron_moe.checkpoint.sharded import restore_weights
+from megatron_moe.config.run import RunConfig
+from megatron_moe.device.world import World
+from megatron_moe.experts.plan import ExpertPlan
+from megatron_moe.hf.spec import read_spec
+from megatron_moe.model.build import Model, build_model
+from megatron_moe.model.config import check_dispatcher
+from megatron_moe.model.overlap import start_tp_overlap
+from megatron_moe.model.router import set_output_scales
+from megatron_moe.parallel.groups import create_groups
+from megatron_moe.parallel.layout import ParallelLayout
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """One rank's part of a trained model."""
+
+    model: Model
+    modules: list[Any]
+    """The model's chunks as schedules run them: inside mixed precision."""
+    plan: ExpertPlan
+    layout: ParallelLayout
+    groups: ProcessGroupCollection
+    progress: Progress
+    """What the checkpoint says of itself."""
+
+
+def restored_model(config: RunConfig, world: World, checkpoint: Path) -> Restored:
+    """Build this rank's part under the configured layout and fill it from a checkpoint of any.
+
+    Args:
+        config: The run's, as `folder.run_of` returns it.
+        world: This rank's place in the joined job.
+        checkpoint: A checkpoint folder.
+
+    Raises:
+        CheckpointError: The checkpoint is of another model or precision, or damaged.
+    """
+    cuda = world.device.type == "cuda"
+    check_dispatcher(config.moe, cuda=cuda)
+    layout, groups = create_groups(config.parallel, seed=config.run.seed)
+    spec = read_spec(config.dense.path)
+    if cuda:
+        start_tp_overlap(config, spec)
+    plan = plan_of(checkpoint, spec, config)
+    model = build_model(config, spec, layout=layout, groups=groups, rank=world.rank, cuda=cuda)
+    set_output_scales(model.modules, plan)
+    bf16 = model.transformer.bf16
+    modules = [Float16Module(model.transformer, m) if bf16 else m for m in model.modules]
+    progress = restore_weights(model, checkpoint, config, groups, plan_hash=plan.hash)
+    return Restored(model, modules, plan, layout, groups, progress)
