@@ -6,7 +6,6 @@ Heavy imports wait inside the commands, so that ``--help`` answers at once.
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from megatron_moe.cli_options import ConfigFile, JsonFlag, Overrides, Ranks, show
 from megatron_moe.config.load import load
 from megatron_moe.config.run import Mixing, Parallel, RunConfig
 from megatron_moe.errors import ConfigError, UserError
@@ -31,21 +31,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The run's YAML file.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[key.path=value ...]", help="Settings that win over the file, e.g. train.steps=20."
-    ),
-]
-
-
-Ranks = Annotated[
-    int | None,
-    typer.Option(min=1, help="Start this many ranks on this machine. Not under torchrun or SLURM."),
-]
 Routing = Literal["natural", "balanced"]
-JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object, for scripts.")]
 
 
 @app.command()
@@ -105,7 +91,7 @@ def _dry_run(
     from megatron_moe.dry_run import dry_run, dry_run_report
 
     found = dry_run(config, rank=rank, world_size=world_size)
-    _show(found.to_json() if as_json else dry_run_report(found), as_json=as_json)
+    show(found.to_json() if as_json else dry_run_report(found), as_json=as_json)
 
 
 def _train(config: RunConfig, world: Any) -> None:
@@ -185,7 +171,7 @@ def tokenize(
         max_malformed=max_malformed,
     )
     counted = dataclasses.asdict(report)
-    _show(counted if as_json else _counts_text(counted, out), as_json=as_json)
+    show(counted if as_json else _counts_text(counted, out), as_json=as_json)
 
 
 def _counts_text(report: dict[str, Any], out: Path) -> str:
@@ -360,10 +346,10 @@ def plan(
     spec = read_spec(config.dense.path)
     if check_only:
         checked = check_layout(config, spec, gpus=gpus, gpu=gpu)
-        _show(checked.to_json() if as_json else check_report(checked), as_json=as_json)
+        show(checked.to_json() if as_json else check_report(checked), as_json=as_json)
     else:
         found = search(config, spec, gpus=gpus, gpu=gpu)
-        _show(found.to_json() if as_json else search_report(found), as_json=as_json)
+        show(found.to_json() if as_json else search_report(found), as_json=as_json)
 
 
 @app.command()
@@ -385,13 +371,7 @@ def flops(
     from megatron_moe.plan.tables import counts_report
 
     counts = count(source, sequence_length=sequence)
-    _show(counts.to_json() if as_json else counts_report(counts), as_json=as_json)
-
-
-def _show(report: Any, *, as_json: bool) -> None:
-    from megatron_moe.log import console
-
-    print(json.dumps(report, indent=2)) if as_json else console.print(report)
+    show(counts.to_json() if as_json else counts_report(counts), as_json=as_json)
 
 
 def main() -> None:
