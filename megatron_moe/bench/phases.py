@@ -34,7 +34,7 @@ DISPATCHER = {
     "dispatch": ("dispatch_preprocess", "token_dispatch", "dispatch_postprocess"),
     "combine": ("combine_preprocess", "token_combine", "combine_postprocess"),
 }
-OPTIMIZER = ("prepare_grads", "get_grad_norm", "step")
+OPTIMIZER = ("prepare_grads", "get_grad_norm", "step_with_ready_grads")
 
 
 class Stopwatch:

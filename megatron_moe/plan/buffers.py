@@ -38,7 +38,11 @@ class BufferLayout:
 
 
 def distributed_layout(
-    sizes: list[int], *, replicas: int, bucket_size: int | None = None
+    sizes: list[int],
+    *,
+    replicas: int,
+    bucket_size: int | None = None,
+    alone: frozenset[int] = frozenset(),
 ) -> BufferLayout:
     """Lay tensors out for the distributed optimizer.
 
@@ -48,16 +52,22 @@ def distributed_layout(
         bucket_size: Elements after which a bucket ends; None makes one bucket, as Megatron-Core
             does without ``overlap_grad_reduce``, on all but the first stage and in all but the
             first chunk.
+        alone: Which of them have a bucket of their own: an embedding that two stages share.
     """
     unit = math.lcm(replicas, 128)
     spans: list[tuple[int, int]] = []
     buckets: list[tuple[int, int]] = []
     bucket_start = end = 0
-    for size in reversed(sizes):
+    for index in reversed(range(len(sizes))):
+        if index in alone and end > bucket_start:
+            end = _round_up(end, unit)
+            buckets.append((bucket_start, end))
+            bucket_start = end
         start = _round_up(end, 64)
-        end = start + size
+        end = start + sizes[index]
         spans.append((start, end))
-        if bucket_size is not None and end - bucket_start >= bucket_size:
+        full = bucket_size is not None and end - bucket_start >= bucket_size
+        if full or index in alone:
             end = _round_up(end, unit)
             buckets.append((bucket_start, end))
             bucket_start = end

@@ -10,12 +10,15 @@ from dataclasses import asdict, dataclass
 
 from megatron_moe.parallel.shards import padded_vocabulary
 from megatron_moe.plan.activations import local_tokens, recomputed_layer, stage_activations
-from megatron_moe.plan.buffers import distributed_layout
+from megatron_moe.plan.buffers import BufferLayout, distributed_layout
 from megatron_moe.plan.parameters import LocalTensor, rank_parameters, rank_tensors
 from megatron_moe.plan.shape import MoeShape
 from megatron_moe.plan.workload import Degrees, Workload
 
 GIB = 2**30
+
+SHARED_EMBEDDING = ("embedding.word_embeddings.weight", "output_layer.weight")
+"""Held by the first and by the last stage, where they are tied."""
 
 FRAMEWORK_GIB = 2.5
 """CUDA context, cuBLAS workspaces, loaded kernels."""
@@ -104,16 +107,18 @@ def model_state(
     state_bytes = precision.moments + (precision.master if weight_bytes < 4 else 0)
     buffered = owned = 0
     for chunk_id, chunk in enumerate(rank_tensors(shape, degrees, pp_rank=pp_rank)):
-        for sizes, replicas, place in (
-            (_sizes(chunk, degrees, expert=False), degrees.dp * degrees.cp, replica),
-            (_sizes(chunk, degrees, expert=True), degrees.edp, expert_replica),
+        for expert, replicas, place in (
+            (False, degrees.dp * degrees.cp, replica),
+            (True, degrees.edp, expert_replica),
         ):
+            tensors = _of_one_buffer(chunk, degrees, expert=expert)
             if not distributed_optimizer:
-                buffered += sum(sizes)
-                owned += sum(sizes)
+                held = sum(tensor.numel for tensor in tensors)
+                buffered += held
+                owned += held
                 continue
             bucket = bucket_size if pp_rank == chunk_id == 0 else None
-            layout = distributed_layout(sizes, replicas=replicas, bucket_size=bucket)
+            layout = _layout(shape, degrees, tensors, replicas=replicas, bucket_size=bucket)
             buffered += layout.elements
             owned += layout.owned(place, replicas=replicas)
     return ModelState(
@@ -123,13 +128,46 @@ def model_state(
     )
 
 
-def _sizes(chunk: list[LocalTensor], degrees: Degrees, *, expert: bool) -> list[int]:
-    """Elements of the tensors in the buffer of one kind.
+def buffer_elements(shape: MoeShape, degrees: Degrees, *, pp_rank: int) -> tuple[int, int]:
+    """Elements of a rank's buffers of dense and of expert parameters, padding included.
+
+    One bucket each, as in models below 40 M parameters a rank; more buckets pad a little more.
+    """
+    found = {False: 0, True: 0}
+    for chunk in rank_tensors(shape, degrees, pp_rank=pp_rank):
+        for expert, replicas in ((False, degrees.dp * degrees.cp), (True, degrees.edp)):
+            tensors = _of_one_buffer(chunk, degrees, expert=expert)
+            found[expert] += _layout(shape, degrees, tensors, replicas=replicas).elements
+    return found[False], found[True]
+
+
+def _of_one_buffer(
+    chunk: list[LocalTensor], degrees: Degrees, *, expert: bool
+) -> list[LocalTensor]:
+    """The tensors in the buffer of one kind.
 
     Experts have a buffer of their own only where their replicas are others than attention's.
     """
     apart = degrees.ep > 1 or degrees.etp != degrees.tp
-    return [tensor.numel for tensor in chunk if (tensor.expert and apart) is expert]
+    return [tensor for tensor in chunk if (tensor.expert and apart) is expert]
+
+
+def _layout(
+    shape: MoeShape,
+    degrees: Degrees,
+    tensors: list[LocalTensor],
+    *,
+    replicas: int,
+    bucket_size: int | None = None,
+) -> BufferLayout:
+    """How they lie in it; a tied embedding of two stages is reduced apart from the rest."""
+    shared = SHARED_EMBEDDING if shape.tied_embeddings and degrees.pp > 1 else ()
+    return distributed_layout(
+        [tensor.numel for tensor in tensors],
+        replicas=replicas,
+        bucket_size=bucket_size,
+        alone=frozenset(i for i, tensor in enumerate(tensors) if tensor.name in shared),
+    )
 
 
 def estimated_state(

@@ -77,6 +77,7 @@ def make_state(
         pg_collection=groups,
         use_gloo_process_groups=False,
     )
+    _gather_weights_once(optimizer)
     transformer.finalize_model_grads_func = finalize_model_grads
     transformer.grad_scale_func = optimizer.scale_loss
     if ddp.overlap_grad_reduce:  # during the backward pass of the last micro-batch only
@@ -84,6 +85,16 @@ def make_state(
         transformer.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
     blend = start_blend(starting_weights(config.data))
     return TrainState(model, wrapped, optimizer, make_schedule(config, optimizer), blend)
+
+
+def _gather_weights_once(optimizer: Any) -> None:
+    """Let the last of the chained optimizers gather updated weights over dp, for all of them.
+
+    Dense and expert parameters have an optimizer each, and each would gather both after its step.
+    """
+    sharded = [part for part in optimizer.chained_optimizers if hasattr(part, "model_chunks")]
+    for part in sharded[:-1]:
+        part._defer_param_sync = True
 
 
 def optimizer_config(config: RunConfig, *, cuda: bool) -> OptimizerConfig:

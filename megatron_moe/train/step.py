@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -84,7 +85,7 @@ def train_step(
     result = _reduce(state.model, losses, grad_norm, len(batches), groups)
     fate = judge(step=state.step + 1, loss=result.lm_loss, grad_norm=grad_norm)
     if fate == "keep":
-        optimizer.step()
+        _update(optimizer, grad_norm)
     else:
         for bias_E, before_E in biases:
             bias_E.copy_(before_E)
@@ -92,6 +93,17 @@ def train_step(
     state.step += 1
     state.samples += config.train.global_batch_size
     return replace(result, fate=fate)
+
+
+def _update(optimizer: Any, grad_norm: float) -> None:
+    """Clip by the norm that is known and step; `optimizer.step` would take it once more."""
+    for part in optimizer.chained_optimizers:
+        parameters = [] if part.is_stub_optimizer else part.get_parameters()
+        if parameters:
+            clip_grad_by_total_norm_fp32(
+                parameters, max_norm=part.config.clip_grad, total_norm=grad_norm
+            )
+    optimizer.step_with_ready_grads()
 
 
 @torch.no_grad()

@@ -28,19 +28,24 @@ WORK = Workload(sequence_length=8192, global_batch_size=256, capacity_factor=1.0
     sizes=st.lists(st.integers(1, 5000), min_size=1, max_size=30),
     replicas=st.sampled_from([1, 2, 3, 8]),
     bucket_size=st.sampled_from([None, 4000]),
+    alone=st.none() | st.integers(0, 29),
 )
-def test_buffers_are_laid_out_as_megatron_does(sizes, replicas, bucket_size):
+def test_buffers_are_laid_out_as_megatron_does(sizes, replicas, bucket_size, alone):
     torch = pytest.importorskip("torch")
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+    parameters = [torch.nn.Parameter(torch.empty(size, device="meta")) for size in sizes]
+    shared = frozenset({alone} if alone is not None and alone < len(sizes) else ())
+    for index in shared:
+        parameters[index].shared_embedding = True  # type: ignore[attr-defined]
     theirs = DistributedOptimizer._compute_per_buffer_param_layout(
-        [torch.nn.Parameter(torch.empty(size, device="meta")) for size in sizes],
+        parameters,
         bucket_size,
         replicas,
         DistributedDataParallelConfig(),
     )
-    ours = distributed_layout(sizes, replicas=replicas, bucket_size=bucket_size)
+    ours = distributed_layout(sizes, replicas=replicas, bucket_size=bucket_size, alone=shared)
     assert list(ours.buckets) == theirs.bucket_indices
     assert list(ours.spans) == [span[:2] for span in theirs.param_index_map.values()]
     owned = sum(ours.owned(replica, replicas=replicas) for replica in range(replicas))

@@ -1,0 +1,88 @@
+"""What a step puts into collectives, counted on real ranks, equals the planner's formula."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from layouts import changes
+from ranks import run_on_ranks
+from tiny import SHAPE
+from training_runs import tree
+
+from megatron_moe.config.load import build
+from megatron_moe.config.run import RunConfig
+from megatron_moe.device.world import World
+from megatron_moe.hf.spec import read_spec
+from megatron_moe.parallel.legality import check
+from megatron_moe.plan.shape import upcycled_shape
+from megatron_moe.plan.traffic import sent_per_rank, step_traffic
+from megatron_moe.plan.workload import Degrees, degrees_of, workload_of
+
+LAYERS, EXPERTS = SHAPE["num_hidden_layers"], 4
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("layout", "precision", "tied"),
+    [
+        ("tp2 dp2 ep2", "fp32", False),
+        ("pp2 cp2 ep2", "bf16", True),
+        ("tp2 etp2 padded", "bf16", False),
+    ],
+)
+def test_bytes_of_a_step_are_the_formula(tmp_path: Path, layout: str, precision: str, tied: bool):
+    world_size, settings = changes(layout)
+    (tmp_path / "dense").mkdir()
+    bare = {**SHAPE, "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": tied}
+    (tmp_path / "dense" / "config.json").write_text(json.dumps(bare))
+    settings["moe"] = {"num_moe_experts": EXPERTS, **settings["moe"]}
+    settings["train"] |= {"precision": precision}
+    config = build(
+        RunConfig, tree(tmp_path / "run", tmp_path / "dense", tmp_path / "none", **settings)
+    )
+    check(config, read_spec(config.dense.path), world_size)
+    run_on_ranks(_count, config, tmp_path / "counted.json", world_size=world_size)
+    counted = json.loads((tmp_path / "counted.json").read_text())
+    # The numbers of the log: (2 + 4 L + 2 L E) of a step and three of its time, in fp64.
+    numbers = 2 + 4 * LAYERS + 2 * LAYERS * EXPERTS + 3
+    assert counted.pop("world all_reduce") == world_size * numbers * 8
+    expected = step_traffic(
+        upcycled_shape(read_spec(config.dense.path), config.moe),
+        workload_of(config),
+        degrees_of(config, gpus=world_size),
+        padded_rows=_padded_rows(config),
+    )
+    assert counted == {" ".join(key): count for key, count in expected.items()}
+
+
+def _padded_rows(config: RunConfig) -> int | None:
+    """Rows a rank sends of a micro-batch: tokens / tp * K * factor, in E equal parts."""
+    if not config.moe.moe_pad_expert_input_to_capacity:
+        return None
+    tokens = config.data.seq_length // config.parallel.tensor_parallel_size
+    factor = config.moe.moe_expert_capacity_factor
+    assert factor is not None
+    return int(tokens * config.moe.moe_router_topk * factor)
+
+
+def _count(world: World, config: RunConfig, out: Path) -> None:
+    from megatron_moe.bench.steps import Bench, Wish
+    from megatron_moe.bench.traffic import counted
+
+    it = Bench(config, world, Wish(random=True))
+    with counted(it.groups) as traffic:
+        it.timed_step()
+    everyone: list[Any] = [None] * world.size
+    dist.all_gather_object(everyone, traffic.bytes)
+    if world.rank == 0:
+        total = sum(everyone, start=type(traffic.bytes)())
+        out.write_text(json.dumps({" ".join(key): count for key, count in total.items()}))
+
+
+def test_what_must_leave_a_rank():
+    """Of a whole on two ranks half travels to each; a sum, there and back; what is sent, all."""
+    degrees = Degrees(gpus=8, tp=2, pp=2)
+    traffic = {("tp", "all_gather"): 800, ("tp", "all_reduce"): 80, ("pp", "send"): 16}
+    assert sent_per_rank(traffic, degrees) == {"tp": 50 + 10, "pp": 2}
