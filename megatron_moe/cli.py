@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from megatron_moe.cli_options import ConfigFile, JsonFlag, Overrides, Ranks, show
+from megatron_moe.cli_pages import pages
 from megatron_moe.config.load import load
 from megatron_moe.config.run import Mixing, Parallel, RunConfig
 from megatron_moe.errors import ConfigError, UserError
@@ -30,6 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(pages)
 
 Routing = Literal["natural", "balanced"]
 

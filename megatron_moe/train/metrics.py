@@ -17,6 +17,8 @@ router/load_imbalance                     busiest expert's tokens / mean, mean o
 router/entropy                            nats, of the softmax over all experts, mean of tokens
 router/drop_rate                          choices dropped by capacity / all choices
 router/*_by_layer                         each of these three as a list over MoE layers
+router/load_by_expert                     an expert's tokens / mean, a list over experts in one over
+                                          MoE layers; about a hundred times in a run
 throughput/tokens_per_second_per_gpu      tokens of the global batch / seconds / ranks
 throughput/tflops_per_gpu                 model FLOPs (plan/flops.py: full attention, no padding)
 throughput/mfu                            the same / the peak that the log names at start
@@ -46,6 +48,8 @@ from megatron_moe.device.memory import peak_bytes
 from megatron_moe.train.step import StepResult
 
 GIB = 2**30
+EXPERT_LOAD_RECORDS = 100
+"""About how often a run tells the load of every expert, which is long."""
 Numbers = dict[str, Any]
 
 
@@ -83,6 +87,7 @@ def step_numbers(
         "router/load_imbalance_by_layer": _rounded(imbalance_L),
         "router/entropy_by_layer": _rounded(result.entropy_L),
         "router/drop_rate_by_layer": _rounded(drop_rate_L),
+        **expert_loads(result.chosen_LE, step, steps=config.train.steps),
         "throughput/tokens_per_second_per_gpu": tokens / slowest / ranks,
         "throughput/tflops_per_gpu": achieved / 1e12,
         "throughput/mfu": achieved / peak_flops,
@@ -91,6 +96,17 @@ def step_numbers(
         "time/data_seconds": waited,
         "tokens/seen": samples * config.data.seq_length,
     }
+
+
+def expert_loads(chosen_LE: Tensor, step: int, *, steps: int) -> Numbers:
+    """Load of every expert over the mean, in the first step, the last, and a hundred between.
+
+    32 layers of 128 experts are 25 kB, too much for each of 100,000 steps.
+    """
+    if step not in (1, steps) and step % max(1, steps // EXPERT_LOAD_RECORDS):
+        return {}
+    load_LE = chosen_LE / chosen_LE.mean(dim=1, keepdim=True)
+    return {"router/load_by_expert": [[round(x, 3) for x in load_E] for load_E in load_LE.tolist()]}
 
 
 def mixture_numbers(blend: BlendState, num_chunks: Mapping[str, int]) -> Numbers:

@@ -91,6 +91,11 @@ def test_five_steps_equal_those_of_one_rank(inputs: dict[str, Path], name: str):
     assert lines[-1]["router/load_imbalance"] == pytest.approx(
         oracle[-1]["router/load_imbalance"], rel=1e-2
     )
+    # One such token moves two of the loads, each by 1 / mean = 1 / 64.
+    for load_E, expected_E in zip(
+        lines[1]["router/load_by_expert"], oracle[1]["router/load_by_expert"], strict=True
+    ):
+        assert load_E == pytest.approx(expected_E, abs=0.02)
     weights = load_file(exported / "model.safetensors")
     for key, tensor in load_file(oracle_export / "model.safetensors").items():
         error = (weights[key] - tensor).abs()

@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_moe.config.run import Data, Dense, Log, Moe, Run, RunConfig, Train
-from megatron_moe.train.metrics import MetricsWriter
+from megatron_moe.train.metrics import MetricsWriter, expert_loads
 
 
 def config(folder: Path, *, tensorboard: bool = False) -> RunConfig:
@@ -91,3 +92,18 @@ def test_tensorboard_gets_the_scalars_and_no_lists(tmp_path: Path):
     events.Reload()
     assert events.Tags()["scalars"] == ["loss/lm"]
     assert [(e.step, e.value) for e in events.Scalars("loss/lm")] == [(1, 4.0), (2, 2.0)]
+
+
+def test_loads_are_told_by_layer_and_expert_over_their_mean():
+    chosen_LE = torch.tensor([[4.0, 0.0, 2.0, 2.0], [1.0, 1.0, 1.0, 5.0]])
+    told = expert_loads(chosen_LE, 1, steps=9)["router/load_by_expert"]
+    assert told == [[2.0, 0.0, 1.0, 1.0], [0.5, 0.5, 0.5, 2.5]]
+
+
+@pytest.mark.parametrize(
+    ("steps", "told"),
+    [(5, [1, 2, 3, 4, 5]), (250, [1, *range(2, 251, 2)]), (1001, [1, *range(10, 1001, 10), 1001])],
+)
+def test_loads_are_told_about_a_hundred_times_in_a_run(steps: int, told: list[int]):
+    balanced_LE = torch.ones(1, 2)
+    assert [s for s in range(1, steps + 1) if expert_loads(balanced_LE, s, steps=steps)] == told

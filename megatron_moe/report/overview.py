@@ -1,0 +1,87 @@
+"""The head of a report: what the run is, and its few numbers that matter."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from megatron_moe.report.html import Html, el, join, number
+from megatron_moe.report.parts import facts
+from megatron_moe.report.read import RunFiles
+
+Fact = tuple[str, str, str]
+
+
+def overview(run: RunFiles) -> Html:
+    """Name, one sentence, facts, and what could not be read."""
+    return join([el("h1", el("bdi", run.name)), el("p", sentence(run), class_="lead"),
+                 facts(facts_of(run)), _wrong(run.wrong)])  # fmt: skip
+
+
+def sentence(run: RunFiles) -> str:
+    """What the run makes of what."""
+    moe, plan = run.config.moe, run.config.upcycle
+    layers = run.moe_layers
+    where = "" if layers is None else f" in {len(layers)} layers"
+    family = "a dense model" if run.spec is None else f"{run.spec.family}, {run.config.dense.path}"
+    ranks = "" if run.world_size is None else f", on {run.world_size} ranks"
+    return (
+        f"{family}, upcycled to {moe.num_moe_experts} experts top-{moe.moe_router_topk}{where} by "
+        f"{plan.method}{ranks}."
+    )
+
+
+def facts_of(run: RunFiles) -> list[Fact]:
+    """The numbers that say how the run is, where it has told them."""
+    steps = run.config.train.steps
+    found: list[Fact | None] = [
+        ("step", f"{run.history.last_step:,}", f"of {steps:,}"),
+        _last(run, "tokens/seen", "tokens seen", "since the run began"),
+        _held_out(run),
+        _last(run, "loss/lm", "training loss", "last step, nats per token"),
+        _middle(run, "throughput/tokens_per_second_per_gpu", "tokens/s and rank"),
+        _middle(run, "throughput/mfu", "MFU", percent=True),
+        _last(run, "router/load_imbalance", "busiest expert", "times the mean, last step"),
+        _last(run, "router/drop_rate", "choices dropped", "last step", percent=True),
+    ]
+    return [fact for fact in found if fact is not None]
+
+
+def _last(
+    run: RunFiles, name: str, title: str, remark: str, *, percent: bool = False
+) -> Fact | None:
+    series = run.history.series(name)
+    if series is None:
+        return None
+    return title, _written(float(series.values[-1]), percent=percent), remark
+
+
+def _middle(run: RunFiles, name: str, title: str, *, percent: bool = False) -> Fact | None:
+    series = run.history.series(name)
+    if series is None:
+        return None
+    return (
+        title,
+        _written(float(np.nanmedian(series.values)), percent=percent),
+        "median of the steps",
+    )
+
+
+def _written(value: float, *, percent: bool) -> str:
+    return f"{value:.1%}" if percent else number(value)
+
+
+def _held_out(run: RunFiles) -> Fact | None:
+    series = run.history.series("loss/validation")
+    if series is None:
+        return None
+    first, last = series.values[0], series.values[-1]
+    before = f"{number(float(first))} at step {series.steps[0]:,}"
+    now = f"at step {series.steps[-1]:,}; {before}" if len(series) > 1 else "nats per token, step 0"
+    return "held-out loss", number(float(last)), now
+
+
+def _wrong(wrong: list[str]) -> Html | None:
+    if not wrong:
+        return None
+    title = el("strong", "Not all files could be read")
+    return el("div", title, el("ul", [el("li", line) for line in wrong]), class_="wrong")

@@ -1,0 +1,73 @@
+"""A whole page: one file with everything in it, that loads nothing and runs nothing."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_moe.errors import DataError
+from megatron_moe.report.balance import balance
+from megatron_moe.report.html import Child, Html, el, join
+from megatron_moe.report.judgement import judgement
+from megatron_moe.report.mixture import mixture
+from megatron_moe.report.origin import configuration, layout, receipt
+from megatron_moe.report.overview import overview
+from megatron_moe.report.parts import Section
+from megatron_moe.report.read import RunFiles
+from megatron_moe.report.specialisation import specialisation
+from megatron_moe.report.training import losses, speed
+
+STYLE = Path(__file__).with_name("page.css")
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+"""No script and no request, whatever a file of the run says."""
+
+
+def run_page(run: RunFiles) -> Html:
+    """The report of one run."""
+    sections = [
+        losses(run), judgement(run), speed(run), balance(run), mixture(run), specialisation(run),
+        receipt(run), layout(run), configuration(run),
+    ]  # fmt: skip
+    return page(f"{run.name} - megatron_moe", overview(run), sections)
+
+
+def page(title: str, head: Child, sections: Sequence[Section]) -> Html:
+    """A page with a table of contents."""
+    contents = el(
+        "nav",
+        el("ol", [el("li", el("a", s.title, href=f"#{s.id}")) for s in sections]),
+        aria_label="Contents",
+    )
+    body = el(
+        "body",
+        el("a", "Skip to the report", href="#report", class_="skip"),
+        el("header", head),
+        contents,
+        el("main", [section.html() for section in sections], id="report", tabindex=-1),
+    )
+    meta = [
+        el("meta", charset="utf-8"),
+        el("meta", http_equiv="Content-Security-Policy", content=POLICY),
+        el("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        el("meta", name="color-scheme", content="light dark"),
+        el("title", title),
+        el("style", Html(STYLE.read_text(encoding="utf-8"))),
+    ]
+    return join([Html("<!DOCTYPE html>\n"), el("html", el("head", meta), body, lang="en")])
+
+
+def write_page(html: Html, path: Path) -> None:
+    """Put a page in its place in one step.
+
+    Raises:
+        DataError: It cannot be written.
+    """
+    staged = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
+    try:
+        staged.write_text(html, encoding="utf-8")
+        os.replace(staged, path)
+    except OSError as error:
+        staged.unlink(missing_ok=True)
+        raise DataError(f"cannot write {path}: {error.strerror}") from error

@@ -1,0 +1,116 @@
+"""What a report reads: steps that came twice, files that are missing or damaged."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from training_runs import tree
+
+from megatron_moe.errors import ConfigError
+from megatron_moe.report.history import Series, read_history
+from megatron_moe.report.read import read_run
+from megatron_moe.report.thin import thin
+
+
+def write_lines(path: Path, *lines: object) -> Path:
+    text = (line if isinstance(line, str) else json.dumps(line) for line in lines)
+    path.write_text("".join(f"{line}\n" for line in text))
+    return path
+
+
+def step(number: int, loss: float | None) -> dict:
+    return {"step": number, "loss/lm": loss}
+
+
+def test_a_step_that_comes_again_undoes_what_came_after_it(tmp_path):
+    """Steps 2 to 4 were rolled back; 2 was taken again and the run is still at work."""
+    lines = [step(1, 1.0), step(2, 2.0), step(3, 3.0), step(4, 4.0), step(2, 2.5)]
+    series = read_history(write_lines(tmp_path / "metrics.jsonl", *lines)).series("loss/lm")
+    assert series is not None
+    assert dict(zip(series.steps.tolist(), series.values.tolist(), strict=True)) == {1: 1.0, 2: 2.5}
+
+
+def test_damaged_lines_are_counted_and_null_is_no_number(tmp_path):
+    path = write_lines(tmp_path / "m", step(1, 1.0), step(2, None), "[3]", '{"step": 3, "loss')
+    history = read_history(path)
+    assert (history.damaged, history.last_step) == (2, 2)
+    series = history.series("loss/lm")
+    assert series is not None
+    assert np.isnan(series.values[1])
+
+
+def test_a_value_that_was_never_finite_is_none(tmp_path):
+    history = read_history(write_lines(tmp_path / "m", step(1, None)))
+    assert history.series("loss/lm") is None
+    assert history.series("never told") is None
+
+
+def test_no_file_is_no_step(tmp_path):
+    assert read_history(tmp_path / "metrics.jsonl").lines == []
+
+
+def test_layers_of_another_model_are_left_out(tmp_path):
+    lines = [{"step": 1, "by_layer": [1, 2]}, {"step": 2, "by_layer": [3, 4, 5]}]
+    series = read_history(write_lines(tmp_path / "m", *lines)).series("by_layer")
+    assert series is not None
+    assert series.values.tolist() == [[3, 4, 5]]
+
+
+@pytest.mark.parametrize("steps", [1, 199, 200, 201, 1000, 4321])
+def test_thinning_keeps_the_mean_the_extremes_and_the_last_step(steps: int):
+    values = np.random.default_rng(0).normal(size=(steps, 3))
+    thinned = thin(Series(np.arange(1, steps + 1), values))
+    assert len(thinned.steps) <= 200
+    assert thinned.steps[-1] == steps
+    np.testing.assert_array_equal(thinned.high.max(axis=0), values.max(axis=0))
+    np.testing.assert_array_equal(thinned.low.min(axis=0), values.min(axis=0))
+    if steps % thinned.width == 0:
+        np.testing.assert_allclose(thinned.mean.mean(axis=0), values.mean(axis=0))
+
+
+# ---- whole runs ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A folder with a configuration and nothing else."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    settings = tree(folder, tmp_path / "dense", tmp_path / "tokens")
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    return folder
+
+
+def test_a_run_that_has_just_begun_is_read(run):
+    files = read_run(run)
+    assert (files.receipt, files.spec, files.world_size, files.wrong) == (None, None, None, [])
+    assert files.history.last_step == 0
+
+
+def test_what_is_damaged_is_told_and_the_rest_is_read(run):
+    (run / "receipt.json").write_text("{")
+    (run / "analysis").mkdir()
+    (run / "analysis" / "step-00000005.json").write_text('{"kind": "analysis", "step": 5}')
+    (run / "evaluation").mkdir()
+    (run / "evaluation" / "step-00000005.json").write_text("no JSON")
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "latest").write_text("step_00000005\n")
+    write_lines(run / "metrics.jsonl", step(1, 1.0), "{")
+    files = read_run(run)
+    told = "\n".join(files.wrong)
+    for what in (
+        "receipt.json",
+        "analysis/step-00000005.json is not shown: layers: Field required",
+        "evaluation/step-00000005.json",
+        "latest names step_00000005",
+        "1 damaged",
+    ):
+        assert what in told
+    assert files.history.last_step == 1
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"is no run: it has no config.yaml"):
+        read_run(tmp_path)
