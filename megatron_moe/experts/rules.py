@@ -70,7 +70,10 @@ def measuring_violations(config: RunConfig, spec: DenseSpec) -> Iterator[str]:
             "there is no plan file to make.\n  run megatron-moe train"
         )
     elif config.upcycle.plan is None:
-        yield "upcycle.plan must be set: it is the file that megatron-moe construct writes"
+        yield (
+            "upcycle.plan must be set: it is the file that megatron-moe construct writes.\n"
+            "  set upcycle.plan=runs/plan.safetensors"
+        )
     if samples % experts:
         yield (
             f"measure.samples ({samples}) must be divisible by moe.num_moe_experts ({experts}): "
@@ -143,7 +146,9 @@ def _sharing(case: _Case) -> Iterator[str]:
         yield (
             f"moe.moe_ffn_hidden_size + moe_shared_expert_intermediate_size = {case.size} + "
             f"{case.shared} = {taken} must be at most the dense model's intermediate_size "
-            f"({case.dense_size}) {case.with_method}: an expert takes no neuron twice"
+            f"({case.dense_size}) {case.with_method}: an expert takes no neuron twice.\n"
+            f"  largest moe_ffn_hidden_size with this shared expert: "
+            f"{max(case.dense_size - case.shared, 0)}"
         )
 
 
@@ -158,7 +163,8 @@ def _shared_expert(case: _Case) -> Iterator[str]:
     if not case.shared and method in ("sharing_inter", "weaver"):
         yield (
             f"upcycle.method ({method}) needs moe.moe_shared_expert_intermediate_size: it is the "
-            "method of moving common neurons to a shared expert"
+            "method of moving common neurons to a shared expert.\n  set it, or upcycle.method="
+            f"{'split_clustered' if method == 'weaver' else 'sharing_inner'} to go without"
         )
 
 
@@ -173,7 +179,8 @@ def _mix(case: _Case) -> Iterator[str]:
     if sources > experts:
         yield (
             f"upcycle.mix_with names {sources - 1} dense models besides dense.path, more than "
-            f"moe.num_moe_experts ({experts}): one would give no expert"
+            f"moe.num_moe_experts ({experts}): one would give no expert.\n"
+            f"  set moe.num_moe_experts={sources} or more, or leave {sources - experts} out"
         )
 
 
@@ -182,22 +189,23 @@ def _factors(case: _Case) -> Iterator[str]:
     if u.scale is not None and not granular:
         yield (
             f"upcycle.scale ({u.scale}) is for upcycle.method (granular), but it is {u.method}: "
-            "set upcycle.rescale instead"
+            "its factor is that of whole replicas.\n  set upcycle.rescale instead"
         )
     if u.rescale is not None and granular:
         yield (
-            f"upcycle.rescale ({u.rescale}) is not for upcycle.method (granular): set "
-            "upcycle.scale instead"
+            f"upcycle.rescale ({u.rescale}) is not for upcycle.method (granular): its shards are "
+            "chosen as whole replicas, and have a factor of their own.\n  set upcycle.scale instead"
         )
     if granular and u.scale == "paper" and u.rescale_at == "runtime":
         yield (
             "upcycle.rescale_at (runtime) cannot be with upcycle.scale (paper): the paper's factor "
-            "goes into gate, up and down; its effect inside SiLU is no factor of the output"
+            "goes into gate, up and down; its effect inside SiLU is no factor of the output.\n"
+            "  set upcycle.rescale_at=weights, or upcycle.scale=exact"
         )
     if u.permutation_seed is not None and u.method not in _BY_POSITION:
         yield (
             f"upcycle.permutation_seed ({u.permutation_seed}) has no meaning {case.with_method}, "
-            "which chooses neurons itself: leave it unset, and set upcycle.seed"
+            "which chooses neurons itself.\n  leave it unset, and set upcycle.seed"
         )
 
 
@@ -205,5 +213,6 @@ def _router(case: _Case) -> Iterator[str]:
     if case.upcycle.router_init == "virtual_groups" and case.upcycle.method != "granular":
         yield (
             f"upcycle.router_init (virtual_groups) {case.with_method}: only experts of method "
-            "granular are shards of replicas that are to be chosen together"
+            "granular are shards of replicas that are to be chosen together.\n"
+            "  leave upcycle.router_init unset, or set upcycle.method=granular"
         )

@@ -65,35 +65,43 @@ REFUSALS = [
     ("sharing", sizes(40, 16), {"method": "sharing_inter", **PLAN},
      "moe.moe_ffn_hidden_size + moe_shared_expert_intermediate_size = 40 + 16 = 56 must be at most "
      "the dense model's intermediate_size (48) with upcycle.method (sharing_inter): an expert "
-     "takes no neuron twice"),
+     "takes no neuron twice.\n  largest moe_ffn_hidden_size with this shared expert: 32"),
     ("shared", sizes(48, 16), {},
      "moe.moe_shared_expert_intermediate_size (16) with upcycle.method (copy) has no neurons to "
      "take: the routed experts hold the whole dense FFN, and it would count twice.\n"
      "  methods with a shared expert: split_random, split_clustered, sharing_inter, weaver"),
     ("no-shared", sizes(6), {"method": "weaver", **PLAN},
      "upcycle.method (weaver) needs moe.moe_shared_expert_intermediate_size: it is the method of "
-     "moving common neurons to a shared expert"),
+     "moving common neurons to a shared expert.\n"
+     "  set it, or upcycle.method=split_clustered to go without"),
+    ("no-shared-inter", sizes(6), {"method": "sharing_inter", **PLAN},
+     "upcycle.method (sharing_inter) needs moe.moe_shared_expert_intermediate_size: it is the "
+     "method of moving common neurons to a shared expert.\n"
+     "  set it, or upcycle.method=sharing_inner to go without"),
     ("mix-alone", {}, {"method": "mix"},
      "upcycle.mix_with (0 folders) with upcycle.method (mix): method mix takes experts from "
      "dense.path and at least one more dense model, other methods from one.\n"
      "  set both or neither"),
     ("mix-many", {"num_moe_experts": 2}, {"method": "mix", "mix_with": ["a", "b"]},
      "upcycle.mix_with names 2 dense models besides dense.path, more than moe.num_moe_experts (2): "
-     "one would give no expert"),
+     "one would give no expert.\n  set moe.num_moe_experts=3 or more, or leave 1 out"),
     ("scale", {}, {"scale": "exact"},
-     "upcycle.scale (exact) is for upcycle.method (granular), but it is copy: set upcycle.rescale "
-     "instead"),
+     "upcycle.scale (exact) is for upcycle.method (granular), but it is copy: its factor is that "
+     "of whole replicas.\n  set upcycle.rescale instead"),
     ("rescale", sizes(24), {"method": "granular", "rescale": "N"},
-     "upcycle.rescale (N) is not for upcycle.method (granular): set upcycle.scale instead"),
+     "upcycle.rescale (N) is not for upcycle.method (granular): its shards are chosen as whole "
+     "replicas, and have a factor of their own.\n  set upcycle.scale instead"),
     ("paper", sizes(24), {"method": "granular", "scale": "paper", "rescale_at": "runtime"},
      "upcycle.rescale_at (runtime) cannot be with upcycle.scale (paper): the paper's factor goes "
-     "into gate, up and down; its effect inside SiLU is no factor of the output"),
+     "into gate, up and down; its effect inside SiLU is no factor of the output.\n"
+     "  set upcycle.rescale_at=weights, or upcycle.scale=exact"),
     ("permutation", sizes(6), {"method": "qwen", "permutation_seed": 1},
      "upcycle.permutation_seed (1) has no meaning with upcycle.method (qwen), which chooses "
-     "neurons itself: leave it unset, and set upcycle.seed"),
+     "neurons itself.\n  leave it unset, and set upcycle.seed"),
     ("groups", {}, {"router_init": "virtual_groups"},
      "upcycle.router_init (virtual_groups) with upcycle.method (copy): only experts of method "
-     "granular are shards of replicas that are to be chosen together"),
+     "granular are shards of replicas that are to be chosen together.\n"
+     "  leave upcycle.router_init unset, or set upcycle.method=granular"),
 ]  # fmt: skip
 
 MEASURED = [
@@ -115,6 +123,22 @@ REFUSALS += [
 )
 def test_a_refusal_names_setting_rule_reason_and_way_out(moe, upcycle, message: str):
     assert found(moe, upcycle) == [message]
+    assert "\n  " in message, "no way out"
+
+
+WAYS_OUT = [
+    (sizes(32, 16), {"method": "sharing_inter", **PLAN}),
+    (sizes(6), {"method": "split_clustered"}),
+    (sizes(6), {"method": "sharing_inner", **PLAN}),
+    ({"num_moe_experts": 3}, {"method": "mix", "mix_with": ["a", "b"]}),
+    ({"num_moe_experts": 2}, {"method": "mix", "mix_with": ["a"]}),
+    (sizes(24), {"method": "granular", "scale": "exact", "rescale_at": "runtime"}),
+]
+
+
+@pytest.mark.parametrize(("moe", "upcycle"), WAYS_OUT)
+def test_a_way_out_leads_out(moe, upcycle):
+    assert found(moe, upcycle) == []
 
 
 LEGAL = [
@@ -141,7 +165,10 @@ NOTHING_TO_MEASURE = (
     "upcycle.method (copy) with this router and scale needs no measuring: there is no plan file to "
     "make.\n  run megatron-moe train"
 )
-NO_PLAN = "upcycle.plan must be set: it is the file that megatron-moe construct writes"
+NO_PLAN = (
+    "upcycle.plan must be set: it is the file that megatron-moe construct writes.\n"
+    "  set upcycle.plan=runs/plan.safetensors"
+)
 UNEVEN = (
     "measure.samples (20) must be divisible by moe.num_moe_experts (8): the sequences are cut into "
     "one cluster an expert, all of one size.\n  nearest measure.samples: 16, 24"
