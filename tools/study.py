@@ -37,7 +37,7 @@ import torch  # noqa: E402
 from get_dense import get_dense  # noqa: E402
 from get_domains import get_domains  # noqa: E402
 from package_index import default_cache  # noqa: E402
-from study_cases import AT_STEP_0, DENSE, TRAINED, Case  # noqa: E402
+from study_cases import AT_STEP_0, DENSE, FIRST, TRAINED, Case  # noqa: E402
 from study_jobs import Job, do_all  # noqa: E402
 from study_page import gathered, write_pages  # noqa: E402
 
@@ -106,11 +106,18 @@ def _random_job(seed: int) -> Job:
 
 def jobs() -> list[Job]:
     """Everything that computes, in order of preference."""
-    trained = [_trained_job(case, seed) for seed in SEEDS for case in TRAINED]
+    papers, others = (
+        [
+            _trained_job(case, seed)
+            for seed in SEEDS
+            for case in TRAINED
+            if (case.name in FIRST) == of_papers
+        ]
+        for of_papers in (True, False)
+    )
     at_step_0 = [_measure_job(), *(_judged_job(case) for case in AT_STEP_0)]
     branches = [_branch_job(name) for name in BRANCHES]
-    one_seed = len(TRAINED)
-    return [_dense_job(), *branches, *trained[:one_seed], *at_step_0, *trained[one_seed:]]
+    return [_dense_job(), *papers, *at_step_0, *branches, *others]
 
 
 def _dense_job() -> Job:

@@ -71,26 +71,32 @@ _GRANULAR = {"method": "granular"}
 DENSE = Case("dense", "dense", _COPY, order="softmax_topk")
 """A mixture of one expert, which it weighs by one: the dense model, by the same trainer."""
 
-TRAINED = (
-    DENSE,
-    Case("copy", "whole", _COPY),
-    *_rescaled("split_random", "parts", "split_random", "N/K", "none", "N", "calibrated"),
-    Case("from scratch, parts", "parts",
-         {"method": "split_random", "rescale": "none"}, start="random"),
-    Case("copy, softmax_topk", "whole", _COPY, order="softmax_topk"),
-    Case("from scratch, whole", "whole",
-         {"method": "drop", "reinit_ratio": 1.0}, start="random"),
+_PAPERS = (
+    *_rescaled("split_random", "parts", "split_random", "N/K", "none"),
     *_rescaled("split_clustered", "parts", "split_clustered", "N/K"),
     *_rescaled("sharing_inner", "parts", "sharing_inner", "N/K"),
-    Case("granular", "half", _GRANULAR),
-    Case("granular, softmax_topk", "half", _GRANULAR, order="softmax_topk"),
-    Case("qwen", "half", {"method": "qwen"}),
+    Case("from scratch, parts", "parts",
+         {"method": "split_random", "rescale": "none"}, start="random"),
+    Case("copy", "whole", _COPY),
+    Case("copy, softmax_topk", "whole", _COPY, order="softmax_topk"),
+    DENSE,
+)  # fmt: skip
+_OTHERS = (
+    *_rescaled("split_random", "parts", "split_random", "N", "calibrated"),
     *_rescaled("split_random with shared", "shared", "split_random", "N/K"),
     *_rescaled("sharing_inter", "shared", "sharing_inter", "N/K"),
     *_rescaled("weaver", "shared", "weaver", "N/K"),
+    Case("granular", "half", _GRANULAR),
+    Case("granular, softmax_topk", "half", _GRANULAR, order="softmax_topk"),
+    Case("qwen", "half", {"method": "qwen"}),
     Case("drop", "whole", {"method": "drop"}),
+    Case("from scratch, whole", "whole",
+         {"method": "drop", "reinit_ratio": 1.0}, start="random"),
     Case("mix", "whole", {"method": "mix"}),
 )  # fmt: skip
+FIRST = tuple(case.name for case in _PAPERS)
+"""What the papers' figures need: trained before the others, all seeds."""
+TRAINED = (*_PAPERS, *_OTHERS)
 """What is trained on. mix: with branches of the dense model as sources."""
 
 _ALL = ("none", "N/K", "N", "calibrated")
