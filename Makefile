@@ -27,7 +27,7 @@ TE_PACKAGES := transformer-engine==$(TE_VERSION) transformer-engine-cu13==$(TE_V
     nvdlfw-inspect==0.2.2 nvidia-cudnn-frontend==1.32.0 einops==0.8.2 ml_dtypes==0.6.0 \
     onnx==1.23.2 onnx-ir==1.1.0 onnxscript==0.7.2
 
-.PHONY: help install demo test test-te test-all golden check format clean chaos study
+.PHONY: help install demo test test-te test-all golden check format clean chaos study bench
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile | expand -t 16
@@ -63,6 +63,9 @@ chaos: $(INSTALLED) ## kill, stop and starve training jobs; writes docs/reliabil
 
 study: $(INSTALLED) ## every method on real text, same tokens each; an hour; writes docs/study.md
 	@$(PYTHON) tools/study.py
+
+bench: $(INSTALLED) ## speed beside peers, on an idle machine; writes the tables of docs/performance.md
+	@$(PYTHON) bench/all.py
 
 check: $(INSTALLED) ## lint, format and types
 	@$(PYTHON) -m ruff check --quiet . && echo "ruff check: clean"

@@ -101,7 +101,7 @@ CASES = {
         Case(name="wide-fp32", sizes=WIDE, rounds=2),
         Case(name="wide-bf16", sizes=WIDE, precision="bf16", rounds=2),
         Case(name="smollm2-fp32", sizes=SMOL, batch=2, rounds=1, resident=False, target=1.3),
-        Case(name="smollm2-bf16", sizes=SMOL, batch=2, rounds=2, resident=False, target=1.3,
+        Case(name="smollm2-bf16", sizes=SMOL, batch=2, rounds=1, resident=False, target=1.3,
              precision="bf16"),
     )
 }  # fmt: skip

@@ -1,0 +1,35 @@
+#!/usr/bin/env python3
+"""The clusters of every layer on two ranks, as `megatron-moe train` finds them at its start."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from megatron_moe.device import cpu
+
+cpu.install()
+
+from megatron_moe.config.load import load
+from megatron_moe.config.run import RunConfig
+from megatron_moe.construct.complete import clustered_tables
+from megatron_moe.device.world import World, run_local_ranks
+from megatron_moe.experts.plan import make_expert_plan
+from megatron_moe.hf.reader import open_dense_checkpoint
+
+
+def main() -> None:
+    """Fork both ranks and cluster."""
+    config = load(RunConfig, Path(sys.argv[1]))
+    run_local_ranks(lambda world: _cluster(config, world), ranks=2, device="cpu")
+
+
+def _cluster(config: RunConfig, world: World) -> None:
+    dense = open_dense_checkpoint(config.dense.path)
+    plan = make_expert_plan(dense.spec, config.moe, config.upcycle)
+    tables = clustered_tables(plan, dense)
+    assert len(tables) == dense.spec.num_layers, world.rank
+
+
+if __name__ == "__main__":
+    main()

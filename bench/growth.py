@@ -1,0 +1,181 @@
+#!/usr/bin/env python3
+"""How the cost of a step grows, one size at a time, at a fixed number of tokens; with plots.
+
+    experts    8 to 128 of one width, two to a token: the products stay, the parameters grow
+    sequence   512 to 8192 tokens of the same 8192: attention grows with the length
+    layers     4 to 32
+    ranks      1 to 16 on the same cores, experts shared by all: the work stays
+
+Each is a power of its size, c * size^e, fitted to the fastest steps. "must" is what e would be if
+only what has to grow did.
+
+    python bench/growth.py          # into bench/results/growth.json and growth-*.svg
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from dense import config_of
+from harness import RESULTS, keep, machine, say
+from plot import Curve, log_log
+
+from megatron_moe.config.load import build
+from megatron_moe.config.run import RunConfig
+
+PHASES = {
+    "forward and backward": ("forward", "dispatch", "experts", "combine", "backward"),
+    "optimizer": ("optimizer", "reduce"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """One point of a curve."""
+
+    experts: int = 8
+    layers: int = 2
+    seq_length: int = 512
+    batch: int = 8
+    hidden: int = 128
+    expert_ffn: int = 128
+    ranks: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Growth:
+    """One curve."""
+
+    values: tuple[int, ...]
+    sizes: Callable[[int], Sizes]
+    why: str
+
+
+GROWTHS = {
+    "experts": Growth(
+        values=(8, 16, 32, 64, 128),
+        sizes=lambda n: Sizes(experts=n),
+        why="optimizer: the parameters' 1; the rest: 0, and a call an expert",
+    ),
+    "sequence": Growth(
+        values=(512, 1024, 2048, 4096, 8192),
+        sizes=lambda n: Sizes(seq_length=n, batch=8192 // n),
+        why="scores grow with 1, products not",
+    ),
+    "layers": Growth(
+        values=(4, 8, 16, 32),
+        sizes=lambda n: Sizes(layers=n, batch=4),
+        why="1, less the output layer's share",
+    ),
+    "ranks": Growth(
+        values=(1, 2, 4, 8, 16),
+        sizes=lambda n: Sizes(ranks=n, batch=16, experts=16),
+        why="0 from as many ranks as cores on; collectives and a process's own work add",
+    ),
+}
+
+
+def main() -> None:
+    """Measure the curves that are asked for, and draw them."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", action="append", choices=list(GROWTHS))
+    parser.add_argument("--steps", type=int, default=3, help="of which the fastest counts")
+    args = parser.parse_args()
+    for name in args.only or GROWTHS:
+        growth, surroundings = GROWTHS[name], machine()
+        points = []
+        for value in growth.values:
+            points.append(step_seconds(growth.sizes(value), args.steps))
+            say(f"growth, {name} {value}: {points[-1]}")
+        found = {
+            "values": list(growth.values),
+            "seconds": points,
+            "must": growth.why,
+            "exponents": {
+                part: exponent(growth.values, [point[part] for point in points])
+                for part in points[0]
+            },
+        }
+        keep("growth", {name: found}, surroundings)
+        curves = [Curve(part, [point[part] for point in points]) for part in points[0]]
+        svg = log_log(growth.values, curves, x_label=name, y_label="seconds a step")
+        (RESULTS / f"growth-{name}.svg").write_text(svg)
+        print(json.dumps({name: found["exponents"]}), flush=True)
+
+
+def exponent(values: tuple[int, ...], seconds: list[float]) -> dict[str, float]:
+    """The e of c * value^e by least squares of logarithms, and of the last doubling alone.
+
+    >>> exponent((1, 2, 4), [3.0, 6.0, 12.0])
+    {'fitted': 1.0, 'last': 1.0}
+    """
+    x, y = np.log(values), np.log(seconds)
+    fitted, last = np.polyfit(x, y, 1)[0], (y[-1] - y[-2]) / (x[-1] - x[-2])
+    return {"fitted": round(float(fitted), 2), "last": round(float(last), 2)}
+
+
+def step_seconds(sizes: Sizes, steps: int) -> dict[str, float]:
+    """Seconds of a step and of its parts, each the least of several."""
+    from megatron_moe.device.world import run_local_ranks
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        config, out = _config(folder, sizes), folder / "seconds.json"
+        run_local_ranks(
+            lambda world: _measure(world, config, steps, out), ranks=sizes.ranks, device="cpu"
+        )
+        return json.loads(out.read_text())
+
+
+def _config(folder: Path, sizes: Sizes) -> RunConfig:
+    dense = config_of(
+        layers=sizes.layers, hidden=sizes.hidden, ffn=sizes.expert_ffn, heads=4, kv_heads=4,
+        vocab=1024,
+    )  # fmt: skip
+    (folder / "dense").mkdir()
+    (folder / "dense" / "config.json").write_text(json.dumps(dense))
+    return build(
+        RunConfig,
+        {
+            "run": {"dir": str(folder / "run"), "device": "cpu"},
+            "dense": {"path": str(folder / "dense")},
+            "moe": {"num_moe_experts": sizes.experts},
+            "parallel": {"expert_parallel_size": sizes.ranks},
+            "data": {"path": "none", "seq_length": sizes.seq_length},
+            "train": {"steps": 100, "global_batch_size": sizes.batch, "precision": "fp32",
+                      "micro_batch_size": max(1, min(8, sizes.batch // sizes.ranks))},
+            "log": {"tensorboard": False},
+        },
+    )  # fmt: skip
+
+
+def _measure(world: Any, config: RunConfig, steps: int, out: Path) -> None:
+    from megatron_moe.bench.steps import Bench, Wish
+
+    it = Bench(config, world, Wish(random=True, routing="balanced"))
+    it.timed_step()
+    whole, phases = [], []
+    for _ in range(steps):
+        start = time.perf_counter()
+        it.timed_step()
+        whole.append(time.perf_counter() - start)
+        phases.append(it.profiled_step())
+    if world.rank == 0:
+        found = {"whole step": min(whole)}
+        for part, names in PHASES.items():
+            found[part] = min(sum(phase[name] for name in names) for phase in phases)
+        out.write_text(json.dumps({part: round(value, 5) for part, value in found.items()}))
+
+
+if __name__ == "__main__":
+    main()
