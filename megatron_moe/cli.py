@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from megatron_moe.cli_evaluate import judging
 from megatron_moe.cli_options import ConfigFile, JsonFlag, Overrides, Ranks, show
 from megatron_moe.cli_pages import pages
 from megatron_moe.config.load import load
@@ -31,6 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(judging)
 app.add_typer(pages)
 
 Routing = Literal["natural", "balanced"]

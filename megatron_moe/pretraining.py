@@ -16,7 +16,12 @@ from megatron_moe.plan.flops import forward_flops, training_flops
 from megatron_moe.plan.shape import upcycled_shape
 from megatron_moe.train.guard import Boundary, Judge
 from megatron_moe.train.loop import Hook, Numbers, run_loop
-from megatron_moe.train.metrics import MetricsWriter, mixture_numbers, step_numbers
+from megatron_moe.train.metrics import (
+    MetricsWriter,
+    held_out_numbers,
+    mixture_numbers,
+    step_numbers,
+)
 from megatron_moe.train.peak import Peak, device_peak
 from megatron_moe.train.state import TrainState
 from megatron_moe.train.step import StepResult, mean_loss, train_step
@@ -146,8 +151,10 @@ def _validate(job: Job, state: TrainState, feed: Feed, numbers: Numbers) -> None
         return
     mean = sum(losses.values()) / len(losses)
     numbers["loss/validation"] = mean
-    if len(feed.texts.training) > 1:
+    if several := len(feed.texts.training) > 1:
         numbers |= {f"loss/validation/{name}": loss for name, loss in losses.items()}
+    if job.world.rank == 0:  # who writes them
+        numbers |= held_out_numbers(losses, feed.held_out_sizes, several=several)
     each = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
     job.say(
         f"step {state.step}: loss on held-out text {mean:.4f}" + f" ({each})" * (len(losses) > 1)

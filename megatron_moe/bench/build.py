@@ -104,8 +104,7 @@ def make_supply(
     config: RunConfig, spec: DenseSpec, groups: ProcessGroupCollection, *, random: bool
 ) -> Supply:
     """This rank's batches: of the run's text, or random tokens made once."""
-    dp, cp = groups.dp, groups.cp
-    seat = Seat(dp_rank=dp.rank(), dp_size=dp.size(), cp_rank=cp.rank(), cp_size=cp.size())
+    seat = Seat.of(groups)
     if random:
         batches = _random_batches(config, spec.vocab_size, seat)
         return lambda _: batches

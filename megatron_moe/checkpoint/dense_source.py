@@ -52,6 +52,11 @@ def open_dense(folder: Path) -> DenseCheckpoint:
     return DistributedDense(folder, spec, tensors, source=source, places=places)
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether there is anything that `open_dense` may open."""
+    return any((folder / file).exists() for file in (INDEX, SINGLE_FILE, INDEX_FILE))
+
+
 @dataclass(frozen=True, slots=True)
 class _Place:
     """Where the rows of a Hugging Face tensor lie in a global tensor."""

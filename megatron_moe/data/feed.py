@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import cached_property
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -15,6 +16,7 @@ from megatron_moe.data.batches import (
     validation_batches,
 )
 from megatron_moe.data.blend import BlendState, next_global_batch
+from megatron_moe.data.held_out import HeldOut, held_out_sizes
 from megatron_moe.data.texts import Texts
 
 
@@ -76,6 +78,15 @@ class Feed:
                 dp_rank=self._seat.dp_rank,
                 dp_size=self._seat.dp_size,
             )
+        )
+
+    @cached_property
+    def held_out_sizes(self) -> dict[str, HeldOut]:
+        """How much text each domain is judged on, by all ranks; reads the tokenizer."""
+        return held_out_sizes(
+            self.texts.validation,
+            num_samples=self._config.data.validation_samples,
+            tokenizer_folder=self._config.dense.path,
         )
 
     def _mine(self, batches: list[Batch]) -> list[Batch]:

@@ -8,10 +8,13 @@ pieces without the normalizer, and loses the space that Llama 2 puts before the 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer
 
@@ -28,6 +31,8 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
+
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 class Tokenizer(Protocol):
@@ -52,6 +57,10 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``, special tokens written out."""
+        ...
+
+    def bytes_by_id(self) -> NDArray[np.int64]:
+        """Bytes of UTF-8 text that each id stands for; 0 for special tokens."""
         ...
 
 
@@ -113,6 +122,16 @@ class HuggingFaceTokenizer:
         """See `Tokenizer.decode`."""
         return self._backend.decode(list(ids), skip_special_tokens=False)
 
+    def bytes_by_id(self) -> NDArray[np.int64]:
+        """See `Tokenizer.bytes_by_id`."""
+        byte_level = "ByteLevel" in str(self._backend.decoder)  # a letter of a piece is a byte
+        sizes_V = np.zeros(self.vocab_size, dtype=np.int64)
+        for piece, i in self._backend.get_vocab(with_added_tokens=False).items():
+            sizes_V[i] = len(piece) if byte_level else _bytes_of_piece(piece)
+        for i, token in self._backend.get_added_tokens_decoder().items():
+            sizes_V[i] = 0 if token.special else len(token.content.encode())
+        return sizes_V
+
 
 class SentencePieceTokenizer:
     """A SentencePiece model, as Llama 1 and 2 were released."""
@@ -140,6 +159,23 @@ class SentencePieceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """See `Tokenizer.decode`."""
         return self._model.decode(list(ids))
+
+    def bytes_by_id(self) -> NDArray[np.int64]:
+        """See `Tokenizer.bytes_by_id`."""
+        model = self._model
+        said = [not (model.is_control(i) or model.is_unknown(i)) for i in range(self.vocab_size)]
+        pieces = [model.id_to_piece(i) for i in range(self.vocab_size)]
+        sizes = [_bytes_of_piece(p) if s else 0 for p, s in zip(pieces, said, strict=True)]
+        return np.array(sizes, dtype=np.int64)
+
+
+def _bytes_of_piece(piece: str) -> int:
+    """Of a piece as SentencePiece writes it: U+2581 is a space, <0x0A> one byte.
+
+    >>> [_bytes_of_piece(piece) for piece in ("\u2581the", "<0x0A>", "\u00e9")]
+    [4, 1, 2]
+    """
+    return 1 if _BYTE.fullmatch(piece) else len(piece.replace("\u2581", " ").encode())
 
 
 def _auto_tokenizer(folder: Path) -> Any:

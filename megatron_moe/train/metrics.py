@@ -7,6 +7,9 @@ loss/load_balancing                       before its coefficient, mean of MoE la
 loss/router_z                             before its coefficient, mean of MoE layers and tokens
 loss/validation                           nats per token over held-out text, mean of domains
 loss/validation/DOMAIN                    the same of each domain, where there are several
+perplexity/validation                     exp of it; of each domain, where there are several
+bits_per_byte/validation                  bits per byte of held-out text, where there is a
+                                          tokenizer; of each domain, where there are several
 mixing/weight/DOMAIN                      share of the samples to come
 mixing/share/DOMAIN                       share of the samples so far
 mixing/epochs/DOMAIN                      how often its text has been read so far
@@ -44,6 +47,7 @@ from torch import Tensor
 
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.blend import BlendState
+from megatron_moe.data.held_out import HeldOut
 from megatron_moe.device.memory import peak_bytes
 from megatron_moe.train.step import StepResult
 
@@ -120,6 +124,18 @@ def mixture_numbers(blend: BlendState, num_chunks: Mapping[str, int]) -> Numbers
             numbers[f"mixing/share/{name}"] = consumed / max(blend.position, 1)
             numbers[f"mixing/epochs/{name}"] = consumed / num_chunks[name]
     return numbers
+
+
+def held_out_numbers(
+    losses: Mapping[str, float], sizes: Mapping[str, HeldOut], *, several: bool
+) -> Numbers:
+    """What follows from the losses on held-out text; where there are several, domain by domain."""
+    numbers: Numbers = {}
+    for domain, loss in losses.items():
+        place = f"validation/{domain}" if several else "validation"
+        figures = sizes[domain].figures(loss)
+        numbers |= {f"{name}/{place}": figures[name] for name in ("perplexity", "bits_per_byte")}
+    return {name: value for name, value in numbers.items() if value is not None}
 
 
 def _max_over_ranks(*values: float) -> list[float]:

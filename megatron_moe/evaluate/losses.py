@@ -1,0 +1,175 @@
+"""Loss on held-out text, domain by domain: the dense model, the MoE at step 0, and a checkpoint.
+
+All three read the same sequences, those that training validates on. The dense model is computed by
+transformers, whole, on rank 0; step 0 by upcycling again in the place of the checkpoint's weights,
+for upcycling draws the same bits under every layout.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_moe.checkpoint.dense_source import DistributedDense, has_weights, open_dense
+from megatron_moe.checkpoint.restored import Restored, restored_model
+from megatron_moe.config.run import Domain, Mixing, RunConfig
+from megatron_moe.data.feed import Feed, Seat
+from megatron_moe.data.reference import dense_losses
+from megatron_moe.data.texts import Texts, open_texts
+from megatron_moe.device.world import World
+from megatron_moe.errors import ConfigError
+from megatron_moe.evaluate.record import Evaluation, Figures
+from megatron_moe.hf.reader import DenseCheckpoint, open_mixed
+from megatron_moe.hf.spec import read_spec
+from megatron_moe.model.config import DTYPES
+from megatron_moe.model.router import expert_biases
+from megatron_moe.model.upcycle import upcycle
+from megatron_moe.train.step import mean_loss
+
+
+def evaluate(config: RunConfig, world: World, checkpoint: Path) -> Evaluation:
+    """Judge a checkpoint on the run's held-out text; runs on every rank of any layout.
+
+    Args:
+        config: The run, as `judging` makes it; `legality.check` has passed it.
+        world: This rank's place in the joined job.
+        checkpoint: A checkpoint folder.
+
+    Returns:
+        On rank 0, everything; elsewhere without the figures that rank 0 alone computes.
+
+    Raises:
+        ConfigError: Nothing is held out.
+    """
+    texts = open_texts(config, vocab_size=read_spec(config.dense.path).vocab_size)
+    if not texts.validation:
+        raise ConfigError(
+            "no text is held out, so there is nothing to evaluate on.\n"
+            "  set data.validation_path=FILE, or data.validation_fraction"
+        )
+    dense, remarks = _dense(config)
+    of_dense = None
+    if dense is not None and not isinstance(dense, DistributedDense):
+        of_dense = _dense_losses(config, world, texts) if world.rank == 0 else {}
+        dist.barrier()
+    elif dense is not None:
+        remarks.append(
+            f"dense: transformers does not load a distributed checkpoint ({dense.folder})"
+        )
+
+    restored = restored_model(config, world, checkpoint)
+    feed = Feed(texts, config, Seat.of(restored.groups))
+    now = _losses(config, restored, feed)
+    at_step_0 = None
+    if dense is not None:
+        _upcycle_again(config, world, restored, dense)
+        at_step_0 = _losses(config, restored, feed)
+    return _evaluation(
+        checkpoint, restored, config, world, feed, [of_dense, at_step_0, now], remarks
+    )
+
+
+def judging(config: RunConfig, world_size: int) -> RunConfig:
+    """A run's configuration without what only training needs: text, references, a global batch."""
+    data = config.data
+    mixing = Mixing(weights=data.mixing.weights)
+    domains = {name: _held_out_alone(domain) for name, domain in (data.domains or {}).items()}
+    update = {"mixing": mixing, "domains": domains or None}
+    if data.validation_path is not None:
+        update["path"] = data.validation_path
+    batch = config.train.micro_batch_size * world_size
+    return config.model_copy(
+        update={
+            "data": data.model_copy(update=update),
+            "train": config.train.model_copy(update={"global_batch_size": batch}),
+        }
+    )
+
+
+def _held_out_alone(domain: Domain) -> Domain:
+    """The domain with its held-out text in the place of what it trains on, which is not read."""
+    return domain.model_copy(update={"path": domain.validation_path or domain.path})
+
+
+def _dense(config: RunConfig) -> tuple[DenseCheckpoint | None, list[str]]:
+    if has_weights(config.dense.path):
+        return open_dense(config.dense.path), []
+    missing = f"dense, step 0: the weights of the dense model are not in {config.dense.path}"
+    return None, [f"{missing} (dense.path=FOLDER names another place)"]
+
+
+def _dense_losses(config: RunConfig, world: World, texts: Texts) -> dict[str, float]:
+    return dense_losses(
+        config.dense.path,
+        texts.validation,
+        num_samples=config.data.validation_samples,
+        reset_attention=config.data.reset_attention,
+        device=world.device,
+        dtype=DTYPES[config.train.precision],
+    )
+
+
+def _losses(config: RunConfig, restored: Restored, feed: Feed) -> dict[str, float]:
+    return {
+        name: mean_loss(
+            restored.modules, feed.held_out(name), config, restored.model, restored.groups
+        )
+        for name in feed.texts.validation
+    }
+
+
+def _upcycle_again(
+    config: RunConfig, world: World, restored: Restored, dense: DenseCheckpoint
+) -> None:
+    for bias_E, _ in expert_biases(restored.model.modules):
+        bias_E.zero_()
+    upcycle(
+        restored.model,
+        dense,
+        restored.plan,
+        layout=restored.layout,
+        rank=world.rank,
+        mix_with=open_mixed(dense, config.upcycle.mix_with),
+    )
+
+
+def _evaluation(
+    checkpoint: Path,
+    restored: Restored,
+    config: RunConfig,
+    world: World,
+    feed: Feed,
+    losses: list[dict[str, float] | None],
+    remarks: list[str],
+) -> Evaluation:
+    sizes = feed.held_out_sizes if world.rank == 0 else {}
+    if any(size.bytes is None for size in sizes.values()):
+        remarks.append(f"bits per byte: there is no tokenizer in {config.dense.path}")
+
+    def figures(of: dict[str, float]) -> dict[str, Figures]:
+        return {
+            name: {"tokens": size.tokens, "bytes": size.bytes, **_finite(size.figures(of[name]))}
+            for name, size in sizes.items()
+        }
+
+    dense, step_0, now = (None if of is None else figures(of) for of in losses)
+    assert now is not None
+    return Evaluation(
+        checkpoint=str(checkpoint),
+        step=restored.progress.step,
+        seq_length=config.data.seq_length,
+        domains=now,
+        dense=dense,
+        step_0=step_0,
+        remarks=(*feed.texts.remarks, *remarks),
+    )
+
+
+def _finite(figures: dict[str, float | None]) -> Figures:
+    """JSON has no NaN and no infinity: null stands for them."""
+    return {
+        name: value if value is not None and math.isfinite(value) else None
+        for name, value in figures.items()
+    }
