@@ -1,5 +1,6 @@
 """README and CONTRIBUTING say nothing that is not so: commands, settings, files, names."""
 
+import argparse
 import importlib
 import re
 import shlex
@@ -14,7 +15,7 @@ from megatron_moe.config.load import load
 from megatron_moe.config.run import RunConfig
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/data.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/data.md", "docs/evaluation.md")
 README = (ROOT / "README.md").read_text()
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
@@ -65,6 +66,15 @@ def test_there_are_commands():
     }
 
 
+def harness_options() -> set[str]:
+    """What `lm-eval run` takes."""
+    from lm_eval._cli.run import Run
+
+    subparsers = argparse.ArgumentParser().add_subparsers()
+    Run.create(subparsers)
+    return set(subparsers.choices["run"]._option_string_actions)
+
+
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
 def test_a_command_names_what_exists(words):
     program = Path(words[0]).name
@@ -74,6 +84,8 @@ def test_a_command_names_what_exists(words):
         known = typer.main.get_command(app).commands  # type: ignore[attr-defined]
         assert words[1] in known
         options = {option for parameter in known[words[1]].params for option in parameter.opts}
+        if "--tasks" in words:
+            options |= harness_options()
         assert {word for word in words if word.startswith("--")} <= options
     else:
         assert any((ROOT / word).is_file() for word in words), words

@@ -27,6 +27,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from megatron_moe.evaluate.speak import completions, load_model
+
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG, RUNS = "configs/demo.yaml", Path("runs")
 DENSE, TEXT = RUNS / "models/smollm2-135m", RUNS / "text"
@@ -93,7 +95,8 @@ def demo() -> None:
     dense_loss = mean_loss(load(DENSE), tokens_NT)
     moe = load(RUN / "hf")
     exported_loss = mean_loss(moe, tokens_NT)
-    console.print(f"  [italic]{complete(moe)}[/italic]")
+    (said,) = completions(moe, ROOT / RUN / "hf", [PROMPT], new_tokens=NEW_TOKENS)
+    console.print(f"  [italic]{said}[/italic]")
     del moe
 
     say("5. The same dense model under another layout: pp2 x dp2 for attention, ep2 for experts")
@@ -161,12 +164,8 @@ def held_out_tokens() -> torch.Tensor:
 
 def load(folder: Path) -> Any:
     """The model of a Hugging Face folder, as transformers makes it of its config.json."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
     start = time.monotonic()
-    model = AutoModelForCausalLM.from_pretrained(ROOT / folder, dtype=torch.float32).eval()
+    model = load_model(ROOT / folder, device="cpu", dtype=torch.float32)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     console.print(
         f"  {folder}: {type(model).__name__}, {parameters / 1e6:.0f} M parameters, loaded in "
@@ -183,18 +182,6 @@ def mean_loss(model: Any, tokens_NT: torch.Tensor) -> float:
         for ids_T in tokens_NT
     ]
     return float(torch.stack(losses).double().mean())
-
-
-def complete(model: Any) -> str:
-    """The prompt and what the model goes on with, greedily."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / RUN / "hf")
-    given = tokenizer(PROMPT, return_tensors="pt")
-    made = model.generate(
-        **given, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=tokenizer.eos_token_id
-    )
-    return tokenizer.decode(made[0], skip_special_tokens=True)
 
 
 def closing_table(trained: Trained, other: Trained, dense: float, exported: float) -> Table:

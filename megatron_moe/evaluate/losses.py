@@ -7,7 +7,6 @@ for upcycling draws the same bits under every layout.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import torch.distributed as dist
@@ -150,7 +149,7 @@ def _evaluation(
 
     def figures(of: dict[str, float]) -> dict[str, Figures]:
         return {
-            name: {"tokens": size.tokens, "bytes": size.bytes, **_finite(size.figures(of[name]))}
+            name: {"tokens": size.tokens, "bytes": size.bytes, **size.figures(of[name])}
             for name, size in sizes.items()
         }
 
@@ -165,11 +164,3 @@ def _evaluation(
         step_0=step_0,
         remarks=(*feed.texts.remarks, *remarks),
     )
-
-
-def _finite(figures: dict[str, float | None]) -> Figures:
-    """JSON has no NaN and no infinity: null stands for them."""
-    return {
-        name: value if value is not None and math.isfinite(value) else None
-        for name, value in figures.items()
-    }

@@ -41,7 +41,7 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
     """Write ``record``: complete under its name, or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f".{path.name}.partial")
-    text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(record, indent=2, ensure_ascii=False)
     staged.write_text(text + "\n", encoding="utf-8")
     staged.replace(path)
 
