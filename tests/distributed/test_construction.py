@@ -1,10 +1,12 @@
 """Every method, under layouts that cut experts, layers and attention differently: the same bits.
 
-The ranks' parts are put together under the global names that checkpoints and the export use.
+The ranks' parts are put together under the global names that checkpoints use, without a file; and
+saved, exported and compared as what leaves the project.
 """
 
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,11 +15,25 @@ from construction import CASES, make_plan, settings
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories, is_main_replica
 from ranks import run_on_ranks
+from safetensors.torch import load_file
 from tiny import save_dense
 from torch import Tensor
 
-from megatron_moe.config.run import Data, Dense, Moe, Parallel, Run, RunConfig, Train, Upcycle
+from megatron_moe.checkpoint.export import export_checkpoint
+from megatron_moe.config.run import (
+    Data,
+    Dense,
+    Method,
+    Moe,
+    Parallel,
+    Run,
+    RunConfig,
+    Train,
+    Upcycle,
+)
 from megatron_moe.device.world import World
+from megatron_moe.experts.file import PLAN_FILE, write_plan
+from megatron_moe.experts.plan import ExpertPlan
 from megatron_moe.hf.names import dense_tensors
 from megatron_moe.hf.reader import open_dense_checkpoint, open_mixed
 from megatron_moe.parallel.legality import violations
@@ -32,6 +48,11 @@ LAYOUTS: dict[str, dict[str, int]] = {  # of 4 ranks
     "pp2-etp2": {"pipeline_parallel_size": 2, "expert_tensor_parallel_size": 2},
     "cp2-etp4": {"context_parallel_size": 2, "expert_tensor_parallel_size": 4},
 }  # fmt: skip
+
+METHODS = [case for case, (_, upcycle) in CASES.items() if upcycle.get("method", "copy") == case]
+"""A case of each of the ten methods."""
+EXPORTED = [(case, layout) for case in METHODS for layout in list(LAYOUTS)[1:]]
+"""Under four layouts; the rest takes longer."""
 
 NEURONS_READ = {  # a layer, of 96; "dp4" holds all experts, "ep4" one, "cp2-etp4" a quarter of each
     "copy": {"dp4": 96, "ep4": 96, "cp2-etp4": 24},
@@ -53,34 +74,51 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     ]
 
 
-def run_config(folders: list[Path], parallel: dict[str, int], moe: Moe, upcycle: Upcycle):
+def run_config(run: Path, folders: list[Path], layout: str, moe: Moe, upcycle: Upcycle):
     mixed = [folders[1]] if upcycle.mix_with else []
     return RunConfig(
-        run=Run(dir=folders[0] / "run"),
+        run=Run(dir=run),
         dense=Dense(path=folders[0]),
         moe=moe,
         upcycle=upcycle.model_copy(update={"mix_with": mixed}),
-        parallel=Parallel(**parallel),
+        parallel=Parallel(**LAYOUTS[layout]),
         data=Data(path=folders[0] / "unused", seq_length=32),
         train=Train(steps=0, precision="fp32", global_batch_size=4),
         optimizer={"warmup_steps": 0},
     )
 
 
-def test_weights_are_the_same_bits_under_every_layout(folders: list[Path]):
+def test_weights_and_exports_are_the_same_bits(folders: list[Path], tmp_path: Path):
     """All methods in one world: starting ranks and groups is what takes time."""
+    configs = run_configs(tmp_path, folders)
+    run_on_ranks(check_layouts, configs, EXPORTED, world_size=4)
+    compare_exports({pair: configs[pair] for pair in EXPORTED})
+
+
+@pytest.mark.slow
+def test_what_else_is_exported_is_the_same_bits(folders: list[Path], tmp_path: Path):
+    configs = run_configs(tmp_path, folders)
+    first = list(LAYOUTS)[1]
+    pairs = [(c, name) for c, name in configs if (c, name) not in EXPORTED or name == first]
+    run_on_ranks(check_layouts, configs, pairs, world_size=4)
+    compare_exports({pair: configs[pair] for pair in pairs})
+
+
+def run_configs(root: Path, folders: list[Path]) -> dict[tuple[str, str], RunConfig]:
     configs = {
-        (case, layout): run_config(folders, parallel, *settings(case))
-        for layout, parallel in LAYOUTS.items()
+        (case, layout): run_config(root / f"{case}-{layout}", folders, layout, *settings(case))
+        for layout in LAYOUTS
         for case in CASES
     }
     spec = open_dense_checkpoint(folders[0]).spec
     for config in configs.values():
         assert not violations(config, spec, 4)
-    run_on_ranks(check_layouts, configs, world_size=4)
+    return configs
 
 
-def check_layouts(world: World, configs: dict[tuple[str, str], RunConfig]) -> None:
+def check_layouts(
+    world: World, configs: dict[tuple[str, str], RunConfig], saved: list[tuple[str, str]]
+) -> None:
     from megatron_moe.parallel.groups import create_groups, destroy_groups
 
     first: dict[str, dict[str, Tensor]] = {}
@@ -88,7 +126,7 @@ def check_layouts(world: World, configs: dict[tuple[str, str], RunConfig]) -> No
         layout, groups = create_groups(Parallel(**parallel), seed=0)
         for case in CASES:
             config = configs[case, name]
-            model, filled = filled_model(config, layout, groups, world.rank)
+            model, filled, plan = filled_model(config, layout, groups, world.rank)
             if (neurons := NEURONS_READ.get(case, {}).get(name)) is not None:
                 assert filled.bytes_read == expected_bytes(config, neurons), (case, name)
             weights = global_weights(model, groups)
@@ -98,10 +136,12 @@ def check_layouts(world: World, configs: dict[tuple[str, str], RunConfig]) -> No
                 assert expected.keys() == weights.keys()
                 other = [key for key in expected if not torch.equal(expected[key], weights[key])]
                 assert not other, (case, name, other)
+            if (case, name) in saved:
+                save(config, model, plan, groups, rank=world.rank)
         destroy_groups()
 
 
-def filled_model(config: RunConfig, layout: Any, groups: Any, rank: int) -> tuple[Any, Any]:
+def filled_model(config: RunConfig, layout: Any, groups: Any, rank: int) -> tuple[Any, Any, Any]:
     from megatron_moe.model.build import build_model
     from megatron_moe.model.router import set_output_scales
     from megatron_moe.model.upcycle import check_coverage, upcycle
@@ -118,7 +158,43 @@ def filled_model(config: RunConfig, layout: Any, groups: Any, rank: int) -> tupl
     sources = 1 + len(mixed)
     expected = sources * len(dict(dense_tensors(dense.spec)))
     assert check_coverage(filled, dense, num_sources=sources) == expected
-    return model, filled
+    return model, filled, plan
+
+
+def save(config: RunConfig, model: Any, plan: ExpertPlan, groups: Any, *, rank: int) -> None:
+    """A checkpoint of step 0, as the run would write it."""
+    from megatron_moe.checkpoint.sharded import Saver
+    from megatron_moe.train.state import make_state
+
+    if rank == 0 and plan.tables:
+        write_plan(config.run.dir / PLAN_FILE, plan, source="drawn")
+    state = make_state(config, model, groups, cuda=False)
+    with Saver(config, plan_hash=plan.hash, say=lambda line: None) as saver:
+        saver.save(state, groups)
+
+
+def compare_exports(configs: dict[tuple[str, str], RunConfig]) -> None:
+    """Files of the exported folders, tensor by tensor, with those of the case's first layout."""
+    first: dict[str, tuple[str, dict[str, Tensor]]] = {}
+    for (case, layout), config in configs.items():
+        out = config.run.dir / "hf"
+        export_checkpoint(config.run.dir, out)
+        tensors = {
+            name: tensor
+            for path in out.glob("*.safetensors")
+            for name, tensor in load_file(path).items()
+        }
+        settings_text = (out / "config.json").read_text()
+        expected_text, expected = first.setdefault(case, (settings_text, tensors))
+        assert settings_text == expected_text, (case, layout)
+        assert tensors.keys() == expected.keys(), (case, layout)
+        other = [key for key in tensors if not torch.equal(tensors[key], expected[key])]
+        assert not other, (case, layout, other)
+        shutil.rmtree(config.run.dir)
+
+
+def test_every_method_is_exported():
+    assert set(METHODS) == set(get_args(Method))
 
 
 def expected_bytes(config: RunConfig, neurons: int) -> int:

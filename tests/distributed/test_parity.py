@@ -10,13 +10,15 @@ import pytest
 import torch
 from layouts import LAYOUTS
 from ranks import run_on_ranks
-from tiny import save_dense
+from tiny import SHAPE, save_dense
 
-from megatron_moe.config.run import Data, Dense, Moe, Parallel, Run, RunConfig, Train
+from megatron_moe.config.run import Data, Dense, Moe, Parallel, Run, RunConfig, Train, Upcycle
 from megatron_moe.device.world import World
 from megatron_moe.experts.plan import make_expert_plan
 from megatron_moe.hf.names import dense_tensors
 from megatron_moe.hf.reader import open_dense_checkpoint
+from megatron_moe.hf.spec import read_spec
+from megatron_moe.parallel.legality import violations
 
 pytestmark = pytest.mark.distributed
 TOLERANCE = 1e-4
@@ -58,7 +60,8 @@ def run_config(folder: Path, parallel: dict[str, int], **moe: object) -> RunConf
         moe=Moe(num_moe_experts=4, **moe),
         parallel=Parallel(**parallel),
         data=Data(path=folder / "unused", seq_length=32),
-        train=Train(steps=0, precision="fp32"),
+        train=Train(steps=0, precision="fp32", global_batch_size=4),
+        optimizer={"warmup_steps": 0},
     )
 
 
@@ -66,6 +69,27 @@ def run_config(folder: Path, parallel: dict[str, int], **moe: object) -> RunConf
 def test_logits_equal_the_dense_models(folders: dict[str, Path], model: str, layout: str):
     world_size, parallel = LAYOUTS[layout]
     run_on_ranks(check_logits, run_config(folders[model], parallel), world_size=world_size)
+
+
+GRANULAR = {  # experts are G shards of the FFN in two replicas, and a token passes G of them
+    "G2-ep2": (2, "tp2-ep2", "weights"),
+    "G2-pp2-runtime": (2, "pp2", "runtime"),
+    "G4-ep4": (4, "ep4", "weights"),
+    "G4-etp2-runtime": (4, "etp2", "runtime"),
+}
+
+
+@pytest.mark.parametrize("case", GRANULAR)
+def test_granular_exact_is_the_dense_model(folders: dict[str, Path], case: str):
+    granularity, layout, rescale_at = GRANULAR[case]
+    world_size, parallel = LAYOUTS[layout]
+    config = run_config(folders["llama"], parallel)
+    sizes = {"num_moe_experts": 2 * granularity, "moe_router_topk": granularity,
+             "moe_ffn_hidden_size": SHAPE["intermediate_size"] // granularity}  # fmt: skip
+    upcycle = Upcycle(method="granular", scale="exact", rescale_at=rescale_at, permutation_seed=1)
+    config = config.model_copy(update={"moe": Moe(**sizes), "upcycle": upcycle})
+    assert not violations(config, read_spec(folders["llama"]), world_size)
+    run_on_ranks(check_logits, config, world_size=world_size)
 
 
 def test_mixed_dense_and_moe_layers(folders: dict[str, Path]):
@@ -82,6 +106,7 @@ def test_softmax_topk_of_copies_is_not_the_dense_model(folders: dict[str, Path])
 
 def check_logits(world: World, config: RunConfig) -> None:
     from megatron_moe.model.build import build_model
+    from megatron_moe.model.router import set_output_scales
     from megatron_moe.model.upcycle import check_coverage, upcycle
     from megatron_moe.model.verify import compare_with_dense
     from megatron_moe.parallel.groups import create_groups
@@ -96,6 +121,7 @@ def check_logits(world: World, config: RunConfig) -> None:
     for module in model.modules:
         for parameter in module.parameters():
             parameter.data.fill_(float("nan"))  # what is not filled shows
+    set_output_scales(model.modules, plan)
     filled = upcycle(model, dense, plan, layout=layout, rank=world.rank)
     assert check_coverage(filled, dense) == len(dict(dense_tensors(dense.spec)))
 
