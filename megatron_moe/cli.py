@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from megatron_moe.cli_analyze import analyze
 from megatron_moe.cli_evaluate import judging
 from megatron_moe.cli_options import ConfigFile, JsonFlag, Overrides, Ranks, show
 from megatron_moe.cli_pages import pages
@@ -34,6 +35,7 @@ app = typer.Typer(
 )
 app.add_typer(judging)
 app.add_typer(pages)
+app.command()(analyze)
 
 Routing = Literal["natural", "balanced"]
 

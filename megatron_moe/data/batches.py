@@ -41,7 +41,7 @@ class Batch:
     """Place of each token in its sequence, int64; it survives slicing."""
 
     samples_B: Tensor
-    """Number of each sample in the run, int64."""
+    """Number of each sample in the run, or in the text that it validates on, int64."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The batch with ``change`` applied to every tensor of tokens, e.g. a copy to the GPU."""
@@ -113,7 +113,8 @@ def validation_batches(
     batches = []
     for start in _starts(padded, micro_batch_size, dp_rank, dp_size):
         indices = range(start, start + micro_batch_size)
-        batch = make_batch([samples.chunk(min(i, num_samples - 1)) for i in indices])
+        chunks = [samples.chunk(min(i, num_samples - 1)) for i in indices]
+        batch = make_batch(chunks, first=start)
         counts_B1 = torch.tensor([[i < num_samples] for i in indices])
         batches.append(replace(batch, loss_mask_BS=batch.loss_mask_BS * counts_B1))
     return batches

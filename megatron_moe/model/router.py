@@ -8,7 +8,7 @@ Shape letters of this module:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from copy import copy
 from typing import Any
 
@@ -19,6 +19,10 @@ from torch import Tensor
 from megatron_moe.experts.plan import ExpertPlan
 from megatron_moe.model.capacity import Capacity, kept_choices, kept_over_ranks, padded
 from megatron_moe.parallel.sequence import zigzag
+
+Observer = Callable[[Tensor, Tensor, Tensor], None]
+"""Told of a pass over T tokens, each ``(T, E)``: every expert's share of a token's score, all of
+them together one; which were chosen; and which of these no capacity limit dropped."""
 
 
 def set_output_scales(modules: Iterable[torch.nn.Module], plan: ExpertPlan) -> None:
@@ -55,6 +59,9 @@ class CountingRouter(TopKRouter):
     output_scale: float = 1.0
     """Factor of the combine weights, and so of the routed experts' output."""
 
+    observe: Observer | None = None
+    """Called in every pass; it must change nothing."""
+
     _chosen_E: Tensor | None = None
     _scores_E: Tensor | None = None
     _sums: Tensor | None = None
@@ -76,6 +83,9 @@ class CountingRouter(TopKRouter):
             map_TE, probs_TE = self._drop(probs_TE, chosen_TE, batch=logits.shape[1])
         if self.training and torch.is_grad_enabled():
             self._count(logits.detach().flatten(0, -2), chosen_TE, probs_TE.detach())
+        if self.observe is not None:
+            scores_TE = self._log_scores(logits.detach().flatten(0, -2).double()).exp()
+            self.observe(scores_TE, chosen_TE, map_TE & chosen_TE)
         if self.output_scale != 1.0:
             probs_TE = probs_TE * self.output_scale
         return probs_TE, map_TE

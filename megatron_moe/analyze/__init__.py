@@ -1,0 +1,1 @@
+"""JUDGE: what the routers of a trained model do with text, and what became of its experts."""

@@ -1,0 +1,191 @@
+"""`megatron-moe analyze` on a trained run: the same numbers under any layout, and its files.
+
+A tiny model is trained for two large steps first, so that experts differ. Floats of layouts differ
+in the seventh digit, and the file keeps six after the point.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from layouts import changes
+from ranks import run_on_ranks
+from tiny import save_dense
+from training_runs import run_training, tree, write_tokens
+
+from megatron_moe.analyze.record import Analysis, path_of, read_analysis
+from megatron_moe.checkpoint.folder import run_of, step_folder
+from megatron_moe.checkpoint.global_tensors import GlobalTensors
+from megatron_moe.cli import app
+from megatron_moe.config.run import RunConfig
+from megatron_moe.device.world import World
+from megatron_moe.errors import ConfigError, DataError
+
+pytestmark = pytest.mark.distributed
+SEQ_LENGTH, SAMPLES, LAYERS, TOPK = 32, 5, [0, 1, 3], 2
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two domains and two checkpoints."""
+    root = tmp_path_factory.mktemp("analyze")
+    domains = {
+        name: {"path": str(write_tokens(root / name, seed=seed)), "weight": 0.5}
+        for seed, name in enumerate(("left", "right"))
+    }
+    settings = tree(
+        root / "run", save_dense(root / "dense"), root,
+        moe={"moe_layers": LAYERS}, upcycle={"permutation_seed": 3},
+        train={"steps": 2, "global_batch_size": 4},
+        optimizer={"lr": 1e-2, "min_lr": 1e-2, "warmup_steps": 0}, checkpoint={"interval": 1},
+    )  # fmt: skip
+    settings["data"] = {
+        "domains": domains, "validation_fraction": 0.2, "seq_length": SEQ_LENGTH,
+        "validation_samples": SAMPLES,
+    }  # fmt: skip
+    run_training(settings, world_size=1)
+    write_tokens(root / "elsewhere", seed=7)
+    return root / "run"
+
+
+def overrides(name: str) -> tuple[int, list[str]]:
+    world_size, found = changes(name)
+    return world_size, [
+        f"{section}.{key}={json.dumps(value)}"
+        for section, values in found.items()
+        for key, value in values.items()
+    ]
+
+
+def analyzed(run: Path, name: str) -> Analysis:
+    world_size, settings = overrides(name)
+    checkpoint, config = run_of(run, settings)
+    run_on_ranks(analyze_there, config, checkpoint, world_size=world_size)
+    return read_analysis(path_of(run, 2))
+
+
+def analyze_there(world: World, config: RunConfig, checkpoint: Path) -> None:
+    from megatron_moe.analyze.command import analyze
+
+    analyze(config, world, [checkpoint], sets={}, say=lambda _: None)
+
+
+@pytest.fixture(scope="module")
+def alone(run: Path) -> Analysis:
+    return analyzed(run, "1")
+
+
+def test_counts_add_up(alone: Analysis):
+    assert alone.layers == LAYERS
+    assert alone.tokens == dict.fromkeys(("left", "right"), SEQ_LENGTH * SAMPLES)
+    for name, tokens in alone.tokens.items():
+        assert [sum(counts) for counts in alone.counts[name]] == [tokens * TOPK] * len(LAYERS)
+        halves_HLE = np.array(alone.counts_of_halves[name])
+        assert (halves_HLE.sum(axis=0) == np.array(alone.counts[name])).all()
+        early = 3 * SEQ_LENGTH  # three samples of five
+        assert (halves_HLE[0].sum(axis=-1) == early * TOPK).all()
+    both_LE = np.array(alone.counts["left"]) + np.array(alone.counts["right"])
+    together_LEE = np.array(alone.coactivation)
+    assert (together_LEE.diagonal(axis1=1, axis2=2) == both_LE).all()
+    # A token of K experts stands in K rows and K columns.
+    assert (together_LEE.sum(axis=(1, 2)) == sum(alone.tokens.values()) * TOPK**2).all()
+    assert np.ptp(both_LE, axis=1).all(), "all experts alike: the comparison below proves nothing"
+
+
+@pytest.mark.parametrize(
+    "name", ["dp4 ep4", "tp2 ep2", "pp2", "tp2 cp2 ep2 recompute-full", "pp2 vpp2 recompute-moe"]
+)
+def test_layouts_count_the_same(run: Path, alone: Analysis, name: str):
+    found = analyzed(run, name)
+    exact = (
+        "layers",
+        "domains",
+        "tokens",
+        "counts",
+        "dropped",
+        "dead",
+        "coactivation",
+        "distances",
+    )
+    for field in (*exact, "entropy", "max_over_mean"):
+        assert getattr(found, field) == getattr(alone, field), field
+    assert found.similarity == alone.similarity
+    for domain in alone.domains:
+        assert found.loss[domain] == pytest.approx(alone.loss[domain], rel=1e-5)
+        assert found.confidence[domain] == pytest.approx(alone.confidence[domain], abs=2e-6)
+
+
+def test_the_checkpoints_experts_are_compared(run: Path, alone: Analysis):
+    """Two of them, by hand out of the global tensors: permuted copies of the same dense neurons."""
+    from megatron_moe.experts.plan import make_expert_plan
+    from megatron_moe.hf.spec import read_spec
+
+    _, config = run_of(run)
+    plan = make_expert_plan(read_spec(config.dense.path), config.moe, config.upcycle)
+    key = "decoder.layers.3.mlp.experts.experts.linear_fc{}.weight"
+    vectors = []
+    with GlobalTensors(step_folder(run, 2)) as tensors:
+        for expert in (0, 2):
+            order = np.argsort(plan.layer(3).neurons_EM[expert])
+            fc1, fc2 = (
+                tensors.read(key.format(i), index=expert, dtype=torch.float64).numpy()
+                for i in (1, 2)
+            )
+            gate, up = np.split(fc1, 2)
+            vectors.append(np.concatenate([gate[order], up[order], fc2.T[order]]).ravel())
+    a, b = vectors
+    cosine = a @ b / np.sqrt((a @ a) * (b @ b))
+    assert alone.similarity.between_experts[2][0][2] == pytest.approx(cosine, abs=1e-6)
+    assert 0.9 < cosine < 0.9999, "two large steps part the copies, a little"
+    assert alone.similarity.to_dense is not None
+    assert (np.array(alone.similarity.to_dense) < 0.9999).all()
+
+
+def said(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What the command prints; ranks are other processes, so it is read where they write it."""
+    app(["analyze", *arguments], standalone_mode=False)
+    return capfd.readouterr().out
+
+
+def test_every_step_and_other_texts_from_the_command_line(run: Path, capfd):
+    elsewhere = f"far={run.parent / 'elsewhere'}"
+    printed = said(capfd, str(run), "--all-steps", "--set", elsewhere, "--json")
+    first, second = json.loads(printed)["analyses"]
+    assert [first["step"], second["step"]] == [1, 2]
+    assert first["domains"] == ["left", "right", "far"]
+    assert first["evaluation_sets"] == ["far"]
+    assert json.loads(path_of(run, 1).read_text()) == first
+    apart = [np.array(x["similarity"]["to_dense"]) for x in (first, second)]
+    assert (apart[0] > apart[1]).all(), "each step leads away from the dense weights"
+
+    printed = said(capfd, str(step_folder(run, 1)), "--set", elsewhere)
+    _, by_layer, by_domain, apart = printed.split("\n\n")
+    assert [line.split()[0] for line in by_layer.splitlines()] == ["layer", "0", "1", "3"]
+    assert [line.split()[0] for line in by_domain.splitlines()[1:]] == first["domains"]
+    far = apart.splitlines()[-1].split()
+    assert far == ["far", *(f"{x:.4f}" for x in first["distances"]["mean"][2][:2])]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{step}", "--all-steps"], "is one checkpoint of it"),
+        (["{run}", "--set", "far"], "not of the form NAME=FILE"),
+        (["{run}", "--set", "left={run}"], "which the run's domains are named too"),
+        (["{run}", "data.validation_fraction=null"], "holds no text out"),
+    ],
+)
+def test_refusals_say_the_way_out(run: Path, arguments: list[str], message: str):
+    given = [word.format(run=run, step=step_folder(run, 1)) for word in arguments]
+    with pytest.raises(ConfigError) as caught:
+        app(["analyze", *given], standalone_mode=False)
+    assert message in str(caught.value)
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path: Path, alone: Analysis):
+    path = tmp_path / "step-000002.json"
+    path.write_text(json.dumps({**alone.model_dump(by_alias=True), "schema": 2}))
+    with pytest.raises(DataError, match="is no analysis of schema 1"):
+        read_analysis(path)

@@ -1,0 +1,123 @@
+"""Cosines of experts, against loops over the dense neurons in float64.
+
+The checkpoint is a dictionary here; that experts come out of a real one is test_command.py's.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from construction import make_plan, settings
+from tiny import save_dense
+from torch import Tensor
+
+from megatron_moe.analyze import similarity
+from megatron_moe.analyze.similarity import layer_similarity
+from megatron_moe.checkpoint.export import checkpoint_key
+from megatron_moe.experts.plan import ExpertPlan
+from megatron_moe.hf.names import ROW_OF_ROLE
+from megatron_moe.hf.reader import DenseCheckpoint, open_dense_checkpoint
+
+LAYER = 1
+
+
+class Stored(dict[str, Tensor]):
+    """What `GlobalTensors` is asked for."""
+
+    def shape_and_dtype(self, key: str) -> tuple[tuple[int, ...], torch.dtype]:
+        return tuple(self[key].shape), self[key].dtype
+
+    def read(self, key: str, *, index: int, dtype: torch.dtype) -> Tensor:
+        return self[key][index].to(dtype)
+
+
+def matrices(dense: DenseCheckpoint) -> list[Tensor]:
+    """Gate, up and down of the layer, each a row a neuron."""
+    name = f"model.layers.{LAYER}.mlp.{{}}_proj.weight"
+    gate_FD, up_FD, down_DF = (dense.read(name.format(x)) for x in ("gate", "up", "down"))
+    return [gate_FD, up_FD, down_DF.T]
+
+
+def built(plan: ExpertPlan, sources: list[DenseCheckpoint], *, noise: float) -> Stored:
+    """The experts as the plan says, and noise on them."""
+    torch.manual_seed(0)
+    layer = plan.layer(LAYER)
+    fc1, fc2 = [], []
+    for expert, neurons_M in enumerate(layer.neurons_EM):
+        dense = matrices(sources[int(layer.source_E[expert])])
+        gate, up, down = (
+            x[neurons_M] * scale + noise * torch.randn(len(neurons_M), x.shape[1])
+            for x, scale in zip(dense, layer.weight_scales, strict=True)
+        )
+        fc1.append(torch.cat([gate, up]))
+        fc2.append(down.T)
+    keys = [
+        checkpoint_key(ROW_OF_ROLE[role], layer=LAYER, moe_layer=True)
+        for role in ("expert_fc1", "expert_fc2")
+    ]
+    return Stored(zip(keys, [torch.stack(fc1), torch.stack(fc2)], strict=True))
+
+
+def by_loops(plan: ExpertPlan, stored: Stored, sources: list[DenseCheckpoint]) -> tuple[Any, Any]:
+    """Each expert as one long float64 vector over the dense layer; then plain cosines."""
+    layer, size = plan.layer(LAYER), plan.recipe.dense_ffn_hidden_size
+    fc1, fc2 = (value.double().numpy() for value in stored.values())
+    laid, own, origin = [], [], []
+    for expert, neurons_M in enumerate(layer.neurons_EM):
+        gate, up = np.split(fc1[expert], 2)
+        wide = np.concatenate([gate, up, fc2[expert].T], axis=1)
+        dense = matrices(sources[int(layer.source_E[expert])])
+        scaled = [x.double().numpy() * s for x, s in zip(dense, layer.weight_scales, strict=True)]
+        whole = np.concatenate(scaled, axis=1)
+        over_dense = np.zeros((size, wide.shape[1]))
+        for row, neuron in enumerate(neurons_M):
+            over_dense[neuron] += wide[row]
+        laid.append(over_dense.ravel())
+        own.append(wide.ravel())
+        origin.append(whole[neurons_M].ravel())
+    cosine = lambda a, b: a @ b / np.sqrt((a @ a) * (b @ b))  # noqa: E731
+    between = [[cosine(a, b) for b in laid] for a in laid]
+    return np.array(between), np.array([cosine(a, b) for a, b in zip(own, origin, strict=True)])
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> list[DenseCheckpoint]:
+    root: Path = tmp_path_factory.mktemp("similarity")
+    folders = [save_dense(root / str(seed), seed=seed) for seed in (0, 1)]
+    return [open_dense_checkpoint(folder) for folder in folders]
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+@pytest.mark.parametrize(
+    "case", ["copy", "granular-paper-drop", "split_random", "qwen", "mix", "split_clustered"]
+)
+def test_cosines_are_those_of_plain_loops(sources, monkeypatch, case: str, noise: float):
+    monkeypatch.setattr(similarity, "BLOCK_NUMBERS", 64 * 4 * 10)  # ten neurons at a time
+    moe, upcycle = settings(case)
+    plan = make_plan(sources[0].spec, moe, upcycle, sources[0])
+    of_plan = sources[: plan.recipe.num_sources]
+    stored = built(plan, of_plan, noise=noise)
+    found: Any = layer_similarity(stored, plan, LAYER, of_plan)  # type: ignore[arg-type]
+    between_EE, to_dense_E = by_loops(plan, stored, of_plan)
+    # The plan scales in float32 here and in float64 there.
+    assert found.between_EE.numpy() == pytest.approx(between_EE, abs=1e-6)
+    assert found.to_dense_E.numpy() == pytest.approx(to_dense_E, abs=1e-6)
+    if not noise:
+        assert to_dense_E == pytest.approx(np.ones(len(to_dense_E)))
+        match case:
+            case "copy":  # each keeps the neurons in an order of its own
+                assert between_EE == pytest.approx(np.ones_like(between_EE))
+            case "split_random" | "split_clustered":
+                assert between_EE == pytest.approx(np.eye(len(between_EE)))
+    else:
+        assert (to_dense_E < 0.99).all()
+
+
+def test_without_the_dense_weights_experts_are_still_compared(sources):
+    moe, upcycle = settings("copy")
+    plan = make_plan(sources[0].spec, moe, upcycle, sources[0])
+    found = layer_similarity(built(plan, sources, noise=0.0), plan, LAYER, None)  # type: ignore
+    assert found.to_dense_E is None
+    assert found.between_EE.numpy() == pytest.approx(np.ones((4, 4)))
