@@ -10,7 +10,7 @@ import typer
 
 from megatron_moe.cli_options import JsonFlag, Overrides, Ranks, show
 from megatron_moe.errors import ConfigError
-from megatron_moe.start import on_ranks
+from megatron_moe.start import on_ranks, place_of
 
 
 def analyze(
@@ -39,6 +39,7 @@ def analyze(
     Example: megatron-moe analyze runs/demo parallel.expert_parallel_size=1 --ranks 1
     """
     from megatron_moe.checkpoint.folder import complete, run_of
+    from megatron_moe.config.judging import judging
 
     checkpoint, config = run_of(source, overrides or [])
     checkpoints = [checkpoint]
@@ -47,7 +48,9 @@ def analyze(
             raise ConfigError(f"--all-steps is of a run, but {source} is one checkpoint of it")
         checkpoints = complete(source)
     named = dict(map(_named, sets or []))
-    on_ranks(partial(_analyze, checkpoints, named, as_json), config, ranks)
+    place = place_of(ranks)
+    world_size = place.size if place is not None else ranks or 1
+    on_ranks(partial(_analyze, checkpoints, named, as_json), judging(config, world_size), ranks)
 
 
 def _named(text: str) -> tuple[str, Path]:

@@ -55,7 +55,7 @@ def evaluate(
         _on_tasks(source, tasks.split(","), arguments or [], ranks, as_json=as_json)
         return
     from megatron_moe.checkpoint.folder import run_of
-    from megatron_moe.evaluate.losses import judging
+    from megatron_moe.config.judging import judging
 
     if options := [word for word in arguments or [] if word.startswith("-")]:
         raise ConfigError(f"evaluate has no option {options[0]}; those of lm-eval need --tasks")

@@ -56,7 +56,7 @@ def layer_similarity(
         dense: The checkpoints that the plan's experts come from, in its order.
     """
     experts = plan.recipe.num_experts
-    neurons_EM = torch.from_numpy(plan.layer(layer).neurons_EM)
+    neurons_EM = torch.tensor(plan.layer(layer).neurons_EM)
     between_EE = torch.zeros(experts, experts, dtype=torch.float64)
     sums_3E = torch.zeros(3, experts, dtype=torch.float64)
     for index, weights in _matrices(tensors, layer, experts):
@@ -120,7 +120,7 @@ def _origin(
 ) -> Tensor:
     """The dense neurons of an expert in the order it keeps them, scaled: ``(M, D)``."""
     built = plan.layer(layer)
-    source, neurons_M = dense[int(built.source_E[expert])], built.neurons_EM[expert]
+    source, neurons_M = dense[int(built.source_E[expert])], built.neurons_EM[expert].copy()
     name = f"model.layers.{layer}.mlp.{('gate', 'up', 'down')[part]}_proj.weight"
     if part == 2:
         values_MD = source.read(name, columns=neurons_M).T

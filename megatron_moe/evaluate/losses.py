@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_moe.checkpoint.dense_source import DistributedDense, has_weights, open_dense
 from megatron_moe.checkpoint.restored import Restored, restored_model
-from megatron_moe.config.run import Domain, Mixing, RunConfig
+from megatron_moe.config.run import RunConfig
 from megatron_moe.data.feed import Feed, Seat
 from megatron_moe.data.reference import dense_losses
 from megatron_moe.data.texts import Texts, open_texts
@@ -32,7 +32,7 @@ def evaluate(config: RunConfig, world: World, checkpoint: Path) -> Evaluation:
     """Judge a checkpoint on the run's held-out text; runs on every rank of any layout.
 
     Args:
-        config: The run, as `judging` makes it; `legality.check` has passed it.
+        config: The run, as `config.judging` makes it; `legality.check` has passed it.
         world: This rank's place in the joined job.
         checkpoint: A checkpoint folder.
 
@@ -68,28 +68,6 @@ def evaluate(config: RunConfig, world: World, checkpoint: Path) -> Evaluation:
     return _evaluation(
         checkpoint, restored, config, world, feed, [of_dense, at_step_0, now], remarks
     )
-
-
-def judging(config: RunConfig, world_size: int) -> RunConfig:
-    """A run's configuration without what only training needs: text, references, a global batch."""
-    data = config.data
-    mixing = Mixing(weights=data.mixing.weights)
-    domains = {name: _held_out_alone(domain) for name, domain in (data.domains or {}).items()}
-    update = {"mixing": mixing, "domains": domains or None}
-    if data.validation_path is not None:
-        update["path"] = data.validation_path
-    batch = config.train.micro_batch_size * world_size
-    return config.model_copy(
-        update={
-            "data": data.model_copy(update=update),
-            "train": config.train.model_copy(update={"global_batch_size": batch}),
-        }
-    )
-
-
-def _held_out_alone(domain: Domain) -> Domain:
-    """The domain with its held-out text in the place of what it trains on, which is not read."""
-    return domain.model_copy(update={"path": domain.validation_path or domain.path})
 
 
 def _dense(config: RunConfig) -> tuple[DenseCheckpoint | None, list[str]]:

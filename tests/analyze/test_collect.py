@@ -27,6 +27,7 @@ from megatron_moe.config.run import RunConfig
 from megatron_moe.device.world import World
 
 pytestmark = pytest.mark.distributed
+slow = pytest.mark.slow
 SEQ_LENGTH, SAMPLES = 32, 5
 TEXTS = {"one": [0], "same": [0], "other": [2], "mixed": [0, 1]}
 """Classes of each domain's tokens."""
@@ -53,7 +54,16 @@ def run_config(inputs: dict[str, Any], name: str) -> tuple[int, RunConfig]:
     return world_size, build(RunConfig, settings)
 
 
-@pytest.mark.parametrize("name", ["1", "dp4 ep4", "tp2 ep2", "pp2", "cp2 pp2 vpp2 recompute-full"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "1",
+        "tp2 ep2",
+        "cp2 pp2 vpp2 recompute-full",
+        pytest.param("dp4 ep4", marks=slow),
+        pytest.param("pp2", marks=slow),
+    ],
+)
 def test_known_preferences_give_the_known_counts(inputs: dict[str, Any], name: str):
     world_size, config = run_config(inputs, name)
     run_on_ranks(check_counts, config, inputs, world_size=world_size)
@@ -140,7 +150,7 @@ def made(world: World, config: RunConfig, inputs: dict[str, Any]) -> Any:
     return collector, feed, model.modules, (model, groups)
 
 
-@pytest.mark.parametrize("name", ["drops", "drops tp2 dp2 ep2"])
+@pytest.mark.parametrize("name", ["drops", pytest.param("drops tp2 dp2 ep2", marks=slow)])
 def test_dropped_choices_are_counted(inputs: dict[str, Any], name: str):
     world_size, config = run_config(inputs, name)
     run_on_ranks(check_drops, config, inputs, world_size=world_size)

@@ -95,7 +95,14 @@ def test_counts_add_up(alone: Analysis):
 
 
 @pytest.mark.parametrize(
-    "name", ["dp4 ep4", "tp2 ep2", "pp2", "tp2 cp2 ep2 recompute-full", "pp2 vpp2 recompute-moe"]
+    "name",
+    [
+        "dp4 ep4",
+        "tp2 ep2",
+        "pp2",
+        pytest.param("tp2 cp2 ep2 recompute-full", marks=pytest.mark.slow),
+        pytest.param("pp2 vpp2 recompute-moe", marks=pytest.mark.slow),
+    ],
 )
 def test_layouts_count_the_same(run: Path, alone: Analysis, name: str):
     found = analyzed(run, name)

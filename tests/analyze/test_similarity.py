@@ -45,7 +45,7 @@ def built(plan: ExpertPlan, sources: list[DenseCheckpoint], *, noise: float) -> 
     torch.manual_seed(0)
     layer = plan.layer(LAYER)
     fc1, fc2 = [], []
-    for expert, neurons_M in enumerate(layer.neurons_EM):
+    for expert, neurons_M in enumerate(torch.tensor(layer.neurons_EM)):
         dense = matrices(sources[int(layer.source_E[expert])])
         gate, up, down = (
             x[neurons_M] * scale + noise * torch.randn(len(neurons_M), x.shape[1])
@@ -107,7 +107,7 @@ def test_cosines_are_those_of_plain_loops(sources, monkeypatch, case: str, noise
     if not noise:
         assert to_dense_E == pytest.approx(np.ones(len(to_dense_E)))
         match case:
-            case "copy":  # each keeps the neurons in an order of its own
+            case "copy":
                 assert between_EE == pytest.approx(np.ones_like(between_EE))
             case "split_random" | "split_clustered":
                 assert between_EE == pytest.approx(np.eye(len(between_EE)))
