@@ -138,11 +138,10 @@ def _told_plainly(arguments: argparse.Namespace) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reasons = list(_chain(error))
-        if any(map(_is_unreachable, reasons)):
-            first = str(reasons[-1]).strip().splitlines() or [type(reasons[-1]).__name__]
+        if lost := next(filter(_is_unreachable, _chain(error)), None):
+            reason = " ".join(str(lost).split()) or type(lost).__name__
             raise ConfigError(
-                f"the data of {tasks} is on a hub that cannot be reached: {first[0]}\n"
+                f"the data of {tasks} is on a hub that cannot be reached: {reason}\n"
                 "  where there is a network, load it once (lm-eval does) and bring HF_HOME here;\n"
                 "  or use a local task: --include_path DIR with its YAML and JSONL "
                 "(docs/evaluation.md)"

@@ -1,7 +1,6 @@
 """`evaluate --tasks`: the harness on a local task, against log-likelihoods computed by hand."""
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +21,13 @@ from megatron_moe.cli import app
 from megatron_moe.errors import ConfigError
 from megatron_moe.evaluate.suites import SUITES
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("local_tasks_alone")]
 
 
 @pytest.fixture(scope="module")
 def questions() -> list[Question]:
     text = " ".join((STDLIB / "LICENSE.txt").read_text().split())
     return questions_of([f"{s}." for s in text.split(". ") if 8 < len(s.split()) < 20], count=8)
-
-
-@pytest.fixture(autouse=True)
-def local_tasks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The harness reads its 15,000 files of tasks at each start: 20 s that tell nothing here."""
-    from lm_eval import tasks
-
-    alone = partial(tasks.TaskManager, include_defaults=False)
-    monkeypatch.setattr(tasks, "TaskManager", alone)
 
 
 def run(*words: object) -> Any:
