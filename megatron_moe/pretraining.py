@@ -83,6 +83,7 @@ def continue_pretraining(job: Job, state: TrainState, plan: ExpertPlan, feed: Fe
         job.say(f"stopped by a signal after step {state.step}; the same command goes on from there")
     if writer is not None:
         writer.close()
+    job.say(f"megatron-moe report {config.run.dir} shows all of it on one page")
 
 
 def _take_step(job: Job, state: TrainState, feed: Feed, judge: Judge) -> StepResult:

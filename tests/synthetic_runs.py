@@ -14,25 +14,34 @@ DENSE = {
     "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 8,
     "vocab_size": 1000,
 }  # fmt: skip
-LAYERS, EXPERTS, TOPK = 32, 128, 8
+TOPK = 8
 
 
-def write_run(folder: Path, *, steps: int = 1000, name: str = "run", seed: int = 0) -> Path:
+def write_run(
+    folder: Path,
+    *,
+    steps: int = 1000,
+    layers: int = 32,
+    experts: int = 128,
+    name: str = "run",
+    seed: int = 0,
+) -> Path:
     """Everything that `train`, `evaluate` and `analyze` leave of a run, without its weights."""
     random = np.random.default_rng(seed)
+    shape = (layers, experts)
     run = folder / name
     run.mkdir(parents=True)
     dense = folder / "dense"
     dense.mkdir(exist_ok=True)
-    (dense / "config.json").write_text(json.dumps(DENSE))
-    (run / "config.yaml").write_text(yaml.safe_dump(_settings(run, dense, steps, seed)))
+    (dense / "config.json").write_text(json.dumps(DENSE | {"num_hidden_layers": layers}))
+    (run / "config.yaml").write_text(yaml.safe_dump(_settings(run, dense, steps, seed, experts)))
     (run / "receipt.json").write_text(json.dumps(_receipt(world_size=16)))
     lines = [{"step": 0, **_validation(random, 0)}] + [
-        _line(random, step, steps) for step in range(1, steps + 1)
+        _line(random, step, steps, shape) for step in range(1, steps + 1)
     ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for step in (steps // 2, steps):
-        _write(run / "analysis" / f"step-{step:08d}.json", analysis(random, step))
+        _write(run / "analysis" / f"step-{step:08d}.json", analysis(random, step, *shape))
         _write(run / "evaluation" / f"step-{step:08d}.json", evaluation(random, step))
     return run
 
@@ -42,12 +51,12 @@ def _write(path: Path, record: dict[str, Any]) -> None:
     path.write_text(json.dumps(record))
 
 
-def _settings(run: Path, dense: Path, steps: int, seed: int) -> dict[str, Any]:
+def _settings(run: Path, dense: Path, steps: int, seed: int, experts: int) -> dict[str, Any]:
     domains = {name: {"path": "data/x", "weight": 1 / len(DOMAINS)} for name in DOMAINS}
     return {
         "run": {"dir": str(run), "device": "cpu", "seed": seed},
         "dense": {"path": str(dense)},
-        "moe": {"num_moe_experts": EXPERTS, "moe_router_topk": TOPK},
+        "moe": {"num_moe_experts": experts, "moe_router_topk": TOPK},
         "parallel": {
             "tensor_parallel_size": 2, "pipeline_parallel_size": 2, "expert_parallel_size": 4,
         },
@@ -64,13 +73,16 @@ def _validation(random: np.random.Generator, step: int) -> dict[str, float]:
     return {"loss/validation": float(np.mean([*each.values()])), **each}
 
 
-def _line(random: np.random.Generator, step: int, steps: int) -> dict[str, Any]:
-    loads_LE = random.gamma(4, 0.25, (LAYERS, EXPERTS))
-    loads_LE *= np.linspace(0.3, 3, EXPERTS) ** np.linspace(0, 1, LAYERS)[:, None]
+def _line(
+    random: np.random.Generator, step: int, steps: int, shape: tuple[int, int]
+) -> dict[str, Any]:
+    layers, experts = shape
+    loads_LE = random.gamma(4, 0.25, shape)
+    loads_LE *= np.linspace(0.3, 3, experts) ** np.linspace(0, 1, layers)[:, None]
     loads_LE /= loads_LE.mean(axis=1, keepdims=True)
-    drops_L = np.clip(random.normal(0.02, 0.01, LAYERS), 0, 1)
+    drops_L = np.clip(random.normal(0.02, 0.01, layers), 0, 1)
     weights = np.exp(np.arange(len(DOMAINS)) * step / steps / 3)
-    entropy_L = random.normal(4.5, 0.05, LAYERS) - np.linspace(0, step / steps, LAYERS)
+    entropy_L = random.normal(4.5, 0.05, layers) - np.linspace(0, step / steps, layers)
     moving = {
         f"mixing/{kind}/{name}": float(weights[i] / weights.sum()) * (step / 300 if last else 1)
         for kind, last in (("weight", False), ("share", False), ("epochs", True))
@@ -133,9 +145,7 @@ def evaluation(random: np.random.Generator, step: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def analysis(
-    random: np.random.Generator, step: int, *, layers: int = LAYERS, experts: int = EXPERTS
-) -> dict[str, Any]:
+def analysis(random: np.random.Generator, step: int, layers: int, experts: int) -> dict[str, Any]:
     tokens = 4096
     depth_L = np.linspace(0.1, 1.5, layers) * step / 1000
     counts = {}

@@ -20,6 +20,7 @@ from megatron_moe.report.parts import (
     line_of,
     span_of,
     steps_table,
+    thinning_note,
     told,
 )
 from megatron_moe.report.picture import Rows, Scale, heat_picture, line_picture
@@ -45,7 +46,11 @@ def balance(run: RunFiles) -> Section:
         return Section("balance", "Balance of the experts", body)
     series = run.history.series(LOADS)
     pictures = [_mean(run), *by_layer, *([] if series is None else _experts(run, series))]
-    remarks = [_unbroken(run), _no_loads() if series is None else None]
+    remarks = [
+        _unbroken(run),
+        _no_loads() if series is None else None,
+        thinning_note(run.history, "router/load_imbalance"),
+    ]
     return Section("balance", "Balance of the experts", join([*remarks, figures(*pictures)]))
 
 
@@ -56,7 +61,7 @@ def _mean(run: RunFiles) -> Html | None:
         return None
     lines = [line_of(*found[0])]
     picture = line_picture(lines, alt=alt_of(title, lines), y="busiest expert / mean")
-    return figure(title, picture, steps_table(lines, title), note=found[0][1].note)
+    return figure(title, picture, steps_table(lines, title))
 
 
 def _by_layer(
@@ -72,7 +77,7 @@ def _by_layer(
     picture = heat_picture(
         values_CL.T,
         rows=Rows("layer", layers),
-        columns=Rows("step", [f"{step:,}" for step in thinned.steps]),
+        columns=Rows.of_steps(thinned.steps),
         scale=Scale.of(values_CL, label),
         alt=f"{title}: {span_of(values_CL.mean(axis=0))}, from the first layer to the last.",
     )
@@ -166,7 +171,7 @@ def _one_layer(steps: NDArray[np.int64], loads_SE: Array, layer: str) -> Html:
     picture = heat_picture(
         loads_SE.T,
         rows=_expert_axis(loads_SE.shape[1]),
-        columns=Rows("step", [f"{step:,}" for step in steps]),
+        columns=Rows.of_steps(steps),
         scale=Scale.around_one(loads_SE, "tokens of the expert / mean; 1 is even"),
         alt=f"{title}: the busiest {span_of(loads_SE.max(axis=1))} times the mean.",
     )

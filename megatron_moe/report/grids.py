@@ -9,7 +9,8 @@ from megatron_moe.parallel.layout import ParallelLayout, RankGrid, local_experts
 from megatron_moe.report.html import Html, el
 from megatron_moe.report.picture import COLOURS
 
-CELL_WIDTH, CELL_HEIGHT, NAMES_WIDTH, HEAD_HEIGHT = 42, 26, 74, 22
+CELL_HEIGHT, NAMES_WIDTH, HEAD_HEIGHT = 26, 74, 22
+NARROWEST_CELL, LETTER = 40, 7
 MOST_CELLS = 16
 """Rows and columns that are drawn; of a large grid the first ones."""
 
@@ -57,11 +58,12 @@ def _draw(
 ) -> Html:
     per_stage = _size(grid, lie.down) * _size(grid, lie.across)
     first, columns = stage * per_stage, _size(grid, lie.across)
+    wide = max([NARROWEST_CELL, *(LETTER * len(name) + 10 for name in held.values())])
     rows_shown, columns_shown = (min(n, MOST_CELLS) for n in (per_stage // columns, columns))
     parts: list[Html] = []
     for column in range(columns_shown):
         at = grid.coords(first + column)
-        x = NAMES_WIDTH + (column + 0.5) * CELL_WIDTH
+        x = NAMES_WIDTH + (column + 0.5) * wide
         parts.append(_text(x, 15, _named(at, grid, lie.across), "axis"))
         if held:
             y = HEAD_HEIGHT + rows_shown * CELL_HEIGHT + 15
@@ -71,11 +73,11 @@ def _draw(
         start = first + row * columns
         parts.append(_text(4, y + 17, _named(grid.coords(start), grid, lie.down), "name"))
         parts += [
-            _cell(NAMES_WIDTH + c * CELL_WIDTH, y, start + c, layout) for c in range(columns_shown)
+            _cell(NAMES_WIDTH + c * wide, y, wide, start + c, layout) for c in range(columns_shown)
         ]
     if held:
         parts.append(_text(4, HEAD_HEIGHT + rows_shown * CELL_HEIGHT + 15, "holds", "name"))
-    width = NAMES_WIDTH + columns_shown * CELL_WIDTH + 4
+    width = NAMES_WIDTH + columns_shown * wide + 4
     height = HEAD_HEIGHT + rows_shown * CELL_HEIGHT + (22 if held else 4)
     shape = " x ".join(f"{axis}{n}" for axis, n in zip(grid.axes, grid.shape, strict=True))
     alt = f"{title}: {shape}; stage {stage}, ranks {first} to {first + per_stage - 1}."
@@ -103,13 +105,13 @@ def _named(at: dict[str, int], grid: RankGrid, axes: Sequence[str]) -> str:
     return " ".join(f"{axis}{at[axis]}" for axis in shown)
 
 
-def _cell(x: float, y: float, rank: int, layout: ParallelLayout) -> Html:
+def _cell(x: float, y: float, wide: float, rank: int, layout: ParallelLayout) -> Html:
     ep = layout.experts.coords(rank)["ep"]
     box = el(
-        "rect", x=x + 1, y=y + 1, width=CELL_WIDTH - 2, height=CELL_HEIGHT - 2, rx=3,
+        "rect", x=x + 1, y=y + 1, width=wide - 2, height=CELL_HEIGHT - 2, rx=3,
         style=f"fill:var(--line-{ep % COLOURS})", fill_opacity=0.28,
     )  # fmt: skip
-    return el("g", box, _text(x + CELL_WIDTH / 2, y + 17, str(rank), "rank"))
+    return el("g", box, _text(x + wide / 2, y + 17, str(rank), "rank"))
 
 
 def _text(x: float, y: float, text: str, kind: str) -> Html:

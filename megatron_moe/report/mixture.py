@@ -26,7 +26,10 @@ def mixture(run: RunFiles) -> Section:
 
 def _domains(run: RunFiles, prefix: str, title: str, label: str) -> Html | None:
     names = {name: name.removeprefix(prefix) for name in run.history.names(prefix)}
-    lines = [Line(name, values.steps, values.mean) for name, values in told(run.history, names)]
+    lines = [
+        Line(name, values.steps, values.mean, colour=run.domain_colours.get(name))
+        for name, values in told(run.history, names)
+    ]
     if not lines:
         return None
     picture = line_picture(lines, alt=alt_of(title, lines), y=label, from_zero=True)

@@ -35,7 +35,7 @@ def facts_of(run: RunFiles) -> list[Fact]:
     steps = run.config.train.steps
     found: list[Fact | None] = [
         ("step", f"{run.history.last_step:,}", f"of {steps:,}"),
-        _last(run, "tokens/seen", "tokens seen", "since the run began"),
+        _tokens(run),
         _held_out(run),
         _last(run, "loss/lm", "training loss", "last step, nats per token"),
         _middle(run, "throughput/tokens_per_second_per_gpu", "tokens/s and rank"),
@@ -53,6 +53,15 @@ def _last(
     if series is None:
         return None
     return title, _written(float(series.values[-1]), percent=percent), remark
+
+
+def _tokens(run: RunFiles) -> Fact | None:
+    series = run.history.series("tokens/seen")
+    if series is None:
+        return None
+    seen = float(series.values[-1])
+    size, unit = next((s, u) for s, u in ((1e9, " B"), (1e6, " M"), (1, "")) if seen >= s or s == 1)
+    return "tokens seen", f"{number(float(f'{seen / size:.4g}'))}{unit}", "since the run began"
 
 
 def _middle(run: RunFiles, name: str, title: str, *, percent: bool = False) -> Fact | None:

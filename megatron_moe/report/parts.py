@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_moe.report.history import Array, History
-from megatron_moe.report.html import Child, Html, el, folded, number, table
+from megatron_moe.report.html import Child, Html, el, number, table
 from megatron_moe.report.picture import Line
 from megatron_moe.report.thin import Thinned, sample, thin
 
@@ -32,7 +32,14 @@ class Section:
 def figure(title: Child, picture: Html, numbers: Html | None, *, note: Child = None) -> Html:
     """A picture under its title, and its numbers as a table."""
     told = el("figcaption", el("h3", title), el("p", note) if note else None)
-    return el("figure", told, picture, folded("Numbers", numbers) if numbers else None)
+    return el("figure", told, picture, _numbers(title, numbers))
+
+
+def _numbers(title: Child, numbers: Html | None) -> Html | None:
+    if numbers is None:
+        return None
+    summary = el("summary", "Numbers", el("span", " of ", title, class_="unseen"))
+    return el("details", summary, numbers)
 
 
 def figures(*each: Html | None) -> Html:
@@ -58,12 +65,25 @@ def told(history: History, names: dict[str, str]) -> list[tuple[str, Thinned]]:
     return [(shown, thin(series)) for shown, series in found if series is not None]
 
 
-def line_of(name: str, values: Thinned, *, band: bool = True) -> Line:
+def thinning_note(history: History, name: str) -> Html | None:
+    """What a line of the section stands for, where a point is more than a step."""
+    series = history.series(name)
+    if series is None or (width := thin(series).width) == 1:
+        return None
+    return el(
+        "p",
+        f"A point of a line is the mean of {width} logged steps. The band around it reaches from "
+        "the lowest to the highest of them, and is cut where a spike would squeeze the rest.",
+        class_="note",
+    )
+
+
+def line_of(name: str, values: Thinned, *, band: bool = True, colour: int | None = None) -> Line:
     """A thinned series as a line, within the lowest and the highest of what it stands for."""
     wide = band and values.width > 1
     return Line(
         name, values.steps, values.mean,
-        low=values.low if wide else None, high=values.high if wide else None,
+        low=values.low if wide else None, high=values.high if wide else None, colour=colour,
     )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import Colormap, to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from megatron_moe.report.history import Array
 from megatron_moe.report.html import Html, el, number, plain
@@ -88,6 +88,13 @@ class Rows:
     names: Sequence[str]
     all: bool = False
     """Whether every name is worth its room, not evenly spaced ones."""
+    steps: NDArray[np.int64] | None = None
+    """What the names are numbers of; round ones are written out then."""
+
+    @classmethod
+    def of_steps(cls, steps: NDArray[np.int64]) -> Rows:
+        """Columns of a picture, each up to a step."""
+        return cls("step", [f"{step:,}" for step in steps], steps=steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,14 +190,14 @@ def line_picture(
 
 
 def _axes(height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(WIDTH / 72, height / 72))
-    return figure, figure.add_axes((0, 0, 1, 1))
+    figure = Figure(figsize=(WIDTH / 72, height / 72), facecolor="none")
+    return figure, figure.add_axes((0, 0, 1, 1), facecolor="none")
 
 
 def _place(axes: Axes, height: float) -> None:
     """Margins that hold the labels; matplotlib's own layouts draw each picture twice for them."""
     widest = max((len(label.get_text()) for label in axes.get_yticklabels()), default=0)
-    left, right, top, bottom = 12 + LETTER * widest, 10, 20, 38
+    left, right, top, bottom = 12 + LETTER * widest, 16, 20, 38
     axes.set_position(
         (left / WIDTH, bottom / height, 1 - (left + right) / WIDTH, 1 - (top + bottom) / height)
     )
@@ -225,18 +232,27 @@ def _limits(
     logarithmic: bool,
     from_zero: bool,
 ) -> None:
-    """Room for every line; a band that reaches beyond is cut, so that spikes squeeze nothing."""
-    values = np.concatenate([line.y for line in lines] + ([[level[1]]] if level else []))
-    values = values[np.isfinite(values)]
-    low, high = float(values.min()), float(values.max())
-    if logarithmic and low > 0:
+    """Room for every line and most of its band; a spike of the band is cut."""
+    means = _finite([line.y for line in lines] + ([np.array([level[1]])] if level else []))
+    bands = _finite([b for line in lines for b in (line.low, line.high) if b is not None])
+    most = np.percentile(bands, [5, 95]) if len(bands) else means[:1]
+    low, high = float(min(means.min(), *most)), float(max(means.max(), *most))
+    if logarithmic and low > 0 and high > 20 * low:
         axes.set_yscale("log")
         axes.set_ylim(low / 1.3, high * 1.3)
         axes.yaxis.set_major_formatter(lambda value, _: number(float(f"{value:.3g}")))
         axes.yaxis.set_minor_formatter(lambda value, _: "")
         return
+    if from_zero and low >= 0:
+        axes.set_ylim(0, 1.06 * high or 1)
+        return
     margin = 0.06 * (high - low) or 0.05 * abs(high) or 0.5
-    axes.set_ylim(0 if from_zero and low >= 0 else low - margin, high + margin)
+    axes.set_ylim(low - margin, high + margin)
+
+
+def _finite(values: Sequence[Array]) -> Array:
+    every = np.concatenate([np.zeros(0), *values])
+    return every[np.isfinite(every)]
 
 
 def _legend(lines: Sequence[Line], level: tuple[str, float] | None) -> Html:
@@ -297,8 +313,13 @@ def heat_picture(
 
 
 def _ticks(rows: Rows, about: int) -> tuple[list[int], list[str]]:
-    """Places that are written out: every first, second, fifth, tenth, ..."""
+    """Places that are written out: every first, second, fifth, tenth, ... or at round steps."""
     count = len(rows.names)
+    if rows.steps is not None and count > about:
+        first, last = rows.steps[0], rows.steps[-1]
+        round_ones = MaxNLocator(5, integer=True).tick_values(float(first), float(last))
+        shown = [int(step) for step in round_ones if first <= step <= last]
+        return np.searchsorted(rows.steps, shown).tolist(), [f"{step:,}" for step in shown]
     steps = (factor * 10**power for power in range(6) for factor in (1, 2, 4, 5, 8))
     every = 1 if rows.all else next(step for step in steps if count / step <= about)
     return list(range(0, count, every)), [_short(rows.names[i]) for i in range(0, count, every)]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from megatron_moe.errors import ConfigError, UserError
 from megatron_moe.experts.recipe import moe_layer_ids
 from megatron_moe.hf.spec import DenseSpec, read_spec
 from megatron_moe.report.history import History, read_history
-from megatron_moe.report.records import Analysis, Evaluation, read_records
+from megatron_moe.report.records import Analysis, Evaluation, TaskScores, read_records
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +31,7 @@ class RunFiles:
     history: History
     receipt: dict[str, Any] | None
     evaluations: list[Evaluation]
+    tasks: list[TaskScores]
     analyses: list[Analysis]
     spec: DenseSpec | None
     """The dense model's shape, where its config.json is still to be found."""
@@ -47,6 +49,14 @@ class RunFiles:
     def moe_layers(self) -> tuple[int, ...] | None:
         """Ids of the MoE layers, counted from 0."""
         return None if self.spec is None else moe_layer_ids(self.config.moe, self.spec.num_layers)
+
+    @property
+    def domain_colours(self) -> dict[str, int]:
+        """A place in the palette for every domain, the same in all pictures."""
+        told = [*(self.config.data.domains or {})]
+        told += [name for one in self.evaluations for name in one.domains]
+        told += [name for one in self.analyses for name in one.domains]
+        return {name: place for place, name in enumerate(dict.fromkeys(told))}
 
     def layer_names(self, count: int) -> list[str]:
         """Names of ``count`` rows, one a MoE layer: their ids, or places where these are unknown.
@@ -74,8 +84,9 @@ def read_run(folder: Path) -> RunFiles:
     wrong: list[str] = []
     receipt = _receipt(folder / "receipt.json", wrong)
     checkpoint = _newest(folder, wrong)
-    evaluations, damaged_evaluations = read_records(folder / "evaluation", Evaluation)
-    analyses, damaged_analyses = read_records(folder / "analysis", Analysis)
+    evaluations, *damaged = read_records(folder / "evaluation", Evaluation)
+    tasks, *damaged_tasks = read_records(folder / "evaluation", TaskScores, "tasks-*.json")
+    analyses, *damaged_analyses = read_records(folder / "analysis", Analysis)
     history = read_history(folder / "metrics.jsonl")
     if history.damaged:
         wrong.append(f"metrics.jsonl: {history.damaged} damaged lines are left out")
@@ -86,10 +97,11 @@ def read_run(folder: Path) -> RunFiles:
         history=history,
         receipt=receipt,
         evaluations=evaluations,
+        tasks=tasks,
         analyses=analyses,
         spec=_spec(config, checkpoint),
         world_size=_world_size(receipt, checkpoint),
-        wrong=[*wrong, *damaged_evaluations, *damaged_analyses],
+        wrong=[*wrong, *chain(*damaged, *damaged_tasks, *damaged_analyses)],
     )
 
 

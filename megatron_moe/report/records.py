@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 Matrix = list[list[float]]
-Record = TypeVar("Record", bound="Evaluation | Analysis")
+Record = TypeVar("Record", bound="Evaluation | TaskScores | Analysis")
 
 
 class _Section(BaseModel):
@@ -40,6 +40,26 @@ class Evaluation(_Section):
     domains: dict[str, Judged]
     dense: dict[str, Judged] | None = None
     step_0: dict[str, Judged] | None = None
+    remarks: list[str] = []
+    """Why something is not there."""
+
+
+class Score(_Section):
+    """One figure of the harness."""
+
+    task: str
+    examples: int | None
+    metric: str
+    value: float | str | None
+    stderr: float | None
+
+
+class TaskScores(_Section):
+    """evaluation/tasks-*.json."""
+
+    kind: Literal["tasks"]
+    step: int | None
+    scores: list[Score]
 
 
 class Distances(_Section):
@@ -47,6 +67,8 @@ class Distances(_Section):
 
     layers: list[Matrix]
     mean: Matrix
+    within: dict[str, list[float]] | None = None
+    """By domain and layer, of the two halves of its text."""
 
 
 class Similarity(_Section):
@@ -87,15 +109,17 @@ class Analysis(_Section):
         return self
 
 
-def read_records(folder: Path, kind: type[Record]) -> tuple[list[Record], list[str]]:
-    """Every ``step-*.json`` of a folder, by step; and of those not shown, what is wrong."""
+def read_records(
+    folder: Path, kind: type[Record], pattern: str = "step-*.json"
+) -> tuple[list[Record], list[str]]:
+    """Every record of a folder, by step; and of those not shown, what is wrong."""
     found, wrong = [], []
-    for path in sorted(folder.glob("step-*.json")):
+    for path in sorted(folder.glob(pattern)):
         try:
             found.append(kind.model_validate_json(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError) as error:
             wrong.append(f"{folder.name}/{path.name} is not shown: {_reason(error)}")
-    return sorted(found, key=lambda record: record.step), wrong
+    return sorted(found, key=lambda record: record.step or 0), wrong
 
 
 def _reason(error: Exception) -> str:

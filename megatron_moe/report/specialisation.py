@@ -34,7 +34,7 @@ def specialisation(run: RunFiles) -> Section:
     parts = [
         told,
         *_domain_experts(now),
-        figures(_distance_by_layer(run.analyses), _mean_distance(now), *_per_domain(now)),
+        figures(_distance_by_layer(run.analyses), _mean_distance(now), *_per_domain(run, now)),
         figures(*_coactivation(now), *_similarity(run.analyses)),
     ]
     return Section("specialisation", title, join(parts))
@@ -125,6 +125,9 @@ def _distance_by_layer(analyses: list[Analysis]) -> Html | None:
         Line(f"step {one.step:,}", np.array(one.layers), mean_distances(one), dots=True)
         for one in shown
     ]
+    if shown[-1].distances.within is not None:
+        within_L = np.mean([*shown[-1].distances.within.values()], axis=0)
+        lines.append(Line("two halves of one domain", np.array(shown[-1].layers), within_L))
     title = "Distance between domains by layer"
     picture = line_picture(
         lines, alt=alt_of(title, lines), y="L2 of shares, mean of pairs", x="layer", from_zero=True
@@ -138,7 +141,8 @@ def _mean_distance(now: Analysis) -> Html | None:
         return None
     values_NN = np.array(now.distances.mean)
     title = "Distance between domains, mean of layers"
-    names = Rows("", now.domains, all=len(now.domains) <= 24)
+    numbered = [f"{i + 1} {name}" for i, name in enumerate(now.domains)]
+    names = Rows("", numbered, all=len(now.domains) <= 24)
     pairs = values_NN[np.triu_indices(len(values_NN), k=1)]
     picture = heat_picture(
         values_NN,
@@ -153,30 +157,35 @@ def _mean_distance(now: Analysis) -> Html | None:
         for name, row_N in zip(now.domains, values_NN, strict=True)
     ]
     head = ["domain", *(el("bdi", name) for name in now.domains)]
-    note = "Columns count the domains from the bottom row up."
+    note = "Columns carry the numbers of the rows."
     return figure(title, picture, table(head, rows, caption=title), note=note)
 
 
-def _per_domain(now: Analysis) -> list[Html]:
+def _per_domain(run: RunFiles, now: Analysis) -> list[Html]:
     """Numbers of each domain by layer."""
     told = [
         ("Entropy of the choices", now.entropy, "nats"),
-        ("Router confidence", now.confidence, "probability of the chosen"),
+        ("Router confidence", now.confidence, "mean of the best expert's score"),
         ("Busiest expert", now.max_over_mean, "tokens / mean"),
         ("Dead experts", now.dead, "experts without a token"),
         ("Choices dropped", now.dropped, "by capacity"),
     ]
     return [
-        _by_domain(now, title, values, label)
+        _by_domain(run, now, title, values, label)
         for title, values, label in told
         if title not in ("Dead experts", "Choices dropped") or any(map(any, values.values()))
     ]
 
 
-def _by_domain(now: Analysis, title: str, values: dict, label: str) -> Html:
+def _by_domain(run: RunFiles, now: Analysis, title: str, values: dict, label: str) -> Html:
     title = f"{title} by layer"
     lines = [
-        Line(name, np.array(now.layers), np.array(values[name], dtype=np.float64))
+        Line(
+            name,
+            np.array(now.layers),
+            np.array(values[name], dtype=np.float64),
+            colour=run.domain_colours[name],
+        )
         for name in now.domains
     ]
     picture = line_picture(lines, alt=alt_of(title, lines), y=label, x="layer")

@@ -30,11 +30,6 @@ class Thinned:
     high: Array
     width: int
 
-    @property
-    def note(self) -> str:
-        """What a column stands for, where it is more than a step."""
-        return "" if self.width == 1 else f"Each point is the mean of {self.width} logged steps."
-
 
 def thin(series: Series, *, at_most: int = MOST_COLUMNS) -> Thinned:
     """Mean, lowest and highest value of runs of equal length; NaN counts where all are NaN.

@@ -12,6 +12,7 @@ from megatron_moe.report.parts import (
     figures,
     line_of,
     steps_table,
+    thinning_note,
     told,
 )
 from megatron_moe.report.picture import Line, line_picture
@@ -34,7 +35,9 @@ def losses(run: RunFiles) -> Section:
     ]
     if not any(pictures):
         return Section("loss", "Loss", _no_steps(run))
-    return Section("loss", "Loss", join([_held_out_remark(run), figures(*pictures), _skipped(run)]))
+    note = thinning_note(run.history, "loss/lm")
+    body = [_held_out_remark(run), _skipped(run), note, figures(*pictures)]
+    return Section("loss", "Loss", join(body))
 
 
 def speed(run: RunFiles) -> Section:
@@ -51,8 +54,10 @@ def speed(run: RunFiles) -> Section:
         _seconds(run),
         _one(run, "memory/peak_gib", "Memory, GiB", "most that a rank has held", from_zero=True),
     ]  # fmt: skip
-    body = figures(*pictures) if any(pictures) else _no_steps(run)
-    return Section("speed", "Speed", body)
+    if not any(pictures):
+        return Section("speed", "Speed", _no_steps(run))
+    note = thinning_note(run.history, "time/step_seconds")
+    return Section("speed", "Speed", join([note, figures(*pictures)]))
 
 
 def _no_steps(run: RunFiles) -> Html:
@@ -91,14 +96,8 @@ def _loss(run: RunFiles) -> Html | None:
     picture = line_picture(lines, alt=alt_of("Loss", lines), y="nats per token", level=level)
     return figure(
         "Training and held-out loss", picture, steps_table(lines, "Loss, nats per token"),
-        note=_band_note(found[0][1].width),
+        note="Mean over the tokens of a global batch, and over all held-out text.",
     )  # fmt: skip
-
-
-def _band_note(width: int) -> str:
-    if width == 1:
-        return "Mean over the tokens of a global batch; over all held-out text."
-    return f"The line is the mean of {width} logged steps, the band their lowest and highest."
 
 
 def _loss_by_domain(run: RunFiles) -> Html | None:
@@ -108,8 +107,12 @@ def _loss_by_domain(run: RunFiles) -> Html | None:
         return None
     found.sort(key=lambda item: -np.nan_to_num(item[1].mean[-1]))
     lines = [
-        Line(name, values.steps, values.mean, dots=len(values.steps) < 30) for name, values in found
-    ]
+        Line(
+            name, values.steps, values.mean,
+            dots=len(values.steps) < 30, colour=run.domain_colours.get(name),
+        )
+        for name, values in found
+    ]  # fmt: skip
     picture = line_picture(lines, alt=alt_of("Held-out loss by domain", lines), y="nats per token")
     return figure(
         "Held-out loss by domain", picture, steps_table(lines, "Held-out loss, nats per token"),
@@ -134,7 +137,7 @@ def _one(
     picture = line_picture(
         lines, alt=alt_of(title, lines), y=note, logarithmic=logarithmic, from_zero=from_zero
     )
-    return figure(title, picture, steps_table(lines, title), note=found[0][1].note)
+    return figure(title, picture, steps_table(lines, title))
 
 
 def _seconds(run: RunFiles) -> Html | None:

@@ -45,7 +45,9 @@ class Elements(HTMLParser):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_run(tmp_path_factory.mktemp("reports"), steps=30, name="a <b>run")
+    return write_run(
+        tmp_path_factory.mktemp("reports"), steps=30, layers=4, experts=16, name="a <b>run"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +167,7 @@ def test_the_same_ep_rank_has_the_same_colour_in_both_grids():
 def test_shares_and_distances_of_known_preferences():
     counts_E = np.array([30.0, 10.0, 0.0, 0.0])
     assert share_of_mean(counts_E).tolist() == [3.0, 1.0, 0.0, 0.0]
-    record = analysis(np.random.default_rng(0), 10, layers=2, experts=4)
+    record = analysis(np.random.default_rng(0), 10, 2, 4)
     size = len(DOMAINS)
     apart = (1 - np.eye(size)).tolist()
     record["distances"] = {"layers": [np.zeros((size, size)).tolist(), apart], "mean": apart}
@@ -177,7 +179,7 @@ def test_shares_and_distances_of_known_preferences():
 
 
 def test_compare_shows_both_runs_and_what_differs(run: Path, tmp_path: Path):
-    other = write_run(tmp_path, steps=20, name="other", seed=1)
+    other = write_run(tmp_path, steps=20, layers=4, experts=16, name="other", seed=1)
     page = Elements(compare([run, other], tmp_path / "both.html").read_text())
     assert page.text.count("a <b>run") > 5
     different = differences([read_run(run).config, read_run(other).config])

@@ -1,0 +1,161 @@
+"""Pages in a real browser: nothing fails, nothing is fetched, all of it is seen and reached.
+
+Chromium is the system's, as `.ci/run` installs it; where there is none these tests say so.
+"""
+
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page, sync_playwright
+from synthetic_runs import DOMAINS, HOSTILE, write_run
+from tiny import save_dense
+from training_runs import run_training, tree, write_tokens
+
+from megatron_moe.reporting import compare, report
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt install chromium")
+QUIET = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+SIZES = """() => [...document.querySelectorAll('svg[role=img]')].map(one => {
+    for (let fold = one.closest('details'); fold; fold = fold.parentElement.closest('details'))
+        fold.open = true;
+    const box = one.getBoundingClientRect();
+    return Math.min(box.width, box.height);
+})"""
+FOCUSED = """() => {
+    const at = document.activeElement, style = getComputedStyle(at);
+    return [at.tagName, at.getAttribute('href'), style.outlineStyle != 'none'];
+}"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of a training run on two ranks."""
+    root = tmp_path_factory.mktemp("real")
+    dense, tokens = save_dense(root / "dense"), write_tokens(root / "tokens")
+    domains = {
+        name: {"path": str(tokens), "weight": 0.5, "validation_path": str(tokens)}
+        for name in ("plain", HOSTILE)
+    }
+    settings = tree(
+        root / "run", dense, tokens, parallel={"expert_parallel_size": 2},
+        data={"path": None, "domains": domains, "validation_samples": 4},
+        checkpoint={"interval": 2},
+    )  # fmt: skip
+    run_training(settings, world_size=2)
+    return report(root / "run")
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of a thousand steps and 128 experts, its size and cost bounded."""
+    run = write_run(tmp_path_factory.mktemp("large"))
+    start = time.process_time()
+    page = report(run)
+    assert time.process_time() - start < 20, "5 s when this was written, of which 1 s reads JSON"
+    assert page.stat().st_size < 2_500_000, "1.4 MB when this was written"
+    return page
+
+
+@pytest.fixture(scope="module")
+def both(large: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs compared."""
+    folder = tmp_path_factory.mktemp("both")
+    other = write_run(folder, steps=500, layers=4, experts=16, name="other", seed=1)
+    return compare([large.parent, other], folder / "compare.html")
+
+
+@pytest.fixture(params=["real", "large", "both"])
+def path(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(request.param)
+
+
+class Opened:
+    """A page in a window, and what went wrong or out while it was there."""
+
+    def __init__(self, browser: Browser, path: Path, *, width: int, dark: bool = False) -> None:
+        scheme = "dark" if dark else "light"
+        context = browser.new_context(
+            viewport={"width": width, "height": 800}, color_scheme=scheme
+        )  # fmt: skip
+        self.page: Page = context.new_page()
+        self.said: list[str] = []
+        self.requests: list[str] = []
+        self.page.on("console", lambda message: self.said.append(message.text))
+        self.page.on("pageerror", lambda error: self.said.append(str(error)))
+        self.page.on("dialog", lambda dialog: (self.said.append("dialog"), dialog.dismiss()))
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.goto(path.as_uri())
+
+    def outside(self) -> list[str]:
+        """Requests other than for the page itself and pictures inside it."""
+        return [url for url in self.requests[1:] if not url.startswith("data:")]
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_a_page_is_whole_without_a_network(browser: Browser, path: Path, dark: bool):
+    opened = Opened(browser, path, width=1280, dark=dark)
+    sizes = opened.page.evaluate(SIZES)
+    assert (opened.said, opened.outside()) == ([], [])
+    assert len(sizes) >= 8
+    assert min(sizes) > 20
+    paper = opened.page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert paper == ("rgb(20, 23, 26)" if dark else "rgb(255, 255, 255)")
+
+
+def test_a_narrow_screen_does_not_scroll_sideways(browser: Browser, path: Path):
+    opened = Opened(browser, path, width=360)
+    opened.page.evaluate(SIZES)  # opens what is folded
+    assert opened.page.evaluate("document.documentElement.scrollWidth") == 360
+    labels = opened.page.evaluate(
+        "[...document.querySelectorAll('svg[role=img] text')]"
+        ".map(t => parseFloat(getComputedStyle(t).fontSize) * t.getScreenCTM().a)"
+    )
+    assert min(labels) > 8.5, "pixels of the smallest letters"
+
+
+def test_the_keyboard_reaches_every_section_and_shows_where_it_is(browser: Browser, path: Path):
+    page = Opened(browser, path, width=1280).page
+    sections = page.evaluate("[...document.querySelectorAll('section')].map(s => '#' + s.id)")
+    reached = []
+    while len(reached) < 100:
+        page.keyboard.press("Tab")
+        tag, link, visible = page.evaluate(FOCUSED)
+        if tag == "BODY":  # past the last one
+            break
+        assert visible, (tag, link)
+        reached.append(link or tag)
+    assert reached[0] == "#report"  # what skips the contents
+    assert [link for link in reached if link in sections] == sections
+    assert "SUMMARY" in reached  # numbers that fold out
+    page.locator(f"nav a[href='{sections[-1]}']").press("Enter")
+    assert page.evaluate("location.hash") == sections[-1]
+
+
+def test_numbers_open_with_the_keyboard(browser: Browser, large: Path):
+    page = Opened(browser, large, width=1280).page
+    fold = page.locator("figure details").first
+    fold.locator("summary").press("Enter")
+    assert fold.locator("table").is_visible()
+    assert fold.locator("tbody tr").count() > 10
+
+
+def test_names_are_text_to_a_browser(browser: Browser, large: Path):
+    page = Opened(browser, large, width=1280).page
+    assert page.locator("script, img").count() == 0
+    names = page.evaluate("[...document.querySelectorAll('.legend bdi')].map(b => b.textContent)")
+    assert set(DOMAINS) <= set(names)
