@@ -118,6 +118,7 @@ def _config(folder: Path, parallel: dict[str, int], precision: str, *, padded: b
             "parallel": parallel,
             "data": {"path": "none", "seq_length": 128},
             "train": {"steps": 10, "global_batch_size": 8, "precision": precision},
+            "optimizer": {"warmup_steps": 0},
             "log": {"tensorboard": False},
         },
     )

@@ -154,6 +154,7 @@ def _config(folder: Path, sizes: Sizes) -> RunConfig:
             "data": {"path": "none", "seq_length": sizes.seq_length},
             "train": {"steps": 100, "global_batch_size": sizes.batch, "precision": "fp32",
                       "micro_batch_size": max(1, min(8, sizes.batch // sizes.ranks))},
+            "optimizer": {"warmup_steps": 0},
             "log": {"tensorboard": False},
         },
     )  # fmt: skip

@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -27,13 +28,14 @@ from pathlib import Path
 from typing import Any
 
 from dense import config_of, random_dense
-from harness import RESULTS, ROOT, keep, machine, ratios, say, spread_of
+from harness import ROOT, keep, machine, ratios, say, spread_of
 
 PROGRAM = [sys.executable, "-m", "megatron_moe"]
 TINY = {"layers": 4, "hidden": 64, "ffn": 96, "heads": 8, "kv_heads": 4, "vocab": 257}
 STATE = {"layers": 8, "hidden": 512, "ffn": 1024, "heads": 8, "kv_heads": 8, "vocab": 8192}
 """Of the run that is saved: 8 experts, 117 M parameters, 1.3 GiB with fp32 moments."""
 LLAMA3 = {"layers": 32, "hidden": 4096, "ffn": 14336, "heads": 32, "kv_heads": 8, "vocab": 128256}
+SCRATCH = ROOT / "runs" / "bench"
 MIB = 2**20
 
 
@@ -54,9 +56,9 @@ def main() -> None:
         return
     for name in args.only or cases:
         surroundings = machine()
-        # Beside the repository, not in /tmp: that may be memory, and dd must meet the same disk.
-        RESULTS.parent.joinpath("scratch").mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=RESULTS.parent / "scratch") as folder:
+        # In runs/, not in /tmp: that may be memory, and dd must meet the same disk.
+        SCRATCH.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=SCRATCH) as folder:
             told = cases[name](Path(folder), args.rounds)
         keep("startup", {name: told}, surroundings)
         print(json.dumps({name: told}, indent=1), flush=True)
@@ -262,6 +264,7 @@ def _settings(
         "upcycle": {"verify": "never"},
         "data": {"path": str(tokens), "seq_length": 64},
         "train": {"steps": 2, "global_batch_size": 4, "precision": "fp32"},
+        "optimizer": {"warmup_steps": 0},
         "checkpoint": {"async_save": async_save, "keep": 1},
         "log": {"tensorboard": False},
     }
@@ -292,13 +295,23 @@ def _has_step(file: Path, step: int) -> bool:
 
 
 def _timed(name: str, command: list[str], rounds: int) -> dict[str, Any]:
-    seconds = []
+    seconds, busy = [], []
     for number in range(rounds + 1):
-        start = time.perf_counter()
+        start, before = time.perf_counter(), _children_seconds()
         subprocess.run(command, stdout=subprocess.DEVNULL, check=True, cwd=ROOT)
         seconds.append(time.perf_counter() - start)
-        say(f"startup, {name}, {number}/{rounds}: {seconds[-1]:.2f} s")
-    return {"first_seconds": round(seconds[0], 3), "seconds": spread_of(seconds[1:])}
+        busy.append(_children_seconds() - before)
+        say(f"startup, {name}, {number}/{rounds}: {seconds[-1]:.2f} s, {busy[-1]:.2f} CPU s")
+    return {
+        "first_seconds": round(seconds[0], 3),
+        "seconds": spread_of(seconds[1:]),
+        "cpu_seconds": spread_of(busy[1:]),
+    }
+
+
+def _children_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _imports(command: list[str]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ because the experts of a layer take from the same.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -108,7 +108,11 @@ class DistributedDense(DenseCheckpoint):
                 digest.update(file.read(4096))
         return digest.hexdigest()
 
-    def _copy(self, name: str, info: TensorInfo, selection: Selected, into: Tensor) -> None:
+    def _copy(self, name: str, info: TensorInfo, pairs: Sequence[tuple[Selected, Tensor]]) -> None:
+        for selection, into in pairs:
+            self._copy_one(name, selection, into)
+
+    def _copy_one(self, name: str, selection: Selected, into: Tensor) -> None:
         place = self.places[name]
         rows_R, filled = place.rows(selection.rows), 0
         for chunk in self.source.chunks(place.key, index=place.layer):

@@ -7,6 +7,8 @@ it, so a process is resident with its destinations and one window, whatever the 
                                  |  | |                     wanted rows / columns of the window
     destination            [.....**.*........]              a view of a parameter, dtype converted
 
+What several destinations want of one tensor is taken from the same windows: the file passes once.
+
 Nothing of a folder is executed or unpickled; ``pytorch_model.bin`` is refused.
 """
 
@@ -38,6 +40,15 @@ Indices = slice | NDArray[np.integer[Any]] | Tensor
 # Buffers that older versions of transformers saved. The model recomputes them from config.json.
 _RECOMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 _OUTPUT, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Wanted:
+    """Rows and columns of a tensor, and where they go."""
+
+    destination: Tensor
+    rows: Indices | None = None
+    columns: Indices | None = None
 
 
 @dataclass(slots=True)
@@ -81,7 +92,7 @@ class DenseCheckpoint:
         info = self._find(name)
         selection = _select(name, info, rows, columns)
         destination = torch.empty(selection.shape, dtype=info.dtype)
-        self._copy(name, info, selection, destination)
+        self._copy(name, info, [(selection, destination)])
         return destination
 
     def read_into(
@@ -108,11 +119,22 @@ class DenseCheckpoint:
             CheckpointError: No such tensor, indices that it does not have, a file that became
                 unreadable, or values that are not finite.
         """
+        self.read_all_into(name, [Wanted(destination, rows, columns)])
+
+    def read_all_into(self, name: str, wanted: Sequence[Wanted]) -> None:
+        """`read_into` for several destinations, which may want the same numbers, in one pass.
+
+        Raises:
+            CheckpointError: As ``read_into``.
+        """
         info = self._find(name)
-        selection = _select(name, info, rows, columns)
-        found, expected = tuple(destination.shape), selection.shape
-        assert found == expected, f"{name}: {found} is to hold a selection of {expected}"
-        self._copy(name, info, selection, destination.detach())
+        pairs = []
+        for one in wanted:
+            selection = _select(name, info, one.rows, one.columns)
+            found, expected = tuple(one.destination.shape), selection.shape
+            assert found == expected, f"{name}: {found} is to hold a selection of {expected}"
+            pairs.append((selection, one.destination.detach()))
+        self._copy(name, info, pairs)
 
     def check_tensors(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         """Compare names and shapes with ``expected``, before anything is read.
@@ -152,7 +174,7 @@ class DenseCheckpoint:
     def _check_tied(self) -> None:
         output, embedding = self.tensors[_OUTPUT], self.tensors[_EMBEDDING]
         same = output.shape == embedding.shape
-        for window in _windows(output, slice(0, output.shape[0])) if same else ():
+        for window in _windows(output, [slice(0, output.shape[0])]) if same else ():
             rows = slice(window.start, window.stop)
             same = same and torch.equal(
                 self.read(_OUTPUT, rows=rows).float(), self.read(_EMBEDDING, rows=rows).float()
@@ -165,17 +187,21 @@ class DenseCheckpoint:
                 f"an output layer of its own, or remove {_OUTPUT}"
             )
 
-    def _copy(self, name: str, info: TensorInfo, selection: Selected, into: Tensor) -> None:
-        if into.numel() == 0:
-            return
-        for window in _windows(info, selection.rows):
-            values = _values(name, info, window, selection.columns)
-            if isinstance(window.into, slice):
-                into[window.into].copy_(values)
-            else:
-                into.index_copy_(0, window.into.to(into.device), values.to(into.device, into.dtype))
-            del values  # unmapped before the next window is mapped
-        self.bytes_read += into.numel() * info.dtype.itemsize
+    def _copy(self, name: str, info: TensorInfo, pairs: Sequence[tuple[Selected, Tensor]]) -> None:
+        pairs = [(selection, into) for selection, into in pairs if into.numel()]
+        for window in _windows(info, [selection.rows for selection, _ in pairs]):
+            mapped = _map(info, window)
+            for part in window.parts:
+                selection, into = pairs[part.of]
+                values = _values(name, info, window, mapped, part, selection.columns)
+                if isinstance(part.into, slice):
+                    into[part.into].copy_(values)
+                else:
+                    target = part.into.to(into.device)
+                    into.index_copy_(0, target, values.to(into.device, into.dtype))
+                del values
+            del mapped  # unmapped before the next window is mapped
+        self.bytes_read += sum(into.numel() for _, into in pairs) * info.dtype.itemsize
 
     def _find(self, name: str) -> TensorInfo:
         if name not in self.tensors:
@@ -232,42 +258,97 @@ _MAY_DIFFER = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class _Window:
-    """Consecutive rows of the file, which of them are wanted, and where they go."""
+class _Part:
+    """What one selection takes of a window."""
 
-    start: int
-    stop: int
-    take: Tensor | None
-    """Rows wanted, counted from ``start``; None takes all."""
+    of: int
+    """Which selection."""
+    take: slice | Tensor
+    """Rows wanted, counted from the first of the window."""
     into: slice | Tensor
     """Rows of the destination."""
 
 
-def _windows(info: TensorInfo, rows: slice | Tensor) -> Iterator[_Window]:
-    """Cut a selection of rows into windows of at most ``WINDOW_BYTES`` of the file, ascending."""
-    most = max(1, WINDOW_BYTES // (math.prod(info.shape[1:]) * info.dtype.itemsize))
-    if isinstance(rows, slice):
-        for start in range(rows.start, rows.stop, most):
-            stop = min(start + most, rows.stop)
-            yield _Window(start, stop, None, slice(start - rows.start, stop - rows.start))
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """Consecutive rows of the file and who wants which of them."""
+
+    start: int
+    stop: int
+    parts: list[_Part]
+
+
+class _Cursor:
+    """One selection on its way through the file, ascending."""
+
+    def __init__(self, rows: slice | Tensor, *, most: int) -> None:
+        self._most, self._done = most, 0
+        if isinstance(rows, slice):
+            self._first, self._length, self._rows_M = rows.start, rows.stop - rows.start, None
+        else:
+            # Ascending, so that each byte of the file is touched in one window only.
+            self._order_M = rows.argsort(stable=True)
+            self._rows_M, self._length = rows[self._order_M], len(rows)
+
+    @property
+    def next(self) -> int | None:
+        """The first row that is still wanted."""
+        if self._done == self._length:
+            return None
+        return self._row(self._done)
+
+    def up_to(self, stop: int, *, of: int, start: int) -> tuple[int, Iterator[_Part]]:
+        """One past the last wanted row below ``stop``, and the parts below it, none too large."""
+        begin = self._done
+        if self._rows_M is None:
+            self._done = min(self._length, max(begin, stop - self._first))
+        else:
+            self._done = int(torch.searchsorted(self._rows_M, stop))
+        last = self._row(self._done - 1) + 1 if self._done > begin else start
+        return last, self._parts(begin, self._done, of, start)
+
+    def _row(self, index: int) -> int:
+        return self._first + index if self._rows_M is None else int(self._rows_M[index])
+
+    def _parts(self, begin: int, end: int, of: int, start: int) -> Iterator[_Part]:
+        for low in range(begin, end, self._most):  # a row may be wanted many times
+            high = min(low + self._most, end)
+            if self._rows_M is None:
+                first = self._first + low - start
+                yield _Part(of, slice(first, first + high - low), slice(low, high))
+            else:
+                yield _Part(of, self._rows_M[low:high] - start, self._order_M[low:high])
+
+
+def _windows(info: TensorInfo, selections: Sequence[slice | Tensor]) -> Iterator[_Window]:
+    """Cut what is wanted into windows of at most ``WINDOW_BYTES`` of the file, ascending."""
+    if not selections:
         return
-    # Ascending, so that each byte of the file is touched in one window only.
-    order_M = rows.argsort(stable=True)
-    rows_M = rows[order_M]
-    begin = 0
-    while begin < len(rows_M):
-        start = int(rows_M[begin])
-        end = min(int(torch.searchsorted(rows_M, start + most)), begin + most)
-        take = rows_M[begin:end] - start
-        yield _Window(start, start + int(take[-1]) + 1, take, order_M[begin:end])
-        begin = end
+    most = max(1, WINDOW_BYTES // (math.prod(info.shape[1:]) * info.dtype.itemsize))
+    cursors = [_Cursor(rows, most=most) for rows in selections]
+    while wanted := [row for cursor in cursors if (row := cursor.next) is not None]:
+        start = min(wanted)
+        stop, parts = start, list[_Part]()
+        for of, cursor in enumerate(cursors):
+            end, found = cursor.up_to(start + most, of=of, start=start)
+            stop = max(stop, end)
+            parts += found
+        yield _Window(start, stop, parts)
 
 
-def _values(name: str, info: TensorInfo, window: _Window, columns: slice | Tensor | None) -> Tensor:
+def _values(
+    name: str,
+    info: TensorInfo,
+    window: _Window,
+    mapped: Tensor,
+    part: _Part,
+    columns: slice | Tensor | None,
+) -> Tensor:
     """The wanted rows and columns of a window: a view of the mapped file where possible."""
-    values = _map(info, window)
-    if window.take is not None:
-        values = values.index_select(0, window.take)
+    if isinstance(part.take, slice):
+        values = mapped[part.take]
+    else:
+        values = mapped.index_select(0, part.take)
     if isinstance(columns, slice):
         values = values[:, columns]
     elif columns is not None:

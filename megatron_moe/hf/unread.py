@@ -6,6 +6,7 @@ A folder with only a ``config.json`` is enough, since that promises every tensor
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from megatron_moe.errors import CheckpointError
 from megatron_moe.hf.header import INDEX_FILE, SINGLE_FILE, TensorInfo, read_headers
 from megatron_moe.hf.names import dense_tensors
-from megatron_moe.hf.reader import DenseCheckpoint
+from megatron_moe.hf.reader import DenseCheckpoint, Selected
 from megatron_moe.hf.spec import read_spec
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -25,8 +26,8 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 class UnreadCheckpoint(DenseCheckpoint):
     """Counts the bytes of each selection in ``bytes_read`` and leaves the destination alone."""
 
-    def _copy(self, name: str, info: TensorInfo, selection: object, into: Tensor) -> None:
-        self.bytes_read += into.numel() * info.dtype.itemsize
+    def _copy(self, name: str, info: TensorInfo, pairs: Sequence[tuple[Selected, Tensor]]) -> None:
+        self.bytes_read += sum(into.numel() for _, into in pairs) * info.dtype.itemsize
 
 
 def open_unread(folder: Path) -> UnreadCheckpoint:

@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_moe.config.run import Moe, Parallel, RunConfig, Train
 from megatron_moe.errors import ConfigError
-from megatron_moe.experts.plan import moe_layer_ids
+from megatron_moe.experts.recipe import moe_layer_ids
 from megatron_moe.hf.spec import DenseSpec
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

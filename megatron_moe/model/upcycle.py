@@ -23,7 +23,7 @@ from torch import Tensor
 from megatron_moe.errors import CheckpointError
 from megatron_moe.experts.plan import ExpertPlan, LayerPlan
 from megatron_moe.hf.names import GATE_ROLES, ROW_OF_ROLE, Match, dense_tensors, match
-from megatron_moe.hf.reader import WINDOW_BYTES, DenseCheckpoint
+from megatron_moe.hf.reader import WINDOW_BYTES, DenseCheckpoint, Wanted
 from megatron_moe.model.build import Chunk, Model
 from megatron_moe.model.noisy_router import fill_gate
 from megatron_moe.model.reshape import LocalExpert, LocalLayer, reshape_values
@@ -46,24 +46,40 @@ class Filled:
 
 @dataclass(slots=True)
 class _Filler:
-    """Reads pieces into parameters, each distinct piece of a layer once."""
+    """Reads pieces into parameters, each distinct piece of a layer once, in one pass a tensor."""
 
     checkpoints: Sequence[DenseCheckpoint]
     sources: set[tuple[int, str]] = field(default_factory=set)
     seen: dict[tuple, Tensor] = field(default_factory=dict)
+    wanted: dict[tuple[int, str], list[Wanted]] = field(default_factory=dict)
+    """By checkpoint and tensor, what `read` is to read."""
+    again: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """Targets, and what holds their numbers once it is read."""
 
     def fill(self, parameter: Tensor, parts: list[Piece], *, source: int | None) -> None:
-        """Fill from checkpoint ``source``, or, None, with the average of all."""
+        """Want it from checkpoint ``source``, or, None, the average of all, which is read now."""
         for piece in parts:
             target, key = parameter[piece.into], (source, *piece.key)
-            if (again := self.seen.get(key)) is not None:
-                target.copy_(again)
-            elif source is None and len(self.checkpoints) > 1:
+            if (holder := self.seen.get(key)) is not None:
+                self.again.append((target, holder))
+                continue
+            self.seen[key] = target
+            if source is None and len(self.checkpoints) > 1:
                 self._average(piece, target)
-                self.seen[key] = target
             else:
-                self._read(source or 0, piece, target)
-                self.seen[key] = target
+                wanted = self.wanted.setdefault((source or 0, piece.source), [])
+                wanted.append(Wanted(target, piece.rows, piece.columns))
+
+    def read(self) -> None:
+        """Fill what is wanted."""
+        for (source, name), wanted in self.wanted.items():
+            self.checkpoints[source].read_all_into(name, wanted)
+            self.sources.add((source, name))
+        for target, holder in self.again:
+            target.copy_(holder)
+        self.seen.clear()
+        self.wanted.clear()
+        self.again.clear()
 
     def _read(self, source: int, piece: Piece, target: Tensor) -> None:
         self.checkpoints[source].read_into(
@@ -135,14 +151,13 @@ def fill(
     for chunk in model.chunks:
         for layer, parameters in _by_layer(chunk):
             place = _Place(checkpoints[0], layer, plan, layout, rank)
-            filler.seen.clear()
             for parameter, found in parameters:
                 place.fill(parameter, found, filler)
                 count += 1
                 size += parameter.numel() * parameter.element_size()
+            filler.read()
             if place.layer_plan is not None:
                 local_layers.append(place.local_layer(parameters))
-    filler.seen.clear()
     read = _bytes_read(checkpoints) - before
     return Filled(count, size, read, frozenset(filler.sources)), local_layers
 

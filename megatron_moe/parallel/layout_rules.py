@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from megatron_moe.errors import nearest_multiples
-from megatron_moe.experts.plan import moe_layer_ids
+from megatron_moe.experts.recipe import moe_layer_ids
 from megatron_moe.parallel.case import Case, indivisible
 
 

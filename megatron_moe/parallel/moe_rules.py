@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_moe.experts.plan import moe_layer_ids
+from megatron_moe.experts.recipe import moe_layer_ids
 from megatron_moe.experts.rules import construction_violations
 from megatron_moe.parallel.case import Case, indivisible
 

@@ -148,6 +148,36 @@ def test_any_slice_of_any_tensor_fills_any_view(
     assert dense.bytes_read == expected.numel() * dtype.itemsize
 
 
+def test_what_several_want_of_a_tensor_is_read_in_one_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Rows in 8 parts at random, columns likewise, an overlap, and all: no row is mapped twice."""
+    full = torch.randn(200, 24)
+    dense = open_dense_checkpoint(folder_of(tmp_path, {"w": full}))
+    monkeypatch.setattr(reader, "WINDOW_BYTES", 16 * 24 * 4)
+    mapped = []
+    map_window = reader._map
+
+    def spy(info, window):
+        mapped.extend(range(window.start, window.stop))
+        return map_window(info, window)
+
+    monkeypatch.setattr(reader, "_map", spy)
+    rows, columns = torch.randperm(200).chunk(8), torch.randperm(24).chunk(8)
+    asked = [
+        *((part, None) for part in rows),
+        *((None, part) for part in columns),
+        (slice(30, 90), slice(2, 5)),
+        (None, None),
+        (torch.tensor([7, 7, 199]), None),
+    ]
+    wanted = [reader.Wanted(torch.empty_like(index(full, *one)), *one) for one in asked]
+    dense.read_all_into("w", wanted)
+    for one in wanted:
+        assert torch.equal(one.destination, index(full, one.rows, one.columns))
+    assert mapped == list(range(200))
+
+
 def test_tensors_that_no_machine_word_is_aligned_to_are_read(tmp_path: Path):
     # Headers of old files end anywhere; ours is 1 byte longer than a multiple of eight.
     values = torch.randn(5, 3)
