@@ -101,7 +101,7 @@ $(PYTHON):
 	exit 1
 
 $(INSTALLED): pyproject.toml constraints.txt | $(PYTHON)
-	@echo "installing $$(grep -c '==' constraints.txt) packages into $(VENV): about 6 GB with" \
+	@echo "installing $$(grep -c '==' constraints.txt) packages into $(VENV): about 7 GB with" \
 	    "torch and its CUDA libraries, some minutes the first time"
 	@$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
