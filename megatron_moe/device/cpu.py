@@ -10,6 +10,7 @@ once, before Megatron-Core is first imported, and never on a machine that runs o
     Tensor.type() == "torch.cuda.FloatTensor"            true: Megatron asks this to sort parameters
     all_to_all_single with sizes in a tensor             sizes in a list of int
     all_gather and reduce_scatter of unequal parts       padded to the largest part
+    both, in one tensor, of a group of one rank          nothing, where gloo copies the whole twice
     Apex's or Transformer Engine's FusedAdam             `FusedAdamW`, with the same state layout
 """
 
@@ -185,6 +186,23 @@ def _replace_collectives() -> None:
     dist.all_to_all_single = all_to_all_single_of_ints
     dist.all_gather = all_gather_padded
     dist.reduce_scatter = reduce_scatter_padded
+    dist.all_gather_into_tensor = _unless_alone(dist.all_gather_into_tensor)
+    dist.reduce_scatter_tensor = _unless_alone(dist.reduce_scatter_tensor)
+
+
+def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """The collective, but for a group of one rank, whose output is its input."""
+
+    @functools.wraps(collective)
+    def wrapped(output: Tensor, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        group = kwargs.get("group") or dist.group.WORLD
+        if args or group is None or group.size() > 1:
+            return collective(output, input, *args, **kwargs)
+        if output.data_ptr() != input.data_ptr():
+            output.copy_(input.view_as(output))
+        return _Inert() if kwargs.get("async_op") else None
+
+    return wrapped
 
 
 def _same_shape(tensors: Sequence[Tensor]) -> bool:

@@ -90,6 +90,31 @@ def test_fp32_routing_weights_do_not_change_the_models_precision(dtype: torch.dt
     assert swiglu(x_TD, random(T, dtype=torch.float32), fc1, fc2).dtype == dtype
 
 
+def test_its_gradients_are_those_of_finite_differences():
+    values = random(T, D), random(T, seed=1).sigmoid(), random(2 * M, D, seed=2), random(D, M)
+    assert torch.autograd.gradcheck(swiglu, [value.requires_grad_() for value in values])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_weight_gradients_are_added_where_data_parallelism_keeps_them(dtype: torch.dtype):
+    values = [
+        value.to(dtype).requires_grad_()
+        for value in (random(T, D), random(T, seed=1), random(2 * M, D, seed=2), random(D, M))
+    ]
+    out_grad_TD = random(T, D, seed=3).to(dtype)
+    wanted = torch.autograd.grad(swiglu(*values), values, out_grad_TD)
+    buffers = [torch.ones(value.shape, dtype=torch.float64) for value in values[2:]]
+    for weight, buffer in zip(values[2:], buffers, strict=True):
+        weight.main_grad = buffer  # type: ignore[attr-defined]
+    for _ in range(2):
+        found = torch.autograd.grad(swiglu(*values), values, out_grad_TD)
+    for weight, buffer, gradient in zip(values[2:], buffers, wanted[2:], strict=True):
+        assert weight.grad_added_to_main_grad  # type: ignore[attr-defined]
+        torch.testing.assert_close(buffer, 1 + 2 * gradient.double(), rtol=1e-12, atol=1e-12)
+    for gradient, again in zip(wanted[:2], found[:2], strict=True):
+        assert torch.equal(gradient, again)
+
+
 @pytest.mark.distributed
 def test_the_lean_forward_is_megatrons(tmp_path: Path):
     """Output and every gradient of Megatron-Core's SequentialMLP with the same weights."""

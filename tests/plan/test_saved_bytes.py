@@ -80,7 +80,7 @@ def unfused_bytes(shape: MoeShape, work: Workload, degrees: Degrees, *, routes: 
         found += 2 * hidden  # silu(gate), and gate and up once more, each apart
     elif work.recompute == "none":
         neurons = tokens.expert_rows * shape.moe_ffn_hidden_size / degrees.etp * value
-        found += 2 * neurons  # silu(gate), and its product with up
+        found -= neurons  # what goes into the last product is formed again
     if work.recompute == "moe":  # on CPU norms are not recomputed
         found += stream_bytes(shape, work, degrees)
     return found
