@@ -160,12 +160,15 @@ def analysis(random: np.random.Generator, step: int, layers: int, experts: int) 
     flat = {name: [4.0 - i / 50 for i in range(layers)] for name in DOMAINS}
     return {
         "schema": 1, "kind": "analysis", "checkpoint": "x", "step": step,
+        "seq_length": 2048, "evaluation_sets": [], "loss": dict.fromkeys(DOMAINS, 2.5),
+        "counts_of_halves": {name: [counts[name]] * 2 for name in DOMAINS},
         "layers": [*range(layers)], "num_experts": experts, "topk": TOPK, "domains": [*DOMAINS],
         "tokens": dict.fromkeys(DOMAINS, tokens), "counts": counts,
         "dropped": {name: [0] * layers for name in DOMAINS}, "entropy": flat,
         "max_over_mean": flat, "dead": {name: [i % 3 for i in range(layers)] for name in DOMAINS},
         "confidence": flat, "coactivation": together_LEE.tolist(),
-        "distances": {"layers": distance_LNN.tolist(), "mean": distance_LNN.mean(axis=0).tolist()},
+        "distances": {"layers": distance_LNN.tolist(), "mean": distance_LNN.mean(axis=0).tolist(),
+                      "within": dict.fromkeys(DOMAINS, [0.01] * layers)},
         "similarity": {"between_experts": cosines_LEE.tolist(),
                        "to_dense": cosines_LEE[:, 0].tolist()},
     }  # fmt: skip

@@ -23,7 +23,8 @@ def sentence(run: RunFiles) -> str:
     layers = run.moe_layers
     where = "" if layers is None else f" in {len(layers)} layers"
     family = "a dense model" if run.spec is None else f"{run.spec.family}, {run.config.dense.path}"
-    ranks = "" if run.world_size is None else f", on {run.world_size} ranks"
+    size = run.world_size
+    ranks = "" if size is None else f", on {size} {'rank' if size == 1 else 'ranks'}"
     return (
         f"{family}, upcycled to {moe.num_moe_experts} experts top-{moe.moe_router_topk}{where} by "
         f"{plan.method}{ranks}."

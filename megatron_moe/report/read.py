@@ -11,6 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from megatron_moe.analyze.record import Analysis
 from megatron_moe.checkpoint.folder import newest, read_progress
 from megatron_moe.config.load import load
 from megatron_moe.config.run import RunConfig
@@ -18,7 +19,7 @@ from megatron_moe.errors import ConfigError, UserError
 from megatron_moe.experts.recipe import moe_layer_ids
 from megatron_moe.hf.spec import DenseSpec, read_spec
 from megatron_moe.report.history import History, read_history
-from megatron_moe.report.records import Analysis, Evaluation, TaskScores, read_records
+from megatron_moe.report.records import Evaluation, TaskScores, read_records
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,19 +1,15 @@
-"""What `megatron-moe evaluate` and `megatron-moe analyze` leave beside a run, read and checked.
-
-Shape letters of this module:
-
-    L  MoE layers   E  experts   N  domains
-"""
+"""What `megatron-moe evaluate` and `megatron-moe analyze` leave beside a run, read and checked."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self, TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-Matrix = list[list[float]]
+from megatron_moe.analyze.record import Analysis
+
 Record = TypeVar("Record", bound="Evaluation | TaskScores | Analysis")
 
 
@@ -62,53 +58,6 @@ class TaskScores(_Section):
     scores: list[Score]
 
 
-class Distances(_Section):
-    """How far apart two domains' choices of experts are: L2 of normalised counts."""
-
-    layers: list[Matrix]
-    mean: Matrix
-    within: dict[str, list[float]] | None = None
-    """By domain and layer, of the two halves of its text."""
-
-
-class Similarity(_Section):
-    """Cosines of experts' weights."""
-
-    between_experts: list[Matrix]
-    to_dense: list[list[float]] | None = None
-
-
-class Analysis(_Section):
-    """analysis/step-*.json."""
-
-    kind: Literal["analysis"]
-    step: int
-    layers: list[int]
-    num_experts: int
-    topk: int
-    domains: list[str]
-    tokens: dict[str, int]
-    counts: dict[str, Matrix]
-    dropped: dict[str, list[float]]
-    entropy: dict[str, list[float]]
-    max_over_mean: dict[str, list[float]]
-    dead: dict[str, list[int]]
-    confidence: dict[str, list[float]]
-    coactivation: list[Matrix]
-    distances: Distances
-    similarity: Similarity | None = None
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        layers, experts, domains = len(self.layers), self.num_experts, len(self.domains)
-        for name in self.domains:
-            if np.shape(self.counts[name]) != (layers, experts):
-                raise ValueError(f"counts of {name!r} are not {layers} layers x {experts} experts")
-        if np.shape(self.distances.layers) != (layers, domains, domains):
-            raise ValueError(f"distances.layers is not {layers} times {domains} x {domains}")
-        return self
-
-
 def read_records(
     folder: Path, kind: type[Record], pattern: str = "step-*.json"
 ) -> tuple[list[Record], list[str]]:
@@ -116,7 +65,10 @@ def read_records(
     found, wrong = [], []
     for path in sorted(folder.glob(pattern)):
         try:
-            found.append(kind.model_validate_json(path.read_text(encoding="utf-8")))
+            record = kind.model_validate_json(path.read_text(encoding="utf-8"))
+            if isinstance(record, Analysis):
+                _check_shapes(record)
+            found.append(record)
         except (OSError, ValueError, KeyError) as error:
             wrong.append(f"{folder.name}/{path.name} is not shown: {_reason(error)}")
     return sorted(found, key=lambda record: record.step or 0), wrong
@@ -128,3 +80,13 @@ def _reason(error: Exception) -> str:
         where = ".".join(map(str, first["loc"]))
         return f"{where}: {first['msg']}" if where else first["msg"]
     return str(error)
+
+
+def _check_shapes(found: Analysis) -> None:
+    """Lists that pictures are made of must fit each other."""
+    layers, experts, domains = len(found.layers), found.num_experts, len(found.domains)
+    for name in found.domains:
+        if np.shape(found.counts[name]) != (layers, experts):
+            raise ValueError(f"counts of {name!r} are not {layers} layers x {experts} experts")
+    if np.shape(found.distances.layers) != (layers, domains, domains):
+        raise ValueError(f"distances.layers is not {layers} times {domains} x {domains}")

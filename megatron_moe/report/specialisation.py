@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from megatron_moe.analyze.record import Analysis
 from megatron_moe.report.history import Array
 from megatron_moe.report.html import Html, command, el, folded, join, missing, number, table
 from megatron_moe.report.parts import Section, alt_of, figure, figures, span_of, steps_table
 from megatron_moe.report.picture import Line, Rows, Scale, heat_picture, line_picture
 from megatron_moe.report.read import RunFiles
-from megatron_moe.report.records import Analysis
 
 MOST_DOMAINS = 12
 """That get a picture of their own."""
@@ -125,9 +125,8 @@ def _distance_by_layer(analyses: list[Analysis]) -> Html | None:
         Line(f"step {one.step:,}", np.array(one.layers), mean_distances(one), dots=True)
         for one in shown
     ]
-    if shown[-1].distances.within is not None:
-        within_L = np.mean([*shown[-1].distances.within.values()], axis=0)
-        lines.append(Line("two halves of one domain", np.array(shown[-1].layers), within_L))
+    within_L = np.mean([*shown[-1].distances.within.values()], axis=0)
+    lines.append(Line("two halves of one domain", np.array(shown[-1].layers), within_L))
     title = "Distance between domains by layer"
     picture = line_picture(
         lines, alt=alt_of(title, lines), y="L2 of shares, mean of pairs", x="layer", from_zero=True
@@ -228,10 +227,7 @@ def _together(now: Analysis, pairs_EE: Array, layer: int) -> Html:
 
 def _similarity(analyses: list[Analysis]) -> list[Html]:
     """Cosines of experts' weights, by layer and over the checkpoints that were looked at."""
-    shown = [one for one in analyses if one.similarity is not None]
-    if not shown:
-        return []
-    shown = [shown[i] for i in _picked(len(shown))]
+    shown = [analyses[i] for i in _picked(len(analyses))]
     between = [(one, _between(one)) for one in shown]
     to_dense = [(one, d) for one in shown if (d := _to_dense(one)) is not None]
     return [
@@ -245,14 +241,12 @@ def _similarity(analyses: list[Analysis]) -> list[Html]:
 
 
 def _between(one: Analysis) -> Array:
-    assert one.similarity is not None
     cosines_LEE = np.array(one.similarity.between_experts)
     pairs = np.triu_indices(cosines_LEE.shape[1], k=1)
     return cosines_LEE[:, *pairs].mean(axis=1)
 
 
 def _to_dense(one: Analysis) -> Array | None:
-    assert one.similarity is not None
     told = one.similarity.to_dense
     return None if told is None else np.array(told).mean(axis=1)
 

@@ -11,6 +11,7 @@ import yaml
 from synthetic_runs import DOMAINS, HOSTILE, analysis, write_run
 from training_runs import tree
 
+from megatron_moe.analyze.record import Analysis
 from megatron_moe.config.run import Parallel
 from megatron_moe.errors import ConfigError, DataError
 from megatron_moe.parallel.layout import fold, local_experts
@@ -20,7 +21,6 @@ from megatron_moe.report.html import Html, el, join, plain
 from megatron_moe.report.page import run_page, write_page
 from megatron_moe.report.picture import Line, line_picture
 from megatron_moe.report.read import read_run
-from megatron_moe.report.records import Analysis
 from megatron_moe.report.specialisation import mean_distances, share_of_mean
 from megatron_moe.reporting import compare
 
@@ -170,7 +170,11 @@ def test_shares_and_distances_of_known_preferences():
     record = analysis(np.random.default_rng(0), 10, 2, 4)
     size = len(DOMAINS)
     apart = (1 - np.eye(size)).tolist()
-    record["distances"] = {"layers": [np.zeros((size, size)).tolist(), apart], "mean": apart}
+    record["distances"] = {
+        "layers": [np.zeros((size, size)).tolist(), apart],
+        "mean": apart,
+        "within": {},
+    }
     found = Analysis.model_validate_json(json.dumps(record))
     assert mean_distances(found).tolist() == [0.0, 1.0]
 

@@ -6,10 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from synthetic_runs import DOMAINS, analysis
 from training_runs import tree
 
 from megatron_moe.errors import ConfigError
 from megatron_moe.report.history import Series, read_history
+from megatron_moe.report.judgement import judgement
 from megatron_moe.report.read import read_run
 from megatron_moe.report.thin import thin
 
@@ -102,13 +104,36 @@ def test_what_is_damaged_is_told_and_the_rest_is_read(run):
     told = "\n".join(files.wrong)
     for what in (
         "receipt.json",
-        "analysis/step-00000005.json is not shown: layers: Field required",
+        "analysis/step-00000005.json is not shown: checkpoint: Field required",
         "evaluation/step-00000005.json",
         "latest names step_00000005",
         "1 damaged",
     ):
         assert what in told
     assert files.history.last_step == 1
+
+
+def test_an_analysis_whose_lists_do_not_fit_is_told(run):
+    record = analysis(np.random.default_rng(0), 5, 2, 4)
+    record["counts"][DOMAINS[0]] = [[1, 2, 3, 4]]
+    (run / "analysis").mkdir()
+    (run / "analysis" / "step-000005.json").write_text(json.dumps(record))
+    files = read_run(run)
+    assert files.analyses == []
+    assert "counts of 'commoncrawl' are not 2 layers x 4 experts" in files.wrong[0]
+
+
+def test_scores_of_tasks_are_read_and_shown(run):
+    score = {"task": "my_<task>", "examples": None, "metric": "acc", "value": 0.625, "stderr": None}
+    record = {"schema": 1, "kind": "tasks", "model": "x", "step": 5, "tasks": ["a"]}
+    (run / "evaluation").mkdir()
+    path = run / "evaluation" / "tasks-a-step-000005.json"
+    path.write_text(json.dumps({**record, "scores": [score], "harness": []}))
+    files = read_run(run)
+    assert files.wrong == []
+    page = judgement(files).html()
+    assert "my_&lt;task&gt;" in page
+    assert "<td>0.625</td>" in page
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
