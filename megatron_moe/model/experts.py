@@ -47,7 +47,7 @@ def swiglu(x_TD: Tensor, prob_T: Tensor, fc1_2MD: Tensor, fc2_DM: Tensor) -> Ten
     Without tokens the products still run: their gradient of zero is what keeps the collectives
     of data parallelism in step on every rank.
     """
-    return _WeightedSwiglu.apply(x_TD, prob_T, fc1_2MD, fc2_DM)  # type: ignore[return-value]
+    return _WeightedSwiglu.apply(x_TD, prob_T, fc1_2MD, fc2_DM)
 
 
 class _WeightedSwiglu(torch.autograd.Function):
