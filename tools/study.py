@@ -41,6 +41,7 @@ from study_cases import AT_STEP_0, DENSE, FIRST, TRAINED, Case  # noqa: E402
 from study_jobs import Job, do_all  # noqa: E402
 from study_page import gathered, write_pages  # noqa: E402
 
+from megatron_moe.config.mixtures import SLIMPAJAMA  # noqa: E402
 from megatron_moe.errors import UserError  # noqa: E402
 
 BELOW = ROOT / "runs"
@@ -69,7 +70,8 @@ def main() -> None:
         if not args.pages:
             prepare()
             do_all(jobs(), workers=2, logs=HERE / "logs", until=until)
-        write_pages(gathered(RESULTS), args.out)
+        judged_on = len(SLIMPAJAMA) * runs.HELD_OUT * runs.SEQ_LENGTH
+        write_pages(gathered(RESULTS, held_out_tokens=judged_on), args.out)
     except UserError as error:
         sys.exit(f"{type(error).__name__}: {error}")
 

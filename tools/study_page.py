@@ -76,8 +76,12 @@ QUESTIONS = (
 )  # fmt: skip
 
 
-def gathered(results: Path) -> Numbers:
+def gathered(results: Path, *, held_out_tokens: int) -> Numbers:
     """What the runs left, in the order of the cases.
+
+    Args:
+        results: Folder of the runs' results.
+        held_out_tokens: What a trained model is judged on.
 
     Raises:
         UserError: Nothing to write a page of.
@@ -93,6 +97,7 @@ def gathered(results: Path) -> Numbers:
         "commit": _commit(),
         "cores": os.cpu_count(),
         "versions": {name: version(name) for name in ("torch", "megatron-core", "transformers")},
+        "held_out_tokens": held_out_tokens,
         "dense": json.loads((results / "dense.json").read_text()),
         "trained": sorted(trained, key=lambda run: (first.index(run["case"]), run["seed"])),
         "step0": sorted(at_step_0, key=lambda found: second.index(found["case"])),
@@ -141,6 +146,7 @@ def page(numbers: Numbers) -> str:
         dense_start=f"{dense[0][1]:.2f}",
         dense_end=f"{dense[-1][1]:.2f}",
         run_tokens=f"{trained[0]['validation'][-1][0]:,}",
+        held_out_tokens=f"{numbers['held_out_tokens']:,}",
         runs=len(trained),
         seeds=len(seeds),
         hours=f"{sum(run['seconds'] for run in trained + numbers['step0']) / 3600:.1f}",
@@ -218,12 +224,11 @@ _RESCALES = ("none", "N/K", "N", "calibrated")
 
 def _rescales(numbers: Numbers) -> Iterator[Row]:
     losses = {found["case"]: found["loss"] for found in numbers["step0"]}
-    names = dict.fromkeys(
-        name.rpartition(", ")[0] for name in losses if name.endswith(", calibrated")
-    )
-    for name in names:
+    names = [case.name.rpartition(", ")[0] for case in AT_STEP_0 if case.measured]
+    for name in dict.fromkeys(["split_random", "split_clustered", *names]):
         found = [losses.get(f"{name}, {rescale}") for rescale in _RESCALES]
-        yield [name, *("-" if loss is None else f"{loss:.3f}" for loss in found)]
+        if any(found):
+            yield [name, *("-" if loss is None else f"{loss:.3f}" for loss in found)]
 
 
 def _others(numbers: Numbers) -> Iterator[Row]:

@@ -1,5 +1,6 @@
 """The page is what its numbers say; jobs do what is not done, once, after what they need."""
 
+import json
 from functools import partial
 from pathlib import Path
 
@@ -7,11 +8,12 @@ import pytest
 import study_page
 from study_cases import AT_STEP_0, TRAINED, Case
 from study_jobs import Job, do_all
-from study_page import QUESTIONS, START, differences, page, spread, verdict
+from study_page import QUESTIONS, START, differences, page, spread, to_json, verdict
 from study_plot import PANELS, plots
 
 from megatron_moe.errors import UserError
 
+DOCS = Path(__file__).parents[2] / "docs"
 NAMES = {case.name for case in TRAINED}
 
 
@@ -25,7 +27,7 @@ def run(case: str, seed: int, *losses: float) -> dict:
 
 NUMBERS = {
     "date": "2026-01-01", "commit": "abc", "cores": 2, "versions": {"torch": "1"},
-    "dense": {"validation": [[0, 7.6], [1000, 4.5]]},
+    "held_out_tokens": 7168, "dense": {"validation": [[0, 7.6], [1000, 4.5]]},
     "trained": [
         *(run("split_random, N/K", seed, 6.0 + seed, 5.0, 4.0) for seed in range(3)),
         *(run("split_random, none", seed, 6.5 + seed, 5.0, 4.0 - 0.1 * seed) for seed in range(3)),
@@ -35,6 +37,17 @@ NUMBERS = {
               {"case": "split_random, calibrated", "loss": 8.0, "tokens": 3584, "seconds": 1.0},
               {"case": "drop, none", "loss": 4.0, "tokens": 3584, "seconds": 1.0}],
 }  # fmt: skip
+
+
+def test_the_page_is_of_these_numbers():
+    numbers = json.loads((DOCS / "study.json").read_text())
+    assert (DOCS / "study.md").read_text() == page(numbers)
+    assert (DOCS / "study.svg").read_text() == plots(numbers)
+
+
+def test_json_is_written_as_it_was_read():
+    text = (DOCS / "study.json").read_text()
+    assert to_json(json.loads(text)) == text
 
 
 def test_seeds_are_compared_one_by_one():
@@ -131,4 +144,4 @@ def test_nothing_starts_when_time_is_up(tmp_path: Path):
 
 def test_no_results_no_page(tmp_path: Path):
     with pytest.raises(UserError, match="run make study"):
-        study_page.gathered(tmp_path)
+        study_page.gathered(tmp_path, held_out_tokens=1)
