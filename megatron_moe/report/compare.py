@@ -149,7 +149,9 @@ def _overlay(names: list[str], runs: Sequence[RunFiles], shown: _Shown) -> Html 
     picture = line_picture(
         lines, alt=alt_of(shown.title, lines), y=shown.label, from_zero=shown.from_zero
     )
-    return figure(shown.title, picture, steps_table(lines, f"{shown.title}, {shown.label}"))
+    numbers = steps_table(lines, f"{shown.title}, {shown.label}")
+    alone = el("span", "Only ", el("bdi", lines[0].name), " has it.") if len(lines) == 1 else None
+    return figure(shown.title, picture, numbers, note=alone)
 
 
 def _differences(names: list[str], runs: Sequence[RunFiles]) -> Html:
