@@ -138,7 +138,8 @@ def one_of_512(scratch: Path) -> dict[str, Any]:
         "world_size": 512,
         "rank": 137,
         "parallel": {
-            "tensor_parallel_size": 4, "pipeline_parallel_size": 8, "expert_parallel_size": 8,
+            "tensor_parallel_size": 4, "pipeline_parallel_size": 16, "expert_parallel_size": 8,
+            "expert_tensor_parallel_size": 4,
         },
     }  # fmt: skip
     told = measured("ours", about, dense)
