@@ -22,7 +22,10 @@ from megatron_moe.hf.names import dense_tensors
 pytestmark = pytest.mark.distributed
 
 
-@pytest.mark.parametrize("layers", ["one-tensor-a-layer", "layers-in-one-tensor"])
+@pytest.mark.parametrize(
+    "layers",
+    ["layers-in-one-tensor", pytest.param("one-tensor-a-layer", marks=pytest.mark.slow)],
+)
 def test_it_upcycles_to_the_same_bits(tmp_path: Path, layers: str):
     family = {"one-tensor-a-layer": "llama", "layers-in-one-tensor": "qwen2"}[layers]
     hf = save_dense(tmp_path / "hf", family)

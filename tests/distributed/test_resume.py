@@ -42,7 +42,7 @@ def settings(inputs: dict[str, Path], name: str, precision: str) -> dict:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_kill_9_in_the_middle_changes_no_bit(inputs: dict[str, Path], precision: str):
     whole = run_training(settings(inputs, f"whole-{precision}", precision), world_size=2)
 
