@@ -125,18 +125,10 @@ def _config(folder: Path, parallel: dict[str, int], precision: str, *, padded: b
 
 
 def _count(world: Any, config: RunConfig, out: Path) -> None:
-    import torch.distributed as dist
+    from megatron_moe.bench.traffic import step_bytes
 
-    from megatron_moe.bench.steps import Bench, Wish
-    from megatron_moe.bench.traffic import counted
-
-    it = Bench(config, world, Wish(random=True))
-    with counted(it.groups) as traffic:
-        it.timed_step()
-    everyone: list[Any] = [None] * world.size
-    dist.all_gather_object(everyone, traffic.bytes)
+    total = step_bytes(config, world)
     if world.rank == 0:
-        total = sum(everyone, start=type(traffic.bytes)())
         out.write_text(json.dumps({" ".join(key): n for key, n in total.items()}))
 
 

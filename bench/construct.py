@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 from dense import config_of, random_dense
-from harness import ROOT, keep, machine, say
+from harness import ROOT, held_together, keep, machine, say
 from startup import _write_tokens
 from step_cases import SMOL, SMOLLM2
 
@@ -99,7 +99,7 @@ def _watched(command: list[str], *, name: str) -> dict[str, Any]:
     start, peak, told = time.perf_counter(), 0, 0.0
     process = psutil.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     while process.poll() is None:
-        peak = max(peak, _held(process))
+        peak = max(peak, held_together(process))
         if (seconds := time.perf_counter() - start) - told > 30:
             told = seconds
             say(f"construct, {name}: {seconds:.0f} s, {peak / MIB:.0f} MiB")
@@ -111,16 +111,6 @@ def _watched(command: list[str], *, name: str) -> dict[str, Any]:
         "peak_mib": round(peak / MIB),
         "processes": 2,
     }
-
-
-def _held(process: psutil.Popen) -> int:
-    held = 0
-    for each in (process, *process.children(recursive=True)):
-        try:
-            held += each.memory_full_info().pss
-        except psutil.Error:
-            continue
-    return held
 
 
 if __name__ == "__main__":

@@ -36,6 +36,8 @@ from megatron_moe.device import cpu
 
 cpu.install()
 
+from harness import held_together
+
 from megatron_moe.config.load import build
 from megatron_moe.config.mixtures import PRESETS, SLIMPAJAMA
 from megatron_moe.config.run import RunConfig
@@ -149,13 +151,7 @@ def _peak(command: list[str]) -> float:
     process = psutil.Popen(command, stdout=subprocess.DEVNULL)
     peak = 0
     while process.poll() is None:
-        held = 0
-        for each in (process, *process.children(recursive=True)):
-            try:
-                held += each.memory_full_info().pss
-            except psutil.Error:
-                continue
-        peak = max(peak, held)
+        peak = max(peak, held_together(process))
         time.sleep(0.1)
     assert process.returncode == 0
     return round(peak / 2**20, 1)

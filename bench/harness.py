@@ -15,6 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from megatron_moe.bench.record import spread
 
 ROOT = Path(__file__).parents[1]
@@ -82,6 +84,17 @@ def keep(name: str, cases: Mapping[str, Any], surroundings: Mapping[str, Any]) -
 def say(text: str) -> None:
     """Progress, for who waits."""
     print(text, file=sys.stderr, flush=True)
+
+
+def held_together(process: psutil.Popen) -> int:
+    """Bytes of a process and all below it; what they share counts once."""
+    held = 0
+    for each in (process, *process.children(recursive=True)):
+        try:
+            held += each.memory_full_info().pss
+        except psutil.Error:
+            continue
+    return held
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from megatron_moe.hf.reader import DenseCheckpoint
 from megatron_moe.hf.spec import read_spec
 from megatron_moe.job import Job
 from megatron_moe.log import console
-from megatron_moe.model.config import DTYPES, check_dispatcher
+from megatron_moe.model.config import check_dispatcher
 from megatron_moe.model.overlap import start_tp_overlap
 from megatron_moe.parallel.groups import create_groups
 from megatron_moe.pretraining import continue_pretraining, feed_of
@@ -128,14 +128,7 @@ def reference_loss(config: RunConfig, world: World, out: Path) -> None:
         )
     for line in texts.remarks:
         console.print(line)
-    losses = dense_losses(
-        config.dense.path,
-        texts.validation,
-        num_samples=config.data.validation_samples,
-        reset_attention=config.data.reset_attention,
-        device=world.device,
-        dtype=DTYPES[config.train.precision],
-    )
+    losses = dense_losses(config, texts.validation, device=world.device)
     write_reference_losses(
         out,
         losses,

@@ -24,6 +24,10 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from megatron_moe.bench.steps import Bench, Wish
+from megatron_moe.config.run import RunConfig
+from megatron_moe.device.world import World
+
 KINDS = {
     "allreduce": ("all_reduce", 0),
     "allreduce_coalesced": ("all_reduce", 0),
@@ -62,6 +66,16 @@ class Traffic:
 
     bytes: Sent = field(default_factory=Counter)
     calls: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+
+def step_bytes(config: RunConfig, world: World) -> Sent:
+    """What one training step of random tokens puts into collectives, all ranks together."""
+    it = Bench(config, world, Wish(random=True))
+    with counted(it.groups) as traffic:
+        it.timed_step()
+    everyone: list[Any] = [None] * world.size
+    dist.all_gather_object(everyone, traffic.bytes)
+    return sum(everyone, start=Counter())
 
 
 @contextlib.contextmanager

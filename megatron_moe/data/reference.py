@@ -16,44 +16,41 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from megatron_moe.config.run import RunConfig
 from megatron_moe.data.batches import Batch, validation_batches
 from megatron_moe.data.samples import Text
 from megatron_moe.errors import DataError
 from megatron_moe.model.attention import document_mask
+from megatron_moe.model.config import DTYPES
 
 
 @torch.no_grad()
 def dense_losses(
-    dense_folder: Path,
-    texts: dict[str, Text],
-    *,
-    num_samples: int,
-    reset_attention: bool,
-    device: torch.device,
-    dtype: torch.dtype,
+    config: RunConfig, texts: dict[str, Text], *, device: torch.device
 ) -> dict[str, float]:
     """Nats per token of the dense model on the sequences that training validates on.
 
     Args:
-        dense_folder: A folder that transformers loads, whole, on one device.
+        config: Names the dense model, which transformers loads whole, the precision, and how many
+            sequences of each text, from its beginning, are taken.
         texts: Held-out text of each domain.
-        num_samples: Sequences of each text, from its beginning.
-        reset_attention: Whether documents are kept apart.
         device: Where to compute.
-        dtype: In which precision.
     """
     model: Any = AutoModelForCausalLM.from_pretrained(
-        dense_folder, dtype=dtype, local_files_only=True
+        config.dense.path, dtype=DTYPES[config.train.precision], local_files_only=True
     )
     model.to(device).eval()
     losses = {}
     for name, text in texts.items():
         batches = validation_batches(
-            text, num_samples=num_samples, micro_batch_size=1, dp_rank=0, dp_size=1
+            text,
+            num_samples=config.data.validation_samples,
+            micro_batch_size=1,
+            dp_rank=0,
+            dp_size=1,
         )
-        sums = torch.stack(
-            [_sums(model, batch.map(lambda x: x.to(device)), reset_attention) for batch in batches]
-        )
+        placed = (batch.map(lambda x: x.to(device)) for batch in batches)
+        sums = torch.stack([_sums(model, batch, config.data.reset_attention) for batch in placed])
         total, tokens = sums.sum(dim=0).tolist()
         losses[name] = total / tokens
     return losses

@@ -16,13 +16,12 @@ from megatron_moe.checkpoint.restored import Restored, restored_model
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.feed import Feed, Seat
 from megatron_moe.data.reference import dense_losses
-from megatron_moe.data.texts import Texts, open_texts
+from megatron_moe.data.texts import open_texts
 from megatron_moe.device.world import World
 from megatron_moe.errors import ConfigError
 from megatron_moe.evaluate.record import Evaluation, Figures
 from megatron_moe.hf.reader import DenseCheckpoint, open_mixed
 from megatron_moe.hf.spec import read_spec
-from megatron_moe.model.config import DTYPES
 from megatron_moe.model.router import expert_biases
 from megatron_moe.model.upcycle import upcycle
 from megatron_moe.train.step import mean_loss
@@ -51,7 +50,9 @@ def evaluate(config: RunConfig, world: World, checkpoint: Path) -> Evaluation:
     dense, remarks = _dense(config)
     of_dense = None
     if dense is not None and not isinstance(dense, DistributedDense):
-        of_dense = _dense_losses(config, world, texts) if world.rank == 0 else {}
+        of_dense = (
+            dense_losses(config, texts.validation, device=world.device) if world.rank == 0 else {}
+        )
         dist.barrier()
     elif dense is not None:
         remarks.append(
@@ -75,17 +76,6 @@ def _dense(config: RunConfig) -> tuple[DenseCheckpoint | None, list[str]]:
         return open_dense(config.dense.path), []
     missing = f"dense, step 0: the weights of the dense model are not in {config.dense.path}"
     return None, [f"{missing} (dense.path=FOLDER names another place)"]
-
-
-def _dense_losses(config: RunConfig, world: World, texts: Texts) -> dict[str, float]:
-    return dense_losses(
-        config.dense.path,
-        texts.validation,
-        num_samples=config.data.validation_samples,
-        reset_attention=config.data.reset_attention,
-        device=world.device,
-        dtype=DTYPES[config.train.precision],
-    )
 
 
 def _losses(config: RunConfig, restored: Restored, feed: Feed) -> dict[str, float]:

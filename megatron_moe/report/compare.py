@@ -24,8 +24,7 @@ from megatron_moe.report.parts import (
 from megatron_moe.report.picture import Line, line_picture
 from megatron_moe.report.read import RunFiles
 from megatron_moe.report.thin import thin
-
-DOMAIN_LOSS = "loss/validation/"
+from megatron_moe.report.training import DOMAIN_LOSS
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import save_dense
-from training_runs import write_tokens
+from training_runs import tree, write_tokens
 from transformers import AutoModelForCausalLM
 
+from megatron_moe.config.load import build
+from megatron_moe.config.run import RunConfig
 from megatron_moe.data.reference import dense_losses, read_reference_losses, write_reference_losses
 from megatron_moe.data.samples import Samples
 from megatron_moe.data.stream import TokenStream
@@ -24,11 +26,9 @@ def test_losses_are_those_of_the_dense_model(tmp_path: Path, reset_attention: bo
     dense = save_dense(tmp_path / "dense")
     stream = TokenStream(write_tokens(tmp_path / "tokens", length=70), vocab_size=257)
     samples = Samples(stream, seq_length=LENGTH, seed=0, reset_positions=reset_attention)
-    cpu = torch.device("cpu")
-    found = dense_losses(
-        dense, {"a": samples}, num_samples=3, reset_attention=reset_attention, device=cpu,
-        dtype=torch.float32,
-    )  # fmt: skip
+    data = {"validation_samples": 3, "reset_attention": reset_attention}
+    config = build(RunConfig, tree(tmp_path / "run", dense, tmp_path / "tokens", data=data))
+    found = dense_losses(config, {"a": samples}, device=torch.device("cpu"))
 
     model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
     losses = []

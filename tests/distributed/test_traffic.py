@@ -2,10 +2,8 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch.distributed as dist
 from layouts import changes
 from ranks import run_on_ranks
 from tiny import SHAPE
@@ -68,16 +66,10 @@ def _padded_rows(config: RunConfig) -> int | None:
 
 
 def _count(world: World, config: RunConfig, out: Path) -> None:
-    from megatron_moe.bench.steps import Bench, Wish
-    from megatron_moe.bench.traffic import counted
+    from megatron_moe.bench.traffic import step_bytes
 
-    it = Bench(config, world, Wish(random=True))
-    with counted(it.groups) as traffic:
-        it.timed_step()
-    everyone: list[Any] = [None] * world.size
-    dist.all_gather_object(everyone, traffic.bytes)
+    total = step_bytes(config, world)
     if world.rank == 0:
-        total = sum(everyone, start=type(traffic.bytes)())
         out.write_text(json.dumps({" ".join(key): count for key, count in total.items()}))
 
 
