@@ -6,10 +6,12 @@ The dense model has F = 96 neurons a layer. What measured methods would have mea
 from typing import Any
 
 import numpy as np
+import torch
 
 from megatron_moe.config.run import Moe, Upcycle
-from megatron_moe.experts import share, split
-from megatron_moe.experts.plan import ExpertPlan, LayerTable, make_expert_plan
+from megatron_moe.construct.solve import LayerMeasured, layer_table
+from megatron_moe.experts.plan import ExpertPlan, make_expert_plan
+from megatron_moe.experts.recipe import Recipe
 from megatron_moe.hf.reader import DenseCheckpoint
 from megatron_moe.hf.spec import DenseSpec
 
@@ -57,30 +59,14 @@ def make_plan(spec: DenseSpec, moe: Moe, upcycle: Upcycle, dense: DenseCheckpoin
     recipe = plan.recipe
     if not (recipe.needs_measuring or recipe.needs_weights):
         return plan
-    return plan.with_tables({layer: drawn_table(plan, layer, dense) for layer in recipe.moe_layers})
+    return plan.with_tables({
+        layer: layer_table(plan, layer, drawn_measurements(recipe, layer), dense, moe)
+        for layer in recipe.moe_layers
+    })  # fmt: skip
 
 
-def drawn_table(plan: ExpertPlan, layer: int, dense: DenseCheckpoint) -> LayerTable:
-    recipe = plan.recipe
+def drawn_measurements(recipe: Recipe, layer: int) -> LayerMeasured:
     drawn = np.random.default_rng(layer)
     importance_EF = drawn.random((recipe.num_experts, recipe.dense_ffn_hidden_size))
-    size, shared = recipe.expert_ffn_hidden_size, recipe.shared_size
-    match recipe.method:
-        case "split_clustered":
-            up = dense.read(f"model.layers.{layer}.mlp.up_proj.weight").float().numpy()
-            part = split.clustered(recipe, layer, up)
-        case "sharing_inner":
-            part = share.sharing_inner(importance_EF, size=size)
-        case "sharing_inter":
-            part = share.sharing_inter(importance_EF, size=size, shared=shared)
-        case "weaver":
-            part = share.weaver(recipe, layer, importance_EF)
-        case _:
-            part = None
-    rows = drawn.standard_normal((recipe.num_experts, recipe.hidden_size)).astype(np.float32)
-    return LayerTable(
-        neurons_EM=part.neurons_EM if part else None,
-        shared_S=part.shared_S if part else None,
-        router_ED=rows if recipe.router_init == "centroids" else None,
-        output_scale=1.5 if recipe.calibrated else None,
-    )
+    inputs_TD = drawn.standard_normal((64, recipe.hidden_size)).astype(np.float32)
+    return LayerMeasured(torch.from_numpy(inputs_TD), importance_EF, importance_EF)
