@@ -15,27 +15,20 @@ Nothing of a folder is executed or unpickled; ``pytorch_model.bin`` is refused.
 from __future__ import annotations
 
 import hashlib
-import math
-import mmap
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_moe.errors import CheckpointError
 from megatron_moe.hf.header import TensorInfo, listing, read_headers
 from megatron_moe.hf.names import dense_tensors
+from megatron_moe.hf.selection import Indices, Selected, select
 from megatron_moe.hf.spec import DenseSpec, read_spec
-
-WINDOW_BYTES = 32 * 2**20
-Indices = slice | NDArray[np.integer[Any]] | Tensor
-"""Consecutive indices (step 1), or a 1-D list of them in any order, repeats allowed."""
+from megatron_moe.hf.windows import mapped_rows, values_of, windows
 
 # Buffers that older versions of transformers saved. The model recomputes them from config.json.
 _RECOMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
@@ -90,7 +83,7 @@ class DenseCheckpoint:
             CheckpointError: As ``read_into``.
         """
         info = self._find(name)
-        selection = _select(name, info, rows, columns)
+        selection = select(name, info, rows, columns)
         destination = torch.empty(selection.shape, dtype=info.dtype)
         self._copy(name, info, [(selection, destination)])
         return destination
@@ -130,7 +123,7 @@ class DenseCheckpoint:
         info = self._find(name)
         pairs = []
         for one in wanted:
-            selection = _select(name, info, one.rows, one.columns)
+            selection = select(name, info, one.rows, one.columns)
             found, expected = tuple(one.destination.shape), selection.shape
             assert found == expected, f"{name}: {found} is to hold a selection of {expected}"
             pairs.append((selection, one.destination.detach()))
@@ -174,7 +167,7 @@ class DenseCheckpoint:
     def _check_tied(self) -> None:
         output, embedding = self.tensors[_OUTPUT], self.tensors[_EMBEDDING]
         same = output.shape == embedding.shape
-        for window in _windows(output, [slice(0, output.shape[0])]) if same else ():
+        for window in windows(output, [slice(0, output.shape[0])]) if same else ():
             rows = slice(window.start, window.stop)
             same = same and torch.equal(
                 self.read(_OUTPUT, rows=rows).float(), self.read(_EMBEDDING, rows=rows).float()
@@ -189,11 +182,11 @@ class DenseCheckpoint:
 
     def _copy(self, name: str, info: TensorInfo, pairs: Sequence[tuple[Selected, Tensor]]) -> None:
         pairs = [(selection, into) for selection, into in pairs if into.numel()]
-        for window in _windows(info, [selection.rows for selection, _ in pairs]):
-            mapped = _map(info, window)
+        for window in windows(info, [selection.rows for selection, _ in pairs]):
+            mapped = mapped_rows(info, window)
             for part in window.parts:
                 selection, into = pairs[part.of]
-                values = _values(name, info, window, mapped, part, selection.columns)
+                values = values_of(name, info, window, mapped, part, selection.columns)
                 if isinstance(part.into, slice):
                     into[part.into].copy_(values)
                 else:
@@ -252,181 +245,3 @@ def open_mixed(dense: DenseCheckpoint, folders: Sequence[Path]) -> list[DenseChe
 _MAY_DIFFER = frozenset(
     {"max_position_embeddings", "initializer_range", "eos_token_id", "bos_token_id"}
 )
-
-
-# ---- windows -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """What one selection takes of a window."""
-
-    of: int
-    """Which selection."""
-    take: slice | Tensor
-    """Rows wanted, counted from the first of the window."""
-    into: slice | Tensor
-    """Rows of the destination."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Window:
-    """Consecutive rows of the file and who wants which of them."""
-
-    start: int
-    stop: int
-    parts: list[_Part]
-
-
-class _Cursor:
-    """One selection on its way through the file, ascending."""
-
-    def __init__(self, rows: slice | Tensor, *, most: int) -> None:
-        self._most, self._done = most, 0
-        if isinstance(rows, slice):
-            self._first, self._length, self._rows_M = rows.start, rows.stop - rows.start, None
-        else:
-            # Ascending, so that each byte of the file is touched in one window only.
-            self._order_M = rows.argsort(stable=True)
-            self._rows_M, self._length = rows[self._order_M], len(rows)
-
-    @property
-    def next(self) -> int | None:
-        """The first row that is still wanted."""
-        if self._done == self._length:
-            return None
-        return self._row(self._done)
-
-    def up_to(self, stop: int, *, of: int, start: int) -> tuple[int, Iterator[_Part]]:
-        """One past the last wanted row below ``stop``, and the parts below it, none too large."""
-        begin = self._done
-        if self._rows_M is None:
-            self._done = min(self._length, max(begin, stop - self._first))
-        else:
-            self._done = int(torch.searchsorted(self._rows_M, stop))
-        last = self._row(self._done - 1) + 1 if self._done > begin else start
-        return last, self._parts(begin, self._done, of, start)
-
-    def _row(self, index: int) -> int:
-        return self._first + index if self._rows_M is None else int(self._rows_M[index])
-
-    def _parts(self, begin: int, end: int, of: int, start: int) -> Iterator[_Part]:
-        for low in range(begin, end, self._most):  # a row may be wanted many times
-            high = min(low + self._most, end)
-            if self._rows_M is None:
-                first = self._first + low - start
-                yield _Part(of, slice(first, first + high - low), slice(low, high))
-            else:
-                yield _Part(of, self._rows_M[low:high] - start, self._order_M[low:high])
-
-
-def _windows(info: TensorInfo, selections: Sequence[slice | Tensor]) -> Iterator[_Window]:
-    """Cut what is wanted into windows of at most ``WINDOW_BYTES`` of the file, ascending."""
-    if not selections:
-        return
-    most = max(1, WINDOW_BYTES // (math.prod(info.shape[1:]) * info.dtype.itemsize))
-    cursors = [_Cursor(rows, most=most) for rows in selections]
-    while wanted := [row for cursor in cursors if (row := cursor.next) is not None]:
-        start = min(wanted)
-        stop, parts = start, list[_Part]()
-        for of, cursor in enumerate(cursors):
-            end, found = cursor.up_to(start + most, of=of, start=start)
-            stop = max(stop, end)
-            parts += found
-        yield _Window(start, stop, parts)
-
-
-def _values(
-    name: str,
-    info: TensorInfo,
-    window: _Window,
-    mapped: Tensor,
-    part: _Part,
-    columns: slice | Tensor | None,
-) -> Tensor:
-    """The wanted rows and columns of a window: a view of the mapped file where possible."""
-    if isinstance(part.take, slice):
-        values = mapped[part.take]
-    else:
-        values = mapped.index_select(0, part.take)
-    if isinstance(columns, slice):
-        values = values[:, columns]
-    elif columns is not None:
-        values = values.index_select(1, columns)
-    # A sum costs a tenth of isfinite() and cannot hide a NaN or an infinity; it may overflow.
-    if not values.sum().isfinite() and not (finite := values.isfinite()).all():
-        raise CheckpointError(
-            f"{name} must be finite, but holds {int((~finite).sum())} NaN or infinite values in "
-            f"rows {window.start} to {window.stop - 1}.\n  file: {info.file}"
-        )
-    return values
-
-
-def _map(info: TensorInfo, window: _Window) -> Tensor:
-    """The rows of a window as a view of the file, unmapped when the last view of it goes."""
-    row_bytes = math.prod(info.shape[1:]) * info.dtype.itemsize
-    start = info.offset + window.start * row_bytes
-    page = start - start % mmap.ALLOCATIONGRANULARITY
-    num_bytes = (window.stop - window.start) * row_bytes
-    try:
-        with info.file.open("rb") as file:
-            # A private copy, never written to: torch warns about memory that is read-only.
-            mapped = mmap.mmap(
-                file.fileno(), start - page + num_bytes, access=mmap.ACCESS_COPY, offset=page
-            )
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {info.file} any more: {error}") from error
-    shape = (window.stop - window.start, *info.shape[1:])
-    count = num_bytes // info.dtype.itemsize
-    return torch.frombuffer(mapped, dtype=info.dtype, count=count, offset=start - page).view(shape)
-
-
-# ---- selections ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Selected:
-    """Rows and columns that exist, as slices with both ends or int64 lists, and their shape."""
-
-    rows: slice | Tensor
-    columns: slice | Tensor | None
-    shape: tuple[int, ...]
-
-
-def _select(name: str, info: TensorInfo, rows: Indices | None, columns: Indices | None) -> Selected:
-    if len(info.shape) not in (1, 2) or (columns is not None and len(info.shape) == 1):
-        raise CheckpointError(
-            f"{name} must have {'2' if columns is not None else '1 or 2'} dimensions to be read, "
-            f"but is {info.shape}.\n  file: {info.file}"
-        )
-    asked = (("rows", rows), ("columns", columns))
-    chosen = []
-    for (kind, indices), size in zip(asked, info.shape, strict=False):
-        chosen.append(_normal(indices, size))
-        first, last = _extent(chosen[-1])
-        if not 0 <= first <= last + 1 <= size:
-            raise CheckpointError(
-                f"{name} is {info.shape}, but {kind} {first} to {last} are asked for.\n"
-                f"  file: {info.file}"
-            )
-    shape = tuple(i.stop - i.start if isinstance(i, slice) else len(i) for i in chosen)
-    return Selected(chosen[0], chosen[1] if len(chosen) == 2 else None, shape)
-
-
-def _normal(indices: Indices | None, size: int) -> slice | Tensor:
-    if indices is None:
-        return slice(0, size)
-    if isinstance(indices, slice):
-        assert indices.step in (None, 1), f"only consecutive indices make a slice: {indices}"
-        return slice(indices.start or 0, size if indices.stop is None else indices.stop)
-    listed = torch.as_tensor(indices).cpu()
-    assert listed.ndim == 1, f"a list of indices is 1-D: {listed}"
-    assert listed.dtype != torch.bool, f"a mask is not a list of indices: {listed}"
-    return listed.long()
-
-
-def _extent(indices: slice | Tensor) -> tuple[int, int]:
-    """Smallest and largest index of a selection; of an empty one, the largest is one less."""
-    if isinstance(indices, slice):
-        return indices.start, indices.stop - 1
-    return (int(indices.min()), int(indices.max())) if len(indices) else (0, -1)

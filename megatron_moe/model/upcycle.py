@@ -23,7 +23,8 @@ from torch import Tensor
 from megatron_moe.errors import CheckpointError
 from megatron_moe.experts.plan import ExpertPlan, LayerPlan
 from megatron_moe.hf.names import GATE_ROLES, ROW_OF_ROLE, Match, dense_tensors, match
-from megatron_moe.hf.reader import WINDOW_BYTES, DenseCheckpoint, Wanted
+from megatron_moe.hf.reader import DenseCheckpoint, Wanted
+from megatron_moe.hf.windows import WINDOW_BYTES
 from megatron_moe.model.build import Chunk, Model
 from megatron_moe.model.noisy_router import fill_gate
 from megatron_moe.model.reshape import LocalExpert, LocalLayer, reshape_values

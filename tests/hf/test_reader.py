@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from megatron_moe.errors import CheckpointError
-from megatron_moe.hf import reader
+from megatron_moe.hf import reader, windows
 from megatron_moe.hf.names import dense_tensors
 from megatron_moe.hf.reader import DenseCheckpoint, open_dense_checkpoint, open_mixed
 from megatron_moe.hf.spec import spec_from_config
@@ -38,7 +38,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 @pytest.fixture(autouse=True)
 def _small_windows(monkeypatch: pytest.MonkeyPatch):
     """Every read of a test takes several windows."""
-    monkeypatch.setattr(reader, "WINDOW_BYTES", 100)
+    monkeypatch.setattr(windows, "WINDOW_BYTES", 100)
 
 
 def folder_of(path: Path, tensors: dict[str, Tensor], **config: object) -> Path:
@@ -154,15 +154,15 @@ def test_what_several_want_of_a_tensor_is_read_in_one_pass(
     """Rows in 8 parts at random, columns likewise, an overlap, and all: no row is mapped twice."""
     full = torch.randn(200, 24)
     dense = open_dense_checkpoint(folder_of(tmp_path, {"w": full}))
-    monkeypatch.setattr(reader, "WINDOW_BYTES", 16 * 24 * 4)
+    monkeypatch.setattr(windows, "WINDOW_BYTES", 16 * 24 * 4)
     mapped = []
-    map_window = reader._map
+    map_window = reader.mapped_rows
 
     def spy(info, window):
         mapped.extend(range(window.start, window.stop))
         return map_window(info, window)
 
-    monkeypatch.setattr(reader, "_map", spy)
+    monkeypatch.setattr(reader, "mapped_rows", spy)
     rows, columns = torch.randperm(200).chunk(8), torch.randperm(24).chunk(8)
     asked = [
         *((part, None) for part in rows),
@@ -257,7 +257,7 @@ def test_beyond_its_destination_a_read_is_resident_with_some_windows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows, columns
 ):
     window = 4 * 2**20
-    monkeypatch.setattr(reader, "WINDOW_BYTES", window)
+    monkeypatch.setattr(windows, "WINDOW_BYTES", window)
     dense = dense_with(tmp_path / "dense", {"w": torch.ones(32768, 2048)})  # 256 MiB
     shutil.copytree(dense.folder, tmp_path / "other")
     other = open_dense_checkpoint(tmp_path / "other")
