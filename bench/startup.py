@@ -178,76 +178,88 @@ def _save_process(about: dict[str, Any]) -> None:
 
 
 def _save_rank(world: Any, about: dict[str, Any], out: Path) -> None:
-    from megatron_moe.bench.build import make_supply, make_timed_state
     from megatron_moe.checkpoint.sharded import Saver
+
+    configs = {kind: _save_config(about, kind) for kind in ("sync", "async")}
+    step, state, groups = _stepping(world, configs["sync"])
+    told: dict[str, list[float]] = {name: [] for name in SAVE_TIMES}
+
+    def book(name: str, seconds: float) -> None:
+        told[name].append(seconds)
+        say(f"startup, save: {name} {seconds:.2f} s")
+
+    savers = {kind: Saver(configs[kind], plan_hash="bench", say=lambda _: None) for kind in configs}
+    with savers["sync"] as sync, savers["async"] as beside:
+        for _ in range(about["rounds"]):
+            book("step", min(step() for _ in range(2)))
+            book("save", _seconds(lambda: sync.save(state, groups)))
+            size = _size(configs["sync"].run.dir)
+            book("dd", dd(Path(about["scratch"]), size))
+            book("async save returns after", _seconds(lambda: beside.save(state, groups)))
+            during = [step() for _ in range(2)]
+            book("wait for it afterwards", _seconds(beside.wait))
+            book("steps beside it, longer by", sum(during) - 2 * told["step"][-1])
+    out.write_text(json.dumps(_save_record(told, size)))
+
+
+SAVE_TIMES = (
+    "step", "save", "dd", "async save returns after", "wait for it afterwards",
+    "steps beside it, longer by",
+)  # fmt: skip
+
+
+def _save_config(about: dict[str, Any], kind: str) -> Any:
     from megatron_moe.config.load import load
     from megatron_moe.config.run import RunConfig
+
+    scratch = Path(about["scratch"])
+    file = _settings(scratch, Path(about["dense"]), Path(about["tokens"]),
+                     scratch / f"run-{kind}", kind == "async")  # fmt: skip
+    config = load(RunConfig, file)
+    config.run.dir.mkdir(parents=True, exist_ok=True)
+    return config
+
+
+def _stepping(world: Any, config: Any) -> tuple[Callable[[], float], Any, Any]:
+    """A function that takes a step and says its seconds, after the first; its state and groups."""
+    from megatron_moe.bench.build import make_supply, make_timed_state
     from megatron_moe.parallel.groups import create_groups
     from megatron_moe.train.guard import Judge
     from megatron_moe.train.step import train_step
 
-    scratch = Path(about["scratch"])
-    told: dict[str, list[float]] = {}
-    size = 0
-    configs = {}
-    for kind in ("sync", "async"):
-        file = _settings(scratch, Path(about["dense"]), Path(about["tokens"]),
-                         scratch / f"run-{kind}", kind == "async")  # fmt: skip
-        configs[kind] = load(RunConfig, file)
-        configs[kind].run.dir.mkdir(parents=True, exist_ok=True)
-    config = configs["sync"]
     layout, groups = create_groups(config.parallel, seed=0)
     state = make_timed_state(config, world, layout, groups, random=True, balanced=False)
     batches = make_supply(config, state.model.spec, groups, random=True)(state)
     judge = Judge(config.guard)
 
     def step() -> float:
-        start = time.perf_counter()
-        train_step(state, batches, config, groups, judge=judge, at=lambda _: None)
-        return time.perf_counter() - start
-
-    def book(name: str, seconds: float) -> None:
-        told.setdefault(name, []).append(seconds)
-        say(f"startup, save: {name} {seconds:.2f} s")
+        return _seconds(
+            lambda: train_step(state, batches, config, groups, judge=judge, at=lambda _: None)
+        )
 
     step()
-    savers = {kind: Saver(configs[kind], plan_hash="bench", say=lambda _: None) for kind in configs}
-    with savers["sync"] as sync, savers["async"] as beside:
-        for _ in range(about["rounds"]):
-            book("step", min(step() for _ in range(2)))
-            start = time.perf_counter()
-            sync.save(state, groups)
-            book("save", time.perf_counter() - start)
-            if not size:
-                size = _size(config.run.dir)
-            book("dd", dd(scratch, size))
-            start = time.perf_counter()
-            beside.save(state, groups)
-            book("async save returns after", time.perf_counter() - start)
-            during = [step() for _ in range(2)]
-            start = time.perf_counter()
-            beside.wait()
-            book("wait for it afterwards", time.perf_counter() - start)
-            book("steps beside it, longer by", sum(during) - 2 * told["step"][-1])
-    stall = [
-        a + max(0.0, b)
-        for a, b in zip(
-            told["async save returns after"], told["steps beside it, longer by"], strict=True
-        )
-    ]
-    out.write_text(
-        json.dumps(
-            {
-                "mib": round(size / MIB, 1),
-                "seconds": {name: spread_of(values) for name, values in told.items()},
-                "over_dd": ratios(told["save"], told["dd"]),
-                "target_over_dd": 1.5,
-                "async_return_over_save": ratios(told["async save returns after"], told["save"]),
-                "async_all_over_save": ratios(stall, told["save"]),
-                "target_async_over_save": 0.05,
-            }
-        )
-    )
+    return step, state, groups
+
+
+def _save_record(told: dict[str, list[float]], size: int) -> dict[str, Any]:
+    returned = told["async save returns after"]
+    longer = told["steps beside it, longer by"]
+    stall = [a + max(0.0, b) for a, b in zip(returned, longer, strict=True)]
+    return {
+        "mib": round(size / MIB, 1),
+        "seconds": {name: spread_of(values) for name, values in told.items()},
+        "over_dd": ratios(told["save"], told["dd"]),
+        "target_over_dd": 1.5,
+        "async_return_over_save": ratios(returned, told["save"]),
+        "async_all_over_save": ratios(stall, told["save"]),
+        "target_async_over_save": 0.05,
+    }
+
+
+def _seconds(act: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    act()
+    return time.perf_counter() - start
 
 
 def _size(folder: Path) -> int:

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from megatron_moe.model.experts import swiglu
+from megatron_moe.model.experts import apply_experts
 
 ROUNDS = 7
 SHAPES = {
@@ -58,10 +58,7 @@ def measure(E: int, T: int, D: int, M: int, dtype: torch.dtype) -> tuple[float, 
     prob_T = torch.rand(T)
 
     def loop() -> Tensor:
-        parts = zip(
-            x_TD.split(counts.tolist()), prob_T.split(counts.tolist()), fc1, fc2, strict=True
-        )
-        return torch.cat([swiglu(*part) for part in parts])
+        return apply_experts(x_TD, prob_T, counts.tolist(), fc1, fc2)
 
     def grouped() -> Tensor:
         gate_TM, up_TM = F.grouped_mm(x_TD, fc1_EDM, offs=ends_E).chunk(2, dim=-1)

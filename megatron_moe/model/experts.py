@@ -3,11 +3,15 @@
 Shape letters of this module:
 
     T  tokens sent to this rank's experts, in the order of the experts
+    R  rows of one expert's products: its tokens, rounded up in bf16
     D  hidden_size              M  neurons of one expert on this etp rank
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -30,27 +34,80 @@ class LoopExperts(SequentialMLP):
         permuted_probs: Tensor,
     ) -> tuple[Tensor, None]:
         """Apply each expert to its run of tokens, weighted: ``(T, D)`` to ``(T, D)``."""
-        counts = tokens_per_expert.tolist()
-        x_parts = permuted_local_hidden_states.split(counts)
-        prob_parts = permuted_probs.split(counts)
         experts: Any = self.local_experts
-        out_parts = [
-            swiglu(x_TD, prob_T, expert.linear_fc1.weight, expert.linear_fc2.weight)
-            for x_TD, prob_T, expert in zip(x_parts, prob_parts, experts, strict=True)
-        ]
-        return torch.cat(out_parts), None
+        out_TD = apply_experts(
+            permuted_local_hidden_states,
+            permuted_probs,
+            tokens_per_expert.tolist(),
+            [expert.linear_fc1.weight for expert in experts],
+            [expert.linear_fc2.weight for expert in experts],
+        )
+        return out_TD, None
 
 
-def swiglu(x_TD: Tensor, prob_T: Tensor, fc1_2MD: Tensor, fc2_DM: Tensor) -> Tensor:
-    """``down(silu(gate x) * up x * prob)``: the weight goes in before the last product.
+def apply_experts(
+    x_TD: Tensor,
+    prob_T: Tensor,
+    counts: Sequence[int],
+    fc1s_2MD: Sequence[Tensor],
+    fc2s_DM: Sequence[Tensor],
+) -> Tensor:
+    """``down(silu(gate x) * up x * prob)`` of each token's expert: ``(T, D)``.
 
-    Without tokens the products still run: their gradient of zero is what keeps the collectives
-    of data parallelism in step on every rank.
+    An expert without tokens gets a gradient of zero and not none: data parallelism waits for one
+    from every rank.
+
+    Args:
+        x_TD: Tokens, those of the first expert first.
+        prob_T: Routing weights; they go in before the last product.
+        counts: Tokens of each expert.
+        fc1s_2MD: Each expert's gate above its up.
+        fc2s_DM: Each expert's down.
     """
-    return _WeightedSwiglu.apply(x_TD, prob_T, fc1_2MD, fc2_DM)
+    return _Experts.apply(x_TD, prob_T, counts, *fc1s_2MD, *fc2s_DM)
 
 
-class _WeightedSwiglu(torch.autograd.Function):
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """The tokens of one expert among all, and how many rows its products have."""
+
+    start: int
+    count: int
+    rows: int
+
+    def take(self, all_T: Tensor) -> Tensor:
+        """This expert's rows; those after its tokens are the next expert's, or zero at the end."""
+        rows = all_T[self.start : self.start + self.rows]
+        missing = self.rows - len(rows)
+        return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows
+
+    def weights(self, prob_T: Tensor, dtype: torch.dtype) -> Tensor:
+        """``(R, 1)``; zero for the rows of others, so that nothing of them goes into a sum."""
+        prob_R1 = prob_T.new_zeros(self.rows, 1, dtype=dtype)
+        prob_R1[: self.count, 0] = prob_T[self.start : self.start + self.count]
+        return prob_R1
+
+    def put_product(self, all_TD: Tensor, left: Tensor, right: Tensor) -> None:
+        """``left @ right`` into this expert's rows, runs in order: the next overwrites the rest."""
+        if self.start + self.rows <= len(all_TD):
+            torch.mm(left, right, out=all_TD[self.start : self.start + self.rows])
+        else:
+            all_TD[self.start :] = (left @ right)[: self.count]
+
+
+def _runs(counts: Sequence[int], dtype: torch.dtype) -> Iterator[_Run]:
+    """Each expert's run of tokens.
+
+    oneDNN, which multiplies bf16 on CPU, compiles a kernel for every shape it has not seen, and
+    counts of tokens are new in every step: that took four times as long as the products. So bf16
+    rows come in at most 8 sizes between two powers of two (docs/performance.md).
+    """
+    for start, count in zip(accumulate(counts, initial=0), counts, strict=False):
+        step = max(32, 1 << (count - 1).bit_length() >> 4) if dtype == torch.bfloat16 else 1
+        yield _Run(start, count, rows=-(-count // step) * step)
+
+
+class _Experts(torch.autograd.Function):
     """Keeps what the first product gave and nothing after it: 2 M numbers a token in place of 5 M.
 
     The gradient of a weight that data parallelism has a buffer for goes there at once, not through
@@ -58,38 +115,60 @@ class _WeightedSwiglu(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, prob_T: Tensor, fc1_2MD: Tensor, fc2_DM: Tensor) -> Tensor:
-        h_T2M = F.linear(x_TD, fc1_2MD)
-        gate_TM, up_TM = h_T2M.chunk(2, dim=-1)
-        act_TM = F.silu(gate_TM).mul_(up_TM).mul_(prob_T[:, None].to(x_TD.dtype))
-        ctx.save_for_backward(x_TD, prob_T, h_T2M)
-        ctx.weights = fc1_2MD, fc2_DM  # not saved: their main_grad is written to
-        return F.linear(act_TM, fc2_DM)
+    def forward(
+        ctx: Any, x_TD: Tensor, prob_T: Tensor, counts: Sequence[int], *weights: Tensor
+    ) -> Tensor:
+        ctx.runs = list(_runs(counts, x_TD.dtype))
+        ctx.weights = weights[: len(counts)], weights[len(counts) :]  # not saved: see _weight_grad
+        out_TD, kept = torch.empty_like(x_TD), []
+        for run, fc1_2MD, fc2_DM in zip(ctx.runs, *ctx.weights, strict=True):
+            h_R2M = F.linear(run.take(x_TD), fc1_2MD)
+            gate_RM, up_RM = h_R2M.chunk(2, dim=-1)
+            act_RM = F.silu(gate_RM).mul_(up_RM).mul_(run.weights(prob_T, x_TD.dtype))
+            run.put_product(out_TD, act_RM, fc2_DM.t())
+            kept.append(h_R2M)
+        ctx.save_for_backward(x_TD, prob_T, *kept)
+        return out_TD
 
     @staticmethod
     def backward(ctx: Any, *out_grads: Tensor) -> Any:
         (out_grad_TD,) = out_grads
-        x_TD, prob_T, h_T2M = ctx.saved_tensors
-        fc1_2MD, fc2_DM = ctx.weights
-        gate_TM, up_TM = h_T2M.chunk(2, dim=-1)
-        prob_T1 = prob_T[:, None].to(x_TD.dtype)
-        silu_TM = F.silu(gate_TM)
-        act_TM = silu_TM * up_TM
-        grad_TM = out_grad_TD @ fc2_DM
-        prob_grad_T = (grad_TM * act_TM).sum(dim=-1).to(prob_T.dtype)
-        fc2_grad = _weight_grad(fc2_DM, out_grad_TD, act_TM.mul_(prob_T1))
-        grad_TM.mul_(prob_T1)
-        h_grad_T2M = torch.empty_like(h_T2M)
-        gate_grad_TM, up_grad_TM = h_grad_T2M.chunk(2, dim=-1)
-        torch.mul(grad_TM, silu_TM, out=up_grad_TM)
-        torch.ops.aten.silu_backward.grad_input(
-            grad_TM.mul_(up_TM), gate_TM, grad_input=gate_grad_TM
-        )
-        fc1_grad = _weight_grad(fc1_2MD, h_grad_T2M, x_TD)
-        return h_grad_T2M @ fc1_2MD, prob_grad_T, fc1_grad, fc2_grad
+        x_TD, prob_T, *kept = ctx.saved_tensors
+        x_grad_TD, prob_grad_T = torch.empty_like(x_TD), torch.empty_like(prob_T)
+        fc1_grads, fc2_grads = [], []
+        for run, h_R2M, fc1_2MD, fc2_DM in zip(ctx.runs, kept, *ctx.weights, strict=True):
+            out_grad_RD = run.take(out_grad_TD)
+            prob_R1 = run.weights(prob_T, x_TD.dtype)
+            grad_RM = out_grad_RD @ fc2_DM
+            act_RM, h_grad_R2M, prob_grad_R = _swiglu_backward(h_R2M, prob_R1, grad_RM)
+            prob_grad_T[run.start : run.start + run.count] = prob_grad_R[: run.count]
+            run.put_product(x_grad_TD, h_grad_R2M, fc1_2MD)
+            fc1_grads.append(_weight_grad(fc1_2MD, h_grad_R2M, run.take(x_TD)))
+            fc2_grads.append(_weight_grad(fc2_DM, out_grad_RD, act_RM))
+        return x_grad_TD, prob_grad_T, None, *fc1_grads, *fc2_grads
 
 
-def _weight_grad(weight: Tensor, out_grad_TO: Tensor, in_TI: Tensor) -> Tensor:
+def _swiglu_backward(
+    h_R2M: Tensor, prob_R1: Tensor, grad_RM: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From the gradient of the weighted activations, which it overwrites.
+
+    Returns:
+        The weighted activations, the gradient of ``h_R2M``, and that of the routing weights.
+    """
+    gate_RM, up_RM = h_R2M.chunk(2, dim=-1)
+    silu_RM = F.silu(gate_RM)
+    act_RM = silu_RM * up_RM
+    prob_grad_R = (grad_RM * act_RM).sum(dim=-1)
+    grad_RM.mul_(prob_R1)
+    h_grad_R2M = torch.empty_like(h_R2M)
+    gate_grad_RM, up_grad_RM = h_grad_R2M.chunk(2, dim=-1)
+    torch.mul(grad_RM, silu_RM, out=up_grad_RM)
+    torch.ops.aten.silu_backward.grad_input(grad_RM.mul_(up_RM), gate_RM, grad_input=gate_grad_RM)
+    return act_RM.mul_(prob_R1), h_grad_R2M, prob_grad_R
+
+
+def _weight_grad(weight: Tensor, out_grad_RO: Tensor, in_RI: Tensor) -> Tensor:
     """Gradient of ``F.linear(in, weight)``; where it was added to main_grad, a tensor of its shape.
 
     Megatron-Core's data parallelism knows the latter by the mark and reads nothing of it, as after
@@ -97,10 +176,10 @@ def _weight_grad(weight: Tensor, out_grad_TO: Tensor, in_TI: Tensor) -> Tensor:
     """
     main_grad: Tensor | None = getattr(weight, "main_grad", None)
     if main_grad is None:
-        return out_grad_TO.t() @ in_TI
-    if main_grad.dtype == in_TI.dtype:
-        main_grad.addmm_(out_grad_TO.t(), in_TI)
-    else:
-        main_grad.add_(out_grad_TO.t() @ in_TI)
+        return out_grad_RO.t() @ in_RI
+    if main_grad.dtype == in_RI.dtype:
+        main_grad.addmm_(out_grad_RO.t(), in_RI)
+    elif len(in_RI):
+        main_grad.add_(out_grad_RO.t() @ in_RI)
     setattr(weight, "grad_added_to_main_grad", True)  # noqa: B010
     return torch.empty_like(weight)

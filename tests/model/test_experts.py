@@ -15,13 +15,18 @@ from torch import Tensor
 from megatron_moe.config.run import Data, Dense, Moe, Parallel, Run, RunConfig, Train
 from megatron_moe.device.world import World
 from megatron_moe.hf.spec import read_spec
-from megatron_moe.model.experts import LoopExperts, swiglu
+from megatron_moe.model.experts import LoopExperts, apply_experts
 
 T, D, M = 9, 6, 5
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def swiglu(x_TD: Tensor, prob_T: Tensor, fc1_2MD: Tensor, fc2_DM: Tensor) -> Tensor:
+    """One expert and all tokens."""
+    return apply_experts(x_TD, prob_T, [len(x_TD)], [fc1_2MD], [fc2_DM])
 
 
 def by_hand(x_TD: Tensor, prob_T: Tensor, fc1_2MD: Tensor, fc2_DM: Tensor) -> Tensor:
@@ -88,6 +93,24 @@ def test_an_expert_without_tokens_has_a_gradient_of_zero(counts: tuple[int, ...]
 def test_fp32_routing_weights_do_not_change_the_models_precision(dtype: torch.dtype):
     x_TD, fc1, fc2 = (random(*s, dtype=torch.float32).to(dtype) for s in ((T, D), (8, D), (D, 4)))
     assert swiglu(x_TD, random(T, dtype=torch.float32), fc1, fc2).dtype == dtype
+
+
+@pytest.mark.parametrize("counts", [(40, 1, 0, 90), (33, 31, 64, 3), (0, 0, 0, 7)], ids=str)
+def test_rows_that_bf16_rounds_up_leave_no_trace(counts: tuple[int, ...]):
+    """A bf16 expert multiplies some of the next one's tokens too; what comes out is its own."""
+    tokens = sum(counts)
+    x_TD, prob_T, out_grad_TD = random(tokens, D), random(tokens, seed=1), random(tokens, D, seed=2)
+    fc1s = [random(2 * M, D, seed=2 * e) for e in range(4)]
+    fc2s = [random(D, M, seed=2 * e + 1) for e in range(4)]
+    results = []
+    for dtype in (torch.bfloat16, torch.float64):  # of the same numbers, those of bf16
+        values = [v.bfloat16().to(dtype).requires_grad_() for v in (x_TD, prob_T, *fc1s, *fc2s)]
+        out_TD = apply_experts(values[0], values[1], counts, values[2:6], values[6:])
+        grads = torch.autograd.grad(out_TD, values, out_grad_TD.bfloat16().to(dtype))
+        results.append([out_TD, *grads])
+    for found, exact in zip(*results, strict=True):  # bf16 keeps 8 bits: a few roundings of 2^-9
+        scale = float(exact.detach().abs().max()) if exact.numel() else 1.0
+        torch.testing.assert_close(found.double(), exact, rtol=0, atol=0.02 * scale + 1e-30)
 
 
 def test_its_gradients_are_those_of_finite_differences():
