@@ -12,7 +12,7 @@ once, before Megatron-Core is first imported, and never on a machine that runs o
     all_gather and reduce_scatter of unequal parts       padded to the largest part
     both, in one tensor, of a group of one rank          nothing, where gloo copies the whole twice
     Apex's or Transformer Engine's FusedAdam             `FusedAdamW`, with the same state layout
-    clipping, which scales a copy of each gradient       in place
+    detours that cost a CPU much                         `shortcuts.py`
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def install() -> None:
     _replace_collectives()
     _silence_remarks()
     _import_megatron_quietly()
-    _replace_optimizer()
+    _replace_in_megatron()
 
 
 class _Inert:
@@ -243,22 +243,17 @@ def _import_megatron_quietly() -> None:
         import megatron.core.optimizer  # noqa: F401
 
 
-def _replace_optimizer() -> None:
+def _replace_in_megatron() -> None:
     import megatron.core.optimizer as megatron_optimizer
     from megatron.core.optimizer import clip_grads, distrib_optimizer
+    from megatron.core.transformer.moe import token_dispatcher
 
+    from megatron_moe.device import shortcuts
     from megatron_moe.device.adamw import FusedAdamW
 
     megatron_optimizer.Adam = FusedAdamW
     megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
     distrib_optimizer.HAVE_APEX_OR_TE = True
     distrib_optimizer.USING_APEX_OPTIMIZER = True
-
-    def scale_in_place(
-        chunk_size: int, overflow: Tensor, lists: Sequence[list[Tensor]], scale: float
-    ) -> None:
-        gradients, scaled = lists
-        assert gradients is scaled
-        torch._foreach_mul_(gradients, scale)
-
-    clip_grads.multi_tensor_scale_impl = scale_in_place
+    clip_grads.multi_tensor_scale_impl = shortcuts.scale_in_place
+    token_dispatcher.sort_chunks_by_idxs = shortcuts.sort_chunks

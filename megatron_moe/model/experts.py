@@ -92,7 +92,7 @@ class _Run:
         if self.start + self.rows <= len(all_TD):
             torch.mm(left, right, out=all_TD[self.start : self.start + self.rows])
         else:
-            all_TD[self.start :] = (left @ right)[: self.count]
+            all_TD[self.start : self.start + self.count] = (left @ right)[: self.count]
 
 
 def _runs(counts: Sequence[int], dtype: torch.dtype) -> Iterator[_Run]:

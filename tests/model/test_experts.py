@@ -95,7 +95,7 @@ def test_fp32_routing_weights_do_not_change_the_models_precision(dtype: torch.dt
     assert swiglu(x_TD, random(T, dtype=torch.float32), fc1, fc2).dtype == dtype
 
 
-@pytest.mark.parametrize("counts", [(40, 1, 0, 90), (33, 31, 64, 3), (0, 0, 0, 7)], ids=str)
+@pytest.mark.parametrize("counts", [(40, 1, 0, 90), (33, 31, 64, 3), (40, 9, 5, 0)], ids=str)
 def test_rows_that_bf16_rounds_up_leave_no_trace(counts: tuple[int, ...]):
     """A bf16 expert multiplies some of the next one's tokens too; what comes out is its own."""
     tokens = sum(counts)
