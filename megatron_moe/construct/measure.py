@@ -175,16 +175,16 @@ class Measuring:
         def hook(module: Any, args: tuple[Tensor, ...]) -> None:
             if self._cluster_N is None or (sequence := self._next(layer)) is None:
                 return
-            h_sBf = args[0]
+            h_sBf, values_sBf = args[0], args[0].detach()
             cluster = int(self._cluster_N[sequence])
             mine = Part(self.model.tp_rank, self.groups.tp.size()).of(
                 self.model.spec.ffn_hidden_size
             )
             at = (layer, cluster, mine)
-            self.found.activity_LCF[at] += _sum(h_sBf.detach().abs())
+            self.found.activity_LCF[at] += _sum(values_sBf.abs())
 
-            def taylor(gradient_sBf: Tensor) -> None:
-                self.found.importance_LCF[at] += _sum((h_sBf.detach() * gradient_sBf).abs())
+            def taylor(gradient_sBf: Tensor) -> None:  # must not hold h_sBf: it would hold itself
+                self.found.importance_LCF[at] += _sum((values_sBf * gradient_sBf).abs())
 
             if h_sBf.requires_grad:
                 h_sBf.register_hook(taylor)

@@ -3,6 +3,7 @@
 The oracle runs the dense model whole, in one process, and sums abs(h * dL/dh) itself.
 """
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,28 @@ def interrupted(world: World, config: RunConfig) -> None:
 
     RoundProgress.show = fail
     plan_only(world, config)
+
+
+def test_what_a_sequence_needed_is_freed_with_it(folder: Path, tmp_path: Path):
+    """Not when Python's collector next runs: a handful of objects can hold gigabytes."""
+    config = build(RunConfig, settings(folder, tmp_path))
+    run_on_ranks(counting_activations, config, world_size=1)
+
+
+def counting_activations(world: World, config: RunConfig) -> None:
+    from megatron_moe.log import RoundProgress
+
+    alive: list[int] = []
+
+    def count(self: Any, done: int, total: int) -> None:
+        objects = [o for o in gc.get_objects() if type(o) is torch.Tensor]
+        alive.append(sum(tensor.grad_fn is not None for tensor in objects))
+
+    RoundProgress.show = count
+    gc.disable()
+    plan_only(world, config)
+    assert len(alive) == 2 * SAMPLES
+    assert alive[-1] <= alive[SAMPLES + 1]
 
 
 def test_a_plan_file_of_something_else_is_refused(folder: Path, tmp_path: Path):
