@@ -40,6 +40,9 @@ from megatron_moe.errors import CheckpointError
 Boxes = dict[str, list[Box]]
 """By name of the global tensor."""
 
+_FILES_AT_ONCE = 2
+"""Of a rank: while one is checksummed the other is written."""
+
 
 def write_boxes(boxes: Boxes, folder: Path, group: dist.ProcessGroup) -> None:
     """Write the boxes of all ranks of ``group`` into an existing folder; files are fsynced.
@@ -47,7 +50,7 @@ def write_boxes(boxes: Boxes, folder: Path, group: dist.ProcessGroup) -> None:
     Raises:
         CheckpointError: On every rank when one could not write, or tensors are not covered.
     """
-    writer = FileSystemWriter(folder, sync_files=True)
+    writer = FileSystemWriter(folder, sync_files=True, thread_count=_FILES_AT_ONCE)
     try:
         dcp.save({}, storage_writer=writer, planner=_SavePlanner(boxes), process_group=group)
     except CheckpointException as error:

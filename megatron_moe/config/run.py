@@ -38,7 +38,7 @@ class Section(BaseModel):
     """One section: frozen, no unknown keys, no silent conversions."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, defer_build=True
     )
 
 
