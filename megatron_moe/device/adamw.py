@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 class FusedAdamW(torch.optim.Optimizer):
@@ -27,6 +28,15 @@ class FusedAdamW(torch.optim.Optimizer):
         # What else Megatron passes steers CUDA kernels and master weights it does not ask us for.
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**defaults, "bias_correction": True})
+        self._divide_by: Tensor | None = None
+
+    def clip(self, *, max_norm: float, total_norm: float) -> None:
+        """Let the next step scale gradients to ``max_norm`` in its own pass over them.
+
+        Megatron-Core's clipping is a pass over all of them, and a copy, before it.
+        """
+        divisor = (total_norm + 1e-6) / max_norm
+        self._divide_by = torch.tensor(divisor) if divisor > 1 else None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -59,4 +69,6 @@ class FusedAdamW(torch.optim.Optimizer):
                 eps=group["eps"],
                 amsgrad=False,
                 maximize=False,
+                grad_scale=self._divide_by,
             )
+        self._divide_by = None

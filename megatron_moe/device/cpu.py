@@ -245,7 +245,8 @@ def _import_megatron_quietly() -> None:
 
 def _replace_in_megatron() -> None:
     import megatron.core.optimizer as megatron_optimizer
-    from megatron.core.optimizer import clip_grads, distrib_optimizer
+    from megatron.core.models.common.embeddings import rope_utils
+    from megatron.core.optimizer import distrib_optimizer
     from megatron.core.transformer.moe import token_dispatcher
 
     from megatron_moe.device import shortcuts
@@ -255,5 +256,5 @@ def _replace_in_megatron() -> None:
     megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
     distrib_optimizer.HAVE_APEX_OR_TE = True
     distrib_optimizer.USING_APEX_OPTIMIZER = True
-    clip_grads.multi_tensor_scale_impl = shortcuts.scale_in_place
+    rope_utils._apply_rotary_pos_emb_bshd = shortcuts.rotate
     token_dispatcher.sort_chunks_by_idxs = shortcuts.sort_chunks

@@ -1,22 +1,20 @@
 """What Megatron-Core 0.19 does the long way round on a CPU, done the short way: same results.
 
 Imported once Megatron-Core is; `cpu.install` puts these in its place.
+
+Shape letters: S sequence, B micro-batch, H heads, C head width, c half of it.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.transformer.moe.moe_utils import sort_chunks_by_idxs
 from torch import Tensor
 
-
-def scale_in_place(
-    chunk_size: int, overflow: Tensor, lists: tuple[list[Tensor], list[Tensor]], scale: float
-) -> None:
-    """Clipping's product; Megatron-Core's own goes through a second copy of all gradients."""
-    gradients, scaled = lists
-    assert all(a is b for a, b in zip(gradients, scaled, strict=True))
-    torch._foreach_mul_(gradients, scale)
+_rotate_any_way = rope_utils._apply_rotary_pos_emb_bshd
 
 
 def sort_chunks(
@@ -30,3 +28,39 @@ def sort_chunks(
     if sorted_idxs.tolist() == list(range(len(sorted_idxs))):
         return input, probs
     return sort_chunks_by_idxs(input, split_sizes, sorted_idxs, probs, fused)
+
+
+def rotate(
+    t: Tensor, freqs: Tensor, rotary_interleaved: bool = False, *more: Any, **options: Any
+) -> Tensor:
+    """Rotary embedding of whole heads, ``(S, B, H, C)``; three passes and nothing kept.
+
+    What no Llama asks for goes Megatron-Core's way: interleaved halves, a part of the head.
+    """
+    if rotary_interleaved or more or any(options.values()) or freqs.shape[-1] != t.shape[-1]:
+        return _rotate_any_way(t, freqs, rotary_interleaved, *more, **options)
+    return _Rotation.apply(t, freqs.cos().to(t.dtype), freqs.sin().to(t.dtype))
+
+
+class _Rotation(torch.autograd.Function):
+    """A rotation by the angles; its gradient is one by as much the other way."""
+
+    @staticmethod
+    def forward(ctx: Any, t_SBHC: Tensor, cos_S11C: Tensor, sin_S11C: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_S11C, sin_S11C)
+        return _rotated(t_SBHC, cos_S11C, sin_S11C)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        cos_S11C, sin_S11C = ctx.saved_tensors
+        return _rotated(grads[0], cos_S11C, -sin_S11C), None, None
+
+
+def _rotated(t_SBHC: Tensor, cos_S11C: Tensor, sin_S11C: Tensor) -> Tensor:
+    first_SBHc, second_SBHc = t_SBHC.chunk(2, dim=-1)
+    sin_S11c = sin_S11C.chunk(2, dim=-1)[0]  # both halves turn by the same angles
+    out_SBHC = t_SBHC * cos_S11C
+    out_first_SBHc, out_second_SBHc = out_SBHC.chunk(2, dim=-1)
+    out_first_SBHc.addcmul_(second_SBHc, sin_S11c, value=-1)
+    out_second_SBHc.addcmul_(first_SBHc, sin_S11c)
+    return out_SBHC

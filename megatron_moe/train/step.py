@@ -24,6 +24,7 @@ from torch import Tensor
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.batches import Batch
 from megatron_moe.data.packing import document_bounds
+from megatron_moe.device.adamw import FusedAdamW
 from megatron_moe.model.build import Model
 from megatron_moe.model.loss import make_output_processor
 from megatron_moe.model.noisy_router import set_samples
@@ -98,11 +99,12 @@ def train_step(
 def _update(optimizer: Any, grad_norm: float) -> None:
     """Clip by the norm that is known and step; `optimizer.step` would take it once more."""
     for part in optimizer.chained_optimizers:
+        limit = {"max_norm": part.config.clip_grad, "total_norm": grad_norm}
         parameters = [] if part.is_stub_optimizer else part.get_parameters()
-        if parameters:
-            clip_grad_by_total_norm_fp32(
-                parameters, max_norm=part.config.clip_grad, total_norm=grad_norm
-            )
+        if isinstance(part.optimizer, FusedAdamW):
+            part.optimizer.clip(**limit)
+        elif parameters:
+            clip_grad_by_total_norm_fp32(parameters, **limit)
     optimizer.step_with_ready_grads()
 
 

@@ -29,6 +29,26 @@ def groups(params: list[torch.nn.Parameter]) -> list[dict]:
     ]
 
 
+@pytest.mark.parametrize("norm", [50.0, 0.5], ids=["longer", "shorter"])
+def test_clipping_in_the_step_is_clipping_before_it(norm: float):
+    """Of the next step only."""
+    mine, theirs = parameters(), parameters()
+    ours, torchs = (FusedAdamW(groups(p), lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
+                    for p in (mine, theirs))  # fmt: skip
+    for step in range(2):
+        set_gradients(mine, step)
+        set_gradients(theirs, step)
+        if step == 0:
+            ours.clip(max_norm=1.0, total_norm=norm)
+            for p in theirs:
+                assert p.grad is not None
+                p.grad.mul_(min(1.0, 1.0 / (norm + 1e-6)))
+        ours.step()
+        torchs.step()
+        for a, b in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)  # a division, not a product
+
+
 @pytest.mark.parametrize("betas", [(0.9, 0.95), (0.9, 0.999)], ids=str)
 @pytest.mark.parametrize("eps", [1e-8, 1e-3])
 def test_every_step_is_torchs(betas: tuple[float, float], eps: float):
