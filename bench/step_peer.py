@@ -97,6 +97,7 @@ def mixtral(case: Case, dense: Path, folder: Path) -> MixtralForCausalLM:
                 attn_implementation="sdpa",
             )
         )
+    model.tie_weights()
     model.to(DTYPES[case.precision])
     model.train()
     config = case.config(dense, folder, 1)

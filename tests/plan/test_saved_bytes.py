@@ -56,7 +56,7 @@ def check(world: World, config: RunConfig) -> None:
     saved = measure(world, config, spec)
     shape, work = upcycled_shape(spec, config.moe), workload_of(config)
     degrees = degrees_of(config, gpus=world.size)
-    planned = stream_bytes(shape, work, degrees) + norm_bytes(shape, work, degrees)  # the last norm
+    planned = stream_bytes(shape, work, degrees)  # into the last norm
     for routes in (False, True):
         planned += kept_bytes(shape, work, degrees, routes=routes)
         planned += unfused_bytes(shape, work, degrees, routes=routes)
@@ -65,16 +65,16 @@ def check(world: World, config: RunConfig) -> None:
 
 def unfused_bytes(shape: MoeShape, work: Workload, degrees: Degrees, *, routes: bool) -> float:
     """What torch's operations keep beyond fused ones, in one layer."""
-    if work.recompute == "full":
-        return 0.0
     tokens, value = local_tokens(shape, work, degrees), work.bytes_per_value
+    if work.recompute == "full":  # the angles, of which both layers keep the same
+        return tokens.gathered / work.micro_batch_size * shape.kv_channels * 4 / 2
     heads = tokens.gathered / degrees.tp
     query, pair = heads * shape.query_width * value, heads * 2 * shape.kv_width * value
     # Beside what the product gave: rotated queries and keys. Under cp: keys and values of all cp
     # ranks, and of the product nothing.
     attention = query + pair / 2 if degrees.cp == 1 else pair * (degrees.cp - 1)
-    tables = 2 * tokens.gathered / work.micro_batch_size * shape.kv_channels * 4
-    found = attention + tables + 2 * norm_bytes(shape, work, degrees)
+    tables = 4 * tokens.gathered / work.micro_batch_size * shape.kv_channels * value
+    found = attention + tables  # cosines and sines, for queries and for keys
     if not routes:
         hidden = tokens.gathered / degrees.tp * shape.ffn_hidden_size * value
         found += 2 * hidden  # silu(gate), and gate and up once more, each apart
@@ -89,12 +89,6 @@ def unfused_bytes(shape: MoeShape, work: Workload, degrees: Degrees, *, routes: 
 def stream_bytes(shape: MoeShape, work: Workload, degrees: Degrees) -> float:
     tokens = local_tokens(shape, work, degrees)
     return tokens.sequence_parallel * shape.hidden_size * work.bytes_per_value
-
-
-def norm_bytes(shape: MoeShape, work: Workload, degrees: Degrees) -> float:
-    """A norm's own: the normalised stream, and with bf16 its input in fp32."""
-    stream = stream_bytes(shape, work, degrees)
-    return stream if work.precision == "fp32" else stream + 2 * stream
 
 
 def measure(world: World, config: RunConfig, spec: Any) -> int:
