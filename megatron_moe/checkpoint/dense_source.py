@@ -6,8 +6,9 @@ a ``torch_dist`` checkpoint. Each Hugging Face tensor is some rows of one of its
     qkv   | q q k v | q q k v | ..      query groups in turn        k_proj = every 4th head
     fc1   | gate ......... | up ....... |                           up_proj = the second half
 
-A chunk (what one rank wrote) is the least that can be read; those of the last tensors are kept,
-because the experts of a layer take from the same.
+Rows are copied out of the mapped chunks (what one rank wrote each), so of the files only the rows
+that a rank takes are read. Those chunks of the last tensors stay mapped, because the experts of a
+layer take from the same.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from megatron_moe.checkpoint.global_tensors import GlobalTensors
+from megatron_moe.checkpoint.mapped import MappedTensor
 from megatron_moe.errors import CheckpointError
 from megatron_moe.hf.header import INDEX_FILE, SINGLE_FILE, TensorInfo
 from megatron_moe.hf.names import MOE_ROLES, ROWS, Row, Sharding, dense_shapes, has_row
@@ -30,7 +32,7 @@ from megatron_moe.hf.spec import DenseSpec, read_spec
 
 INDEX = ".metadata"
 KEPT_TENSORS = 2
-"""Whose chunks are kept: fc1 and fc2 of one layer."""
+"""Whose chunks stay mapped: fc1 and fc2 of one layer."""
 
 
 def open_dense(folder: Path) -> DenseCheckpoint:
@@ -87,14 +89,11 @@ class _Place:
 
 @dataclass(slots=True, kw_only=True)
 class DistributedDense(DenseCheckpoint):
-    """A dense checkpoint whose slices come out of the chunks of global tensors.
-
-    ``bytes_read`` counts whole chunks.
-    """
+    """A dense checkpoint whose slices come out of the chunks of global tensors."""
 
     source: GlobalTensors
     places: Mapping[str, _Place]
-    _kept: dict[tuple[str, int | None], dict[tuple[int, ...], Tensor]] = field(
+    _kept: dict[tuple[str, int | None], dict[tuple[int, ...], MappedTensor]] = field(
         default_factory=dict, init=False
     )
 
@@ -124,7 +123,7 @@ class DistributedDense(DenseCheckpoint):
             whole = len(first) == skip + 1 or size[skip + 1] == self._width(place)
             target = here_R.nonzero()[:, 0]
             if whole:
-                values = self._chunk(place, chunk)[rows_R[here_R] - first[skip]]
+                values = self._chunk(place, chunk).rows(rows_R[here_R] - first[skip])
                 values = values if selection.columns is None else values[:, selection.columns]
                 into.index_copy_(0, target.to(into.device), values.to(into.device, into.dtype))
                 filled += values.numel()
@@ -133,7 +132,7 @@ class DistributedDense(DenseCheckpoint):
             left, right = first[skip + 1], first[skip + 1] + size[skip + 1]
             here_C = (columns_C >= left) & (columns_C < right)
             if here_C.any():
-                values = self._chunk(place, chunk)[rows_R[here_R] - first[skip]]
+                values = self._chunk(place, chunk).rows(rows_R[here_R] - first[skip])
                 values = values[:, columns_C[here_C] - left].to(into.device, into.dtype)
                 at_C = here_C.nonzero()[:, 0]
                 into[target.to(into.device)[:, None], at_C.to(into.device)] = values
@@ -147,11 +146,12 @@ class DistributedDense(DenseCheckpoint):
                 f"{name} must be finite, but {place.key} in {self.folder} holds NaN or infinite "
                 "values"
             )
+        self.bytes_read += into.numel() * place.dtype.itemsize
 
     def _width(self, place: _Place) -> int:
         return place.shape[1] if len(place.shape) == 2 else 1
 
-    def _chunk(self, place: _Place, chunk: ChunkStorageMetadata) -> Tensor:
+    def _chunk(self, place: _Place, chunk: ChunkStorageMetadata) -> MappedTensor:
         """The chunk's numbers, of the one layer that is asked for."""
         tensor = (place.key, place.layer)
         if tensor not in self._kept:
@@ -160,10 +160,8 @@ class DistributedDense(DenseCheckpoint):
             self._kept[tensor] = {}
         kept, offsets = self._kept[tensor], tuple(chunk.offsets)
         if offsets not in kept:
-            with self.source:
-                values = self.source.load(place.key, chunk)
-            self.bytes_read += values.numel() * values.element_size()
-            kept[offsets] = values if place.layer is None else values[place.layer - offsets[0]]
+            values = self.source.mapped(place.key, chunk)
+            kept[offsets] = values if place.layer is None else values.at(place.layer - offsets[0])
         return kept[offsets]
 
 

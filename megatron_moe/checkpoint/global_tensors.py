@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_moe.checkpoint.index import SafeReader
+from megatron_moe.checkpoint.mapped import MappedTensor, map_tensor
 from megatron_moe.errors import CheckpointError
 
 
@@ -111,6 +112,16 @@ class GlobalTensors:
             raise CheckpointError(
                 f"{self.folder / where.relative_path} is damaged at {key}: {error}"
             ) from error
+
+    def mapped(self, key: str, chunk: ChunkStorageMetadata) -> MappedTensor:
+        """One chunk, whose rows are read when they are taken."""
+        assert self._metadata.storage_data is not None
+        where = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
+        path = self.folder / where.relative_path
+        try:
+            return map_tensor(path, offset=where.offset, length=where.length)
+        except Exception as error:
+            raise CheckpointError(f"{path} is damaged at {key}: {error}") from error
 
     def _open(self, relative_path: str) -> BinaryIO:
         try:

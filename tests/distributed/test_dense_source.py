@@ -75,7 +75,7 @@ def save(world: World, config: RunConfig, out: Path, apart: bool) -> None:
     from megatron_moe.parallel.groups import create_groups
 
     layout, groups = create_groups(config.parallel, seed=0)
-    (module,) = filled(dense_config(config), config.dense.path, layout, groups, world.rank)
+    (module,), _ = filled(dense_config(config), config.dense.path, layout, groups, world.rank)
     # A model with experts somewhere keeps its layers apart; Megatron-Core's dense models need not.
     module.config.moe_layer_freq = 1
     module.config.num_moe_experts = None
@@ -87,8 +87,9 @@ def compare(world: World, config: RunConfig, distributed: Path) -> None:
     from megatron_moe.parallel.groups import create_groups
 
     layout, groups = create_groups(config.parallel, seed=0)
-    ours = filled(config, distributed, layout, groups, world.rank)
-    theirs = filled(config, config.dense.path, layout, groups, world.rank)
+    ours, ours_read = filled(config, distributed, layout, groups, world.rank)
+    theirs, theirs_read = filled(config, config.dense.path, layout, groups, world.rank)
+    assert ours_read == theirs_read  # no more of the chunks than of safetensors
     for module, other in zip(ours, theirs, strict=True):
         expected = dict(other.named_parameters())
         for name, parameter in module.named_parameters():
@@ -109,4 +110,4 @@ def filled(config, folder, layout, groups, rank):
         for parameter in module.parameters():
             parameter.data.fill_(float("nan"))
     upcycle(model, dense, plan, layout=layout, rank=rank)
-    return model.modules
+    return model.modules, dense.bytes_read
