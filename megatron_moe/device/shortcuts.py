@@ -33,7 +33,7 @@ def sort_chunks(
 def rotate(
     t: Tensor, freqs: Tensor, rotary_interleaved: bool = False, *more: Any, **options: Any
 ) -> Tensor:
-    """Rotary embedding of whole heads, ``(S, B, H, C)``; three passes and nothing kept.
+    """Rotary embedding of whole heads, ``(S, B, H, C)``; three passes, and only angles kept.
 
     What no Llama asks for goes Megatron-Core's way: interleaved halves, a part of the head.
     """

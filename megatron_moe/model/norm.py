@@ -29,7 +29,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 class _RMSNorm(torch.autograd.Function):
-    """On CPU torch composes this of eleven operations and keeps what each of them made."""
+    """On CPU torch composes this of single operations and keeps what most of them made."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
