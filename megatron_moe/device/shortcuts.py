@@ -31,14 +31,22 @@ def sort_chunks(
 
 
 def rotate(
-    t: Tensor, freqs: Tensor, rotary_interleaved: bool = False, *more: Any, **options: Any
+    t: Tensor,
+    freqs: Tensor,
+    rotary_interleaved: bool = False,
+    mla_rotary_interleaved: bool = False,
+    mscale: float = 1.0,
+    **deprecated: Any,
 ) -> Tensor:
     """Rotary embedding of whole heads, ``(S, B, H, C)``; three passes, and only angles kept.
 
     What no Llama asks for goes Megatron-Core's way: interleaved halves, a part of the head.
     """
-    if rotary_interleaved or more or any(options.values()) or freqs.shape[-1] != t.shape[-1]:
-        return _rotate_any_way(t, freqs, rotary_interleaved, *more, **options)
+    interleaved = rotary_interleaved or mla_rotary_interleaved
+    if interleaved or mscale != 1.0 or deprecated or freqs.shape[-1] != t.shape[-1]:
+        return _rotate_any_way(
+            t, freqs, rotary_interleaved, mla_rotary_interleaved, mscale, **deprecated
+        )
     return _Rotation.apply(t, freqs.cos().to(t.dtype), freqs.sin().to(t.dtype))
 
 
@@ -64,3 +72,24 @@ def _rotated(t_SBHC: Tensor, cos_S11C: Tensor, sin_S11C: Tensor) -> Tensor:
     out_first_SBHc.addcmul_(second_SBHc, sin_S11c, value=-1)
     out_second_SBHc.addcmul_(first_SBHc, sin_S11c)
     return out_SBHC
+
+
+_ROW = 4096
+
+
+def l2_norm(
+    chunk_size: int, noop_flag: Tensor, tensor_lists: list[list[Tensor]], *_: object
+) -> tuple[Tensor, None]:
+    """Norm of all tensors together, as Apex's ``multi_tensor_l2norm``.
+
+    By rows, because torch takes the norm of a long vector on one thread.
+    """
+    squares = [_square(tensor.detach().flatten()) for tensor in tensor_lists[0]]
+    return torch.stack(squares).sum().sqrt().float().view(1), None
+
+
+def _square(values: Tensor) -> Tensor:
+    whole = len(values) - len(values) % _ROW
+    rows, rest = values[:whole].view(-1, _ROW), values[whole:]
+    norms = torch.linalg.vector_norm(rows, dim=1).double()
+    return norms.square().sum() + torch.linalg.vector_norm(rest).double().square()

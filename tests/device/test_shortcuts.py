@@ -1,6 +1,12 @@
 """What stands in for Megatron-Core's ways on a CPU, against Megatron-Core's."""
 
+import math
+
+import pytest
 import torch
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.optimizer.clip_grads import get_grad_norm_fp32
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe import moe_utils
 
 from megatron_moe.device import shortcuts
@@ -20,6 +26,13 @@ def test_a_rotation_is_megatrons():
         torch.testing.assert_close(mine, megatrons, rtol=1e-13, atol=1e-13)
 
 
+def test_attention_rotates_the_short_way():
+    config = TransformerConfig(num_layers=1, hidden_size=24, num_attention_heads=3)
+    t_SBHC = torch.randn(6, 2, 3, 8, requires_grad=True)
+    out = apply_rotary_pos_emb(t_SBHC, torch.rand(6, 1, 1, 8), config, cp_group=object())
+    assert type(out.grad_fn).__name__ == "_RotationBackward"
+
+
 def test_heads_that_are_rotated_in_part_go_megatrons_way():
     t_SBHC, freqs_S11C = torch.randn(6, 2, 3, 8), torch.rand(6, 1, 1, 4)
     expected = shortcuts._rotate_any_way(t_SBHC, freqs_S11C)
@@ -35,3 +48,17 @@ def test_chunks_are_sorted_unless_they_are_in_order():
         wanted = moe_utils.sort_chunks_by_idxs(tokens_TD, sizes, torch.tensor(order), probs_T)
         for mine, megatrons in zip(found, wanted, strict=True):
             assert torch.equal(mine, megatrons)
+
+
+def test_norm_of_gradients_long_and_short():
+    generator = torch.Generator().manual_seed(0)
+    grads = [torch.randn(size, generator=generator) for size in (3, 2**20 + 5, 4096)]
+    squares = sum(float(grad.double().square().sum()) for grad in grads)
+    assert float(shortcuts.l2_norm(0, None, [grads], False)[0]) == pytest.approx(
+        math.sqrt(squares),
+        rel=1e-6,  # fp32 of what the squares add up to
+    )
+
+
+def test_megatron_takes_the_norm_here():
+    assert get_grad_norm_fp32.__globals__["l2_norm_impl"] is shortcuts.l2_norm
