@@ -19,6 +19,8 @@ import torch.nn.functional as F  # noqa: N812
 from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor
 
+from megatron_moe.device.gradients import add_product
+
 
 class LoopExperts(SequentialMLP):
     """Megatron-Core's SequentialMLP with its parameters and checkpoint names, and a lean forward.
@@ -177,9 +179,6 @@ def _weight_grad(weight: Tensor, out_grad_RO: Tensor, in_RI: Tensor) -> Tensor:
     main_grad: Tensor | None = getattr(weight, "main_grad", None)
     if main_grad is None:
         return out_grad_RO.t() @ in_RI
-    if main_grad.dtype == in_RI.dtype:
-        main_grad.addmm_(out_grad_RO.t(), in_RI)
-    elif len(in_RI):
-        main_grad.add_(out_grad_RO.t() @ in_RI)
+    add_product(main_grad, out_grad_RO, in_RI)
     setattr(weight, "grad_added_to_main_grad", True)  # noqa: B010
     return torch.empty_like(weight)

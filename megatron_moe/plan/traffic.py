@@ -175,7 +175,6 @@ def _stages(shape: MoeShape, work: Workload, degrees: Degrees) -> Traffic:
     tied = padded_vocabulary(shape.vocab_size, degrees.tp) // degrees.tp * shape.hidden_size
     return {
         ("pp", "send"): 2 * ranks * batches * neighbours * handed,
-        ("pp", "broadcast"): degrees.gpus * INT32,  # tokens, which the last stage knows
         ("embedding", "all_reduce"): 2 * ranks * tied * GRADIENT * shape.tied_embeddings,
     }
 

@@ -40,6 +40,15 @@ class TrainState:
     samples: int = 0
     """Sequences consumed: the place in the data, whatever the layout."""
 
+    def gather_weights(self) -> None:
+        """Make the weights whole on every rank of dp, for whoever reads them before a forward pass.
+
+        An overlapped gather leaves that to the next one; before it, most are those of a step ago.
+        """
+        for chunk in self.wrapped:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+
     @property
     def learning_rate(self) -> float:
         """What the last step used: the schedule has moved on already."""
@@ -65,6 +74,8 @@ def make_state(
     )
     wrapped = []
     for index, module in enumerate(model.modules):
+        if not cuda:
+            _add_gradients_in_products(module)
         inner = Float16Module(transformer, module) if transformer.bf16 else module
         wrapped.append(
             DistributedDataParallel(
@@ -78,13 +89,30 @@ def make_state(
         use_gloo_process_groups=False,
     )
     _gather_weights_once(optimizer)
-    transformer.finalize_model_grads_func = finalize_model_grads
-    transformer.grad_scale_func = optimizer.scale_loss
+    transformer.finalize_model_grads_func = _finalize
     if ddp.overlap_grad_reduce:  # during the backward pass of the last micro-batch only
         no_sync: Any = [chunk.no_sync for chunk in wrapped]
         transformer.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
     blend = start_blend(starting_weights(config.data))
     return TrainState(model, wrapped, optimizer, make_schedule(config, optimizer), blend)
+
+
+def _add_gradients_in_products(module: torch.nn.Module) -> None:
+    """On CPU too (device/gradients.py).
+
+    Not by the model's configuration, which is also that of models without buffers to add to.
+    """
+    for linear in module.modules():
+        if hasattr(linear, "gradient_accumulation_fusion"):
+            setattr(linear, "gradient_accumulation_fusion", True)  # noqa: B010
+
+
+def _finalize(chunks: list[Any], _num_tokens: Any, **groups: Any) -> None:
+    """Megatron-Core's, without its pass over all gradients that divides them by the tokens.
+
+    `train.step` has divided the loss.
+    """
+    finalize_model_grads(chunks, None, **groups)
 
 
 def _gather_weights_once(optimizer: Any) -> None:

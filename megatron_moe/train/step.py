@@ -75,6 +75,7 @@ def train_step(
     for chunk in state.wrapped:
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
+    _weigh_tokens(state.model, batches, groups)
     biases = expert_biases(state.model.modules) if config.moe.moe_router_enable_expert_bias else ()
     losses = run_schedule(
         state.wrapped, batches, config, state.model, groups, forward_only=False, at=at
@@ -94,6 +95,18 @@ def train_step(
     state.step += 1
     state.samples += config.train.global_batch_size
     return replace(result, fate=fate)
+
+
+def _weigh_tokens(model: Model, batches: list[Batch], groups: ProcessGroupCollection) -> None:
+    """Let every token of the global batch weigh as much: what is differentiated is their mean.
+
+    Megatron-Core divides the gradients instead, when all are there: a pass over all of them.
+    """
+    tokens = torch.stack([batch.loss_mask_BS.sum() for batch in batches]).sum()
+    tokens = tokens.to(_device(model), torch.int32)
+    dist.all_reduce(tokens, group=groups.dp_cp)
+    mean_over = tokens.clamp(min=1)
+    model.transformer.grad_scale_func = lambda loss: loss / mean_over
 
 
 def _update(optimizer: Any, grad_norm: float) -> None:
@@ -210,8 +223,8 @@ def _documents(position_ids_BS: Tensor) -> dict[str, Any]:
 def _loss(loss_mask_BS: Tensor, losses_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The sum that is differentiated, its number of tokens, and both for the report.
 
-    Megatron-Core divides the gradient by the tokens of the whole global batch, so a step does not
-    depend on how the batch is cut into micro-batches, dp and cp ranks.
+    `_weigh_tokens` divides by the tokens of the whole global batch, so a step does not depend on
+    how the batch is cut into micro-batches, dp and cp ranks.
     """
     total = (losses_BS.float() * loss_mask_BS).sum()
     tokens = loss_mask_BS.sum()
