@@ -55,7 +55,7 @@ def continue_pretraining(job: Job, state: TrainState, plan: ExpertPlan, feed: Fe
         run_loop(
             state,
             steps=config.train.steps,
-            take_step=partial(_take_step, job, state, feed, Judge(config.guard)),
+            take_step=partial(_take_step, job, state, feed, Judge(config.guard), saver),
             describe=partial(_describe, job, state, feed, peak),
             hooks=[
                 Hook(1, progress.show),
@@ -86,12 +86,18 @@ def continue_pretraining(job: Job, state: TrainState, plan: ExpertPlan, feed: Fe
     job.say(f"megatron-moe report {config.run.dir} shows all of it on one page")
 
 
-def _take_step(job: Job, state: TrainState, feed: Feed, judge: Judge) -> StepResult:
+def _take_step(job: Job, state: TrainState, feed: Feed, judge: Judge, saver: Saver) -> StepResult:
     watch = job.watch
+
+    def at(stage: str) -> None:
+        watch.at(stage)
+        if stage == "optimizer":
+            saver.before_update()
+
     watch.step = state.step + 1
     watch.at("data")
     batches, after = feed.next_step(state.blend)
-    result = train_step(state, batches, job.config, job.groups, judge=judge, at=watch.at)
+    result = train_step(state, batches, job.config, job.groups, judge=judge, at=at)
     state.blend = after
     watch.at("report")
     return result

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from types import TracebackType
 from typing import Self
 
@@ -22,7 +23,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_moe.checkpoint import folder as folders
-from megatron_moe.checkpoint.boxes import Placement, placements
+from megatron_moe.checkpoint.boxes import Box, Placement, placements
 from megatron_moe.checkpoint.folder import Progress
 from megatron_moe.checkpoint.moments import owned, set_updates_made, updates_made
 from megatron_moe.checkpoint.storage import Boxes, name_format, read_boxes, write_boxes
@@ -37,9 +38,10 @@ from megatron_moe.train.state import TrainState
 class Saver:
     """Writes a run's checkpoints, one at a time, while ``with`` is open; every rank has one.
 
-    With ``checkpoint.async_save`` a save copies this rank's numbers to host memory and returns;
-    files are written beside the training that goes on. The next save, and the end of ``with``,
-    wait for it and raise what went wrong.
+    With ``checkpoint.async_save`` a save returns at once. This rank's numbers are copied to host
+    memory beside the next forward and backward pass, which do not change them: `before_update`
+    waits for the copies. Files are written beside the training that goes on. The next save, and
+    the end of ``with``, wait for them and raise what went wrong.
 
     Args:
         config: The run.
@@ -54,6 +56,8 @@ class Saver:
         self._group = _new_group()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        self._copied = Event()
+        self._copied.set()
 
     def __enter__(self) -> Self:
         return self
@@ -77,6 +81,8 @@ class Saver:
         """
         self.wait()
         start = time.perf_counter()
+        with torch.no_grad():
+            state.gather_weights()
         boxes = _boxes(state, groups, step=state.step, writing=True)
         progress = Progress(
             step=state.step,
@@ -88,10 +94,19 @@ class Saver:
             blend=state.blend.to_json(),
         )
         if self._config.checkpoint.async_save:
-            copies = _copied_to_host(boxes)
-            self._pending = self._thread.submit(self._write, copies, progress, start)
+            boxes = _copied_to_host(boxes, _only_small)
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            self._copied.clear()
+            self._pending = self._thread.submit(
+                self._copy_and_write, boxes, stream, progress, start
+            )
         else:
             self._write(boxes, progress, start)
+
+    def before_update(self) -> None:
+        """Return when weights and optimizer may change: what is being saved of them is copied."""
+        self._copied.wait()
 
     def wait(self) -> None:
         """Return when nothing is being written.
@@ -102,6 +117,16 @@ class Saver:
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
+
+    def _copy_and_write(
+        self, boxes: Boxes, stream: torch.cuda.Stream, progress: Progress, start: float
+    ) -> None:
+        try:
+            with torch.cuda.stream(stream):
+                copies = _copied_to_host(boxes, lambda tensor: not _only_small(tensor))
+        finally:
+            self._copied.set()
+        self._write(copies, progress, start)
 
     def _write(self, boxes: Boxes, progress: Progress, start: float) -> None:
         config, group = self._config, self._group
@@ -265,8 +290,17 @@ def _boxes(state: TrainState, groups: ProcessGroupCollection, *, step: int, writ
     return {key: held for key, held in boxes.items() if held}
 
 
-def _copied_to_host(boxes: Boxes) -> Boxes:
-    return {
-        key: [replace(box, tensor=box.tensor.detach().to("cpu", copy=True)) for box in held]
-        for key, held in boxes.items()
-    }
+_SMALL_BYTES = 2**20
+
+
+def _only_small(tensor: Tensor) -> bool:
+    """What is copied before a save returns; experts' biases are, which move before the update."""
+    return tensor.nbytes <= _SMALL_BYTES
+
+
+def _copied_to_host(boxes: Boxes, which: Callable[[Tensor], bool]) -> Boxes:
+    def copied(box: Box) -> Box:
+        tensor = box.tensor.detach()
+        return replace(box, tensor=tensor.to("cpu", copy=True)) if which(tensor) else box
+
+    return {key: [copied(box) for box in held] for key, held in boxes.items()}
