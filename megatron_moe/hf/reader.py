@@ -1,7 +1,8 @@
 """Read rows, columns or index lists of the tensors in a Hugging Face folder, and nothing else.
 
-A read maps one window of the file at a time, copies the wanted part to its destination and unmaps
-it, so a process is resident with its destinations and one window, whatever the size of the model::
+Whole rows for memory of the file's dtype are read into it. For all else a window of the file is
+mapped, the wanted part copied to its destination, and unmapped, one at a time: so a process is
+resident with its destinations and one window, whatever the size of the model::
 
     file     |header|..tensor..[  window  ]..........|     never more than WINDOW_BYTES mapped
                                  |  | |                     wanted rows / columns of the window
@@ -28,7 +29,7 @@ from megatron_moe.hf.header import TensorInfo, listing, read_headers
 from megatron_moe.hf.names import dense_tensors
 from megatron_moe.hf.selection import Indices, Selected, select
 from megatron_moe.hf.spec import DenseSpec, read_spec
-from megatron_moe.hf.windows import mapped_rows, values_of, windows
+from megatron_moe.hf.windows import mapped_rows, read_rows, values_of, windows
 
 # Buffers that older versions of transformers saved. The model recomputes them from config.json.
 _RECOMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
@@ -182,6 +183,10 @@ class DenseCheckpoint:
 
     def _copy(self, name: str, info: TensorInfo, pairs: Sequence[tuple[Selected, Tensor]]) -> None:
         pairs = [(selection, into) for selection, into in pairs if into.numel()]
+        self.bytes_read += sum(into.numel() for _, into in pairs) * info.dtype.itemsize
+        if len(pairs) == 1 and _bytes_are_the_same(info, *pairs[0]):
+            read_rows(name, info, pairs[0][0].rows, pairs[0][1])
+            return
         for window in windows(info, [selection.rows for selection, _ in pairs]):
             mapped = mapped_rows(info, window)
             for part in window.parts:
@@ -194,12 +199,18 @@ class DenseCheckpoint:
                     into.index_copy_(0, target, values.to(into.device, into.dtype))
                 del values
             del mapped  # unmapped before the next window is mapped
-        self.bytes_read += sum(into.numel() for _, into in pairs) * info.dtype.itemsize
 
     def _find(self, name: str) -> TensorInfo:
         if name not in self.tensors:
             raise CheckpointError(f"{self.folder} holds no tensor {name}")
         return self.tensors[name]
+
+
+def _bytes_are_the_same(info: TensorInfo, selection: Selected, into: Tensor) -> bool:
+    """Whether the destination is a run of the file, byte for byte: nothing to gather, convert."""
+    whole_rows = isinstance(selection.rows, slice) and selection.shape[1:] == info.shape[1:]
+    whole_rows = whole_rows and not isinstance(selection.columns, Tensor)
+    return whole_rows and into.is_contiguous() and into.is_cpu and into.dtype == info.dtype
 
 
 def open_dense_checkpoint(folder: Path) -> DenseCheckpoint:

@@ -18,6 +18,8 @@ from megatron_moe.errors import CheckpointError
 from megatron_moe.hf.header import TensorInfo
 
 WINDOW_BYTES = 32 * 2**20
+_READ_BYTES = 2**20
+"""At once, so that what was read is still in the cache when it is looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,14 +115,39 @@ def values_of(
     if isinstance(columns, slice):
         values = values[:, columns]
     elif columns is not None:
-        values = values.index_select(1, columns)
+        # A third of index_select's time along rows of bf16, and gives the same.
+        values = values.gather(1, columns.expand(len(values), -1))
+    _check_finite(name, info, values, f"rows {window.start} to {window.stop - 1}")
+    return values
+
+
+def read_rows(name: str, info: TensorInfo, rows: slice | Tensor, into: Tensor) -> None:
+    """Consecutive rows straight into memory of the same dtype, and a look at every value."""
+    assert isinstance(rows, slice), rows
+    row_values = math.prod(info.shape[1:])
+    step = max(1, _READ_BYTES // info.dtype.itemsize)  # values
+    values = into.view(-1)
+    offset = info.offset + rows.start * row_values * info.dtype.itemsize
+    try:
+        with info.file.open("rb", buffering=0) as file:
+            file.seek(offset)
+            for start in range(0, len(values), step):
+                part = values[start : start + step]
+                if file.readinto(memoryview(part.view(torch.uint8).numpy())) != part.nbytes:
+                    raise OSError("it has become shorter")
+                first, last = start // row_values, (start + len(part) - 1) // row_values
+                _check_finite(name, info, part, f"rows {rows.start + first} to {rows.start + last}")
+    except OSError as error:
+        raise CheckpointError(f"cannot read {info.file} any more: {error}") from error
+
+
+def _check_finite(name: str, info: TensorInfo, values: Tensor, where: str) -> None:
     # A sum costs a tenth of isfinite() and cannot hide a NaN or an infinity; it may overflow.
     if not values.sum().isfinite() and not (finite := values.isfinite()).all():
         raise CheckpointError(
             f"{name} must be finite, but holds {int((~finite).sum())} NaN or infinite values in "
-            f"rows {window.start} to {window.stop - 1}.\n  file: {info.file}"
+            f"{where}.\n  file: {info.file}"
         )
-    return values
 
 
 def mapped_rows(info: TensorInfo, window: Window) -> Tensor:

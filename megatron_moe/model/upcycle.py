@@ -240,11 +240,11 @@ class _Place:
         elif row.role in ("shared_fc1", "shared_fc2"):
             assert self.layer_plan is not None
             neurons = self.layer_plan.shared_S
-        if row.role in ("embedding", "output"):
-            parameter.zero_()  # rows that pad the vocabulary
         if row.role == "output" and self.dense.spec.tied_embeddings:
             row = ROW_OF_ROLE["embedding"]  # the last stage's copy
         parts = pieces(row, layer=self.layer, part=part, spec=self.dense.spec, neurons_M=neurons)
+        if row.role in ("embedding", "output"):
+            parameter[parts[-1].into.stop if parts else 0 :].zero_()  # what pads the vocabulary
         filler.fill(parameter, parts, source=source)
 
     def local_layer(self, parameters: list[tuple[Tensor, Match]]) -> LocalLayer:
