@@ -20,6 +20,7 @@ import secrets
 import shutil
 import struct
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +32,8 @@ from torch import Tensor
 from megatron_moe.errors import CheckpointError
 from megatron_moe.hf.header import DTYPES, INDEX_FILE, SINGLE_FILE
 
+_FLUSH_BYTES = 64 * 2**20
+"""So often the disk is set to work, beside what is put together meanwhile."""
 _NAME_OF_DTYPE = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -72,6 +75,9 @@ class FolderWriter:
         self._partial = self.folder.parent / f".{self.folder.name}.partial-{secrets.token_hex(4)}"
         self._headers, self._slots = _lay_out(tensors, max_shard_bytes)
         self._awaited = set(tensors)
+        self._flusher = ThreadPoolExecutor(max_workers=1)
+        self._flushes: list[Future[None]] = []
+        self._unflushed_bytes = 0
 
     def __enter__(self) -> Self:
         if self.folder.exists() and not (self.folder.is_dir() and not any(self.folder.iterdir())):
@@ -113,6 +119,10 @@ class FolderWriter:
             file.seek(slot.offset)
             file.write(memoryview(raw.numpy()))
         self._awaited.remove(name)
+        self._unflushed_bytes += len(raw)
+        if self._unflushed_bytes >= _FLUSH_BYTES:
+            self._unflushed_bytes = 0
+            self._flushes.append(self._flusher.submit(fsync, self._partial / slot.file))
 
     def add_file(self, name: str, source: bytes | Path) -> None:
         """Put a file next to the tensors: config.json, tokenizer.json, ...
@@ -139,6 +149,7 @@ class FolderWriter:
             if kind is None:
                 self._finish()
         finally:
+            self._flusher.shutdown(cancel_futures=True)
             shutil.rmtree(self._partial, ignore_errors=True)
 
     def _allocate(self) -> None:
@@ -160,6 +171,8 @@ class FolderWriter:
                 f"{self.folder} is not complete: {len(names)} of {len(self._slots)} tensors were "
                 f"not written.\n    " + "\n    ".join(names[:20])
             )
+        for flush in self._flushes:
+            flush.result()
         if len(self._headers) > 1:
             self.add_file(INDEX_FILE, self._index())
         for path in self._partial.iterdir():
