@@ -35,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--samples", type=int, default=16, help="sequences of 512 tokens")
+    parser.add_argument("--samples", type=int, default=8, help="sequences of 512 tokens")
     parser.add_argument("--only", choices=["clustering", "importance"], action="append")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -133,11 +133,11 @@ def startup_table(cases: Cases) -> str:
     ]
     if (case := cases.get("save")) is not None:
         export = case["export"]
-        beside, whole = case["async_return_over_save"], case["async_all_over_save"]
+        beside, whole = case["async_stall_over_save"], case["async_all_over_save"]
         rows += [
             (f"save of {case['mib']:.0f} MiB / dd", case["over_dd"], 1.5, case),
             (f"export of {export['mib']:.0f} MiB / dd", export["over_dd"], 1.5, case),
-            ("async save until it returns / save", beside, 0.05, case),
+            ("async save: training waits / save", beside, 0.05, case),
             ("the same and what steps beside it lose / save", whole, 0.05, case),
         ]
     told = (

@@ -72,8 +72,8 @@ def measure(case: Case, folder: Path, rounds: int, skip_ranks2: bool) -> dict[st
         "peer": ("step_peer.py", about),
         "ours": ("step_ours.py", {**about, "ranks": 1}),
         "ranks2": ("step_ours.py", {**about, "ranks": 2}),
-    }
-    if skip_ranks2:
+    }  # the last where a target asks for it
+    if skip_ranks2 or case.target is None:
         del sides["ranks2"]
     turns = Turns()
     (_side_by_side if case.resident else _one_after_the_other)(case, sides, turns, rounds)
@@ -84,6 +84,8 @@ def measure(case: Case, folder: Path, rounds: int, skip_ranks2: bool) -> dict[st
 def _side_by_side(case: Case, sides: dict[str, Any], turns: Turns, rounds: int) -> None:
     workers = {side: Worker(*start, threads=THREADS) for side, start in sides.items()}
     try:
+        for worker in workers.values():
+            worker.wait_ready()
         for side, worker in workers.items():
             _warm_up(case, side, worker, turns)
         for number in range(rounds):

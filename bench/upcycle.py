@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,7 @@ def compare(
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     _warm(dense)
     for number in range(rounds):
-        for side in sides:
-            told = measured(side, about, dense)
+        for side, told in measured(sides, about, dense):
             found[side].append(told)
             say(
                 f"upcycle, round {number + 1}/{rounds}: {side} {told['seconds']:.2f} s, "
@@ -142,7 +142,7 @@ def one_of_512(scratch: Path) -> dict[str, Any]:
             "expert_tensor_parallel_size": 4,
         },
     }  # fmt: skip
-    told = measured("ours", about, dense)
+    ((_, told),) = measured(("ours",), about, dense)
     file = dense / "model.safetensors"
     return {
         "file_gib": round(file.stat().st_size / GIB, 1),
@@ -156,17 +156,34 @@ def one_of_512(scratch: Path) -> dict[str, Any]:
     }
 
 
-def measured(side: str, about: dict[str, Any], dense: Path) -> dict[str, Any]:
-    """One side in a process of its own."""
-    arguments = {"side": side, "dense": str(dense), **about}
-    done = subprocess.run(
+def measured(
+    sides: tuple[str, ...], about: dict[str, Any], dense: Path
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each side in a process of its own, one after the other once all have imported."""
+    processes = {side: _start({"side": side, "dense": str(dense), **about}) for side in sides}
+    for process in processes.values():
+        _line(process)
+    for side, process in processes.items():
+        process.stdin.write("\n")
+        process.stdin.flush()
+        yield side, json.loads(_line(process))
+        process.communicate()
+
+
+def _start(arguments: dict[str, Any]) -> Any:
+    return subprocess.Popen(
         [sys.executable, str(HERE / "upcycle_sides.py"), json.dumps(arguments)],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        check=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
     )
-    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _line(process: Any) -> str:
+    if not (line := process.stdout.readline()):
+        raise SystemExit(f"{process.args} ended with {process.wait()}")
+    return line
 
 
 def _of(told: list[dict[str, Any]], name: str) -> list[float]:

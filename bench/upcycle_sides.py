@@ -227,8 +227,15 @@ SIDES: dict[str, Callable[[RunConfig, int], Measured]] = {
 
 
 def main() -> None:
-    """Measure what the first argument says, print one line."""
+    """Say that all is imported; measure what the first argument says when told to; one line each.
+
+    So the processes of a round import side by side, and measure one after the other.
+    """
     about = json.loads(sys.argv[1])
+    if about["side"] == "transformers":
+        import transformers as _imported  # noqa: F401
+    print(flush=True)
+    sys.stdin.readline()
     torch.set_num_threads(about.get("threads", 1))
     with standing_for(about["rank"], world_size=about["world_size"]):
         measured = SIDES[about["side"]](settings(about), about["rank"])

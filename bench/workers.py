@@ -28,10 +28,17 @@ class Worker:
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"},
         )
-        self.ready = self._answer()
+        self.ready: dict[str, Any] | None = None
+
+    def wait_ready(self) -> dict[str, Any]:
+        """Return when it has imported and built what it measures; several do so side by side."""
+        if self.ready is None:
+            self.ready = self._answer()
+        return self.ready
 
     def ask(self, **command: Any) -> dict[str, Any]:
         """Tell it to do something, and wait for what it says."""
+        self.wait_ready()
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(command) + "\n")
         self._process.stdin.flush()
