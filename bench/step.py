@@ -2,9 +2,9 @@
 """A training step of ours beside MixtralForCausalLM of transformers: same model, batch and dtype.
 
 Forward, backward, clipping and fused AdamW from the same weights on the same tokens. The sides take
-turns, step by step: peer, ours, ours on two ranks of one thread each, and a large matrix product
-that tells what the cores gave in that minute. The peer's experts run in each of its modes first,
-and then in the faster one.
+turns, step by step: peer, ours, ours on two ranks of one thread each (where a target asks for
+them), and a large matrix product that tells what the cores gave in that minute. The peer's experts
+run in each of its modes first, and then in the faster one.
 
     python bench/step.py --case base-fp32 --rounds 3      # one case, a minute or two
     python bench/step.py --record                         # all, into bench/results/step.json
@@ -41,7 +41,7 @@ class Turns:
     ranks2: list[float] = field(default_factory=list)
     product_flops: list[float] = field(default_factory=list)
     peak_gib: dict[str, float] = field(default_factory=dict)
-    mode: str = MODES[0]
+    mode: str = MODES[1]
     first_losses: dict[str, float] = field(default_factory=dict)
 
 
@@ -72,7 +72,7 @@ def measure(case: Case, folder: Path, rounds: int, skip_ranks2: bool) -> dict[st
         "peer": ("step_peer.py", about),
         "ours": ("step_ours.py", {**about, "ranks": 1}),
         "ranks2": ("step_ours.py", {**about, "ranks": 2}),
-    }  # the last where a target asks for it
+    }
     if skip_ranks2 or case.target is None:
         del sides["ranks2"]
     turns = Turns()
@@ -111,11 +111,13 @@ def _one_after_the_other(case: Case, sides: dict[str, Any], turns: Turns, rounds
 
 
 def _warm_up(case: Case, side: str, worker: Worker, turns: Turns) -> None:
-    """The first step makes the optimizer's moments; the second tells the peer's better mode."""
+    """The first step makes the optimizer's moments; two more tell the peer's better mode."""
     if side != "peer":
         turns.first_losses[side] = worker.ask(do="step")["loss"]
         return
-    turns.first_losses[side] = worker.ask(do="step", mode=MODES[0])["loss"]
+    turns.first_losses[side] = worker.ask(do="step", mode=turns.mode)["loss"]
+    if not case.resident:  # whose steps are long: the mode that was faster in all other cases
+        return
     took = {mode: worker.ask(do="step", mode=mode)["seconds"] for mode in MODES}
     turns.mode = min(took, key=lambda mode: took[mode])
     told = ", ".join(f"{mode} {seconds:.2f} s" for mode, seconds in took.items())

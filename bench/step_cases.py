@@ -87,8 +87,8 @@ class Case:
 
 
 BASE = {"layers": 8, "hidden": 512, "ffn": 1536, "heads": 8, "kv_heads": 8, "vocab": 8192}
-FINE = {**BASE, "ffn": 192}
-WIDE = {"layers": 4, "hidden": 1024, "ffn": 2816, "heads": 16, "kv_heads": 16, "vocab": 8192}
+FINE = {**BASE, "layers": 4, "ffn": 192}
+WIDE = {"layers": 2, "hidden": 1024, "ffn": 2816, "heads": 16, "kv_heads": 16, "vocab": 8192}
 SMOL = {"layers": 30, "hidden": 576, "ffn": 1536, "heads": 9, "kv_heads": 3, "vocab": 49152}
 
 CASES = {
@@ -96,8 +96,9 @@ CASES = {
     for case in (
         Case(name="base-fp32", sizes=BASE, target=1.15),
         Case(name="base-bf16", sizes=BASE, precision="bf16", target=1.4),
-        Case(name="fine-fp32", sizes=FINE, experts=64, topk=8, target=2.0),
-        Case(name="fine-bf16", sizes=FINE, experts=64, topk=8, precision="bf16", target=2.0),
+        Case(name="fine-fp32", sizes=FINE, experts=64, topk=8, rounds=2, target=2.0),
+        Case(name="fine-bf16", sizes=FINE, experts=64, topk=8, rounds=2, precision="bf16",
+             target=2.0),
         Case(name="wide-fp32", sizes=WIDE, rounds=2),
         Case(name="wide-bf16", sizes=WIDE, precision="bf16", rounds=2),
         Case(name="smollm2-fp32", sizes=SMOL, batch=2, rounds=1, resident=False, target=1.3),

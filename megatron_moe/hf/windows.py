@@ -129,7 +129,7 @@ def read_rows(name: str, info: TensorInfo, rows: slice | Tensor, into: Tensor) -
     values = into.view(-1)
     offset = info.offset + rows.start * row_values * info.dtype.itemsize
     try:
-        with info.file.open("rb", buffering=0) as file:
+        with info.file.open("rb") as file:  # buffered: a signal does not cut a read short
             file.seek(offset)
             for start in range(0, len(values), step):
                 part = values[start : start + step]
