@@ -125,7 +125,7 @@ def exponent(values: tuple[int, ...], seconds: list[float]) -> dict[str, float]:
 
 
 def step_seconds(sizes: Sizes, steps: int) -> dict[str, float]:
-    """Seconds of a step and of its parts, each the least of several."""
+    """Seconds of a step and of its parts, each the least of ``steps``."""
     from megatron_moe.device.world import run_local_ranks
 
     with tempfile.TemporaryDirectory() as scratch:

@@ -47,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="of the first step at most 2")
     parser.add_argument("--only", choices=list(cases), action="append")
     parser.add_argument("--save-rank", help=argparse.SUPPRESS)
     args = parser.parse_args()

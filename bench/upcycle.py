@@ -65,7 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="of selections at most 2")
     parser.add_argument("--only", choices=["sides", "selections", "one of 512"], action="append")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -61,7 +61,7 @@ def test_no_update_overtakes_the_copies(
 
     def slow_copy(boxes: Any, which: Any) -> Any:
         if which is not sharded._only_small:
-            time.sleep(1)  # a forward and backward pass here takes a tenth of it
+            time.sleep(1)  # so that an update that does not wait comes first
         return copy(boxes, which)
 
     monkeypatch.setattr(sharded, "_copied_to_host", slow_copy)
