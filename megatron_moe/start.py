@@ -68,7 +68,17 @@ def joined_to(
 
     kind = resolve_device(device)
     if place is None:
+        if kind == "cpu":  # on CUDA an import might touch the GPU, which forked ranks could not
+            _import_stories()
         run_local_ranks(story, ranks=ranks, device=kind)
     else:
         with joined(place, kind) as world:
             story(world)
+
+
+def _import_stories() -> None:
+    """Import what ranks will need once, before they are forked, and not once on each."""
+    from megatron_moe.device import cpu
+
+    cpu.install()
+    import megatron_moe.commands  # noqa: F401

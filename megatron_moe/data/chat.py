@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-from transformers import AutoTokenizer
 
 from megatron_moe.data.tokenizer import fingerprint_of
 from megatron_moe.errors import DataError
@@ -57,6 +56,8 @@ class ChatTokenizer:
         Raises:
             DataError: No fast tokenizer there, or one without a chat template.
         """
+        from transformers import AutoTokenizer  # which takes a second: training needs none
+
         try:
             tokenizer = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False

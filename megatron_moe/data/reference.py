@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.batches import Batch, validation_batches
@@ -36,6 +35,8 @@ def dense_losses(
         texts: Held-out text of each domain.
         device: Where to compute.
     """
+    from transformers import AutoModelForCausalLM  # which takes a second: most runs need it not
+
     model: Any = AutoModelForCausalLM.from_pretrained(
         config.dense.path, dtype=DTYPES[config.train.precision], local_files_only=True
     )

@@ -16,7 +16,6 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 from sentencepiece import SentencePieceProcessor
-from transformers import AutoTokenizer
 
 from megatron_moe.errors import DataError
 
@@ -185,6 +184,8 @@ def _auto_tokenizer(folder: Path) -> Any:
             f"{folder} has no tokenizer: no tokenizer.json, no tokenizer.model.\n"
             "  copy the tokenizer files of the dense model there"
         )
+    from transformers import AutoTokenizer  # which takes a second: training needs none
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False

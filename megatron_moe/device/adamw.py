@@ -6,6 +6,7 @@ those two keep it; torch's AdamW keeps one per parameter, which does not load un
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,6 +16,12 @@ from torch import Tensor
 
 class FusedAdamW(torch.optim.Optimizer):
     """Decoupled weight decay Adam in one fused pass over parameter, gradient and both moments."""
+
+    # torch keeps these from being compiled, and imports its compiler for that: 2 s on every rank.
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
 
     def __init__(
         self,

@@ -13,6 +13,7 @@ once, before Megatron-Core is first imported, and never on a machine that runs o
     both, in one tensor, of a group of one rank          nothing, where gloo copies the whole twice
     Apex's or Transformer Engine's FusedAdam             `FusedAdamW`, with the same state layout
     Apex's product that adds to a buffer of gradients    `gradients.py`
+    Megatron-Core's decorator torch.compile              nothing: 4 s to import a compiler
     detours that cost a CPU much                         `shortcuts.py`
 """
 
@@ -23,7 +24,7 @@ import functools
 import logging
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -238,10 +239,21 @@ def _silence_remarks() -> None:
 
 def _import_megatron_quietly() -> None:
     """Import Megatron-Core without its remarks on Apex and Transformer Engine not being here."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _uncompiled():
         warnings.simplefilter("ignore")
         import megatron.core.models.gpt.gpt_layer_specs
         import megatron.core.optimizer  # noqa: F401
+
+
+@contextlib.contextmanager
+def _uncompiled() -> Iterator[None]:
+    """``@torch.compile`` leaves a function as it is, and does not import a compiler for it."""
+    compiled = torch.compile
+    torch.compile = lambda function: function
+    try:
+        yield
+    finally:
+        torch.compile = compiled
 
 
 def _replace_in_megatron() -> None:
