@@ -29,7 +29,8 @@ from megatron_moe.hf.header import TensorInfo, listing, read_headers
 from megatron_moe.hf.names import dense_tensors
 from megatron_moe.hf.selection import Indices, Selected, select
 from megatron_moe.hf.spec import DenseSpec, read_spec
-from megatron_moe.hf.windows import mapped_rows, read_rows, values_of, windows
+from megatron_moe.hf.values import check_finite, mapped_rows, read_rows, taken
+from megatron_moe.hf.windows import windows
 
 # Buffers that older versions of transformers saved. The model recomputes them from config.json.
 _RECOMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
@@ -189,14 +190,16 @@ class DenseCheckpoint:
             return
         for window in windows(info, [selection.rows for selection, _ in pairs]):
             mapped = mapped_rows(info, window)
+            where = f"rows {window.start} to {window.stop - 1}"
             for part in window.parts:
                 selection, into = pairs[part.of]
-                values = values_of(name, info, window, mapped, part, selection.columns)
-                if isinstance(part.into, slice):
-                    into[part.into].copy_(values)
-                else:
-                    target = part.into.to(into.device)
-                    into.index_copy_(0, target, values.to(into.device, into.dtype))
+                target = into[part.into] if isinstance(part.into, slice) else None
+                straight = target is not None and into.is_cpu and into.dtype == info.dtype
+                out = target if straight else None
+                values = taken(mapped, part.take, selection.columns, out)
+                check_finite(name, info, values, where)
+                if out is None:
+                    _put(values, into, part.into)
                 del values
             del mapped  # unmapped before the next window is mapped
 
@@ -204,6 +207,13 @@ class DenseCheckpoint:
         if name not in self.tensors:
             raise CheckpointError(f"{self.folder} holds no tensor {name}")
         return self.tensors[name]
+
+
+def _put(values: Tensor, into: Tensor, rows: slice | Tensor) -> None:
+    if isinstance(rows, slice):
+        into[rows].copy_(values)
+    else:
+        into.index_copy_(0, rows.to(into.device), values.to(into.device, into.dtype))
 
 
 def _bytes_are_the_same(info: TensorInfo, selection: Selected, into: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Windows of a safetensors file: mapped one at a time, and who takes which rows of each.
+"""Windows of a safetensors file, and who takes which rows of each.
 
 Several selections of one tensor pass through its file together, ascending, so that each byte is
 touched in one window only, whoever wants it and how often.
@@ -7,19 +7,15 @@ touched in one window only, whoever wants it and how often.
 from __future__ import annotations
 
 import math
-import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from megatron_moe.errors import CheckpointError
 from megatron_moe.hf.header import TensorInfo
 
 WINDOW_BYTES = 32 * 2**20
-_READ_BYTES = 2**20
-"""At once, so that what was read is still in the cache when it is looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +50,7 @@ class _Cursor:
             # Ascending, so that each byte of the file is touched in one window only.
             self._order_M = rows.argsort(stable=True)
             self._rows_M, self._length = rows[self._order_M], len(rows)
+            self._as_wanted_M = rows
 
     @property
     def next(self) -> int | None:
@@ -81,6 +78,8 @@ class _Cursor:
             if self._rows_M is None:
                 first = self._first + low - start
                 yield Part(of, slice(first, first + high - low), slice(low, high))
+            elif end - begin == self._length:  # all in one window: they come as they are to lie
+                yield Part(of, self._as_wanted_M[low:high] - start, slice(low, high))
             else:
                 yield Part(of, self._rows_M[low:high] - start, self._order_M[low:high])
 
@@ -99,71 +98,3 @@ def windows(info: TensorInfo, selections: Sequence[slice | Tensor]) -> Iterator[
             stop = max(stop, end)
             parts += found
         yield Window(start, stop, parts)
-
-
-def values_of(
-    name: str,
-    info: TensorInfo,
-    window: Window,
-    mapped: Tensor,
-    part: Part,
-    columns: slice | Tensor | None,
-) -> Tensor:
-    """The wanted rows and columns of a window: a view of the mapped file where possible."""
-    take = part.take
-    values = mapped[take] if isinstance(take, slice) else mapped.index_select(0, take)
-    if isinstance(columns, slice):
-        values = values[:, columns]
-    elif columns is not None:
-        # A third of index_select's time along rows of bf16, and gives the same.
-        values = values.gather(1, columns.expand(len(values), -1))
-    _check_finite(name, info, values, f"rows {window.start} to {window.stop - 1}")
-    return values
-
-
-def read_rows(name: str, info: TensorInfo, rows: slice | Tensor, into: Tensor) -> None:
-    """Consecutive rows straight into memory of the same dtype, and a look at every value."""
-    assert isinstance(rows, slice), rows
-    row_values = math.prod(info.shape[1:])
-    step = max(1, _READ_BYTES // info.dtype.itemsize)  # values
-    values = into.view(-1)
-    offset = info.offset + rows.start * row_values * info.dtype.itemsize
-    try:
-        with info.file.open("rb") as file:  # buffered: a signal does not cut a read short
-            file.seek(offset)
-            for start in range(0, len(values), step):
-                part = values[start : start + step]
-                if file.readinto(memoryview(part.view(torch.uint8).numpy())) != part.nbytes:
-                    raise OSError("it has become shorter")
-                first, last = start // row_values, (start + len(part) - 1) // row_values
-                _check_finite(name, info, part, f"rows {rows.start + first} to {rows.start + last}")
-    except OSError as error:
-        raise CheckpointError(f"cannot read {info.file} any more: {error}") from error
-
-
-def _check_finite(name: str, info: TensorInfo, values: Tensor, where: str) -> None:
-    # A sum costs a tenth of isfinite() and cannot hide a NaN or an infinity; it may overflow.
-    if not values.sum().isfinite() and not (finite := values.isfinite()).all():
-        raise CheckpointError(
-            f"{name} must be finite, but holds {int((~finite).sum())} NaN or infinite values in "
-            f"{where}.\n  file: {info.file}"
-        )
-
-
-def mapped_rows(info: TensorInfo, window: Window) -> Tensor:
-    """The rows of a window as a view of the file, unmapped when the last view of it goes."""
-    row_bytes = math.prod(info.shape[1:]) * info.dtype.itemsize
-    start = info.offset + window.start * row_bytes
-    page = start - start % mmap.ALLOCATIONGRANULARITY
-    num_bytes = (window.stop - window.start) * row_bytes
-    try:
-        with info.file.open("rb") as file:
-            # A private copy, never written to: torch warns about memory that is read-only.
-            mapped = mmap.mmap(
-                file.fileno(), start - page + num_bytes, access=mmap.ACCESS_COPY, offset=page
-            )
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {info.file} any more: {error}") from error
-    shape = (window.stop - window.start, *info.shape[1:])
-    count = num_bytes // info.dtype.itemsize
-    return torch.frombuffer(mapped, dtype=info.dtype, count=count, offset=start - page).view(shape)
