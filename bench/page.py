@@ -36,26 +36,34 @@ def step_table(cases: Cases) -> str:
     """Ours beside the peer, a row a case."""
     rows = []
     for name, case in cases.items():
-        ours, peer = case["ours"], case["peer"]
-        two = case.get("ranks2_speed")
+        ours, two = case["ours"], case.get("ranks2_speed")
+        beside = ("-",) * 4
+        if (peer := case.get("peer")) is not None:
+            beside = (
+                f"{peer['tokens_per_second']:.0f} ({case['peer_mode']})",
+                f"{peer['mfu']['median']:.0%}",
+                _spread(case["ratio"]),
+                _target(case["ratio"]["median"], case["target"], more=True),
+            )
         rows.append((
             name,
-            f"{peer['tokens_per_second']:.0f} ({case['peer_mode']})",
             f"{ours['tokens_per_second']:.0f}",
-            _spread(case["ratio"]),
-            _target(case["ratio"]["median"], case["target"], more=True),
-            f"{peer['mfu']['median']:.0%}",
-            f"{ours['mfu']['median']:.0%}",
+            _mfu(ours["mfu"]["median"], case["mfu_target"]),
+            *beside,
             _spread(two) if two else "-",
             f"{case['product_gflops']['median']:.0f}",
             str(case["rounds"]),
             _load(case),
         ))  # fmt: skip
     head = (
-        "case", "peer tok/s", "ours tok/s", "ours / peer", "target", "peer MFU", "our MFU",
+        "case", "ours tok/s", "our MFU", "peer tok/s", "peer MFU", "ours / peer", "target",
         "2 ranks / 1 process", "product GFLOP/s", "rounds", "load before",
     )  # fmt: skip
     return _table(head, rows) + _machine(cases)
+
+
+def _mfu(value: float, target: float | None) -> str:
+    return f"{value:.0%}" + (f", >= {target:.0%}: {_verdict(value >= target)}" if target else "")
 
 
 def upcycle_table(cases: Cases) -> str:

@@ -2,9 +2,9 @@
 """A training step of ours beside MixtralForCausalLM of transformers: same model, batch and dtype.
 
 Forward, backward, clipping and fused AdamW from the same weights on the same tokens. The sides take
-turns, step by step: peer, ours, ours on two ranks of one thread each (where a target asks for
-them), and a large matrix product that tells what the cores gave in that minute. The peer's experts
-run in each of its modes first, and then in the faster one.
+turns, step by step: peer, ours, ours on two ranks of one thread each, and a large matrix product
+that tells what the cores gave in that minute. The peer's experts run in each of its modes first,
+and then in the faster one. Where only our own MFU has a target, ours runs alone.
 
     python bench/step.py --case base-fp32 --rounds 3      # one case, a minute or two
     python bench/step.py --record                         # all, into bench/results/step.json
@@ -17,6 +17,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,11 +27,15 @@ from harness import keep, machine, ratios, say, spread_of
 from step_cases import CASES, Case
 from workers import Worker
 
+SCRIPTS = {"peer": "step_peer.py", "ours": "step_ours.py", "ranks2": "step_ours.py"}
+"""Of each side."""
 MODES = ("eager", "grouped_mm")
 """Of the peer's experts. batched_mm copies an expert's weights for every token: left out."""
 THREADS = 2
 CLOSE = {"fp32": 2e-3, "bf16": 3e-2}
 """How far apart the first losses may be; at 9 nats, bf16 logits alone move them by 1e-2."""
+Begin = Callable[[str], None]
+"""Lets a side build a case."""
 
 
 @dataclass(slots=True)
@@ -52,62 +58,67 @@ def main() -> None:
     )
     parser.add_argument("--case", action="append", choices=list(CASES), help="default: all")
     parser.add_argument("--rounds", type=int, help="default: the case's own number")
-    parser.add_argument("--skip-ranks2", action="store_true", help="leave out the two ranks")
     parser.add_argument("--record", action="store_true", help="keep in bench/results/step.json")
     args = parser.parse_args()
-    for name in args.case or CASES:
-        case, surroundings = CASES[name], machine()
-        with tempfile.TemporaryDirectory() as folder:
-            told = measure(case, Path(folder), args.rounds or case.rounds, args.skip_ranks2)
-        print(summary(case, told), flush=True)
-        if args.record:
-            keep("step", {name: told}, surroundings)
+    with ExitStack() as stack:
+        workers = {
+            side: stack.enter_context(Worker(script, threads=THREADS))
+            for side, script in SCRIPTS.items()
+        }
+        for name in args.case or CASES:
+            case, surroundings = CASES[name], machine()
+            sides = {side: workers[side] for side in case.sides}
+            with tempfile.TemporaryDirectory() as folder:
+                told = measure(case, sides, Path(folder), args.rounds or case.rounds)
+            print(summary(case, told), flush=True)
+            if args.record:
+                keep("step", {name: told}, surroundings)
 
 
-def measure(case: Case, folder: Path, rounds: int, skip_ranks2: bool) -> dict[str, Any]:
+def measure(case: Case, sides: dict[str, Worker], folder: Path, rounds: int) -> dict[str, Any]:
     """Rounds of turns, and what they say."""
-    dense = case.dense(folder)
-    about = {"case": case.name, "dense": str(dense), "folder": str(folder)}
-    sides = {
-        "peer": ("step_peer.py", about),
-        "ours": ("step_ours.py", {**about, "ranks": 1}),
-        "ranks2": ("step_ours.py", {**about, "ranks": 2}),
-    }
-    if skip_ranks2 or case.target is None:
-        del sides["ranks2"]
-    turns = Turns()
-    (_side_by_side if case.resident else _one_after_the_other)(case, sides, turns, rounds)
+    dense, turns = case.dense(folder), Turns()
+
+    def begin(side: str) -> None:
+        about = {"case": case.name, "dense": str(dense), "folder": str(folder)}
+        sides[side].begin(**about, ranks=2 if side == "ranks2" else 1)
+
+    (_side_by_side if case.resident else _one_after_the_other)(case, sides, begin, turns, rounds)
     _check_same_model(case, turns.first_losses)
     return _told(case, dense, folder, turns)
 
 
-def _side_by_side(case: Case, sides: dict[str, Any], turns: Turns, rounds: int) -> None:
-    workers = {side: Worker(*start, threads=THREADS) for side, start in sides.items()}
-    try:
-        for worker in workers.values():
-            worker.wait_ready()
-        for side, worker in workers.items():
-            _warm_up(case, side, worker, turns)
-        for number in range(rounds):
-            turns.product_flops.append(workers["ours"].ask(do="product")["flops"])
-            for side, worker in workers.items():
-                _step(case, side, worker, turns, f"round {number + 1}/{rounds}")
-        for side, worker in workers.items():
-            turns.peak_gib[side] = worker.ask(do="memory")["peak_gib"]
-    finally:
-        for worker in workers.values():
-            worker.close()
-
-
-def _one_after_the_other(case: Case, sides: dict[str, Any], turns: Turns, rounds: int) -> None:
+def _side_by_side(
+    case: Case, sides: dict[str, Worker], begin: Begin, turns: Turns, rounds: int
+) -> None:
+    for side in sides:
+        begin(side)
+    for worker in sides.values():
+        worker.wait_ready()
+    for side, worker in sides.items():
+        _warm_up(case, side, worker, turns)
     for number in range(rounds):
-        for side, start in sides.items():
-            with Worker(*start, threads=THREADS) as worker:
-                _warm_up(case, side, worker, turns)
-                if side == "ours":
-                    turns.product_flops.append(worker.ask(do="product")["flops"])
-                _step(case, side, worker, turns, f"round {number + 1}/{rounds}")
-                turns.peak_gib[side] = worker.ask(do="memory")["peak_gib"]
+        turns.product_flops.append(sides["ours"].ask(do="product")["flops"])
+        for side, worker in sides.items():
+            _step(case, side, worker, turns, f"round {number + 1}/{rounds}")
+    for side, worker in sides.items():
+        turns.peak_gib[side] = worker.ask(do="memory")["peak_gib"]
+        worker.end()
+
+
+def _one_after_the_other(
+    case: Case, sides: dict[str, Worker], begin: Begin, turns: Turns, rounds: int
+) -> None:
+    for number in range(rounds):
+        for side, worker in sides.items():
+            begin(side)
+            worker.wait_ready()
+            _warm_up(case, side, worker, turns)
+            if side == "ours":
+                turns.product_flops.append(worker.ask(do="product")["flops"])
+            _step(case, side, worker, turns, f"round {number + 1}/{rounds}")
+            turns.peak_gib[side] = worker.ask(do="memory")["peak_gib"]
+            worker.end()
 
 
 def _warm_up(case: Case, side: str, worker: Worker, turns: Turns) -> None:
@@ -144,7 +155,7 @@ def _told(case: Case, dense: Path, folder: Path, turns: Turns) -> dict[str, Any]
         "sizes": case.sizes, "experts": case.experts, "topk": case.topk,
         "seq_length": case.seq_length, "batch": case.batch, "precision": case.precision,
         "weights": "SmolLM2-135M" if dense.name.startswith("smollm2") else "random",
-        "rounds": len(turns.ours), "peer_mode": turns.mode, "target": case.target,
+        "rounds": len(turns.ours), "target": case.target, "mfu_target": case.mfu_target,
         "first_losses": {side: round(loss, 5) for side, loss in turns.first_losses.items()},
         "product_gflops": spread_of([f / 1e9 for f in products]),
         "peak_gib": {side: round(gib, 2) for side, gib in turns.peak_gib.items()},
@@ -152,7 +163,7 @@ def _told(case: Case, dense: Path, folder: Path, turns: Turns) -> dict[str, Any]
     if turns.ranks2:
         told["layout_of_2_ranks"] = case.layout
         told["ranks2_speed"] = ratios(turns.ours, turns.ranks2)
-    for side in ("peer", "ours", "ranks2"):
+    for side in SCRIPTS:
         if seconds := getattr(turns, side):
             told[side] = {
                 "step_seconds": spread_of(seconds),
@@ -161,14 +172,16 @@ def _told(case: Case, dense: Path, folder: Path, turns: Turns) -> dict[str, Any]
                     [flops / s / p for s, p in zip(seconds, products, strict=True)], digits=3
                 ),
             }
-    told["ratio"] = ratios(turns.peer, turns.ours)
+    if turns.peer:
+        told |= {"peer_mode": turns.mode, "ratio": ratios(turns.peer, turns.ours)}
     return told
 
 
 def summary(case: Case, told: dict[str, Any]) -> str:
     """One case for the terminal."""
-    lines = [f"{case.name}, peer's experts {told['peer_mode']}"]
-    for side in ("peer", "ours", "ranks2"):
+    product = f"matrix product {told['product_gflops']['median']:.0f} GFLOP/s"
+    lines = [f"{case.name}, {product}"]
+    for side in SCRIPTS:
         if side in told:
             found = told[side]
             lines.append(
@@ -176,12 +189,11 @@ def summary(case: Case, told: dict[str, Any]) -> str:
                 f"{found['tokens_per_second']:.0f} tokens/s, "
                 f"MFU {found['mfu']['median']:.1%}, {told['peak_gib'][side]:.1f} GiB"
             )
-    ratio = told["ratio"]
-    target = f", target {case.target}" if case.target else ""
-    lines.append(
-        f"  ratio {ratio['median']:.2f} [{ratio['p10']:.2f}, {ratio['p90']:.2f}]{target}; "
-        f"matrix product {told['product_gflops']['median']:.0f} GFLOP/s"
-    )
+    if (ratio := told.get("ratio")) is not None:
+        lines.append(
+            f"  {ratio['median']:.2f} [{ratio['p10']:.2f}, {ratio['p90']:.2f}] times the peer, "
+            f"whose experts run in {told['peer_mode']}; {case.target} wanted"
+        )
     return "\n".join(lines)
 
 

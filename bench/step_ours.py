@@ -3,16 +3,15 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from step_cases import CASES
-from workers import serve, take_pipes
+from workers import Pipes, serve, subjects, take_pipes
 
 from megatron_moe.device import cpu
 
@@ -31,17 +30,17 @@ from megatron_moe.train.step import train_step
 
 
 def main() -> None:
-    """Start the ranks; rank 0 listens and the others do as it does."""
-    about = json.loads(sys.argv[1])
-    case, ranks = CASES[about["case"]], about["ranks"]
-    config = case.config(Path(about["dense"]), Path(about["folder"]), ranks)
-    check(config, read_spec(config.dense.path), ranks)
-    config.run.dir.mkdir(parents=True, exist_ok=True)
+    """Start the ranks of each subject; rank 0 listens and the others do as it does."""
     pipes = take_pipes()
-    run_local_ranks(lambda world: _rank(config, world, pipes), ranks=ranks, device="cpu")
+    for about in subjects(pipes):
+        case, ranks = CASES[about["case"]], about["ranks"]
+        config = case.config(Path(about["dense"]), Path(about["folder"]), ranks)
+        check(config, read_spec(config.dense.path), ranks)
+        config.run.dir.mkdir(parents=True, exist_ok=True)
+        run_local_ranks(partial(_rank, config, pipes), ranks=ranks, device="cpu")
 
 
-def _rank(config: RunConfig, world: World, pipes: Any) -> None:
+def _rank(config: RunConfig, pipes: Pipes, world: World) -> None:
     layout, groups = create_groups(config.parallel, seed=config.run.seed)
     state = make_timed_state(config, world, layout, groups, random=False, balanced=False)
     batches = make_supply(config, state.model.spec, groups, random=True)(state)

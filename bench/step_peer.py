@@ -10,10 +10,9 @@ The weights are those that ours upcycles, so both must begin with the same loss.
 
 from __future__ import annotations
 
-import json
 import resource
-import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from step_cases import ADAMW, CASES, Case
 from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.initialization import no_init_weights
-from workers import serve, take_pipes
+from workers import Pipes, forked, serve, subjects, take_pipes
 
 from megatron_moe.experts.plan import make_expert_plan
 from megatron_moe.hf.spec import DenseSpec, read_spec
@@ -33,11 +32,16 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def main() -> None:
-    """Build the model and do as told."""
+    """Build a model for each subject and do as told."""
     pipes = take_pipes()
-    about = json.loads(sys.argv[1])
-    case, dense = CASES[about["case"]], Path(about["dense"])
-    model = mixtral(case, dense, Path(about["folder"]))
+    for about in subjects(pipes):
+        case, dense, folder = CASES[about["case"]], Path(about["dense"]), Path(about["folder"])
+        forked(partial(measure, case, dense, folder, pipes))
+
+
+def measure(case: Case, dense: Path, folder: Path, pipes: Pipes) -> None:
+    """One case, until it is told to end."""
+    model = mixtral(case, dense, folder)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=ADAMW["lr"], betas=ADAMW["betas"], eps=ADAMW["eps"],
         weight_decay=ADAMW["weight_decay"], fused=True,

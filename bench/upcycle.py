@@ -5,9 +5,9 @@
     transformers   from_pretrained, a state dict of the whole MoE, this rank's part of it
     megatron       Megatron-Core's upcycle_state_dict between its dense and its MoE model
 
-A random Llama of 0.33 B parameters in bf16, 8 experts top-2 under EP8; each side in a fresh process
-that stands for rank 0 of 8, in turns. Then index lists, row by row where a naive reader would go,
-and one rank of 512 of a 70B model whose file is sparse.
+A random Llama of 0.33 B parameters in bf16, 8 experts top-2 under EP8; each side in a process of
+its own that stands for rank 0 of 8, in turns. Then index lists, row by row where a naive reader
+would go, and one rank of 512 of a 70B model whose file is sparse.
 
     python bench/upcycle.py --rounds 3          # into bench/results/upcycle.json
 """
@@ -16,10 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,8 +25,8 @@ from typing import Any
 import torch
 from dense import config_of, random_dense, sparse_dense
 from harness import GIB, keep, machine, ratios, say, spread_of
+from workers import Worker
 
-HERE = Path(__file__).parent
 SIZES = {"layers": 16, "hidden": 1024, "ffn": 4096, "heads": 16, "kv_heads": 8, "vocab": 32000}
 LLAMA_70B = {
     "layers": 80, "hidden": 8192, "ffn": 28672, "heads": 64, "kv_heads": 8, "vocab": 128256,
@@ -65,35 +62,38 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=3, help="of selections at most 2")
+    parser.add_argument("--rounds", type=int, default=3, help="of each comparison")
     parser.add_argument("--only", choices=["sides", "selections", "one of 512"], action="append")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Worker("upcycle_sides.py", threads=1) as worker,
+    ):
         scratch = Path(folder)
         dense = random_dense(scratch / "dense", config_of(**SIZES), torch.bfloat16)
         for name in args.only or ("sides", "selections", "one of 512"):
             surroundings = machine()
             if name == "sides":
-                cases = {"EP8": compare({"moe": E8T2, **EP8}, dense, SIDES, args.rounds)}
+                cases = {"EP8": compare(worker, {"moe": E8T2, **EP8}, dense, SIDES, args.rounds)}
             elif name == "selections":
                 cases = {
-                    case: compare(about, dense, ("copying", "ours"), min(2, args.rounds))
+                    case: compare(worker, about, dense, ("copying", "ours"), args.rounds)
                     for case, about in SELECTIONS.items()
                 }
             else:
-                cases = {"70B, one rank of 512": one_of_512(scratch)}
+                cases = {"70B, one rank of 512": one_of_512(worker, scratch)}
             keep("upcycle", cases, surroundings)
             print(json.dumps(cases, indent=1), flush=True)
 
 
 def compare(
-    about: dict[str, Any], dense: Path, sides: tuple[str, ...], rounds: int
+    worker: Worker, about: dict[str, Any], dense: Path, sides: tuple[str, ...], rounds: int
 ) -> dict[str, Any]:
-    """Every side in turn, a fresh process each time; the file's pages are warm."""
+    """Every side in turn, round after round; the file's pages are warm."""
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     _warm(dense)
     for number in range(rounds):
-        for side, told in measured(sides, about, dense):
+        for side, told in measured(worker, sides, about, dense):
             found[side].append(told)
             say(
                 f"upcycle, round {number + 1}/{rounds}: {side} {told['seconds']:.2f} s, "
@@ -130,7 +130,7 @@ def compare(
     return result
 
 
-def one_of_512(scratch: Path) -> dict[str, Any]:
+def one_of_512(worker: Worker, scratch: Path) -> dict[str, Any]:
     """Llama-3-70B's shape as 8 experts on 512 ranks, one of them; the file holds zeros."""
     dense = sparse_dense(scratch / "70b", config_of(**LLAMA_70B))
     about = {
@@ -142,7 +142,7 @@ def one_of_512(scratch: Path) -> dict[str, Any]:
             "expert_tensor_parallel_size": 4,
         },
     }  # fmt: skip
-    ((_, told),) = measured(("ours",), about, dense)
+    ((_, told),) = measured(worker, ("ours",), about, dense)
     file = dense / "model.safetensors"
     return {
         "file_gib": round(file.stat().st_size / GIB, 1),
@@ -157,33 +157,15 @@ def one_of_512(scratch: Path) -> dict[str, Any]:
 
 
 def measured(
-    sides: tuple[str, ...], about: dict[str, Any], dense: Path
+    worker: Worker, sides: tuple[str, ...], about: dict[str, Any], dense: Path
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each side in a process of its own, one after the other once all have imported."""
-    processes = {side: _start({"side": side, "dense": str(dense), **about}) for side in sides}
-    for process in processes.values():
-        _line(process)
-    for side, process in processes.items():
-        process.stdin.write("\n")
-        process.stdin.flush()
-        yield side, json.loads(_line(process))
-        process.communicate()
-
-
-def _start(arguments: dict[str, Any]) -> Any:
-    return subprocess.Popen(
-        [sys.executable, str(HERE / "upcycle_sides.py"), json.dumps(arguments)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
-    )
-
-
-def _line(process: Any) -> str:
-    if not (line := process.stdout.readline()):
-        raise SystemExit(f"{process.args} ended with {process.wait()}")
-    return line
+    """Each side in a process of its own, one after the other."""
+    for side in sides:
+        worker.begin(side=side, dense=str(dense), **about)
+        worker.wait_ready()
+        told = worker.ask(do="fill")
+        worker.end()
+        yield side, told
 
 
 def _of(told: list[dict[str, Any]], name: str) -> list[float]:

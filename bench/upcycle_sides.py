@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""One way to fill one rank's parameters, in a process of its own: seconds, memory, bytes.
+"""One way to fill one rank's parameters, in a forked process of its own: seconds, memory, bytes.
 
 Each side stands for one rank of the job (`device/stand_in.py`): groups of the fake backend, real
 memory. Nobody needs another rank to fill its own parameters, so one process shows what each of
@@ -8,17 +8,17 @@ them does. What is timed begins with the files open and ends with every paramete
 
 from __future__ import annotations
 
-import json
-import resource
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
+from workers import forked, serve, subjects, take_pipes
 
 from megatron_moe.device import cpu
 from megatron_moe.device.stand_in import standing_for
@@ -108,8 +108,6 @@ def copying(config: RunConfig, rank: int) -> Measured:
 
 def transformers(config: RunConfig, rank: int) -> Measured:
     """The dense model by from_pretrained, a state dict of the whole MoE, the rank's part of it."""
-    from transformers import LlamaForCausalLM
-
     held, start = _begin()
     busy = time.process_time()
     dense = LlamaForCausalLM.from_pretrained(config.dense.path, dtype=torch.bfloat16)
@@ -227,20 +225,16 @@ SIDES: dict[str, Callable[[RunConfig, int], Measured]] = {
 
 
 def main() -> None:
-    """Say that all is imported; measure what the first argument says when told to; one line each.
+    """Measure what it is told, each in a process of its own."""
+    pipes = take_pipes()
+    for about in subjects(pipes):
+        forked(partial(serve, partial(measure, about), pipes, {}))
 
-    So the processes of a round import side by side, and measure one after the other.
-    """
-    about = json.loads(sys.argv[1])
-    if about["side"] == "transformers":
-        import transformers as _imported  # noqa: F401
-    print(flush=True)
-    sys.stdin.readline()
-    torch.set_num_threads(about.get("threads", 1))
+
+def measure(about: dict[str, Any], _: dict[str, Any]) -> Measured:
+    """What one side took."""
     with standing_for(about["rank"], world_size=about["world_size"]):
-        measured = SIDES[about["side"]](settings(about), about["rank"])
-    measured["process_peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps(measured))
+        return SIDES[about["side"]](settings(about), about["rank"])
 
 
 if __name__ == "__main__":

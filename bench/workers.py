@@ -1,48 +1,66 @@
 """Processes that measure when they are told to, so that two programs can take turns step by step.
 
-A worker says one JSON line for each JSON line it is told. What else it prints goes to stderr. Who
-waits sleeps, so only the one that was asked uses the cores.
+A worker imports once and forks for each subject it is given, so that what a subject held is gone
+when it ends, and the next begins at once. It says one JSON line for each JSON line it is told; what
+else it prints goes to stderr. Who waits sleeps, so only the one that was asked uses the cores.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 Answers = Callable[[dict[str, Any]], dict[str, Any]]
+Pipes = tuple[TextIO, TextIO]
 
 
 class Worker:
-    """A script of this folder at work; ``with Worker("step_ours.py", {...}) as worker``."""
+    """A script of this folder at work; ``with Worker("step_ours.py", threads=2) as worker``."""
 
-    def __init__(self, script: str, about: dict[str, Any], *, threads: int) -> None:
+    def __init__(self, script: str, *, threads: int) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).parent / script), json.dumps(about)],
+            [sys.executable, str(Path(__file__).parent / script)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"},
         )
-        self.ready: dict[str, Any] | None = None
+
+    def begin(self, **about: Any) -> None:
+        """Let it build what it measures; several workers do so side by side."""
+        self._tell(about)
 
     def wait_ready(self) -> dict[str, Any]:
-        """Return when it has imported and built what it measures; several do so side by side."""
-        if self.ready is None:
-            self.ready = self._answer()
-        return self.ready
+        """Return when what was begun is built."""
+        return self._answer()
 
     def ask(self, **command: Any) -> dict[str, Any]:
-        """Tell it to do something, and wait for what it says."""
-        self.wait_ready()
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(command) + "\n")
-        self._process.stdin.flush()
+        """Tell it to do something with what it has built, and wait for what it says."""
+        self._tell(command)
         return self._answer()
+
+    def end(self) -> None:
+        """Let go of what was begun, and wait until it is gone."""
+        self.ask(do="end")
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """A worker that is still at work, because something failed, is not waited for."""
+        self._process.terminate()
+        self._process.wait()
+
+    def _tell(self, what: dict[str, Any]) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(what) + "\n")
+        self._process.stdin.flush()
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -51,30 +69,41 @@ class Worker:
             raise RuntimeError(f"{self._process.args} ended with {self._process.wait()}")
         return json.loads(line)
 
-    def close(self) -> None:
-        """Let it end."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
 
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._process.poll() is None:
-            self.close()
-
-
-def take_pipes() -> tuple[TextIO, TextIO]:
-    """The pipes of this worker, kept from whatever else prints; forked ranks have them too."""
+def take_pipes() -> Pipes:
+    """The pipes of this worker, kept from whatever else prints; forked processes have them too."""
     told, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     return told, answers
 
 
-def serve(answer: Answers, pipes: tuple[TextIO, TextIO], ready: dict[str, Any]) -> None:
-    """Answer every line until the pipe is closed."""
+def subjects(pipes: Pipes) -> Iterator[dict[str, Any]]:
+    """What the worker is to measure; it says that one has ended when it is asked for the next."""
     told, answers = pipes
-    print(json.dumps(ready), file=answers, flush=True)
     while line := told.readline():
-        print(json.dumps(answer(json.loads(line))), file=answers, flush=True)
+        yield json.loads(line)
+        _say({}, answers)
+
+
+def serve(answer: Answers, pipes: Pipes, ready: dict[str, Any]) -> None:
+    """Say that all is built, then answer every line until one says that this is the end."""
+    told, answers = pipes
+    _say(ready, answers)
+    while line := told.readline():
+        command = json.loads(line)
+        if command == {"do": "end"}:
+            return
+        _say(answer(command), answers)
+
+
+def forked(act: Callable[[], None]) -> None:
+    """Do something in a forked process, and wait until it and its memory are gone."""
+    process = multiprocessing.get_context("fork").Process(target=act)
+    process.start()
+    process.join()
+    if process.exitcode:
+        sys.exit(f"it ended with {process.exitcode}")
+
+
+def _say(what: dict[str, Any], answers: TextIO) -> None:
+    print(json.dumps(what), file=answers, flush=True)
