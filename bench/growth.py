@@ -89,7 +89,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", action="append", choices=list(GROWTHS))
-    parser.add_argument("--steps", type=int, default=1, help="of which the fastest counts")
+    parser.add_argument("--steps", type=int, default=2, help="of which the fastest counts")
     args = parser.parse_args()
     for name in args.only or GROWTHS:
         growth, surroundings = GROWTHS[name], machine()

@@ -123,11 +123,13 @@ def _one_after_the_other(
 
 def _warm_up(case: Case, side: str, worker: Worker, turns: Turns) -> None:
     """The first step makes the optimizer's moments; two more tell the peer's better mode."""
-    if side != "peer":
-        turns.first_losses[side] = worker.ask(do="step")["loss"]
-        return
-    turns.first_losses[side] = worker.ask(do="step", mode=turns.mode)["loss"]
+    peer = side == "peer"
+    first = worker.ask(do="step", **({"mode": turns.mode} if peer else {}))
+    turns.first_losses[side] = first["loss"]
     if not case.resident:  # whose steps are long: the mode that was faster in all other cases
+        return
+    if not peer:
+        worker.ask(do="step")
         return
     took = {mode: worker.ask(do="step", mode=mode)["seconds"] for mode in MODES}
     turns.mode = min(took, key=lambda mode: took[mode])

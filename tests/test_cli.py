@@ -81,6 +81,15 @@ def test_help_and_a_wrong_setting_import_neither_torch_nor_megatron(yaml_file: P
     assert told == ["exit 2", "[]"]
 
 
+def test_what_only_reads_a_run_imports_neither_torch_nor_megatron():
+    script = (
+        "import sys\n"
+        "import megatron_moe.reporting\n"
+        "print(sorted({'torch', 'megatron', 'transformers'} & set(sys.modules)))\n"
+    )
+    assert python("-c", script).stdout == "[]\n"
+
+
 def test_a_refusal_of_the_real_program_has_no_traceback(tmp_path: Path):
     done = python("-m", "megatron_moe", "train", tmp_path / "none.yaml")
     assert done.returncode == 2

@@ -23,8 +23,8 @@ from megatron_moe.config.run import Dense, RunConfig
 from megatron_moe.errors import CheckpointError
 from megatron_moe.experts.file import PLAN_FILE, read_plan
 from megatron_moe.experts.plan import ExpertPlan, make_expert_plan
+from megatron_moe.hf.disk import fsync
 from megatron_moe.hf.spec import DenseSpec
-from megatron_moe.hf.writer import fsync
 
 _STEP = re.compile(r"step_(\d{8,})")
 DENSE_FILES = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",

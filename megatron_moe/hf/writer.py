@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import secrets
 import shutil
 import struct
@@ -30,6 +29,7 @@ import torch
 from torch import Tensor
 
 from megatron_moe.errors import CheckpointError
+from megatron_moe.hf.disk import fsync
 from megatron_moe.hf.header import DTYPES, INDEX_FILE, SINGLE_FILE
 
 _FLUSH_BYTES = 64 * 2**20
@@ -237,12 +237,3 @@ def _header(
 
 def _num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     return math.prod(shape) * dtype.itemsize
-
-
-def fsync(path: Path) -> None:
-    """Have a file or folder on the disk itself before this returns."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
