@@ -126,7 +126,7 @@ def _warm_up(case: Case, side: str, worker: Worker, turns: Turns) -> None:
     peer = side == "peer"
     first = worker.ask(do="step", **({"mode": turns.mode} if peer else {}))
     turns.first_losses[side] = first["loss"]
-    if not case.resident:  # whose steps are long: the mode that was faster in all other cases
+    if not case.resident:  # whose steps are long: the mode that was faster when both were tried
         return
     if not peer:
         worker.ask(do="step")
