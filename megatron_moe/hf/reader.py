@@ -193,9 +193,8 @@ class DenseCheckpoint:
             where = f"rows {window.start} to {window.stop - 1}"
             for part in window.parts:
                 selection, into = pairs[part.of]
-                target = into[part.into] if isinstance(part.into, slice) else None
-                straight = target is not None and into.is_cpu and into.dtype == info.dtype
-                out = target if straight else None
+                straight = isinstance(part.into, slice) and into.is_cpu and into.dtype == info.dtype
+                out = into[part.into] if straight else None
                 values = taken(mapped, part.take, selection.columns, out)
                 check_finite(name, info, values, where)
                 if out is None:

@@ -87,23 +87,21 @@ def taken(
     """
     if isinstance(columns, slice) and columns == slice(0, values.shape[1]):
         columns = None
-    last = rows if columns is None else columns
-    target = out if isinstance(last, Tensor) else None
     if isinstance(rows, slice):
         values = values[rows]
+    elif columns is None:
+        return _take(values, rows, 0, out)
     else:
-        values = _take(values, rows, 0, target if columns is None else None)
-    if isinstance(columns, slice):
+        values = _take(values, rows, 0)
+    if isinstance(columns, Tensor):
+        return _take(values, columns, 1, out)
+    if columns is not None:
         values = values[:, columns]
-    elif columns is not None:
-        values = _take(values, columns, 1, target)
-    if out is not None and target is None:
-        out.copy_(values)
-    return values if out is None else out
+    return values if out is None else out.copy_(values)
 
 
-def _take(values: Tensor, indices: Tensor, dimension: int, out: Tensor | None) -> Tensor:
-    """As gather and index_select of torch, which take 1.5 to 3 times as long along rows of bf16."""
+def _take(values: Tensor, indices: Tensor, dimension: int, out: Tensor | None = None) -> Tensor:
+    """As gather and index_select of torch, which take 1.4 to 2.2 times as long with bf16."""
     into = None if out is None else _bits(out)
     # Every index exists; "raise" would look again, and buffer what it takes.
     found = np.take(_bits(values), indices.numpy(), dimension, into, mode="clip")
