@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -118,8 +119,7 @@ def joined(
 ) -> Iterator[World]:
     """Join the job at ``place`` for the length of a ``with`` block."""
     if device == "cuda":
-        torch.cuda.set_device(place.local_rank)
-        where = torch.device("cuda", place.local_rank)
+        where = _take_gpu(place)
     else:
         cpu.install()
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_size))
@@ -130,12 +130,23 @@ def joined(
         rank=place.rank,
         world_size=place.size,
         timeout=TIMEOUT,
-        device_id=where if device == "cuda" else None,
+        # No device_id: with one, torch makes every subgroup's communicator at once (hundreds of
+        # splits of the world), and all unbatched sends and receives of a pipeline group take turns
+        # on one communicator. Without, each pair of stages gets its own at its first transfer.
     )
+    if device == "cuda":
+        # torch asks for the device_id that is left out on purpose; the current device is right.
+        warnings.filterwarnings("ignore", r"barrier\(\): using the device under current context")
     try:
         yield World(place.rank, place.size, place.local_rank, where, place.address, reports)
     finally:
         dist.destroy_process_group()
+
+
+def _take_gpu(place: Place) -> torch.device:
+    """Make this rank's GPU the current device, before a communicator or an allocation needs one."""
+    torch.cuda.set_device(place.local_rank)
+    return torch.device("cuda", place.local_rank)
 
 
 def run_local_ranks(

@@ -128,3 +128,30 @@ def test_a_rank_that_fails_ends_the_others(
     sleeper = int((tmp_path / "0").read_text())
     with pytest.raises(ProcessLookupError):
         os.kill(sleeper, 0)
+
+
+class Joining:
+    """Stands in for CUDA and torch.distributed while `joined` is entered; notes what it calls."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[tuple[str, object]] = []
+        monkeypatch.setattr(
+            torch.cuda, "set_device", lambda index: self.calls.append(("set_device", index))
+        )
+        monkeypatch.setattr(
+            dist, "init_process_group", lambda *args, **kwargs: self.calls.append(("init", kwargs))
+        )
+        monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+
+
+def test_a_gpu_is_current_before_the_job_is_joined_and_not_bound_to_it(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """A device_id would make communicators eagerly and let unbatched transfers take turns."""
+    joining = Joining(monkeypatch)
+    with world_module.joined(Place(5, 16, 1, 4, "tcp://node0:1"), "cuda") as world:
+        assert world.device == torch.device("cuda", 1)
+    (first, index), (second, kwargs) = joining.calls
+    assert (first, index, second) == ("set_device", 1, "init")
+    assert isinstance(kwargs, dict)
+    assert kwargs.get("device_id") is None
