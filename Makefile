@@ -27,7 +27,7 @@ TE_PACKAGES := transformer-engine==$(TE_VERSION) transformer-engine-cu13==$(TE_V
     nvdlfw-inspect==0.2.2 nvidia-cudnn-frontend==1.32.0 einops==0.8.2 ml_dtypes==0.6.0 \
     onnx==1.23.2 onnx-ir==1.1.0 onnxscript==0.7.2
 
-.PHONY: help install demo test test-te test-all golden check format clean chaos study bench
+.PHONY: help install demo test test-gpu test-te test-all golden check format clean chaos study bench
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile | expand -t 16
@@ -54,6 +54,9 @@ ifeq ($(TE_WHEEL),)
 else
 	@$(TE_PYTHON) -m pytest -q -m te tests/te
 endif
+
+test-gpu: $(INSTALLED) ## the tests that need a GPU; the others hide GPUs and run on the CPU
+	@MEGATRON_MOE_TEST_DEVICE=cuda $(PYTHON) -m pytest -q -m gpu tests/gpu
 
 golden: $(INSTALLED) ## write tests/golden/ anew: what Megatron-Core is told for each configs/h100
 	@$(PYTHON) tests/test_golden.py

@@ -33,7 +33,7 @@ def on_ranks(
 
     place = place_of(ranks)
     check(config, read_spec(config.dense.path), place.size if place is not None else ranks or 1)
-    device = resolve_device(config.run.device)
+    device = resolve_device(config.run.device, ranks=ranks or 1)
     config.run.dir.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     joined_to(place, partial(story, config), ranks=ranks or 1, device=device)
@@ -66,7 +66,7 @@ def joined_to(
     """Run a story at ``place`` of a launched job, or on ``ranks`` ranks that are started here."""
     from megatron_moe.device.world import joined, resolve_device, run_local_ranks
 
-    kind = resolve_device(device)
+    kind = resolve_device(device, ranks=ranks if place is None else 1)
     if place is None:
         if kind == "cpu":  # on CUDA an import might touch the GPU, which forked ranks could not
             _import_stories()
