@@ -21,6 +21,7 @@ from transformers import LlamaForCausalLM
 from workers import forked, serve, subjects, take_pipes
 
 from megatron_moe.device import cpu
+from megatron_moe.device.engine import TORCH_ON_CPU
 from megatron_moe.device.stand_in import standing_for
 
 cpu.install()
@@ -167,7 +168,7 @@ def _megatron_dense(config: RunConfig, spec: DenseSpec, groups: Any) -> Any:
 
     from megatron_moe.model.config import transformer_config
 
-    told = transformer_config(config, spec, cuda=False)
+    told = transformer_config(config, spec, engine=TORCH_ON_CPU)
     dense = replace(
         told,
         num_moe_experts=None,
@@ -211,7 +212,7 @@ def _fill_dense(model: Any, folder: Path, spec: DenseSpec) -> None:
 def _empty(
     config: RunConfig, spec: DenseSpec, layout: ParallelLayout, groups: Any, rank: int
 ) -> Model:
-    return build_model(config, spec, layout=layout, groups=groups, rank=rank, cuda=False)
+    return build_model(config, spec, layout=layout, groups=groups, rank=rank, engine=TORCH_ON_CPU)
 
 
 def _begin() -> tuple[int, float]:

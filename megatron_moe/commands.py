@@ -16,6 +16,7 @@ from megatron_moe.data.announce import announcement
 from megatron_moe.data.reference import dense_losses, write_reference_losses
 from megatron_moe.data.texts import open_texts
 from megatron_moe.data.tokenizer import fingerprint_of
+from megatron_moe.device.engine import engine_of
 from megatron_moe.device.world import World
 from megatron_moe.errors import ConfigError
 from megatron_moe.experts.plan import ExpertPlan, make_expert_plan
@@ -34,8 +35,6 @@ from megatron_moe.train.state import TrainState, make_state
 from megatron_moe.train.watch import Observe, Watch, unobserved
 from megatron_moe.upcycling import empty_model, upcycled_model
 
-EXPERT_KERNEL = {"cpu": "a loop of matrix products", "cuda": "TEGroupedMLP"}
-
 
 def train(config: RunConfig, world: World, observe: Observe = unobserved) -> None:
     """Turn the dense checkpoint into a Mixture-of-Experts and continue its pre-training.
@@ -49,22 +48,22 @@ def train(config: RunConfig, world: World, observe: Observe = unobserved) -> Non
         world: This rank's place in the joined job.
         observe: Called with the stage and the step whenever this rank enters a stage.
     """
-    check_dispatcher(config.moe, cuda=world.device.type == "cuda")
+    engine = engine_of(config.run.engine, world)
+    check_dispatcher(config.moe, engine)
     with (
         Signals() as signals,
         only_job(config.run.dir),
         Watch(world, hang_seconds=config.guard.hang_seconds, observe=observe) as watch,
     ):
         layout, groups = create_groups(config.parallel, seed=config.run.seed)  # who holds what
-        _train(Job(config, world, layout, groups, watch, signals))
+        _train(Job(config, world, engine, layout, groups, watch, signals))
 
 
 def _train(job: Job) -> None:
-    config, world, groups = job.config, job.world, job.groups
-    cuda = world.device.type == "cuda"
+    config, groups = job.config, job.groups
     job.watch.at("load")
     dense = open_dense(config.dense.path)  # 1. read
-    if cuda:
+    if not job.engine.is_torch:
         start_tp_overlap(config, dense.spec)
     dense.check_tensors(dict(dense_tensors(dense.spec)))
     plan = make_expert_plan(dense.spec, config.moe, config.upcycle)
@@ -74,11 +73,11 @@ def _train(job: Job) -> None:
 
     resume_from = newest(config.run.dir)
     if resume_from is None:
-        model = upcycled_model(job, dense, plan, texts, cuda=cuda)  # 4. filled online, verified
-        state = make_state(config, model, groups, cuda=cuda)
+        model = upcycled_model(job, dense, plan, texts)  # 4. filled online, verified
+        state = make_state(config, model, groups, engine=job.engine)
     else:
-        model = empty_model(job, dense, plan, cuda=cuda)
-        state = make_state(config, model, groups, cuda=cuda)
+        model = empty_model(job, dense, plan)
+        state = make_state(config, model, groups, engine=job.engine)
         restore(state, resume_from, config, groups, plan_hash=plan.hash)
         job.say(f"resumed {resume_from} at step {state.step}")
         _take_configured_weights(job, state)
@@ -103,7 +102,8 @@ def _announce(job: Job, dense: DenseCheckpoint, plan: ExpertPlan) -> None:
     experts = " x ".join(f"{a}{n}" for a, n in _grid(job.layout.experts))
     job.say(
         f"{job.world.size} ranks on {job.world.device.type}: attention {attention}, "
-        f"experts {experts} ({EXPERT_KERNEL[job.world.device.type]})\n"
+        f"experts {experts}\n"
+        f"engine {job.engine.name} ({job.engine.reason})\n"
         f"{dense.spec.family} with {dense.spec.num_layers} layers, "
         f"{len(plan.recipe.moe_layers)} of them {plan.recipe.num_experts} experts by "
         f"{plan.recipe.method!r}; plan {plan.hash[:12]}"

@@ -19,7 +19,14 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_moe.config.run import RunConfig
-from megatron_moe.device.stand_in import META, has_transformer_engine, standing_for
+from megatron_moe.device.engine import (
+    TORCH_ON_CPU,
+    TORCH_ON_CUDA,
+    TRANSFORMER_ENGINE,
+    Engine,
+    installed_version,
+)
+from megatron_moe.device.stand_in import META, standing_for
 from megatron_moe.errors import ConfigError
 from megatron_moe.experts.plan import ExpertPlan, LayerTable, make_expert_plan
 from megatron_moe.hf.spec import DenseSpec
@@ -96,8 +103,7 @@ def dry_run(config: RunConfig, *, rank: int, world_size: int) -> DryRun:
     """
     if rank >= world_size:
         raise ConfigError(f"--rank ({rank}) must be less than --world-size ({world_size})")
-    cuda = config.run.device != "cpu"
-    engine = cuda and has_transformer_engine()
+    engine = built_engine(config)
     folders = [config.dense.path, *config.upcycle.mix_with]
     dense = [open_unread(folder) for folder in folders]  # 1. headers, or the promise of config.json
     spec = dense[0].spec
@@ -105,10 +111,12 @@ def dry_run(config: RunConfig, *, rank: int, world_size: int) -> DryRun:
     with standing_for(rank, world_size=world_size):
         layout, groups = create_groups(config.parallel, seed=config.run.seed)  # 3. who holds what
         with META:  # 4. this rank's chunks
-            model = build_model(config, spec, layout=layout, groups=groups, rank=rank, cuda=engine)
+            model = build_model(
+                config, spec, layout=layout, groups=groups, rank=rank, engine=engine
+            )
         filled, _ = fill(model, dense, plan, layout=layout, rank=rank)  # 5. what it would read
         with META:  # 6. gradient buffers, optimizer
-            state = make_state(config, model, groups, cuda=cuda)
+            state = make_state(config, model, groups, engine=engine)
         source_bytes = sum(checkpoint.source_bytes for checkpoint in dense)
         return _report(config, spec, layout, groups, state, filled, source_bytes)
 
@@ -225,11 +233,27 @@ def _members(groups: ProcessGroupCollection) -> dict[str, list[int]]:
     return {name: dist.get_process_group_ranks(group) for name, group in named.items()}
 
 
-def _layer_spec(config: RunConfig) -> str:
+def built_engine(config: RunConfig) -> Engine:
+    """Return the engine whose layers are built: the run's where this machine has it.
+
+    A machine without a GPU builds those for CUDA as well. Transformer Engine's can be built only
+    where it is installed; the torch-native ones have the same parameters.
+    """
     if config.run.device == "cpu":
+        return TORCH_ON_CPU
+    if config.run.engine == "torch" or installed_version() is None:
+        return TORCH_ON_CUDA
+    return TRANSFORMER_ENGINE
+
+
+def _layer_spec(config: RunConfig) -> str:
+    engine = built_engine(config)
+    if not engine.on_cuda:
         return "torch-native (run.device is cpu)"
-    if has_transformer_engine():
+    if not engine.is_torch:
         return "Transformer Engine"
+    if config.run.engine == "torch":
+        return "torch-native (run.engine is torch)"
     return (
         "torch-native, because Transformer Engine is not installed here; its parameters are equal"
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_moe.config.run import RunConfig
+from megatron_moe.device.engine import Engine
 from megatron_moe.device.world import World
 from megatron_moe.log import console
 from megatron_moe.parallel.layout import ParallelLayout
@@ -20,6 +21,7 @@ class Job:
 
     config: RunConfig
     world: World
+    engine: Engine
     layout: ParallelLayout
     groups: ProcessGroupCollection
     watch: Watch

@@ -13,6 +13,7 @@ from megatron_moe.hf.spec import read_spec
 from megatron_moe.parallel.legality import check
 
 if TYPE_CHECKING:  # imports torch, which --help does not wait for
+    from megatron_moe.device.engine import Engine
     from megatron_moe.device.world import Place, World
 
 
@@ -27,16 +28,27 @@ def on_ranks(
         ranks: Ranks to start on this machine; None outside of a launcher means one.
 
     Raises:
-        ConfigError: Ranks are asked for where a launcher has started them, or a rule is violated.
+        ConfigError: Ranks are asked for where a launcher has started them, a rule is violated, or
+            the device or engine that the run asks for is not available.
     """
+    from megatron_moe.device.engine import engine_before_forking, engine_here
     from megatron_moe.device.world import resolve_device
 
     place = place_of(ranks)
-    check(config, read_spec(config.dense.path), place.size if place is not None else ranks or 1)
     device = resolve_device(config.run.device)
+    choose = engine_here if place is not None else engine_before_forking
+    engine = choose(config.run.engine, device)
+    world_size = place.size if place is not None else ranks or 1
+    check(resolved(config, engine), read_spec(config.dense.path), world_size)
     config.run.dir.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     joined_to(place, partial(story, config), ranks=ranks or 1, device=device)
+
+
+def resolved(config: RunConfig, engine: Engine) -> RunConfig:
+    """Return the configuration with ``auto`` replaced by what this machine has, for the rules."""
+    chosen = {"device": engine.device, "engine": engine.name}
+    return config.model_copy(update={"run": config.run.model_copy(update=chosen)})
 
 
 def place_of(ranks: int | None) -> Place | None:

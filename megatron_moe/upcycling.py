@@ -29,9 +29,7 @@ from megatron_moe.model.verify import Agreement, compare_with_dense, verify_leng
 VERIFY_UP_TO_PARAMETERS = 1_000_000_000
 
 
-def upcycled_model(
-    job: Job, dense: DenseCheckpoint, plan: ExpertPlan, texts: Texts, *, cuda: bool
-) -> Model:
+def upcycled_model(job: Job, dense: DenseCheckpoint, plan: ExpertPlan, texts: Texts) -> Model:
     """Build the model, fill it from the dense checkpoint, verify it, and write the receipt."""
     config, rank = job.config, job.world.rank
     distributed = isinstance(dense, DistributedDense)
@@ -43,7 +41,7 @@ def upcycled_model(
         )
     reset_peak()
     held, start = held_bytes(), time.perf_counter()
-    model = empty_model(job, dense, plan, cuda=cuda)
+    model = empty_model(job, dense, plan)
     mix_with = open_mixed(dense, config.upcycle.mix_with)
     filled = upcycle(model, dense, plan, layout=job.layout, rank=rank, mix_with=mix_with)
     mine = rank_receipt(
@@ -59,7 +57,7 @@ def upcycled_model(
             job.say("no logits to compare: transformers does not load a distributed checkpoint")
         else:
             agreement = _verify(job, model, texts)
-        against_dense = _compare(job, model, dense, texts, cuda=cuda)
+        against_dense = _compare(job, model, dense, texts)
     receipt = gather_receipt(
         mine,
         tensors_used=tensors_used,
@@ -78,7 +76,7 @@ def upcycled_model(
     return model
 
 
-def empty_model(job: Job, dense: DenseCheckpoint, plan: ExpertPlan, *, cuda: bool) -> Model:
+def empty_model(job: Job, dense: DenseCheckpoint, plan: ExpertPlan) -> Model:
     """This rank's part of the MoE, without values; its routers know the plan's scales."""
     model = build_model(
         job.config,
@@ -86,7 +84,7 @@ def empty_model(job: Job, dense: DenseCheckpoint, plan: ExpertPlan, *, cuda: boo
         layout=job.layout,
         groups=job.groups,
         rank=job.world.rank,
-        cuda=cuda,
+        engine=job.engine,
     )
     set_output_scales(model.modules, plan)
     return model
@@ -111,12 +109,10 @@ def _verify(job: Job, model: Model, texts: Texts) -> Agreement:
     return agreement
 
 
-def _compare(
-    job: Job, model: Model, dense: DenseCheckpoint, texts: Texts, *, cuda: bool
-) -> AgainstDense:
+def _compare(job: Job, model: Model, dense: DenseCheckpoint, texts: Texts) -> AgainstDense:
     comparing = Comparing(
         config=job.config, dense=dense, layout=job.layout, groups=job.groups,
-        rank=job.world.rank, cuda=cuda,
+        rank=job.world.rank, engine=job.engine,
     )  # fmt: skip
     found = compare_layers_and_losses(comparing, model, texts)
     job.say(str(found))

@@ -18,24 +18,20 @@ import pytest
 
 GOLDEN = Path(__file__).parent / "golden"
 
-# True only where Apex's kernel is installed, so not a fact of the configuration.
-OF_THE_MACHINE = {"gradient_accumulation_fusion"}
-
 
 def described(path: Path) -> str:
     """One ``field = value`` a line, sorted."""
     from dense_models import shipped
     from megatron.core.transformer.transformer_config import TransformerConfig
 
+    from megatron_moe.device.engine import TRANSFORMER_ENGINE
     from megatron_moe.model.config import transformer_settings
 
     config, spec, _ = shipped(path)
-    settings = transformer_settings(config, spec, cuda=True)
+    settings = transformer_settings(config, spec, engine=TRANSFORMER_ENGINE)
     defaults = {field.name: default(field) for field in fields(TransformerConfig)}
     lines = [
-        f"{name} = {shown(value)}"
-        for name, value in settings.items()
-        if name not in OF_THE_MACHINE and value != defaults[name]
+        f"{name} = {shown(value)}" for name, value in settings.items() if value != defaults[name]
     ]
     return "\n".join(sorted(lines)) + "\n"
 

@@ -25,6 +25,7 @@ from megatron_moe.construct.partial import PartialFiles
 from megatron_moe.construct.solve import LayerMeasured, layer_table
 from megatron_moe.data.feed import Feed, Seat
 from megatron_moe.data.texts import Texts, open_texts
+from megatron_moe.device.engine import TORCH_ON_CPU
 from megatron_moe.device.world import World
 from megatron_moe.experts.plan import ExpertPlan, make_expert_plan
 from megatron_moe.hf.reader import DenseCheckpoint
@@ -65,7 +66,7 @@ def _measure(config: RunConfig, out: Path, world: World) -> None:
     dense = open_dense(config.dense.path)
     as_dense = dense_config(config)
     model = build_model(
-        as_dense, dense.spec, layout=layout, groups=groups, rank=world.rank, cuda=False
+        as_dense, dense.spec, layout=layout, groups=groups, rank=world.rank, engine=TORCH_ON_CPU
     )
     plan = make_expert_plan(dense.spec, as_dense.moe, as_dense.upcycle)
     upcycle(model, dense, plan, layout=layout, rank=world.rank)
@@ -100,7 +101,7 @@ def _judge(case: Case, config: RunConfig, measured: Path, result: Path, world: W
         make_expert_plan(dense.spec, config.moe, config.upcycle), config, dense, measured
     )
     model = build_model(
-        config, dense.spec, layout=layout, groups=groups, rank=world.rank, cuda=False
+        config, dense.spec, layout=layout, groups=groups, rank=world.rank, engine=TORCH_ON_CPU
     )
     set_output_scales(model.modules, plan)
     upcycle(model, dense, plan, layout=layout, rank=world.rank)

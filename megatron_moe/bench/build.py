@@ -20,6 +20,7 @@ from megatron_moe.data.batches import Batch, micro_batches, slice_for_context_pa
 from megatron_moe.data.feed import Feed, Seat
 from megatron_moe.data.samples import Sample
 from megatron_moe.data.texts import open_texts
+from megatron_moe.device.engine import engine_of
 from megatron_moe.device.world import World
 from megatron_moe.experts.plan import make_expert_plan
 from megatron_moe.hf.names import dense_tensors
@@ -55,18 +56,18 @@ def make_timed_state(
         random: Read nothing of the dense model but its config.json.
         balanced: Let random numbers choose the experts instead of the router's logits.
     """
-    cuda = world.device.type == "cuda"
+    engine = engine_of(config.run.engine, world)
     spec = read_spec(config.dense.path)
-    if cuda:
+    if not engine.is_torch:
         start_tp_overlap(config, spec)
-    model = build_model(config, spec, layout=layout, groups=groups, rank=world.rank, cuda=cuda)
+    model = build_model(config, spec, layout=layout, groups=groups, rank=world.rank, engine=engine)
     if random:
         _fill_at_random(model)
     else:
         _fill_from_checkpoint(model, config, layout, world.rank)
     if balanced:
         _force_balance(model)
-    return make_state(config, model, groups, cuda=cuda)
+    return make_state(config, model, groups, engine=engine)
 
 
 def _fill_from_checkpoint(

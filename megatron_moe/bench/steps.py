@@ -20,6 +20,7 @@ from megatron_moe.bench.phases import Stopwatch, watched
 from megatron_moe.bench.record import PHASES, Capacity, Mfu, Phases, StepsRecord, spread
 from megatron_moe.bench.surroundings import surroundings
 from megatron_moe.config.run import RunConfig
+from megatron_moe.device.engine import engine_of
 from megatron_moe.device.world import World
 from megatron_moe.model.capacity import capacity_of
 from megatron_moe.model.config import check_dispatcher
@@ -61,7 +62,7 @@ class Bench:
     """One rank's part of the measurement."""
 
     def __init__(self, config: RunConfig, world: World, wish: Wish) -> None:
-        check_dispatcher(config.moe, cuda=world.device.type == "cuda")
+        check_dispatcher(config.moe, engine_of(config.run.engine, world))
         self.config, self.world, self.wish = config, world, wish
         layout, self._groups = create_groups(config.parallel, seed=config.run.seed)
         self.state: TrainState = make_timed_state(

@@ -12,6 +12,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron_moe.checkpoint.folder import Progress, plan_of
 from megatron_moe.checkpoint.sharded import restore_weights
 from megatron_moe.config.run import RunConfig
+from megatron_moe.device.engine import engine_of
 from megatron_moe.device.world import World
 from megatron_moe.experts.plan import ExpertPlan
 from megatron_moe.hf.spec import read_spec
@@ -48,14 +49,14 @@ def restored_model(config: RunConfig, world: World, checkpoint: Path) -> Restore
     Raises:
         CheckpointError: The checkpoint is of another model or precision, or damaged.
     """
-    cuda = world.device.type == "cuda"
-    check_dispatcher(config.moe, cuda=cuda)
+    engine = engine_of(config.run.engine, world)
+    check_dispatcher(config.moe, engine)
     layout, groups = create_groups(config.parallel, seed=config.run.seed)
     spec = read_spec(config.dense.path)
-    if cuda:
+    if not engine.is_torch:
         start_tp_overlap(config, spec)
     plan = plan_of(checkpoint, spec, config)
-    model = build_model(config, spec, layout=layout, groups=groups, rank=world.rank, cuda=cuda)
+    model = build_model(config, spec, layout=layout, groups=groups, rank=world.rank, engine=engine)
     set_output_scales(model.modules, plan)
     bf16 = model.transformer.bf16
     modules = [Float16Module(model.transformer, m) if bf16 else m for m in model.modules]

@@ -54,6 +54,10 @@ class Run(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA when a device is there, and says which it took."""
 
+    engine: Literal["auto", "torch", "transformer_engine"] = "auto"
+    """Implementation of the layers. auto: Transformer Engine on CUDA if a supported version is
+    installed, otherwise torch. Both read and write the same checkpoints."""
+
 
 class Dense(Section):
     """The dense model the run starts from."""

@@ -23,6 +23,7 @@ from megatron_moe.construct.command import dense_config
 from megatron_moe.construct.measure import normalised, world_sum
 from megatron_moe.data.batches import Batch, slice_for_context_parallel, validation_batches
 from megatron_moe.data.texts import Texts
+from megatron_moe.device.engine import Engine
 from megatron_moe.experts.plan import make_expert_plan
 from megatron_moe.hf.reader import DenseCheckpoint
 from megatron_moe.model.build import Model, build_model
@@ -77,13 +78,13 @@ class Comparing:
     layout: ParallelLayout
     groups: ProcessGroupCollection
     rank: int
-    cuda: bool
+    engine: Engine
 
     def built(self, config: RunConfig) -> Model:
         """Another model of the same checkpoint, filled."""
         model = build_model(
             config, self.dense.spec, layout=self.layout, groups=self.groups, rank=self.rank,
-            cuda=self.cuda,
+            engine=self.engine,
         )  # fmt: skip
         plan = make_expert_plan(self.dense.spec, config.moe, config.upcycle)
         upcycle(model, self.dense, plan, layout=self.layout, rank=self.rank)

@@ -17,6 +17,7 @@ from megatron_moe.construct.measure import Measuring, world_sum
 from megatron_moe.construct.partial import PartialFiles
 from megatron_moe.construct.solve import LayerMeasured, layer_table
 from megatron_moe.data.texts import open_texts
+from megatron_moe.device.engine import engine_of
 from megatron_moe.device.world import World
 from megatron_moe.experts.file import write_plan
 from megatron_moe.experts.plan import ExpertPlan, make_expert_plan
@@ -41,9 +42,9 @@ def construct(config: RunConfig, world: World) -> None:
     texts = open_texts(config, vocab_size=dense.spec.vocab_size)
 
     as_dense = dense_config(config)
-    cuda = world.device.type == "cuda"
+    engine = engine_of(config.run.engine, world)
     model = build_model(
-        as_dense, dense.spec, layout=layout, groups=groups, rank=world.rank, cuda=cuda
+        as_dense, dense.spec, layout=layout, groups=groups, rank=world.rank, engine=engine
     )
     unchanged = make_expert_plan(dense.spec, as_dense.moe, as_dense.upcycle)
     upcycle(model, dense, unchanged, layout=layout, rank=world.rank)

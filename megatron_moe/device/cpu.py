@@ -11,8 +11,7 @@ once, before Megatron-Core is first imported, and never on a machine that runs o
     all_to_all_single with sizes in a tensor             sizes in a list of int
     all_gather and reduce_scatter of unequal parts       padded to the largest part
     both, in one tensor, of a group of one rank          nothing, where gloo copies the whole twice
-    Apex's or Transformer Engine's FusedAdam             `FusedAdamW`, with the same state layout
-    Apex's product that adds to a buffer of gradients    `gradients.py`
+    Apex's and Transformer Engine's kernels              `torch_engine.py`
     Megatron-Core's decorator torch.compile              nothing: 4 s to import a compiler
     detours that cost a CPU much                         `shortcuts.py`
 """
@@ -257,37 +256,12 @@ def _uncompiled() -> Iterator[None]:
 
 
 def _replace_in_megatron() -> None:
-    import megatron.core.optimizer as megatron_optimizer
-    from megatron.core.distributed import param_and_grad_buffer
-    from megatron.core.models.common.embeddings import rope_utils
-    from megatron.core.optimizer import clip_grads, distrib_optimizer
-    from megatron.core.tensor_parallel import layers
+    from megatron.core.optimizer import clip_grads
     from megatron.core.transformer.moe import token_dispatcher
 
-    from megatron_moe.device import gradients, shortcuts
-    from megatron_moe.device.adamw import FusedAdamW
+    from megatron_moe.device import shortcuts
+    from megatron_moe.device.torch_engine import install_torch_engine
 
-    megatron_optimizer.Adam = FusedAdamW
-    megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
-    distrib_optimizer.HAVE_APEX_OR_TE = True
-    distrib_optimizer.USING_APEX_OPTIMIZER = True
+    install_torch_engine()
     clip_grads.l2_norm_impl = shortcuts.l2_norm
-    rope_utils._apply_rotary_pos_emb_bshd = shortcuts.rotate
     token_dispatcher.sort_chunks_by_idxs = shortcuts.sort_chunks
-    layers.fused_weight_gradient_mlp_cuda = gradients
-    layers._grad_accum_fusion_available = True
-    param_and_grad_buffer._ParamAndGradBuffer.reset = gradients.reset
-    _zero_stale_before_communication(param_and_grad_buffer._ParamAndGradBucketGroup)
-
-
-def _zero_stale_before_communication(bucket_group: Any) -> None:
-    from megatron_moe.device.gradients import zero_stale
-
-    start = bucket_group.start_grad_sync
-
-    @functools.wraps(start)
-    def start_grad_sync(self: Any, *args: Any, **kwargs: Any) -> None:
-        zero_stale(self.params)
-        start(self, *args, **kwargs)
-
-    bucket_group.start_grad_sync = start_grad_sync

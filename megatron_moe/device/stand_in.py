@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_moe.device import cpu
+from megatron_moe.device.engine import installed_version
 
 META = torch.device("meta")
 
@@ -32,14 +32,6 @@ _H100 = SimpleNamespace(
     name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132,
     total_memory=80 * 2**30, warp_size=32,
 )  # fmt: skip
-
-
-def has_transformer_engine() -> bool:
-    """Whether Transformer Engine's PyTorch part is installed; nothing is imported for it."""
-    return (
-        find_spec("transformer_engine") is not None
-        and find_spec("transformer_engine_torch") is not None
-    )
 
 
 @contextlib.contextmanager
@@ -54,7 +46,7 @@ def standing_for(rank: int, *, world_size: int) -> Iterator[None]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     cuda = {"current_device": lambda: META}
-    if has_transformer_engine():
+    if installed_version() is not None:
         cuda |= {
             "is_available": lambda: True,
             "get_device_properties": lambda *device: _H100,

@@ -12,3 +12,10 @@ def any_rank(*mine: bool) -> list[bool]:
     flags = torch.tensor(mine, dtype=torch.int32, device=device)
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     return [bool(flag) for flag in flags.tolist()]
+
+
+def gathered(mine: str) -> list[str]:
+    """Return every rank's text, in the order of the ranks."""
+    texts = [mine] * dist.get_world_size()
+    dist.all_gather_object(texts, mine)
+    return texts

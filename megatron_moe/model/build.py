@@ -7,12 +7,14 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_moe.config.run import RunConfig
+from megatron_moe.device.engine import Engine
 from megatron_moe.hf.spec import DenseSpec, RopeScaling
 from megatron_moe.model.config import transformer_config
 from megatron_moe.model.noisy_router import router_of
@@ -52,7 +54,7 @@ def build_model(
     layout: ParallelLayout,
     groups: ProcessGroupCollection,
     rank: int,
-    cuda: bool,
+    engine: Engine,
 ) -> Model:
     """Build this rank's chunks; every parameter is allocated and none is set.
 
@@ -62,10 +64,10 @@ def build_model(
         layout: Who holds what.
         groups: This rank's process groups.
         rank: This rank.
-        cuda: Build with Transformer Engine on the current CUDA device.
+        engine: Whose layers to take, and on which device.
     """
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
-    transformer = transformer_config(config, spec, cuda=cuda)
+    transformer = transformer_config(config, spec, engine=engine)
     router = router_of(config)
     pp, vpp = layout.attention.size("pp"), transformer.virtual_pipeline_model_parallel_size or 1
     chunks = []
@@ -74,7 +76,7 @@ def build_model(
         layers = chunk_layers(num_layers=spec.num_layers, pp=pp, vpp=vpp, **stage)
         vp_stage = vpp_rank if vpp > 1 else None
         spec_of_layers: Any = block_spec(
-            transformer, layers, router=router, cuda=cuda, vp_stage=vp_stage
+            transformer, layers, router=router, engine=engine, vp_stage=vp_stage
         )
         rotary_base: Any = spec.rotary_base  # Megatron-Core says int and means a number
         module = GPTModel(
@@ -90,6 +92,8 @@ def build_model(
             pg_collection=groups,
             vp_stage=vp_stage,
         )
+        # Megatron-Core allocates routers and torch-native norms on the CPU and expects a move.
+        module.to(torch.cuda.current_device())
         if spec.rope_scaling is not None:
             rotary = module.rotary_pos_emb
             rotary.inv_freq = llama3_frequencies(rotary.inv_freq, spec.rope_scaling)

@@ -10,6 +10,7 @@ import torch.nn.functional as F  # noqa: N812
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_moe.config.run import Moe, Parallel, RunConfig, Train
+from megatron_moe.device.engine import Engine
 from megatron_moe.errors import ConfigError
 from megatron_moe.experts.recipe import moe_layer_ids
 from megatron_moe.hf.spec import DenseSpec
@@ -17,18 +18,18 @@ from megatron_moe.hf.spec import DenseSpec
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def transformer_config(config: RunConfig, spec: DenseSpec, *, cuda: bool) -> TransformerConfig:
+def transformer_config(config: RunConfig, spec: DenseSpec, *, engine: Engine) -> TransformerConfig:
     """Everything Megatron-Core's model and schedules are told.
 
     Args:
         config: The run; `legality.check` has passed it.
         spec: Shape of the dense model.
-        cuda: Turn on the fused kernels that exist on CUDA alone.
+        engine: Decides which fused kernels are turned on.
     """
-    return TransformerConfig(**transformer_settings(config, spec, cuda=cuda))
+    return TransformerConfig(**transformer_settings(config, spec, engine=engine))
 
 
-def transformer_settings(config: RunConfig, spec: DenseSpec, *, cuda: bool) -> dict[str, Any]:
+def transformer_settings(config: RunConfig, spec: DenseSpec, *, engine: Engine) -> dict[str, Any]:
     """The same as keyword arguments, which can be looked at where nothing can be built from them.
 
     Without Transformer Engine, Megatron-Core refuses a configuration of fused kernels.
@@ -38,8 +39,8 @@ def transformer_settings(config: RunConfig, spec: DenseSpec, *, cuda: bool) -> d
         **_dense_shape(spec),
         **_moe(config.moe, spec),
         **_parallel(config.parallel),
-        **_recompute(config.train.recompute, cuda=cuda),
-        **(_cuda(config.train) if cuda else _CPU),
+        **_recompute(config.train.recompute, engine),
+        **_kernels(config.train, engine),
         bf16=dtype is torch.bfloat16,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -102,6 +103,8 @@ def _moe(moe: Moe, spec: DenseSpec) -> dict[str, Any]:
 def _parallel(parallel: Parallel) -> dict[str, Any]:
     vpp = parallel.virtual_pipeline_parallel_size or 1
     return {
+        # A stage's output is freed once it is sent; the backward pass needs only its shape.
+        "deallocate_pipeline_outputs": True,
         "tensor_model_parallel_size": parallel.tensor_parallel_size,
         "context_parallel_size": parallel.context_parallel_size,
         "pipeline_model_parallel_size": parallel.pipeline_parallel_size,
@@ -116,36 +119,43 @@ def _parallel(parallel: Parallel) -> dict[str, Any]:
     }
 
 
-_CPU: dict[str, Any] = {
-    "use_cpu_initialization": True,
-    "gradient_accumulation_fusion": False,
-    "bias_activation_fusion": False,
-    "moe_grouped_gemm": False,
+_RECOMPUTED = {
+    ("torch", "cpu"): {"selective": ["core_attn"], "moe": ["moe"]},
+    # The torch-native experts keep no activations: their backward pass computes them again.
+    ("torch", "cuda"): {"selective": ["layernorm"], "moe": ["layernorm", "moe"]},
+    ("transformer_engine", "cuda"): {
+        "selective": ["layernorm", "moe_act"],
+        "moe": ["layernorm", "moe"],
+    },
 }
+"""Modules that the backward pass computes again, by engine, device and `train.recompute`."""
 
 
-def _recompute(what: str, *, cuda: bool) -> dict[str, Any]:
-    """`train.recompute` in Megatron-Core's words, the planner's four settings."""
+def _recompute(what: str, engine: Engine) -> dict[str, Any]:
+    """Translate `train.recompute` to Megatron-Core's settings."""
     if what == "none":
         return {}
     if what == "full":
         one_layer = {"recompute_method": "uniform", "recompute_num_layers": 1}
         return {"recompute_granularity": "full", **one_layer}
-    # Norms and activation functions are recomputed by Transformer Engine's and grouped modules.
-    modules = {
-        "selective": ["layernorm", "moe_act"] if cuda else ["core_attn"],
-        "moe": ["layernorm", "moe"] if cuda else ["moe"],
-    }
-    return {"recompute_granularity": "selective", "recompute_modules": modules[what]}
+    modules = _RECOMPUTED[engine.name, engine.device][what]
+    return {"recompute_granularity": "selective", "recompute_modules": modules}
 
 
-def _cuda(train: Train) -> dict[str, Any]:
-    """Settings of fast MoE runs on H100, as Megatron-Core's MoE guide names them."""
-    # Apex's kernel adds weight gradients in place; without it they are added after each product.
-    apex = find_spec("fused_weight_gradient_mlp_cuda") is not None
+def _kernels(train: Train, engine: Engine) -> dict[str, Any]:
+    """Return the settings that choose kernels."""
+    if engine.is_torch:
+        return {
+            "use_cpu_initialization": not engine.on_cuda,
+            # `train.state` turns it on for models that have gradient buffers to add to.
+            "gradient_accumulation_fusion": False,
+            "bias_activation_fusion": engine.on_cuda,  # Megatron-Core compiles it
+            "moe_grouped_gemm": False,
+        }
+    # Settings of fast MoE runs on H100, as Megatron-Core's MoE guide names them.
     return {
         "use_cpu_initialization": False,
-        "gradient_accumulation_fusion": train.gradient_accumulation_fusion and apex,
+        "gradient_accumulation_fusion": train.gradient_accumulation_fusion,
         "tp_comm_overlap": train.tp_comm_overlap,
         "bias_activation_fusion": True,
         "apply_rope_fusion": True,
@@ -155,7 +165,7 @@ def _cuda(train: Train) -> dict[str, Any]:
     }
 
 
-def check_dispatcher(moe: Moe, *, cuda: bool) -> None:
+def check_dispatcher(moe: Moe, engine: Engine) -> None:
     """Refuse a dispatcher whose kernels are not there.
 
     Raises:
@@ -163,8 +173,9 @@ def check_dispatcher(moe: Moe, *, cuda: bool) -> None:
     """
     if moe.moe_token_dispatcher_type != "flex":
         return
-    missing = "a CUDA device" if not cuda else "the package deep_ep"  # which holds both backends
-    if not cuda or find_spec("deep_ep") is None:
+    # The package deep_ep holds both backends.
+    missing = "the package deep_ep" if engine.on_cuda else "a CUDA device"
+    if not engine.on_cuda or find_spec("deep_ep") is None:
         raise ConfigError(
             f"moe.moe_token_dispatcher_type (flex) with moe.moe_flex_dispatcher_backend "
             f"({moe.moe_flex_dispatcher_backend}) needs {missing}, which is not here.\n"

@@ -1,7 +1,7 @@
 """Layer specs: Megatron-Core's modules put together.
 
-Torch-native on CPU, Transformer Engine on CUDA. Both write checkpoints under the same keys (those
-of Transformer Engine), so that a run can move between them.
+Torch-native or Transformer Engine's, by the run's engine. Both write checkpoints under the same
+keys (those of Transformer Engine), so that a run can move between them.
 """
 
 from __future__ import annotations
@@ -24,13 +24,19 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from megatron_moe.device.engine import Engine
 from megatron_moe.model.attention import SdpaAttention
 from megatron_moe.model.experts import LoopExperts
 from megatron_moe.model.norm import RMSNorm
 
 
 def block_spec(
-    config: TransformerConfig, layers: range, *, router: Any, cuda: bool, vp_stage: int | None
+    config: TransformerConfig,
+    layers: range,
+    *,
+    router: Any,
+    engine: Engine,
+    vp_stage: int | None,
 ) -> TransformerBlockSubmodules:
     """The layers of one model chunk.
 
@@ -38,10 +44,10 @@ def block_spec(
         config: Says which layers are MoE (``moe_layer_freq``).
         layers: Global ids of the chunk's layers.
         router: Makes a layer's router, as Megatron-Core's TopKRouter is made.
-        cuda: Transformer Engine's spec; otherwise the torch-native one.
+        engine: Whose layers to take.
         vp_stage: Which of the pipeline rank's chunks this is; None when it has one.
     """
-    if cuda:
+    if not engine.is_torch:
         return _routed_by(
             router,
             get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage),

@@ -123,9 +123,16 @@ def sequence(case: Case) -> Iterator[str]:
 
 
 def tp_overlap(case: Case) -> Iterator[str]:
-    """There is tp communication to overlap."""
-    tp = case.config.parallel.tensor_parallel_size
-    if case.config.train.tp_comm_overlap and tp == 1:
+    """There is tp communication to overlap, and an engine that can."""
+    if not case.config.train.tp_comm_overlap:
+        return
+    if case.config.run.engine == "torch":
+        yield (
+            "train.tp_comm_overlap (true) needs run.engine to be transformer_engine: only its "
+            "linear layers overlap communication with the products.\n"
+            "  leave train.tp_comm_overlap unset"
+        )
+    if case.config.parallel.tensor_parallel_size == 1:
         yield (
             "train.tp_comm_overlap (true) needs parallel.tensor_parallel_size (1) to be at least "
             "2: there is no communication to overlap.\n  leave train.tp_comm_overlap unset"

@@ -82,9 +82,10 @@ def mixing(case: Case) -> Iterator[str]:
 
 
 def reset_attention(case: Case) -> Iterator[str]:
-    """Attention within documents is there on the device."""
+    """The engine's attention can stay within documents."""
     data, p, train = case.config.data, case.config.parallel, case.config.train
-    if not data.reset_attention or case.config.run.device == "cpu":
+    run = case.config.run
+    if not data.reset_attention or run.device == "cpu" or run.engine == "torch":
         return
     for name, value in (
         ("parallel.context_parallel_size", p.context_parallel_size),
@@ -92,7 +93,7 @@ def reset_attention(case: Case) -> Iterator[str]:
     ):
         if value > 1:
             yield (
-                f"data.reset_attention (true) needs {name} (1), not ({value}), on CUDA: "
-                "Transformer Engine takes packed documents as one row.\n  raise the number of "
-                "micro-batches instead, or set run.device=cpu, where attention takes any"
+                f"data.reset_attention (true) with Transformer Engine needs {name} to be 1, not "
+                f"({value}): it takes packed documents as one row.\n"
+                "  set run.engine=torch, whose attention takes any, or use more micro-batches"
             )

@@ -21,6 +21,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron_moe.config.mixtures import starting_weights
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.blend import BlendState, start_blend
+from megatron_moe.device.engine import Engine
 from megatron_moe.model.build import Model
 
 
@@ -58,7 +59,7 @@ class TrainState:
 
 
 def make_state(
-    config: RunConfig, model: Model, groups: ProcessGroupCollection, *, cuda: bool
+    config: RunConfig, model: Model, groups: ProcessGroupCollection, *, engine: Engine
 ) -> TrainState:
     """Wrap a filled model for training.
 
@@ -70,11 +71,11 @@ def make_state(
         use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=config.train.overlap_grad_reduce,
-        overlap_param_gather=_gathers_beside(config, cuda=cuda),
+        overlap_param_gather=_overlaps_gather(config, engine),
     )
     wrapped = []
     for index, module in enumerate(model.modules):
-        if not cuda:
+        if engine.is_torch and config.train.gradient_accumulation_fusion:
             _add_gradients_in_products(module)
         inner = Float16Module(transformer, module) if transformer.bf16 else module
         wrapped.append(
@@ -83,7 +84,7 @@ def make_state(
             )
         )
     optimizer = get_megatron_optimizer(
-        optimizer_config(config, cuda=cuda),
+        optimizer_config(config, engine),
         wrapped,
         pg_collection=groups,
         use_gloo_process_groups=False,
@@ -98,9 +99,9 @@ def make_state(
 
 
 def _add_gradients_in_products(module: torch.nn.Module) -> None:
-    """On CPU too (device/gradients.py).
+    """Let Megatron-Core's linear layers add gradients to their buffers (device/gradients.py).
 
-    Not by the model's configuration, which is also that of models without buffers to add to.
+    Set here and not in the model's configuration, which models without buffers share.
     """
     for linear in module.modules():
         if hasattr(linear, "gradient_accumulation_fusion"):
@@ -125,7 +126,7 @@ def _gather_weights_once(optimizer: Any) -> None:
         part._defer_param_sync = True
 
 
-def optimizer_config(config: RunConfig, *, cuda: bool) -> OptimizerConfig:
+def optimizer_config(config: RunConfig, engine: Engine) -> OptimizerConfig:
     """AdamW with LLaMA's betas (arXiv 2302.13971, section 2.3), sharded over data parallelism."""
     bf16 = config.train.precision == "bf16"
     return OptimizerConfig(
@@ -140,17 +141,17 @@ def optimizer_config(config: RunConfig, *, cuda: bool) -> OptimizerConfig:
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
-        overlap_param_gather=_gathers_beside(config, cuda=cuda),
+        overlap_param_gather=_overlaps_gather(config, engine),
     )
 
 
-def _gathers_beside(config: RunConfig, *, cuda: bool) -> bool:
-    """Whether a forward pass starts before all weights are gathered: a module waits for its own.
+def _overlaps_gather(config: RunConfig, engine: Engine) -> bool:
+    """Return whether a forward pass starts before all weights are gathered.
 
-    Not with the loop over experts, which reads weights of modules that it does not call.
+    Each module then waits for its own weights; `model.experts` waits for those of its experts.
     """
     distributed = config.optimizer.use_distributed_optimizer
-    return cuda and distributed and config.train.overlap_param_gather
+    return engine.on_cuda and distributed and config.train.overlap_param_gather
 
 
 def make_schedule(config: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:

@@ -24,6 +24,7 @@ from training_runs import tree
 from megatron_moe.analyze.load import distances
 from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
+from megatron_moe.device.engine import TORCH_ON_CPU
 from megatron_moe.device.world import World
 
 pytestmark = pytest.mark.distributed
@@ -135,7 +136,7 @@ def made(world: World, config: RunConfig, inputs: dict[str, Any]) -> Any:
     layout, groups = create_groups(config.parallel, seed=0)
     dense = open_dense_checkpoint(inputs["dense"])
     model = build_model(
-        config, dense.spec, layout=layout, groups=groups, rank=world.rank, cuda=False
+        config, dense.spec, layout=layout, groups=groups, rank=world.rank, engine=TORCH_ON_CPU
     )
     plan = make_expert_plan(dense.spec, config.moe, config.upcycle)
     upcycle(model, dense, plan, layout=layout, rank=world.rank)

@@ -10,6 +10,7 @@ from tiny import save_dense
 
 from megatron_moe.checkpoint.export import architecture_for, checkpoint_key
 from megatron_moe.config.run import Data, Dense, Moe, Parallel, Run, RunConfig, Train
+from megatron_moe.device.engine import TORCH_ON_CPU
 from megatron_moe.device.world import World
 from megatron_moe.errors import CheckpointError
 from megatron_moe.hf.names import ROW_OF_ROLE, match
@@ -129,7 +130,7 @@ def check_keys(world: World, folder: Path) -> None:
     )
     layout, groups = create_groups(Parallel(), seed=0)
     spec = read_spec(folder)
-    model = build_model(config, spec, layout=layout, groups=groups, rank=0, cuda=False)
+    model = build_model(config, spec, layout=layout, groups=groups, rank=0, engine=TORCH_ON_CPU)
     state = model.modules[0].sharded_state_dict(metadata={"dp_cp_group": groups.dp_cp})
     saved = {entry.key for entry in state.values() if hasattr(entry, "key")}
     read = set()

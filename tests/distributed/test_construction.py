@@ -31,6 +31,7 @@ from megatron_moe.config.run import (
     Train,
     Upcycle,
 )
+from megatron_moe.device.engine import TORCH_ON_CPU
 from megatron_moe.device.world import World
 from megatron_moe.experts.file import PLAN_FILE, write_plan
 from megatron_moe.experts.plan import ExpertPlan
@@ -149,7 +150,9 @@ def filled_model(config: RunConfig, layout: Any, groups: Any, rank: int) -> tupl
     dense = open_dense_checkpoint(config.dense.path)
     mixed = open_mixed(dense, config.upcycle.mix_with)
     plan = make_plan(dense.spec, config.moe, config.upcycle, dense)
-    model = build_model(config, dense.spec, layout=layout, groups=groups, rank=rank, cuda=False)
+    model = build_model(
+        config, dense.spec, layout=layout, groups=groups, rank=rank, engine=TORCH_ON_CPU
+    )
     set_output_scales(model.modules, plan)
     for module in model.modules:
         for parameter in module.parameters():
@@ -168,7 +171,7 @@ def save(config: RunConfig, model: Any, plan: ExpertPlan, groups: Any, *, rank: 
 
     if rank == 0 and plan.tables:
         write_plan(config.run.dir / PLAN_FILE, plan, source="drawn")
-    state = make_state(config, model, groups, cuda=False)
+    state = make_state(config, model, groups, engine=TORCH_ON_CPU)
     with Saver(config, plan_hash=plan.hash, say=lambda line: None) as saver:
         saver.save(state, groups)
 

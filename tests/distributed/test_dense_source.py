@@ -15,6 +15,7 @@ from megatron_moe.checkpoint.dense_source import DistributedDense, open_dense
 from megatron_moe.checkpoint.global_tensors import GlobalTensors
 from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
+from megatron_moe.device.engine import TORCH_ON_CPU
 from megatron_moe.device.world import World
 from megatron_moe.errors import CheckpointError, ConfigError
 from megatron_moe.hf.names import dense_tensors
@@ -105,7 +106,9 @@ def filled(config, folder, layout, groups, rank):
     assert isinstance(dense, DistributedDense) == (folder != config.dense.path)
     dense.check_tensors(dict(dense_tensors(dense.spec)))
     plan = make_expert_plan(dense.spec, config.moe, config.upcycle)
-    model = build_model(config, dense.spec, layout=layout, groups=groups, rank=rank, cuda=False)
+    model = build_model(
+        config, dense.spec, layout=layout, groups=groups, rank=rank, engine=TORCH_ON_CPU
+    )
     for module in model.modules:
         for parameter in module.parameters():
             parameter.data.fill_(float("nan"))

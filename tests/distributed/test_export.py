@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from megatron_moe.checkpoint.export import export_checkpoint
 from megatron_moe.checkpoint.folder import newest, read_config
 from megatron_moe.config.run import RunConfig
+from megatron_moe.device.engine import TORCH_ON_CPU
 from megatron_moe.device.world import World
 from megatron_moe.errors import CheckpointError
 
@@ -85,8 +86,10 @@ def check_logits(world: World, config: RunConfig, checkpoint: Path, exported: Pa
 
     spec = read_spec(config.dense.path)
     layout, groups = create_groups(config.parallel, seed=0)
-    model = build_model(config, spec, layout=layout, groups=groups, rank=world.rank, cuda=False)
-    state = make_state(config, model, groups, cuda=False)
+    model = build_model(
+        config, spec, layout=layout, groups=groups, rank=world.rank, engine=TORCH_ON_CPU
+    )
+    state = make_state(config, model, groups, engine=TORCH_ON_CPU)
     plan = make_expert_plan(spec, config.moe, config.upcycle)
     set_output_scales(model.modules, plan)
     restore(state, checkpoint, config, groups, plan_hash=plan.hash)

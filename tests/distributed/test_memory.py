@@ -16,6 +16,7 @@ from transformers import LlamaConfig
 
 from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
+from megatron_moe.device.engine import TORCH_ON_CPU
 from megatron_moe.device.world import World
 from megatron_moe.hf.names import dense_tensors
 from megatron_moe.hf.spec import read_spec
@@ -88,8 +89,8 @@ def upcycle_only(world: World, config: RunConfig) -> None:
     config.run.dir.mkdir(parents=True, exist_ok=True)
     layout, groups = create_groups(config.parallel, seed=0)
     watch = Watch(world, hang_seconds=60, observe=unobserved)
-    job = Job(config, world, layout, groups, watch, Signals())
+    job = Job(config, world, TORCH_ON_CPU, layout, groups, watch, Signals())
     opened = open_dense_checkpoint(config.dense.path)
     plan = make_expert_plan(opened.spec, config.moe, config.upcycle)
     texts = open_texts(config, vocab_size=opened.spec.vocab_size)
-    upcycled_model(job, opened, plan, texts, cuda=False)
+    upcycled_model(job, opened, plan, texts)

@@ -13,6 +13,7 @@ from ranks import run_on_ranks
 from tiny import SHAPE, save_dense
 
 from megatron_moe.config.run import Data, Dense, Moe, Parallel, Run, RunConfig, Train, Upcycle
+from megatron_moe.device.engine import TORCH_ON_CPU
 from megatron_moe.device.world import World
 from megatron_moe.experts.plan import make_expert_plan
 from megatron_moe.hf.names import dense_tensors
@@ -116,7 +117,7 @@ def check_logits(world: World, config: RunConfig) -> None:
     plan = make_expert_plan(dense.spec, config.moe, config.upcycle)
     layout, groups = create_groups(config.parallel, seed=0)
     model = build_model(
-        config, dense.spec, layout=layout, groups=groups, rank=world.rank, cuda=False
+        config, dense.spec, layout=layout, groups=groups, rank=world.rank, engine=TORCH_ON_CPU
     )
     for module in model.modules:
         for parameter in module.parameters():

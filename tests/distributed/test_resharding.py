@@ -21,6 +21,7 @@ from megatron_moe.checkpoint.folder import read_progress, step_folder
 from megatron_moe.checkpoint.global_tensors import GlobalTensors
 from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
+from megatron_moe.device.engine import TORCH_ON_CPU
 from megatron_moe.device.world import World
 
 pytestmark = pytest.mark.distributed
@@ -125,10 +126,12 @@ def save_again(world: World, config: RunConfig, source: Path) -> None:
 
     found, groups = create_groups(config.parallel, seed=0)
     spec = read_spec(config.dense.path)
-    model = build_model(config, spec, layout=found, groups=groups, rank=world.rank, cuda=False)
+    model = build_model(
+        config, spec, layout=found, groups=groups, rank=world.rank, engine=TORCH_ON_CPU
+    )
     for parameter in model.modules[0].parameters():
         parameter.data.fill_(torch.nan)  # whatever is not restored tells
-    state = make_state(config, model, groups, cuda=False)
+    state = make_state(config, model, groups, engine=TORCH_ON_CPU)
     plan_hash = read_progress(source).plan_hash
     restore(state, source, config, groups, plan_hash=plan_hash)
     with Saver(config, plan_hash=plan_hash, say=lambda _: None) as saver:

@@ -19,10 +19,10 @@ from training_runs import tree, write_tokens
 
 from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
-from megatron_moe.device.stand_in import has_transformer_engine
+from megatron_moe.device.engine import TORCH_ON_CUDA, TRANSFORMER_ENGINE, installed_version
 from megatron_moe.device.world import World, run_local_ranks
 
-needs_engine = pytest.mark.skipif(not has_transformer_engine(), reason="needs Transformer Engine")
+needs_engine = pytest.mark.skipif(installed_version() is None, reason="needs Transformer Engine")
 TF32, BF16, FP8 = 2e-2, 5e-2, 0.2
 """Largest error over the largest value, after four layers (TF32, BF16) or one product (FP8: E4M3
 has 3 bits of mantissa)."""
@@ -58,10 +58,10 @@ def both_models(config: RunConfig) -> tuple[Any, Any]:
     plan = make_expert_plan(dense.spec, config.moe, config.upcycle)
     layout, groups = create_groups(config.parallel, seed=0)
     built = []
-    for cuda in (True, False):
-        model = build_model(config, dense.spec, layout=layout, groups=groups, rank=0, cuda=cuda)
+    for engine in (TRANSFORMER_ENGINE, TORCH_ON_CUDA):
+        model = build_model(config, dense.spec, layout=layout, groups=groups, rank=0, engine=engine)
         upcycle(model, dense, plan, layout=layout, rank=0)
-        built.append(model.modules[0].cuda())
+        built.append(model.modules[0])
     return built[0], built[1]
 
 

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from megatron_moe.config.run import Data, Dense, Moe, Parallel, Run, RunConfig, Train
+from megatron_moe.device.engine import TORCH_ON_CPU
 from megatron_moe.device.world import World
 from megatron_moe.hf.names import (
     GATE_ROLES,
@@ -205,7 +206,7 @@ def check_built_names(world: World, folder: Path, spec: DenseSpec) -> None:
         train=Train(steps=0, precision="fp32"),
     )
     layout, groups = create_groups(Parallel(), seed=0)
-    model = build_model(config, spec, layout=layout, groups=groups, rank=0, cuda=False)
+    model = build_model(config, spec, layout=layout, groups=groups, rank=0, engine=TORCH_ON_CPU)
     found = [match(name) for name, _ in model.modules[0].named_parameters()]
     assert all(found)
     places = [(f.row.role, f.layer, f.expert) for f in found if f]

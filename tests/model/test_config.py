@@ -1,15 +1,15 @@
 """Settings as Megatron-Core is told them, and kernels that are not there refused by name."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_moe.config.load import build
 from megatron_moe.config.run import Moe, RunConfig
+from megatron_moe.device.engine import TORCH_ON_CPU, TORCH_ON_CUDA, TRANSFORMER_ENGINE, Engine
 from megatron_moe.errors import ConfigError
 from megatron_moe.hf.spec import spec_from_config
-from megatron_moe.model import config as model_config
 from megatron_moe.model.config import check_dispatcher, transformer_settings
 
 SPEC = spec_from_config(
@@ -18,51 +18,70 @@ SPEC = spec_from_config(
 )  # fmt: skip
 
 
-def told(*, cuda: bool, **train: Any) -> dict[str, Any]:
+ENGINES = [TORCH_ON_CPU, TORCH_ON_CUDA, TRANSFORMER_ENGINE]
+
+
+def told(engine: Engine, **train: Any) -> dict[str, Any]:
     tree = {"run": {"dir": "run"}, "dense": {"path": "dense"}, "moe": {"num_moe_experts": 4},
             "data": {"path": "text"}, "train": {"steps": 1, **train}}  # fmt: skip
-    return transformer_settings(build(RunConfig, tree), SPEC, cuda=cuda)
+    return transformer_settings(build(RunConfig, tree), SPEC, engine=engine)
 
 
 @pytest.mark.parametrize("backend", ["deepep", "hybridep"])
 @pytest.mark.parametrize(
-    ("cuda", "missing"), [(False, "a CUDA device"), (True, "the package deep_ep")]
+    ("engine", "missing"),
+    [(TORCH_ON_CPU, "a CUDA device"), (TORCH_ON_CUDA, "the package deep_ep")],
 )
-def test_a_dispatcher_without_its_kernels_is_refused_by_name(backend, cuda: bool, missing: str):
+def test_a_dispatcher_without_its_kernels_is_refused_by_name(backend, engine, missing: str):
     moe = Moe(num_moe_experts=4, moe_token_dispatcher_type="flex",
               moe_flex_dispatcher_backend=backend)  # fmt: skip
     with pytest.raises(ConfigError, match=rf"{backend}\) needs {missing}") as caught:
-        check_dispatcher(moe, cuda=cuda)
+        check_dispatcher(moe, engine)
     assert "\n  set moe.moe_token_dispatcher_type=alltoall" in str(caught.value)
-    check_dispatcher(Moe(num_moe_experts=4), cuda=cuda)
+    check_dispatcher(Moe(num_moe_experts=4), engine)
 
 
-@pytest.mark.parametrize("cuda", [False, True])
 @pytest.mark.parametrize(
-    ("what", "granularity", "on_cpu", "on_cuda"),
+    ("what", "modules"),
     [
-        ("none", None, None, None),
-        ("selective", "selective", ["core_attn"], ["layernorm", "moe_act"]),
-        ("moe", "selective", ["moe"], ["layernorm", "moe"]),
-        ("full", "full", None, None),
+        ("none", [None, None, None]),
+        ("selective", [["core_attn"], ["layernorm"], ["layernorm", "moe_act"]]),
+        ("moe", [["moe"], ["layernorm", "moe"], ["layernorm", "moe"]]),
+        ("full", [None, None, None]),
     ],
 )
-def test_recompute_is_what_its_name_says(what, granularity, on_cpu, on_cuda, cuda: bool):
-    found = told(cuda=cuda, recompute=what)
-    assert found.get("recompute_granularity") == granularity
-    assert found.get("recompute_modules") == (on_cuda if cuda else on_cpu)
+def test_recomputed_modules_follow_the_engine(what: str, modules: list):
+    for engine, expected in zip(ENGINES, modules, strict=True):
+        settings = told(engine, recompute=what)
+        granularity = {"none": None, "moe": "selective"}.get(what, what)
+        assert settings.get("recompute_granularity") == granularity
+        assert settings.get("recompute_modules") == expected
 
 
-def test_fusion_needs_apex_and_the_setting(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(model_config, "find_spec", lambda name: Path(name))
-    assert told(cuda=True)["gradient_accumulation_fusion"]
-    assert not told(cuda=True, gradient_accumulation_fusion=False)["gradient_accumulation_fusion"]
-    assert not told(cuda=False)["gradient_accumulation_fusion"]
-    monkeypatch.setattr(model_config, "find_spec", lambda name: None)
-    assert not told(cuda=True)["gradient_accumulation_fusion"]
+FUSIONS_OF_TRANSFORMER_ENGINE = (
+    "apply_rope_fusion", "moe_grouped_gemm", "moe_permute_fusion", "moe_router_fusion",
+    "gradient_accumulation_fusion",
+)  # fmt: skip
 
 
-def test_tp_overlap_is_asked_for_on_cuda_alone():
-    assert told(cuda=True, tp_comm_overlap=True)["tp_comm_overlap"]
-    assert not told(cuda=True)["tp_comm_overlap"]
-    assert "tp_comm_overlap" not in told(cuda=False, tp_comm_overlap=True)
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: f"{engine.name}-{engine.device}")
+def test_fusions_are_those_the_engine_has(engine: Engine):
+    settings = told(engine)
+    for name in FUSIONS_OF_TRANSFORMER_ENGINE:
+        assert settings.get(name, False) == (not engine.is_torch), name
+    assert settings["use_cpu_initialization"] == (not engine.on_cuda)
+    assert settings["bias_activation_fusion"] == engine.on_cuda  # Megatron-Core compiles its own
+    if engine.is_torch:  # Megatron-Core refuses the others where they are not installed
+        TransformerConfig(**settings)
+
+
+def test_gradients_are_added_in_place_unless_the_setting_is_off():
+    off = told(TRANSFORMER_ENGINE, gradient_accumulation_fusion=False)
+    assert not off["gradient_accumulation_fusion"]
+
+
+def test_tp_overlap_is_a_setting_of_transformer_engine():
+    assert told(TRANSFORMER_ENGINE, tp_comm_overlap=True)["tp_comm_overlap"]
+    assert not told(TRANSFORMER_ENGINE)["tp_comm_overlap"]
+    for engine in (TORCH_ON_CPU, TORCH_ON_CUDA):
+        assert "tp_comm_overlap" not in told(engine, tp_comm_overlap=True)

@@ -13,6 +13,7 @@ from tiny import save_dense
 from torch import Tensor
 
 from megatron_moe.config.run import Data, Dense, Moe, Parallel, Run, RunConfig, Train
+from megatron_moe.device.engine import TORCH_ON_CPU
 from megatron_moe.device.world import World
 from megatron_moe.hf.spec import read_spec
 from megatron_moe.model.experts import LoopExperts, apply_experts
@@ -159,7 +160,7 @@ def check_against_megatron(world: World, folder: Path) -> None:
     )
     layout, groups = create_groups(Parallel(), seed=0)
     spec = read_spec(folder)
-    model = build_model(config, spec, layout=layout, groups=groups, rank=0, cuda=False)
+    model = build_model(config, spec, layout=layout, groups=groups, rank=0, engine=TORCH_ON_CPU)
     ours = model.modules[0].decoder.layers[0].mlp.experts
     assert type(ours) is LoopExperts
     for index, parameter in enumerate(ours.parameters()):

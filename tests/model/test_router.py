@@ -13,6 +13,7 @@ from ranks import run_on_ranks
 from torch import Tensor
 
 from megatron_moe.config.run import Data, Dense, Moe, Parallel, Run, RunConfig, Train
+from megatron_moe.device.engine import TORCH_ON_CPU
 from megatron_moe.device.world import World
 from megatron_moe.hf.spec import spec_from_config
 
@@ -52,7 +53,7 @@ def make_router(**moe: Any):
     _, groups = create_groups(Parallel(), seed=0)
     router = CountingRouter(
         capacity=capacity_of(config.moe),
-        config=transformer_config(config, SPEC, cuda=False),
+        config=transformer_config(config, SPEC, engine=TORCH_ON_CPU),
         pg_collection=groups,
     )
     router.weight.data.zero_()

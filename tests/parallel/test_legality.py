@@ -110,6 +110,10 @@ REFUSALS = [
     ("tp-overlap", {"train.tp_comm_overlap": True}, 1,
      "train.tp_comm_overlap (true) needs parallel.tensor_parallel_size (1) to be at least 2: there "
      "is no communication to overlap.\n  leave train.tp_comm_overlap unset"),
+    ("tp-overlap-engine", parallel(tp=3) | {"train.tp_comm_overlap": True, "run.engine": "torch",
+     "train.global_batch_size": 3}, 3,
+     "train.tp_comm_overlap (true) needs run.engine to be transformer_engine: only its linear "
+     "layers overlap communication with the products.\n  leave train.tp_comm_overlap unset"),
     ("sigmoid-order", {"moe.moe_router_score_function": "sigmoid",
      "moe.router_order": "softmax_topk"}, 1,
      "moe.router_order (softmax_topk) has no meaning with moe.moe_router_score_function (sigmoid): "
@@ -204,9 +208,9 @@ REFUSALS = [
      "train.global_batch_size * data.seq_length = 2304: weights move between steps.\n"
      "  smallest data.mixing.interval: 2304"),
     ("reset-attention", {"data.reset_attention": True, "train.micro_batch_size": 2}, 1,
-     "data.reset_attention (true) needs train.micro_batch_size (1), not (2), on CUDA: "
-     "Transformer Engine takes packed documents as one row.\n  raise the number of micro-batches "
-     "instead, or set run.device=cpu, where attention takes any"),
+     "data.reset_attention (true) with Transformer Engine needs train.micro_batch_size to be 1, "
+     "not (2): it takes packed documents as one row.\n"
+     "  set run.engine=torch, whose attention takes any, or use more micro-batches"),
     ("warmup", {"optimizer.warmup_steps": 10}, 1,
      "optimizer.warmup_steps (10) must be less than train.steps (10): otherwise the learning rate "
      "never reaches its peak.\n  largest optimizer.warmup_steps: 9"),

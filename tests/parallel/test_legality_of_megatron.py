@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
+from megatron_moe.device.engine import TORCH_ON_CPU
 from megatron_moe.hf.spec import spec_from_config
 from megatron_moe.parallel.legality import violations
 
@@ -106,7 +107,7 @@ def _refusal_of_megatron(config: RunConfig, world: int) -> str | None:
             with torch.device("meta"):
                 model = build_model(
                     config, spec_from_config(DENSE), layout=layout, groups=groups, rank=rank,
-                    cuda=False,
+                    engine=TORCH_ON_CPU,
                 )  # fmt: skip
             for stage in range(len(model.chunks)):  # our spec asks for layers by our own arithmetic
                 get_num_layers_to_build(model.transformer, stage, groups.pp.rank())

@@ -9,6 +9,7 @@ import itertools
 import pytest
 import torch.multiprocessing as mp
 
+from megatron_moe.device.engine import TORCH_ON_CPU
 from megatron_moe.hf.spec import spec_from_config
 from megatron_moe.plan.memory import model_state
 from megatron_moe.plan.shape import upcycled_shape
@@ -82,11 +83,11 @@ def _one_rank(config, world: int, rank: int) -> tuple[tuple[int, ...], tuple[int
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     spec = spec_from_config(DENSE)
     layout, groups = create_groups(config.parallel, seed=0)
-    model = build_model(config, spec, layout=layout, groups=groups, rank=rank, cuda=False)
+    model = build_model(config, spec, layout=layout, groups=groups, rank=rank, engine=TORCH_ON_CPU)
     for module in model.modules:
         for parameter in module.parameters():
             parameter.data.zero_()
-    measured = _measure(make_state(config, model, groups, cuda=False))
+    measured = _measure(make_state(config, model, groups, engine=TORCH_ON_CPU))
     attention, experts = layout.attention.coords(rank), layout.experts.coords(rank)
     state = model_state(
         upcycled_shape(spec, config.moe),

@@ -19,6 +19,7 @@ from training_runs import tree
 
 from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
+from megatron_moe.device.engine import TORCH_ON_CPU
 from megatron_moe.device.world import World
 from megatron_moe.plan.activations import kept_bytes, local_tokens
 from megatron_moe.plan.shape import MoeShape, upcycled_shape
@@ -98,7 +99,9 @@ def measure(world: World, config: RunConfig, spec: Any) -> int:
     from megatron_moe.parallel.groups import create_groups
 
     layout, groups = create_groups(config.parallel, seed=0)
-    model = build_model(config, spec, layout=layout, groups=groups, rank=world.rank, cuda=False)
+    model = build_model(
+        config, spec, layout=layout, groups=groups, rank=world.rank, engine=TORCH_ON_CPU
+    )
     (module,) = model.modules
     torch.manual_seed(0)
     for parameter in module.parameters():

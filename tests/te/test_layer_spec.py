@@ -22,6 +22,7 @@ from training_runs import tree
 from megatron_moe.checkpoint.boxes import placements
 from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
+from megatron_moe.device.engine import TORCH_ON_CPU, TRANSFORMER_ENGINE
 from megatron_moe.device.stand_in import META, standing_for
 from megatron_moe.experts.plan import make_expert_plan
 from megatron_moe.hf.names import match
@@ -102,10 +103,10 @@ def both(
     with standing_for(rank, world_size=world_size):
         layout, groups = create_groups(config.parallel, seed=0)
         built = []
-        for cuda in (True, False):
+        for engine in (TRANSFORMER_ENGINE, TORCH_ON_CPU):
             with META:
                 model = build_model(
-                    config, dense.spec, layout=layout, groups=groups, rank=rank, cuda=cuda
+                    config, dense.spec, layout=layout, groups=groups, rank=rank, engine=engine
                 )
             for module in model.modules:
                 assert {parameter.device for parameter in module.parameters()} == {META}
