@@ -27,7 +27,21 @@ TE_PACKAGES := transformer-engine==$(TE_VERSION) transformer-engine-cu13==$(TE_V
     nvdlfw-inspect==0.2.2 nvidia-cudnn-frontend==1.32.0 einops==0.8.2 ml_dtypes==0.6.0 \
     onnx==1.23.2 onnx-ir==1.1.0 onnxscript==0.7.2
 
-.PHONY: help install demo test test-te test-all golden check format clean chaos study bench
+# The oldest torch that is supported, over the packages of .venv. Everything else stays as it is.
+OLDEST_TORCH := torch==2.11.0 triton==3.6.0
+OLDEST_VENV := .venv-oldest
+OLDEST_PYTHON := $(OLDEST_VENV)/bin/python
+OLDEST_INSTALLED := $(OLDEST_VENV)/.installed
+
+# Lets an environment see the packages of .venv. CUDA's libraries are linked, since torch and
+# Transformer Engine look for them beside themselves.
+define SEE_PROJECT_PACKAGES
+packages='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+project=$$($(PYTHON) -c "$$packages"); own=$$($(1) -c "$$packages"); \
+echo "$$project" > "$$own/project.pth" && ln -s "$$project/nvidia" "$$own/nvidia"
+endef
+
+.PHONY: help install demo test test-te test-oldest test-all golden check format clean chaos study bench
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile | expand -t 16
@@ -44,6 +58,9 @@ test: $(INSTALLED) ## the tests, real weights included; under 15 minutes on 2 co
 
 test-all: $(INSTALLED) ## all tests, the slow ones too
 	@$(PYTHON) -m pytest -q $(SIDE_BY_SIDE)
+
+test-oldest: $(OLDEST_INSTALLED) ## the tests that need no package index, with the oldest supported torch
+	@$(OLDEST_PYTHON) -m pytest -q $(SIDE_BY_SIDE) -m '$(OFFLINE)'
 
 test-te: $(if $(TE_WHEEL),$(TE_INSTALLED)) ## build Transformer Engine's layers without a GPU; its wheel in TE_WHEELS=DIR
 ifeq ($(TE_WHEEL),)
@@ -77,7 +94,7 @@ format: $(INSTALLED) ## let ruff rewrite what it can
 	@$(PYTHON) -m ruff format .
 
 clean: ## remove .venv, caches and runs/, downloads included
-	rm -rf $(VENV) $(TE_VENV) runs build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TE_VENV) $(OLDEST_VENV) runs build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The interpreter: the first that is new enough and can make virtual environments. Names before uv,
@@ -106,13 +123,16 @@ $(INSTALLED): pyproject.toml constraints.txt | $(PYTHON)
 	@$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-# The packages of .venv are seen through a .pth file; nothing of them is installed again. Transformer
-# Engine looks for CUDA's libraries beside itself.
+$(OLDEST_INSTALLED): $(INSTALLED) Makefile
+	@echo "making $(OLDEST_VENV) with $(OLDEST_TORCH): about 2 GB, a minute"
+	@$(PYTHON) -m venv --without-pip --clear $(OLDEST_VENV)
+	@$(call SEE_PROJECT_PACKAGES,$(OLDEST_PYTHON))
+	@$(PIP) --python $(OLDEST_PYTHON) install --quiet --no-deps $(OLDEST_TORCH)
+	@touch $@
+
 $(TE_INSTALLED): $(INSTALLED) $(TE_WHEEL) Makefile
 	@echo "making $(TE_VENV) with Transformer Engine $(TE_VERSION): about 1 GB, some minutes"
 	@$(PYTHON) -m venv --without-pip --clear $(TE_VENV)
-	@packages='import sysconfig; print(sysconfig.get_path("purelib"))'; \
-	project=$$($(PYTHON) -c "$$packages"); own=$$($(TE_PYTHON) -c "$$packages"); \
-	echo "$$project" > "$$own/project.pth" && ln -s "$$project/nvidia" "$$own/nvidia"
+	@$(call SEE_PROJECT_PACKAGES,$(TE_PYTHON))
 	@$(PIP) --python $(TE_PYTHON) install --quiet --no-deps $(TE_PACKAGES) $(TE_WHEEL)
 	@touch $@

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from ortools.graph.python import min_cost_flow
 
 ITERATIONS = 20
 STEPS_OF_COST = 2**24
@@ -39,6 +38,8 @@ def balanced_kmeans(
 
 def assign(costs_XC: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
     """The cheapest assignment of X points to C clusters of X / C points, and what it costs."""
+    from ortools.graph.python import min_cost_flow  # only runs that cluster wait for it
+
     points, clusters = costs_XC.shape
     assert points % clusters == 0, (points, clusters)
     solver: Any = min_cost_flow.SimpleMinCostFlow()
