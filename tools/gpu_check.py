@@ -73,7 +73,8 @@ def run_checks(names: list[str], folder: Path, *, rehearse: bool) -> dict[str, A
     """Run the named checks one after the other; returns what the JSON file holds."""
     if unknown := [name for name in names if name not in CHECKS]:
         sys.exit(f"gpu_check: no such check: {', '.join(unknown)}; known: {', '.join(CHECKS)}")
-    record: dict[str, Any] = {"machine": describe_machine(folder, rehearse), "seconds": {}}
+    record: dict[str, Any] = {"machine": describe_machine(rehearse), "seconds": {}}
+    (folder / "machine.json").write_text(json.dumps(record["machine"]))
     print(" | ".join(f"{name} {value}" for name, value in record["machine"].items()))
     print_row(dict(zip(COLUMNS, COLUMNS, strict=True)))
     results = record["results"] = []
@@ -132,7 +133,7 @@ def run_child(name: str, session: Session) -> int:
     return 0
 
 
-def describe_machine(folder: Path, rehearse: bool) -> dict[str, Any]:
+def describe_machine(rehearse: bool) -> dict[str, Any]:
     """Return date, commit, device and versions, asked in a process that then ends."""
     code = "from gpu_checks.machine import describe; import json; print(json.dumps(describe()))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
