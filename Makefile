@@ -41,7 +41,7 @@ project=$$($(PYTHON) -c "$$packages"); own=$$($(1) -c "$$packages"); \
 echo "$$project" > "$$own/project.pth" && ln -s "$$project/nvidia" "$$own/nvidia"
 endef
 
-.PHONY: help install demo test test-te test-oldest test-all golden check format clean chaos study bench
+.PHONY: help install demo test test-gpu test-te test-oldest test-all golden check format clean chaos study bench
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile | expand -t 16
@@ -71,6 +71,9 @@ ifeq ($(TE_WHEEL),)
 else
 	@$(TE_PYTHON) -m pytest -q -m te tests/te
 endif
+
+test-gpu: $(INSTALLED) ## the tests that need a GPU; the others hide GPUs and run on the CPU
+	@MEGATRON_MOE_TEST_DEVICE=cuda $(PYTHON) -m pytest -q -m gpu tests/gpu
 
 golden: $(INSTALLED) ## write tests/golden/ anew: what Megatron-Core is told for each configs/h100
 	@$(PYTHON) tests/test_golden.py

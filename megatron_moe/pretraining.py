@@ -9,6 +9,7 @@ from megatron_moe.checkpoint.sharded import Saver
 from megatron_moe.data.feed import Feed, Seat
 from megatron_moe.data.mixing import moved, updates_due
 from megatron_moe.data.texts import Texts
+from megatron_moe.device.wait import waiter
 from megatron_moe.experts.plan import ExpertPlan
 from megatron_moe.job import Job
 from megatron_moe.log import StepProgress
@@ -56,6 +57,7 @@ def continue_pretraining(job: Job, state: TrainState, plan: ExpertPlan, feed: Fe
             state,
             steps=config.train.steps,
             take_step=partial(_take_step, job, state, feed, Judge(config.guard), saver),
+            wait=waiter(job.world.device),
             describe=partial(_describe, job, state, feed, peak),
             hooks=[
                 Hook(1, progress.show),

@@ -35,7 +35,7 @@ def on_ranks(
     from megatron_moe.device.world import resolve_device
 
     place = place_of(ranks)
-    device = resolve_device(config.run.device)
+    device = resolve_device(config.run.device, ranks=ranks or 1)
     choose = engine_here if place is not None else engine_before_forking
     engine = choose(config.run.engine, device)
     world_size = place.size if place is not None else ranks or 1
@@ -78,7 +78,7 @@ def joined_to(
     """Run a story at ``place`` of a launched job, or on ``ranks`` ranks that are started here."""
     from megatron_moe.device.world import joined, resolve_device, run_local_ranks
 
-    kind = resolve_device(device)
+    kind = resolve_device(device, ranks=ranks if place is None else 1)
     if place is None:
         if kind == "cpu":  # on CUDA an import might touch the GPU, which forked ranks could not
             _import_stories()

@@ -7,7 +7,6 @@ A step is what `train.train_step` does, batches included; validation, checkpoint
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -21,6 +20,7 @@ from megatron_moe.bench.record import PHASES, Capacity, Mfu, Phases, StepsRecord
 from megatron_moe.bench.surroundings import surroundings
 from megatron_moe.config.run import RunConfig
 from megatron_moe.device.engine import engine_of
+from megatron_moe.device.wait import waiter
 from megatron_moe.device.world import World
 from megatron_moe.model.capacity import capacity_of
 from megatron_moe.model.config import check_dispatcher
@@ -76,7 +76,7 @@ class Bench:
         self.flops_per_sequence = training_flops(forward)
         self.peak: Peak = device_peak(world.device, self.state.model.transformer.params_dtype)
         self._judge = Judge(config.guard)
-        self._stopwatch = Stopwatch(_waiter(world.device))
+        self._stopwatch = Stopwatch(waiter(world.device))
 
     @property
     def groups(self) -> ProcessGroupCollection:
@@ -85,7 +85,7 @@ class Bench:
 
     def timed_step(self) -> Numbers:
         """The numbers that a training step of the run would log."""
-        wait = _waiter(self.world.device)
+        wait = waiter(self.world.device)
         wait()
         start = time.perf_counter()
         batches = self._supply(self.state)
@@ -206,11 +206,3 @@ def _capacity(config: RunConfig, *, tokens: int, experts: int) -> Capacity | Non
             tokens, num_experts=experts, topk=config.moe.moe_router_topk
         ),
     )
-
-
-def _waiter(device: torch.device) -> Callable[[], object]:
-    return torch.cuda.synchronize if device.type == "cuda" else _nothing
-
-
-def _nothing() -> None:
-    """A CPU has done what it was told when the call returns."""

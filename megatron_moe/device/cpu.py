@@ -2,7 +2,8 @@
 
 Not a mock: model, schedules, dispatcher, optimizer and checkpoints are Megatron-Core's own and
 compute for real, on CPU tensors over gloo. Only the names that cannot work here are replaced,
-once, before Megatron-Core is first imported, and never on a machine that runs on CUDA::
+once, before Megatron-Core is first imported, and never in a process that runs on CUDA. GPUs of the
+machine are hidden::
 
     torch.cuda.current_device() and "cuda" literals      the CPU
     streams and events                                   objects that wait for nothing
@@ -42,6 +43,8 @@ def install() -> None:
         return
     _installed = True
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron-Core asserts it for tp
+    # Hide GPUs, in child processes too: what torch asks below its Python names is not replaced.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     _replace_cuda_queries()
     _replace_cuda_literals()
     _replace_collectives()

@@ -36,4 +36,5 @@ def reset_peak() -> None:
 
 
 def _on_cuda() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_initialized()
+    # Whether CUDA is available is asked second: the question alone may initialize the driver.
+    return torch.cuda.is_initialized() and torch.cuda.is_available()

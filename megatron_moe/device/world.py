@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,10 +23,13 @@ from urllib.parse import urlsplit
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed import distributed_c10d
 
 from megatron_moe import errors
 from megatron_moe.device import cpu
+from megatron_moe.device.gpus import claim_gpu, gpu_of, visible_gpus
 from megatron_moe.errors import ConfigError, UserError
+from megatron_moe.log import console
 
 TIMEOUT = timedelta(hours=2)
 """How long a collective waits; the watch (guard.hang_seconds) speaks long before."""
@@ -76,19 +80,36 @@ class Place:
         return url.hostname or os.environ["MASTER_ADDR"]
 
 
-def resolve_device(wanted: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:
-    """The device that the run will use.
+def resolve_device(
+    wanted: Literal["auto", "cpu", "cuda"], *, ranks: int = 1
+) -> Literal["cpu", "cuda"]:
+    """Return the device that the run will use.
+
+    Args:
+        wanted: The setting. ``auto`` takes the CPU, and says so, where ranks outnumber GPUs.
+        ranks: Ranks that this process will start on this machine; 1 where a launcher starts them.
 
     Raises:
-        ConfigError: CUDA is wanted and not there.
+        ConfigError: CUDA is wanted, and there is none, or not a GPU for each rank.
     """
-    there = torch.cuda.is_available()
-    if wanted == "cuda" and not there:
+    if wanted == "cpu":
+        return "cpu"
+    gpus = visible_gpus()
+    if gpus >= ranks:
+        return "cuda"
+    if wanted == "cuda" and not gpus:
         raise ConfigError(
             "run.device (cuda) needs a CUDA device, and torch sees none.\n"
             "  set run.device=cpu to run the same training on CPU and gloo"
         )
-    return "cuda" if wanted != "cpu" and there else "cpu"
+    if wanted == "cuda":
+        raise ConfigError(
+            f"run.device (cuda) needs a GPU for every rank: torch sees {gpus} for --ranks {ranks}."
+            f"\n  set --ranks {gpus}, or run.device=cpu to run the same training on CPU and gloo"
+        )
+    if gpus:
+        console.print(f"run.device (auto) takes the CPU: {ranks} ranks do not fit on {gpus} GPU(s)")
+    return "cpu"
 
 
 def place_from_environment() -> Place | None:
@@ -118,8 +139,7 @@ def joined(
 ) -> Iterator[World]:
     """Join the job at ``place`` for the length of a ``with`` block."""
     if device == "cuda":
-        torch.cuda.set_device(place.local_rank)
-        where = torch.device("cuda", place.local_rank)
+        where = _take_gpu(place)
     else:
         cpu.install()
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_size))
@@ -130,12 +150,27 @@ def joined(
         rank=place.rank,
         world_size=place.size,
         timeout=TIMEOUT,
-        device_id=where if device == "cuda" else None,
+        # No device_id: with one, torch makes every subgroup's communicator at once (hundreds of
+        # splits of the world), and all unbatched sends and receives of a pipeline group take turns
+        # on one communicator. Without, each pair of stages gets its own at its first transfer.
     )
+    if device == "cuda":
+        # torch asks for the device_id that is left out on purpose; the current device is right.
+        warnings.filterwarnings("ignore", r"barrier\(\): using the device under current context")
     try:
+        if device == "cuda":
+            uuid = str(torch.cuda.get_device_properties(where).uuid)
+            claim_gpu(distributed_c10d._get_default_store(), rank=place.rank, uuid=uuid)
         yield World(place.rank, place.size, place.local_rank, where, place.address, reports)
     finally:
         dist.destroy_process_group()
+
+
+def _take_gpu(place: Place) -> torch.device:
+    """Make this rank's GPU the current device, before a communicator or an allocation needs one."""
+    index = gpu_of(place.local_rank, gpus=torch.cuda.device_count())
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def run_local_ranks(

@@ -3,7 +3,7 @@
 Shape letters of this module:
 
     T  tokens sent to this rank's experts, in the order of the experts
-    R  rows of one expert's products: its tokens, rounded up in bf16
+    R  rows of one expert's products: its tokens, rounded up in bf16 on a CPU
     D  hidden_size              M  neurons of one expert on this etp rank
 """
 
@@ -97,15 +97,16 @@ class _Run:
             all_TD[self.start : self.start + self.count] = (left @ right)[: self.count]
 
 
-def _runs(counts: Sequence[int], dtype: torch.dtype) -> Iterator[_Run]:
+def _runs(counts: Sequence[int], x_TD: Tensor) -> Iterator[_Run]:
     """Each expert's run of tokens.
 
     oneDNN, which multiplies bf16 on CPU, compiles a kernel for every shape it has not seen, and
     counts of tokens are new in every step: that took four times as long as the products. So bf16
     rows come in at most 8 sizes between two powers of two (docs/performance.md).
     """
+    rounded = x_TD.dtype == torch.bfloat16 and not x_TD.is_cuda
     for start, count in zip(accumulate(counts, initial=0), counts, strict=False):
-        step = max(32, 1 << (count - 1).bit_length() >> 4) if dtype == torch.bfloat16 else 1
+        step = max(32, 1 << (count - 1).bit_length() >> 4) if rounded else 1
         yield _Run(start, count, rows=-(-count // step) * step)
 
 
@@ -120,7 +121,7 @@ class _Experts(torch.autograd.Function):
     def forward(
         ctx: Any, x_TD: Tensor, prob_T: Tensor, counts: Sequence[int], *weights: Tensor
     ) -> Tensor:
-        ctx.runs = list(_runs(counts, x_TD.dtype))
+        ctx.runs = list(_runs(counts, x_TD))
         ctx.weights = weights[: len(counts)], weights[len(counts) :]  # not saved: see _weight_grad
         out_TD, kept = torch.empty_like(x_TD), []
         for run, fc1_2MD, fc2_DM in zip(ctx.runs, *ctx.weights, strict=True):

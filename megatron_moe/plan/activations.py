@@ -1,7 +1,8 @@
 """Bytes a rank keeps for the backward pass, tensor by tensor, and how many micro-batches keep them.
 
 What autograd saves in Megatron-Core 0.19 with Transformer Engine's or flash attention: no scores.
-Activations between tp regions are split along the sequence (sequence parallelism).
+The torch engine keeps a few tensors more and one less. Activations between tp regions are split
+along the sequence (sequence parallelism).
 """
 
 from __future__ import annotations
@@ -60,6 +61,8 @@ def saved_tensors(
         "ffn_norm_input": stream,
         "ffn_norm_output": stream,
     }
+    if work.engine == "torch":
+        saved |= _rotary_tensors(shape, work, degrees)
     if not routes:
         hidden = heads * shape.ffn_hidden_size * value
         return saved | {"ffn_hidden": 2 * hidden, "ffn_activation": hidden}
@@ -71,9 +74,26 @@ def saved_tensors(
         # Rows, and the probability each is weighted with.
         "expert_input": tokens.expert_rows * (shape.hidden_size * value + 4),
         "expert_hidden": 2 * neurons,
-        "expert_activation": neurons,
+        # The torch engine's experts form it again in the backward pass.
+        "expert_activation": neurons if work.engine == "transformer_engine" else 0.0,
         "shared_hidden": 2 * shared,
         "shared_activation": shared,
+    }
+
+
+def _rotary_tensors(shape: MoeShape, work: Workload, degrees: Degrees) -> dict[str, float]:
+    """Return what unfused rotary embedding keeps: its results beside its inputs, and its tables.
+
+    Under cp, keys and values of all cp ranks are kept in place of this rank's.
+    """
+    tokens, value = local_tokens(shape, work, degrees), work.bytes_per_value
+    heads = tokens.gathered / degrees.tp
+    query, pair = heads * shape.query_width * value, heads * 2 * shape.kv_width * value
+    positions = tokens.gathered / work.micro_batch_size
+    return {
+        "rotated": query + pair / 2 if degrees.cp == 1 else pair * (degrees.cp - 1),
+        # Cosines and sines, for queries and for keys.
+        "rotary_tables": 4 * positions * shape.kv_channels * value,
     }
 
 

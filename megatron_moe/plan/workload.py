@@ -81,6 +81,8 @@ class Workload:
     """Load of the busiest expert rank over the mean, before anything is dropped."""
     recompute: Recompute = "none"
     precision: Literal["fp32", "bf16"] = "bf16"
+    engine: Literal["torch", "transformer_engine"] = "transformer_engine"
+    """Implementation of the layers: torch's operations keep other tensors for the backward pass."""
 
     @property
     def bytes_per_value(self) -> int:
@@ -115,6 +117,16 @@ def degrees_of(config: RunConfig, *, gpus: int) -> Degrees:
     )
 
 
+def engine_assumed(config: RunConfig) -> Literal["torch", "transformer_engine"]:
+    """Return the engine a plan counts with; ``auto`` means Transformer Engine, except on a CPU.
+
+    A plan is made for other machines, so what is installed here does not matter.
+    """
+    if config.run.engine == "torch" or config.run.device == "cpu":
+        return "torch"
+    return "transformer_engine"
+
+
 def workload_of(config: RunConfig) -> Workload:
     """The step that a configuration asks for."""
     return Workload(
@@ -125,4 +137,5 @@ def workload_of(config: RunConfig) -> Workload:
         pad_to_capacity=config.moe.moe_pad_expert_input_to_capacity,
         recompute=config.train.recompute,
         precision=config.train.precision,
+        engine=engine_assumed(config),
     )

@@ -124,8 +124,10 @@ def _not_finite(steps: list[int], loss: float, grad_norm: float) -> str:
 def stage_table(seconds: dict[str, float], cpu_seconds: float) -> str:
     """Seconds of every rank in each stage of the last step, one line a rank; all ranks call it.
 
-    A rank that waits for others spends wall time and no CPU time, so on CPU the straggler is the
-    rank with the most CPU seconds, which the last line names.
+    Seconds are the device's: of the wall clock on CPU, between events of the stream on CUDA
+    (device/wait.py). A rank that waits for others spends wall time and no CPU time, so on CPU the
+    straggler is the rank with the most CPU seconds, which the last line names. On CUDA that line
+    names the rank whose host works most, and says nothing about its GPU.
     """
     mine: dict[str, Any] = {"host": socket.gethostname(), "cpu": cpu_seconds, **seconds}
     every: list[Any] = [None] * dist.get_world_size()
@@ -152,7 +154,7 @@ class Boundary:
         """Whether any rank was told to save and end; and, where asked, a table of the last step."""
         self.stopped, report = self._signals.agree()
         if report:
-            self._say(stage_table(self._watch.seconds, time.process_time() - self._cpu_start))
+            self._say(stage_table(self._watch.seconds(), time.process_time() - self._cpu_start))
         self._watch.reset_seconds()
         self._cpu_start = time.process_time()
         return self.stopped

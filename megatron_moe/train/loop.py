@@ -28,6 +28,7 @@ def run_loop(
     *,
     steps: int,
     take_step: Callable[[], StepResult],
+    wait: Callable[[], object],
     describe: Callable[[StepResult, float], Numbers],
     hooks: Sequence[Hook],
     keeps: Callable[[StepResult], bool],
@@ -39,6 +40,9 @@ def run_loop(
         state: Where training is; ``take_step`` advances it.
         steps: Steps of the whole run, those before a resume included.
         take_step: One optimizer step.
+        wait: Returns once the device has done that step. Without it, the time of the update would
+            belong to no step: on CUDA the call returns while kernels still run. It adds no wait of
+            its own, since the numbers that follow are read from the device anyway.
         describe: The step's numbers, from its result and its seconds.
         hooks: Called in this order with the step's numbers, to which they may add.
         keeps: Whether the step happened; where it says no, it has set ``state`` back.
@@ -48,6 +52,7 @@ def run_loop(
     while state.step < steps and not stopped:
         start = time.perf_counter()
         result = take_step()
+        wait()
         if not keeps(result):
             continue
         numbers = describe(result, time.perf_counter() - start)

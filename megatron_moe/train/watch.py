@@ -22,6 +22,7 @@ from typing import Any, Self
 
 import torch.distributed as dist
 
+from megatron_moe.device.wait import StageClock
 from megatron_moe.device.world import World
 from megatron_moe.errors import JobError, UserError
 from megatron_moe.train.monitor import TICK_SECONDS, Monitor
@@ -58,26 +59,25 @@ class Watch:
         self._rank_0 = Report(rank=0, step=0, stage="load")
         self._verdict: str | None = None
         self._judged = threading.Event()
-        self._entered = time.perf_counter()
+        self._clock = StageClock(world.device)
+        self._clock.start("load")
         self.step = 0
         """The step that is being taken, counted from 1; 0 before the first."""
-        self.seconds: dict[str, float] = {}
-        """Time of this rank in each stage, since `reset_seconds`."""
 
     def at(self, stage: str) -> None:
         """This rank enters ``stage`` of `step`."""
-        now = time.perf_counter()
-        spent = self.seconds.get(self._report.stage, 0.0) + now - self._entered
-        self.seconds[self._report.stage] = spent
-        self._entered = now
+        self._clock.enter(stage)
         self._report = Report(self._world.rank, self.step, stage, self._report.moves + 1)
         self._moved.set()
         self._observe(stage, self.step)
 
+    def seconds(self) -> dict[str, float]:
+        """Return the time of this rank in each stage, on its device, since `reset_seconds`."""
+        return self._clock.seconds()
+
     def reset_seconds(self) -> None:
         """Count the time in stages from here on."""
-        self.seconds = {}
-        self._entered = time.perf_counter()
+        self._clock.start(self._report.stage)
 
     def __enter__(self) -> Self:
         self._monitor, address, self._token = self._meet()

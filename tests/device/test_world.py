@@ -1,8 +1,11 @@
 """Where a process stands, and what becomes of local ranks that fail."""
 
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -60,6 +63,13 @@ def test_the_environment_says_where_a_process_stands(environment, variables, pla
     assert place_from_environment() == place
 
 
+def test_the_cpu_hides_gpus_from_this_process_and_its_children():
+    """So the suite, the demo and device=cpu do the same on a machine with GPUs as without."""
+    asked = "import torch; print(torch.cuda.device_count())"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    assert subprocess.check_output([sys.executable, "-c", asked], text=True).strip() == "0"
+
+
 def test_cuda_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert resolve_device("auto") == "cpu"
@@ -71,6 +81,25 @@ def test_cuda_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch):
 def test_cuda_is_taken_where_it_is(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert [resolve_device(wanted) for wanted in ("auto", "cuda", "cpu")] == ["cuda", "cuda", "cpu"]
+
+
+def test_ranks_do_not_share_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert resolve_device("auto", ranks=2) == "cuda"
+    assert capsys.readouterr().out == ""
+    assert resolve_device("auto", ranks=4) == "cpu"
+    said = "run.device (auto) takes the CPU: 4 ranks do not fit on 2 GPU(s)\n"
+    assert capsys.readouterr().out == said
+    with pytest.raises(ConfigError) as caught:
+        resolve_device("cuda", ranks=4)
+    assert str(caught.value) == (
+        "run.device (cuda) needs a GPU for every rank: torch sees 2 for --ranks 4.\n"
+        "  set --ranks 2, or run.device=cpu to run the same training on CPU and gloo"
+    )
+    assert resolve_device("cpu", ranks=4) == "cpu"
 
 
 @pytest.mark.distributed
@@ -128,3 +157,36 @@ def test_a_rank_that_fails_ends_the_others(
     sleeper = int((tmp_path / "0").read_text())
     with pytest.raises(ProcessLookupError):
         os.kill(sleeper, 0)
+
+
+class Joining:
+    """Stands in for CUDA and torch.distributed while `joined` is entered; notes what it calls."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[tuple[str, object]] = []
+        monkeypatch.setattr(
+            torch.cuda, "set_device", lambda index: self.calls.append(("set_device", index))
+        )
+        monkeypatch.setattr(
+            dist, "init_process_group", lambda *args, **kwargs: self.calls.append(("init", kwargs))
+        )
+        monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+        store = dist.HashStore()
+        monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=device)
+        )
+
+
+def test_a_gpu_is_current_before_the_job_is_joined_and_not_bound_to_it(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """A device_id would make communicators eagerly and let unbatched transfers take turns."""
+    joining = Joining(monkeypatch)
+    with world_module.joined(Place(5, 16, 1, 4, "tcp://node0:1"), "cuda") as world:
+        assert world.device == torch.device("cuda", 1)
+    (first, index), (second, kwargs) = joining.calls
+    assert (first, index, second) == ("set_device", 1, "init")
+    assert isinstance(kwargs, dict)
+    assert kwargs.get("device_id") is None

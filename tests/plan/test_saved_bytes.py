@@ -1,8 +1,8 @@
 """Bytes kept for the backward pass: the planner's count against what autograd saves on real ranks.
 
-The planner counts Megatron-Core with Transformer Engine's fused kernels. torch's own operations
-keep more, and each of these tensors is listed here: with them the count must meet what the hooks of
-autograd see over all layers, within 5% (what is left are indices and statistics of a few bytes a
+The planner counts the layers of the engine, here torch's. On a CPU a few of their operations are
+not fused and keep more; these tensors are listed here. With them the count must meet what the hooks
+of autograd see over all layers, within 5% (what is left are indices and statistics of a few bytes a
 token).
 """
 
@@ -65,26 +65,17 @@ def check(world: World, config: RunConfig) -> None:
 
 
 def unfused_bytes(shape: MoeShape, work: Workload, degrees: Degrees, *, routes: bool) -> float:
-    """What torch's operations keep beyond fused ones, in one layer."""
+    """Return what unfused operations on a CPU keep besides, in one layer."""
     tokens, value = local_tokens(shape, work, degrees), work.bytes_per_value
     if work.recompute == "full":  # the angles, of which both layers keep the same
         return tokens.gathered / work.micro_batch_size * shape.kv_channels * 4 / 2
     heads = tokens.gathered / degrees.tp
-    query, pair = heads * shape.query_width * value, heads * 2 * shape.kv_width * value
-    # Beside what the product gave: rotated queries and keys. Under cp: keys and values of all cp
-    # ranks, and of the product nothing.
-    attention = query + pair / 2 if degrees.cp == 1 else pair * (degrees.cp - 1)
-    tables = 4 * tokens.gathered / work.micro_batch_size * shape.kv_channels * value
-    found = attention + tables  # cosines and sines, for queries and for keys
-    if not routes:
-        hidden = tokens.gathered / degrees.tp * shape.ffn_hidden_size * value
-        found += 2 * hidden  # silu(gate), and gate and up once more, each apart
-    elif work.recompute == "none":
-        neurons = tokens.expert_rows * shape.moe_ffn_hidden_size / degrees.etp * value
-        found -= neurons  # what goes into the last product is formed again
+    extra = 0.0
+    if not routes:  # silu(gate), and gate and up once more, each apart
+        extra += 2 * heads * shape.ffn_hidden_size * value
     if work.recompute == "moe":  # on CPU norms are not recomputed
-        found += stream_bytes(shape, work, degrees)
-    return found
+        extra += stream_bytes(shape, work, degrees)
+    return extra
 
 
 def stream_bytes(shape: MoeShape, work: Workload, degrees: Degrees) -> float:
