@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gpu_checks.session import Session
 
 from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
+from megatron_moe.device.engine import Engine, engine_before_forking
 from megatron_moe.hf.spec import read_spec
 from megatron_moe.parallel.legality import check
+from megatron_moe.start import resolved
 
 ROOT = Path(__file__).parents[2]
 LLAMA_1B = {
@@ -83,7 +86,7 @@ def shape_config(session: Session, folder: str, /, **changes: dict[str, Any]) ->
         "dense": {"path": str(dense)},
         "moe": {"num_moe_experts": 4},
         "data": {"path": "none", "seq_length": session.size(4096, 64)},
-        "train": {"steps": 1000, "global_batch_size": 4, "precision": "bf16"},
+        "train": {"steps": 1000, "global_batch_size": session.size(8, 2), "precision": "bf16"},
         "optimizer": {"warmup_steps": 1},
         "upcycle": {"verify": "never"},
         "log": {"tensorboard": False},
@@ -102,12 +105,19 @@ def merged(
 
 
 def legal(settings: dict[str, Any]) -> RunConfig:
-    """Return the configuration of one rank, and create its folder.
+    """Return the configuration of one rank with its engine chosen, and create its folder.
 
     Raises:
         ConfigError: A rule is violated.
     """
     config = build(RunConfig, settings)
+    config = resolved(config, _engine(config.run.device))
     check(config, read_spec(config.dense.path), 1)
     config.run.dir.mkdir(parents=True, exist_ok=True)
     return config
+
+
+@cache
+def _engine(device: Literal["cpu", "cuda"]) -> Engine:
+    """Return the layers that run.engine auto means here: looking may take another process."""
+    return engine_before_forking("auto", device)

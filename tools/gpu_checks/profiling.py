@@ -34,8 +34,11 @@ TOP_KERNELS = 12
 
 
 def profile_step(session: Session) -> None:
-    """Profile a step of the Llama-3.2-1B shape with four experts, balanced."""
-    config = shape_config(session, "profile", train={"global_batch_size": session.size(4, 2)})
+    """Profile a step of half of Llama-3.2-1B's layers with four experts, balanced."""
+    config = shape_config(
+        session, "profile", shape={"layers": session.size(8, 2)},
+        train={"global_batch_size": session.size(4, 2)},
+    )  # fmt: skip
     session.on_rank(partial(_profile, session, config))
 
 
