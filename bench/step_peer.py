@@ -84,21 +84,8 @@ def mixtral(case: Case, dense: Path, folder: Path) -> MixtralForCausalLM:
     spec = read_spec(dense)
     with no_init_weights():
         model = MixtralForCausalLM(
-            MixtralConfig(
-                vocab_size=spec.vocab_size,
-                hidden_size=spec.hidden_size,
-                intermediate_size=spec.ffn_hidden_size,
-                num_hidden_layers=spec.num_layers,
-                num_attention_heads=spec.num_attention_heads,
-                num_key_value_heads=spec.num_query_groups,
-                head_dim=spec.kv_channels,
-                max_position_embeddings=case.seq_length,
-                rms_norm_eps=spec.layernorm_epsilon,
-                rope_parameters={"rope_type": "default", "rope_theta": spec.rotary_base},
-                tie_word_embeddings=spec.tied_embeddings,
-                num_local_experts=case.experts,
-                num_experts_per_tok=case.topk,
-                attn_implementation="sdpa",
+            mixtral_config(
+                spec, experts=case.experts, topk=case.topk, seq_length=case.seq_length
             )
         )
     model.tie_weights()
@@ -108,6 +95,26 @@ def mixtral(case: Case, dense: Path, folder: Path) -> MixtralForCausalLM:
     plan = make_expert_plan(spec, config.moe, config.upcycle)
     _fill(model, load_file(dense / "model.safetensors"), spec, plan)
     return model
+
+
+def mixtral_config(spec: DenseSpec, *, experts: int, topk: int, seq_length: int) -> MixtralConfig:
+    """Return the configuration of the Mixtral that a dense model is upcycled to."""
+    return MixtralConfig(
+        vocab_size=spec.vocab_size,
+        hidden_size=spec.hidden_size,
+        intermediate_size=spec.ffn_hidden_size,
+        num_hidden_layers=spec.num_layers,
+        num_attention_heads=spec.num_attention_heads,
+        num_key_value_heads=spec.num_query_groups,
+        head_dim=spec.kv_channels,
+        max_position_embeddings=seq_length,
+        rms_norm_eps=spec.layernorm_epsilon,
+        rope_parameters={"rope_type": "default", "rope_theta": spec.rotary_base},
+        tie_word_embeddings=spec.tied_embeddings,
+        num_local_experts=experts,
+        num_experts_per_tok=topk,
+        attn_implementation="sdpa",
+    )
 
 
 @torch.no_grad()

@@ -66,7 +66,7 @@ def make_timed_state(
     else:
         _fill_from_checkpoint(model, config, layout, world.rank)
     if balanced:
-        _force_balance(model)
+        force_balance(model)
     return make_state(config, model, groups, engine=engine)
 
 
@@ -93,8 +93,8 @@ def _fill_at_random(model: Model) -> None:
             parameter.normal_(0.0, model.spec.initializer_range, generator=generator)
 
 
-def _force_balance(model: Model) -> None:
-    """Megatron-Core's switch for benchmarks: logits are drawn anew for every token."""
+def force_balance(model: Model) -> None:
+    """Turn on Megatron-Core's switch for benchmarks: each token's logits are drawn at random."""
     for chunk in model.chunks:
         for router in chunk.module.modules():
             if isinstance(router, CountingRouter):

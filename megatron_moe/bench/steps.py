@@ -117,6 +117,10 @@ class Bench:
         dist.all_reduce(mine)
         return dict(zip(PHASES, (mine / self.world.size).tolist(), strict=True))
 
+    def step(self) -> StepResult:
+        """Train on the next batches, without waiting for the device."""
+        return self._step(self._supply(self.state))
+
     def _step(self, batches: list[Any]) -> StepResult:
         return train_step(
             self.state, batches, self.config, self._groups, judge=self._judge, at=lambda _: None

@@ -27,14 +27,14 @@ def surroundings(device: torch.device) -> Surroundings:
     """This process's, and how many ranks and hosts there are; all ranks call it."""
     hosts: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(hosts, socket.gethostname())
-    name, memory_bytes = _device(device)
-    commit, changed = _commit(Path(__file__).parent)
+    name, memory_bytes = device_of(device)
+    commit, changed = commit_of(Path(__file__).parent)
     return Surroundings(
         time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         command=sys.argv,
         commit=commit,
         uncommitted_changes=changed,
-        versions=_versions(),
+        versions=versions(),
         device=name,
         device_memory_gib=round(memory_bytes / GIB, 1),
         ranks=dist.get_world_size(),
@@ -43,7 +43,8 @@ def surroundings(device: torch.device) -> Surroundings:
     )
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that a figure depends on."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
     for package in PACKAGES:
         try:
@@ -56,7 +57,8 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _device(device: torch.device) -> tuple[str, int]:
+def device_of(device: torch.device) -> tuple[str, int]:
+    """Return the device's name and the bytes of its memory."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return properties.name, properties.total_memory
@@ -64,8 +66,8 @@ def _device(device: torch.device) -> tuple[str, int]:
     return f"CPU, {os.cpu_count()} cores ({name})", psutil.virtual_memory().total
 
 
-def _commit(folder: Path) -> tuple[str | None, bool | None]:
-    """Commit of the working tree around ``folder``, and whether tracked files differ from it."""
+def commit_of(folder: Path) -> tuple[str | None, bool | None]:
+    """Return the commit of the working tree around ``folder``, and whether tracked files changed."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(

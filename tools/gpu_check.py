@@ -1,0 +1,170 @@
+#!/usr/bin/env python3
+"""Check a GPU machine in under eight minutes: does everything work there, and how fast?
+
+    python tools/gpu_check.py                          all checks on the first GPU
+    python tools/gpu_check.py experts attention        some of them
+    python tools/gpu_check.py --rehearse               the same code, small, on a CPU
+    python tools/gpu_check.py --wheels                 what a machine with torch and transformers lacks
+
+Each check runs in a child process with a time limit. Results are kept as they come, so a check that
+hangs or dies costs its own time and nothing else. Needs no installation: run it in the root of the
+repository, with the missing wheels in PYTHONPATH (docs/gpu.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+
+from gpu_checks.session import Session  # noqa: E402
+from gpu_checks.table import CHECKS, PREPARE, Check  # noqa: E402
+
+COLUMNS = ("check", "what", "expected", "measured", "verdict")
+REHEARSAL_PATIENCE = 5
+"""Factor on time limits in a rehearsal: a CPU that others use too may take long."""
+LAST_LINES = 12
+"""Lines of a failed child's output that are kept."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the checks; returns 1 if one failed, 0 otherwise (a missed target is no failure)."""
+    args = _parser().parse_args(arguments)
+    if args.wheels:
+        from gpu_checks.wheels import missing_wheels
+
+        print("\n".join(missing_wheels()))
+        return 0
+    if args.child:
+        return run_child(args.child, Session(args.child, args.folder, args.rehearse))
+    with tempfile.TemporaryDirectory(prefix="gpu-check-") as name:
+        record = run_checks(args.checks or list(CHECKS), Path(name), rehearse=args.rehearse)
+    print_targets(record["results"])
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        print(f"\nall numbers: {args.json}")
+    return int(any(line["verdict"] == "FAIL" for line in record["results"]))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("checks", nargs="*", metavar="CHECK", help=f"of: {', '.join(CHECKS)}")
+    parser.add_argument("--rehearse", action="store_true", help="run small, on the CPU")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write every number to this file")
+    parser.add_argument("--wheels", action="store_true", help="list wheels to bring, and stop")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    return parser
+
+
+def run_checks(names: list[str], folder: Path, *, rehearse: bool) -> dict[str, Any]:
+    """Run the named checks one after the other; returns what the JSON file holds."""
+    if unknown := [name for name in names if name not in CHECKS]:
+        sys.exit(f"gpu_check: no such check: {', '.join(unknown)}; known: {', '.join(CHECKS)}")
+    record: dict[str, Any] = {"machine": describe_machine(rehearse), "seconds": {}}
+    (folder / "machine.json").write_text(json.dumps(record["machine"]))
+    print(" | ".join(f"{name} {value}" for name, value in record["machine"].items()))
+    print_row(dict(zip(COLUMNS, COLUMNS, strict=True)))
+    results = record["results"] = []
+    for check in (PREPARE, *(CHECKS[name] for name in names)):
+        start = time.monotonic()
+        lines = run_check(check, folder, rehearse=rehearse)
+        record["seconds"][check.name] = round(time.monotonic() - start, 1)
+        for line in lines:
+            print_row(line)
+        results += lines
+    print(f"{sum(record['seconds'].values()):.0f} s: {record['seconds']}")
+    return record
+
+
+def run_check(check: Check, folder: Path, *, rehearse: bool) -> list[dict[str, Any]]:
+    """Run one check in a child; returns its results, and one more if the child failed."""
+    output, limit = folder / f"{check.name}.log", check.limit * (REHEARSAL_PATIENCE if rehearse else 1)
+    options = ["--rehearse"] if rehearse else []
+    with output.open("wb") as log:
+        child = subprocess.Popen(
+            [sys.executable, __file__, "--child", check.name, "--folder", str(folder), *options],
+            stdout=log, stderr=subprocess.STDOUT, start_new_session=True, cwd=ROOT,
+        )  # fmt: skip
+        try:
+            status = child.wait(timeout=limit)
+            problem = f"the check ended with status {status}" if status else ""
+        except subprocess.TimeoutExpired:
+            problem = f"not done after {limit} s"
+        finally:
+            _kill_group(child)
+    results = Session(check.name, folder, rehearse).results
+    lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    if problem:
+        last = output.read_text(errors="replace").splitlines()[-LAST_LINES:]
+        print("\n".join(f"    {line}" for line in last))
+        lines.append({
+            "check": check.name, "what": "the check itself", "expected": f"{limit} s at most",
+            "measured": problem, "verdict": "FAIL", "numbers": {"output": last},
+        })  # fmt: skip
+    return lines
+
+
+def _kill_group(child: subprocess.Popen[bytes]) -> None:
+    """End the child and every rank it has started: none may hold the GPU's memory."""
+    try:
+        os.killpg(child.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    child.wait()
+
+
+def run_child(name: str, session: Session) -> int:
+    """Run a check in this process."""
+    check = PREPARE if name == PREPARE.name else CHECKS[name]
+    check.load()(session)
+    return 0
+
+
+def describe_machine(rehearse: bool) -> dict[str, Any]:
+    """Return date, commit, device and versions, asked in a process that then ends."""
+    code = "from gpu_checks.machine import describe; import json; print(json.dumps(describe()))"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    told = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
+    )
+    if told.returncode:
+        sys.exit(f"gpu_check: cannot describe the machine:\n{told.stderr}")
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="minutes"),
+        "rehearsal": rehearse,
+        **json.loads(told.stdout.splitlines()[-1]),
+    }
+
+
+def print_row(line: dict[str, Any]) -> None:
+    """Print a row of the table as soon as it is known."""
+    cells = [str(line[name]) for name in COLUMNS]
+    widths = (10, 34, 26, 40, 8)
+    print(" ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)), flush=True)
+
+
+def print_targets(results: list[dict[str, Any]]) -> None:
+    """Print the figures that matter beside their targets."""
+    figures = [line for line in results if line["numbers"].get("figure")]
+    if figures:
+        print("\nThe figures that matter")
+    for line in figures:
+        reached = {"ok": "reached", "slow": "MISSED"}.get(line["verdict"], line["verdict"])
+        print(f"  {line['what']}: {line['measured']} (target {line['expected']}): {reached}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

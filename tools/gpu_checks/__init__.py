@@ -1,0 +1,1 @@
+"""Checks of tools/gpu_check.py, by theme."""
