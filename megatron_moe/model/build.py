@@ -41,6 +41,7 @@ class Model:
     transformer: TransformerConfig
     spec: DenseSpec
     tp_rank: int
+    engine: Engine
 
     @property
     def modules(self) -> list[GPTModel]:
@@ -102,7 +103,8 @@ def build_model(
             rotary = module.rotary_pos_emb
             rotary.inv_freq = llama3_frequencies(rotary.inv_freq, spec.rope_scaling)
         chunks.append(Chunk(module, layers))
-    return Model(tuple(chunks), transformer, spec, layout.attention.coords(rank)["tp"])
+    tp_rank = layout.attention.coords(rank)["tp"]
+    return Model(tuple(chunks), transformer, spec, tp_rank, engine)
 
 
 def llama3_frequencies(frequency_C: Tensor, scaling: RopeScaling) -> Tensor:

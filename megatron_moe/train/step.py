@@ -25,6 +25,7 @@ from megatron_moe.config.run import RunConfig
 from megatron_moe.data.batches import Batch
 from megatron_moe.data.packing import document_bounds
 from megatron_moe.device.adamw import FusedAdamW
+from megatron_moe.device.engine import Engine
 from megatron_moe.model.build import Model
 from megatron_moe.model.loss import make_output_processor
 from megatron_moe.model.noisy_router import set_samples
@@ -165,7 +166,7 @@ def run_schedule(
     process = make_output_processor(vocab_size=model.spec.vocab_size, tp_group=groups.tp)
     iterators = [iter(batches) for _ in modules]  # each chunk of a pipeline rank sees all of them
     return get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, process, _device(model), config, at or _unmarked),
+        forward_step_func=partial(_forward_step, process, model, config, at or _unmarked),
         data_iterator=iterators if len(modules) > 1 else iterators[0],
         model=modules if len(modules) > 1 else modules[0],
         num_microbatches=len(batches),
@@ -181,17 +182,20 @@ def _unmarked(stage: str) -> None:
 
 def _forward_step(
     process: Any,
-    device: torch.device,
+    model: Model,
     config: RunConfig,
     at: Mark,
     batches: Iterator[Batch],
     module: Any,
 ) -> tuple[Tensor, Any]:
     at("forward")
+    device = _device(model)
     batch = next(batches).map(lambda x: x.to(device, non_blocking=True))
     if config.moe.router_gate != "linear":
         set_samples(module, batch.samples_B)
-    documents = _documents(batch.position_ids_BS) if config.data.reset_attention else {}
+    documents = (
+        _documents(batch.position_ids_BS, model.engine) if config.data.reset_attention else {}
+    )
     output = module(
         batch.tokens_BS,
         batch.position_ids_BS,
@@ -204,12 +208,12 @@ def _forward_step(
     return output, partial(_loss, batch.loss_mask_BS)
 
 
-def _documents(position_ids_BS: Tensor) -> dict[str, Any]:
-    """What makes attention stay within documents: `SdpaAttention`'s mask, or TE's bounds.
+def _documents(position_ids_BS: Tensor, engine: Engine) -> dict[str, Any]:
+    """Return what keeps attention within documents: `SdpaAttention`'s mask, or bounds.
 
-    `legality` lets one unsliced row come to CUDA.
+    Transformer Engine takes bounds, of one row that no cp rank shares; the rules refuse others.
     """
-    if not position_ids_BS.is_cuda:
+    if engine.is_torch:
         return {"attention_mask": position_ids_BS}
     bounds = document_bounds(position_ids_BS[0])
     longest = int(bounds.diff().max())
