@@ -11,10 +11,8 @@ once, before Megatron-Core is first imported, and never on a machine that runs o
     all_to_all_single with sizes in a tensor             sizes in a list of int
     all_gather and reduce_scatter of unequal parts       padded to the largest part
     both, in one tensor, of a group of one rank          nothing, where gloo copies the whole twice
-    Apex's or Transformer Engine's FusedAdam             `FusedAdamW`, with the same state layout
-    Apex's product that adds to a buffer of gradients    `gradients.py`
     Megatron-Core's decorator torch.compile              nothing: 4 s to import a compiler
-    detours that cost a CPU much                         `shortcuts.py`
+    what runs without Apex and Transformer Engine        `engine.py`
 """
 
 from __future__ import annotations
@@ -32,6 +30,8 @@ import torch.distributed as dist
 import torch.utils._device
 from torch import Tensor
 
+from megatron_moe.device import engine
+
 CPU = torch.device("cpu")
 _installed = False
 
@@ -48,7 +48,7 @@ def install() -> None:
     _replace_collectives()
     _silence_remarks()
     _import_megatron_quietly()
-    _replace_in_megatron()
+    engine.install(cuda=False)
 
 
 class _Inert:
@@ -254,40 +254,3 @@ def _uncompiled() -> Iterator[None]:
         yield
     finally:
         torch.compile = compiled
-
-
-def _replace_in_megatron() -> None:
-    import megatron.core.optimizer as megatron_optimizer
-    from megatron.core.distributed import param_and_grad_buffer
-    from megatron.core.models.common.embeddings import rope_utils
-    from megatron.core.optimizer import clip_grads, distrib_optimizer
-    from megatron.core.tensor_parallel import layers
-    from megatron.core.transformer.moe import token_dispatcher
-
-    from megatron_moe.device import gradients, shortcuts
-    from megatron_moe.device.adamw import FusedAdamW
-
-    megatron_optimizer.Adam = FusedAdamW
-    megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
-    distrib_optimizer.HAVE_APEX_OR_TE = True
-    distrib_optimizer.USING_APEX_OPTIMIZER = True
-    clip_grads.l2_norm_impl = shortcuts.l2_norm
-    rope_utils._apply_rotary_pos_emb_bshd = shortcuts.rotate
-    token_dispatcher.sort_chunks_by_idxs = shortcuts.sort_chunks
-    layers.fused_weight_gradient_mlp_cuda = gradients
-    layers._grad_accum_fusion_available = True
-    param_and_grad_buffer._ParamAndGradBuffer.reset = gradients.reset
-    _zero_stale_before_communication(param_and_grad_buffer._ParamAndGradBucketGroup)
-
-
-def _zero_stale_before_communication(bucket_group: Any) -> None:
-    from megatron_moe.device.gradients import zero_stale
-
-    start = bucket_group.start_grad_sync
-
-    @functools.wraps(start)
-    def start_grad_sync(self: Any, *args: Any, **kwargs: Any) -> None:
-        zero_stale(self.params)
-        start(self, *args, **kwargs)
-
-    bucket_group.start_grad_sync = start_grad_sync
