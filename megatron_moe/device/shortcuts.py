@@ -49,7 +49,16 @@ def rotate(
         return _rotate_any_way(
             t, freqs, rotary_interleaved, mla_rotary_interleaved, mscale, **deprecated
         )
-    return _Rotation.apply(t, freqs.cos().to(t.dtype), freqs.sin().to(t.dtype))
+    return _Rotation.apply(t, *_cos_and_sin(freqs, t.dtype))
+
+
+def _cos_and_sin(freqs: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Both of the angles, kept with them: all layers turn queries and keys by the same."""
+    kept = getattr(freqs, "cos_and_sin", None)
+    if kept is None or kept[0].dtype != dtype:
+        kept = freqs.cos().to(dtype), freqs.sin().to(dtype)
+        setattr(freqs, "cos_and_sin", kept)  # noqa: B010 - Tensor has no such attribute
+    return kept
 
 
 class _Rotation(torch.autograd.Function):
