@@ -122,6 +122,7 @@ def speed(session: Session) -> None:
         if experts == 4:
             with _reported(session, "transformers"):
                 session.on_rank(partial(_time_peer, session, config))
+            with _reported(session, "tokens/s beside transformers"):
                 _compare(session, label)
 
 
