@@ -84,9 +84,7 @@ def mixtral(case: Case, dense: Path, folder: Path) -> MixtralForCausalLM:
     spec = read_spec(dense)
     with no_init_weights():
         model = MixtralForCausalLM(
-            mixtral_config(
-                spec, experts=case.experts, topk=case.topk, seq_length=case.seq_length
-            )
+            mixtral_config(spec, experts=case.experts, topk=case.topk, seq_length=case.seq_length)
         )
     model.tie_weights()
     model.to(DTYPES[case.precision])

@@ -42,8 +42,6 @@ visible_gpus() {
 gpus=$(visible_gpus)
 ranks=${RANKS:-$((gpus > 0 ? gpus : 1))}
 if ((gpus > 0)); then
-    # shellcheck source=launch/gpu_env.sh
-    source "$here/gpu_env.sh"
     echo "launch/local.sh: $ranks ranks on $gpus GPUs" >&2
 else
     echo "launch/local.sh: no GPU in sight, $ranks ranks on CPU" >&2

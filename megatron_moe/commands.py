@@ -74,10 +74,10 @@ def _train(job: Job) -> None:
     resume_from = newest(config.run.dir)
     if resume_from is None:
         model = upcycled_model(job, dense, plan, texts)  # 4. filled online, verified
-        state = make_state(config, model, groups, engine=job.engine)
+        state = make_state(config, model, groups)
     else:
         model = empty_model(job, dense, plan)
-        state = make_state(config, model, groups, engine=job.engine)
+        state = make_state(config, model, groups)
         restore(state, resume_from, config, groups, plan_hash=plan.hash)
         job.say(f"resumed {resume_from} at step {state.step}")
         _take_configured_weights(job, state)

@@ -116,7 +116,7 @@ def dry_run(config: RunConfig, *, rank: int, world_size: int) -> DryRun:
             )
         filled, _ = fill(model, dense, plan, layout=layout, rank=rank)  # 5. what it would read
         with META:  # 6. gradient buffers, optimizer
-            state = make_state(config, model, groups, engine=engine)
+            state = make_state(config, model, groups)
         source_bytes = sum(checkpoint.source_bytes for checkpoint in dense)
         return _report(config, spec, layout, groups, state, filled, source_bytes)
 

@@ -91,7 +91,10 @@ def run_checks(names: list[str], folder: Path, *, rehearse: bool) -> dict[str, A
 
 def run_check(check: Check, folder: Path, *, rehearse: bool) -> list[dict[str, Any]]:
     """Run one check in a child; returns its results, and one more if the child failed."""
-    output, limit = folder / f"{check.name}.log", check.limit * (REHEARSAL_PATIENCE if rehearse else 1)
+    output, limit = (
+        folder / f"{check.name}.log",
+        check.limit * (REHEARSAL_PATIENCE if rehearse else 1),
+    )
     options = ["--rehearse"] if rehearse else []
     with output.open("wb") as log:
         child = subprocess.Popen(
@@ -106,7 +109,9 @@ def run_check(check: Check, folder: Path, *, rehearse: bool) -> list[dict[str, A
         finally:
             _kill_group(child)
     results = Session(check.name, folder, rehearse).results
-    lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    lines = (
+        [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    )
     if problem:
         last = output.read_text(errors="replace").splitlines()[-LAST_LINES:]
         print("\n".join(f"    {line}" for line in last))
@@ -153,7 +158,9 @@ def print_row(line: dict[str, Any]) -> None:
     """Print a row of the table as soon as it is known."""
     cells = [str(line[name]) for name in COLUMNS]
     widths = (10, 34, 26, 40, 8)
-    print(" ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)), flush=True)
+    print(
+        " ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)), flush=True
+    )
 
 
 def print_targets(results: list[dict[str, Any]]) -> None:

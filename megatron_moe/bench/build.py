@@ -67,7 +67,7 @@ def make_timed_state(
         _fill_from_checkpoint(model, config, layout, world.rank)
     if balanced:
         force_balance(model)
-    return make_state(config, model, groups, engine=engine)
+    return make_state(config, model, groups)
 
 
 def _fill_from_checkpoint(

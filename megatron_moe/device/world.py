@@ -170,6 +170,8 @@ def _take_gpu(place: Place) -> torch.device:
     """Make this rank's GPU the current device, before a communicator or an allocation needs one."""
     index = gpu_of(place.local_rank, gpus=torch.cuda.device_count())
     torch.cuda.set_device(index)
+    if "OMP_NUM_THREADS" not in os.environ:  # ranks share the cores; host threads feed the GPU
+        torch.set_num_threads(1)
     return torch.device("cuda", index)
 
 

@@ -1,4 +1,7 @@
-"""Core attention on torch's SDPA, exact under context parallelism, without Transformer Engine.
+"""Core attention of torch, exact under context parallelism, without Transformer Engine.
+
+Whole causal sequences are SDPA's. Under context parallelism and within documents the mask is dense
+on a CPU, and FlexAttention's blocks on CUDA, where SDPA has no fast kernel for a mask with GQA.
 
 Shape letters of this module:
 
@@ -11,6 +14,8 @@ gives it. Keys and values are gathered over cp and put back in order; queries st
 from __future__ import annotations
 
 import functools
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -20,7 +25,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_moe.parallel.sequence import zigzag
+from megatron_moe.model.block_mask import (
+    causal_blocks,
+    document_blocks,
+    flex_attention,
+    positions,
+)
 
 
 class SdpaAttention(torch.nn.Module):
@@ -52,24 +62,18 @@ class SdpaAttention(torch.nn.Module):
         to nothing before the document. None lets it attend to the whole sequence before it.
         """
         cp, rank = self.cp_group.size(), self.cp_group.rank()
-        mask = None
         if cp > 1:
             key_sBGC = _gather_in_order(key_sBGC, self.cp_group)
             value_sBGC = _gather_in_order(value_sBGC, self.cp_group)
-            mask = _causal_mask(len(key_sBGC), cp, rank)
-        if attention_mask is not None:
-            length = len(key_sBGC)
-            position_s = _positions(length, cp, rank).to(attention_mask.device)
-            mask = document_mask(attention_mask, position_s, length=length)
-        out_BHsC = F.scaled_dot_product_attention(
-            query_sBHC.permute(1, 2, 0, 3),
-            key_sBGC.permute(1, 2, 0, 3),
-            value_sBGC.permute(1, 2, 0, 3),
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=self.softmax_scale,
-            enable_gqa=query_sBHC.shape[2] != key_sBGC.shape[2],
-        )
+        qkv = [x.permute(1, 2, 0, 3) for x in (query_sBHC, key_sBGC, value_sBGC)]
+        if query_sBHC.is_cuda and (cp > 1 or attention_mask is not None):
+            blocks = _blocks(attention_mask, qkv[1], cp, rank)
+            attend: Any = partial(flex_attention(), block_mask=blocks)
+        else:
+            mask = _mask(attention_mask, len(key_sBGC), cp, rank)
+            attend = partial(F.scaled_dot_product_attention, attn_mask=mask, is_causal=mask is None)
+        enable_gqa = query_sBHC.shape[2] != key_sBGC.shape[2]
+        out_BHsC = attend(*qkv, scale=self.softmax_scale, enable_gqa=enable_gqa)
         return out_BHsC.permute(2, 0, 1, 3).flatten(2)
 
 
@@ -78,6 +82,21 @@ def _gather_in_order(part_sBGC: Tensor, group: ProcessGroup) -> Tensor:
     gathered = gather_from_sequence_parallel_region(part_sBGC.contiguous(), group=group)
     firsts, seconds = zip(*(p.chunk(2) for p in gathered.chunk(group.size())), strict=True)
     return torch.cat([*firsts, *reversed(seconds)])
+
+
+def _blocks(place_Bs: Tensor | None, key_BGSC: Tensor, cp: int, rank: int) -> Any:
+    """Return the mask of this rank's queries for CUDA."""
+    length = key_BGSC.shape[2]
+    if place_Bs is None:
+        return causal_blocks(length, cp, rank, key_BGSC.device)
+    return document_blocks(place_Bs, length=length, cp=cp, rank=rank)
+
+
+def _mask(place_Bs: Tensor | None, length: int, cp: int, rank: int) -> Tensor | None:
+    """Return the mask of this rank's queries; None for a whole causal sequence."""
+    if place_Bs is not None:
+        return document_mask(place_Bs, positions(length, cp, rank), length=length)
+    return causal_mask(length, cp, rank) if cp > 1 else None
 
 
 def document_mask(place_Bs: Tensor, position_s: Tensor, *, length: int) -> Tensor:
@@ -96,12 +115,7 @@ def document_mask(place_Bs: Tensor, position_s: Tensor, *, length: int) -> Tenso
     return ((key_S >= begin_Bs1) & (key_S <= position_s[:, None]))[:, None]
 
 
-def _positions(length: int, cp: int, rank: int) -> Tensor:
-    """Places in the sequence of this rank's tokens, ``(s,)``."""
-    return zigzag(torch.arange(length), dim=0, cp_rank=rank, cp_size=cp)
-
-
 @functools.lru_cache(maxsize=4)
-def _causal_mask(length: int, cp: int, rank: int) -> Tensor:
+def causal_mask(length: int, cp: int, rank: int) -> Tensor:
     """Which of all keys each query of this rank may see: ``(s, S)``, True where it may."""
-    return torch.arange(length) <= _positions(length, cp, rank)[:, None]
+    return torch.arange(length) <= positions(length, cp, rank)[:, None]

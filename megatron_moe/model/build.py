@@ -17,6 +17,7 @@ from megatron_moe.config.run import RunConfig
 from megatron_moe.device.engine import Engine
 from megatron_moe.hf.spec import DenseSpec, RopeScaling
 from megatron_moe.model.config import transformer_config
+from megatron_moe.model.grouped_experts import GroupedExperts
 from megatron_moe.model.noisy_router import router_of
 from megatron_moe.model.spec import block_spec
 from megatron_moe.parallel.layout import ParallelLayout
@@ -40,6 +41,7 @@ class Model:
     transformer: TransformerConfig
     spec: DenseSpec
     tp_rank: int
+    engine: Engine
 
     @property
     def modules(self) -> list[GPTModel]:
@@ -94,11 +96,15 @@ def build_model(
         )
         # Megatron-Core allocates routers and torch-native norms on the CPU and expects a move.
         module.to(torch.cuda.current_device())
+        for layer in module.modules():
+            if isinstance(layer, GroupedExperts):
+                layer.lay_out()
         if spec.rope_scaling is not None:
             rotary = module.rotary_pos_emb
             rotary.inv_freq = llama3_frequencies(rotary.inv_freq, spec.rope_scaling)
         chunks.append(Chunk(module, layers))
-    return Model(tuple(chunks), transformer, spec, layout.attention.coords(rank)["tp"])
+    tp_rank = layout.attention.coords(rank)["tp"]
+    return Model(tuple(chunks), transformer, spec, tp_rank, engine)
 
 
 def llama3_frequencies(frequency_C: Tensor, scaling: RopeScaling) -> Tensor:

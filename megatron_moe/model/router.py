@@ -62,9 +62,7 @@ class CountingRouter(TopKRouter):
     observe: Observer | None = None
     """Called in every pass; it must change nothing."""
 
-    _chosen_E: Tensor | None = None
-    _scores_E: Tensor | None = None
-    _sums: Tensor | None = None
+    _counts_4E: Tensor | None = None
 
     def __init__(self, *, capacity: Capacity | None = None, **megatron: Any) -> None:
         super().__init__(**megatron)
@@ -84,7 +82,7 @@ class CountingRouter(TopKRouter):
         if self.training and torch.is_grad_enabled():
             self._count(logits.detach().flatten(0, -2), chosen_TE, probs_TE.detach())
         if self.observe is not None:
-            scores_TE = self._log_scores(logits.detach().flatten(0, -2).double()).exp()
+            scores_TE = self._log_scores(logits.detach().flatten(0, -2)).exp()
             self.observe(scores_TE, chosen_TE, map_TE & chosen_TE)
         if self.output_scale != 1.0:
             probs_TE = probs_TE * self.output_scale
@@ -125,34 +123,36 @@ class CountingRouter(TopKRouter):
 
     @torch.no_grad()
     def _count(self, logits_TE: Tensor, chosen_TE: Tensor, probs_TE: Tensor) -> None:
-        chosen_E = chosen_TE.sum(dim=0).double()
-        log_p_TE = self._log_scores(logits_TE.double())
-        p_TE = log_p_TE.exp()
-        sums = torch.stack([(probs_TE > 0).sum().double(), -(log_p_TE * p_TE).sum()])
-        scores_E = p_TE.sum(dim=0)
-        self._chosen_E = chosen_E if self._chosen_E is None else self._chosen_E + chosen_E
-        self._scores_E = scores_E if self._scores_E is None else self._scores_E + scores_E
-        self._sums = sums if self._sums is None else self._sums + sums
+        """Add up this pass in float64, in few kernels: every layer and micro-batch pays for them.
+
+        All four numbers of a token and expert are written into one tensor, and summed at once.
+        """
+        numbers_4TE = torch.empty(4, *logits_TE.shape, dtype=torch.float64, device=logits_TE.device)
+        chosen, score, log_share, kept = numbers_4TE
+        log_p_TE = self._log_scores(logits_TE)
+        chosen.copy_(chosen_TE)
+        torch.exp(log_p_TE, out=score)
+        torch.mul(log_p_TE, score, out=log_share)
+        torch.gt(probs_TE, 0, out=kept)
+        counts_4E = numbers_4TE.sum(dim=1)
+        self._counts_4E = counts_4E if self._counts_4E is None else self._counts_4E.add_(counts_4E)
 
     def _log_scores(self, logits_TE: Tensor) -> Tensor:
-        """Logarithm of every expert's share of a token, all of them together one."""
+        """Logarithm of every expert's share of a token, all of them together one; float64."""
         if self.score_function == "softmax":
-            return logits_TE.log_softmax(dim=-1)
-        log_TE = torch.nn.functional.logsigmoid(logits_TE)
+            return logits_TE.log_softmax(dim=-1, dtype=torch.float64)
+        log_TE = torch.nn.functional.logsigmoid(logits_TE.double())
         return log_TE - log_TE.logsumexp(dim=-1, keepdim=True)
 
-    def take_counts(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What was counted, and start anew.
+    def take_counts(self) -> Tensor:
+        """Return what was counted, ``(4, E)`` in float64 on the router's device, and start anew.
 
         Returns:
-            Tokens that chose each expert, before any was dropped, ``(E,)``; the sum over tokens of
-            each expert's score, all E of a token together one, ``(E,)``; and ``(2,)``: choices that
-            were kept, and the sum over tokens of the entropy (nats) of these scores.
+            Sums over tokens, by expert: tokens that chose it, before any was dropped; its score,
+            all E of a token together one; score times log(score), whose sum over experts is minus
+            the entropy (nats); and tokens that chose it and were kept.
         """
-        counted = self._chosen_E, self._scores_E, self._sums
-        self._chosen_E = self._scores_E = self._sums = None
-        chosen_E, scores_E, sums = counted
-        if chosen_E is None or scores_E is None or sums is None:
-            zeros = self.weight.new_zeros(len(self.weight), dtype=torch.float64)
-            return zeros, zeros, zeros.new_zeros(2)
-        return chosen_E, scores_E, sums
+        counts_4E, self._counts_4E = self._counts_4E, None
+        if counts_4E is None:
+            return self.weight.new_zeros(4, len(self.weight), dtype=torch.float64)
+        return counts_4E

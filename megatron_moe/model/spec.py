@@ -27,6 +27,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron_moe.device.engine import Engine
 from megatron_moe.model.attention import SdpaAttention
 from megatron_moe.model.experts import LoopExperts
+from megatron_moe.model.grouped_experts import GroupedExperts
 from megatron_moe.model.norm import RMSNorm
 
 
@@ -54,12 +55,12 @@ def block_spec(
         )
     is_moe: Any = config.moe_layer_freq
     return TransformerBlockSubmodules(
-        layer_specs=[_layer(config, router if is_moe[layer] else None) for layer in layers],
+        layer_specs=[_layer(config, router if is_moe[layer] else None, engine) for layer in layers],
         layer_norm=RMSNorm,
     )
 
 
-def _layer(config: TransformerConfig, router: Any) -> ModuleSpec:
+def _layer(config: TransformerConfig, router: Any, engine: Engine) -> ModuleSpec:
     """One layer; MoE where it has a router."""
     qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
     # Slots whose types Megatron-Core declares more narrowly than it uses them.
@@ -88,7 +89,7 @@ def _layer(config: TransformerConfig, router: Any) -> ModuleSpec:
             mlp=(
                 partial(MLP.as_mlp_submodule, submodules=_LINEAR)
                 if router is None
-                else _moe_mlp(router)
+                else _moe_mlp(router, engine)
             ),
             mlp_bda=bias_dropout_add,
             sharded_state_dict_keys_map=keys,
@@ -96,9 +97,10 @@ def _layer(config: TransformerConfig, router: Any) -> ModuleSpec:
     )
 
 
-def _moe_mlp(router: Any) -> partial[MoELayer]:
+def _moe_mlp(router: Any, engine: Engine) -> partial[MoELayer]:
+    experts = GroupedExperts if engine.on_cuda else LoopExperts
     submodules = MoESubmodules(
-        experts=partial(LoopExperts, submodules=_LINEAR),
+        experts=partial(experts, submodules=_LINEAR),
         shared_experts=partial(SharedExpertMLP, submodules=_LINEAR),
         router=router,
     )

@@ -8,6 +8,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_moe.config.run import Parallel
+from megatron_moe.device.world import TIMEOUT
 from megatron_moe.parallel.layout import ParallelLayout, fold
 
 
@@ -31,6 +32,10 @@ def create_groups(
         expert_model_parallel_size=parallel.expert_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         order="tp-cp-ep-dp-pp",
+        # Groups wait as long as the world does, so that the watch speaks first: Megatron-Core's own
+        # 30 minutes are guard.hang_seconds. Its gloo groups are for checkpoints of its own.
+        distributed_timeout_minutes=int(TIMEOUT.total_seconds()) // 60,
+        create_gloo_process_groups=False,
     )
     model_parallel_cuda_manual_seed(seed)
     layout = fold(parallel, world_size=dist.get_world_size())

@@ -63,8 +63,8 @@ LAYOUT_RULES = (
 
 RULES = (
     *LAYOUT_RULES, layout_rules.tp_overlap,
-    moe_rules.capacity, moe_rules.router, moe_rules.construction, moe_rules.shared_expert,
-    moe_rules.moe_layers,
+    moe_rules.capacity, moe_rules.dispatcher, moe_rules.router, moe_rules.construction,
+    moe_rules.shared_expert, moe_rules.moe_layers,
     training_rules.schedule, training_rules.texts, training_rules.mixing,
     training_rules.reset_attention,
 )  # fmt: skip

@@ -93,6 +93,27 @@ def capacity(case: Case) -> Iterator[str]:
         )
 
 
+def dispatcher(case: Case) -> Iterator[str]:
+    """The flex dispatcher can carry these tokens."""
+    moe, p = case.config.moe, case.config.parallel
+    if moe.moe_token_dispatcher_type != "flex":
+        return
+    if p.expert_parallel_size * p.expert_tensor_parallel_size == 1:
+        yield (
+            "moe.moe_token_dispatcher_type (flex) needs parallel.expert_parallel_size (1) * "
+            "parallel.expert_tensor_parallel_size (1) to be at least 2: every expert is on the "
+            "rank of its tokens, and there is nothing to send.\n"
+            "  set moe.moe_token_dispatcher_type=alltoall"
+        )
+    if moe.moe_flex_dispatcher_backend == "deepep" and moe.moe_pad_expert_input_to_capacity:
+        yield (
+            "moe.moe_flex_dispatcher_backend (deepep) cannot be with "
+            "moe.moe_pad_expert_input_to_capacity (true): DeepEP sends each token to its chosen "
+            "experts and has no padding.\n  set moe.moe_flex_dispatcher_backend=hybridep, or "
+            "leave moe.moe_pad_expert_input_to_capacity unset"
+        )
+
+
 def router(case: Case) -> Iterator[str]:
     """The router can be trained and balanced as asked."""
     moe = case.config.moe

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import getpass
 import json
 import os
 import socket
@@ -19,6 +18,7 @@ from typing import TextIO
 
 import torch.distributed as dist
 
+from megatron_moe.device.environment import user_name
 from megatron_moe.errors import ConfigError
 
 
@@ -66,7 +66,7 @@ def _me() -> dict[str, str | int | None]:
     return {
         "process": os.getpid(),
         "host": socket.gethostname(),
-        "user": getpass.getuser(),
+        "user": user_name(),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
     }

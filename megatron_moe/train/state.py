@@ -58,15 +58,13 @@ class TrainState:
         return float(at_last_step.get_lr(self.optimizer.param_groups[0]))
 
 
-def make_state(
-    config: RunConfig, model: Model, groups: ProcessGroupCollection, *, engine: Engine
-) -> TrainState:
+def make_state(config: RunConfig, model: Model, groups: ProcessGroupCollection) -> TrainState:
     """Wrap a filled model for training.
 
     The optimizer copies fp32 master weights out of the parameters, so the parameters must hold
     their values (or be restored, with the optimizer, afterwards).
     """
-    transformer = model.transformer
+    transformer, engine = model.transformer, model.engine
     ddp = DistributedDataParallelConfig(
         use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
         grad_reduce_in_fp32=True,

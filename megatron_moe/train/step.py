@@ -25,6 +25,7 @@ from megatron_moe.config.run import RunConfig
 from megatron_moe.data.batches import Batch
 from megatron_moe.data.packing import document_bounds
 from megatron_moe.device.adamw import FusedAdamW
+from megatron_moe.device.engine import Engine
 from megatron_moe.model.build import Model
 from megatron_moe.model.loss import make_output_processor
 from megatron_moe.model.noisy_router import set_samples
@@ -82,9 +83,12 @@ def train_step(
     )
     at("optimizer")
     optimizer: Any = state.optimizer
+    # Before the gradient norm, whose value the host waits for: then the device has these kernels
+    # to work on meanwhile, and the totals are there when the host reads them.
+    totals = _total_over_ranks(state.model, losses, len(batches))
     optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())
-    result = _reduce(state.model, losses, grad_norm, len(batches), groups)
+    result = _result(totals, state.model, grad_norm, groups)
     fate = judge(step=state.step + 1, loss=result.lm_loss, grad_norm=grad_norm)
     if fate == "keep":
         _update(optimizer, grad_norm)
@@ -138,7 +142,7 @@ def mean_loss(
     losses = run_schedule(modules, batches, config, model, groups, forward_only=True)
     for module in modules:
         module.train()
-    total = _sum_losses(losses, model).to(_device(model))
+    total = _sum_losses(losses, model)
     dist.all_reduce(total)
     return float(total[0] / total[1])
 
@@ -162,7 +166,7 @@ def run_schedule(
     process = make_output_processor(vocab_size=model.spec.vocab_size, tp_group=groups.tp)
     iterators = [iter(batches) for _ in modules]  # each chunk of a pipeline rank sees all of them
     return get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, process, _device(model), config, at or _unmarked),
+        forward_step_func=partial(_forward_step, process, model, config, at or _unmarked),
         data_iterator=iterators if len(modules) > 1 else iterators[0],
         model=modules if len(modules) > 1 else modules[0],
         num_microbatches=len(batches),
@@ -178,17 +182,20 @@ def _unmarked(stage: str) -> None:
 
 def _forward_step(
     process: Any,
-    device: torch.device,
+    model: Model,
     config: RunConfig,
     at: Mark,
     batches: Iterator[Batch],
     module: Any,
 ) -> tuple[Tensor, Any]:
     at("forward")
+    device = _device(model)
     batch = next(batches).map(lambda x: x.to(device, non_blocking=True))
     if config.moe.router_gate != "linear":
         set_samples(module, batch.samples_B)
-    documents = _documents(batch.position_ids_BS) if config.data.reset_attention else {}
+    documents = (
+        _documents(batch.position_ids_BS, model.engine) if config.data.reset_attention else {}
+    )
     output = module(
         batch.tokens_BS,
         batch.position_ids_BS,
@@ -201,12 +208,12 @@ def _forward_step(
     return output, partial(_loss, batch.loss_mask_BS)
 
 
-def _documents(position_ids_BS: Tensor) -> dict[str, Any]:
-    """What makes attention stay within documents: `SdpaAttention`'s mask, or TE's bounds.
+def _documents(position_ids_BS: Tensor, engine: Engine) -> dict[str, Any]:
+    """Return what keeps attention within documents: `SdpaAttention`'s mask, or bounds.
 
-    `legality` lets one unsliced row come to CUDA.
+    Transformer Engine takes bounds, of one row that no cp rank shares; the rules refuse others.
     """
-    if not position_ids_BS.is_cuda:
+    if engine.is_torch:
         return {"attention_mask": position_ids_BS}
     bounds = document_bounds(position_ids_BS[0])
     longest = int(bounds.diff().max())
@@ -234,42 +241,40 @@ def _loss(loss_mask_BS: Tensor, losses_BS: Tensor) -> tuple[Tensor, Tensor, Tens
 def _sum_losses(losses: list[Tensor], model: Model) -> Tensor:
     """Sum of losses and of tokens of this rank, ``(2,)``, zero where another rank counts them."""
     if not losses or model.tp_rank:
-        return torch.zeros(2, dtype=torch.float64)
-    return torch.stack(losses).double().sum(dim=0).cpu()
+        return torch.zeros(2, dtype=torch.float64, device=_device(model))
+    return torch.stack(losses).double().sum(dim=0)
 
 
-def _reduce(
-    model: Model,
-    losses: list[Tensor],
-    grad_norm: float,
-    num_micro_batches: int,
-    groups: ProcessGroupCollection,
-) -> StepResult:
-    """Bring the ranks' numbers together in one sum over the world.
+def _total_over_ranks(model: Model, losses: list[Tensor], num_micro_batches: int) -> Tensor:
+    """Sum the ranks' numbers of a step in one collective, ``(2 + 2 L + 4 L E,)``, on the device.
 
     Losses exist on the last stage and a layer's numbers on its stage; tokens are split over dp, cp
     and, under sequence parallelism, tp: so every number is a plain sum over all ranks.
     """
-    num_layers, num_experts = model.spec.num_layers, model.transformer.num_moe_experts
-    assert num_experts is not None
-    wide_2LE = torch.zeros(2, num_layers, num_experts, dtype=torch.float64)
-    narrow_4L = torch.zeros(4, num_layers, dtype=torch.float64)
+    num_layers, num_experts = _moe_shape(model)
+    zeros_4E = torch.zeros(4, num_experts, dtype=torch.float64, device=_device(model))
+    counts_L4E = [zeros_4E] * num_layers
     for chunk in model.chunks:
         for router in chunk.module.modules():
             if isinstance(router, CountingRouter):
                 assert router.layer_number is not None
-                layer = router.layer_number - 1
-                chosen_E, scores_E, sums = router.take_counts()
-                wide_2LE[:, layer] = torch.stack([chosen_E, scores_E]).cpu()
-                narrow_4L[:2, layer] = sums.cpu()
-    narrow_4L[2:] = _tracked_losses(num_layers) / num_micro_batches
+                counts_L4E[router.layer_number - 1] = router.take_counts()
+    tracked_2L = _tracked_losses(num_layers, _device(model)) / num_micro_batches
+    counts = torch.stack(counts_L4E)
+    totals = torch.cat([_sum_losses(losses, model), tracked_2L.flatten(), counts.flatten()])
+    dist.all_reduce(totals)
+    return totals
 
-    packed = torch.cat([_sum_losses(losses, model), narrow_4L.flatten(), wide_2LE.flatten()])
-    packed = packed.to(_device(model))
-    dist.all_reduce(packed)
-    totals, narrow, wide = packed.cpu().split([2, narrow_4L.numel(), wide_2LE.numel()])
-    kept_L, entropy_L, balance_L, z_L = narrow.view_as(narrow_4L)
-    chosen_LE, scores_LE = wide.view_as(wide_2LE)
+
+def _result(
+    totals: Tensor, model: Model, grad_norm: float, groups: ProcessGroupCollection
+) -> StepResult:
+    """Turn the totals into the numbers of the step; copies them to the host, in one piece."""
+    num_layers, num_experts = _moe_shape(model)
+    sizes = [2, 2 * num_layers, 4 * num_layers * num_experts]
+    loss_and_tokens, tracked, counts = totals.cpu().split(sizes)
+    balance_L, z_L = tracked.view(2, num_layers)
+    chosen_LE, scores_LE, logs_LE, kept_LE = counts.view(num_layers, 4, num_experts).unbind(dim=1)
     moe = chosen_LE.sum(dim=1) > 0
     tokens_L = chosen_LE[moe].sum(dim=1) / model.transformer.moe_router_topk
     if not balance_L.any():  # none of a micro-batch's own: that of the global batch
@@ -279,28 +284,34 @@ def _reduce(
     else:
         balance = float(balance_L[moe].mean()) / groups.dp.size()
     return StepResult(
-        lm_loss=float(totals[0] / totals[1]),
+        lm_loss=float(loss_and_tokens[0] / loss_and_tokens[1]),
         load_balancing_loss=balance,
         router_z_loss=float(z_L[moe].mean()) / groups.tp_dp_cp.size(),
         grad_norm=grad_norm,
         chosen_LE=chosen_LE[moe],
-        kept_L=kept_L[moe],
-        entropy_L=entropy_L[moe] / tokens_L,
+        kept_L=kept_LE[moe].sum(dim=1),
+        entropy_L=-logs_LE[moe].sum(dim=1) / tokens_L,
     )
 
 
-def _tracked_losses(num_layers: int) -> Tensor:
+def _moe_shape(model: Model) -> tuple[int, int]:
+    """Return L and E of the whole model."""
+    assert model.transformer.num_moe_experts is not None
+    return model.spec.num_layers, model.transformer.num_moe_experts
+
+
+def _tracked_losses(num_layers: int, device: torch.device) -> Tensor:
     """This rank's sums of Megatron-Core's balancing and z-losses, ``(2, L)``, and start anew.
 
     The balancing loss of the global batch is left out: Megatron-Core takes it over the
     micro-batches so far, whose number depends on the layout.
     """
     tracker = get_moe_metrics_tracker()
-    sums_2L = torch.zeros(2, num_layers, dtype=torch.float64)
+    sums_2L = torch.zeros(2, num_layers, dtype=torch.float64, device=device)
     for row, names in enumerate([("load_balancing_loss", "seq_load_balancing_loss"), ("z_loss",)]):
         for name in names:
             if (entry := tracker.metrics.get(name)) is not None:
-                sums_2L[row] += entry.values.double().cpu()
+                sums_2L[row] += entry.values.double()
     tracker.clear()
     return sums_2L
 

@@ -171,7 +171,7 @@ def save(config: RunConfig, model: Any, plan: ExpertPlan, groups: Any, *, rank: 
 
     if rank == 0 and plan.tables:
         write_plan(config.run.dir / PLAN_FILE, plan, source="drawn")
-    state = make_state(config, model, groups, engine=TORCH_ON_CPU)
+    state = make_state(config, model, groups)
     with Saver(config, plan_hash=plan.hash, say=lambda line: None) as saver:
         saver.save(state, groups)
 

@@ -89,7 +89,7 @@ def check_logits(world: World, config: RunConfig, checkpoint: Path, exported: Pa
     model = build_model(
         config, spec, layout=layout, groups=groups, rank=world.rank, engine=TORCH_ON_CPU
     )
-    state = make_state(config, model, groups, engine=TORCH_ON_CPU)
+    state = make_state(config, model, groups)
     plan = make_expert_plan(spec, config.moe, config.upcycle)
     set_output_scales(model.modules, plan)
     restore(state, checkpoint, config, groups, plan_hash=plan.hash)

@@ -131,7 +131,7 @@ def save_again(world: World, config: RunConfig, source: Path) -> None:
     )
     for parameter in model.modules[0].parameters():
         parameter.data.fill_(torch.nan)  # whatever is not restored tells
-    state = make_state(config, model, groups, engine=TORCH_ON_CPU)
+    state = make_state(config, model, groups)
     plan_hash = read_progress(source).plan_hash
     restore(state, source, config, groups, plan_hash=plan_hash)
     with Saver(config, plan_hash=plan_hash, say=lambda _: None) as saver:

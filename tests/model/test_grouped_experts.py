@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_moe.config.run import Data, Dense, Moe, Parallel, Run, RunConfig, Train
 from megatron_moe.device import gradients
+from megatron_moe.device.engine import TORCH_ON_CPU, TORCH_ON_CUDA
 from megatron_moe.device.world import World
 from megatron_moe.hf.spec import read_spec
 from megatron_moe.model import grouped_experts
@@ -232,7 +233,6 @@ def test_data_parallelism_lays_experts_out_as_one_view(tmp_path: Path, distribut
 def check_buffers(world: World, folder: Path, distributed_optimizer: bool) -> None:
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
-    from megatron_moe.model import spec as model_spec
     from megatron_moe.model.build import build_model
     from megatron_moe.parallel.groups import create_groups
 
@@ -246,9 +246,8 @@ def check_buffers(world: World, folder: Path, distributed_optimizer: bool) -> No
     layout, groups = create_groups(Parallel(), seed=0)
     dense = read_spec(folder)
     models = []
-    for experts in (LoopExperts, GroupedExperts):
-        model_spec.LoopExperts = experts
-        model = build_model(config, dense, layout=layout, groups=groups, rank=0, cuda=False)
+    for engine in (TORCH_ON_CPU, TORCH_ON_CUDA):
+        model = build_model(config, dense, layout=layout, groups=groups, rank=0, engine=engine)
         models.append(model.modules[0])
     plain, ours = models
     shapes = {name: p.shape for name, p in plain.named_parameters()}

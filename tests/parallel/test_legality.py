@@ -103,6 +103,16 @@ REFUSALS = [
      "moe.moe_expert_capacity_factor (9.0) makes a capacity larger than all tokens, which "
      "moe.moe_pad_expert_input_to_capacity (true) cannot pad to.\n"
      "  largest moe.moe_expert_capacity_factor: 8.0"),
+    ("flex-alone", {"moe.moe_token_dispatcher_type": "flex"}, 1,
+     "moe.moe_token_dispatcher_type (flex) needs parallel.expert_parallel_size (1) * "
+     "parallel.expert_tensor_parallel_size (1) to be at least 2: every expert is on the rank of "
+     "its tokens, and there is nothing to send.\n  set moe.moe_token_dispatcher_type=alltoall"),
+    ("deepep-padding", parallel(ep=2) | {"moe.moe_token_dispatcher_type": "flex",
+     "moe.moe_pad_expert_input_to_capacity": True, "moe.moe_expert_capacity_factor": 1.0}, 2,
+     "moe.moe_flex_dispatcher_backend (deepep) cannot be with moe.moe_pad_expert_input_to_capacity "
+     "(true): DeepEP sends each token to its chosen experts and has no padding.\n"
+     "  set moe.moe_flex_dispatcher_backend=hybridep, or leave "
+     "moe.moe_pad_expert_input_to_capacity unset"),
     ("bias", {"moe.moe_router_enable_expert_bias": True}, 1,
      "moe.moe_router_enable_expert_bias (true) needs moe.moe_router_score_function (softmax) to be "
      "sigmoid: the bias is added to scores of experts taken alone.\n"

@@ -87,7 +87,7 @@ def _one_rank(config, world: int, rank: int) -> tuple[tuple[int, ...], tuple[int
     for module in model.modules:
         for parameter in module.parameters():
             parameter.data.zero_()
-    measured = _measure(make_state(config, model, groups, engine=TORCH_ON_CPU))
+    measured = _measure(make_state(config, model, groups))
     attention, experts = layout.attention.coords(rank), layout.experts.coords(rank)
     state = model_state(
         upcycled_shape(spec, config.moe),

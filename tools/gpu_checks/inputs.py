@@ -1,7 +1,7 @@
 """Models, tokens and settings of the checks: random, of one seed, made once a run.
 
-    <folder>/tiny, <folder>/tiny-other    dense Llamas of 4 layers, fp32, as the tests make them
-    <folder>/tokens, <folder>/held-out    token files of random documents
+<folder>/tiny, <folder>/tiny-other    dense Llamas of 4 layers, fp32, as the tests make them
+<folder>/tokens, <folder>/held-out    token files of random documents
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gpu_checks.session import Session
-
 from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
 from megatron_moe.device.engine import Engine, engine_before_forking
@@ -92,8 +91,6 @@ def shape_config(session: Session, folder: str, /, **changes: dict[str, Any]) ->
         "log": {"tensorboard": False},
     }
     return legal(merged(settings, changes))
-
-
 
 
 def merged(

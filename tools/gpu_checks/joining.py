@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
 from gpu_checks.inputs import tiny_config
 from gpu_checks.session import Session, passed
 from gpu_checks.timing import GIB, synchronize, world_device
-
 from megatron_moe.config.run import Parallel, RunConfig
 from megatron_moe.device.world import World
 
@@ -41,7 +41,9 @@ def _as_the_package_does(session: Session, start: float, world: World) -> None:
     joined = time.time()
     create_groups(Parallel(), seed=0)
     _use(world.device)
-    _report(session, "as the package joins", time.time() - joined, world.device, fork=joined - start)
+    _report(
+        session, "as the package joins", time.time() - joined, world.device, fork=joined - start
+    )
 
 
 def _by_hand(session: Session, bound: bool) -> None:

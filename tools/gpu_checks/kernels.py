@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from gpu_checks.session import Session, passed
-from gpu_checks.timing import milliseconds, peak_gib, product_tflops, relative_error
 from torch import Tensor
 
+from gpu_checks.session import Session, passed
+from gpu_checks.timing import milliseconds, peak_gib, product_tflops, relative_error
 from megatron_moe.config.run import Parallel
 from megatron_moe.device.world import World
 

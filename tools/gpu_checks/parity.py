@@ -14,9 +14,9 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
+
 from gpu_checks.inputs import merged, tiny_config
 from gpu_checks.session import Session, passed
-
 from megatron_moe.config.run import RunConfig
 from megatron_moe.device.world import World
 

@@ -17,11 +17,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
 from gpu_checks.inputs import shape_config
 from gpu_checks.session import Session
 from gpu_checks.timing import synchronize
-from torch.profiler import ProfilerActivity, profile, record_function
-
 from megatron_moe.config.run import RunConfig
 from megatron_moe.device.world import World
 
@@ -171,7 +171,9 @@ def seconds_by_part(events: list[Any], *, cuda: bool) -> dict[str, float]:
     for event in events:
         if event.device_type != torch.autograd.DeviceType.CPU:
             continue
-        spent = sum(kernel.duration for kernel in event.kernels) if cuda else event.self_cpu_time_total
+        spent = (
+            sum(kernel.duration for kernel in event.kernels) if cuda else event.self_cpu_time_total
+        )
         if spent:
             part = _range_of(event) or part_of_forward.get(_backward_of(event), "rest")
             seconds[part] += spent / 1e6

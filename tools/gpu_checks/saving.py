@@ -12,11 +12,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
+
 from gpu_checks.inputs import ROOT, tiny_config
 from gpu_checks.parity import losses
 from gpu_checks.session import Session, passed
 from gpu_checks.timing import milliseconds
-
 from megatron_moe.config.load import dump
 from megatron_moe.config.run import RunConfig
 from megatron_moe.device.world import World
@@ -81,7 +81,9 @@ def _train(config: RunConfig, world: World) -> None:
 
 
 def _compare(session: Session, what: str, found: list[float], expected: list[float]) -> None:
-    differ = [step for step, pair in enumerate(zip(found, expected, strict=True), 1) if len({*pair}) > 1]
+    differ = [
+        step for step, pair in enumerate(zip(found, expected, strict=True), 1) if len({*pair}) > 1
+    ]
     worst = max(abs(a - b) for a, b in zip(found, expected, strict=True))
     session.add(
         what, "equal" if not differ else f"differ from step {differ[0]} on, by up to {worst:.1e}",

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from gpu_checks.inputs import ROOT, shape_config
 from gpu_checks.session import Session
 from gpu_checks.timing import GIB, milliseconds, synchronize
-
 from megatron_moe.config.run import RunConfig
 from megatron_moe.device.world import World
 from megatron_moe.hf.spec import DenseSpec, read_spec
@@ -178,9 +178,7 @@ def _plan(config: RunConfig, gpu: str) -> Any:
     return predict_candidate(shape, workload_of(config), degrees_of(config, gpus=1), machine)
 
 
-def _time_ours(
-    session: Session, label: str, config: RunConfig, gpu: str, world: World
-) -> None:
+def _time_ours(session: Session, label: str, config: RunConfig, gpu: str, world: World) -> None:
     """Time steps by `megatron_moe.bench`, first with natural routing and then with balanced."""
     from megatron_moe.bench.build import force_balance
     from megatron_moe.bench.steps import Bench, Wish
@@ -220,7 +218,9 @@ def _judge_memory(session: Session, label: str, peak_gib: float, plan: Any) -> N
     )  # fmt: skip
 
 
-def _causal_mfu(config: RunConfig, gpu: str, tokens_per_second: float) -> tuple[float, float, float]:
+def _causal_mfu(
+    config: RunConfig, gpu: str, tokens_per_second: float
+) -> tuple[float, float, float]:
     """Return MFU, FLOPs of a token and the peak that it is relative to (`MFU_FORMULA`)."""
     from megatron_moe.plan.flops import forward_flops, training_flops
     from megatron_moe.plan.hardware import gpu_named
