@@ -4,8 +4,8 @@
     pip download --no-deps --only-binary=:all: --dest wheels --requirement wheels.txt
     for wheel in wheels/*.whl; do unzip -q -o $wheel -d packages; done
 
-The list is what the package and the checks import, and what those packages require, without what the
-machine has.
+The list is what the package and the checks import, and what those packages require, without what
+the machine has.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def missing_wheels() -> list[str]:
     folders = (ROOT / "megatron_moe", ROOT / "tools" / "gpu_checks")
     modules = set(_imported(path for folder in folders for path in folder.rglob("*.py")))
     providers = metadata.packages_distributions()
-    direct = {canonicalize_name(name) for module in modules for name in providers.get(module, ())}
+    direct: set[str] = {
+        canonicalize_name(name) for module in modules for name in providers.get(module, ())
+    }
     needed = _with_requirements(direct - {"megatron-moe"})
     pinned = _pinned()
     return [f"{name}=={pinned[name]}" for name in sorted(needed)]
