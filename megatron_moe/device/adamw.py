@@ -1,4 +1,4 @@
-"""AdamW on CPU with the state layout of Apex's and Transformer Engine's FusedAdam.
+"""torch's fused AdamW with the state layout of Apex's and Transformer Engine's FusedAdam.
 
 Megatron-Core's distributed optimizer saves and reshards one step count per parameter group, as
 those two keep it; torch's AdamW keeps one per parameter, which does not load under another layout.
@@ -35,7 +35,7 @@ class FusedAdamW(torch.optim.Optimizer):
         # What else Megatron passes steers CUDA kernels and master weights it does not ask us for.
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**defaults, "bias_correction": True})
-        self._divide_by: Tensor | None = None
+        self._divide_by: float | None = None
 
     def clip(self, *, max_norm: float, total_norm: float) -> None:
         """Let the next step scale gradients to ``max_norm`` in its own pass over them.
@@ -43,7 +43,7 @@ class FusedAdamW(torch.optim.Optimizer):
         Megatron-Core's clipping is a pass over all of them, and a copy, before it.
         """
         divisor = (total_norm + 1e-6) / max_norm
-        self._divide_by = torch.tensor(divisor) if divisor > 1 else None
+        self._divide_by = divisor if divisor > 1 else None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -62,13 +62,15 @@ class FusedAdamW(torch.optim.Optimizer):
                         "exp_avg_sq": torch.zeros_like(p),
                     }
             beta1, beta2 = group["betas"]
+            device = params[0].device
+            divide_by = None if self._divide_by is None else _scalar(self._divide_by, device)
             torch._fused_adamw_(
                 params,
                 [p.grad for p in params],
                 [self.state[p]["exp_avg"] for p in params],
                 [self.state[p]["exp_avg_sq"] for p in params],
                 [],
-                [torch.tensor(float(group["step"])) for _ in params],
+                [_scalar(group["step"], device)] * len(params),
                 lr=float(group["lr"]),
                 beta1=beta1,
                 beta2=beta2,
@@ -76,6 +78,15 @@ class FusedAdamW(torch.optim.Optimizer):
                 eps=group["eps"],
                 amsgrad=False,
                 maximize=False,
-                grad_scale=self._divide_by,
+                grad_scale=divide_by,
             )
         self._divide_by = None
+
+
+def _scalar(value: float, device: torch.device) -> Tensor:
+    """Return an fp32 scalar on the parameters' device.
+
+    The CUDA kernel reads it there and does not check where it is. A fill, unlike a copy from the
+    host, does not wait for the GPU.
+    """
+    return torch.full((), float(value), dtype=torch.float32, device=device)

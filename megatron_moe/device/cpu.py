@@ -12,9 +12,8 @@ machine are hidden::
     all_to_all_single with sizes in a tensor             sizes in a list of int
     all_gather and reduce_scatter of unequal parts       padded to the largest part
     both, in one tensor, of a group of one rank          nothing, where gloo copies the whole twice
-    Apex's and Transformer Engine's kernels              `torch_engine.py`
     Megatron-Core's decorator torch.compile              nothing: 4 s to import a compiler
-    detours that cost a CPU much                         `shortcuts.py`
+    what runs without Apex and Transformer Engine        `torch_engine.py`
 """
 
 from __future__ import annotations
@@ -31,6 +30,8 @@ import torch
 import torch.distributed as dist
 import torch.utils._device
 from torch import Tensor
+
+from megatron_moe.device.torch_engine import install_torch_engine
 
 CPU = torch.device("cpu")
 _installed = False
@@ -50,7 +51,7 @@ def install() -> None:
     _replace_collectives()
     _silence_remarks()
     _import_megatron_quietly()
-    _replace_in_megatron()
+    install_torch_engine(cuda=False)
 
 
 class _Inert:
@@ -256,15 +257,3 @@ def _uncompiled() -> Iterator[None]:
         yield
     finally:
         torch.compile = compiled
-
-
-def _replace_in_megatron() -> None:
-    from megatron.core.optimizer import clip_grads
-    from megatron.core.transformer.moe import token_dispatcher
-
-    from megatron_moe.device import shortcuts
-    from megatron_moe.device.torch_engine import install_torch_engine
-
-    install_torch_engine()
-    clip_grads.l2_norm_impl = shortcuts.l2_norm
-    token_dispatcher.sort_chunks_by_idxs = shortcuts.sort_chunks

@@ -129,8 +129,10 @@ def engine_of(wanted: WantedEngine, world: World) -> Engine:
             + "\n".join(lines)
             + "\n  set run.engine=torch, or install the same packages on every machine"
         )
-    install = install_torch_engine if engine.is_torch else install_for_transformer_engine
-    install()
+    if engine.is_torch:
+        install_torch_engine(cuda=True)
+    else:
+        install_for_transformer_engine()
     return engine
 
 

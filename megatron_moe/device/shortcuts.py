@@ -1,6 +1,6 @@
-"""What Megatron-Core 0.19 does the long way round on a CPU, done the short way: same results.
+"""What Megatron-Core 0.19 does in many passes without Transformer Engine, in few: same results.
 
-Imported once Megatron-Core is; `cpu.install` puts these in its place.
+Imported once Megatron-Core is; `install_torch_engine` puts these in its place.
 
 Shape letters: S sequence, B micro-batch, H heads, C head width, c half of it.
 """
@@ -13,6 +13,8 @@ import torch
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.transformer.moe.moe_utils import sort_chunks_by_idxs
 from torch import Tensor
+
+from megatron_moe.device.compiled import compiled_on_cuda
 
 _rotate_any_way = rope_utils._apply_rotary_pos_emb_bshd
 
@@ -47,7 +49,16 @@ def rotate(
         return _rotate_any_way(
             t, freqs, rotary_interleaved, mla_rotary_interleaved, mscale, **deprecated
         )
-    return _Rotation.apply(t, freqs.cos().to(t.dtype), freqs.sin().to(t.dtype))
+    return _Rotation.apply(t, *_cos_and_sin(freqs, t.dtype))
+
+
+def _cos_and_sin(freqs: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Both of the angles, kept with them: all layers turn queries and keys by the same."""
+    kept = getattr(freqs, "cos_and_sin", None)
+    if kept is None or kept[0].dtype != dtype:
+        kept = freqs.cos().to(dtype), freqs.sin().to(dtype)
+        setattr(freqs, "cos_and_sin", kept)  # noqa: B010 - Tensor has no such attribute
+    return kept
 
 
 class _Rotation(torch.autograd.Function):
@@ -64,6 +75,7 @@ class _Rotation(torch.autograd.Function):
         return _rotated(grads[0], cos_S11C, -sin_S11C), None, None
 
 
+@compiled_on_cuda
 def _rotated(t_SBHC: Tensor, cos_S11C: Tensor, sin_S11C: Tensor) -> Tensor:
     first_SBHc, second_SBHc = t_SBHC.chunk(2, dim=-1)
     sin_S11c = sin_S11C.chunk(2, dim=-1)[0]  # both halves turn by the same angles
@@ -82,10 +94,19 @@ def l2_norm(
 ) -> tuple[Tensor, None]:
     """Norm of all tensors together, as Apex's ``multi_tensor_l2norm``.
 
-    By rows, because torch takes the norm of a long vector on one thread.
+    On CUDA one kernel takes many tensors; Megatron-Core's own function waits for the GPU at each.
+    On a CPU by rows, because torch takes the norm of a long vector on one thread.
     """
+    if tensor_lists[0] and tensor_lists[0][0].is_cuda:
+        return norm_of_norms(tensor_lists[0]), None
     squares = [_square(tensor.detach().flatten()) for tensor in tensor_lists[0]]
     return torch.stack(squares).sum().sqrt().float().view(1), None
+
+
+def norm_of_norms(tensors: list[Tensor]) -> Tensor:
+    """Return the fp32 norm of all tensors together, ``(1,)``."""
+    norms = torch._foreach_norm([tensor.detach() for tensor in tensors], dtype=torch.float32)
+    return torch.linalg.vector_norm(torch.stack(norms)).view(1)
 
 
 def _square(values: Tensor) -> Tensor:

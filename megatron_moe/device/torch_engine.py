@@ -1,12 +1,14 @@
-"""What Megatron-Core takes from Transformer Engine or Apex, and what the torch engine gives it.
+"""Replace what Megatron-Core takes from Apex or Transformer Engine, or does slowly, by torch.
 
-==========================================  ==================================================
-FusedAdam of Apex or Transformer Engine     `FusedAdamW`, with the same state layout
-Apex's product that adds to a buffer        `gradients.py`
-rotary embedding in several passes          `shortcuts.rotate`
-==========================================  ==================================================
+::
 
-On a CPU, `cpu.install` replaces what Megatron-Core hard-codes to CUDA besides.
+    Apex's or Transformer Engine's FusedAdam             `FusedAdamW`, with the same state layout
+    Apex's product that adds to a buffer of gradients    `gradients`
+    the norm of all gradients                            `shortcuts.l2_norm`
+    rotary embedding, sorting of chunks                  `shortcuts`
+    tokens to the order of the experts and back          `permute`, on CUDA
+
+Megatron-Core must be imported before.
 """
 
 from __future__ import annotations
@@ -18,8 +20,12 @@ from typing import Any
 _installed = False
 
 
-def install_torch_engine() -> None:
-    """Make Megatron-Core use torch's kernels in this process; calling it again does nothing."""
+def install_torch_engine(*, cuda: bool) -> None:
+    """Replace these functions of Megatron-Core in this process; a second call does nothing.
+
+    Args:
+        cuda: Also replace what only pays off, or only differs, on CUDA.
+    """
     global _installed
     if _installed:
         return
@@ -27,7 +33,8 @@ def install_torch_engine() -> None:
     import megatron.core.optimizer as megatron_optimizer
     from megatron.core.distributed import param_and_grad_buffer
     from megatron.core.models.common.embeddings import rope_utils
-    from megatron.core.optimizer import distrib_optimizer
+    from megatron.core.optimizer import clip_grads, distrib_optimizer
+    from megatron.core.transformer.moe import token_dispatcher
 
     from megatron_moe.device import gradients, shortcuts
     from megatron_moe.device.adamw import FusedAdamW
@@ -36,10 +43,16 @@ def install_torch_engine() -> None:
     megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
     distrib_optimizer.HAVE_APEX_OR_TE = True
     distrib_optimizer.USING_APEX_OPTIMIZER = True
+    clip_grads.l2_norm_impl = shortcuts.l2_norm
     rope_utils._apply_rotary_pos_emb_bshd = shortcuts.rotate
+    token_dispatcher.sort_chunks_by_idxs = shortcuts.sort_chunks
     _add_gradients_in_products()
     param_and_grad_buffer._ParamAndGradBuffer.reset = gradients.reset
     _zero_stale_before_communication(param_and_grad_buffer._ParamAndGradBucketGroup)
+    if cuda:
+        from megatron_moe.device import permute
+
+        permute.install()
 
 
 def install_for_transformer_engine() -> None:

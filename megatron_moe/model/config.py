@@ -121,8 +121,9 @@ def _parallel(parallel: Parallel) -> dict[str, Any]:
 
 _RECOMPUTED = {
     ("torch", "cpu"): {"selective": ["core_attn"], "moe": ["moe"]},
-    # The torch-native experts keep no activations: their backward pass computes them again.
-    ("torch", "cuda"): {"selective": ["layernorm"], "moe": ["layernorm", "moe"]},
+    # No "layernorm": Megatron-Core recomputes norms only where Transformer Engine is installed. No
+    # "selective": torch-native experts always form their activations again.
+    ("torch", "cuda"): {"moe": ["moe"]},
     ("transformer_engine", "cuda"): {
         "selective": ["layernorm", "moe_act"],
         "moe": ["layernorm", "moe"],

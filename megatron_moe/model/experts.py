@@ -9,7 +9,7 @@ Shape letters of this module:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -37,6 +37,7 @@ class LoopExperts(SequentialMLP):
     ) -> tuple[Tensor, None]:
         """Apply each expert to its run of tokens, weighted: ``(T, D)`` to ``(T, D)``."""
         experts: Any = self.local_experts
+        await_weights(experts)
         out_TD = apply_experts(
             permuted_local_hidden_states,
             permuted_probs,
@@ -45,6 +46,17 @@ class LoopExperts(SequentialMLP):
             [expert.linear_fc2.weight for expert in experts],
         )
         return out_TD, None
+
+
+def await_weights(experts: Iterable[Any]) -> None:
+    """Run the hooks by which data parallelism finishes an overlapped gather of parameters.
+
+    It hangs them on the linear layers, which would run them if they were called.
+    """
+    for expert in experts:
+        for linear in (expert.linear_fc1, expert.linear_fc2):
+            for hook in linear._forward_pre_hooks.values():
+                hook(linear, ())
 
 
 def apply_experts(

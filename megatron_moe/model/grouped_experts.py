@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatron_moe.device.compiled import compiled_on_cuda
 from megatron_moe.device.gradients import begin_products
-from megatron_moe.model.experts import LoopExperts
+from megatron_moe.model.experts import LoopExperts, await_weights
 from megatron_moe.model.stacking import ALIGNMENT_BYTES, BackToFront, lay_out, stacked
 
 
@@ -102,6 +102,7 @@ class GroupedExperts(LoopExperts):
         """Apply each expert to its run of tokens, weighted: ``(T, D)`` to ``(T, D)``."""
         if self.kernel().name == "loop":
             return super().forward(permuted_local_hidden_states, tokens_per_expert, permuted_probs)
+        await_weights(self.local_experts)
         fc1s_2MD, fc2s_DM = self.weights()
         out_TD = grouped_experts(
             permuted_local_hidden_states, permuted_probs, tokens_per_expert, fc1s_2MD, fc2s_DM

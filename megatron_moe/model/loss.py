@@ -3,6 +3,7 @@
 Shape letters of this module:
 
     S  sequence of this cp rank    B  micro-batch    V  this tp rank's part of the vocabulary
+    N  tokens, S * B
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import torch
 from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+from megatron_moe.model.cross_entropy import cross_entropy
 
 
 def make_output_processor(*, vocab_size: int, tp_group: ProcessGroup) -> Callable[..., Tensor]:
@@ -40,6 +43,12 @@ def make_output_processor(*, vocab_size: int, tp_group: ProcessGroup) -> Callabl
         logits_SBV, _bias = output_layer(hidden_states, weight=output_weight)
         width = logits_SBV.shape[-1]
         real = min(max(vocab_size - rank * width, 0), width)
+        if labels is not None and logits_SBV.is_cuda:
+            label_N = labels.transpose(0, 1).flatten()
+            losses_N = cross_entropy(
+                logits_SBV.flatten(0, 1), label_N, real=real, tp_group=tp_group
+            )
+            return losses_N.view(logits_SBV.shape[:2]).transpose(0, 1).contiguous()
         if real < width:
             padding_V = torch.arange(width, device=logits_SBV.device) >= real
             logits_SBV = logits_SBV.masked_fill(padding_V, float("-inf"))

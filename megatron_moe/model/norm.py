@@ -25,6 +25,8 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x / rms(x) * weight`` along the last axis, computed in fp32 at least."""
+        if x.is_cuda:  # one kernel, which keeps what the function below keeps
+            return super().forward(x)
         return _RMSNorm.apply(x, self.weight, self.eps)
 
 

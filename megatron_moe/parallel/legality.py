@@ -66,5 +66,5 @@ RULES = (
     moe_rules.capacity, moe_rules.dispatcher, moe_rules.router, moe_rules.construction,
     moe_rules.shared_expert, moe_rules.moe_layers,
     training_rules.schedule, training_rules.texts, training_rules.mixing,
-    training_rules.reset_attention,
+    training_rules.recompute, training_rules.reset_attention,
 )  # fmt: skip

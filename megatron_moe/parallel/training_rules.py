@@ -81,6 +81,18 @@ def mixing(case: Case) -> Iterator[str]:
         )
 
 
+def recompute(case: Case) -> Iterator[str]:
+    """The engine can recompute what is asked for."""
+    run = case.config.run
+    if case.config.train.recompute == "selective" and run.engine == "torch" and run.device != "cpu":
+        yield (
+            "train.recompute (selective) on CUDA needs run.engine (torch) to be "
+            "transformer_engine: Megatron-Core recomputes norms only with its modules, and the "
+            "torch engine's experts recompute their activations with any setting.\n"
+            "  set train.recompute to none, moe or full"
+        )
+
+
 def reset_attention(case: Case) -> Iterator[str]:
     """The engine's attention can stay within documents."""
     data, p, train = case.config.data, case.config.parallel, case.config.train

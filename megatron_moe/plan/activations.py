@@ -22,7 +22,8 @@ NOT_KEPT: dict[Recompute, tuple[str, ...]] = {
     "selective": (*NORM_OUTPUTS, "expert_activation"),
     "moe": ("attention_norm_output", *EXPERT_TENSORS),
 }
-"""Saved tensors that a setting computes again; full keeps the layer's input alone."""
+"""Saved tensors that a setting computes again; full keeps the layer's input alone. The torch engine
+keeps the outputs of norms: Megatron-Core computes them again only with Transformer Engine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +104,8 @@ def kept_bytes(shape: MoeShape, work: Workload, degrees: Degrees, *, routes: boo
     if work.recompute == "full":
         return saved["layer_input"]
     again = NOT_KEPT[work.recompute]
+    if work.engine == "torch":
+        again = tuple(name for name in again if name not in NORM_OUTPUTS)
     return sum(size for name, size in saved.items() if name not in again)
 
 

@@ -17,7 +17,7 @@ from megatron_moe.plan.candidates import chunkings
 from megatron_moe.plan.layer import Machine
 from megatron_moe.plan.shape import MoeShape
 from megatron_moe.plan.time import StepTime, least_seconds, step_time
-from megatron_moe.plan.workload import RECOMPUTE_SETTINGS, Degrees, Workload
+from megatron_moe.plan.workload import Degrees, Workload
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +62,11 @@ class Frontier:
 
     def slower(self, setting: Setting) -> bool:
         """Queue the setting with the next recomputation; False: everything is recomputed."""
-        following = RECOMPUTE_SETTINGS.index(setting.work.recompute) + 1
-        if following == len(RECOMPUTE_SETTINGS):
+        settings = setting.work.recompute_settings
+        following = settings.index(setting.work.recompute) + 1
+        if following == len(settings):
             return False
-        work = replace(setting.work, recompute=RECOMPUTE_SETTINGS[following])
+        work = replace(setting.work, recompute=settings[following])
         self._add(setting.degrees, work)
         return True
 

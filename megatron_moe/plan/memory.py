@@ -61,6 +61,7 @@ class RankMemory:
     optimizer: float
     activations: float
     dispatcher: float
+    expert_gradients: float
     logits: float
     communication: float
     framework: float
@@ -215,6 +216,7 @@ def rank_memory(
         optimizer=state.optimizer / GIB,
         activations=activations / GIB,
         dispatcher=dispatcher / GIB,
+        expert_gradients=_expert_gradients(shape, work, degrees) / GIB,
         logits=logits / GIB,
         communication=_communication(shape, work, degrees),
         framework=FRAMEWORK_GIB,
@@ -244,6 +246,17 @@ def _dispatcher(shape: MoeShape, work: Workload, degrees: Degrees) -> float:
         return 0.0
     rows = local_tokens(shape, work, degrees).expert_rows
     return (2 * rows / degrees.etp + rows) * shape.hidden_size * work.bytes_per_value
+
+
+def _expert_gradients(shape: MoeShape, work: Workload, degrees: Degrees) -> float:
+    """Bytes of the gradients of a layer's gate and up before they are added to the fp32 buffer.
+
+    The torch engine forms those of all local experts at once; Transformer Engine adds in place.
+    """
+    if work.engine != "torch" or not shape.moe_layers:
+        return 0.0
+    neurons = shape.num_moe_experts // degrees.ep * shape.moe_ffn_hidden_size / degrees.etp
+    return 2 * neurons * shape.hidden_size * work.bytes_per_value
 
 
 def _logits(shape: MoeShape, work: Workload, degrees: Degrees) -> float:

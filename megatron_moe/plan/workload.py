@@ -85,6 +85,13 @@ class Workload:
     """Implementation of the layers: torch's operations keep other tensors for the backward pass."""
 
     @property
+    def recompute_settings(self) -> tuple[Recompute, ...]:
+        """Settings that the engine has, from the fastest to the one that needs least memory."""
+        if self.engine == "torch":
+            return tuple(setting for setting in RECOMPUTE_SETTINGS if setting != "selective")
+        return RECOMPUTE_SETTINGS
+
+    @property
     def bytes_per_value(self) -> int:
         """Bytes of an activation or a weight."""
         return 2 if self.precision == "bf16" else 4

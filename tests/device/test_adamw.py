@@ -1,6 +1,7 @@
 """The fused AdamW against torch's own, and the state layout that Megatron-Core saves."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -68,6 +69,41 @@ def test_every_step_is_torchs(betas: tuple[float, float], eps: float):
                 torch.testing.assert_close(
                     ours.state[p][name], torchs.state[q][name], rtol=1e-6, atol=1e-12
                 )
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_kernels_scalars_are_on_the_parameters_device(
+    device: str, monkeypatch: pytest.MonkeyPatch
+):
+    """One step count a group. The CUDA kernel reads these and checks nothing."""
+    calls = []
+
+    def kernel(
+        params: list,
+        grads: list,
+        avgs: list,
+        squares: list,
+        maxes: list,
+        steps: list,
+        **options: Any,
+    ):
+        calls.append((steps, options))
+
+    monkeypatch.setattr(torch, "_fused_adamw_", kernel)
+    params = [torch.nn.Parameter(p.detach().to(device)) for p in parameters()]
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer = FusedAdamW(groups(params), lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
+    optimizer.clip(max_norm=1.0, total_norm=4.0)
+    optimizer.step()
+    assert len(calls) == 2
+    for steps, options in calls:
+        scale = options["grad_scale"]
+        assert len(steps) == 2
+        assert steps[0] is steps[1]
+        assert {steps[0].device.type, scale.device.type} == {device}
+        assert steps[0].dtype == scale.dtype == torch.float32
+        assert isinstance(options["lr"], float)
 
 
 def test_one_step_by_hand():

@@ -45,6 +45,43 @@ def test_the_first_product_of_a_step_overwrites_and_the_others_add(dtype: torch.
         )
 
 
+@pytest.mark.distributed
+def test_cuda_adds_bf16_products_to_fp32_in_one_operation():
+    """In a process of its own, where a CPU gets the two overloads that torch has on CUDA alone."""
+    run_on_ranks(check_widened, world_size=1)
+
+
+def check_widened(world: World) -> None:
+    calls = []
+
+    def mm(left: Tensor, right: Tensor, wide: torch.dtype, *, out: Tensor) -> Tensor:
+        calls.append("mm")
+        return out.copy_(left.to(wide) @ right.to(wide))
+
+    def addmm(
+        self: Tensor, left: Tensor, right: Tensor, wide: torch.dtype, *, beta: float = 1,
+        alpha: float = 1, out: Tensor,
+    ) -> Tensor:  # fmt: skip
+        calls.append("addmm")
+        assert self.data_ptr() == out.data_ptr()
+        return out.copy_(self + left.to(wide) @ right.to(wide))
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("mm.dtype_out", mm, "CPU")
+    library.impl("addmm.dtype_out", addmm, "CPU")
+    generator = torch.Generator().manual_seed(0)
+    main_grad, exact = torch.full((3, 4), torch.nan), torch.zeros(3, 4, dtype=torch.float64)
+    for index, rows in enumerate((5, 0, 2)):
+        out_grad = torch.randn(rows, 3, generator=generator).bfloat16()
+        inputs = torch.randn(rows, 4, generator=generator).bfloat16()
+        gradients.add_widened(main_grad, out_grad, inputs, first=index == 0)
+        exact += out_grad.double().t() @ inputs.double()
+    assert calls == ["mm", "addmm"], "no rows are no product"
+    torch.testing.assert_close(main_grad.double(), exact, rtol=0, atol=1e-5)  # fp32
+    gradients.add_widened(main_grad, torch.empty(0, 3), torch.empty(0, 4), first=True)
+    assert not main_grad.any()
+
+
 def test_no_rows_at_all_are_a_gradient_of_zero():
     buffer = buffer_of((3, 4))
     (main_grad,) = (param.main_grad for param in buffer.param_index_map)

@@ -54,9 +54,24 @@ def test_norm_of_gradients_long_and_short():
     generator = torch.Generator().manual_seed(0)
     grads = [torch.randn(size, generator=generator) for size in (3, 2**20 + 5, 4096)]
     squares = sum(float(grad.double().square().sum()) for grad in grads)
-    assert float(shortcuts.l2_norm(0, None, [grads], False)[0]) == pytest.approx(
-        math.sqrt(squares),
-        rel=1e-6,  # fp32 of what the squares add up to
+    wanted = math.sqrt(squares)
+    ours = shortcuts.l2_norm(0, None, [grads], False)[0]
+    assert float(ours) == pytest.approx(wanted, rel=1e-6)  # fp32 of what the squares add up to
+    cudas = shortcuts.norm_of_norms(grads)
+    assert (cudas.shape, cudas.dtype) == (ours.shape, ours.dtype) == ((1,), torch.float32)
+    assert float(cudas) == pytest.approx(wanted, rel=1e-4)  # its CPU kernel adds a million in fp32
+
+
+@pytest.mark.slow
+def test_a_compiled_rotation_is_the_eager_one():
+    generator = torch.Generator().manual_seed(0)
+    t_SBHC = torch.randn(6, 2, 3, 8, generator=generator)
+    angle_S11C = torch.rand(6, 1, 1, 8, generator=generator)
+    rotated = shortcuts._rotated.__wrapped__
+    arguments = t_SBHC, angle_S11C.cos(), angle_S11C.sin()
+    # fp32; the compiler may keep a product unrounded when it adds.
+    torch.testing.assert_close(
+        torch.compile(rotated)(*arguments), rotated(*arguments), rtol=1e-6, atol=1e-6
     )
 
 

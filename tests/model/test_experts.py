@@ -42,12 +42,16 @@ def by_hand(x_TD: Tensor, prob_T: Tensor, fc1_2MD: Tensor, fc2_DM: Tensor) -> Te
 
 
 def experts(count: int) -> SimpleNamespace:
-    """What `LoopExperts.forward` looks at: weights. The linear layers are never called."""
+    """What `LoopExperts.forward` looks at: weights and hooks. The layers are never called."""
+
+    def linear(*shape: int, seed: int) -> SimpleNamespace:
+        weight = random(*shape, seed=seed).requires_grad_()
+        return SimpleNamespace(weight=weight, _forward_pre_hooks={})
+
     return SimpleNamespace(
         local_experts=[
             SimpleNamespace(
-                linear_fc1=SimpleNamespace(weight=random(2 * M, D, seed=2 * e).requires_grad_()),
-                linear_fc2=SimpleNamespace(weight=random(D, M, seed=2 * e + 1).requires_grad_()),
+                linear_fc1=linear(2 * M, D, seed=2 * e), linear_fc2=linear(D, M, seed=2 * e + 1)
             )
             for e in range(count)
         ]
@@ -72,6 +76,23 @@ def test_each_expert_takes_its_run_of_tokens(counts: tuple[int, ...]):
             x_TD[t : t + 1], prob_T[t : t + 1], expert.linear_fc1.weight, expert.linear_fc2.weight
         )
         torch.testing.assert_close(out_TD[t : t + 1], one, rtol=1e-12, atol=1e-12)
+
+
+def test_a_gather_of_weights_is_finished_before_they_are_read():
+    """By the hooks that data parallelism has put on the layers, each run once."""
+    these, awaited = experts(2), []
+    for expert in these.local_experts:
+        for linear in (expert.linear_fc1, expert.linear_fc2):
+            linear.weight.data.zero_()
+
+            def hook(module: SimpleNamespace, *_: object) -> None:
+                awaited.append(module)
+                module.weight.data.fill_(1.0)
+
+            linear._forward_pre_hooks[0] = hook
+    out_TD, _ = LoopExperts.forward(these, random(3, D), torch.tensor([1, 2]), random(3))
+    assert len(awaited) == 4
+    assert out_TD.all(), "the weights that came are used"
 
 
 @pytest.mark.parametrize("counts", [(0, 9), (0, 0)], ids=["one-empty", "all-empty"])

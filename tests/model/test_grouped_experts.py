@@ -5,20 +5,23 @@ torch computes grouped products on a CPU as well, so everything but the kernel i
 Shape letters: T tokens, D hidden_size, M neurons of one expert, E experts.
 """
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from layouts import layout
 from ranks import run_on_ranks
 from tiny import save_dense
 from torch import Tensor
+from training_runs import run_training, tree, write_tokens
 
 from megatron_moe.config.run import Data, Dense, Moe, Parallel, Run, RunConfig, Train
 from megatron_moe.device import gradients
 from megatron_moe.device.engine import TORCH_ON_CPU, TORCH_ON_CUDA
 from megatron_moe.device.world import World
 from megatron_moe.hf.spec import read_spec
-from megatron_moe.model import grouped_experts
+from megatron_moe.model import grouped_experts, spec
 from megatron_moe.model.experts import LoopExperts, apply_experts
 from megatron_moe.model.grouped_experts import (
     ExpertKernel,
@@ -243,11 +246,11 @@ def check_buffers(world: World, folder: Path, distributed_optimizer: bool) -> No
         data=Data(path=folder, seq_length=8),
         train=Train(steps=0, precision="bf16"),
     )
-    layout, groups = create_groups(Parallel(), seed=0)
+    places, groups = create_groups(Parallel(), seed=0)
     dense = read_spec(folder)
     models = []
     for engine in (TORCH_ON_CPU, TORCH_ON_CUDA):
-        model = build_model(config, dense, layout=layout, groups=groups, rank=0, engine=engine)
+        model = build_model(config, dense, layout=places, groups=groups, rank=0, engine=engine)
         models.append(model.modules[0])
     plain, ours = models
     shapes = {name: p.shape for name, p in plain.named_parameters()}
@@ -304,3 +307,38 @@ def check_a_pass(plain: torch.nn.Module, layers: list[GroupedExperts]) -> None:
         torch.testing.assert_close(
             parameter.main_grad, wanted, rtol=0.02, atol=0.02 * float(wanted.abs().max()) + 1e-30
         )
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("before", "after"), [("dp2 ep2", "dp2 ep2"), ("1", "dp4 ep2")])
+def test_a_run_goes_on_with_grouped_products(
+    tmp_path: Path, before: str, after: str, monkeypatch: pytest.MonkeyPatch
+):
+    """A checkpoint of a run with the loop, resumed with grouped products, in fp32 on a CPU.
+
+    Weights are one view in data parallelism's buffers, or the run ends.
+    """
+    dense, tokens = save_dense(tmp_path / "dense"), write_tokens(tmp_path / "tokens")
+
+    def settings(name: str, where: str) -> dict:
+        return tree(
+            tmp_path / where, dense, tokens, parallel=layout(name)[1],
+            train={"steps": 4, "micro_batch_size": 1}, checkpoint={"interval": 2},
+        )  # fmt: skip
+
+    wanted = run_training(settings(before, "loop"), world_size=layout(before)[0])
+    shutil.copytree(tmp_path / "loop", tmp_path / "grouped")
+    (tmp_path / "grouped" / "checkpoints" / "latest").write_text("step_00000002\n")
+
+    def kernel(*, stackable: bool, **_: object) -> ExpertKernel:
+        assert stackable
+        return ExpertKernel("grouped_mm", "a test")
+
+    monkeypatch.setattr(grouped_experts, "expert_kernel", kernel)
+    monkeypatch.setattr(spec, "LoopExperts", GroupedExperts)
+    found = run_training(settings(after, "grouped"), world_size=layout(after)[0])
+
+    assert [line["step"] for line in found] == [0, 1, 2, 3, 4]
+    for mine, loops in zip(found[3:], wanted[3:], strict=True):  # as between layouts
+        assert mine["loss/lm"] == pytest.approx(loops["loss/lm"], rel=1e-5)
+        assert mine["grad_norm"] == pytest.approx(loops["grad_norm"], rel=1e-4)

@@ -217,6 +217,10 @@ REFUSALS = [
      "data.mixing.interval (2303 tokens) must be at least the tokens of a step, "
      "train.global_batch_size * data.seq_length = 2304: weights move between steps.\n"
      "  smallest data.mixing.interval: 2304"),
+    ("recompute-engine", {"train.recompute": "selective", "run.engine": "torch"}, 1,
+     "train.recompute (selective) on CUDA needs run.engine (torch) to be transformer_engine: "
+     "Megatron-Core recomputes norms only with its modules, and the torch engine's experts "
+     "recompute their activations with any setting.\n  set train.recompute to none, moe or full"),
     ("reset-attention", {"data.reset_attention": True, "train.micro_batch_size": 2}, 1,
      "data.reset_attention (true) with Transformer Engine needs train.micro_batch_size to be 1, "
      "not (2): it takes packed documents as one row.\n"

@@ -73,8 +73,6 @@ def unfused_bytes(shape: MoeShape, work: Workload, degrees: Degrees, *, routes: 
     extra = 0.0
     if not routes:  # silu(gate), and gate and up once more, each apart
         extra += 2 * heads * shape.ffn_hidden_size * value
-    if work.recompute == "moe":  # on CPU norms are not recomputed
-        extra += stream_bytes(shape, work, degrees)
     return extra
 
 
