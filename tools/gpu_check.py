@@ -60,8 +60,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("checks", nargs="*", metavar="CHECK", help=f"of: {', '.join(CHECKS)}")
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0],
+        epilog="\n".join(["checks:", *(f"  {c.name:11}{c.about}" for c in CHECKS.values())]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checks", nargs="*", metavar="CHECK", help="all, if none is named")
     parser.add_argument("--rehearse", action="store_true", help="run small, on the CPU")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write every number to this file")
     parser.add_argument("--wheels", action="store_true", help="list wheels to bring, and stop")

@@ -1,4 +1,4 @@
-"""The checks: name, function, time limit, and the risk that each retires."""
+"""The checks: name, function, time limit, and the question that each answers."""
 
 from __future__ import annotations
 
@@ -21,53 +21,17 @@ PREPARE = Check("prepare", "gpu_checks.inputs:prepare", 15, "models and tokens o
 CHECKS = {
     check.name: check
     for check in (
-        Check(
-            "join", "gpu_checks.joining:join", 40, "joining a job: seconds, GPU memory, device_id"
-        ),
-        Check(
-            "placement",
-            "gpu_checks.joining:placement",
-            40,
-            "parameters on the device, one step each",
-        ),
-        Check(
-            "parity",
-            "gpu_checks.parity:parity",
-            45,
-            "transformers' logits; experts equal to the CPU's",
-        ),
-        Check(
-            "curves", "gpu_checks.parity:curves", 40, "ten steps beside the CPU's, for every router"
-        ),
-        Check(
-            "resume",
-            "gpu_checks.saving:resume",
-            55,
-            "kill, resume, export; copies between host and GPU",
-        ),
-        Check(
-            "experts",
-            "gpu_checks.kernels:experts",
-            50,
-            "products of experts: values, gradients, speed",
-        ),
-        Check("attention", "gpu_checks.kernels:attention", 35, "attention: kernel, speed, memory"),
-        Check("loss", "gpu_checks.kernels:loss", 25, "cross entropy over 128k tokens"),
-        Check(
-            "profile",
-            "gpu_checks.profiling:profile_step",
-            30,
-            "where a step's time goes, and who waits",
-        ),
-        Check(
-            "fill", "gpu_checks.filling:fill", 20, "upcycling beside reading the file into the GPU"
-        ),
-        Check(
-            "speed",
-            "gpu_checks.speed:speed",
-            85,
-            "bench beside plan and beside transformers' Mixtral",
-        ),
+        Check("join", "gpu_checks.joining:join", 35, "joining a job: seconds, GPU memory"),
+        Check("placement", "gpu_checks.joining:placement", 35, "are parameters on the device?"),
+        Check("parity", "gpu_checks.parity:parity", 45, "transformers' logits, the CPU's experts"),
+        Check("curves", "gpu_checks.parity:curves", 40, "ten steps of each router as on a CPU"),
+        Check("resume", "gpu_checks.saving:resume", 50, "kill, resume, export; copies to the host"),
+        Check("experts", "gpu_checks.kernels:experts", 45, "products of experts: errors and speed"),
+        Check("attention", "gpu_checks.kernels:attention", 45, "attention: kernel, speed, memory"),
+        Check("loss", "gpu_checks.kernels:loss", 30, "cross entropy over 128k tokens"),
+        Check("profile", "gpu_checks.profiling:profile_step", 35, "a step's kernels and waits"),
+        Check("fill", "gpu_checks.filling:fill", 20, "upcycling beside reading into the GPU"),
+        Check("speed", "gpu_checks.speed:speed", 85, "bench beside plan and beside transformers"),
     )
 }
 """In order of risk retired per second."""
