@@ -1,19 +1,21 @@
 #!/usr/bin/env python3
 """Check a GPU machine in under eight minutes: does everything work there, and how fast?
 
-    python tools/gpu_check.py                          all checks on the first GPU
-    python tools/gpu_check.py experts attention        some of them
-    python tools/gpu_check.py --rehearse               the same code, small, on a CPU
-    python tools/gpu_check.py --wheels                 what a machine with torch and transformers lacks
+    python tools/gpu_check.py                      all checks on the first GPU
+    python tools/gpu_check.py experts attention    some of them
+    python tools/gpu_check.py --rehearse           the same code, small, on a CPU
+    python tools/gpu_check.py --wheels             the packages that a bare machine lacks
 
-Each check runs in a child process with a time limit. Results are kept as they come, so a check that
-hangs or dies costs its own time and nothing else. Needs no installation: run it in the root of the
-repository, with the missing wheels in PYTHONPATH (docs/gpu.md).
+Each check runs in a child process with a time limit. Results are kept as they come, so a check
+that hangs or dies costs its own time and nothing else. Needs no installation: run it in the root of
+the repository, with the missing wheels in PYTHONPATH (docs/gpu.md).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
 import json
 import os
 import signal
@@ -31,7 +33,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from gpu_checks.session import Session  # noqa: E402
 from gpu_checks.table import CHECKS, PREPARE, Check  # noqa: E402
 
-COLUMNS = ("check", "what", "expected", "measured", "verdict")
+COLUMNS = {"check": 10, "what": 44, "expected": 38, "measured": 46, "verdict": 8}
+"""Names of the table's columns and their width in characters."""
 REHEARSAL_PATIENCE = 5
 """Factor on time limits in a rehearsal: a CPU that others use too may take long."""
 LAST_LINES = 12
@@ -47,36 +50,51 @@ def main(arguments: list[str] | None = None) -> int:
         print("\n".join(missing_wheels()))
         return 0
     if args.child:
-        return run_child(args.child, Session(args.child, args.folder, args.rehearse))
+        run_child(args.child, Session(args.name, args.folder, args.rehearse))
+        return 0
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as name:
-        record = run_checks(args.checks or list(CHECKS), Path(name), rehearse=args.rehearse)
-    print_targets(record["results"])
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        print(f"\nall numbers: {args.json}")
+        names, folder = args.checks or list(CHECKS), Path(name)
+        record = run_checks(names, folder, rehearse=args.rehearse, out=args.json)
+    print_figures(record["results"])
     return int(any(line["verdict"] == "FAIL" for line in record["results"]))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("checks", nargs="*", metavar="CHECK", help=f"of: {', '.join(CHECKS)}")
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0],
+        epilog="\n".join(["checks:", *(f"  {c.name:11}{c.about}" for c in CHECKS.values())]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checks", nargs="*", metavar="CHECK", help="all, if none is named")
     parser.add_argument("--rehearse", action="store_true", help="run small, on the CPU")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write every number to this file")
     parser.add_argument("--wheels", action="store_true", help="list wheels to bring, and stop")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--child", metavar="FUNCTION", help=argparse.SUPPRESS)
+    parser.add_argument("--name", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     return parser
 
 
-def run_checks(names: list[str], folder: Path, *, rehearse: bool) -> dict[str, Any]:
-    """Run the named checks one after the other; returns what the JSON file holds."""
+def run_checks(
+    names: list[str], folder: Path, *, rehearse: bool, out: Path | None
+) -> dict[str, Any]:
+    """Run the named checks one after the other.
+
+    Args:
+        names: Rows of `CHECKS`.
+        folder: Empty scratch directory.
+        rehearse: Run small, on the CPU.
+        out: JSON file, written anew after every check, so that an interrupted run leaves one too.
+
+    Returns:
+        What the JSON file holds.
+    """
     if unknown := [name for name in names if name not in CHECKS]:
         sys.exit(f"gpu_check: no such check: {', '.join(unknown)}; known: {', '.join(CHECKS)}")
     record: dict[str, Any] = {"machine": describe_machine(rehearse), "seconds": {}}
     (folder / "machine.json").write_text(json.dumps(record["machine"]))
     print(" | ".join(f"{name} {value}" for name, value in record["machine"].items()))
-    print_row(dict(zip(COLUMNS, COLUMNS, strict=True)))
+    print_row({name: name for name in COLUMNS})
     results = record["results"] = []
     for check in (PREPARE, *(CHECKS[name] for name in names)):
         start = time.monotonic()
@@ -85,22 +103,26 @@ def run_checks(names: list[str], folder: Path, *, rehearse: bool) -> dict[str, A
         for line in lines:
             print_row(line)
         results += lines
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(f"{sum(record['seconds'].values()):.0f} s: {record['seconds']}")
     return record
 
 
 def run_check(check: Check, folder: Path, *, rehearse: bool) -> list[dict[str, Any]]:
     """Run one check in a child; returns its results, and one more if the child failed."""
-    output, limit = (
-        folder / f"{check.name}.log",
-        check.limit * (REHEARSAL_PATIENCE if rehearse else 1),
-    )
+    output = folder / f"{check.name}.log"
+    limit = check.limit * (REHEARSAL_PATIENCE if rehearse else 1)
     options = ["--rehearse"] if rehearse else []
+    command = [
+        sys.executable, __file__, "--child", check.function, "--name", check.name,
+        "--folder", str(folder), *options,
+    ]  # fmt: skip
     with output.open("wb") as log:
         child = subprocess.Popen(
-            [sys.executable, __file__, "--child", check.name, "--folder", str(folder), *options],
-            stdout=log, stderr=subprocess.STDOUT, start_new_session=True, cwd=ROOT,
-        )  # fmt: skip
+            command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, cwd=ROOT
+        )
         try:
             status = child.wait(timeout=limit)
             problem = f"the check ended with status {status}" if status else ""
@@ -109,9 +131,8 @@ def run_check(check: Check, folder: Path, *, rehearse: bool) -> list[dict[str, A
         finally:
             _kill_group(child)
     results = Session(check.name, folder, rehearse).results
-    lines = (
-        [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    )
+    text = results.read_text(encoding="utf-8") if results.exists() else ""
+    lines = [json.loads(line) for line in text.splitlines()]
     if problem:
         last = output.read_text(errors="replace").splitlines()[-LAST_LINES:]
         print("\n".join(f"    {line}" for line in last))
@@ -124,18 +145,15 @@ def run_check(check: Check, folder: Path, *, rehearse: bool) -> list[dict[str, A
 
 def _kill_group(child: subprocess.Popen[bytes]) -> None:
     """End the child and every rank it has started: none may hold the GPU's memory."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     child.wait()
 
 
-def run_child(name: str, session: Session) -> int:
-    """Run a check in this process."""
-    check = PREPARE if name == PREPARE.name else CHECKS[name]
-    check.load()(session)
-    return 0
+def run_child(function: str, session: Session) -> None:
+    """Run a check, given as ``module:function``, in this process."""
+    module, _, name = function.partition(":")
+    getattr(importlib.import_module(module), name)(session)
 
 
 def describe_machine(rehearse: bool) -> dict[str, Any]:
@@ -156,14 +174,11 @@ def describe_machine(rehearse: bool) -> dict[str, Any]:
 
 def print_row(line: dict[str, Any]) -> None:
     """Print a row of the table as soon as it is known."""
-    cells = [str(line[name]) for name in COLUMNS]
-    widths = (10, 34, 26, 40, 8)
-    print(
-        " ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)), flush=True
-    )
+    cells = (str(line[name]).ljust(width) for name, width in COLUMNS.items())
+    print(" ".join(cells).rstrip(), flush=True)
 
 
-def print_targets(results: list[dict[str, Any]]) -> None:
+def print_figures(results: list[dict[str, Any]]) -> None:
     """Print the figures that matter beside their targets."""
     figures = [line for line in results if line["numbers"].get("figure")]
     if figures:

@@ -67,7 +67,7 @@ def device_of(device: torch.device) -> tuple[str, int]:
 
 
 def commit_of(folder: Path) -> tuple[str | None, bool | None]:
-    """Return the commit of the working tree around ``folder``, and whether tracked files changed."""
+    """Return the commit of the working tree around a folder, and whether tracked files changed."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(

@@ -74,7 +74,7 @@ def shape_config(session: Session, folder: str, /, **changes: dict[str, Any]) ->
     ``changes`` may hold ``shape``: sizes of the dense model that differ.
     """
     sys.path[:0] = [str(ROOT / "bench")]
-    from dense import config_of
+    from dense import config_of  # bench/dense.py
 
     sizes: dict[str, Any] = {**session.size(LLAMA_1B, SMALL), **changes.pop("shape", {})}
     dense = session.folder / f"shape-{sizes['layers']}"

@@ -22,8 +22,8 @@ from megatron_moe.device.world import World
 
 Device = Literal["cpu", "cuda"]
 LOGIT_ERROR = {"fp32": 1e-4, "bf16": 1.0}
-"""Largest difference from transformers' logits, which reach about 20 in this model. fp32 without
-TF32 rounds to 6e-8 of a number; bf16 rounds to 4e-3, in some thirty products one after the other."""
+"""Largest difference from transformers' logits, which reach 20 in this model. fp32 without TF32
+rounds to 6e-8 of a number; bf16 to 4e-3, in some thirty products one after the other."""
 LOSS_ERROR = {"fp32": 1e-3, "bf16": 2e-2}
 """Largest relative difference of ten losses. Sums in another order move a logit, and a token near a
 tie of the router then goes to another expert."""
@@ -140,8 +140,9 @@ def _read_digests(session: Session, device: str) -> dict[str, dict[str, str]]:
 
 def curves(session: Session) -> None:
     """Train ten steps of every router on the GPU and on a CPU, and compare the losses."""
-    for device in (session.device, "cpu"):
-        configs = {
+    configs: dict[Device, dict[str, RunConfig]] = {}
+    for device in (session.device, "cpu"):  # CUDA first: no CPU stand-ins in its process
+        configs[device] = {
             f"{name}, {precision}": tiny_config(
                 session, f"curves-{device}-{name}-{precision}".replace(", ", "-").replace(" ", "-"),
                 run={"device": device}, moe=moe,
@@ -150,11 +151,9 @@ def curves(session: Session) -> None:
             for name, moe in CURVES.items()
             for precision in LOSS_ERROR
         }  # fmt: skip
-        session.on_rank(partial(_train_all, configs), device)
-        if device == session.device:
-            on_device = configs
-    for label, on_cpu in configs.items():
-        _compare_losses(session, label, losses(on_device[label]), losses(on_cpu))
+        session.on_rank(partial(_train_all, configs[device]), device)
+    for label, on_cpu in configs["cpu"].items():
+        _compare_losses(session, label, losses(configs[session.device][label]), losses(on_cpu))
 
 
 def _train_all(configs: dict[str, RunConfig], world: World) -> None:

@@ -1,8 +1,8 @@
-"""Check 9: where the time of a training step goes, which lines wait for the GPU, and whether the
-times that a run logs are those of the device.
+"""Check 9: where the time of a training step goes, and which lines wait for the GPU.
 
-A kernel counts for the part of the model whose forward pass launched it, or whose backward pass did:
-autograd gives an operation's gradient the sequence number of the operation.
+A kernel counts for the part of the model whose forward or backward pass launched it: autograd gives
+the gradient of an operation the operation's sequence number. The step times that a run logs are
+compared with those of the device.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from gpu_checks.inputs import shape_config
 from gpu_checks.session import Session
 from gpu_checks.timing import synchronize
 from megatron_moe.config.run import RunConfig
+from megatron_moe.device.wait import waiter
 from megatron_moe.device.world import World
 
 PARTS = ("experts", "attention", "loss", "optimizer", "rest")
@@ -67,8 +68,8 @@ def _logged_time(session: Session, bench: Any, device: torch.device) -> None:
     synchronize(device)
     start = time.perf_counter()
     run_loop(
-        state, steps=state.step + TIMED_STEPS, take_step=bench.step, describe=describe, hooks=(),
-        keeps=lambda _: True, stopping=lambda: False,
+        state, steps=state.step + TIMED_STEPS, take_step=bench.step, wait=waiter(device),
+        describe=describe, hooks=(), keeps=lambda _: True, stopping=lambda: False,
     )  # fmt: skip
     synchronize(device)
     seconds = time.perf_counter() - start
@@ -107,7 +108,7 @@ def _parts(session: Session, bench: Any, device: torch.device) -> None:
     with _ranges(bench.state), profile(activities=activities) as profiler:
         bench.step()
         synchronize(device)
-    seconds = seconds_by_part(list(profiler.events()), cuda=cuda)
+    seconds = seconds_by_part(list(profiler.events() or ()), cuda=cuda)
     total = sum(seconds.values())
     for part in PARTS:
         session.add(f"time in {part}", f"{seconds[part] / total:.1%} of {total * 1e3:.0f} ms",

@@ -29,7 +29,7 @@ PINNED_GB_PER_SECOND = 20.0
 
 def resume(session: Session) -> None:
     """Compare losses of runs that were resumed with those of runs that were not."""
-    steps, interval = session.size((60, 10), (12, 2))
+    steps, interval = session.size((60, 10), (8, 2))
     settings = {
         "train": {"steps": steps, "global_batch_size": 4, "precision": "bf16"},
         "checkpoint": {"interval": interval, "keep": 100},

@@ -1,7 +1,7 @@
 """What every check receives: the device, the sizes to use, and where results go.
 
-A result is one JSON line in a file, written and flushed as soon as it is known: what a check measured
-before it hung or died is kept, and a forked rank reports in the same way as its parent.
+A result is one JSON line in a file, written as soon as it is known: what a check measured before it
+hung or died is kept, and a forked rank reports in the same way as its parent.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any, Literal
 from megatron_moe.device.world import World, run_local_ranks
 
 Verdict = Literal["ok", "FAIL", "slow", "skipped", "measured"]
-"""slow: the numbers are right, a target of speed or memory is missed. measured: nothing is expected."""
+"""slow: the numbers are right, but a target of speed or memory is missed. measured: nothing is
+expected, or a rehearsal's speed means nothing."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,114 +1,32 @@
-"""Whole steps beside a prediction and a peer, and the speed of filling a model from a file."""
+"""Check 10: whole training steps, beside the plan's and transformers' Mixtral's."""
 
 from __future__ import annotations
 
 import json
-import shutil
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from gpu_checks.inputs import ROOT, shape_config
 from gpu_checks.session import Session
-from gpu_checks.timing import GIB, milliseconds, synchronize
+from gpu_checks.timing import GIB, synchronize
 from megatron_moe.config.run import RunConfig
 from megatron_moe.device.world import World
 from megatron_moe.hf.spec import DenseSpec, read_spec
 
-FILL_OF_READ = 0.5
-"""Target: bytes of the file per second while a model is filled, as a part of safetensors' load."""
 TIMES_PEER, CAUSAL_MFU, MEMORY_ERROR = 2.0, 0.45, 0.10
 MFU_FORMULA = (
     "tokens per second * FLOPs per token / peak; FLOPs: matrix products of forward and backward, "
-    "attention causal (half the square), router, padding and recomputation left out; peak: the data "
-    "sheet's dense bf16 rate"
+    "attention causal (half the square), without router, padding, recomputation; peak: the dense "
+    "bf16 rate of the data sheet"
 )
 STEPS, WARMUP = 4, 2
-
-
-# ---- fill ----------------------------------------------------------------------------------------
-
-
-def fill(session: Session) -> None:
-    """Upcycle from a file in memory, beside safetensors' load of the same file to the device."""
-    config = shape_config(session, "fill", moe={"num_moe_experts": 2})
-    with _memory_folder(session) as folder:
-        session.on_rank(partial(_fill, session, config, folder))
-
-
-@contextmanager
-def _memory_folder(session: Session) -> Iterator[Path]:
-    """Yield a folder in memory, or in the scratch directory where that has too little room."""
-    memory = Path("/dev/shm")
-    roomy = memory.is_dir() and shutil.disk_usage(memory).free > session.size(6 * GIB, GIB // 8)
-    folder = (memory if roomy else session.folder) / f"gpu-check-{session.folder.name}"
-    folder.mkdir()
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _fill(session: Session, config: RunConfig, folder: Path, world: World) -> None:
-    from safetensors.torch import load_file
-
-    from megatron_moe.bench.steps import Bench, Wish
-    from megatron_moe.experts.plan import make_expert_plan
-    from megatron_moe.hf.reader import open_dense_checkpoint
-    from megatron_moe.model.upcycle import upcycle
-    from megatron_moe.parallel.layout import fold
-
-    device = world.device
-    _write_dense(folder, config.dense.path, device)
-    model = Bench(config, world, Wish(random=True)).state.model
-    dense = open_dense_checkpoint(folder)
-    plan = make_expert_plan(dense.spec, config.moe, config.upcycle)
-    layout = fold(config.parallel, world_size=1)
-    file = folder / "model.safetensors"
-
-    def load() -> None:
-        load_file(file, device=str(device))
-
-    def fill_model() -> None:
-        upcycle(model, dense, plan, layout=layout, rank=0)
-
-    read, filled = (milliseconds(run, device, repeats=3) / 1e3 for run in (load, fill_model))
-    size = file.stat().st_size
-    parameters = sum(p.numel() * p.element_size() for p in model.modules[0].parameters())
-    part = read / filled
-    session.add(
-        "filling a model", f"{size / filled / 1e9:.1f} GB/s, {part:.0%} of safetensors' load",
-        expected=f">= {FILL_OF_READ:.0%}", verdict=session.target(part >= FILL_OF_READ),
-        figure=True, file_bytes=size, parameter_bytes=parameters, load_seconds=read,
-        fill_seconds=filled, load_gb_per_second=size / read / 1e9,
-        fill_gb_per_second=size / filled / 1e9, folder=str(folder),
-    )  # fmt: skip
-
-
-def _write_dense(folder: Path, shape: Path, device: torch.device) -> None:
-    """Write random bf16 weights of a shape, drawn on the device."""
-    from megatron_moe.hf.names import dense_tensors
-    from megatron_moe.hf.writer import FolderWriter
-
-    shapes = dict(dense_tensors(read_spec(shape)))
-    announced = {name: (size, torch.bfloat16) for name, size in shapes.items()}
-    with FolderWriter(folder / "new", announced) as writer:
-        for name, size in shapes.items():
-            weight = torch.randn(size, device=device, dtype=torch.bfloat16) * 0.02
-            writer.write(name, weight.cpu())
-    for file in (folder / "new").iterdir():
-        file.rename(folder / file.name)
-    shutil.copy(shape / "config.json", folder)
-
-
-# ---- speed ---------------------------------------------------------------------------------------
 
 
 def speed(session: Session) -> None:
@@ -122,6 +40,7 @@ def speed(session: Session) -> None:
         if experts == 4:
             with _reported(session, "transformers"):
                 session.on_rank(partial(_time_peer, session, config))
+            with _reported(session, "tokens/s beside transformers"):
                 _compare(session, label)
 
 
@@ -213,7 +132,7 @@ def _judge_memory(session: Session, label: str, peak_gib: float, plan: Any) -> N
         f"peak memory, {label}", f"{peak_gib:.1f} GiB, {error:+.0%} of plan's {allocated:.1f}",
         expected=f"within {MEMORY_ERROR:.0%}", figure=True,
         verdict=session.target(abs(error) <= MEMORY_ERROR), peak_gib=peak_gib, error=error,
-        plan_gib=plan.to_json(), compared="allocations: without the plan's framework, fragmentation",
+        plan_gib=plan.to_json(), compared="without the plan's framework and fragmentation",
     )  # fmt: skip
 
 
@@ -248,7 +167,8 @@ def _time_peer(session: Session, config: RunConfig, world: World) -> None:
     session.add(
         "transformers", f"{tokens:.0f} tokens/s, {memory:.1f} GiB", tokens_per_second=tokens,
         peak_gib=memory, experts_implementation="grouped_mm", attention="sdpa",
-        weights="random, natural routing", balancing_loss="none", state="weights, gradients, moments bf16",
+        weights="random, natural routing", balancing_loss="none",
+        state="weights, gradients and moments in bf16",
     )  # fmt: skip
 
 
@@ -276,7 +196,7 @@ def _peer_step(config: RunConfig, device: torch.device) -> Callable[[], None]:
 def _mixtral(config: RunConfig, spec: DenseSpec, device: torch.device) -> Any:
     """Return the peer in bf16 on the device, with random weights."""
     sys.path[:0] = [str(ROOT / "bench")]
-    from step_peer import mixtral_config
+    from step_peer import mixtral_config  # bench/step_peer.py
     from transformers import MixtralForCausalLM
     from transformers.initialization import no_init_weights
 
@@ -287,7 +207,8 @@ def _mixtral(config: RunConfig, spec: DenseSpec, device: torch.device) -> Any:
                 spec, experts=moe.num_moe_experts, topk=moe.moe_router_topk,
                 seq_length=config.data.seq_length,
             )
-        ).to(torch.bfloat16)  # fmt: skip
+        )  # fmt: skip
+    model.to(torch.bfloat16)
     model.tie_weights()
     for parameter in model.parameters():
         parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(0.0, 0.02)

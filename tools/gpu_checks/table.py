@@ -1,12 +1,8 @@
-"""The checks: name, function, time limit, and the risk that each retires."""
+"""The checks: name, function, time limit, and the question that each answers."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
 from dataclasses import dataclass
-
-from gpu_checks.session import Session
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,32 +11,27 @@ class Check:
 
     name: str
     function: str
-    """``module:function`` in this package, imported in the child that runs it."""
+    """``module:function``, imported in the child that runs it."""
     limit: int
-    """Seconds after which the child is killed; all limits together are under 480."""
+    """Seconds after which the child is killed; all limits together are at most 480."""
     about: str
 
-    def load(self) -> Callable[[Session], None]:
-        """Import the function."""
-        module, _, name = self.function.partition(":")
-        return getattr(importlib.import_module(f"gpu_checks.{module}"), name)
 
-
-PREPARE = Check("prepare", "inputs:prepare", 15, "models and tokens of the checks")
+PREPARE = Check("prepare", "gpu_checks.inputs:prepare", 15, "models and tokens of the checks")
 CHECKS = {
     check.name: check
     for check in (
-        Check("join", "joining:join", 25, "joining a job: seconds, GPU memory, device_id"),
-        Check("placement", "joining:placement", 40, "parameters on the device, one step each"),
-        Check("parity", "parity:parity", 45, "transformers' logits; experts equal to the CPU's"),
-        Check("curves", "parity:curves", 45, "ten steps beside the CPU's, for every router"),
-        Check("resume", "saving:resume", 60, "kill, resume, export; copies between host and GPU"),
-        Check("experts", "kernels:experts", 50, "products of experts: values, gradients, speed"),
-        Check("attention", "kernels:attention", 35, "attention: kernel, speed, memory"),
-        Check("loss", "kernels:loss", 25, "cross entropy over 128k tokens"),
-        Check("profile", "profiling:profile_step", 30, "where a step's time goes, and who waits"),
-        Check("fill", "speed:fill", 20, "upcycling beside reading the file into the GPU"),
-        Check("speed", "speed:speed", 90, "bench beside plan and beside transformers' Mixtral"),
+        Check("join", "gpu_checks.joining:join", 35, "joining a job: seconds, GPU memory"),
+        Check("placement", "gpu_checks.joining:placement", 35, "are parameters on the device?"),
+        Check("parity", "gpu_checks.parity:parity", 45, "transformers' logits, the CPU's experts"),
+        Check("curves", "gpu_checks.parity:curves", 40, "ten steps of each router as on a CPU"),
+        Check("resume", "gpu_checks.saving:resume", 50, "kill, resume, export; copies to the host"),
+        Check("experts", "gpu_checks.kernels:experts", 45, "products of experts: errors and speed"),
+        Check("attention", "gpu_checks.kernels:attention", 45, "attention: kernel, speed, memory"),
+        Check("loss", "gpu_checks.kernels:loss", 30, "cross entropy over 128k tokens"),
+        Check("profile", "gpu_checks.profiling:profile_step", 35, "a step's kernels and waits"),
+        Check("fill", "gpu_checks.filling:fill", 20, "upcycling beside reading into the GPU"),
+        Check("speed", "gpu_checks.speed:speed", 85, "bench beside plan and beside transformers"),
     )
-}  # fmt: skip
+}
 """In order of risk retired per second."""

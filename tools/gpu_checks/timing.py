@@ -10,15 +10,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from megatron_moe.device.wait import waiter
+
 GIB = 2**30
 WARMUP = 2
 """Calls before the timed ones: they load kernels, choose algorithms and compile."""
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all work; a CPU has when a call returns."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    """Wait until the device has done all work."""
+    waiter(device)()
 
 
 def milliseconds(run: Callable[[], Any], device: torch.device, *, repeats: int = 8) -> float:
@@ -48,7 +49,7 @@ def peak_gib(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def product_tflops(device: torch.device, *, size: int, dtype: torch.dtype) -> float:
-    """Return the TFLOP/s of one ``size`` by ``size`` matrix product: what this device reaches now."""
+    """Return the TFLOP/s of a product of two square matrices: what this device reaches now."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
     elapsed = milliseconds(lambda: torch.mm(a, b, out=out), device, repeats=10)

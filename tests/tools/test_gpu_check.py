@@ -1,0 +1,105 @@
+"""The checks of a GPU machine, rehearsed on a CPU, and what becomes of a check that fails."""
+
+import json
+import re
+from pathlib import Path
+
+import gpu_check
+import pytest
+import torch
+from gpu_checks.profiling import PREFIX, seconds_by_part
+from gpu_checks.session import Session
+from gpu_checks.table import CHECKS, PREPARE, Check
+from gpu_checks.wheels import missing_wheels
+from torch.profiler import ProfilerActivity, profile, record_function
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_rehearsal_runs_every_check(tmp_path, capfd):
+    out = tmp_path / "new" / "record.json"
+    assert gpu_check.main(["--rehearse", "--json", str(out)]) == 0
+    record = json.loads(out.read_text())
+    printed = capfd.readouterr().out
+    assert [line["what"] for line in record["results"] if line["verdict"] == "FAIL"] == []
+    assert {line["check"] for line in record["results"]} == set(CHECKS)
+    assert set(record["seconds"]) == {PREPARE.name, *CHECKS}
+    assert record["machine"]["rehearsal"]
+    assert record["machine"]["torch"] == torch.__version__
+    assert "The figures that matter" in printed
+    names = [(line["check"], line["what"]) for line in record["results"]]
+    assert len(names) == len(set(names))
+
+
+def test_all_limits_fit_into_eight_minutes():
+    assert sum(check.limit for check in (PREPARE, *CHECKS.values())) <= 480
+
+
+CHECK_THAT = """
+import os, time
+def hangs(session):
+    session.add("before", "1", verdict="ok", value=1)
+    if os.fork() == 0:  # a rank of the check hangs too
+        time.sleep(600)
+    time.sleep(600)
+def dies(session):
+    session.add("before", "1", verdict="ok", value=1)
+    print("out of memory")
+    os._exit(3)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"), [("hangs", "not done after 10 s"), ("dies", "ended with status 3")]
+)
+def test_what_a_check_measured_before_it_failed_is_kept(
+    tmp_path, monkeypatch, capsys, name, problem
+):
+    (tmp_path / "check_that.py").write_text(CHECK_THAT)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    check = Check(name, f"check_that:{name}", 2, "")
+    before, failed = gpu_check.run_check(check, tmp_path, rehearse=True)
+    assert before["numbers"] == {"value": 1}
+    assert failed["verdict"] == "FAIL"
+    assert problem in failed["measured"]
+    assert name == "hangs" or failed["numbers"]["output"] == ["out of memory"]
+
+
+def test_a_missed_target_is_no_failure(tmp_path, monkeypatch, capsys):
+    session = Session("speed", tmp_path, rehearse=False)
+    session.add("MFU", "40%", expected=">= 45%", verdict=session.target(False), figure=True)
+    (line,) = [json.loads(line) for line in session.results.read_text().splitlines()]
+    assert line["verdict"] == "slow"
+    monkeypatch.setattr(gpu_check, "run_checks", lambda *_, **__: {"results": [line]})
+    assert gpu_check.main([]) == 0
+    assert "MFU: 40% (target >= 45%): MISSED" in capsys.readouterr().out
+    monkeypatch.setattr(
+        gpu_check, "run_checks", lambda *_, **__: {"results": [{**line, "verdict": "FAIL"}]}
+    )
+    assert gpu_check.main([]) == 1
+
+
+def test_an_unknown_check_is_refused():
+    with pytest.raises(SystemExit, match="no such check: sped; known: join"):
+        gpu_check.main(["sped"])
+
+
+def test_the_backward_pass_counts_for_the_part_whose_forward_pass_it_belongs_to():
+    """Three equal products, one forward and two backward, and next to nothing else."""
+    x, w = (torch.randn(512, 512, requires_grad=True) for _ in range(2))
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        with record_function(PREFIX + "experts"):
+            y = x @ w
+        (y * 2).sum().backward()
+    seconds = seconds_by_part(list(profiler.events() or ()), cuda=False)
+    assert seconds["experts"] > 0.6 * sum(seconds.values())  # forward alone: a third
+    assert seconds["rest"] > 0
+    assert seconds["attention"] == 0
+
+
+def test_wheels_are_pinned_and_hold_nothing_that_the_machine_has():
+    wheels = dict(line.split("==") for line in missing_wheels())
+    pinned = dict(re.findall(r"^(\S+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M))
+    assert {"megatron-core", "pydantic", "rich", "sentencepiece", "typer"} <= set(wheels)
+    assert not {"torch", "transformers", "numpy", "pandas", "megatron-moe"} & set(wheels)
+    assert wheels["megatron-core"] == pinned["megatron-core"]
