@@ -111,9 +111,7 @@ def _verify(job: Job, model: Model, texts: Texts) -> Agreement:
     return agreement
 
 
-def _compare(
-    job: Job, model: Model, dense: DenseCheckpoint, texts: Texts
-) -> AgainstDense:
+def _compare(job: Job, model: Model, dense: DenseCheckpoint, texts: Texts) -> AgainstDense:
     train = job.config.train.model_copy(update={"tp_comm_overlap": False})
     config = job.config.model_copy(update={"train": train})
     comparing = Comparing(
