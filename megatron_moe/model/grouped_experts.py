@@ -11,7 +11,7 @@ weights of all experts are one view (`stacking`), and so are their gradients.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -56,6 +56,12 @@ def expert_kernel(
     if not stackable:
         return ExpertKernel("loop", "the weights of the experts do not lie at equal distances")
     return ExpertKernel("grouped_mm", f"bf16 on {device}, weights in one view")
+
+
+def kernel_in(modules: Iterable[torch.nn.Module]) -> ExpertKernel | None:
+    """Return the kernel of the experts in these models, or None if there are no grouped experts."""
+    layers = (layer for module in modules for layer in module.modules())
+    return next((layer.kernel() for layer in layers if isinstance(layer, GroupedExperts)), None)
 
 
 class GroupedExperts(LoopExperts):
