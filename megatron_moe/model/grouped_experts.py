@@ -116,6 +116,18 @@ class GroupedExperts(LoopExperts):
         return out_TD, None
 
 
+def lay_out_experts(modules: Iterable[torch.nn.Module]) -> None:
+    """Move the weights of every layer's experts together, so that they can be multiplied as one.
+
+    Call it once on models that have their device, before data parallelism or an evaluation. It
+    holds a second copy of one layer's weights at a time.
+    """
+    for module in modules:
+        for layer in module.modules():
+            if isinstance(layer, GroupedExperts):
+                layer.lay_out()
+
+
 def grouped_experts(
     x_TD: Tensor,
     prob_T: Tensor,
