@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from functools import partial
 
 from megatron_moe.checkpoint.policy import go_back, save_or_go_on, told
@@ -15,6 +16,7 @@ from megatron_moe.job import Job
 from megatron_moe.log import StepProgress
 from megatron_moe.plan.flops import forward_flops, training_flops
 from megatron_moe.plan.shape import upcycled_shape
+from megatron_moe.train.garbage import INTERVAL, collected_by_hand
 from megatron_moe.train.guard import Boundary, Judge
 from megatron_moe.train.loop import Hook, Numbers, run_loop
 from megatron_moe.train.metrics import (
@@ -49,6 +51,7 @@ def continue_pretraining(job: Job, state: TrainState, plan: ExpertPlan, feed: Fe
     with (
         Saver(config, plan_hash=plan.hash, say=job.say) as saver,
         StepProgress(total=config.train.steps, done=resumed_step, rank=job.world.rank) as progress,
+        collected_by_hand(),
     ):
         if config.train.steps == 0:
             _save(job, saver, state, last=True)
@@ -61,6 +64,7 @@ def continue_pretraining(job: Job, state: TrainState, plan: ExpertPlan, feed: Fe
             describe=partial(_describe, job, state, feed, peak),
             hooks=[
                 Hook(1, progress.show),
+                Hook(INTERVAL, _collect_garbage),
                 Hook(
                     config.checkpoint.interval,
                     partial(_validate, job, state, feed),
@@ -184,6 +188,10 @@ def _move_mixture(job: Job, state: TrainState, feed: Feed, numbers: Numbers) -> 
         state.blend = state.blend.reweighted(weights)
     chunks = {name: text.num_chunks for name, text in feed.texts.training.items()}
     numbers |= mixture_numbers(state.blend, chunks)
+
+
+def _collect_garbage(numbers: Numbers) -> None:
+    gc.collect()
 
 
 def _nothing(numbers: Numbers) -> None:

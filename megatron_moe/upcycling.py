@@ -21,6 +21,7 @@ from megatron_moe.experts.plan import ExpertPlan
 from megatron_moe.hf.reader import DenseCheckpoint, open_mixed
 from megatron_moe.job import Job
 from megatron_moe.model.build import Model, build_model
+from megatron_moe.model.overlap import without_tp_overlap
 from megatron_moe.model.receipt import gather_receipt, rank_receipt, write_receipt
 from megatron_moe.model.router import set_output_scales
 from megatron_moe.model.upcycle import check_coverage, upcycle
@@ -53,11 +54,12 @@ def upcycled_model(job: Job, dense: DenseCheckpoint, plan: ExpertPlan, texts: Te
     tensors_used = check_coverage(filled, dense, num_sources=plan.recipe.num_sources)
     agreement, against_dense = None, None
     if _wants_verification(config, dense):
-        if distributed:
-            job.say("no logits to compare: transformers does not load a distributed checkpoint")
-        else:
-            agreement = _verify(job, model, texts)
-        against_dense = _compare(job, model, dense, texts)
+        with without_tp_overlap(model.modules):  # its buffers are for training's micro-batches
+            if distributed:
+                job.say("no logits to compare: transformers does not load a distributed checkpoint")
+            else:
+                agreement = _verify(job, model, texts)
+            against_dense = _compare(job, model, dense, texts)
     receipt = gather_receipt(
         mine,
         tensors_used=tensors_used,
@@ -110,8 +112,10 @@ def _verify(job: Job, model: Model, texts: Texts) -> Agreement:
 
 
 def _compare(job: Job, model: Model, dense: DenseCheckpoint, texts: Texts) -> AgainstDense:
+    train = job.config.train.model_copy(update={"tp_comm_overlap": False})
+    config = job.config.model_copy(update={"train": train})
     comparing = Comparing(
-        config=job.config, dense=dense, layout=job.layout, groups=job.groups,
+        config=config, dense=dense, layout=job.layout, groups=job.groups,
         rank=job.world.rank, engine=job.engine,
     )  # fmt: skip
     found = compare_layers_and_losses(comparing, model, texts)

@@ -18,7 +18,6 @@ from megatron_moe.experts.plan import ExpertPlan
 from megatron_moe.hf.spec import read_spec
 from megatron_moe.model.build import Model, build_model
 from megatron_moe.model.config import check_dispatcher
-from megatron_moe.model.overlap import start_tp_overlap
 from megatron_moe.model.router import set_output_scales
 from megatron_moe.parallel.groups import create_groups
 from megatron_moe.parallel.layout import ParallelLayout
@@ -42,7 +41,7 @@ def restored_model(config: RunConfig, world: World, checkpoint: Path) -> Restore
     """Build this rank's part under the configured layout and fill it from a checkpoint of any.
 
     Args:
-        config: The run's, as `folder.run_of` returns it.
+        config: The run's, as `judging` returns it.
         world: This rank's place in the joined job.
         checkpoint: A checkpoint folder.
 
@@ -53,8 +52,6 @@ def restored_model(config: RunConfig, world: World, checkpoint: Path) -> Restore
     check_dispatcher(config.moe, engine)
     layout, groups = create_groups(config.parallel, seed=config.run.seed)
     spec = read_spec(config.dense.path)
-    if not engine.is_torch:
-        start_tp_overlap(config, spec)
     plan = plan_of(checkpoint, spec, config)
     model = build_model(config, spec, layout=layout, groups=groups, rank=world.rank, engine=engine)
     set_output_scales(model.modules, plan)

@@ -368,9 +368,9 @@ class Train(Section):
     """bf16: train in bfloat16 with fp32 master weights in the optimizer."""
 
     recompute: Literal["none", "selective", "moe", "full"] = "none"
-    """What the backward pass recomputes instead of keeping it in memory. selective: norms and expert
-    activations, with Transformer Engine (on a CPU: core attention). moe: MoE layers and, with
-    Transformer Engine, norms. full: every layer."""
+    """What the backward pass recomputes instead of keeping it in memory. selective: norms and
+    expert activations, with Transformer Engine (on a CPU: core attention). moe: MoE layers and,
+    with Transformer Engine, norms. full: every layer."""
 
     overlap_grad_reduce: bool = True
     """Reduce gradients over dp while the backward pass runs."""

@@ -74,7 +74,8 @@ def construct(config: RunConfig, world: World) -> None:
 def dense_config(config: RunConfig) -> RunConfig:
     """The run's configuration with no layer routed and a sequence at a time."""
     moe = Moe(num_moe_experts=config.moe.num_moe_experts, moe_layers=[])
-    train = config.train.model_copy(update={"micro_batch_size": 1, "recompute": "none"})
+    other = {"micro_batch_size": 1, "recompute": "none", "tp_comm_overlap": False}
+    train = config.train.model_copy(update=other)
     return config.model_copy(update={"moe": moe, "upcycle": Upcycle(), "train": train})
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+from collections.abc import Iterable, Iterator
 from typing import Any
+
+import torch
 
 from megatron_moe.config.run import RunConfig
 from megatron_moe.hf.spec import DenseSpec
@@ -13,8 +17,10 @@ from megatron_moe.model.config import DTYPES
 def start_tp_overlap(config: RunConfig, spec: DenseSpec) -> None:
     """Allocate the buffers that `train.tp_comm_overlap` needs, before a model is built.
 
-    On CUDA alone. They hold one micro-batch's activations, ``(S * B / cp, D)``; linear layers of
-    attention and of dense FFNs use them, experts do not.
+    On CUDA alone. They hold one micro-batch's activations, ``(S * B / cp, D)``, and Transformer
+    Engine takes exactly as many: passes of another shape run inside `without_tp_overlap`, or in a
+    model built without the setting. Linear layers of attention and of dense FFNs use them, experts
+    do not.
     """
     if not config.train.tp_comm_overlap:
         return
@@ -27,3 +33,25 @@ def start_tp_overlap(config: RunConfig, spec: DenseSpec) -> None:
         dtype=DTYPES[train.precision],
         bootstrap_backend="nccl",
     )
+
+
+@contextlib.contextmanager
+def without_tp_overlap(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """Let ``modules`` gather and scatter without buffers for the length of a ``with`` block.
+
+    Transformer Engine's linear layers decide at every forward pass, by attributes named ub_*.
+    """
+    off: list[tuple[torch.nn.Module, str]] = [
+        (layer, name)
+        for module in modules
+        for layer in module.modules()
+        for name, value in vars(layer).items()
+        if name.startswith(("ub_overlap_", "ub_bulk_")) and value is True
+    ]
+    for layer, name in off:
+        setattr(layer, name, False)
+    try:
+        yield
+    finally:
+        for layer, name in off:
+            setattr(layer, name, True)

@@ -27,6 +27,7 @@ from megatron_moe.device.world import World
 from megatron_moe.errors import JobError, UserError
 from megatron_moe.train.monitor import TICK_SECONDS, Monitor
 from megatron_moe.train.verdict import Report, died, silent
+from megatron_moe.train.waiting import waits_for_ranks
 
 GRACE_SECONDS = 5.0
 """How long the training thread may take to come out by itself."""
@@ -144,15 +145,17 @@ class Watch:
         """The report, with the line of Python that the training thread executes."""
         report = self._report
         frame = sys._current_frames().get(self._training_thread)
-        waiting, where = False, ""
+        waiting, where, innermost = False, "", True
+        cuda = self._world.device.type == "cuda"
         while frame is not None:
             file = frame.f_code.co_filename
-            waiting |= not where and file.endswith("torch/distributed/distributed_c10d.py")
+            waiting |= waits_for_ranks(frame, cuda=cuda and innermost)
+            innermost = False
             if "megatron_moe" in file.split(os.sep) or frame.f_back is None:
                 where = f"{os.path.relpath(file)}:{frame.f_lineno} in {frame.f_code.co_name}"
                 break
             frame = frame.f_back
-        return Report(report.rank, report.step, report.stage, report.moves, where, bool(waiting))
+        return Report(report.rank, report.step, report.stage, report.moves, where, waiting)
 
     def _listen(self) -> None:
         """Hear rank 0 until it hangs up: on our last word, or because it is lost."""

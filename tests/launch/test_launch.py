@@ -1,10 +1,12 @@
 """The launch scripts, run with stand-ins for what they start: argv and environment are recorded."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -13,7 +15,8 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 LOCAL, SLURM = ROOT / "launch" / "local.sh", ROOT / "launch" / "slurm.sbatch"
-SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), SLURM])
+ENTRYPOINT = ROOT / "docker" / "entrypoint.sh"
+SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), SLURM, ENTRYPOINT])
 RECORDER = """\
 #!{python}
 import json, os, sys
@@ -264,6 +267,29 @@ class TestSlurm:
         # sbatch stops reading directives at the first command.
         first_command = next(i for i, line in enumerate(lines) if line and line[0] != "#")
         assert all(lines.index(directive) < first_command for directive in directives)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, as a container starts with")
+@pytest.mark.parametrize(
+    ("user", "owner", "becomes"), [(0, 12345, 12345), (0, 0, 0), (777, 12345, 777)]
+)
+def test_a_container_runs_as_the_owner_of_the_mounted_folder(user: int, owner: int, becomes: int):
+    """Docker run with and without --user: the run folder takes files in the first and last case."""
+    mounted = Path(tempfile.mkdtemp(dir="/tmp"))  # tmp_path is for one user only
+    try:
+        os.chown(mounted, owner, owner)
+        mounted.chmod(0o777 if user else 0o755)
+        script = mounted / "entrypoint.sh"  # others may not read this checkout
+        shutil.copy(ENTRYPOINT, script)
+        who = ["bash", "-c", "id -u; id -g; touch written"]
+        found = subprocess.run(
+            ["setpriv", "--reuid", str(user), "--regid", str(user), "--clear-groups", script, *who],
+            cwd=mounted, capture_output=True, text=True, check=False, timeout=60,
+        )  # fmt: skip
+        assert found.stdout.split() == [str(becomes)] * 2, found.stderr
+        assert (mounted / "written").stat().st_uid == becomes
+    finally:
+        shutil.rmtree(mounted)
 
 
 HEALTH = ROOT / "launch" / "node_health.sh"
