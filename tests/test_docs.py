@@ -15,7 +15,7 @@ from megatron_moe.config.load import load
 from megatron_moe.config.run import RunConfig
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/data.md", "docs/evaluation.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/data.md", "docs/evaluation.md", "docs/gpu.md")
 README = (ROOT / "README.md").read_text()
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 

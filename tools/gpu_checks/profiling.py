@@ -26,7 +26,8 @@ from megatron_moe.config.run import RunConfig
 from megatron_moe.device.wait import waiter
 from megatron_moe.device.world import World
 
-PARTS = ("experts", "attention", "loss", "optimizer", "rest")
+PARTS = ("experts", "routing", "attention", "loss", "optimizer", "rest")
+"""routing: MoE layers but for their experts. loss: with the output layer."""
 PREFIX = "part/"
 TIMED_STEPS = 3
 LOGGED_TIME_ERROR = 0.02
@@ -131,6 +132,7 @@ def _ranges(state: Any) -> Iterator[None]:
         for module in state.model.modules:
             for layer in module.decoder.layers:
                 if isinstance(layer.mlp, MoELayer):
+                    stack.enter_context(_recorded(layer.mlp, "forward", "routing"))
                     stack.enter_context(_recorded(layer.mlp.experts, "forward", "experts"))
                 attention = layer.self_attention.core_attention
                 stack.enter_context(_recorded(attention, "forward", "attention"))
@@ -163,11 +165,10 @@ def seconds_by_part(events: list[Any], *, cuda: bool) -> dict[str, float]:
         events: ``FunctionEvent`` of a profile.
         cuda: Count kernels; otherwise operations.
     """
-    part_of_forward = {
-        event.sequence_nr: part
-        for event in events
-        if event.sequence_nr >= 0 and (part := _range_of(event)) and not _is_backward(event)
-    }
+    # An operation without a gradient carries the number of the next that has one: the last counts.
+    in_order = sorted(events, key=lambda event: event.time_range.start)
+    forward = [event for event in in_order if event.sequence_nr >= 0 and not _is_backward(event)]
+    part_of_forward = {event.sequence_nr: _range_of(event) for event in forward}
     seconds: defaultdict[str, float] = defaultdict(float)
     for event in events:
         if event.device_type != torch.autograd.DeviceType.CPU:
@@ -176,7 +177,7 @@ def seconds_by_part(events: list[Any], *, cuda: bool) -> dict[str, float]:
             sum(kernel.duration for kernel in event.kernels) if cuda else event.self_cpu_time_total
         )
         if spent:
-            part = _range_of(event) or part_of_forward.get(_backward_of(event), "rest")
+            part = _range_of(event) or part_of_forward.get(_backward_of(event)) or "rest"
             seconds[part] += spent / 1e6
     return {part: seconds[part] for part in PARTS}
 

@@ -116,24 +116,21 @@ def _last_step(run_dir: Path) -> int:
 
 
 def _export(session: Session, config: RunConfig) -> None:
-    """Export a run of a few steps, and take its held-out loss with transformers."""
-    from megatron_moe.checkpoint.export import export_checkpoint
-
+    """Train a few steps, export the run, and take its held-out loss with transformers."""
     session.on_rank(partial(_train, config))
-    out = config.run.dir / "hf"
-    architecture = export_checkpoint(config.run.dir, out)
     lines = (config.run.dir / "metrics.jsonl").read_text().splitlines()
     trained = json.loads(lines[-1])["loss/validation"]
-    session.on_rank(partial(_score_export, session, config, out, architecture, trained))
+    session.on_rank(partial(_score_export, session, config, trained))
 
 
-def _score_export(
-    session: Session, config: RunConfig, out: Path, architecture: str, trained: float, world: World
-) -> None:
+def _score_export(session: Session, config: RunConfig, trained: float, world: World) -> None:
+    from megatron_moe.checkpoint.export import export_checkpoint
     from megatron_moe.data.samples import Samples
     from megatron_moe.data.stream import TokenStream
     from megatron_moe.evaluate.speak import load_model
 
+    out = config.run.dir / "hf"
+    architecture = export_checkpoint(config.run.dir, out)
     assert config.data.validation_path is not None
     stream = TokenStream(config.data.validation_path, vocab_size=257)
     samples = Samples(stream, seq_length=config.data.seq_length, seed=0)
