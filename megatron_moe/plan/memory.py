@@ -260,10 +260,10 @@ def _expert_gradients(shape: MoeShape, work: Workload, degrees: Degrees) -> floa
 
 
 def _logits(shape: MoeShape, work: Workload, degrees: Degrees) -> float:
-    """Logits of one micro-batch, their fp32 copy that becomes the softmax, and their gradient."""
+    """Bytes of one micro-batch's logits, which the backward pass overwrites with their gradient."""
     columns = padded_vocabulary(shape.vocab_size, degrees.tp) // degrees.tp
     tokens = local_tokens(shape, work, degrees).gathered
-    return tokens * columns * (4 + 2 * work.bytes_per_value)
+    return tokens * columns * work.bytes_per_value
 
 
 def _communication(shape: MoeShape, work: Workload, degrees: Degrees) -> float:
