@@ -26,6 +26,7 @@ from megatron_moe.hf.spec import read_spec
 from megatron_moe.job import Job
 from megatron_moe.log import console
 from megatron_moe.model.config import check_dispatcher
+from megatron_moe.model.grouped_experts import kernel_in
 from megatron_moe.model.overlap import start_tp_overlap
 from megatron_moe.parallel.groups import create_groups
 from megatron_moe.pretraining import continue_pretraining, feed_of
@@ -82,6 +83,8 @@ def _train(job: Job) -> None:
         job.say(f"resumed {resume_from} at step {state.step}")
         _take_configured_weights(job, state)
 
+    if (kernel := kernel_in(state.model.modules)) is not None:
+        job.say(f"experts use {kernel.name} ({kernel.reason})")
     job.say(announcement(texts, state.blend, config))
     continue_pretraining(job, state, plan, feed_of(job, texts))  # 5. train, validate, save
 

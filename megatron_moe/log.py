@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
+import warnings
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
@@ -11,6 +13,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 console = Console(highlight=False, soft_wrap=True)
+
+
+def quiet_megatron(rank: int) -> None:
+    """Leave what Megatron-Core warns of to rank 0: it is the same on every rank."""
+    if rank:
+        warnings.filterwarnings("ignore", module=r"megatron\.core")
+        logging.getLogger("megatron.core").setLevel(logging.ERROR)
 
 
 class _Progress:

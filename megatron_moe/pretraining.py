@@ -32,7 +32,8 @@ from megatron_moe.train.step import StepResult, mean_loss, train_step
 
 def feed_of(job: Job, texts: Texts) -> Feed:
     """What this rank is fed."""
-    return Feed(texts, job.config, Seat.of(job.groups))
+    pin = job.world.device.type == "cuda"
+    return Feed(texts, job.config, Seat.of(job.groups), pin=pin)
 
 
 def continue_pretraining(job: Job, state: TrainState, plan: ExpertPlan, feed: Feed) -> None:

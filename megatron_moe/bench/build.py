@@ -12,7 +12,9 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
 
 from megatron_moe.config.run import RunConfig
 from megatron_moe.construct.complete import complete_plan
@@ -106,10 +108,13 @@ def make_supply(
 ) -> Supply:
     """This rank's batches: of the run's text, or random tokens made once."""
     seat = Seat.of(groups)
+    pin = dist.get_backend() == "nccl"  # as training does
     if random:
         batches = _random_batches(config, spec.vocab_size, seat)
+        if pin:
+            batches = [batch.map(Tensor.pin_memory) for batch in batches]
         return lambda _: batches
-    feed = Feed(open_texts(config, vocab_size=spec.vocab_size), config, seat)
+    feed = Feed(open_texts(config, vocab_size=spec.vocab_size), config, seat, pin=pin)
 
     def supply(state: TrainState) -> list[Batch]:
         batches, state.blend = feed.next_step(state.blend)

@@ -25,6 +25,7 @@ from torch import Tensor
 from megatron_moe.checkpoint import folder as folders
 from megatron_moe.checkpoint.boxes import Box, Placement, placements
 from megatron_moe.checkpoint.folder import Progress
+from megatron_moe.checkpoint.host import copied_to_host
 from megatron_moe.checkpoint.moments import owned, set_updates_made, updates_made
 from megatron_moe.checkpoint.storage import Boxes, name_format, read_boxes, write_boxes
 from megatron_moe.config.load import dump
@@ -54,7 +55,13 @@ class Saver:
         # Of its own, because a thread's collectives must not meet those of training; gloo, because
         # what is exchanged is a plan and not tensors.
         self._group = _new_group()
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._thread = ThreadPoolExecutor(
+            max_workers=1,
+            thread_name_prefix="checkpoint",
+            # A new thread is on GPU 0, where its first call would make a context for every rank.
+            initializer=torch.cuda.set_device,
+            initargs=(torch.cuda.current_device(),),
+        )
         self._pending: Future[None] | None = None
         self._copied = Event()
         self._copied.set()
@@ -301,6 +308,6 @@ def _only_small(tensor: Tensor) -> bool:
 def _copied_to_host(boxes: Boxes, which: Callable[[Tensor], bool]) -> Boxes:
     def copied(box: Box) -> Box:
         tensor = box.tensor.detach()
-        return replace(box, tensor=tensor.to("cpu", copy=True)) if which(tensor) else box
+        return replace(box, tensor=copied_to_host(tensor)) if which(tensor) else box
 
     return {key: [copied(box) for box in held] for key, held in boxes.items()}

@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_moe.checkpoint.boxes import Box
+from megatron_moe.checkpoint.host import on_host
 from megatron_moe.checkpoint.index import SafeReader
 from megatron_moe.errors import CheckpointError
 
@@ -103,8 +104,9 @@ class _SavePlanner(DefaultSavePlanner):
         return self.plan
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
+        """Return the numbers on the host; called by the threads that write, a tensor at a time."""
         assert index.offset is not None
-        return self._tensors[index.fqn, tuple(index.offset)].detach()
+        return on_host(self._tensors[index.fqn, tuple(index.offset)].detach())
 
 
 def _write_item(key: str, box: Box) -> WriteItem:

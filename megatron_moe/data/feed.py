@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
 
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.batches import (
@@ -37,14 +38,22 @@ class Seat:
 
 
 class Feed:
-    """The run's texts as one rank gets them."""
+    """The run's texts as one rank gets them.
 
-    def __init__(self, texts: Texts, config: RunConfig, seat: Seat) -> None:
+    Args:
+        texts: The run's.
+        config: The run.
+        seat: This rank's.
+        pin: Put batches into pinned memory, from which a GPU copies without the host waiting.
+    """
+
+    def __init__(self, texts: Texts, config: RunConfig, seat: Seat, *, pin: bool = False) -> None:
         self.texts = texts
         self.seconds = 0.0
         """Time that the last `next_step` took: the step waited for it."""
         self._config = config
         self._seat = seat
+        self._pin = pin
 
     def next_step(self, blend: BlendState) -> tuple[list[Batch], BlendState]:
         """This rank's micro-batches of the step that starts at ``blend``, and the place after."""
@@ -91,7 +100,8 @@ class Feed:
 
     def _mine(self, batches: list[Batch]) -> list[Batch]:
         seat = self._seat
-        return [
+        mine = [
             slice_for_context_parallel(batch, cp_rank=seat.cp_rank, cp_size=seat.cp_size)
             for batch in batches
         ]
+        return [batch.map(Tensor.pin_memory) for batch in mine] if self._pin else mine

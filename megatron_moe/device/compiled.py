@@ -18,13 +18,14 @@ def compiled_on_cuda[F: Callable[..., Any]](function: F) -> F:
     """Return ``function``, compiled by ``torch.compile`` if its first argument is a CUDA tensor.
 
     A dimension that changes between calls, such as the number of tokens, is compiled as a symbol
-    after its first change, so a function is compiled twice and not once per size.
+    after its first change, so a function is compiled twice and not once per size. A tensor without
+    elements is left to eager torch: the compiler would make a kernel for this size alone.
     """
     compiled: list[Callable[..., Any]] = []
 
     @functools.wraps(function)
     def call(first: torch.Tensor, *others: Any) -> Any:
-        if not first.is_cuda:
+        if not first.is_cuda or not first.numel():
             return function(first, *others)
         if not compiled:
             compiled.append(torch.compile(function))

@@ -29,7 +29,7 @@ from megatron_moe import errors
 from megatron_moe.device import cpu
 from megatron_moe.device.gpus import claim_gpu, gpu_of, visible_gpus
 from megatron_moe.errors import ConfigError, UserError
-from megatron_moe.log import console
+from megatron_moe.log import console, quiet_megatron
 
 TIMEOUT = timedelta(hours=2)
 """How long a collective waits; the watch (guard.hang_seconds) speaks long before."""
@@ -138,6 +138,7 @@ def joined(
     place: Place, device: Literal["cpu", "cuda"], reports: Path | None = None
 ) -> Iterator[World]:
     """Join the job at ``place`` for the length of a ``with`` block."""
+    quiet_megatron(place.rank)
     if device == "cuda":
         where = _take_gpu(place)
     else:

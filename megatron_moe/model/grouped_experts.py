@@ -11,7 +11,7 @@ weights of all experts are one view (`stacking`), and so are their gradients.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -56,6 +56,12 @@ def expert_kernel(
     if not stackable:
         return ExpertKernel("loop", "the weights of the experts do not lie at equal distances")
     return ExpertKernel("grouped_mm", f"bf16 on {device}, weights in one view")
+
+
+def kernel_in(modules: Iterable[torch.nn.Module]) -> ExpertKernel | None:
+    """Return the kernel of the experts in these models, or None if there are no grouped experts."""
+    layers = (layer for module in modules for layer in module.modules())
+    return next((layer.kernel() for layer in layers if isinstance(layer, GroupedExperts)), None)
 
 
 class GroupedExperts(LoopExperts):
@@ -108,6 +114,18 @@ class GroupedExperts(LoopExperts):
             permuted_local_hidden_states, permuted_probs, tokens_per_expert, fc1s_2MD, fc2s_DM
         )
         return out_TD, None
+
+
+def lay_out_experts(modules: Iterable[torch.nn.Module]) -> None:
+    """Move the weights of every layer's experts together, so that they can be multiplied as one.
+
+    Call it once on models that have their device, before data parallelism or an evaluation. It
+    holds a second copy of one layer's weights at a time.
+    """
+    for module in modules:
+        for layer in module.modules():
+            if isinstance(layer, GroupedExperts):
+                layer.lay_out()
 
 
 def grouped_experts(

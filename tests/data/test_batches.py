@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_moe.data.batches import (
+    Batch,
     micro_batches,
     slice_for_context_parallel,
     validation_batches,
@@ -188,3 +189,33 @@ def test_a_sequence_that_context_parallelism_cannot_cut_is_refused(samples: Samp
     )
     with pytest.raises(ConfigError, match=r"data.seq_length \(8\) must be divisible by .* = 6"):
         slice_for_context_parallel(batch, cp_rank=0, cp_size=3)
+
+
+def test_batches_for_a_gpu_are_pinned_after_they_are_sliced(monkeypatch: pytest.MonkeyPatch):
+    """A copy that does not make the host wait needs pinned memory, and slicing makes new memory."""
+    from types import SimpleNamespace
+    from typing import Any
+
+    from megatron_moe.data import feed as feed_module
+    from megatron_moe.data.feed import Feed, Seat
+
+    pinned: list[int] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(tensor.shape[1])
+        return tensor
+
+    ids_BS = torch.zeros(1, 8, dtype=torch.int64)
+    batch = Batch(ids_BS, ids_BS, ids_BS.float(), ids_BS, torch.zeros(1))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(feed_module, "next_global_batch", lambda *args, **kwargs: ([], "after"))
+    monkeypatch.setattr(feed_module, "micro_batches", lambda *args, **kwargs: [batch])
+    train = SimpleNamespace(global_batch_size=1, micro_batch_size=1)
+    config: Any = SimpleNamespace(train=train, run=SimpleNamespace(seed=0))
+    texts: Any = SimpleNamespace(training={})
+    blend: Any = SimpleNamespace(position=0)
+    seat = Seat(dp_rank=0, dp_size=1, cp_rank=0, cp_size=2)
+    Feed(texts, config, seat).next_step(blend)
+    assert pinned == []
+    Feed(texts, config, seat, pin=True).next_step(blend)
+    assert pinned == [4] * 4

@@ -1,9 +1,11 @@
 """Where a process stands, and what becomes of local ranks that fail."""
 
+import logging
 import os
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -112,6 +114,22 @@ def test_ranks_join_one_world(tmp_path: Path):
 
     run_local_ranks(run, ranks=3, device="cpu")
     assert [(tmp_path / str(r)).read_text() for r in range(3)] == ["111 0", "111 1", "111 2"]
+
+
+@pytest.mark.distributed
+def test_megatron_warns_on_one_rank_alone(capfd: pytest.CaptureFixture[str]):
+    def run(world: World) -> None:  # shows what pytest would keep to itself
+        warnings.showwarning = lambda message, *_: os.write(2, f"{message}\n".encode())
+        logging.getLogger("megatron.core").addHandler(logging.StreamHandler(sys.__stderr__))
+        for module in ("megatron.core.transformer.transformer_config", "ours"):
+            warnings.warn_explicit(f"{module} warns", UserWarning, "file.py", 1, module=module)
+        logging.getLogger("megatron.core.models").warning("megatron logs")
+
+    run_local_ranks(run, ranks=3, device="cpu")
+    said = capfd.readouterr().err
+    assert said.count("megatron.core.transformer.transformer_config warns") == 1
+    assert said.count("ours warns") == 3
+    assert said.count("megatron logs") == 1
 
 
 @pytest.mark.distributed

@@ -130,3 +130,29 @@ def test_a_document_mask_is_made_once_for_all_layers(monkeypatch: pytest.MonkeyP
     assert document_blocks(place_Bs.clone(), **shape) is not first
     place_Bs[0, 0] = 0  # a change in place, which callers must not make, is seen
     assert document_blocks(place_Bs, **shape) is not first
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_new_documents_do_not_compile_attention_again():
+    """In a process of its own, because of the compiler's threads. A CPU compiles the forward."""
+    run_on_ranks(check_compiled, world_size=1)
+
+
+def check_compiled(world: World) -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(flex.flex_attention, dynamic=False, backend=counter)
+    generator = torch.Generator().manual_seed(0)
+    mine_s = positions(512, 2, 1)
+    query = torch.randn(2, 6, len(mine_s), 16, generator=generator)
+    key, value = torch.randn(2, 2, 2, 512, 16, generator=generator)
+    for lengths in ((100, 30, 382), (512,), (1, 200, 311)):
+        place_Bs = places(*lengths)[mine_s].expand(2, -1).contiguous()
+        mask = document_blocks(place_Bs, length=512, cp=2, rank=1)
+        found = compiled(query, key, value, block_mask=mask, enable_gqa=True)
+        dense = document_mask(place_Bs, mine_s, length=512)
+        wanted = F.scaled_dot_product_attention(query, key, value, attn_mask=dense, enable_gqa=True)
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)  # fp32
+    assert counter.frame_count == 1

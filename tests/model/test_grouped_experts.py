@@ -261,12 +261,12 @@ def check_buffers(world: World, folder: Path, distributed_optimizer: bool) -> No
             module.get_parameter(name).data.copy_(random(*shapes[name], seed=index) / 8)
     layers = [m for m in ours.modules() if isinstance(m, GroupedExperts)]
     assert len(layers) == 2
+    grouped_experts.lay_out_experts([ours])
     for layer in layers:
-        before = [weight.clone() for weights in layer.weights() for weight in weights]
-        layer.lay_out()
-        after = [weight for weights in layer.weights() for weight in weights]
-        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-        assert all(stacked(weights) is not None for weights in layer.weights())
+        for weights in layer.weights():
+            assert torch.equal(stacked(weights), torch.stack(weights))
+    for name, parameter in ours.named_parameters():
+        assert torch.equal(parameter, plain.get_parameter(name)), name
 
     wrapped = DistributedDataParallel(
         config=ours.config,
