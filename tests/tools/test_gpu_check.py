@@ -58,7 +58,7 @@ def test_what_a_check_measured_before_it_failed_is_kept(
     (tmp_path / "check_that.py").write_text(CHECK_THAT)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     check = Check(name, f"check_that:{name}", 2, "")
-    before, failed = gpu_check.run_check(check, tmp_path, rehearse=True)
+    before, failed = gpu_check.run_check(check, folder=tmp_path, rehearse=True).results
     assert before["numbers"] == {"value": 1}
     assert failed["verdict"] == "FAIL"
     assert problem in failed["measured"]
