@@ -17,7 +17,7 @@ from megatron_moe.config.run import RunConfig
 from megatron_moe.device.engine import Engine
 from megatron_moe.hf.spec import DenseSpec, RopeScaling
 from megatron_moe.model.config import transformer_config
-from megatron_moe.model.grouped_experts import GroupedExperts
+from megatron_moe.model.grouped_experts import lay_out_experts
 from megatron_moe.model.noisy_router import router_of
 from megatron_moe.model.spec import block_spec
 from megatron_moe.parallel.layout import ParallelLayout
@@ -96,9 +96,7 @@ def build_model(
         )
         # Megatron-Core allocates routers and torch-native norms on the CPU and expects a move.
         module.to(torch.cuda.current_device())
-        for layer in module.modules():
-            if isinstance(layer, GroupedExperts):
-                layer.lay_out()
+        lay_out_experts([module])
         if spec.rope_scaling is not None:
             rotary = module.rotary_pos_emb
             rotary.inv_freq = llama3_frequencies(rotary.inv_freq, spec.rope_scaling)
