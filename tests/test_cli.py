@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_moe import cli, start
+from megatron_moe.cli import main as cli
+from megatron_moe.cli import start
 
 DENSE = {
     "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 4, "hidden_size": 32,
@@ -70,7 +71,7 @@ def test_help_comes_at_once(command: tuple[str, ...]):
 def test_help_and_a_wrong_setting_import_neither_torch_nor_megatron(yaml_file: Path):
     script = (
         "import sys\n"
-        "from megatron_moe.cli import main\n"
+        "from megatron_moe.cli.main import main\n"
         "try:\n    main()\n"
         "except SystemExit as end:\n    print('exit', end.code)\n"
         "print(sorted({'torch', 'megatron', 'transformers'} & set(sys.modules)))\n"
@@ -84,7 +85,7 @@ def test_help_and_a_wrong_setting_import_neither_torch_nor_megatron(yaml_file: P
 def test_what_only_reads_a_run_imports_neither_torch_nor_megatron():
     script = (
         "import sys\n"
-        "import megatron_moe.reporting\n"
+        "import megatron_moe.commands.report\n"
         "print(sorted({'torch', 'megatron', 'transformers'} & set(sys.modules)))\n"
     )
     assert python("-c", script).stdout == "[]\n"

@@ -10,7 +10,7 @@ import pytest
 import typer
 import yaml
 
-from megatron_moe.cli import app
+from megatron_moe.cli.main import app
 from megatron_moe.config.load import load
 from megatron_moe.config.run import RunConfig
 

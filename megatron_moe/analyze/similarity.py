@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_moe.checkpoint.export import checkpoint_key
 from megatron_moe.checkpoint.global_tensors import GlobalTensors
+from megatron_moe.checkpoint.keys import checkpoint_key
 from megatron_moe.experts.plan import ExpertPlan
 from megatron_moe.hf.names import ROW_OF_ROLE
 from megatron_moe.hf.reader import DenseCheckpoint

@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_moe.bench.record import CollectivesRecord, Timing, spread
 from megatron_moe.bench.surroundings import surroundings
-from megatron_moe.device.world import World
+from megatron_moe.runtime.world import World
 
 WARMUP, TIMED = 3, 10
 SMALLEST_BYTES = 2**12

@@ -8,7 +8,7 @@ tensors that a call is given, not of what a backend makes of them:
     all_gather               the gathered whole    send          what is sent; recv is its other end
     reduce_scatter           the whole before
 
-`plan/traffic.py` predicts the same numbers.
+`planner/traffic.py` predicts the same numbers.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_moe.bench.steps import Bench, Wish
+from megatron_moe.commands.bench import Bench, Wish
 from megatron_moe.config.run import RunConfig
-from megatron_moe.device.world import World
+from megatron_moe.runtime.world import World
 
 KINDS = {
     "allreduce": ("all_reduce", 0),

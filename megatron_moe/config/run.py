@@ -3,7 +3,7 @@
 A setting that is passed to Megatron-Core unchanged keeps Megatron-Core's name, so a search finds it
 in both code bases. A setting that we compute with first has a name of ours. Rules that need more
 than one section (does tp divide the heads? does the world size fit the layout?) are checked by
-``parallel/legality.py``, which also sees the dense model and the world size.
+``rules/check.py``, which also sees the dense model and the world size.
 """
 
 from __future__ import annotations

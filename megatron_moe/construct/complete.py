@@ -25,7 +25,7 @@ def complete_plan(plan: ExpertPlan, config: RunConfig, dense: DenseCheckpoint) -
     """
     kept = config.run.dir / PLAN_FILE
     if plan.recipe.needs_measuring:
-        if config.upcycle.plan is None:  # legality has refused it
+        if config.upcycle.plan is None:  # the rules have refused it
             raise ConfigError("upcycle.plan is needed")
         found = read_plan(config.upcycle.plan, plan, source=dense.fingerprint())
     elif not plan.recipe.needs_weights:

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from megatron_moe.commands.exported import Exported
 from megatron_moe.errors import ConfigError
-from megatron_moe.evaluate.exported import Exported
 from megatron_moe.evaluate.suites import SUITES
 
 SCHEMA = 1

@@ -24,12 +24,12 @@ from torch import Tensor
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.batches import Batch
 from megatron_moe.data.packing import document_bounds
-from megatron_moe.device.adamw import FusedAdamW
-from megatron_moe.device.engine import Engine
 from megatron_moe.model.build import Model
 from megatron_moe.model.loss import make_output_processor
 from megatron_moe.model.noisy_router import set_samples
 from megatron_moe.model.router import CountingRouter, expert_biases
+from megatron_moe.runtime.adamw import FusedAdamW
+from megatron_moe.runtime.engine import Engine
 from megatron_moe.train.guard import Fate, Judge
 from megatron_moe.train.state import TrainState
 

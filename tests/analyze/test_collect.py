@@ -24,8 +24,8 @@ from training_runs import tree
 from megatron_moe.analyze.load import distances
 from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
-from megatron_moe.device.engine import TORCH_ON_CPU
-from megatron_moe.device.world import World
+from megatron_moe.runtime.engine import TORCH_ON_CPU
+from megatron_moe.runtime.world import World
 
 pytestmark = pytest.mark.distributed
 slow = pytest.mark.slow

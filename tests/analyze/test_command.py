@@ -18,10 +18,10 @@ from training_runs import run_training, tree, write_tokens
 from megatron_moe.analyze.record import Analysis, path_of, read_analysis
 from megatron_moe.checkpoint.folder import run_of, step_folder
 from megatron_moe.checkpoint.global_tensors import GlobalTensors
-from megatron_moe.cli import app
+from megatron_moe.cli.main import app
 from megatron_moe.config.run import RunConfig
-from megatron_moe.device.world import World
 from megatron_moe.errors import ConfigError, DataError
+from megatron_moe.runtime.world import World
 
 pytestmark = pytest.mark.distributed
 SEQ_LENGTH, SAMPLES, LAYERS, TOPK = 32, 5, [0, 1, 3], 2
@@ -67,7 +67,7 @@ def analyzed(run: Path, name: str) -> Analysis:
 
 
 def analyze_there(world: World, config: RunConfig, checkpoint: Path) -> None:
-    from megatron_moe.analyze.command import analyze
+    from megatron_moe.commands.analyze import analyze
 
     analyze(config, world, [checkpoint], sets={}, say=lambda _: None)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_moe.analyze import similarity
 from megatron_moe.analyze.similarity import layer_similarity
-from megatron_moe.checkpoint.export import checkpoint_key
+from megatron_moe.checkpoint.keys import checkpoint_key
 from megatron_moe.experts.plan import ExpertPlan
 from megatron_moe.hf.names import ROW_OF_ROLE
 from megatron_moe.hf.reader import DenseCheckpoint, open_dense_checkpoint

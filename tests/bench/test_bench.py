@@ -25,8 +25,8 @@ from megatron_moe.bench.sweep import commands, read_sweep
 from megatron_moe.bench.table import tables
 from megatron_moe.config.load import build, load
 from megatron_moe.config.run import RunConfig
-from megatron_moe.device.world import World
 from megatron_moe.errors import ConfigError
+from megatron_moe.runtime.world import World
 
 ROOT = Path(__file__).parents[2]
 SWEEP = ROOT / "configs" / "sweeps" / "llama3-8b-e8t2-table2-128.yaml"
@@ -43,7 +43,7 @@ def measured(settings: dict[str, Any], out: Path, **wish: Any) -> StepsRecord:
 
 
 def _measure(world: World, config: RunConfig, out: Path, wish: dict[str, Any]) -> None:
-    from megatron_moe.bench.steps import Wish, bench
+    from megatron_moe.commands.bench import Wish, bench
 
     record = bench(config, world, Wish(**wish))
     if world.rank == 0:
@@ -129,7 +129,7 @@ def _watch(world: World, config: RunConfig) -> None:
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
     from megatron_moe.bench.phases import Stopwatch, watched
-    from megatron_moe.bench.steps import Bench, Wish
+    from megatron_moe.commands.bench import Bench, Wish
 
     it = Bench(config, world, Wish(random=True))
     layers = [

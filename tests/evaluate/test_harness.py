@@ -16,8 +16,8 @@ from local_task import (
 )
 from typer.testing import CliRunner
 
-from megatron_moe.checkpoint.export import export_checkpoint
-from megatron_moe.cli import app
+from megatron_moe.cli.main import app
+from megatron_moe.commands.export import export_checkpoint
 from megatron_moe.errors import ConfigError
 from megatron_moe.evaluate.suites import SUITES
 

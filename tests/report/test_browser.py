@@ -14,7 +14,7 @@ from synthetic_runs import DOMAINS, HOSTILE, write_run
 from tiny import save_dense
 from training_runs import run_training, tree, write_tokens
 
-from megatron_moe.reporting import compare, report
+from megatron_moe.commands.report import compare, report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt install chromium")

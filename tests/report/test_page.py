@@ -12,6 +12,7 @@ from synthetic_runs import DOMAINS, HOSTILE, analysis, write_run
 from training_runs import tree
 
 from megatron_moe.analyze.record import Analysis
+from megatron_moe.commands.report import compare
 from megatron_moe.config.run import Parallel
 from megatron_moe.errors import ConfigError, DataError
 from megatron_moe.parallel.layout import fold, local_experts
@@ -22,7 +23,6 @@ from megatron_moe.report.page import run_page, write_page
 from megatron_moe.report.picture import Line, line_picture
 from megatron_moe.report.read import read_run
 from megatron_moe.report.specialisation import mean_distances, share_of_mean
-from megatron_moe.reporting import compare
 
 
 class Elements(HTMLParser):

@@ -1,0 +1,105 @@
+"""The command `construct`: measure the dense model on real text and write the plan file."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_moe.config.load import dump
+from megatron_moe.config.run import Moe, RunConfig, Upcycle
+from megatron_moe.construct.complete import gather_tables
+from megatron_moe.construct.measure import Measuring, world_sum
+from megatron_moe.construct.partial import PartialFiles
+from megatron_moe.construct.solve import LayerMeasured, layer_table
+from megatron_moe.data.texts import open_texts
+from megatron_moe.experts.file import write_plan
+from megatron_moe.experts.plan import ExpertPlan, make_expert_plan
+from megatron_moe.hf.names import dense_tensors
+from megatron_moe.hf.reader import DenseCheckpoint
+from megatron_moe.log import RoundProgress
+from megatron_moe.model.build import build_model
+from megatron_moe.model.upcycle import upcycle
+from megatron_moe.parallel.groups import create_groups
+from megatron_moe.runtime.engine import engine_of
+from megatron_moe.runtime.world import World
+from megatron_moe.source.dense import open_dense
+
+
+def construct(config: RunConfig, world: World) -> None:
+    """Write ``upcycle.plan``: what `train` needs to know beyond its settings.
+
+    Runs on every rank, with the dense model sharded as ``parallel`` says.
+    """
+    assert config.upcycle.plan is not None
+    layout, groups = create_groups(config.parallel, seed=config.run.seed)
+    dense = open_dense(config.dense.path)
+    dense.check_tensors(dict(dense_tensors(dense.spec)))
+    plan = make_expert_plan(dense.spec, config.moe, config.upcycle)
+    texts = open_texts(config, vocab_size=dense.spec.vocab_size)
+
+    as_dense = dense_config(config)
+    engine = engine_of(config.run.engine, world)
+    model = build_model(
+        as_dense, dense.spec, layout=layout, groups=groups, rank=world.rank, engine=engine
+    )
+    unchanged = make_expert_plan(dense.spec, as_dense.moe, as_dense.upcycle)
+    upcycle(model, dense, unchanged, layout=layout, rank=world.rank)
+
+    measuring = Measuring(
+        model, as_dense, list(texts.training.values()), groups,
+        clusters=config.moe.num_moe_experts, seed=config.upcycle.seed,
+    )  # fmt: skip
+    kept = PartialFiles(_partial_folder(config.upcycle.plan), _key(config, dense))
+    with RoundProgress("measuring", rank=world.rank) as progress:
+        cluster_N = measuring.run(kept, progress.show)
+    tables = _solved(plan, measuring, dense, config)
+    if world.rank == 0:
+        measured_on: dict[str, Any] = {
+            "samples": config.measure.samples,
+            "seq_length": config.data.seq_length,
+            "hidden_states": config.measure.hidden_states,
+            "texts": list(texts.training),
+            "sequences_by_cluster": [int((cluster_N == c).sum()) for c in set(cluster_N.tolist())],
+        }
+        found = plan.with_tables(tables)
+        write_plan(config.upcycle.plan, found, source=dense.fingerprint(), measured_on=measured_on)
+        progress.say(f"wrote {config.upcycle.plan}: plan {found.hash[:12]}")
+    kept.remove()
+
+
+def dense_config(config: RunConfig) -> RunConfig:
+    """The run's configuration with no layer routed and a sequence at a time."""
+    moe = Moe(num_moe_experts=config.moe.num_moe_experts, moe_layers=[])
+    other = {"micro_batch_size": 1, "recompute": "none", "tp_comm_overlap": False}
+    train = config.train.model_copy(update=other)
+    return config.model_copy(update={"moe": moe, "upcycle": Upcycle(), "train": train})
+
+
+def _solved(
+    plan: ExpertPlan, measuring: Measuring, dense: DenseCheckpoint, config: RunConfig
+) -> dict[int, Any]:
+    """The layers' tables, solved by the ranks in turn."""
+    found = measuring.found
+    importance_LCF, activity_LCF = world_sum(found.importance_LCF), world_sum(found.activity_LCF)
+    elsewhere = torch.zeros_like(next(iter(found.inputs.values())))
+    mine = {}
+    for turn, layer in enumerate(plan.recipe.moe_layers):
+        inputs_TD = world_sum(found.inputs.get(layer, elsewhere))
+        if turn % dist.get_world_size() == dist.get_rank():
+            measured = LayerMeasured(
+                inputs_TD, importance_LCF[layer].numpy(), activity_LCF[layer].numpy()
+            )
+            mine[layer] = layer_table(plan, layer, measured, dense, config.moe)
+    return gather_tables(mine)
+
+
+def _partial_folder(plan: Path) -> Path:
+    return plan.with_name(f".{plan.name}.measuring")
+
+
+def _key(config: RunConfig, dense: DenseCheckpoint) -> str:
+    return hashlib.sha256((dump(config) + dense.fingerprint()).encode()).hexdigest()

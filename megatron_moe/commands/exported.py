@@ -1,0 +1,46 @@
+"""A run, a checkpoint or an export, as the folder that transformers loads."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_moe.checkpoint.folder import find_checkpoint, read_progress
+from megatron_moe.commands.export import export_checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """A Hugging Face folder and where it comes from."""
+
+    folder: Path
+    source: Path
+    """The checkpoint; the folder itself where it was given."""
+    step: int | None
+    """Of the checkpoint; None where a folder was given."""
+    results: Path
+    """Folder for what is found out about it: beside the run, or in the given folder."""
+
+
+@contextlib.contextmanager
+def exported(source: Path) -> Iterator[Exported]:
+    """``source`` as a Hugging Face folder: itself, or an export that lasts as long as ``with``.
+
+    Exports go where temporary files go: TMPDIR names a larger disk.
+
+    Raises:
+        CheckpointError: There is neither a folder with config.json nor a checkpoint, or no
+            architecture of Hugging Face means the same as the model.
+    """
+    if (source / "config.json").exists():
+        yield Exported(source, source, None, source / "evaluation")
+        return
+    checkpoint = find_checkpoint(source).resolve()
+    step = read_progress(checkpoint).step
+    with tempfile.TemporaryDirectory(prefix="megatron-moe-") as name:
+        folder = Path(name) / "hf"
+        export_checkpoint(checkpoint, folder)
+        yield Exported(folder, checkpoint, step, checkpoint.parents[1] / "evaluation")
