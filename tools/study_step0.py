@@ -16,7 +16,7 @@ from folders import complete_or_absent
 from study_cases import Case
 from study_runs import PRETRAIN, on_one_thread, settings, write_result
 
-from megatron_moe.commands.construct import dense_config
+from megatron_moe.config.judging import dense_config
 from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
 from megatron_moe.construct.measure import Measuring

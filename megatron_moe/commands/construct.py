@@ -9,8 +9,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_moe.config.judging import dense_config
 from megatron_moe.config.load import dump
-from megatron_moe.config.run import Moe, RunConfig, Upcycle
+from megatron_moe.config.run import RunConfig
 from megatron_moe.construct.complete import gather_tables
 from megatron_moe.construct.measure import Measuring, world_sum
 from megatron_moe.construct.partial import PartialFiles
@@ -69,14 +70,6 @@ def construct(config: RunConfig, world: World) -> None:
         write_plan(config.upcycle.plan, found, source=dense.fingerprint(), measured_on=measured_on)
         progress.say(f"wrote {config.upcycle.plan}: plan {found.hash[:12]}")
     kept.remove()
-
-
-def dense_config(config: RunConfig) -> RunConfig:
-    """The run's configuration with no layer routed and a sequence at a time."""
-    moe = Moe(num_moe_experts=config.moe.num_moe_experts, moe_layers=[])
-    other = {"micro_batch_size": 1, "recompute": "none", "tp_comm_overlap": False}
-    train = config.train.model_copy(update=other)
-    return config.model_copy(update={"moe": moe, "upcycle": Upcycle(), "train": train})
 
 
 def _solved(

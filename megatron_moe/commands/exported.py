@@ -5,24 +5,11 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_moe.checkpoint.folder import find_checkpoint, read_progress
 from megatron_moe.commands.export import export_checkpoint
-
-
-@dataclass(frozen=True, slots=True)
-class Exported:
-    """A Hugging Face folder and where it comes from."""
-
-    folder: Path
-    source: Path
-    """The checkpoint; the folder itself where it was given."""
-    step: int | None
-    """Of the checkpoint; None where a folder was given."""
-    results: Path
-    """Folder for what is found out about it: beside the run, or in the given folder."""
+from megatron_moe.evaluate.harness import Exported
 
 
 @contextlib.contextmanager

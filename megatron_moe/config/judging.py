@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_moe.config.run import Domain, Mixing, RunConfig
+from megatron_moe.config.run import Domain, Mixing, Moe, RunConfig, Upcycle
 
 
 def judging(config: RunConfig, world_size: int) -> RunConfig:
@@ -29,3 +29,11 @@ def judging(config: RunConfig, world_size: int) -> RunConfig:
 def _held_out_alone(domain: Domain) -> Domain:
     """The domain with its held-out text in the place of what it trains on, which is not read."""
     return domain.model_copy(update={"path": domain.validation_path or domain.path})
+
+
+def dense_config(config: RunConfig) -> RunConfig:
+    """The run's configuration with no layer routed and a sequence at a time."""
+    moe = Moe(num_moe_experts=config.moe.num_moe_experts, moe_layers=[])
+    other = {"micro_batch_size": 1, "recompute": "none", "tp_comm_overlap": False}
+    train = config.train.model_copy(update=other)
+    return config.model_copy(update={"moe": moe, "upcycle": Upcycle(), "train": train})

@@ -18,7 +18,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
-from megatron_moe.commands.construct import dense_config
+from megatron_moe.config.judging import dense_config
 from megatron_moe.config.run import RunConfig, Upcycle
 from megatron_moe.construct.measure import normalised, world_sum
 from megatron_moe.data.batches import Batch, slice_for_context_parallel, validation_batches

@@ -22,11 +22,23 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from megatron_moe.commands.exported import Exported
 from megatron_moe.errors import ConfigError
 from megatron_moe.evaluate.suites import SUITES
 
 SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """A Hugging Face folder and where it comes from."""
+
+    folder: Path
+    source: Path
+    """The checkpoint; the folder itself where it was given."""
+    step: int | None
+    """Of the checkpoint; None where a folder was given."""
+    results: Path
+    """Folder for what is found out about it: beside the run, or in the given folder."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,7 +72,7 @@ def test_a_run_starts_from_it_and_asks_for_no_logits(tmp_path: Path):
 
 
 def save(world: World, config: RunConfig, out: Path, apart: bool) -> None:
-    from megatron_moe.commands.construct import dense_config
+    from megatron_moe.config.judging import dense_config
     from megatron_moe.parallel.groups import create_groups
 
     layout, groups = create_groups(config.parallel, seed=0)
