@@ -24,7 +24,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_moe.commands.bench import Bench, Wish
+from megatron_moe.bench.steps import Bench, BenchOptions
 from megatron_moe.config.run import RunConfig
 from megatron_moe.runtime.world import World
 
@@ -70,7 +70,7 @@ class Traffic:
 
 def step_bytes(config: RunConfig, world: World) -> Sent:
     """What one training step of random tokens puts into collectives, all ranks together."""
-    it = Bench(config, world, Wish(random=True))
+    it = Bench(config, world, BenchOptions(random=True))
     with counted(it.groups) as traffic:
         it.timed_step()
     everyone: list[Any] = [None] * world.size

@@ -299,16 +299,16 @@ def bench(
         joined_to(place_of(ranks), story, ranks=ranks or 1, device="auto")
     else:
         config = load(RunConfig, Path(given[0]), given[1:])
-        wish = {"steps": steps, "warmup": warmup, "routing": routing, "random": random}
+        options = {"steps": steps, "warmup": warmup, "routing": routing, "random": random}
         path = out or config.run.dir / f"bench-{routing}.json"
-        on_ranks(partial(_bench, wish, path), config, ranks)
+        on_ranks(partial(_bench, options, path), config, ranks)
 
 
-def _bench(wish: dict[str, Any], out: Path, config: RunConfig, world: Any) -> None:
-    from megatron_moe.commands.bench import Wish
+def _bench(options: dict[str, Any], out: Path, config: RunConfig, world: Any) -> None:
+    from megatron_moe.bench.steps import BenchOptions
     from megatron_moe.commands.bench import bench as measure
 
-    _keep(measure(config, world, Wish(**wish)), world, out)
+    _keep(measure(config, world, BenchOptions(**options)), world, out)
 
 
 def _collectives(largest_mib: int, out: Path, world: Any) -> None:
