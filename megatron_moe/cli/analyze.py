@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from megatron_moe.cli.options import JsonFlag, Overrides, Ranks, show
-from megatron_moe.cli.start import on_ranks, place_of
+from megatron_moe.cli.start import on_ranks_at_hand, place_of
 from megatron_moe.errors import ConfigError
 
 
@@ -50,7 +50,8 @@ def analyze(
     named = dict(map(_named, sets or []))
     place = place_of(ranks)
     world_size = place.size if place is not None else ranks or 1
-    on_ranks(partial(_analyze, checkpoints, named, as_json), judging(config, world_size), ranks)
+    story = partial(_analyze, checkpoints, named, as_json)
+    on_ranks_at_hand(story, judging(config, world_size), ranks, overrides=overrides or [])
 
 
 def _named(text: str) -> tuple[str, Path]:

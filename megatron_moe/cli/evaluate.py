@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from megatron_moe.cli.options import JsonFlag, Ranks, show
-from megatron_moe.cli.start import on_ranks, place_of
+from megatron_moe.cli.start import on_ranks_at_hand, place_of
 from megatron_moe.errors import ConfigError
 
 judging = typer.Typer()
@@ -62,7 +62,8 @@ def evaluate(
     checkpoint, config = run_of(source, arguments or [])
     place = place_of(ranks)
     world_size = place.size if place is not None else ranks or 1
-    on_ranks(partial(_evaluate, checkpoint, as_json), judging(config, world_size), ranks)
+    story = partial(_evaluate, checkpoint, as_json)
+    on_ranks_at_hand(story, judging(config, world_size), ranks, overrides=arguments or [])
 
 
 def _on_tasks(

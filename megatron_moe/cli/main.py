@@ -6,6 +6,7 @@ Heavy imports wait inside the commands, so that ``--help`` answers at once.
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -13,11 +14,12 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from megatron_moe import __version__
 from megatron_moe.cli.analyze import analyze
 from megatron_moe.cli.evaluate import judging
 from megatron_moe.cli.options import ConfigFile, JsonFlag, Overrides, Ranks, show
 from megatron_moe.cli.report import pages
-from megatron_moe.cli.start import joined_to, on_ranks, place_of
+from megatron_moe.cli.start import joined_to, on_ranks, on_ranks_at_hand, place_of
 from megatron_moe.config.load import load
 from megatron_moe.config.run import Mixing, Parallel, RunConfig
 from megatron_moe.errors import ConfigError, UserError
@@ -26,8 +28,6 @@ from megatron_moe.rules.check import check
 from megatron_moe.rules.construction import measuring_violations
 
 app = typer.Typer(
-    help="Turn a dense Llama-family checkpoint into a Mixture-of-Experts, online on every rank, "
-    "and continue its pre-training.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -38,6 +38,27 @@ app.add_typer(pages)
 app.command()(analyze)
 
 Routing = Literal["natural", "balanced"]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"megatron-moe {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Turn a dense Llama-family checkpoint into a Mixture-of-Experts and continue its pre-training.
+
+    Every rank reads only its own shard of the checkpoint and builds its experts in place.
+    """
 
 
 @app.command()
@@ -233,7 +254,7 @@ def construct(
     config = load(RunConfig, config_file, overrides or [])
     if found := list(measuring_violations(config, read_spec(config.dense.path))):
         raise ConfigError("\n".join(found))
-    on_ranks(_construct, config, ranks)
+    on_ranks_at_hand(_construct, config, ranks, overrides=overrides or [])
 
 
 def _construct(config: RunConfig, world: Any) -> None:
@@ -356,6 +377,20 @@ def plan(
     else:
         found = search(config, spec, gpus=gpus, gpu=gpu)
         show(found.to_json() if as_json else search_report(found), as_json=as_json)
+
+
+@app.command()
+def schema() -> None:
+    """Print a JSON schema of the configuration, with which editors complete and check YAML files.
+
+    VS Code (YAML extension) and other editors with yaml-language-server read it from a first line
+    "# yaml-language-server: $schema=run.schema.json" in the YAML file.
+
+    Example: megatron-moe schema > run.schema.json
+    """
+    from megatron_moe.config.schema import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
 
 
 @app.command()

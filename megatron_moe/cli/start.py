@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import ConfigError
 from megatron_moe.hf.spec import read_spec
-from megatron_moe.rules.check import check
+from megatron_moe.rules.check import check, nearest_legal
+from megatron_moe.rules.nearest import changes
 
 if TYPE_CHECKING:  # imports torch, which --help does not wait for
     from megatron_moe.runtime.engine import Engine
@@ -43,6 +45,31 @@ def on_ranks(
     config.run.dir.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     joined_to(place, partial(story, config), ranks=ranks or 1, device=device)
+
+
+def on_ranks_at_hand(
+    story: Callable[[RunConfig, World], None],
+    config: RunConfig,
+    ranks: int | None,
+    *,
+    overrides: Sequence[str],
+) -> None:
+    """Run a story that reads a model, under a layout that the ranks at hand allow.
+
+    The configured layout is the one a model was or will be trained with, which may need more ranks.
+    The nearest legal one takes its place, and standard error names it. A layout that the user has
+    named in ``overrides`` is kept, or refused.
+    """
+    place = place_of(ranks)
+    world_size = place.size if place is not None else ranks or 1
+    if not any(word.startswith("parallel.") for word in overrides):
+        parallel = nearest_legal(config, read_spec(config.dense.path), world_size)
+        if parallel is not None and parallel != config.parallel:
+            if place is None or place.rank == 0:
+                change = changes(config.parallel, parallel)
+                print(f"Layout for {world_size} rank(s): {change}", file=sys.stderr)
+            config = config.model_copy(update={"parallel": parallel})
+    on_ranks(story, config, ranks)
 
 
 def resolved(config: RunConfig, engine: Engine) -> RunConfig:
