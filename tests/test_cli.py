@@ -177,8 +177,8 @@ def test_local_ranks_inside_a_started_job_are_refused(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     told = refused(capsys, monkeypatch, "train", yaml_file, "--ranks", 2)
-    assert told.startswith("ConfigError: --ranks (2) is for starting ranks on this machine")
-    assert "started 4 already: leave --ranks away" in told
+    assert told.startswith("ConfigError: --ranks (2) starts ranks on this machine")
+    assert "already started 4.\n  remove --ranks" in told
 
 
 def test_an_export_of_no_checkpoint_is_refused(capsys, monkeypatch, tmp_path):

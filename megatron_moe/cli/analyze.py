@@ -1,4 +1,4 @@
-"""megatron-moe analyze: arguments to what the story in `commands/analyze.py` needs."""
+"""The command analyze."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_moe.errors import ConfigError
 def analyze(
     source: Annotated[
         Path,
-        typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run.dir, or one checkpoint in it."),
+        typer.Argument(metavar="RUN_OR_CHECKPOINT", help="Run directory or checkpoint."),
     ],
     overrides: Overrides = None,
     ranks: Ranks = None,
@@ -27,14 +27,14 @@ def analyze(
         ),
     ] = None,
     all_steps: Annotated[
-        bool, typer.Option("--all-steps", help="Every checkpoint that the run still has.")
+        bool, typer.Option("--all-steps", help="Analyze every checkpoint of the run.")
     ] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Show which experts the tokens of each domain go to, and what became of the experts.
+    """Show which experts the tokens of each domain go to, and how experts differ.
 
-    Reads the run's held-out text with the checkpoint, under the run's layout or another, and writes
-    run.dir/analysis/step-N.json. How much text: data.validation_samples.
+    Runs the checkpoint on the run's held-out text (data.validation_samples sequences per domain),
+    under the run's layout or another, and writes run.dir/analysis/step-N.json.
 
     Example: megatron-moe analyze runs/demo parallel.expert_parallel_size=1 --ranks 1
     """
@@ -45,7 +45,7 @@ def analyze(
     checkpoints = [checkpoint]
     if all_steps:
         if (source / "checkpoint.json").exists():
-            raise ConfigError(f"--all-steps is of a run, but {source} is one checkpoint of it")
+            raise ConfigError(f"--all-steps needs a run directory; {source} is a single checkpoint")
         checkpoints = complete(source)
     named = dict(map(_named, sets or []))
     place = place_of(ranks)
@@ -81,4 +81,4 @@ def _analyze(
 
 
 def _nothing(text: str) -> None:
-    """Where only the result is wanted."""
+    """Print nothing."""

@@ -1,4 +1,4 @@
-"""On which ranks a story runs: those of a launched job, or ranks that are started here."""
+"""Run a story on the ranks of a launched job, or on ranks that are started here."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # imports torch, which --help does not wait for
 def on_ranks(
     story: Callable[[RunConfig, World], None], config: RunConfig, ranks: int | None
 ) -> None:
-    """Run a story on every rank, once its configuration is known to be legal.
+    """Check a configuration, then run a story on every rank.
 
     Args:
         story: What each rank does.
@@ -30,8 +30,8 @@ def on_ranks(
         ranks: Ranks to start on this machine; None outside of a launcher means one.
 
     Raises:
-        ConfigError: Ranks are asked for where a launcher has started them, a rule is violated, or
-            the device or engine that the run asks for is not available.
+        ConfigError: Ranks are requested although a launcher has started some, a rule is violated,
+            or the requested device or engine is not available.
     """
     from megatron_moe.runtime.engine import engine_before_forking, engine_here
     from megatron_moe.runtime.world import resolve_device
@@ -79,18 +79,18 @@ def resolved(config: RunConfig, engine: Engine) -> RunConfig:
 
 
 def place_of(ranks: int | None) -> Place | None:
-    """Where torchrun or SLURM put this process; None where it is to start ranks itself.
+    """Return the rank that torchrun or SLURM gave this process, or None without a launcher.
 
     Raises:
-        ConfigError: There is a launcher, and ``ranks`` asks for more of them.
+        ConfigError: A launcher has started ranks, and ``ranks`` asks for more.
     """
     from megatron_moe.runtime.world import place_from_environment
 
     place = place_from_environment()
     if place is not None and ranks is not None:
         raise ConfigError(
-            f"--ranks ({ranks}) is for starting ranks on this machine, but torchrun or SLURM has "
-            f"started {place.size} already: leave --ranks away"
+            f"--ranks ({ranks}) starts ranks on this machine, but torchrun or SLURM has already "
+            f"started {place.size}.\n  remove --ranks"
         )
     return place
 
@@ -107,7 +107,7 @@ def joined_to(
 
     kind = resolve_device(device, ranks=ranks if place is None else 1)
     if place is None:
-        if kind == "cpu":  # on CUDA an import might touch the GPU, which forked ranks could not
+        if kind == "cpu":  # on CUDA an import might use the GPU, which breaks it in forked ranks
             _import_stories()
         run_local_ranks(story, ranks=ranks, device=kind)
     else:
@@ -116,7 +116,7 @@ def joined_to(
 
 
 def _import_stories() -> None:
-    """Import what ranks will need once, before they are forked, and not once on each."""
+    """Import the modules that ranks need once, before forking, instead of once per rank."""
     from megatron_moe.runtime import cpu
 
     cpu.install()

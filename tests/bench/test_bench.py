@@ -227,4 +227,4 @@ def test_a_broken_record_is_named(tmp_path: Path):
 def test_nothing_or_two_things_to_do_is_refused():
     told = command()
     assert told.returncode == 2
-    assert "bench does one thing" in told.stderr
+    assert "bench needs one of" in told.stderr

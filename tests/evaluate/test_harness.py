@@ -77,8 +77,8 @@ def test_what_the_harness_refuses_is_said(judged: Judged):
     assert "--num_fewshot (1) is for tasks; a suite brings its own" in refused(
         judged.dense, "--tasks", "llama-moe", "--num_fewshot", "1"
     )
-    assert "--ranks is not for --tasks" in refused(judged.dense, "--tasks", "sciq", "--ranks", 2)
-    assert "those of lm-eval need --tasks" in refused(judged.run, "--limit", "2")
+    assert "--ranks cannot be combined with --tasks" in refused(judged.dense, "--tasks", "sciq", "--ranks", 2)
+    assert "options require --tasks" in refused(judged.run, "--limit", "2")
 
 
 def test_suites_name_tasks_that_the_harness_has():
