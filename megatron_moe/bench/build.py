@@ -1,4 +1,4 @@
-"""What is timed: the training state and its batches, real or random.
+"""Build what a benchmark times: the training state and its batches, real or random.
 
 Shape letters of this module:
 

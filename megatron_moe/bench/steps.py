@@ -34,13 +34,13 @@ from megatron_moe.train.step import StepResult, train_step
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchOptions:
-    """What is to be measured, besides the configuration."""
+    """Options of a measurement besides the configuration."""
 
     steps: int = 20
     warmup: int = 5
     routing: Literal["natural", "balanced"] = "natural"
     random: bool = False
-    """Random weights and tokens: of the dense model only config.json is read, and no text."""
+    """Use random weights and tokens: read only config.json of the dense model, and no text."""
 
 
 class Bench:
@@ -69,7 +69,7 @@ class Bench:
         return self._groups
 
     def timed_step(self) -> Numbers:
-        """The numbers that a training step of the run would log."""
+        """Take a step and return the numbers that training would log."""
         wait = waiter(self.world.device)
         wait()
         start = time.perf_counter()
@@ -90,7 +90,7 @@ class Bench:
         )
 
     def profiled_step(self) -> dict[str, float]:
-        """Seconds by phase, mean over ranks; together one step."""
+        """Take a step and return its seconds by phase, the mean over ranks."""
         with watched(self.state, self._stopwatch):
             self._stopwatch.start()
             with self._stopwatch.range("data"):

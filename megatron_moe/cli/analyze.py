@@ -70,13 +70,13 @@ def _analyze(
     from megatron_moe.log import console
 
     quiet = as_json or world.rank > 0
-    found = story(config, world, checkpoints, sets=sets, say=_nothing if quiet else console.print)
+    result = story(config, world, checkpoints, sets=sets, say=_nothing if quiet else console.print)
     if world.rank:
         return
     if as_json:
-        values = [to_json(analysis) for analysis in found]
+        values = [to_json(analysis) for analysis in result]
         show({"analyses": values} if len(checkpoints) > 1 else values[0], as_json=True)
-    for analysis in found if not as_json else ():
+    for analysis in result if not as_json else ():
         show(analysis_report(analysis), as_json=False)
 
 

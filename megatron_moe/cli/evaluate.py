@@ -115,11 +115,11 @@ def generate(
     from megatron_moe.evaluate.speak import completions, load_model
     from megatron_moe.runtime.world import resolve_device
 
-    with exported(source) as found:
-        model = load_model(found.folder, device=resolve_device("auto"))
+    with exported(source) as result:
+        model = load_model(result.folder, device=resolve_device("auto"))
         texts = completions(
             model,
-            found.folder,
+            result.folder,
             prompts,
             new_tokens=new_tokens,
             temperature=temperature,
@@ -140,11 +140,11 @@ def _evaluate(checkpoint: Path, as_json: bool, config: Any, world: Any) -> None:
     from megatron_moe.evaluate.record import evaluation_report, write_record
     from megatron_moe.log import console
 
-    found = story(config, world, checkpoint)
+    result = story(config, world, checkpoint)
     if world.rank:
         return
-    path = config.run.dir / "evaluation" / f"step-{found.step:06d}.json"
-    write_record(path, found.to_json())
-    show(found.to_json() if as_json else evaluation_report(found), as_json=as_json)
+    path = config.run.dir / "evaluation" / f"step-{result.step:06d}.json"
+    write_record(path, result.to_json())
+    show(result.to_json() if as_json else evaluation_report(result), as_json=as_json)
     if not as_json:
         console.print(f"wrote {path}")

@@ -117,8 +117,8 @@ def _dry_run(
     cpu.install()  # before Megatron-Core is imported
     from megatron_moe.commands.dry_run import dry_run, dry_run_report
 
-    found = dry_run(config, rank=rank, world_size=world_size)
-    show(found.to_json() if as_json else dry_run_report(found), as_json=as_json)
+    result = dry_run(config, rank=rank, world_size=world_size)
+    show(result.to_json() if as_json else dry_run_report(result), as_json=as_json)
 
 
 def _train(config: RunConfig, world: Any) -> None:
@@ -250,8 +250,8 @@ def construct(
     Example: megatron-moe construct configs/demo.yaml upcycle.plan=runs/plan.safetensors --ranks 4
     """
     config = load(RunConfig, config_file, overrides or [])
-    if found := list(measuring_violations(config, read_spec(config.dense.path))):
-        raise ConfigError("\n".join(found))
+    if result := list(measuring_violations(config, read_spec(config.dense.path))):
+        raise ConfigError("\n".join(result))
     on_ranks_at_hand(_construct, config, ranks, overrides=overrides or [])
 
 
@@ -373,8 +373,8 @@ def plan(
         checked = check_layout(config, spec, gpus=gpus, gpu=gpu)
         show(checked.to_json() if as_json else check_report(checked), as_json=as_json)
     else:
-        found = search(config, spec, gpus=gpus, gpu=gpu)
-        show(found.to_json() if as_json else search_report(found), as_json=as_json)
+        result = search(config, spec, gpus=gpus, gpu=gpu)
+        show(result.to_json() if as_json else search_report(result), as_json=as_json)
 
 
 @app.command()

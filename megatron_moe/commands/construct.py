@@ -66,9 +66,9 @@ def construct(config: RunConfig, world: World) -> None:
             "texts": list(texts.training),
             "sequences_by_cluster": [int((cluster_N == c).sum()) for c in set(cluster_N.tolist())],
         }
-        found = plan.with_tables(tables)
-        write_plan(config.upcycle.plan, found, source=dense.fingerprint(), measured_on=measured_on)
-        progress.say(f"wrote {config.upcycle.plan}: plan {found.hash[:12]}")
+        result = plan.with_tables(tables)
+        write_plan(config.upcycle.plan, result, source=dense.fingerprint(), measured_on=measured_on)
+        progress.say(f"wrote {config.upcycle.plan}: plan {result.hash[:12]}")
     kept.remove()
 
 
@@ -76,12 +76,12 @@ def _solved(
     plan: ExpertPlan, measuring: Measuring, dense: DenseCheckpoint, config: RunConfig
 ) -> dict[int, Any]:
     """The layers' tables, solved by the ranks in turn."""
-    found = measuring.found
-    importance_LCF, activity_LCF = world_sum(found.importance_LCF), world_sum(found.activity_LCF)
-    elsewhere = torch.zeros_like(next(iter(found.inputs.values())))
+    result = measuring.found
+    importance_LCF, activity_LCF = world_sum(result.importance_LCF), world_sum(result.activity_LCF)
+    elsewhere = torch.zeros_like(next(iter(result.inputs.values())))
     mine = {}
     for turn, layer in enumerate(plan.recipe.moe_layers):
-        inputs_TD = world_sum(found.inputs.get(layer, elsewhere))
+        inputs_TD = world_sum(result.inputs.get(layer, elsewhere))
         if turn % dist.get_world_size() == dist.get_rank():
             measured = LayerMeasured(
                 inputs_TD, importance_LCF[layer].numpy(), activity_LCF[layer].numpy()

@@ -118,6 +118,6 @@ def _compare(job: Job, model: Model, dense: DenseCheckpoint, texts: Texts) -> Ag
         config=config, dense=dense, layout=job.layout, groups=job.groups,
         rank=job.world.rank, engine=job.engine,
     )  # fmt: skip
-    found = compare_layers_and_losses(comparing, model, texts)
-    job.say(str(found))
-    return found
+    result = compare_layers_and_losses(comparing, model, texts)
+    job.say(str(result))
+    return result

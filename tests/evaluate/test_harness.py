@@ -77,7 +77,9 @@ def test_what_the_harness_refuses_is_said(judged: Judged):
     assert "--num_fewshot (1) is for tasks; a suite brings its own" in refused(
         judged.dense, "--tasks", "llama-moe", "--num_fewshot", "1"
     )
-    assert "--ranks cannot be combined with --tasks" in refused(judged.dense, "--tasks", "sciq", "--ranks", 2)
+    assert "--ranks cannot be combined with --tasks" in refused(
+        judged.dense, "--tasks", "sciq", "--ranks", 2
+    )
     assert "options require --tasks" in refused(judged.run, "--limit", "2")
 
 
