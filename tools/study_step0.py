@@ -22,7 +22,7 @@ from megatron_moe.config.run import RunConfig
 from megatron_moe.construct.measure import Measuring
 from megatron_moe.construct.partial import PartialFiles
 from megatron_moe.construct.solve import LayerMeasured, layer_table
-from megatron_moe.data.feed import Feed, Seat
+from megatron_moe.data.feed import DataRank, Feed
 from megatron_moe.data.texts import Texts, open_texts
 from megatron_moe.experts.plan import ExpertPlan, make_expert_plan
 from megatron_moe.hf.reader import DenseCheckpoint
@@ -139,7 +139,7 @@ def _solved(
 
 
 def _losses(config: RunConfig, texts: Texts, model: Model, groups: Any) -> dict[str, float]:
-    feed = Feed(texts, config, Seat(dp_rank=0, dp_size=1, cp_rank=0, cp_size=1))
+    feed = Feed(texts, config, DataRank(dp_rank=0, dp_size=1, cp_rank=0, cp_size=1))
     return {
         name: round(mean_loss(model.modules, feed.held_out(name), config, model, groups), 5)
         for name in texts.validation

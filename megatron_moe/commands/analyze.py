@@ -24,7 +24,7 @@ from megatron_moe.checkpoint.global_tensors import GlobalTensors
 from megatron_moe.checkpoint.restored import Restored, restored_model
 from megatron_moe.checkpoint.sharded import restore_weights
 from megatron_moe.config.run import RunConfig
-from megatron_moe.data.feed import Feed, Seat
+from megatron_moe.data.feed import DataRank, Feed
 from megatron_moe.data.samples import Text
 from megatron_moe.data.texts import Texts, open_text, open_texts
 from megatron_moe.errors import CheckpointError, ConfigError
@@ -113,7 +113,7 @@ def _read(
     layers = restored.plan.recipe.moe_layers
     collector = Collector(model, restored.modules, config, groups, layers=layers)
     judged = Texts(training={}, validation=dict(texts), references=None, remarks=[])
-    feed = Feed(judged, config, Seat.of(groups))
+    feed = Feed(judged, config, DataRank.of(groups))
     result = {}
     for name, text in texts.items():
         samples = min(config.data.validation_samples, text.num_chunks)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_moe.checkpoint.restored import Restored, restored_model
 from megatron_moe.config.run import RunConfig
-from megatron_moe.data.feed import Feed, Seat
+from megatron_moe.data.feed import DataRank, Feed
 from megatron_moe.data.reference import dense_losses
 from megatron_moe.data.texts import open_texts
 from megatron_moe.errors import ConfigError
@@ -60,7 +60,7 @@ def evaluate(config: RunConfig, world: World, checkpoint: Path) -> Evaluation:
         )
 
     restored = restored_model(config, world, checkpoint)
-    feed = Feed(texts, config, Seat.of(restored.groups))
+    feed = Feed(texts, config, DataRank.of(restored.groups))
     now = _losses(config, restored, feed)
     at_step_0 = None
     if dense is not None:

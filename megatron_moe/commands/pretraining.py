@@ -8,8 +8,8 @@ from functools import partial
 from megatron_moe.checkpoint.policy import go_back, save_or_go_on, told
 from megatron_moe.checkpoint.sharded import Saver
 from megatron_moe.commands.job import Job
-from megatron_moe.data.feed import Feed, Seat
-from megatron_moe.data.mixing import moved, updates_due
+from megatron_moe.data.feed import DataRank, Feed
+from megatron_moe.data.mixing import adapted_weights, updates_due
 from megatron_moe.data.texts import Texts
 from megatron_moe.experts.plan import ExpertPlan
 from megatron_moe.log import StepProgress
@@ -33,7 +33,7 @@ from megatron_moe.train.step import StepResult, mean_loss, train_step
 def feed_of(job: Job, texts: Texts) -> Feed:
     """Return the source of this rank's batches."""
     pin = job.world.device.type == "cuda"
-    return Feed(texts, job.config, Seat.of(job.groups), pin=pin)
+    return Feed(texts, job.config, DataRank.of(job.groups), pin=pin)
 
 
 def continue_pretraining(job: Job, state: TrainState, plan: ExpertPlan, feed: Feed) -> None:
@@ -186,7 +186,7 @@ def _move_mixture(job: Job, state: TrainState, feed: Feed, numbers: Numbers) -> 
         references = feed.texts.references
         assert references is not None, "the rules ask for them"
         losses = [numbers[f"loss/validation/{name}"] for name in references]
-        weights = moved(state.blend.weights, losses, list(references.values()), mixing)
+        weights = adapted_weights(state.blend.weights, losses, list(references.values()), mixing)
         state.blend = state.blend.reweighted(weights)
     chunks = {name: text.num_chunks for name, text in feed.texts.training.items()}
     numbers |= mixture_numbers(state.blend, chunks)

@@ -23,7 +23,7 @@ from torch import Tensor
 from megatron_moe.errors import CheckpointError
 from megatron_moe.experts.plan import ExpertPlan, LayerPlan
 from megatron_moe.hf.names import GATE_ROLES, ROW_OF_ROLE, Match, dense_tensors, match
-from megatron_moe.hf.reader import DenseCheckpoint, Wanted
+from megatron_moe.hf.reader import DenseCheckpoint, ReadRequest
 from megatron_moe.hf.windows import WINDOW_BYTES
 from megatron_moe.model.build import Chunk, Model
 from megatron_moe.model.noisy_router import fill_gate
@@ -52,7 +52,7 @@ class _Filler:
     checkpoints: Sequence[DenseCheckpoint]
     sources: set[tuple[int, str]] = field(default_factory=set)
     seen: dict[tuple, Tensor] = field(default_factory=dict)
-    wanted: dict[tuple[int, str], list[Wanted]] = field(default_factory=dict)
+    wanted: dict[tuple[int, str], list[ReadRequest]] = field(default_factory=dict)
     """By checkpoint and tensor, what `read` is to read."""
     again: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     """Targets, and what holds their numbers once it is read."""
@@ -69,7 +69,7 @@ class _Filler:
                 self._average(piece, target)
             else:
                 wanted = self.wanted.setdefault((source or 0, piece.source), [])
-                wanted.append(Wanted(target, piece.rows, piece.columns))
+                wanted.append(ReadRequest(target, piece.rows, piece.columns))
 
     def read(self) -> None:
         """Fill what is wanted."""
