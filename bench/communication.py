@@ -20,9 +20,9 @@ from harness import ROOT, keep, machine, say
 from megatron_moe.config.load import build, load
 from megatron_moe.config.run import RunConfig
 from megatron_moe.hf.spec import spec_from_config
-from megatron_moe.plan.shape import MoeShape, upcycled_shape
-from megatron_moe.plan.traffic import Traffic, sent_per_rank, step_traffic
-from megatron_moe.plan.workload import Degrees, degrees_of, workload_of
+from megatron_moe.planner.shape import MoeShape, upcycled_shape
+from megatron_moe.planner.traffic import Traffic, sent_per_rank, step_traffic
+from megatron_moe.planner.workload import Degrees, degrees_of, workload_of
 
 TP, CP, PP, EP, ETP = (
     f"{name}_parallel_size" for name in ("tensor", "context", "pipeline", "expert", "expert_tensor")
@@ -55,7 +55,7 @@ def main() -> None:
 
 def compare(name: str, ranks: int, parallel: dict[str, int], precision: str) -> dict[str, Any]:
     """One layout on real ranks."""
-    from megatron_moe.device.world import run_local_ranks
+    from megatron_moe.runtime.world import run_local_ranks
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

@@ -6,16 +6,16 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from megatron_moe.device import cpu
+from megatron_moe.runtime import cpu
 
 cpu.install()
 
 from megatron_moe.config.load import load
 from megatron_moe.config.run import RunConfig
 from megatron_moe.construct.complete import clustered_tables
-from megatron_moe.device.world import World, run_local_ranks
 from megatron_moe.experts.plan import make_expert_plan
 from megatron_moe.hf.reader import open_dense_checkpoint
+from megatron_moe.runtime.world import World, run_local_ranks
 
 
 def main() -> None:

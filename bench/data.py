@@ -32,7 +32,7 @@ from transformers import PreTrainedTokenizerFast
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process is one core, for both sides alike
 
-from megatron_moe.device import cpu
+from megatron_moe.runtime import cpu
 
 cpu.install()
 

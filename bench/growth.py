@@ -126,7 +126,7 @@ def exponent(values: tuple[int, ...], seconds: list[float]) -> dict[str, float]:
 
 def step_seconds(sizes: Sizes, steps: int) -> dict[str, float]:
     """Seconds of a step and of its parts, each the least of ``steps``."""
-    from megatron_moe.device.world import run_local_ranks
+    from megatron_moe.runtime.world import run_local_ranks
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -161,9 +161,9 @@ def _config(folder: Path, sizes: Sizes) -> RunConfig:
 
 
 def _measure(world: Any, config: RunConfig, steps: int, out: Path) -> None:
-    from megatron_moe.bench.steps import Bench, Wish
+    from megatron_moe.bench.steps import Bench, BenchOptions
 
-    it = Bench(config, world, Wish(random=True, routing="balanced"))
+    it = Bench(config, world, BenchOptions(random=True, routing="balanced"))
     it.timed_step()
     whole, phases = [], []
     for _ in range(steps):

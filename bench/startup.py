@@ -153,7 +153,7 @@ def _export(run: Path, out: Path) -> float:
     """Seconds that the export itself takes, in a process that has imported what it needs."""
     script = (
         "import sys, time\nfrom pathlib import Path\n"
-        "from megatron_moe.checkpoint.export import export_checkpoint\n"
+        "from megatron_moe.commands.export import export_checkpoint\n"
         "start = time.perf_counter()\n"
         "export_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]))\n"
         "print(time.perf_counter() - start)\n"
@@ -167,10 +167,10 @@ def _export(run: Path, out: Path) -> float:
 
 def _save_process(about: dict[str, Any]) -> None:
     """In a process of its own: one rank takes steps and saves, both ways."""
-    from megatron_moe.device import cpu
+    from megatron_moe.runtime import cpu
 
     cpu.install()
-    from megatron_moe.device.world import run_local_ranks
+    from megatron_moe.runtime.world import run_local_ranks
 
     out = Path(about["scratch"]) / "saved.json"
     run_local_ranks(lambda world: _save_rank(world, about, out), ranks=1, device="cpu")
@@ -299,7 +299,7 @@ def _settings(
 
 
 def _write_tokens(prefix: Path, *, vocab_size: int) -> None:
-    from megatron_moe.device import cpu
+    from megatron_moe.runtime import cpu
 
     cpu.install()
     import numpy as np

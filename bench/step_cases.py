@@ -12,8 +12,8 @@ from harness import ROOT
 from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
 from megatron_moe.hf.spec import read_spec
-from megatron_moe.plan.flops import forward_flops, training_flops
-from megatron_moe.plan.shape import upcycled_shape
+from megatron_moe.planner.flops import forward_flops, training_flops
+from megatron_moe.planner.shape import upcycled_shape
 
 SMOLLM2 = ROOT / "runs" / "models" / "smollm2-135m"
 ADAMW = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "clip": 1.0}

@@ -13,18 +13,18 @@ import torch.distributed as dist
 from step_cases import CASES
 from workers import Pipes, serve, subjects, take_pipes
 
-from megatron_moe.device import cpu
+from megatron_moe.runtime import cpu
 
 cpu.install()
 
 from megatron_moe.bench.build import make_supply, make_timed_state
 from megatron_moe.config.run import RunConfig
-from megatron_moe.device.memory import peak_bytes
-from megatron_moe.device.world import World, run_local_ranks
 from megatron_moe.hf.spec import read_spec
 from megatron_moe.model.config import DTYPES
 from megatron_moe.parallel.groups import create_groups
-from megatron_moe.parallel.legality import check
+from megatron_moe.rules.check import check
+from megatron_moe.runtime.memory import peak_bytes
+from megatron_moe.runtime.world import World, run_local_ranks
 from megatron_moe.train.guard import Judge
 from megatron_moe.train.step import train_step
 

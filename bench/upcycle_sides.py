@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """One way to fill one rank's parameters, in a forked process of its own: seconds, memory, bytes.
 
-Each side stands for one rank of the job (`device/stand_in.py`): groups of the fake backend, real
+Each side stands for one rank of the job (`runtime/stand_in.py`): groups of the fake backend, real
 memory. Nobody needs another rank to fill its own parameters, so one process shows what each of
 them does. What is timed begins with the files open and ends with every parameter filled.
 """
@@ -20,15 +20,14 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 from workers import forked, serve, subjects, take_pipes
 
-from megatron_moe.device import cpu
-from megatron_moe.device.engine import TORCH_ON_CPU
-from megatron_moe.device.stand_in import standing_for
+from megatron_moe.runtime import cpu
+from megatron_moe.runtime.engine import TORCH_ON_CPU
+from megatron_moe.runtime.stand_in import standing_for
 
 cpu.install()
 
 from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
-from megatron_moe.device.memory import held_bytes, peak_bytes, reset_peak
 from megatron_moe.experts.plan import make_expert_plan
 from megatron_moe.hf.reader import open_dense_checkpoint
 from megatron_moe.hf.spec import DenseSpec
@@ -36,6 +35,7 @@ from megatron_moe.model.build import Model, build_model
 from megatron_moe.model.upcycle import upcycle
 from megatron_moe.parallel.groups import create_groups
 from megatron_moe.parallel.layout import ParallelLayout
+from megatron_moe.runtime.memory import held_bytes, peak_bytes, reset_peak
 
 Measured = dict[str, Any]
 

@@ -15,14 +15,14 @@ from layouts import layout
 from tiny import save_dense
 from training_runs import run_training, tree, write_tokens
 
+from megatron_moe.commands.dry_run import DryRun, dry_run
 from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
-from megatron_moe.dry_run import DryRun, dry_run
 from megatron_moe.errors import ConfigError
 from megatron_moe.hf.spec import DenseSpec, read_spec
 from megatron_moe.parallel.layout import fold
-from megatron_moe.plan.parameters import rank_parameters, rank_tensors
-from megatron_moe.plan.shape import upcycled_shape
+from megatron_moe.planner.parameters import rank_parameters, rank_tensors
+from megatron_moe.planner.shape import upcycled_shape
 
 # Odd sizes, so that padding shows: no tensor is a multiple of 64, and the vocabulary is prime.
 DENSE = {
@@ -185,7 +185,7 @@ def test_json_of_the_command(yaml_file: Path):
     [
         (("--dry-run",), "--world-size 8"),
         (("--dry-run", "--ranks", 4), "--world-size 4"),
-        (("--world-size", 8), "are for --dry-run"),
+        (("--world-size", 8), "require --dry-run"),
         (("--dry-run", "--world-size", 3), "train.global_batch_size"),
     ],
 )

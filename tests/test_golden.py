@@ -24,8 +24,8 @@ def described(path: Path) -> str:
     from dense_models import shipped
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from megatron_moe.device.engine import TRANSFORMER_ENGINE
     from megatron_moe.model.config import transformer_settings
+    from megatron_moe.runtime.engine import TRANSFORMER_ENGINE
 
     config, spec, _ = shipped(path)
     settings = transformer_settings(config, spec, engine=TRANSFORMER_ENGINE)
@@ -76,7 +76,7 @@ def test_there_is_no_golden_file_without_a_configuration():
 
 def main() -> None:
     """Write all golden files anew."""
-    from megatron_moe.device import cpu
+    from megatron_moe.runtime import cpu
 
     cpu.install()
     GOLDEN.mkdir(exist_ok=True)

@@ -11,9 +11,9 @@ from ranks import run_on_ranks
 
 from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
-from megatron_moe.device.world import World
 from megatron_moe.hf.spec import read_spec
-from megatron_moe.parallel.legality import check
+from megatron_moe.rules.check import check
+from megatron_moe.runtime.world import World
 
 
 def write_tokens(
@@ -61,6 +61,6 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def _train(world: World, config: RunConfig) -> None:
-    from megatron_moe import commands
+    from megatron_moe.commands.train import train
 
-    commands.train(config, world)
+    train(config, world)

@@ -37,9 +37,9 @@ from chaos_faults import Fault  # noqa: E402
 from megatron_moe.checkpoint.folder import complete, newest  # noqa: E402
 from megatron_moe.config.load import load  # noqa: E402
 from megatron_moe.config.run import RunConfig  # noqa: E402
-from megatron_moe.device import cpu  # noqa: E402
-from megatron_moe.device.world import World, run_local_ranks  # noqa: E402
 from megatron_moe.errors import UserError  # noqa: E402
+from megatron_moe.runtime import cpu  # noqa: E402
+from megatron_moe.runtime.world import World, run_local_ranks  # noqa: E402
 
 RANKS = 2
 EXACT = ("step", "loss/lm", "grad_norm", "learning_rate", "tokens/seen", "router/load_imbalance")
@@ -157,9 +157,9 @@ def _job(config: RunConfig, fault: Fault, log: Path) -> None:
 
 
 def _rank(config: RunConfig, fault: Fault, world: World) -> None:
-    from megatron_moe import commands
+    from megatron_moe.commands.train import train
 
-    commands.train(config, world, partial(fault.observe, world.rank))
+    train(config, world, partial(fault.observe, world.rank))
 
 
 def meet(stage: Stage, fault: Fault) -> Outcome:

@@ -1,7 +1,7 @@
 """What goes wrong, and where: the faults of ``make chaos``, done to a training job from outside.
 
 The package has no hook that exists for tests: ranks tell an observer which stage they enter
-(``commands.train``), and the harness, which starts the ranks itself, passes one that kills.
+(``train``), and the harness, which starts the ranks itself, passes one that kills.
 """
 
 from __future__ import annotations

@@ -146,8 +146,8 @@ def held_out_tokens() -> torch.Tensor:
     """The chunks that the trainer took its held-out loss on, ``(samples, seq_length + 1)``."""
     from megatron_moe.config.load import load as load_config
     from megatron_moe.config.run import RunConfig
-    from megatron_moe.device import cpu
     from megatron_moe.hf.spec import read_spec
+    from megatron_moe.runtime import cpu
 
     warnings.filterwarnings("ignore", "Could not determine rank")  # there are none here
     cpu.install()  # before anything imports Megatron-Core

@@ -26,7 +26,7 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
-from megatron_moe.device import cpu  # noqa: E402
+from megatron_moe.runtime import cpu  # noqa: E402
 
 cpu.install()  # before Megatron-Core is imported
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from megatron_moe.checkpoint.export import export_checkpoint
+from megatron_moe.commands.export import export_checkpoint
 from megatron_moe.config.mixtures import SLIMPAJAMA
 from megatron_moe.data.corpus import tokenize_files
 from megatron_moe.data.tokenizer import load_tokenizer

@@ -18,16 +18,16 @@ from typing import Any
 import torch
 from study_cases import DENSE, Case
 
-from megatron_moe import commands
 from megatron_moe.checkpoint.folder import newest, read_progress
+from megatron_moe.commands.construct import construct
+from megatron_moe.commands.train import train
 from megatron_moe.config.load import build
 from megatron_moe.config.mixtures import SLIMPAJAMA
 from megatron_moe.config.run import RunConfig
-from megatron_moe.construct.command import construct
-from megatron_moe.device.world import World, run_local_ranks
 from megatron_moe.errors import JobError
 from megatron_moe.hf.spec import read_spec
-from megatron_moe.parallel.legality import check
+from megatron_moe.rules.check import check
+from megatron_moe.runtime.world import World, run_local_ranks
 
 SEQ_LENGTH, BATCH = 128, 16
 STEP_TOKENS = SEQ_LENGTH * BATCH
@@ -98,7 +98,7 @@ def train_run(tree: dict[str, Any]) -> None:
     plan = config.upcycle.plan
     if plan is not None and not plan.exists():
         on_one_thread(partial(construct, config))
-    on_one_thread(partial(commands.train, config))
+    on_one_thread(partial(train, config))
     last = newest(config.run.dir)
     if last is None or read_progress(last).step < config.train.steps:  # told to stop, it returns
         raise JobError(f"{config.run.dir} was stopped before its last step")

@@ -16,17 +16,14 @@ from folders import complete_or_absent
 from study_cases import Case
 from study_runs import PRETRAIN, on_one_thread, settings, write_result
 
-from megatron_moe.checkpoint.dense_source import open_dense
+from megatron_moe.config.judging import dense_config
 from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
-from megatron_moe.construct.command import dense_config
 from megatron_moe.construct.measure import Measurement
 from megatron_moe.construct.partial import PartialFiles
 from megatron_moe.construct.solve import LayerMeasurements, layer_table
 from megatron_moe.data.feed import DataRank, Feed
 from megatron_moe.data.texts import Texts, open_texts
-from megatron_moe.device.engine import TORCH_ON_CPU
-from megatron_moe.device.world import World
 from megatron_moe.experts.plan import ExpertPlan, make_expert_plan
 from megatron_moe.hf.reader import DenseCheckpoint
 from megatron_moe.hf.spec import read_spec
@@ -34,7 +31,10 @@ from megatron_moe.model.build import Model, build_model
 from megatron_moe.model.router import set_output_scales
 from megatron_moe.model.upcycle import upcycle
 from megatron_moe.parallel.groups import create_groups
-from megatron_moe.parallel.legality import check
+from megatron_moe.rules.check import check
+from megatron_moe.runtime.engine import TORCH_ON_CPU
+from megatron_moe.runtime.world import World
+from megatron_moe.source.dense import open_dense
 from megatron_moe.train.step import mean_loss
 
 SAMPLES, HIDDEN_STATES = 40, 1280

@@ -1,4 +1,4 @@
-"""What is timed: the training state and its batches, real or random.
+"""Build what a benchmark times: the training state and its batches, real or random.
 
 Shape letters of this module:
 
@@ -22,8 +22,6 @@ from megatron_moe.data.batches import Batch, micro_batches, slice_for_context_pa
 from megatron_moe.data.feed import DataRank, Feed
 from megatron_moe.data.samples import Sample
 from megatron_moe.data.texts import open_texts
-from megatron_moe.device.engine import engine_of
-from megatron_moe.device.world import World
 from megatron_moe.experts.plan import make_expert_plan
 from megatron_moe.hf.names import dense_tensors
 from megatron_moe.hf.reader import open_dense_checkpoint, open_mixed
@@ -33,6 +31,8 @@ from megatron_moe.model.overlap import start_tp_overlap
 from megatron_moe.model.router import CountingRouter, set_output_scales
 from megatron_moe.model.upcycle import upcycle
 from megatron_moe.parallel.layout import ParallelLayout
+from megatron_moe.runtime.engine import engine_of
+from megatron_moe.runtime.world import World
 from megatron_moe.train.state import TrainState, make_state
 
 Supply = Callable[[TrainState], list[Batch]]
@@ -51,7 +51,7 @@ def make_timed_state(
     """A state that trains: upcycled from the dense checkpoint, or of its shape and random.
 
     Args:
-        config: The run; `legality.check` has passed it.
+        config: The run; `rules.check` has passed it.
         world: This rank's place.
         layout: Who holds what.
         groups: This rank's process groups.

@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_moe.bench.record import CollectivesRecord, Timing, spread
 from megatron_moe.bench.surroundings import surroundings
-from megatron_moe.device.world import World
+from megatron_moe.runtime.world import World
 
 WARMUP, TIMED = 3, 10
 SMALLEST_BYTES = 2**12
@@ -58,10 +58,10 @@ def sizes(largest_bytes: int) -> list[int]:
     >>> sizes(2**17)
     [4096, 16384, 65536]
     """
-    found = [SMALLEST_BYTES]
-    while found[-1] * 4 <= largest_bytes:
-        found.append(found[-1] * 4)
-    return found
+    result = [SMALLEST_BYTES]
+    while result[-1] * 4 <= largest_bytes:
+        result.append(result[-1] * 4)
+    return result
 
 
 def bench_collectives(world: World, *, largest_bytes: int) -> CollectivesRecord:

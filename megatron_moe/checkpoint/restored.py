@@ -12,8 +12,6 @@ from megatron.core.transformer.module import Float16Module
 from megatron_moe.checkpoint.folder import Progress, plan_of
 from megatron_moe.checkpoint.sharded import restore_weights
 from megatron_moe.config.run import RunConfig
-from megatron_moe.device.engine import engine_of
-from megatron_moe.device.world import World
 from megatron_moe.experts.plan import ExpertPlan
 from megatron_moe.hf.spec import read_spec
 from megatron_moe.model.build import Model, build_model
@@ -21,6 +19,8 @@ from megatron_moe.model.config import check_dispatcher
 from megatron_moe.model.router import set_output_scales
 from megatron_moe.parallel.groups import create_groups
 from megatron_moe.parallel.layout import ParallelLayout
+from megatron_moe.runtime.engine import engine_of
+from megatron_moe.runtime.world import World
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,17 +18,17 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
+from megatron_moe.config.judging import dense_config
 from megatron_moe.config.run import RunConfig, Upcycle
-from megatron_moe.construct.command import dense_config
 from megatron_moe.construct.measure import normalised, world_sum
 from megatron_moe.data.batches import Batch, slice_for_context_parallel, validation_batches
 from megatron_moe.data.texts import Texts
-from megatron_moe.device.engine import Engine
 from megatron_moe.experts.plan import make_expert_plan
 from megatron_moe.hf.reader import DenseCheckpoint
 from megatron_moe.model.build import Model, build_model
 from megatron_moe.model.upcycle import upcycle
 from megatron_moe.parallel.layout import ParallelLayout
+from megatron_moe.runtime.engine import Engine
 from megatron_moe.train.step import mean_loss
 
 MAX_SEQUENCES = 16

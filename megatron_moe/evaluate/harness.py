@@ -23,10 +23,22 @@ import torch
 from rich.table import Table
 
 from megatron_moe.errors import ConfigError
-from megatron_moe.evaluate.exported import Exported
 from megatron_moe.evaluate.suites import SUITES
 
 SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """A Hugging Face folder and its source."""
+
+    folder: Path
+    source: Path
+    """The checkpoint, or the given folder."""
+    step: int | None
+    """Step of the checkpoint; None if a folder was given."""
+    results: Path
+    """Folder for evaluation results, in the run directory or in the given folder."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_moe.config.run import RunConfig
-from megatron_moe.device.engine import Engine
 from megatron_moe.hf.spec import DenseSpec, RopeScaling
 from megatron_moe.model.config import transformer_config
 from megatron_moe.model.grouped_experts import lay_out_experts
@@ -23,6 +22,7 @@ from megatron_moe.model.spec import block_spec
 from megatron_moe.parallel.layout import ParallelLayout
 from megatron_moe.parallel.shards import padded_vocabulary
 from megatron_moe.parallel.stages import chunk_layers, is_first, is_last
+from megatron_moe.runtime.engine import Engine
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,10 @@ import torch.nn.functional as F  # noqa: N812
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_moe.config.run import Moe, Parallel, RunConfig, Train
-from megatron_moe.device.engine import Engine
 from megatron_moe.errors import ConfigError
 from megatron_moe.experts.recipe import moe_layer_ids
 from megatron_moe.hf.spec import DenseSpec
+from megatron_moe.runtime.engine import Engine
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -22,7 +22,7 @@ def transformer_config(config: RunConfig, spec: DenseSpec, *, engine: Engine) ->
     """Everything Megatron-Core's model and schedules are told.
 
     Args:
-        config: The run; `legality.check` has passed it.
+        config: The run; `rules.check` has passed it.
         spec: Shape of the dense model.
         engine: Decides which fused kernels are turned on.
     """

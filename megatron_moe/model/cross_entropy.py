@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_moe.device.compiled import compiled_on_cuda
+from megatron_moe.runtime.compiled import compiled_on_cuda
 
 
 def cross_entropy(

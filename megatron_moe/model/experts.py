@@ -19,7 +19,7 @@ import torch.nn.functional as F  # noqa: N812
 from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor
 
-from megatron_moe.device.gradients import add_product
+from megatron_moe.runtime.gradients import add_product
 
 
 class LoopExperts(SequentialMLP):

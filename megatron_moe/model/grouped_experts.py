@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from megatron_moe.device.compiled import compiled_on_cuda
-from megatron_moe.device.gradients import begin_products
 from megatron_moe.model.experts import LoopExperts, await_weights
 from megatron_moe.model.stacking import ALIGNMENT_BYTES, BackToFront, lay_out, stacked
+from megatron_moe.runtime.compiled import compiled_on_cuda
+from megatron_moe.runtime.gradients import begin_products
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,11 +24,11 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megatron_moe.device.engine import Engine
 from megatron_moe.model.attention import SdpaAttention
 from megatron_moe.model.experts import LoopExperts
 from megatron_moe.model.grouped_experts import GroupedExperts
 from megatron_moe.model.norm import RMSNorm
+from megatron_moe.runtime.engine import Engine
 
 
 def block_spec(

@@ -8,8 +8,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_moe.config.run import Parallel
-from megatron_moe.device.world import TIMEOUT
 from megatron_moe.parallel.layout import ParallelLayout, fold
+from megatron_moe.runtime.world import TIMEOUT
 
 
 def create_groups(

@@ -18,8 +18,8 @@ from typing import Any, Literal, Self
 import torch.distributed as dist
 
 from megatron_moe.config.run import Guard as GuardConfig
-from megatron_moe.device.together import any_rank
 from megatron_moe.errors import JobError
+from megatron_moe.runtime.together import any_rank
 from megatron_moe.train.verdict import STAGES
 from megatron_moe.train.watch import Watch
 
@@ -125,7 +125,7 @@ def stage_table(seconds: dict[str, float], cpu_seconds: float) -> str:
     """Seconds of every rank in each stage of the last step, one line a rank; all ranks call it.
 
     Seconds are the device's: of the wall clock on CPU, between events of the stream on CUDA
-    (device/wait.py). A rank that waits for others spends wall time and no CPU time, so on CPU the
+    (runtime/wait.py). A rank that waits for others spends wall time and no CPU time, so on CPU the
     straggler is the rank with the most CPU seconds, which the last line names. On CUDA that line
     names the rank whose host works most, and says nothing about its GPU.
     """

@@ -18,8 +18,8 @@ from typing import TextIO
 
 import torch.distributed as dist
 
-from megatron_moe.device.environment import user_name
 from megatron_moe.errors import ConfigError
+from megatron_moe.runtime.environment import user_name
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ router/*_by_layer                         each of these three as a list over MoE
 router/load_by_expert                     an expert's tokens / mean, a list over experts in one over
                                           MoE layers; about a hundred times in a run
 throughput/tokens_per_second_per_gpu      tokens of the global batch / seconds / ranks
-throughput/tflops_per_gpu                 model FLOPs (plan/flops.py: full attention, no padding)
+throughput/tflops_per_gpu                 model FLOPs (planner/flops.py: full attention, no padding)
 throughput/mfu                            the same / the peak that the log names at start
 memory/peak_gib                           maximum over ranks; resident memory on CPU
 time/step_seconds                         wall time of the step, the slowest rank's
@@ -48,7 +48,7 @@ from torch import Tensor
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.blend import BlendState
 from megatron_moe.data.held_out import HeldOut
-from megatron_moe.device.memory import peak_bytes
+from megatron_moe.runtime.memory import peak_bytes
 from megatron_moe.train.step import StepResult
 
 GIB = 2**30

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_moe.plan.hardware import GPUS
+from megatron_moe.planner.hardware import GPUS
 
 
 @dataclass(frozen=True, slots=True)

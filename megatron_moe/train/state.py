@@ -21,8 +21,8 @@ from megatron.core.transformer.module import Float16Module
 from megatron_moe.config.mixtures import starting_weights
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.blend import BlendState, start_blend
-from megatron_moe.device.engine import Engine
 from megatron_moe.model.build import Model
+from megatron_moe.runtime.engine import Engine
 
 
 @dataclass(slots=True)
@@ -97,7 +97,7 @@ def make_state(config: RunConfig, model: Model, groups: ProcessGroupCollection) 
 
 
 def _add_gradients_in_products(module: torch.nn.Module) -> None:
-    """Let Megatron-Core's linear layers add gradients to their buffers (device/gradients.py).
+    """Let Megatron-Core's linear layers add gradients to their buffers (runtime/gradients.py).
 
     Set here and not in the model's configuration, which models without buffers share.
     """

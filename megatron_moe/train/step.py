@@ -24,12 +24,12 @@ from torch import Tensor
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.batches import Batch
 from megatron_moe.data.packing import document_bounds
-from megatron_moe.device.adamw import FusedAdamW
-from megatron_moe.device.engine import Engine
 from megatron_moe.model.build import Model
 from megatron_moe.model.loss import make_output_processor
 from megatron_moe.model.noisy_router import set_samples
 from megatron_moe.model.router import CountingRouter, expert_biases
+from megatron_moe.runtime.adamw import FusedAdamW
+from megatron_moe.runtime.engine import Engine
 from megatron_moe.train.guard import Fate, Judge
 from megatron_moe.train.state import TrainState
 
@@ -246,7 +246,7 @@ def _sum_losses(losses: list[Tensor], model: Model) -> Tensor:
 
 
 def _total_over_ranks(model: Model, losses: list[Tensor], num_micro_batches: int) -> Tensor:
-    """Sum the ranks' numbers of a step in one collective, ``(2 + 2 L + 4 L E,)``, on the device.
+    """Sum the ranks' numbers of a step in one collective, ``(2 + 4 L + 2 L E,)``, on the device.
 
     Losses exist on the last stage and a layer's numbers on its stage; tokens are split over dp, cp
     and, under sequence parallelism, tp: so every number is a plain sum over all ranks.
@@ -260,8 +260,9 @@ def _total_over_ranks(model: Model, losses: list[Tensor], num_micro_batches: int
                 assert router.layer_number is not None
                 counts_L4E[router.layer_number - 1] = router.take_counts()
     tracked_2L = _tracked_losses(num_layers, _device(model)) / num_micro_batches
-    counts = torch.stack(counts_L4E)
-    totals = torch.cat([_sum_losses(losses, model), tracked_2L.flatten(), counts.flatten()])
+    wide_L2E, narrow_L2E = torch.stack(counts_L4E).split(2, dim=1)
+    numbers = [tracked_2L, narrow_L2E.sum(dim=2), wide_L2E]
+    totals = torch.cat([_sum_losses(losses, model), *(x.flatten() for x in numbers)])
     dist.all_reduce(totals)
     return totals
 
@@ -271,10 +272,11 @@ def _result(
 ) -> StepResult:
     """Turn the totals into the numbers of the step; copies them to the host, in one piece."""
     num_layers, num_experts = _moe_shape(model)
-    sizes = [2, 2 * num_layers, 4 * num_layers * num_experts]
-    loss_and_tokens, tracked, counts = totals.cpu().split(sizes)
+    sizes = [2, 2 * num_layers, 2 * num_layers, 2 * num_layers * num_experts]
+    loss_and_tokens, tracked, narrow, wide = totals.cpu().split(sizes)
     balance_L, z_L = tracked.view(2, num_layers)
-    chosen_LE, scores_LE, logs_LE, kept_LE = counts.view(num_layers, 4, num_experts).unbind(dim=1)
+    logs_L, kept_L = narrow.view(num_layers, 2).unbind(dim=1)
+    chosen_LE, scores_LE = wide.view(num_layers, 2, num_experts).unbind(dim=1)
     moe = chosen_LE.sum(dim=1) > 0
     tokens_L = chosen_LE[moe].sum(dim=1) / model.transformer.moe_router_topk
     if not balance_L.any():  # none of a micro-batch's own: that of the global batch
@@ -289,8 +291,8 @@ def _result(
         router_z_loss=float(z_L[moe].mean()) / groups.tp_dp_cp.size(),
         grad_norm=grad_norm,
         chosen_LE=chosen_LE[moe],
-        kept_L=kept_LE[moe].sum(dim=1),
-        entropy_L=-logs_LE[moe].sum(dim=1) / tokens_L,
+        kept_L=kept_L[moe],
+        entropy_L=-logs_L[moe] / tokens_L,
     )
 
 

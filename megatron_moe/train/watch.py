@@ -22,9 +22,9 @@ from typing import Any, Self
 
 import torch.distributed as dist
 
-from megatron_moe.device.wait import StageClock
-from megatron_moe.device.world import World
 from megatron_moe.errors import JobError, UserError
+from megatron_moe.runtime.wait import StageClock
+from megatron_moe.runtime.world import World
 from megatron_moe.train.monitor import TICK_SECONDS, Monitor
 from megatron_moe.train.verdict import Report, died, silent
 from megatron_moe.train.waiting import waits_for_ranks

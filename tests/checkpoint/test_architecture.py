@@ -8,13 +8,14 @@ import pytest
 from ranks import run_on_ranks
 from tiny import save_dense
 
-from megatron_moe.checkpoint.export import architecture_for, checkpoint_key
+from megatron_moe.checkpoint.keys import checkpoint_key
+from megatron_moe.commands.export import architecture_for
 from megatron_moe.config.run import Data, Dense, Moe, Parallel, Run, RunConfig, Train
-from megatron_moe.device.engine import TORCH_ON_CPU
-from megatron_moe.device.world import World
 from megatron_moe.errors import CheckpointError
 from megatron_moe.hf.names import ROW_OF_ROLE, match
 from megatron_moe.hf.spec import DenseSpec, read_spec, spec_from_config
+from megatron_moe.runtime.engine import TORCH_ON_CPU
+from megatron_moe.runtime.world import World
 
 MIXTRAL, QWEN2, QWEN3 = "MixtralForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"
 CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
@@ -83,7 +84,7 @@ def test_a_shared_expert_with_norms_on_q_and_k_is_refused():
 def test_an_export_imports_nothing_of_megatron_core():
     """Its import takes seconds and prints what is not installed, which is no news to an export."""
     code = (
-        "import sys, megatron_moe.checkpoint.export; "
+        "import sys, megatron_moe.commands.export; "
         "sys.exit([name for name in sys.modules if name.startswith('megatron.')] or 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -16,9 +16,9 @@ import torch
 from tiny import save_dense
 from training_runs import run_training, tree, write_tokens
 
-from megatron_moe.checkpoint.export import export_checkpoint
 from megatron_moe.checkpoint.folder import newest
 from megatron_moe.checkpoint.index import SafeReader
+from megatron_moe.commands.export import export_checkpoint
 from megatron_moe.errors import CheckpointError
 
 pytestmark = pytest.mark.distributed

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from tiny import TOKENIZER_SIZE, save_dense, save_tokenizer
 
-from megatron_moe import cli
+from megatron_moe.cli import main as cli
 from megatron_moe.data.stream import TokenStream
 from megatron_moe.data.tokens import prepare_tokens
 

@@ -18,12 +18,12 @@ from transformers import AutoModelForCausalLM
 
 from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
-from megatron_moe.device.world import World
 from megatron_moe.errors import CheckpointError
 from megatron_moe.experts.file import read_plan, write_plan
 from megatron_moe.experts.plan import make_expert_plan
-from megatron_moe.experts.rules import measuring_violations
 from megatron_moe.hf.spec import read_spec
+from megatron_moe.rules.construction import measuring_violations
+from megatron_moe.runtime.world import World
 
 pytestmark = pytest.mark.distributed
 SHARED = {"num_moe_experts": 4, "moe_ffn_hidden_size": 16}
@@ -159,7 +159,7 @@ def test_train_builds_what_construct_planned(folder: Path, tmp_path: Path, metho
 
 
 def plan_only(world: World, config: RunConfig) -> None:
-    from megatron_moe.construct.command import construct
+    from megatron_moe.commands.construct import construct
 
     config.run.dir.mkdir(parents=True, exist_ok=True)
     construct(config, world)

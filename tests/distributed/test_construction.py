@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from tiny import save_dense
 from torch import Tensor
 
-from megatron_moe.checkpoint.export import export_checkpoint
+from megatron_moe.commands.export import export_checkpoint
 from megatron_moe.config.run import (
     Data,
     Dense,
@@ -31,13 +31,13 @@ from megatron_moe.config.run import (
     Train,
     Upcycle,
 )
-from megatron_moe.device.engine import TORCH_ON_CPU
-from megatron_moe.device.world import World
 from megatron_moe.experts.file import PLAN_FILE, write_plan
 from megatron_moe.experts.plan import ExpertPlan
 from megatron_moe.hf.names import dense_tensors
 from megatron_moe.hf.reader import open_dense_checkpoint, open_mixed
-from megatron_moe.parallel.legality import violations
+from megatron_moe.rules.check import violations
+from megatron_moe.runtime.engine import TORCH_ON_CPU
+from megatron_moe.runtime.world import World
 
 pytestmark = pytest.mark.distributed
 

@@ -11,14 +11,14 @@ from ranks import run_on_ranks
 from tiny import save_dense
 from training_runs import run_training, tree, write_tokens
 
-from megatron_moe.checkpoint.dense_source import DistributedDense, open_dense
 from megatron_moe.checkpoint.global_tensors import GlobalTensors
 from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
-from megatron_moe.device.engine import TORCH_ON_CPU
-from megatron_moe.device.world import World
 from megatron_moe.errors import CheckpointError, ConfigError
 from megatron_moe.hf.names import dense_tensors
+from megatron_moe.runtime.engine import TORCH_ON_CPU
+from megatron_moe.runtime.world import World
+from megatron_moe.source.dense import DistributedDense, open_dense
 
 pytestmark = pytest.mark.distributed
 
@@ -72,7 +72,7 @@ def test_a_run_starts_from_it_and_asks_for_no_logits(tmp_path: Path):
 
 
 def save(world: World, config: RunConfig, out: Path, apart: bool) -> None:
-    from megatron_moe.construct.command import dense_config
+    from megatron_moe.config.judging import dense_config
     from megatron_moe.parallel.groups import create_groups
 
     layout, groups = create_groups(config.parallel, seed=0)

@@ -17,12 +17,12 @@ from tiny import save_dense
 from training_runs import run_training, tree, write_tokens
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_moe.checkpoint.export import export_checkpoint
 from megatron_moe.checkpoint.folder import newest, read_config
+from megatron_moe.commands.export import export_checkpoint
 from megatron_moe.config.run import RunConfig
-from megatron_moe.device.engine import TORCH_ON_CPU
-from megatron_moe.device.world import World
 from megatron_moe.errors import CheckpointError
+from megatron_moe.runtime.engine import TORCH_ON_CPU
+from megatron_moe.runtime.world import World
 
 pytestmark = pytest.mark.distributed
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tiny import save_dense
 from training_runs import read_metrics, run_training, tree, write_tokens
 
-from megatron_moe.checkpoint.export import export_checkpoint
+from megatron_moe.commands.export import export_checkpoint
 
 pytestmark = pytest.mark.distributed
 QUICK = [

@@ -16,10 +16,10 @@ from transformers import LlamaConfig
 
 from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
-from megatron_moe.device.engine import TORCH_ON_CPU
-from megatron_moe.device.world import World
 from megatron_moe.hf.names import dense_tensors
 from megatron_moe.hf.spec import read_spec
+from megatron_moe.runtime.engine import TORCH_ON_CPU
+from megatron_moe.runtime.world import World
 
 pytestmark = pytest.mark.distributed
 MIB = 2**20
@@ -77,14 +77,14 @@ def test_a_rank_reads_and_holds_its_shard_only(
 
 
 def upcycle_only(world: World, config: RunConfig) -> None:
+    from megatron_moe.commands.job import Job
+    from megatron_moe.commands.upcycling import upcycled_model
     from megatron_moe.data.texts import open_texts
     from megatron_moe.experts.plan import make_expert_plan
     from megatron_moe.hf.reader import open_dense_checkpoint
-    from megatron_moe.job import Job
     from megatron_moe.parallel.groups import create_groups
     from megatron_moe.train.guard import Signals
     from megatron_moe.train.watch import Watch, unobserved
-    from megatron_moe.upcycling import upcycled_model
 
     config.run.dir.mkdir(parents=True, exist_ok=True)
     layout, groups = create_groups(config.parallel, seed=0)

@@ -13,13 +13,13 @@ from ranks import run_on_ranks
 from tiny import SHAPE, save_dense
 
 from megatron_moe.config.run import Data, Dense, Moe, Parallel, Run, RunConfig, Train, Upcycle
-from megatron_moe.device.engine import TORCH_ON_CPU
-from megatron_moe.device.world import World
 from megatron_moe.experts.plan import make_expert_plan
 from megatron_moe.hf.names import dense_tensors
 from megatron_moe.hf.reader import open_dense_checkpoint
 from megatron_moe.hf.spec import read_spec
-from megatron_moe.parallel.legality import violations
+from megatron_moe.rules.check import violations
+from megatron_moe.runtime.engine import TORCH_ON_CPU
+from megatron_moe.runtime.world import World
 
 pytestmark = pytest.mark.distributed
 TOLERANCE = 1e-4

@@ -21,8 +21,8 @@ from megatron_moe.checkpoint.folder import read_progress, step_folder
 from megatron_moe.checkpoint.global_tensors import GlobalTensors
 from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
-from megatron_moe.device.engine import TORCH_ON_CPU
-from megatron_moe.device.world import World
+from megatron_moe.runtime.engine import TORCH_ON_CPU
+from megatron_moe.runtime.world import World
 
 pytestmark = pytest.mark.distributed
 slow = pytest.mark.slow

@@ -19,8 +19,8 @@ from megatron_moe.checkpoint.folder import newest, read_progress, step_folder
 from megatron_moe.checkpoint.global_tensors import GlobalTensors
 from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
-from megatron_moe.device.world import World
 from megatron_moe.errors import CheckpointError
+from megatron_moe.runtime.world import World
 
 pytestmark = pytest.mark.distributed
 EXACT = ("step", "loss/lm", "grad_norm", "learning_rate", "router/load_imbalance", "tokens/seen")
@@ -152,8 +152,8 @@ def test_a_save_that_fails_fails_on_every_rank_and_leaves_the_one_before(
 
 def train_without_room(world: World, config: RunConfig) -> None:
     """Rank 1 finds no room from the second checkpoint on."""
-    from megatron_moe import commands
     from megatron_moe.checkpoint import storage
+    from megatron_moe.commands.train import train
 
     write = storage.FileSystemWriter.write_data
 
@@ -163,4 +163,4 @@ def train_without_room(world: World, config: RunConfig) -> None:
         return write(self, *args)
 
     storage.FileSystemWriter.write_data = full
-    commands.train(config, world)
+    train(config, world)

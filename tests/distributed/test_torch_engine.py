@@ -15,8 +15,8 @@ from training_runs import read_metrics, run_training, tree, write_tokens
 
 from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
-from megatron_moe.device.engine import TORCH_ON_CUDA
-from megatron_moe.device.world import World
+from megatron_moe.runtime.engine import TORCH_ON_CUDA
+from megatron_moe.runtime.world import World
 
 pytestmark = pytest.mark.distributed
 LAYOUTS = ["1", "dp2", "tp2 ep2", "pp2 dp2 ep2 recompute-full", "dp2 etp2 recompute-moe"]
@@ -44,13 +44,13 @@ def both(inputs: dict[str, Path], name: str, precision: str) -> tuple[list[dict[
 
 
 def train_as_on_cuda(world: World, config: RunConfig) -> None:
-    from megatron_moe import commands
+    from megatron_moe.commands import train as story
     from megatron_moe.model.grouped_experts import ExpertKernel, GroupedExperts
 
-    commands.engine_of = lambda wanted, world: TORCH_ON_CUDA
+    story.engine_of = lambda wanted, world: TORCH_ON_CUDA
     if config.train.precision == "bf16":
         GroupedExperts.kernel = lambda self: ExpertKernel("grouped_mm", "to be tested")
-    commands.train(config, world)
+    story.train(config, world)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -11,12 +11,12 @@ from training_runs import tree
 
 from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
-from megatron_moe.device.world import World
 from megatron_moe.hf.spec import read_spec
-from megatron_moe.parallel.legality import check
-from megatron_moe.plan.shape import upcycled_shape
-from megatron_moe.plan.traffic import sent_per_rank, step_traffic
-from megatron_moe.plan.workload import Degrees, degrees_of, workload_of
+from megatron_moe.planner.shape import upcycled_shape
+from megatron_moe.planner.traffic import sent_per_rank, step_traffic
+from megatron_moe.planner.workload import Degrees, degrees_of, workload_of
+from megatron_moe.rules.check import check
+from megatron_moe.runtime.world import World
 
 LAYERS, EXPERTS = SHAPE["num_hidden_layers"], 4
 

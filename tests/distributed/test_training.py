@@ -10,7 +10,7 @@ from tiny import save_dense
 from training_runs import run_training, tree, write_tokens
 from transformers import AutoModelForCausalLM
 
-from megatron_moe.checkpoint.export import export_checkpoint
+from megatron_moe.commands.export import export_checkpoint
 
 pytestmark = pytest.mark.distributed
 

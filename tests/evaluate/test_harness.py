@@ -16,8 +16,8 @@ from local_task import (
 )
 from typer.testing import CliRunner
 
-from megatron_moe.checkpoint.export import export_checkpoint
-from megatron_moe.cli import app
+from megatron_moe.cli.main import app
+from megatron_moe.commands.export import export_checkpoint
 from megatron_moe.errors import ConfigError
 from megatron_moe.evaluate.suites import SUITES
 
@@ -79,8 +79,10 @@ def test_what_the_harness_refuses_is_said(judged: Judged):
     assert "--num_fewshot (1) cannot be used with a suite" in refused(
         judged.dense, "--tasks", "llama-moe", "--num_fewshot", "1"
     )
-    assert "--ranks is not for --tasks" in refused(judged.dense, "--tasks", "sciq", "--ranks", 2)
-    assert "those of lm-eval need --tasks" in refused(judged.run, "--limit", "2")
+    assert "--ranks cannot be combined with --tasks" in refused(
+        judged.dense, "--tasks", "sciq", "--ranks", 2
+    )
+    assert "options require --tasks" in refused(judged.run, "--limit", "2")
 
 
 def test_suites_name_tasks_that_the_harness_has():

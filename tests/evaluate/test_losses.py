@@ -19,8 +19,8 @@ from training_runs import read_metrics
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from megatron_moe.checkpoint.export import export_checkpoint
-from megatron_moe.cli import app
+from megatron_moe.cli.main import app
+from megatron_moe.commands.export import export_checkpoint
 
 pytestmark = pytest.mark.distributed
 

@@ -18,7 +18,7 @@ from package_index import default_cache
 from training_runs import run_training, tree
 from typer.testing import CliRunner
 
-from megatron_moe.cli import app
+from megatron_moe.cli.main import app
 
 pytestmark = [pytest.mark.network, pytest.mark.slow, pytest.mark.distributed]
 QUESTIONS = 8

@@ -9,8 +9,8 @@ from judged import Judged
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from megatron_moe.checkpoint.export import export_checkpoint
-from megatron_moe.cli import app
+from megatron_moe.cli.main import app
+from megatron_moe.commands.export import export_checkpoint
 
 pytestmark = pytest.mark.distributed
 PROMPTS = ["def parse(", "caf\u00e9"]

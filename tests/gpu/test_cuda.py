@@ -19,8 +19,8 @@ from training_runs import tree, write_tokens
 
 from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
-from megatron_moe.device.engine import TORCH_ON_CUDA, TRANSFORMER_ENGINE, installed_version
-from megatron_moe.device.world import World, run_local_ranks
+from megatron_moe.runtime.engine import TORCH_ON_CUDA, TRANSFORMER_ENGINE, installed_version
+from megatron_moe.runtime.world import World, run_local_ranks
 
 needs_engine = pytest.mark.skipif(installed_version() is None, reason="needs Transformer Engine")
 TF32, BF16, FP8 = 2e-2, 5e-2, 0.2

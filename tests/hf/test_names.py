@@ -17,8 +17,6 @@ from transformers import (
 )
 
 from megatron_moe.config.run import Data, Dense, Moe, Parallel, Run, RunConfig, Train
-from megatron_moe.device.engine import TORCH_ON_CPU
-from megatron_moe.device.world import World
 from megatron_moe.hf.names import (
     GATE_ROLES,
     MOE_NAMES,
@@ -30,6 +28,8 @@ from megatron_moe.hf.names import (
     match,
 )
 from megatron_moe.hf.spec import DenseSpec, read_spec
+from megatron_moe.runtime.engine import TORCH_ON_CPU
+from megatron_moe.runtime.world import World
 
 SHARED_ROLES = {"shared_fc1", "shared_fc2"}
 EXPERT_ROLES = {"router", "expert_fc1", "expert_fc2", *SHARED_ROLES, *GATE_ROLES}

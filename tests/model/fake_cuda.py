@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megatron_moe.device import compiled
+from megatron_moe.runtime import compiled
 
 compiled.compiled_on_cuda = lambda function: function
 
-from megatron_moe.device import permute, shortcuts  # noqa: E402
-from megatron_moe.device.adamw import FusedAdamW  # noqa: E402
 from megatron_moe.model import block_mask, cross_entropy, grouped_experts  # noqa: E402
 from megatron_moe.model.norm import RMSNorm  # noqa: E402
+from megatron_moe.runtime import permute, shortcuts  # noqa: E402
+from megatron_moe.runtime.adamw import FusedAdamW  # noqa: E402
 
 T, E, K, D, M, V = 64, 8, 2, 256, 128, 1000
 ALONE = SimpleNamespace(size=lambda: 1, rank=lambda: 0)

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from ranks import run_on_ranks
 from torch import Tensor
 
-from megatron_moe.device.world import World
 from megatron_moe.model.attention import SdpaAttention
+from megatron_moe.runtime.world import World
 
 ALONE = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
 

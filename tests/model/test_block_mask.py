@@ -10,10 +10,10 @@ from ranks import run_on_ranks
 from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 
-from megatron_moe.device.world import World
 from megatron_moe.model import block_mask as masks
 from megatron_moe.model.attention import causal_mask, document_mask
 from megatron_moe.model.block_mask import BLOCK, causal_blocks, document_blocks, positions
+from megatron_moe.runtime.world import World
 
 CPU = torch.device("cpu")
 RANKS = [

@@ -15,8 +15,8 @@ from ranks import run_on_ranks
 from torch import Tensor
 
 from megatron_moe.config.run import Moe
-from megatron_moe.device.world import World
 from megatron_moe.model.capacity import Capacity, capacity_of, kept_choices, kept_over_ranks, padded
+from megatron_moe.runtime.world import World
 
 # Tokens 0 to 5 choose expert 0 with these weights, tokens 0 and 5 expert 1 too.
 PROBS_TE = torch.tensor(

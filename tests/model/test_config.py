@@ -7,10 +7,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_moe.config.load import build
 from megatron_moe.config.run import Moe, RunConfig
-from megatron_moe.device.engine import TORCH_ON_CPU, TORCH_ON_CUDA, TRANSFORMER_ENGINE, Engine
 from megatron_moe.errors import ConfigError
 from megatron_moe.hf.spec import spec_from_config
 from megatron_moe.model.config import check_dispatcher, transformer_settings
+from megatron_moe.runtime.engine import TORCH_ON_CPU, TORCH_ON_CUDA, TRANSFORMER_ENGINE, Engine
 
 SPEC = spec_from_config(
     {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 2, "hidden_size": 8,

@@ -9,10 +9,10 @@ import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
 from ranks import run_on_ranks
 
-from megatron_moe.device.world import World
 from megatron_moe.model import cross_entropy as module
 from megatron_moe.model.cross_entropy import cross_entropy
 from megatron_moe.parallel.shards import padded_vocabulary
+from megatron_moe.runtime.world import World
 
 N = 12
 CASES = [

@@ -13,10 +13,10 @@ from tiny import save_dense
 from torch import Tensor
 
 from megatron_moe.config.run import Data, Dense, Moe, Parallel, Run, RunConfig, Train
-from megatron_moe.device.engine import TORCH_ON_CPU
-from megatron_moe.device.world import World
 from megatron_moe.hf.spec import read_spec
 from megatron_moe.model.experts import LoopExperts, apply_experts
+from megatron_moe.runtime.engine import TORCH_ON_CPU
+from megatron_moe.runtime.world import World
 
 T, D, M = 9, 6, 5
 

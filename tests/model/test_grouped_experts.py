@@ -17,9 +17,6 @@ from torch import Tensor
 from training_runs import run_training, tree, write_tokens
 
 from megatron_moe.config.run import Data, Dense, Moe, Parallel, Run, RunConfig, Train
-from megatron_moe.device import gradients
-from megatron_moe.device.engine import TORCH_ON_CPU, TORCH_ON_CUDA
-from megatron_moe.device.world import World
 from megatron_moe.hf.spec import read_spec
 from megatron_moe.model import grouped_experts, spec
 from megatron_moe.model.experts import LoopExperts, apply_experts
@@ -31,6 +28,9 @@ from megatron_moe.model.grouped_experts import (
     swiglu_backward,
 )
 from megatron_moe.model.stacking import BackToFront, lay_out, stacked
+from megatron_moe.runtime import gradients
+from megatron_moe.runtime.engine import TORCH_ON_CPU, TORCH_ON_CUDA
+from megatron_moe.runtime.world import World
 
 D, M = 16, 24
 COUNTS = [

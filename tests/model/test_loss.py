@@ -10,9 +10,9 @@ import torch.nn.functional as F  # noqa: N812
 from ranks import run_on_ranks
 from torch import Tensor
 
-from megatron_moe.device.world import World
 from megatron_moe.model.loss import make_output_processor
 from megatron_moe.parallel.shards import padded_vocabulary
+from megatron_moe.runtime.world import World
 
 pytestmark = pytest.mark.distributed
 S, B, D = 6, 2, 4

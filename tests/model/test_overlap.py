@@ -37,7 +37,7 @@ def test_a_pass_of_another_shape_uses_no_buffers_and_training_does_again():
 
 
 def test_models_that_do_not_train_are_built_without_overlap(tmp_path: Path):
-    from megatron_moe.construct.command import dense_config
+    from megatron_moe.config.judging import dense_config
 
     settings = tree(tmp_path, tmp_path, tmp_path, train={"tp_comm_overlap": True})
     config = build(RunConfig, settings)

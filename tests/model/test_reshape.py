@@ -10,9 +10,9 @@ import torch
 from ranks import run_on_ranks
 
 from megatron_moe.config.run import Moe, Parallel, Upcycle
-from megatron_moe.device.world import World
 from megatron_moe.experts.plan import make_expert_plan
 from megatron_moe.hf.spec import spec_from_config
+from megatron_moe.runtime.world import World
 
 NEURONS, HIDDEN = 1000, 64
 STATISTICS = {"gate": (0.5, 0.1), "up": (-0.2, 0.3), "down": (0.0, 0.02)}

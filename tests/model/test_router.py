@@ -13,9 +13,9 @@ from ranks import run_on_ranks
 from torch import Tensor
 
 from megatron_moe.config.run import Data, Dense, Moe, Parallel, Run, RunConfig, Train
-from megatron_moe.device.engine import TORCH_ON_CPU
-from megatron_moe.device.world import World
 from megatron_moe.hf.spec import spec_from_config
+from megatron_moe.runtime.engine import TORCH_ON_CPU
+from megatron_moe.runtime.world import World
 
 pytestmark = pytest.mark.distributed
 

@@ -7,7 +7,7 @@ import pytest
 from ranks import run_on_ranks
 
 from megatron_moe.config.run import Guard, Parallel
-from megatron_moe.device.world import TIMEOUT, World
+from megatron_moe.runtime.world import TIMEOUT, World
 
 pytestmark = pytest.mark.distributed
 

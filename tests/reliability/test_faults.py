@@ -27,7 +27,11 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> chaos.Stage:
         (faults.kill(0, "load", 0), r"^JobError: rank 0 died in load: killed", 0),
         (faults.kill_half_written(1, async_save=True), r"^JobError: rank 1 died in ", None),
         (faults.hanging(1), r"no rank has got on for 4 s: rank 1 hangs in data of step 5 at ", 1),
-        (faults.told(signal.SIGTERM), r"^stopped by a signal after step \d+; the same command", 0),
+        (
+            faults.told(signal.SIGTERM),
+            r"^Stopped by a signal after step \d+\. Run the same command",
+            0,
+        ),
         (faults.truncated_shard(), r"(?s)^CheckpointError: cannot load .*\n  write step_", None),
     ],
     ids=lambda value: value.name.replace(" ", "-") if isinstance(value, faults.Fault) else "",

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from dense_models import DENSE_MODELS, H100_FILES, shipped
 
-from megatron_moe.dry_run import dry_run
-from megatron_moe.plan.parameters import rank_tensors
-from megatron_moe.plan.shape import upcycled_shape
+from megatron_moe.commands.dry_run import dry_run
+from megatron_moe.planner.parameters import rank_tensors
+from megatron_moe.planner.shape import upcycled_shape
 
 pytestmark = pytest.mark.te
 

@@ -22,15 +22,15 @@ from training_runs import tree
 from megatron_moe.checkpoint.boxes import placements
 from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
-from megatron_moe.device.engine import TORCH_ON_CPU, TRANSFORMER_ENGINE
-from megatron_moe.device.stand_in import META, standing_for
 from megatron_moe.experts.plan import make_expert_plan
 from megatron_moe.hf.names import match
 from megatron_moe.hf.reader import DenseCheckpoint, open_dense_checkpoint
 from megatron_moe.model.build import Model, build_model
 from megatron_moe.model.upcycle import Filled, upcycle
 from megatron_moe.parallel.groups import create_groups
-from megatron_moe.parallel.legality import check
+from megatron_moe.rules.check import check
+from megatron_moe.runtime.engine import TORCH_ON_CPU, TRANSFORMER_ENGINE
+from megatron_moe.runtime.stand_in import META, standing_for
 
 pytestmark = pytest.mark.te
 

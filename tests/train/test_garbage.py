@@ -10,7 +10,7 @@ import torch
 from tiny import save_dense
 from training_runs import run_training, tree, write_tokens
 
-from megatron_moe import pretraining
+from megatron_moe.commands import pretraining
 from megatron_moe.train.garbage import collected_by_hand
 
 

@@ -10,7 +10,7 @@ from types import FrameType, SimpleNamespace
 import pytest
 import torch
 
-from megatron_moe.device.world import World
+from megatron_moe.runtime.world import World
 from megatron_moe.train.waiting import waits_for_ranks
 from megatron_moe.train.watch import Watch, unobserved
 

@@ -14,8 +14,8 @@ from gpu_checks.inputs import shape_config
 from gpu_checks.session import Session
 from gpu_checks.timing import GIB, milliseconds
 from megatron_moe.config.run import RunConfig
-from megatron_moe.device.world import World
 from megatron_moe.hf.spec import read_spec
+from megatron_moe.runtime.world import World
 
 FILL_OF_READ = 0.5
 """Target: bytes of the file per second while a model is filled, as a part of safetensors' load."""
@@ -44,7 +44,7 @@ def _memory_folder(session: Session) -> Iterator[Path]:
 def _fill(session: Session, config: RunConfig, folder: Path, world: World) -> None:
     from safetensors.torch import load_file
 
-    from megatron_moe.bench.steps import Bench, Wish
+    from megatron_moe.bench.steps import Bench, BenchOptions
     from megatron_moe.experts.plan import make_expert_plan
     from megatron_moe.hf.reader import open_dense_checkpoint
     from megatron_moe.model.upcycle import upcycle
@@ -52,7 +52,7 @@ def _fill(session: Session, config: RunConfig, folder: Path, world: World) -> No
 
     device = world.device
     _write_dense(folder, config.dense.path, device)
-    model = Bench(config, world, Wish(random=True)).state.model
+    model = Bench(config, world, BenchOptions(random=True)).state.model
     dense = open_dense_checkpoint(folder)
     plan = make_expert_plan(dense.spec, config.moe, config.upcycle)
     layout = fold(config.parallel, world_size=1)

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gpu_checks.session import Session
+from megatron_moe.cli.start import resolved
 from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
-from megatron_moe.device.engine import Engine, engine_before_forking
 from megatron_moe.hf.spec import read_spec
-from megatron_moe.parallel.legality import check
-from megatron_moe.start import resolved
+from megatron_moe.rules.check import check
+from megatron_moe.runtime.engine import Engine, engine_before_forking
 
 ROOT = Path(__file__).parents[2]
 LLAMA_1B = {
@@ -34,7 +34,7 @@ SMALL = {"layers": 2, "hidden": 64, "ffn": 128, "heads": 8, "kv_heads": 2, "voca
 def prepare(session: Session) -> None:
     """Write the dense models and token files that the other checks read."""
     sys.path[:0] = [str(ROOT / "tests")]
-    from megatron_moe.device import cpu
+    from megatron_moe.runtime import cpu
 
     cpu.install()
     from tiny import save_dense

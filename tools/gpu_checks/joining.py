@@ -16,7 +16,7 @@ from gpu_checks.inputs import tiny_config
 from gpu_checks.session import Session, passed
 from gpu_checks.timing import GIB, synchronize, world_device
 from megatron_moe.config.run import Parallel, RunConfig
-from megatron_moe.device.world import World
+from megatron_moe.runtime.world import World
 
 JOIN_SECONDS = 10.0
 
@@ -53,7 +53,7 @@ def _by_hand(session: Session, bound: bool) -> None:
         torch.cuda.set_device(device)
         synchronize(device)
     else:
-        from megatron_moe.device import cpu
+        from megatron_moe.runtime import cpu
 
         cpu.install()
     from megatron_moe.parallel.groups import create_groups, destroy_groups
@@ -128,11 +128,11 @@ def _place_all(session: Session, configs: dict[str, RunConfig], world: World) ->
 
 
 def _place(session: Session, name: str, config: RunConfig, world: World) -> None:
-    from megatron_moe.bench.steps import Bench, Wish
+    from megatron_moe.bench.steps import Bench, BenchOptions
     from megatron_moe.parallel.groups import destroy_groups
 
     try:
-        bench = Bench(config, world, Wish())
+        bench = Bench(config, world, BenchOptions())
         module = bench.state.model.modules[0]
         tensors = [*module.named_parameters(), *module.named_buffers()]
         elsewhere = [key for key, tensor in tensors if tensor.device != world.device]

@@ -21,7 +21,7 @@ from torch import Tensor
 from gpu_checks.session import Session, passed
 from gpu_checks.timing import milliseconds, peak_gib, product_tflops, relative_error
 from megatron_moe.config.run import Parallel
-from megatron_moe.device.world import World
+from megatron_moe.runtime.world import World
 
 BF16_ERROR = 2e-2
 """Largest error over the largest value, bf16 beside float64: products of bf16 values are summed in

@@ -18,7 +18,7 @@ import torch
 from gpu_checks.inputs import merged, tiny_config
 from gpu_checks.session import Session, passed
 from megatron_moe.config.run import RunConfig
-from megatron_moe.device.world import World
+from megatron_moe.runtime.world import World
 
 Device = Literal["cpu", "cuda"]
 LOGIT_ERROR = {"fp32": 1e-4, "bf16": 1.0}
@@ -120,11 +120,11 @@ def _write_digests(
 @contextmanager
 def _upcycled(config: RunConfig, world: World) -> Iterator[Any]:
     """Yield the training state of `megatron_moe.bench`, filled from the dense checkpoint."""
-    from megatron_moe.bench.steps import Bench, Wish
+    from megatron_moe.bench.steps import Bench, BenchOptions
     from megatron_moe.parallel.groups import destroy_groups
 
     try:
-        yield Bench(config, world, Wish())
+        yield Bench(config, world, BenchOptions())
     finally:
         destroy_groups()
 
@@ -157,13 +157,13 @@ def curves(session: Session) -> None:
 
 
 def _train_all(configs: dict[str, RunConfig], world: World) -> None:
-    from megatron_moe import commands
+    from megatron_moe.commands.train import train
     from megatron_moe.parallel.groups import destroy_groups
 
     for config in configs.values():
         if (config.run.dir / "metrics.jsonl").exists():  # a rehearsal has trained it
             continue
-        commands.train(config, world)
+        train(config, world)
         destroy_groups()
 
 

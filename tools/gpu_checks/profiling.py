@@ -23,8 +23,8 @@ from gpu_checks.inputs import shape_config
 from gpu_checks.session import Session
 from gpu_checks.timing import synchronize
 from megatron_moe.config.run import RunConfig
-from megatron_moe.device.wait import waiter
-from megatron_moe.device.world import World
+from megatron_moe.runtime.wait import waiter
+from megatron_moe.runtime.world import World
 
 PARTS = ("experts", "routing", "attention", "loss", "optimizer", "rest")
 """routing: MoE layers but for their experts. loss: with the output layer."""
@@ -45,9 +45,9 @@ def profile_step(session: Session) -> None:
 
 
 def _profile(session: Session, config: RunConfig, world: World) -> None:
-    from megatron_moe.bench.steps import Bench, Wish
+    from megatron_moe.bench.steps import Bench, BenchOptions
 
-    bench = Bench(config, world, Wish(random=True, routing="balanced"))
+    bench = Bench(config, world, BenchOptions(random=True, routing="balanced"))
     for _ in range(2):
         bench.timed_step()
     _logged_time(session, bench, world.device)

@@ -19,7 +19,7 @@ from gpu_checks.session import Session, passed
 from gpu_checks.timing import milliseconds
 from megatron_moe.config.load import dump
 from megatron_moe.config.run import RunConfig
-from megatron_moe.device.world import World
+from megatron_moe.runtime.world import World
 
 EXPORT_ERROR = 1e-4
 """Nats per token between the trainer's held-out loss and transformers' on the export, in fp32."""
@@ -73,10 +73,10 @@ def _train_repeat_and_rewind(
 
 
 def _train(config: RunConfig, world: World) -> None:
-    from megatron_moe import commands
+    from megatron_moe.commands.train import train
     from megatron_moe.parallel.groups import destroy_groups
 
-    commands.train(config, world)
+    train(config, world)
     destroy_groups()
 
 
@@ -124,7 +124,7 @@ def _export(session: Session, config: RunConfig) -> None:
 
 
 def _score_export(session: Session, config: RunConfig, trained: float, world: World) -> None:
-    from megatron_moe.checkpoint.export import export_checkpoint
+    from megatron_moe.commands.export import export_checkpoint
     from megatron_moe.data.samples import Samples
     from megatron_moe.data.stream import TokenStream
     from megatron_moe.evaluate.speak import load_model

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_moe.device.world import World, run_local_ranks
+from megatron_moe.runtime.world import World, run_local_ranks
 
 Verdict = Literal["ok", "FAIL", "slow", "skipped", "measured"]
 """slow: the numbers are right, but a target of speed or memory is missed. measured: nothing is

@@ -17,8 +17,8 @@ from gpu_checks.inputs import ROOT, shape_config
 from gpu_checks.session import Session
 from gpu_checks.timing import GIB, synchronize
 from megatron_moe.config.run import RunConfig
-from megatron_moe.device.world import World
 from megatron_moe.hf.spec import DenseSpec, read_spec
+from megatron_moe.runtime.world import World
 
 TIMES_PEER, CAUSAL_MFU, MEMORY_ERROR = 2.0, 0.45, 0.10
 MFU_FORMULA = (
@@ -64,7 +64,7 @@ def _config(session: Session, experts: int, layers: int) -> RunConfig:
 
 def _card(session: Session) -> tuple[str, float]:
     """Return the GPU's name in the planner's table, and its GiB."""
-    from megatron_moe.plan.hardware import GPUS
+    from megatron_moe.planner.hardware import GPUS
 
     machine = json.loads((session.folder / "machine.json").read_text())
     known = [name for name in GPUS if name in machine["device"].lower()]
@@ -73,7 +73,7 @@ def _card(session: Session) -> tuple[str, float]:
 
 def _layers_that_fit(session: Session, experts: int, gpu: str, gib: float) -> int:
     """Return 16 layers, or as many as the planner says fit into the card's memory."""
-    from megatron_moe.plan.hardware import HEADROOM
+    from megatron_moe.planner.hardware import HEADROOM
 
     layers = session.size(16, 2)
     room = gib * (1 - HEADROOM)
@@ -84,12 +84,12 @@ def _layers_that_fit(session: Session, experts: int, gpu: str, gib: float) -> in
 
 def _plan(config: RunConfig, gpu: str) -> Any:
     """Return the planner's prediction for one GPU."""
-    from megatron_moe.plan.calibration import FITTED
-    from megatron_moe.plan.check import predict_candidate
-    from megatron_moe.plan.hardware import gpu_named
-    from megatron_moe.plan.layer import Machine
-    from megatron_moe.plan.shape import upcycled_shape
-    from megatron_moe.plan.workload import degrees_of, workload_of
+    from megatron_moe.planner.calibration import FITTED
+    from megatron_moe.planner.check import predict_candidate
+    from megatron_moe.planner.hardware import gpu_named
+    from megatron_moe.planner.layer import Machine
+    from megatron_moe.planner.shape import upcycled_shape
+    from megatron_moe.planner.workload import degrees_of, workload_of
 
     shape = upcycled_shape(read_spec(config.dense.path), config.moe)
     machine = Machine(gpu_named(gpu), FITTED)
@@ -99,9 +99,9 @@ def _plan(config: RunConfig, gpu: str) -> Any:
 def _time_ours(session: Session, label: str, config: RunConfig, gpu: str, world: World) -> None:
     """Time steps by `megatron_moe.bench`, first with natural routing and then with balanced."""
     from megatron_moe.bench.build import force_balance
-    from megatron_moe.bench.steps import Bench, Wish
+    from megatron_moe.bench.steps import Bench, BenchOptions
 
-    bench = Bench(config, world, Wish(random=True))
+    bench = Bench(config, world, BenchOptions(random=True))
     plan, highest = _plan(config, gpu), 0.0
     for routing in ("natural", "balanced"):
         if routing == "balanced":
@@ -140,9 +140,9 @@ def _causal_mfu(
     config: RunConfig, gpu: str, tokens_per_second: float
 ) -> tuple[float, float, float]:
     """Return MFU, FLOPs of a token and the peak that it is relative to (`MFU_FORMULA`)."""
-    from megatron_moe.plan.flops import forward_flops, training_flops
-    from megatron_moe.plan.hardware import gpu_named
-    from megatron_moe.plan.shape import upcycled_shape
+    from megatron_moe.planner.flops import forward_flops, training_flops
+    from megatron_moe.planner.hardware import gpu_named
+    from megatron_moe.planner.shape import upcycled_shape
 
     shape = upcycled_shape(read_spec(config.dense.path), config.moe)
     length = config.data.seq_length

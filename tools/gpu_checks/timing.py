@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megatron_moe.device.wait import waiter
+from megatron_moe.runtime.wait import waiter
 
 GIB = 2**30
 WARMUP = 2

@@ -1,0 +1,20 @@
+"""Names of tensors in a checkpoint."""
+
+from __future__ import annotations
+
+from megatron_moe.hf.names import Row
+
+
+def checkpoint_key(row: Row, *, layer: int | None, moe_layer: bool) -> str:
+    """Megatron-Core's global name of a row: Transformer Engine's, experts numbered by an axis.
+
+    >>> from megatron_moe.hf.names import ROW_OF_ROLE
+    >>> checkpoint_key(ROW_OF_ROLE["expert_fc1"], layer=3, moe_layer=True)
+    'decoder.layers.3.mlp.experts.experts.linear_fc1.weight'
+    """
+    template = row.megatron[-1]
+    if row.role == "ffn_norm" and moe_layer:
+        template = row.megatron[0]  # a module of its own there, not fused into a linear layer
+    if row.role.startswith("expert"):
+        template = row.megatron[-1].replace("experts.", "experts.experts.").replace("{expert}", "")
+    return template.format(layer=layer)

@@ -1,0 +1,123 @@
+"""Run a story on the ranks of a launched job, or on ranks that are started here."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Literal
+
+from megatron_moe.config.run import RunConfig
+from megatron_moe.errors import ConfigError
+from megatron_moe.hf.spec import read_spec
+from megatron_moe.rules.check import check, nearest_legal
+from megatron_moe.rules.nearest import changes
+
+if TYPE_CHECKING:  # imports torch, which --help does not wait for
+    from megatron_moe.runtime.engine import Engine
+    from megatron_moe.runtime.world import Place, World
+
+
+def on_ranks(
+    story: Callable[[RunConfig, World], None], config: RunConfig, ranks: int | None
+) -> None:
+    """Check a configuration, then run a story on every rank.
+
+    Args:
+        story: What each rank does.
+        config: The run.
+        ranks: Ranks to start on this machine; None outside of a launcher means one.
+
+    Raises:
+        ConfigError: Ranks are requested although a launcher has started some, a rule is violated,
+            or the requested device or engine is not available.
+    """
+    from megatron_moe.runtime.engine import engine_before_forking, engine_here
+    from megatron_moe.runtime.world import resolve_device
+
+    place = place_of(ranks)
+    device = resolve_device(config.run.device, ranks=ranks or 1)
+    choose = engine_here if place is not None else engine_before_forking
+    engine = choose(config.run.engine, device)
+    world_size = place.size if place is not None else ranks or 1
+    check(resolved(config, engine), read_spec(config.dense.path), world_size)
+    config.run.dir.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    joined_to(place, partial(story, config), ranks=ranks or 1, device=device)
+
+
+def on_ranks_at_hand(
+    story: Callable[[RunConfig, World], None],
+    config: RunConfig,
+    ranks: int | None,
+    *,
+    overrides: Sequence[str],
+) -> None:
+    """Run a story that reads a model, under a layout that the ranks at hand allow.
+
+    The configured layout is the one a model was or will be trained with, which may need more ranks.
+    The nearest legal one takes its place, and standard error names it. A layout that the user has
+    named in ``overrides`` is kept, or refused.
+    """
+    place = place_of(ranks)
+    world_size = place.size if place is not None else ranks or 1
+    if not any(word.startswith("parallel.") for word in overrides):
+        parallel = nearest_legal(config, read_spec(config.dense.path), world_size)
+        if parallel is not None and parallel != config.parallel:
+            if place is None or place.rank == 0:
+                change = changes(config.parallel, parallel)
+                print(f"Layout for {world_size} rank(s): {change}", file=sys.stderr)
+            config = config.model_copy(update={"parallel": parallel})
+    on_ranks(story, config, ranks)
+
+
+def resolved(config: RunConfig, engine: Engine) -> RunConfig:
+    """Return the configuration with ``auto`` replaced by what this machine has, for the rules."""
+    chosen = {"device": engine.device, "engine": engine.name}
+    return config.model_copy(update={"run": config.run.model_copy(update=chosen)})
+
+
+def place_of(ranks: int | None) -> Place | None:
+    """Return the rank that torchrun or SLURM gave this process, or None without a launcher.
+
+    Raises:
+        ConfigError: A launcher has started ranks, and ``ranks`` asks for more.
+    """
+    from megatron_moe.runtime.world import place_from_environment
+
+    place = place_from_environment()
+    if place is not None and ranks is not None:
+        raise ConfigError(
+            f"--ranks ({ranks}) starts ranks on this machine, but torchrun or SLURM has already "
+            f"started {place.size}.\n  remove --ranks"
+        )
+    return place
+
+
+def joined_to(
+    place: Place | None,
+    story: Callable[[World], None],
+    *,
+    ranks: int,
+    device: Literal["auto", "cpu", "cuda"],
+) -> None:
+    """Run a story at ``place`` of a launched job, or on ``ranks`` ranks that are started here."""
+    from megatron_moe.runtime.world import joined, resolve_device, run_local_ranks
+
+    kind = resolve_device(device, ranks=ranks if place is None else 1)
+    if place is None:
+        if kind == "cpu":  # on CUDA an import might use the GPU, which breaks it in forked ranks
+            _import_stories()
+        run_local_ranks(story, ranks=ranks, device=kind)
+    else:
+        with joined(place, kind) as world:
+            story(world)
+
+
+def _import_stories() -> None:
+    """Import the modules that ranks need once, before forking, instead of once per rank."""
+    from megatron_moe.runtime import cpu
+
+    cpu.install()
+    import megatron_moe.commands.train  # noqa: F401

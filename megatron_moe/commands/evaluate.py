@@ -1,0 +1,138 @@
+"""Compute held-out losses by domain for the dense model, the MoE at step 0, and a checkpoint.
+
+All three use the validation sequences of training. transformers runs the whole dense model on rank
+0. For step 0, upcycling overwrites the checkpoint's weights; it gives the same bits under every
+layout.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_moe.checkpoint.restored import Restored, restored_model
+from megatron_moe.config.run import RunConfig
+from megatron_moe.data.feed import DataRank, Feed
+from megatron_moe.data.reference import dense_losses
+from megatron_moe.data.texts import open_texts
+from megatron_moe.errors import ConfigError
+from megatron_moe.evaluate.record import Evaluation, Figures
+from megatron_moe.hf.reader import DenseCheckpoint, open_mixed
+from megatron_moe.hf.spec import read_spec
+from megatron_moe.model.router import expert_biases
+from megatron_moe.model.upcycle import upcycle
+from megatron_moe.runtime.world import World
+from megatron_moe.source.dense import DistributedDense, has_weights, open_dense
+from megatron_moe.train.step import mean_loss
+
+
+def evaluate(config: RunConfig, world: World, checkpoint: Path) -> Evaluation:
+    """Evaluate a checkpoint on the run's held-out text; runs on every rank of any layout.
+
+    Args:
+        config: Configuration from `config.judging` that passed `rules.check`.
+        world: This rank in the joined job.
+        checkpoint: Checkpoint folder.
+
+    Returns:
+        All results on rank 0; on other ranks, without the values that only rank 0 computes.
+
+    Raises:
+        ConfigError: The run has no held-out text.
+    """
+    texts = open_texts(config, vocab_size=read_spec(config.dense.path).vocab_size)
+    if not texts.validation:
+        raise ConfigError(
+            "the run has no held-out text to evaluate on.\n"
+            "  set data.validation_path=FILE, or data.validation_fraction"
+        )
+    dense, remarks = _dense(config)
+    losses_dense = None
+    if dense is not None and not isinstance(dense, DistributedDense):
+        losses_dense = (
+            dense_losses(config, texts.validation, device=world.device) if world.rank == 0 else {}
+        )
+        dist.barrier()
+    elif dense is not None:
+        remarks.append(f"dense: transformers cannot load a distributed checkpoint ({dense.folder})")
+
+    restored = restored_model(config, world, checkpoint)
+    feed = Feed(texts, config, DataRank.of(restored.groups))
+    losses = _losses(config, restored, feed)
+    losses_step_0 = None
+    if dense is not None:
+        _upcycle_again(config, world, restored, dense)
+        losses_step_0 = _losses(config, restored, feed)
+    return _evaluation(
+        checkpoint,
+        restored,
+        config,
+        world,
+        feed,
+        [losses_dense, losses_step_0, losses],
+        remarks,
+    )
+
+
+def _dense(config: RunConfig) -> tuple[DenseCheckpoint | None, list[str]]:
+    if has_weights(config.dense.path):
+        return open_dense(config.dense.path), []
+    missing = f"dense, step 0: the weights of the dense model are not in {config.dense.path}"
+    return None, [f"{missing} (set dense.path=FOLDER to use another folder)"]
+
+
+def _losses(config: RunConfig, restored: Restored, feed: Feed) -> dict[str, float]:
+    return {
+        name: mean_loss(
+            restored.modules, feed.held_out(name), config, restored.model, restored.groups
+        )
+        for name in feed.texts.validation
+    }
+
+
+def _upcycle_again(
+    config: RunConfig, world: World, restored: Restored, dense: DenseCheckpoint
+) -> None:
+    for bias_E, _ in expert_biases(restored.model.modules):
+        bias_E.zero_()
+    upcycle(
+        restored.model,
+        dense,
+        restored.plan,
+        layout=restored.layout,
+        rank=world.rank,
+        mix_with=open_mixed(dense, config.upcycle.mix_with),
+    )
+
+
+def _evaluation(
+    checkpoint: Path,
+    restored: Restored,
+    config: RunConfig,
+    world: World,
+    feed: Feed,
+    losses: list[dict[str, float] | None],
+    remarks: list[str],
+) -> Evaluation:
+    sizes = feed.held_out_sizes if world.rank == 0 else {}
+    if any(size.bytes is None for size in sizes.values()):
+        remarks.append(f"bits per byte: there is no tokenizer in {config.dense.path}")
+
+    def figures(by_domain: dict[str, float]) -> dict[str, Figures]:
+        return {
+            name: {"tokens": size.tokens, "bytes": size.bytes, **size.figures(by_domain[name])}
+            for name, size in sizes.items()
+        }
+
+    dense, step_0, trained = (None if model is None else figures(model) for model in losses)
+    assert trained is not None
+    return Evaluation(
+        checkpoint=str(checkpoint),
+        step=restored.progress.step,
+        seq_length=config.data.seq_length,
+        domains=trained,
+        dense=dense,
+        step_0=step_0,
+        remarks=(*feed.texts.remarks, *remarks),
+    )

@@ -1,0 +1,200 @@
+"""Continue pre-training: steps, validation, adaptive mixtures, saves, and recovery."""
+
+from __future__ import annotations
+
+import gc
+from functools import partial
+
+from megatron_moe.checkpoint.policy import go_back, save_or_go_on, told
+from megatron_moe.checkpoint.sharded import Saver
+from megatron_moe.commands.job import Job
+from megatron_moe.data.feed import DataRank, Feed
+from megatron_moe.data.mixing import adapted_weights, updates_due
+from megatron_moe.data.texts import Texts
+from megatron_moe.experts.plan import ExpertPlan
+from megatron_moe.log import StepProgress
+from megatron_moe.planner.flops import forward_flops, training_flops
+from megatron_moe.planner.shape import upcycled_shape
+from megatron_moe.runtime.wait import waiter
+from megatron_moe.train.garbage import INTERVAL, collected_by_hand
+from megatron_moe.train.guard import Boundary, Judge
+from megatron_moe.train.loop import Hook, Numbers, run_loop
+from megatron_moe.train.metrics import (
+    MetricsWriter,
+    held_out_numbers,
+    mixture_numbers,
+    step_numbers,
+)
+from megatron_moe.train.peak import Peak, device_peak
+from megatron_moe.train.state import TrainState
+from megatron_moe.train.step import StepResult, mean_loss, train_step
+
+
+def feed_of(job: Job, texts: Texts) -> Feed:
+    """Return the source of this rank's batches."""
+    pin = job.world.device.type == "cuda"
+    return Feed(texts, job.config, DataRank.of(job.groups), pin=pin)
+
+
+def continue_pretraining(job: Job, state: TrainState, plan: ExpertPlan, feed: Feed) -> None:
+    """Take the remaining steps, and run the hooks between them."""
+    config = job.config
+    peak = device_peak(job.world.device, state.model.transformer.params_dtype)
+    tflops = peak.flops_per_second / 1e12
+    job.say(f"MFU is relative to a peak of {tflops:.3g} TFLOP/s ({peak.source})")
+    writer = MetricsWriter(config, resumed_step=state.step) if job.world.rank == 0 else None
+    resumed_step = state.step
+    if resumed_step == 0:
+        numbers: Numbers = {"step": 0}
+        _validate(job, state, feed, numbers)
+        if writer is not None:
+            writer.write(numbers)
+
+    with (
+        Saver(config, plan_hash=plan.hash, say=job.say) as saver,
+        StepProgress(total=config.train.steps, done=resumed_step, rank=job.world.rank) as progress,
+        collected_by_hand(),
+    ):
+        if config.train.steps == 0:
+            _save(job, saver, state, last=True)
+        boundary = Boundary(job.signals, job.watch, job.say)
+        run_loop(
+            state,
+            steps=config.train.steps,
+            take_step=partial(_take_step, job, state, feed, Judge(config.guard), saver),
+            wait=waiter(job.world.device),
+            describe=partial(_describe, job, state, feed, peak),
+            hooks=[
+                Hook(1, progress.show),
+                Hook(INTERVAL, _collect_garbage),
+                Hook(
+                    config.checkpoint.interval,
+                    partial(_validate, job, state, feed),
+                    when_stopped=False,
+                ),
+                Hook(1, partial(_move_mixture, job, state, feed)),
+                Hook(1, writer.write if writer is not None else _nothing),
+                Hook(
+                    config.checkpoint.interval,
+                    lambda numbers: _save(
+                        job,
+                        saver,
+                        state,
+                        last=boundary.stopped or numbers["step"] == config.train.steps,
+                    ),
+                ),
+            ],
+            keeps=partial(_keeps, job, state, saver, writer, plan.hash),
+            stopping=boundary.stopping,
+        )
+    if boundary.stopped:
+        job.say(f"Stopped by a signal after step {state.step}. Run the same command to resume.")
+    if writer is not None:
+        writer.close()
+    job.say(f"Run megatron-moe report {config.run.dir} to see the run on one page.")
+
+
+def _take_step(job: Job, state: TrainState, feed: Feed, judge: Judge, saver: Saver) -> StepResult:
+    watch = job.watch
+
+    def at(stage: str) -> None:
+        watch.at(stage)
+        if stage == "optimizer":
+            saver.before_update()
+
+    watch.step = state.step + 1
+    watch.at("data")
+    batches, after = feed.next_step(state.blend)
+    result = train_step(state, batches, job.config, job.groups, judge=judge, at=at)
+    state.blend = after
+    watch.at("report")
+    return result
+
+
+def _keeps(
+    job: Job,
+    state: TrainState,
+    saver: Saver,
+    writer: MetricsWriter | None,
+    plan_hash: str,
+    result: StepResult,
+) -> bool:
+    """Return whether the step counts. After a loss spike, restore the newest checkpoint if any."""
+    if result.fate == "keep":
+        return True
+    step = state.step
+    back = result.fate == "roll back" and go_back(
+        saver, state, job.config, job.groups, plan_hash=plan_hash
+    )
+    if back and writer is not None:
+        writer.go_back(state.step)
+    job.say(told(step, result, back_at=state.step if back else None))
+    return not back
+
+
+def _save(job: Job, saver: Saver, state: TrainState, *, last: bool) -> None:
+    job.watch.at("save")
+    save_or_go_on(saver, state, job.config, job.groups, last=last, say=job.say)
+
+
+def _describe(
+    job: Job, state: TrainState, feed: Feed, peak: Peak, result: StepResult, seconds: float
+) -> Numbers:
+    shape = upcycled_shape(state.model.spec, job.config.moe)
+    forward = forward_flops(shape, sequence_length=job.config.data.seq_length).model
+    return step_numbers(
+        result,
+        step=state.step,
+        samples=state.samples,
+        learning_rate=state.learning_rate,
+        seconds=seconds,
+        data_seconds=feed.seconds,
+        flops_per_sequence=training_flops(forward),
+        peak_flops=peak.flops_per_second,
+        config=job.config,
+    )
+
+
+def _validate(job: Job, state: TrainState, feed: Feed, numbers: Numbers) -> None:
+    """Add the loss on each domain's held-out text to the step's numbers."""
+    job.watch.at("validate")
+    losses = {
+        name: mean_loss(state.wrapped, feed.held_out(name), job.config, state.model, job.groups)
+        for name in feed.texts.validation
+    }
+    if not losses:
+        return
+    mean = sum(losses.values()) / len(losses)
+    numbers["loss/validation"] = mean
+    if several := len(feed.texts.training) > 1:
+        numbers |= {f"loss/validation/{name}": loss for name, loss in losses.items()}
+    if job.world.rank == 0:  # the rank that writes them
+        numbers |= held_out_numbers(losses, feed.held_out_sizes, several=several)
+    each = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+    job.say(
+        f"Step {state.step}: loss on held-out text {mean:.4f}" + f" ({each})" * (len(losses) > 1)
+    )
+
+
+def _move_mixture(job: Job, state: TrainState, feed: Feed, numbers: Numbers) -> None:
+    """Update the domain weights from their losses when an update is due, and log them."""
+    mixing, tokens = job.config.data.mixing, numbers["tokens/seen"]
+    before = tokens - job.config.train.global_batch_size * job.config.data.seq_length
+    if mixing.update != "never" and updates_due(before, tokens, interval=mixing.interval):
+        if "loss/validation" not in numbers:
+            _validate(job, state, feed, numbers)
+        references = feed.texts.references
+        assert references is not None, "the rules ask for them"
+        losses = [numbers[f"loss/validation/{name}"] for name in references]
+        weights = adapted_weights(state.blend.weights, losses, list(references.values()), mixing)
+        state.blend = state.blend.reweighted(weights)
+    chunks = {name: text.num_chunks for name, text in feed.texts.training.items()}
+    numbers |= mixture_numbers(state.blend, chunks)
+
+
+def _collect_garbage(numbers: Numbers) -> None:
+    gc.collect()
+
+
+def _nothing(numbers: Numbers) -> None:
+    """Ignore the metrics, on ranks that do not write them."""

@@ -1,0 +1,111 @@
+"""The story of ``train``: one line per stage. Read this second, after config/run.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_moe.checkpoint.folder import newest
+from megatron_moe.checkpoint.sharded import restore
+from megatron_moe.commands.job import Job
+from megatron_moe.commands.pretraining import continue_pretraining, feed_of
+from megatron_moe.commands.upcycling import empty_model, upcycled_model
+from megatron_moe.config.load import dump
+from megatron_moe.config.mixtures import starting_weights
+from megatron_moe.config.run import RunConfig
+from megatron_moe.construct.complete import complete_plan
+from megatron_moe.data.announce import announcement
+from megatron_moe.data.texts import open_texts
+from megatron_moe.experts.plan import ExpertPlan, make_expert_plan
+from megatron_moe.hf.names import dense_tensors
+from megatron_moe.hf.reader import DenseCheckpoint
+from megatron_moe.model.config import check_dispatcher
+from megatron_moe.model.grouped_experts import kernel_in
+from megatron_moe.model.overlap import start_tp_overlap
+from megatron_moe.parallel.groups import create_groups
+from megatron_moe.runtime.engine import engine_of
+from megatron_moe.runtime.world import World
+from megatron_moe.source.dense import open_dense
+from megatron_moe.train.guard import Signals
+from megatron_moe.train.lock import only_job
+from megatron_moe.train.state import TrainState, make_state
+from megatron_moe.train.watch import Observe, Watch, unobserved
+
+
+def train(config: RunConfig, world: World, observe: Observe = unobserved) -> None:
+    """Turn the dense checkpoint into a Mixture-of-Experts and continue its pre-training.
+
+    Runs on every rank; `rules.check` has passed the configuration. A run that has a checkpoint
+    goes on from its newest one and takes nothing from the dense weights. SIGTERM and SIGUSR1 save
+    and return after the step that is being taken; a rank that is lost ends the others.
+
+    Args:
+        config: The run.
+        world: This rank's place in the joined job.
+        observe: Called with the stage and the step whenever this rank enters a stage.
+    """
+    engine = engine_of(config.run.engine, world)
+    check_dispatcher(config.moe, engine)
+    with (
+        Signals() as signals,
+        only_job(config.run.dir),
+        Watch(world, hang_seconds=config.guard.hang_seconds, observe=observe) as watch,
+    ):
+        layout, groups = create_groups(config.parallel, seed=config.run.seed)  # who holds what
+        _train(Job(config, world, engine, layout, groups, watch, signals))
+
+
+def _train(job: Job) -> None:
+    config, groups = job.config, job.groups
+    job.watch.at("load")
+    dense = open_dense(config.dense.path)  # 1. read
+    if not job.engine.is_torch:
+        start_tp_overlap(config, dense.spec)
+    dense.check_tensors(dict(dense_tensors(dense.spec)))
+    plan = make_expert_plan(dense.spec, config.moe, config.upcycle)
+    plan = complete_plan(plan, config, dense)  # 2. which neurons each expert takes
+    texts = open_texts(config, vocab_size=dense.spec.vocab_size)  # 3. data
+    _announce(job, dense, plan)
+
+    resume_from = newest(config.run.dir)
+    if resume_from is None:
+        model = upcycled_model(job, dense, plan, texts)  # 4. filled online, verified
+        state = make_state(config, model, groups)
+    else:
+        model = empty_model(job, dense, plan)
+        state = make_state(config, model, groups)
+        restore(state, resume_from, config, groups, plan_hash=plan.hash)
+        job.say(f"Resumed {resume_from} at step {state.step}")
+        _take_configured_weights(job, state)
+
+    if (kernel := kernel_in(state.model.modules)) is not None:
+        job.say(f"Experts use {kernel.name} ({kernel.reason})")
+    job.say(announcement(texts, state.blend, config))
+    continue_pretraining(job, state, plan, feed_of(job, texts))  # 5. train, validate, save
+
+
+def _take_configured_weights(job: Job, state: TrainState) -> None:
+    """Replace the checkpoint's domain weights by the configured ones, unless they adapt."""
+    weights = starting_weights(job.config.data)
+    if job.config.data.mixing.update == "never" and weights != state.blend.by_domain:
+        job.say(f"Domain weights changed on resume. Previous weights: {state.blend.by_domain}")
+        state.blend = state.blend.reweighted(tuple(weights.values()))
+
+
+def _announce(job: Job, dense: DenseCheckpoint, plan: ExpertPlan) -> None:
+    """Log the layout, engine and plan, and write run.dir/config.yaml."""
+    if job.world.rank == 0:
+        (job.config.run.dir / "config.yaml").write_text(dump(job.config))
+    attention = " x ".join(f"{a}{n}" for a, n in _grid(job.layout.attention))
+    experts = " x ".join(f"{a}{n}" for a, n in _grid(job.layout.experts))
+    job.say(
+        f"{job.world.size} ranks on {job.world.device.type}: attention {attention}, "
+        f"experts {experts}\n"
+        f"Engine: {job.engine.name} ({job.engine.reason})\n"
+        f"{dense.spec.family} with {dense.spec.num_layers} layers, "
+        f"{len(plan.recipe.moe_layers)} of them {plan.recipe.num_experts} experts by "
+        f"{plan.recipe.method!r}; plan {plan.hash[:12]}"
+    )
+
+
+def _grid(grid: Any) -> list[tuple[str, int]]:
+    return list(zip(grid.axes, grid.shape, strict=True))

@@ -1,5 +1,0 @@
-"""Where a run computes: CUDA as Megatron-Core means it, or the CPU that `cpu.install` makes fit."""
-
-from megatron_moe.device import environment
-
-environment.prepare()

@@ -1,0 +1,108 @@
+"""Floating-point operations of one sequence, counted the way published figures count them.
+
+Only matrix products count, with two operations per multiply-add; norms, activations and softmax do
+not. The backward pass costs twice the forward pass. Attention scores count as the full ``S x S``
+square unless ``causal`` is set: LLaMA-MoE (arXiv 2406.16554, table 3), arXiv 2412.09952 (table 1)
+and 2504.14960 all count that way, although a causal kernel computes half of it.
+
+The router's product is counted separately, because the papers exclude it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_moe.planner.shape import MoeShape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForwardFlops:
+    """Forward operations by part: exact integers, except for the rounding of a capacity."""
+
+    attention_projections: int
+    attention_scores: int
+    dense_ffn: int
+    experts: int
+    shared_experts: int
+    output_layer: int
+    router: int
+    """Not included in `model`, because papers exclude it."""
+    padding: int
+    """Operations on rows of zeros that pad experts to their capacity; not included in `model`."""
+
+    @property
+    def model(self) -> int:
+        """Operations that the model needs: the numerator of MFU."""
+        return (
+            self.attention_projections
+            + self.attention_scores
+            + self.dense_ffn
+            + self.experts
+            + self.shared_experts
+            + self.output_layer
+        )
+
+    @property
+    def executed(self) -> int:
+        """Operations of all matrix products of the forward pass, including router and padding."""
+        return self.model + self.router + self.padding
+
+
+def forward_flops(
+    shape: MoeShape,
+    *,
+    sequence_length: int,
+    batch_size: int = 1,
+    causal: bool = False,
+    padded_capacity_factor: float | None = None,
+) -> ForwardFlops:
+    """Count the operations of one forward pass over ``batch_size`` sequences.
+
+    Args:
+        shape: The model.
+        sequence_length: Tokens of each sequence (S).
+        batch_size: Number of sequences (B).
+        causal: Count only the lower triangle of the scores, including the diagonal.
+        padded_capacity_factor: Each expert computes ``ceil(T * K / E * factor)`` rows regardless
+            of how many tokens it receives; None means no padding.
+    """
+    tokens = sequence_length * batch_size
+    d, layers = shape.hidden_size, shape.num_layers
+    seen = sequence_length * (sequence_length + 1) // 2 if causal else sequence_length**2
+    expert_row = 6 * d * shape.moe_ffn_hidden_size
+    rows = tokens * shape.moe_router_topk
+    return ForwardFlops(
+        attention_projections=layers * tokens * 4 * d * (shape.query_width + shape.kv_width),
+        attention_scores=layers * batch_size * 4 * seen * shape.query_width,
+        dense_ffn=shape.num_dense_layers * tokens * 6 * d * shape.ffn_hidden_size,
+        experts=shape.num_moe_layers * rows * expert_row,
+        shared_experts=shape.num_moe_layers * tokens * _shared_expert_flops(shape),
+        output_layer=tokens * 2 * d * shape.vocab_size,
+        router=shape.num_moe_layers * tokens * 2 * d * shape.num_moe_experts,
+        padding=shape.num_moe_layers
+        * expert_row
+        * _padding_rows(shape, rows, padded_capacity_factor),
+    )
+
+
+def training_flops(forward: int) -> int:
+    """Return forward plus backward operations.
+
+    Each product has two products in the backward pass, one for each operand.
+    """
+    return 3 * forward
+
+
+def _shared_expert_flops(shape: MoeShape) -> int:
+    """Return the operations of one token, including the scalar gate if there is one."""
+    gate = 2 * shape.hidden_size if shape.shared_expert_gate else 0
+    return 6 * shape.hidden_size * shape.shared_expert_size + gate
+
+
+def _padding_rows(shape: MoeShape, rows: int, factor: float | None) -> int:
+    """Return the rows of zeros of one layer, assuming that no token is dropped."""
+    if factor is None:
+        return 0
+    # Megatron-Core's get_capacity (moe_utils.py), called with T * K tokens.
+    capacity = -(-rows * factor // shape.num_moe_experts)
+    return max(0, int(capacity) * shape.num_moe_experts - rows)

@@ -1,0 +1,84 @@
+"""Peak performance of GPUs and their links: data-sheet numbers, per direction and per GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_moe.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """A GPU model in the kind of node it is usually sold in."""
+
+    name: str
+    peak_flops: float
+    """Dense bf16 operations per second."""
+    hbm_gib: float
+    """Memory that a process can allocate, in GiB."""
+    hbm_bytes_per_second: float
+    nvlink_bytes_per_second: float
+    """Bandwidth to the GPUs of the same node, in one direction."""
+    network_bytes_per_second: float
+    """Bandwidth to other nodes, in one direction; each GPU has one network adapter."""
+    gpus_per_node: int = 8
+
+    @property
+    def usable_gib(self) -> float:
+        """Memory that a predicted layout may use, in GiB."""
+        return self.hbm_gib * (1 - HEADROOM)
+
+
+HEADROOM = 0.05
+"""Fraction of the memory left free, because activation estimates are no more accurate."""
+
+GPUS: dict[str, Gpu] = {
+    gpu.name: gpu
+    for gpu in (
+        # NVIDIA data sheets of the SXM parts. The network is that of the matching DGX system:
+        # HDR 200 Gb/s (A100), NDR 400 Gb/s (H100, H200, B200). hbm_gib is what the driver reports.
+        Gpu(
+            name="a100",
+            peak_flops=312e12,
+            hbm_gib=79.2,
+            hbm_bytes_per_second=2.04e12,
+            nvlink_bytes_per_second=300e9,
+            network_bytes_per_second=25e9,
+        ),
+        Gpu(
+            name="h100",
+            peak_flops=989.5e12,
+            hbm_gib=79.1,
+            hbm_bytes_per_second=3.35e12,
+            nvlink_bytes_per_second=450e9,
+            network_bytes_per_second=50e9,
+        ),
+        Gpu(
+            name="h200",
+            peak_flops=989.5e12,
+            hbm_gib=139.8,
+            hbm_bytes_per_second=4.8e12,
+            nvlink_bytes_per_second=450e9,
+            network_bytes_per_second=50e9,
+        ),
+        Gpu(
+            name="b200",
+            peak_flops=2250e12,
+            hbm_gib=178.4,
+            hbm_bytes_per_second=8.0e12,
+            nvlink_bytes_per_second=900e9,
+            network_bytes_per_second=50e9,
+        ),
+    )
+}
+
+
+def gpu_named(name: str) -> Gpu:
+    """Return the GPU called ``name``.
+
+    Raises:
+        ConfigError: The table has no such GPU.
+    """
+    if name not in GPUS:
+        raise ConfigError(f"--gpu {name} is not in the table; known: {', '.join(GPUS)}")
+    return GPUS[name]

@@ -1,0 +1,89 @@
+"""Predict the forward and backward seconds of one layer's compute kernels, without communication.
+
+A kernel's time is its operations at the fitted efficiency plus its bytes at the memory bandwidth
+(an additive roofline), so small or thin products slow down without a constant of their own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_moe.planner.calibration import Calibration
+from megatron_moe.planner.hardware import Gpu
+
+HBM_EFFICIENCY = 0.8
+"""Fraction of the data-sheet bandwidth that element-wise kernels and operands reach (like
+STREAM)."""
+
+ATTENTION_EFFICIENCY = 0.62
+ATTENTION_HALF_LENGTH = 1500
+"""FlashAttention-3 on H100, causal, head 128 (arXiv 2407.08608, figure 5): fraction of the peak
+for the operations it executes, and the sequence length that reaches half of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """Forward and backward time, in seconds."""
+
+    forward: float
+    backward: float
+
+    def __add__(self, other: Seconds) -> Seconds:
+        return Seconds(self.forward + other.forward, self.backward + other.backward)
+
+    @property
+    def both(self) -> float:
+        """Forward plus backward."""
+        return self.forward + self.backward
+
+
+ZERO = Seconds(0.0, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """Kernel times of one GPU under a calibration."""
+
+    gpu: Gpu
+    calibration: Calibration
+    bytes_per_value: int = 2
+
+    def linear(self, rows: float, inputs: int, outputs: int, *, copies: int = 1) -> Seconds:
+        """Return the time of a linear layer, or of ``copies`` experts that share ``rows``.
+
+        The backward pass has two products: the input's gradient, and the weight's gradient, which
+        is accumulated into an fp32 buffer that is read and written.
+        """
+        flops = 2 * rows * inputs * outputs / (self.gpu.peak_flops * self._gemm)
+        weights = copies * inputs * outputs
+        operands = self.bytes_per_value * (rows * (inputs + outputs) + weights)
+        gradient = self.bytes_per_value * rows * (inputs + outputs) + 8 * weights
+        return Seconds(
+            flops + operands / self._bandwidth,
+            2 * flops + (operands + gradient) / self._bandwidth,
+        )
+
+    def attention(self, batch: int, length: float, sequence: int, width: float) -> Seconds:
+        """Return the time of causal flash attention for ``length`` queries of each sequence.
+
+        The backward pass executes 2.5 times the products of the forward pass, because it recomputes
+        the scores.
+        """
+        seen = sequence / 2
+        flops = 4 * batch * length * seen * width
+        reached = ATTENTION_EFFICIENCY * length / (length + ATTENTION_HALF_LENGTH)
+        forward = flops / (self.gpu.peak_flops * reached)
+        return Seconds(forward, 2.5 * forward)
+
+    def elementwise(self, values: float, *, forward: float, backward: float) -> Seconds:
+        """Return the time of kernels that read or write ``values`` the given number of times."""
+        once = values * self.bytes_per_value / self._bandwidth
+        return Seconds(forward * once, backward * once)
+
+    @property
+    def _gemm(self) -> float:
+        return self.calibration.gemm_efficiency
+
+    @property
+    def _bandwidth(self) -> float:
+        return self.gpu.hbm_bytes_per_second * HBM_EFFICIENCY

@@ -1,0 +1,152 @@
+"""Count parameters: of the whole model, active for one token, and held by each rank of a layout.
+
+A rank's parameters are listed tensor by tensor, because Megatron-Core's gradient buffers align and
+pad tensors, and because dense and expert parameters are replicated over different groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_moe.parallel.shards import padded_vocabulary
+from megatron_moe.parallel.stages import chunk_layers, is_first, is_last
+from megatron_moe.planner.shape import MoeShape
+from megatron_moe.planner.workload import Degrees
+
+
+@dataclass(frozen=True, slots=True)
+class LocalTensor:
+    """The shard of a parameter that a rank holds."""
+
+    name: str
+    numel: int
+    expert: bool = False
+    """Whether the parameter belongs to an expert, and is replicated over edp instead of dp x cp."""
+
+
+def total_parameters(shape: MoeShape) -> int:
+    """Return the number of parameters of the whole model, without vocabulary padding."""
+    return sum(tensor.numel for tensor in chunk_tensors(shape, Degrees(gpus=1)))
+
+
+def active_parameters(shape: MoeShape) -> int:
+    """Return the number of parameters that one token uses: all but the experts not selected.
+
+    Embedding and output layer both count, as in the 13.7B of Llama-3-8B E8T2.
+    """
+    idle = shape.num_moe_experts - shape.moe_router_topk
+    return total_parameters(shape) - shape.num_moe_layers * idle * _expert_numel(shape)
+
+
+def rank_tensors(shape: MoeShape, degrees: Degrees, *, pp_rank: int) -> list[list[LocalTensor]]:
+    """Return all parameters of one rank, by model chunk, in Megatron-Core's module order.
+
+    All ranks of a pipeline stage hold slices of equal size, so the pp coordinate is sufficient. If
+    pp > 1, a tied output layer is a copy on the last stage, as in Megatron-Core.
+    """
+    return [
+        chunk_tensors(shape, degrees, pp_rank=pp_rank, vpp_rank=vpp_rank)
+        for vpp_rank in range(degrees.vpp)
+    ]
+
+
+def rank_parameters(shape: MoeShape, degrees: Degrees, *, pp_rank: int) -> tuple[int, int]:
+    """Return the numbers of dense and of expert parameters on a rank of stage ``pp_rank``.
+
+    Computes the sum of `rank_tensors` in closed form, because a search needs it thousands of times.
+    """
+    layers = [
+        layer
+        for vpp_rank in range(degrees.vpp)
+        for layer in chunk_layers(
+            num_layers=shape.num_layers,
+            pp=degrees.pp,
+            vpp=degrees.vpp,
+            pp_rank=pp_rank,
+            vpp_rank=vpp_rank,
+        )
+    ]
+    routed = len(shape.moe_layers.intersection(layers))
+    d, tp = shape.hidden_size, degrees.tp
+    qkv = (shape.query_width + 2 * shape.kv_width) // tp
+    attention = d * (qkv + shape.query_width // tp + 2) + qkv * shape.qkv_bias
+    attention += 2 * shape.kv_channels * shape.qk_layernorm
+    router = sum(shape.router_sizes.values()) + d * shape.shared_expert_gate
+    dense = len(layers) * attention
+    dense += routed * (router + 3 * d * (shape.shared_expert_size // tp))
+    dense += (len(layers) - routed) * 3 * d * (shape.ffn_hidden_size // tp)
+    vocabulary = padded_vocabulary(shape.vocab_size, tp) // tp * d
+    dense += vocabulary * (pp_rank == 0)
+    if pp_rank == degrees.pp - 1:
+        dense += d + vocabulary * (not shape.tied_embeddings or degrees.pp > 1)
+    local = shape.num_moe_experts // degrees.ep
+    experts = routed * local * 3 * d * (shape.moe_ffn_hidden_size // degrees.etp)
+    return dense, experts
+
+
+def chunk_tensors(
+    shape: MoeShape, degrees: Degrees, *, pp_rank: int = 0, vpp_rank: int = 0
+) -> list[LocalTensor]:
+    """Return the parameters of one model chunk of one rank, in module order."""
+    rows = padded_vocabulary(shape.vocab_size, degrees.tp) // degrees.tp
+    vocabulary = rows * shape.hidden_size
+    tensors: list[LocalTensor] = []
+    if is_first(pp_rank=pp_rank, vpp_rank=vpp_rank):
+        tensors.append(LocalTensor("embedding.word_embeddings.weight", vocabulary))
+    layers = chunk_layers(
+        num_layers=shape.num_layers,
+        pp=degrees.pp,
+        vpp=degrees.vpp,
+        pp_rank=pp_rank,
+        vpp_rank=vpp_rank,
+    )
+    for layer in layers:
+        tensors += layer_tensors(shape, degrees, layer=layer)
+    if is_last(pp=degrees.pp, vpp=degrees.vpp, pp_rank=pp_rank, vpp_rank=vpp_rank):
+        tensors.append(LocalTensor("decoder.final_layernorm.weight", shape.hidden_size))
+        if not shape.tied_embeddings or degrees.pp > 1:
+            tensors.append(LocalTensor("output_layer.weight", vocabulary))
+    return tensors
+
+
+def layer_tensors(shape: MoeShape, degrees: Degrees, *, layer: int) -> list[LocalTensor]:
+    """Return the parameters of one layer on one rank."""
+    prefix, d, tp = f"decoder.layers.{layer}.", shape.hidden_size, degrees.tp
+    qkv = (shape.query_width + 2 * shape.kv_width) // tp
+    sizes = {
+        "input_layernorm.weight": d,
+        "self_attention.linear_proj.weight": d * shape.query_width // tp,
+        "self_attention.linear_qkv.weight": d * qkv,
+        "self_attention.linear_qkv.bias": qkv * shape.qkv_bias,
+        "self_attention.q_layernorm.weight": shape.kv_channels * shape.qk_layernorm,
+        "self_attention.k_layernorm.weight": shape.kv_channels * shape.qk_layernorm,
+        "pre_mlp_layernorm.weight": d,
+    }
+    experts: dict[str, int] = {}
+    shared: dict[str, int] = {}
+    if layer in shape.moe_layers:
+        neurons = shape.moe_ffn_hidden_size // degrees.etp
+        sizes |= {f"mlp.router.{name}": numel for name, numel in shape.router_sizes.items()}
+        for expert in range(shape.num_moe_experts // degrees.ep):
+            experts[f"mlp.experts.linear_fc1.weight{expert}"] = 2 * neurons * d
+            experts[f"mlp.experts.linear_fc2.weight{expert}"] = neurons * d
+        shared = _ffn("mlp.shared_experts.", d, shape.shared_expert_size // tp)
+        shared["mlp.shared_experts.gate_weight"] = d * shape.shared_expert_gate
+    else:
+        sizes |= _ffn("mlp.", d, shape.ffn_hidden_size // tp)
+    return [
+        *(LocalTensor(prefix + name, numel) for name, numel in sizes.items() if numel),
+        *(LocalTensor(prefix + name, numel, expert=True) for name, numel in experts.items()),
+        *(LocalTensor(prefix + name, numel) for name, numel in shared.items() if numel),
+    ]
+
+
+def _ffn(prefix: str, hidden_size: int, neurons: int) -> dict[str, int]:
+    return {
+        f"{prefix}linear_fc1.weight": 2 * neurons * hidden_size,
+        f"{prefix}linear_fc2.weight": neurons * hidden_size,
+    }
+
+
+def _expert_numel(shape: MoeShape) -> int:
+    return 3 * shape.hidden_size * shape.moe_ffn_hidden_size

@@ -1,0 +1,105 @@
+"""Sizes of an MoE model that the planner's arithmetic needs.
+
+Shape letters of this folder:
+
+    D  hidden_size        H  num_attention_heads   E  num_moe_experts
+    F  ffn_hidden_size    G  num_query_groups      K  moe_router_topk
+    V  vocab_size         L  num_layers            M  moe_ffn_hidden_size
+    S  sequence length    B  micro-batch size      T  tokens = S * B
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_moe.config.run import Moe
+from megatron_moe.experts.recipe import moe_layer_ids
+from megatron_moe.hf.spec import DenseSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoeShape:
+    """Sizes of a Llama-family model, some of whose layers have experts instead of a dense FFN.
+
+    A dense model has no MoE layers.
+    """
+
+    num_layers: int
+    moe_layers: frozenset[int]
+    """Ids of the MoE layers; the others have the dense FFN."""
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    vocab_size: int
+    tied_embeddings: bool = False
+    qkv_bias: bool = False
+    qk_layernorm: bool = False
+    num_moe_experts: int = 1
+    moe_router_topk: int = 1
+    moe_ffn_hidden_size: int = 0
+    shared_expert_size: int = 0
+    """Neurons of the shared expert of each MoE layer; 0 if there is none."""
+    shared_expert_gate: bool = False
+    """Whether the shared expert has a learned scalar gate (Qwen2-MoE)."""
+    router_gate: str = "linear"
+    """The router's network, one of the values of `Moe.router_gate`."""
+
+    @property
+    def query_width(self) -> int:
+        """Width of the queries of all heads, H * kv_channels."""
+        return self.num_attention_heads * self.kv_channels
+
+    @property
+    def kv_width(self) -> int:
+        """Width of the keys (or values) of all groups, G * kv_channels."""
+        return self.num_query_groups * self.kv_channels
+
+    @property
+    def router_sizes(self) -> dict[str, int]:
+        """Number of parameters of one router, by name."""
+        rows, experts = self.num_moe_experts * self.hidden_size, self.num_moe_experts
+        noisy, mlp = self.router_gate != "linear", self.router_gate == "noisy_mlp"
+        return {
+            "weight": rows,
+            "noise_weight": rows * noisy,
+            "output_weight": experts * experts * mlp,
+        }
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Number of MoE layers."""
+        return len(self.moe_layers)
+
+    @property
+    def num_dense_layers(self) -> int:
+        """Number of layers that keep the dense FFN."""
+        return self.num_layers - len(self.moe_layers)
+
+
+def dense_shape(spec: DenseSpec) -> MoeShape:
+    """Return the shape of the dense model, without MoE layers."""
+    return MoeShape(moe_layers=frozenset(), **_attention_of(spec))
+
+
+def upcycled_shape(spec: DenseSpec, moe: Moe) -> MoeShape:
+    """Return the shape of the model that upcycling ``spec`` with ``moe`` produces."""
+    return MoeShape(
+        moe_layers=frozenset(moe_layer_ids(moe, spec.num_layers)),
+        num_moe_experts=moe.num_moe_experts,
+        moe_router_topk=moe.moe_router_topk,
+        moe_ffn_hidden_size=moe.moe_ffn_hidden_size or spec.ffn_hidden_size,
+        shared_expert_size=moe.moe_shared_expert_intermediate_size or 0,
+        router_gate=moe.router_gate,
+        **_attention_of(spec),
+    )
+
+
+def _attention_of(spec: DenseSpec) -> dict[str, Any]:
+    names = (
+        "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
+        "kv_channels", "vocab_size", "tied_embeddings", "qkv_bias", "qk_layernorm",
+    )  # fmt: skip
+    return {name: getattr(spec, name) for name in names}

@@ -1,0 +1,142 @@
+"""Format search and check results as tables for a terminal."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from megatron_moe.planner.check import CheckResult
+from megatron_moe.planner.count import ModelCounts
+from megatron_moe.planner.drawing import draw, spans
+from megatron_moe.planner.search import Candidate, SearchResult
+from megatron_moe.planner.workload import Degrees
+
+MEANING = {
+    "gemm": "matrix products",
+    "attention": "attention",
+    "memory": "element-wise kernels, bound by memory",
+    "tp": "tensor parallel collectives",
+    "cp": "key and value exchange",
+    "ep": "token all-to-all",
+    "etp": "expert gather",
+    "overhead": "launches and synchronization",
+    "output_layer": "output layer on the last stage",
+    "bubble": "pipeline bubble",
+    "pp": "pipeline sends",
+    "dp": "gradient and weight exchange",
+    "optimizer": "optimizer",
+}
+
+
+def search_report(result: SearchResult) -> RenderableType:
+    """Format the best layouts, faster ones that do not fit, and the best layout's placement."""
+    best = result.best[0]
+    return Group(
+        _best_table(result),
+        Text(
+            f"{result.num_legal} legal settings; in {result.num_state_too_large} of them, weights, "
+            "gradients and optimizer state alone do not fit"
+        ),
+        *([_too_large_table(result)] if result.too_large else []),
+        layout_report(best.degrees, gpus_per_node=result.gpus_per_node),
+    )
+
+
+def check_report(result: CheckResult, *, gpus_per_node: int = 8) -> RenderableType:
+    """Format the check of one layout, its time and memory by part, and faster changes."""
+    verdict = "fits" if result.fits else "legal, does not fit" if result.legal else "not legal"
+    lines = [Text(f"layout: {verdict}"), *(Text(reason) for reason in result.reasons)]
+    if result.candidate is None:
+        return Group(*lines)
+    time = result.candidate.time
+    lines.append(
+        Text(
+            f"{time.mfu:.1f}% MFU, {time.tokens_per_second_per_gpu:.0f} tokens/s a GPU, "
+            f"{time.step_seconds:.2f} s a step"
+        )
+    )
+    return Group(
+        *lines,
+        _parts_table(result.candidate),
+        *(Text(f"faster: {advice}") for advice in result.advice),
+        layout_report(result.candidate.degrees, gpus_per_node=gpus_per_node),
+    )
+
+
+def counts_report(counts: ModelCounts) -> RenderableType:
+    """Format the parameters of a model and the FLOPs of one sequence."""
+    table = Table("", "count", title=f"one sequence of {counts.sequence_length} tokens")
+    rows = {
+        "total parameters": f"{counts.total_parameters / 1e9:.2f} B",
+        "active parameters": f"{counts.active_parameters / 1e9:.2f} B",
+        "forward": f"{counts.forward_flops / 1e12:.1f} TFLOP",
+        "forward, causal half of the scores": f"{counts.causal_forward_flops / 1e12:.1f} TFLOP",
+        "forward and backward": f"{counts.training_flops / 1e12:.1f} TFLOP",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    for name, flops in counts.forward_flops_by_part.items():
+        table.add_row(f"  forward: {name.replace('_', ' ')}", f"{flops / 1e12:.2f} TFLOP")
+    table.columns[1].justify = "right"
+    return table
+
+
+def layout_report(degrees: Degrees, *, gpus_per_node: int = 8) -> RenderableType:
+    """Format the placement of a layout's groups."""
+    table = Table("group", "size", "stride", "nodes", "link", title=str(degrees))
+    for span in spans(degrees, gpus_per_node=gpus_per_node):
+        table.add_row(span.axis, str(span.size), str(span.stride), str(span.nodes), span.link)
+    return Group(table, Text(draw(degrees, gpus_per_node=gpus_per_node)))
+
+
+def _best_table(result: SearchResult) -> Table:
+    title = f"{result.gpus} {result.gpu}, {result.usable_gib:.1f} GiB usable on each"
+    table = Table(
+        "tp", "cp", "pp", "vpp", "ep", "etp", "dp", "micro", "recompute", "MFU %", "tokens/s/GPU",
+        "GiB", "limited by", title=title,
+    )  # fmt: skip
+    for one in result.best:
+        table.add_row(
+            *(str(getattr(one.degrees, axis)) for axis in ("tp", "cp", "pp", "vpp", "ep", "etp")),
+            str(one.degrees.dp),
+            str(one.work.micro_batch_size),
+            one.work.recompute,
+            f"{one.time.mfu:.1f}",
+            f"{one.time.tokens_per_second_per_gpu:.0f}",
+            f"{one.memory.total:.1f}",
+            _limit(one),
+        )
+    return table
+
+
+def _limit(one: Candidate) -> str:
+    name = one.time.limit
+    return f"{MEANING[name]} {100 * one.time.parts[name] / one.time.step_seconds:.0f}%"
+
+
+def _too_large_table(result: SearchResult) -> Table:
+    table = Table("faster, does not fit", "micro", "recompute", "MFU %", "GiB too many")
+    for one in result.too_large:
+        table.add_row(
+            str(one.degrees),
+            str(one.work.micro_batch_size),
+            one.work.recompute,
+            f"{one.mfu:.1f}",
+            f"{one.excess_gib:.1f}",
+        )
+    return table
+
+
+def _parts_table(one: Candidate) -> Table:
+    table = Table("time", "%", "memory", "GiB")
+    times = [
+        (MEANING[name], f"{100 * seconds / one.time.step_seconds:.1f}")
+        for name, seconds in sorted(one.time.parts.items(), key=lambda part: -part[1])
+    ]
+    gib = [(name, f"{value:.1f}") for name, value in one.memory.to_json().items()]
+    for row in range(max(len(times), len(gib))):
+        left = times[row] if row < len(times) else ("", "")
+        right = gib[row] if row < len(gib) else ("", "")
+        table.add_row(*left, *right)
+    return table

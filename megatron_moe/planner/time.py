@@ -1,0 +1,142 @@
+"""Predict the seconds of one optimizer step, tokens per second and MFU of a layout.
+
+    step = m * slowest stage                          m micro-batches of one replica
+         + (pp - 1) / vpp * slowest stage             pipeline fill and drain, interleaved
+         + p2p + exposed gradient reduction and parameter gather + optimizer
+
+The last stage is the slowest, because it holds the output layer and the loss; the others wait.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from megatron_moe.parallel.shards import padded_vocabulary
+from megatron_moe.planner.flops import forward_flops, training_flops
+from megatron_moe.planner.kernels import HBM_EFFICIENCY, Kernels, Seconds
+from megatron_moe.planner.layer import EXPOSED, Machine, layer_seconds
+from megatron_moe.planner.network import group_of
+from megatron_moe.planner.parameters import rank_parameters
+from megatron_moe.planner.shape import MoeShape
+from megatron_moe.planner.workload import Degrees, Workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTime:
+    """Prediction for one optimizer step."""
+
+    step_seconds: float
+    tokens_per_second_per_gpu: float
+    mfu: float
+    """Percent of the GPU's dense bf16 peak, counting full attention and no padding."""
+    parts: dict[str, float]
+    """Seconds of the step by part; they sum to `step_seconds`."""
+
+    @property
+    def limit(self) -> str:
+        """Name of the largest part other than the model's matrix products and attention."""
+        return max(
+            (p for p in self.parts if p not in ("gemm", "attention")), key=self.parts.__getitem__
+        )
+
+
+def step_time(shape: MoeShape, work: Workload, degrees: Degrees, machine: Machine) -> StepTime:
+    """Predict the time of one step; the layout must be legal for the batch."""
+    batches = work.micro_batches(degrees)
+    layers, output = _model(shape, work, degrees, machine)
+    slowest = sum(layers.values()) / degrees.pp + output
+    parts = {name: batches * seconds / degrees.pp for name, seconds in layers.items()}
+    parts["output_layer"] = batches * output
+    parts["bubble"] = (degrees.pp - 1) / degrees.vpp * slowest
+    parts["pp"] = batches * _send(shape, work, degrees, machine)
+    parts["dp"], parts["optimizer"] = _update(shape, work, degrees, machine)
+    seconds = sum(parts.values())
+    flops = work.global_batch_size * _sequence_flops(shape, work.sequence_length)
+    tokens = work.sequence_length * work.global_batch_size
+    return StepTime(
+        step_seconds=seconds,
+        tokens_per_second_per_gpu=tokens / seconds / degrees.gpus,
+        mfu=100 * flops / (seconds * degrees.gpus * machine.gpu.peak_flops),
+        parts=parts,
+    )
+
+
+def least_seconds(shape: MoeShape, work: Workload, degrees: Degrees, machine: Machine) -> float:
+    """Return a lower bound on the step time of layouts with this tp, cp, ep, etp and micro-batch.
+
+    It assumes one stage, so that no rank waits, no gradient reduction, no optimizer, and counts the
+    output layer once.
+    """
+    batches = work.global_batch_size * degrees.tp * degrees.cp / degrees.gpus
+    layers, output = _model(shape, work, degrees, machine)
+    return batches / work.micro_batch_size * (sum(layers.values()) + output)
+
+
+def _model(
+    shape: MoeShape, work: Workload, degrees: Degrees, machine: Machine
+) -> tuple[dict[str, float], float]:
+    """Return the seconds of one micro-batch: of all layers by part, and of the output layer."""
+    # pp and dp do not change these times, so a search needs only few different ones.
+    tp, cp, ep, etp = degrees.tp, degrees.cp, degrees.ep, degrees.etp
+    alone = Degrees(gpus=tp * cp * ep * etp, tp=tp, cp=cp, ep=ep, etp=etp)
+    return _one_stage(shape, work, alone, machine)
+
+
+@lru_cache(maxsize=16384)
+def _one_stage(
+    shape: MoeShape, work: Workload, degrees: Degrees, machine: Machine
+) -> tuple[dict[str, float], float]:
+    layers: dict[str, float] = {}
+    for routes, count in ((True, shape.num_moe_layers), (False, shape.num_dense_layers)):
+        if not count:
+            continue
+        for name, part in layer_seconds(shape, work, degrees, machine, routes=routes).items():
+            layers[name] = layers.get(name, 0.0) + count * part.both
+    return layers, _output_layer(shape, work, degrees, machine).both
+
+
+def _output_layer(shape: MoeShape, work: Workload, degrees: Degrees, machine: Machine) -> Seconds:
+    """Return the time of the output product and of a fused cross entropy (6 passes over bf16)."""
+    kernels = Kernels(machine.gpu, machine.calibration, work.bytes_per_value)
+    columns = padded_vocabulary(shape.vocab_size, degrees.tp) // degrees.tp
+    tokens = work.sequence_length * work.micro_batch_size / degrees.cp
+    loss = kernels.elementwise(tokens * columns, forward=4, backward=2)
+    return kernels.linear(tokens, shape.hidden_size, columns) + loss
+
+
+def _send(shape: MoeShape, work: Workload, degrees: Degrees, machine: Machine) -> float:
+    """Return the seconds a micro-batch waits for activations and gradients of adjacent stages."""
+    tokens = work.sequence_length * work.micro_batch_size / (degrees.cp * degrees.tp)
+    once = machine.links.send(
+        group_of("pp", degrees), tokens * shape.hidden_size * work.bytes_per_value
+    )
+    return 2 * degrees.vpp * once * (EXPOSED if degrees.vpp > 1 else 1.0)
+
+
+def _update(
+    shape: MoeShape, work: Workload, degrees: Degrees, machine: Machine
+) -> tuple[float, float]:
+    """Return the exposed seconds of gradient reduction and weight gather, and the optimizer's."""
+    replicas, expert_replicas = group_of("dp_cp", degrees), group_of("edp", degrees)
+    dense, experts = _stage_parameters(shape, degrees)
+    links, value = machine.links, work.bytes_per_value
+    communicate = sum(
+        links.gather(group, params * 4) + links.gather(group, params * value)
+        for group, params in ((replicas, dense), (expert_replicas, experts))
+    )
+    # All gradients are zeroed, and read for the norm. On the shard, the gradient, the master weight
+    # and two moments are read; the master weight, the moments and the bf16 weight are written.
+    shard = dense / replicas.size + experts / expert_replicas.size
+    moved = 8 * (dense + experts) + 30 * shard
+    return EXPOSED * communicate, moved / (machine.gpu.hbm_bytes_per_second * HBM_EFFICIENCY)
+
+
+@lru_cache
+def _sequence_flops(shape: MoeShape, sequence_length: int) -> int:
+    return training_flops(forward_flops(shape, sequence_length=sequence_length).model)
+
+
+@lru_cache(maxsize=4096)
+def _stage_parameters(shape: MoeShape, degrees: Degrees) -> tuple[int, int]:
+    return rank_parameters(shape, degrees, pp_rank=0)

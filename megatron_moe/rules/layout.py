@@ -1,0 +1,165 @@
+"""Rules of degrees of parallelism: what they divide, and what must divide them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from megatron_moe.errors import nearest_multiples
+from megatron_moe.experts.recipe import moe_layer_ids
+from megatron_moe.rules.case import Case, indivisible
+
+
+def world(case: Case) -> Iterator[str]:
+    """The world holds the layout."""
+    p = case.config.parallel
+    for axis, degrees in (
+        ("dp", {"pp": p.pipeline_parallel_size, "cp": p.context_parallel_size,
+                "tp": p.tensor_parallel_size}),
+        ("edp", {"pp": p.pipeline_parallel_size, "ep": p.expert_parallel_size,
+                 "etp": p.expert_tensor_parallel_size}),
+    ):  # fmt: skip
+        product = math.prod(degrees.values())
+        if case.world_size % product:
+            names, values = " * ".join(degrees), " * ".join(map(str, degrees.values()))
+            yield (
+                f"world_size ({case.world_size}) must be divisible by {names} = {values} = "
+                f"{product}: {axis} is what is left over.\n"
+                f"  nearest world_size: {nearest_multiples(case.world_size, product)}"
+            )
+
+
+def heads(case: Case) -> Iterator[str]:
+    """Tp divides the query groups."""
+    tp = case.config.parallel.tensor_parallel_size
+    if case.spec.num_query_groups % tp:
+        yield indivisible(
+            "num_key_value_heads of the dense model", case.spec.num_query_groups,
+            "parallel.tensor_parallel_size", tp, "each tp rank holds whole query groups",
+        )  # fmt: skip
+
+
+def experts(case: Case) -> Iterator[str]:
+    """ep, etp and K fit the experts."""
+    moe, p = case.config.moe, case.config.parallel
+    if moe.num_moe_experts % p.expert_parallel_size:
+        yield indivisible(
+            "moe.num_moe_experts", moe.num_moe_experts,
+            "parallel.expert_parallel_size", p.expert_parallel_size,
+            "each ep rank holds whole experts",
+        )  # fmt: skip
+    if case.expert_ffn % p.expert_tensor_parallel_size:
+        yield indivisible(
+            "moe.moe_ffn_hidden_size", case.expert_ffn,
+            "parallel.expert_tensor_parallel_size", p.expert_tensor_parallel_size,
+            "each etp rank holds as many neurons of an expert",
+        )  # fmt: skip
+    if moe.moe_router_topk > moe.num_moe_experts:
+        yield (
+            f"moe.moe_router_topk ({moe.moe_router_topk}) must be at most moe.num_moe_experts "
+            f"({moe.num_moe_experts}): a token goes to different experts.\n"
+            f"  largest moe.moe_router_topk: {moe.num_moe_experts}"
+        )
+    softmax = moe.moe_router_score_function == "softmax"
+    if moe.moe_router_topk == 1 and moe.router_order == "topk_softmax" and softmax:
+        yield (
+            "moe.moe_router_topk (1) with moe.router_order (topk_softmax) is not trainable: the "
+            "softmax over one chosen expert is always 1, so the router gets no gradient.\n"
+            "  set moe.router_order=softmax_topk or moe.moe_router_topk=2"
+        )
+
+
+def dense_ffn(case: Case) -> Iterator[str]:
+    """Tp divides the FFN of layers that stay dense."""
+    tp = case.config.parallel.tensor_parallel_size
+    some_dense = len(moe_layer_ids(case.config.moe, case.spec.num_layers)) < case.spec.num_layers
+    if some_dense and case.spec.ffn_hidden_size % tp:
+        yield indivisible(
+            "intermediate_size of the dense model", case.spec.ffn_hidden_size,
+            "parallel.tensor_parallel_size", tp, "the layers that stay dense are split over tp",
+        )  # fmt: skip
+
+
+def pipeline(case: Case) -> Iterator[str]:
+    """Pp and vpp divide the layers."""
+    pp, layers = case.config.parallel.pipeline_parallel_size, case.spec.num_layers
+    if case.vpp > 1 and pp == 1:
+        yield (
+            f"parallel.virtual_pipeline_parallel_size ({case.vpp}) needs "
+            "parallel.pipeline_parallel_size of at least 2: chunks are interleaved between stages."
+            "\n  leave parallel.virtual_pipeline_parallel_size unset"
+        )
+    elif layers % (pp * case.vpp):
+        fits = [f"{a}x{b}" for a in range(1, layers + 1) for b in range(1, layers // a + 1)
+                if layers % (a * b) == 0 and (a > 1 or b == 1)]  # fmt: skip
+        near = sorted(fits, key=lambda ab: abs(math.prod(map(int, ab.split("x"))) - pp * case.vpp))
+        yield (
+            f"num_hidden_layers of the dense model ({layers}) must be divisible by "
+            f"pp * vpp = {pp} * {case.vpp} = {pp * case.vpp}: every chunk holds as many layers.\n"
+            f"  nearest pp x vpp: {', '.join(near[:4])}"
+        )
+
+
+def sequence(case: Case) -> Iterator[str]:
+    """Cp and tp divide the sequence, and the dense model knows its positions."""
+    p, length = case.config.parallel, case.config.data.seq_length
+    tp, cp = p.tensor_parallel_size, p.context_parallel_size
+    # Zigzag context parallelism cuts the sequence into 2 * cp chunks; each cp rank's part is then
+    # scattered over tp (sequence parallelism).
+    unit = (2 * cp if cp > 1 else 1) * tp
+    if length % unit:
+        names = "2 * cp * tp" if cp > 1 else "tp"
+        yield (
+            f"data.seq_length ({length}) must be divisible by {names} = {unit}: the sequence is "
+            f"shared by these ranks.\n  nearest data.seq_length: {nearest_multiples(length, unit)}"
+        )
+    if length > case.spec.max_position_embeddings:
+        yield (
+            f"data.seq_length ({length}) must be at most the dense model's "
+            f"max_position_embeddings ({case.spec.max_position_embeddings}): it has not seen "
+            "positions beyond.\n"
+            f"  largest data.seq_length: {case.spec.max_position_embeddings}"
+        )
+
+
+def tp_overlap(case: Case) -> Iterator[str]:
+    """There is tp communication to overlap, and an engine that can."""
+    if not case.config.train.tp_comm_overlap:
+        return
+    if case.config.run.engine == "torch":
+        yield (
+            "train.tp_comm_overlap (true) needs run.engine to be transformer_engine: only its "
+            "linear layers overlap communication with the products.\n"
+            "  leave train.tp_comm_overlap unset"
+        )
+    if case.config.parallel.tensor_parallel_size == 1:
+        yield (
+            "train.tp_comm_overlap (true) needs parallel.tensor_parallel_size (1) to be at least "
+            "2: there is no communication to overlap.\n  leave train.tp_comm_overlap unset"
+        )
+
+
+def batch(case: Case) -> Iterator[str]:
+    """Replicas take whole micro-batches, and interleaving whole rounds of them."""
+    p, train = case.config.parallel, case.config.train
+    model = p.pipeline_parallel_size * p.context_parallel_size * p.tensor_parallel_size
+    if case.world_size % model:
+        return  # dp does not exist; world has said so
+    dp = case.world_size // model
+    unit = train.micro_batch_size * dp
+    if train.global_batch_size % unit:
+        yield (
+            f"train.global_batch_size ({train.global_batch_size}) must be divisible by "
+            f"train.micro_batch_size * dp = {train.micro_batch_size} * {dp} = {unit}: every "
+            "replica takes whole micro-batches.\n  nearest train.global_batch_size: "
+            f"{nearest_multiples(train.global_batch_size, unit)}"
+        )
+    elif case.vpp > 1 and (train.global_batch_size // unit) % p.pipeline_parallel_size:
+        yield (
+            f"micro-batches of a step (train.global_batch_size / (micro_batch_size * dp) = "
+            f"{train.global_batch_size // unit}) must be divisible by "
+            f"parallel.pipeline_parallel_size ({p.pipeline_parallel_size}) with "
+            "virtual_pipeline_parallel_size: the interleaved schedule runs them in rounds.\n"
+            "  nearest train.global_batch_size: "
+            f"{nearest_multiples(train.global_batch_size, unit * p.pipeline_parallel_size)}"
+        )

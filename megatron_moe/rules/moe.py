@@ -1,0 +1,145 @@
+"""Rules of MoE layers, experts and routers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_moe.experts.recipe import moe_layer_ids
+from megatron_moe.rules.case import Case, indivisible
+from megatron_moe.rules.construction import construction_violations
+
+
+def construction(case: Case) -> Iterator[str]:
+    """The method can build these experts."""
+    return construction_violations(case.config, case.spec)
+
+
+def shared_expert(case: Case) -> Iterator[str]:
+    """Tp divides the shared expert."""
+    tp = case.config.parallel.tensor_parallel_size
+    size = case.config.moe.moe_shared_expert_intermediate_size or 0
+    if size % tp:
+        yield indivisible(
+            "moe.moe_shared_expert_intermediate_size", size,
+            "parallel.tensor_parallel_size", tp, "the shared expert is split over tp",
+        )  # fmt: skip
+
+
+def moe_layers(case: Case) -> Iterator[str]:
+    """The layers that become MoE exist."""
+    moe = case.config.moe
+    layers = moe_layer_ids(moe, case.spec.num_layers)
+    if moe.moe_layers != "all" and (moe.first_dense_layers or moe.last_dense_layers):
+        yield (
+            f"moe.first_dense_layers ({moe.first_dense_layers}) and moe.last_dense_layers "
+            f"({moe.last_dense_layers}) are for moe.moe_layers (all), but it is a list.\n"
+            "  leave the dense layers out of the list"
+        )
+    if moe.first_dense_layers + moe.last_dense_layers >= case.spec.num_layers:
+        yield (
+            f"moe.first_dense_layers ({moe.first_dense_layers}) + moe.last_dense_layers "
+            f"({moe.last_dense_layers}) must be less than the dense model's num_hidden_layers "
+            f"({case.spec.num_layers}): otherwise the model stays dense.\n"
+            f"  largest sum: {case.spec.num_layers - 1}"
+        )
+    elif not layers:
+        yield (
+            "moe.moe_layers ([]) must name at least one layer: otherwise the model stays dense."
+            "\n  set moe.moe_layers=all"
+        )
+    if outside := [layer for layer in layers if layer >= case.spec.num_layers]:
+        yield (
+            f"moe.moe_layers names {outside}, but the dense model has {case.spec.num_layers} "
+            f"layers.\n  valid ids: 0 to {case.spec.num_layers - 1}"
+        )
+    if len(set(layers)) != len(layers):
+        yield (
+            f"moe.moe_layers ({list(layers)}) names a layer twice.\n"
+            f"  set moe.moe_layers={sorted(set(layers))}"
+        )
+
+
+def capacity(case: Case) -> Iterator[str]:
+    """What is dropped and padded is defined."""
+    moe = case.config.moe
+    if moe.moe_expert_capacity_factor is None:
+        for name, unset in (
+            ("moe_pad_expert_input_to_capacity", False), ("moe_token_drop_policy", "probs"),
+            ("capacity_formula", "megatron"), ("capacity_scope", "rank"),
+        ):  # fmt: skip
+            if (value := getattr(moe, name)) != unset:
+                yield (
+                    f"moe.{name} ({value}) needs moe.moe_expert_capacity_factor: without one "
+                    "nothing is dropped.\n  set moe.moe_expert_capacity_factor, or leave "
+                    f"moe.{name} unset"
+                )
+        return
+    if not moe.moe_pad_expert_input_to_capacity:
+        return
+    if moe.capacity_scope == "sequence":
+        yield (
+            "moe.capacity_scope (sequence) cannot be with moe.moe_pad_expert_input_to_capacity "
+            "(true): an expert then takes another number of tokens from each rank, and there is no "
+            "one number to pad to.\n  set moe.capacity_scope=rank"
+        )
+    factor = moe.megatron_capacity_factor
+    assert factor is not None
+    if factor * moe.moe_router_topk > moe.num_moe_experts:
+        yield (
+            f"moe.moe_expert_capacity_factor ({moe.moe_expert_capacity_factor}) makes a capacity "
+            "larger than all tokens, which moe.moe_pad_expert_input_to_capacity (true) cannot pad "
+            f"to.\n  largest moe.moe_expert_capacity_factor: "
+            f"{moe.moe_expert_capacity_factor / factor * moe.num_moe_experts / moe.moe_router_topk}"
+        )
+
+
+def dispatcher(case: Case) -> Iterator[str]:
+    """The flex dispatcher can carry these tokens."""
+    moe, p = case.config.moe, case.config.parallel
+    if moe.moe_token_dispatcher_type != "flex":
+        return
+    if p.expert_parallel_size * p.expert_tensor_parallel_size == 1:
+        yield (
+            "moe.moe_token_dispatcher_type (flex) needs parallel.expert_parallel_size (1) * "
+            "parallel.expert_tensor_parallel_size (1) to be at least 2: every expert is on the "
+            "rank of its tokens, and there is nothing to send.\n"
+            "  set moe.moe_token_dispatcher_type=alltoall"
+        )
+    if moe.moe_flex_dispatcher_backend == "deepep" and moe.moe_pad_expert_input_to_capacity:
+        yield (
+            "moe.moe_flex_dispatcher_backend (deepep) cannot be with "
+            "moe.moe_pad_expert_input_to_capacity (true): DeepEP sends each token to its chosen "
+            "experts and has no padding.\n  set moe.moe_flex_dispatcher_backend=hybridep, or "
+            "leave moe.moe_pad_expert_input_to_capacity unset"
+        )
+
+
+def router(case: Case) -> Iterator[str]:
+    """The router can be trained and balanced as asked."""
+    moe = case.config.moe
+    sigmoid = moe.moe_router_score_function == "sigmoid"
+    if moe.moe_router_enable_expert_bias and not sigmoid:
+        yield (
+            "moe.moe_router_enable_expert_bias (true) needs moe.moe_router_score_function "
+            "(softmax) to be sigmoid: the bias is added to scores of experts taken alone.\n"
+            "  set moe.moe_router_score_function=sigmoid"
+        )
+    noisy = moe.router_gate != "linear"
+    if noisy and sigmoid:
+        yield (
+            f"moe.router_gate ({moe.router_gate}) needs moe.moe_router_score_function (sigmoid) to "
+            "be softmax, which the noisy gate is defined with.\n"
+            "  set moe.moe_router_score_function=softmax"
+        )
+    if moe.moe_router_load_balancing_type == "cv_squared" and not noisy:
+        yield (
+            "moe.moe_router_load_balancing_type (cv_squared) needs moe.router_gate (linear) to be "
+            "noisy: its load is a probability under the gate's noise.\n"
+            "  set moe.router_gate=noisy_linear or moe.moe_router_load_balancing_type=aux_loss"
+        )
+    if sigmoid and moe.router_order != "topk_softmax":
+        yield (
+            f"moe.router_order ({moe.router_order}) has no meaning with "
+            "moe.moe_router_score_function (sigmoid): scores of the chosen are divided by their "
+            "sum.\n  leave moe.router_order unset"
+        )

@@ -1,0 +1,111 @@
+"""Rules of text, mixtures and the schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_moe.config.mixtures import starting_weights
+from megatron_moe.errors import ConfigError
+from megatron_moe.rules.case import Case
+
+
+def schedule(case: Case) -> Iterator[str]:
+    """The learning rate reaches its peak and falls."""
+    optimizer, steps = case.config.optimizer, case.config.train.steps
+    if optimizer.min_lr > optimizer.lr:
+        yield (
+            f"optimizer.min_lr ({optimizer.min_lr}) must be at most optimizer.lr ({optimizer.lr}): "
+            "the schedule decays from lr to min_lr.\n"
+            f"  largest optimizer.min_lr: {optimizer.lr}"
+        )
+    if steps and optimizer.warmup_steps >= steps:
+        yield (
+            f"optimizer.warmup_steps ({optimizer.warmup_steps}) must be less than train.steps "
+            f"({steps}): otherwise the learning rate never reaches its peak.\n"
+            f"  largest optimizer.warmup_steps: {steps - 1}"
+        )
+
+
+def texts(case: Case) -> Iterator[str]:
+    """There is one text, or a mixture, and one way to hold text out."""
+    data = case.config.data
+    if (data.path is None) == (data.domains is None):
+        yield (
+            "data.path or data.domains must be set, one of the two.\n"
+            "  set data.path to a text, or data.domains to several by name in given shares"
+        )
+        return
+    if data.domains is not None and data.validation_path is not None:
+        yield (
+            "data.validation_path is for data.path.\n"
+            "  set data.domains.NAME.validation_path, or data.validation_fraction"
+        )
+    paths = [data.validation_path, *(d.validation_path for d in (data.domains or {}).values())]
+    if data.validation_fraction is not None and any(paths):
+        yield (
+            f"data.validation_fraction ({data.validation_fraction}) and a validation_path are two "
+            "ways to hold text out.\n  leave out one of the two"
+        )
+
+
+def mixing(case: Case) -> Iterator[str]:
+    """Weights that move have something to follow."""
+    data, train = case.config.data, case.config.train
+    try:
+        starting_weights(data)
+    except ConfigError as error:
+        yield str(error)
+    mixing, step_tokens = data.mixing, train.global_batch_size * data.seq_length
+    if mixing.update == "never":
+        return
+    rule = f"data.mixing.update ({mixing.update})"
+    if data.domains is None:
+        yield f"{rule} needs data.domains: one text has no shares that could move"
+        return
+    if mixing.reference_losses is None:
+        yield (
+            f"{rule} needs data.mixing.reference_losses: weights follow the losses above them.\n"
+            "  megatron-moe reference-loss CONFIG.yaml --out FILE evaluates the dense model"
+        )
+    judged = (data.validation_fraction, *(d.validation_path for d in data.domains.values()))
+    if judged[0] is None and not all(judged[1:]):
+        yield (
+            f"{rule} needs held-out text of each domain.\n"
+            "  set data.validation_fraction, or data.domains.NAME.validation_path for all"
+        )
+    if mixing.interval < step_tokens:
+        yield (
+            f"data.mixing.interval ({mixing.interval} tokens) must be at least the tokens of a "
+            f"step, train.global_batch_size * data.seq_length = {step_tokens}: weights move "
+            f"between steps.\n  smallest data.mixing.interval: {step_tokens}"
+        )
+
+
+def recompute(case: Case) -> Iterator[str]:
+    """The engine can recompute what is asked for."""
+    run = case.config.run
+    if case.config.train.recompute == "selective" and run.engine == "torch" and run.device != "cpu":
+        yield (
+            "train.recompute (selective) on CUDA needs run.engine (torch) to be "
+            "transformer_engine: Megatron-Core recomputes norms only with its modules, and the "
+            "torch engine's experts recompute their activations with any setting.\n"
+            "  set train.recompute to none, moe or full"
+        )
+
+
+def reset_attention(case: Case) -> Iterator[str]:
+    """The engine's attention can stay within documents."""
+    data, p, train = case.config.data, case.config.parallel, case.config.train
+    run = case.config.run
+    if not data.reset_attention or run.device == "cpu" or run.engine == "torch":
+        return
+    for name, value in (
+        ("parallel.context_parallel_size", p.context_parallel_size),
+        ("train.micro_batch_size", train.micro_batch_size),
+    ):
+        if value > 1:
+            yield (
+                f"data.reset_attention (true) with Transformer Engine needs {name} to be 1, not "
+                f"({value}): it takes packed documents as one row.\n"
+                "  set run.engine=torch, whose attention takes any, or use more micro-batches"
+            )

@@ -1,0 +1,148 @@
+"""Test ``--check``, ``flops`` and their output."""
+
+import io
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from rich.console import Console
+
+from megatron_moe.config.load import dump
+from megatron_moe.errors import CheckpointError, ConfigError
+from megatron_moe.planner.check import check_layout
+from megatron_moe.planner.count import count
+from megatron_moe.planner.drawing import draw, spans
+from megatron_moe.planner.parameters import total_parameters
+from megatron_moe.planner.search import search
+from megatron_moe.planner.tables import check_report, counts_report, search_report
+from megatron_moe.planner.workload import Degrees
+
+PAPER = {
+    "context_parallel_size": 2,
+    "pipeline_parallel_size": 4,
+    "virtual_pipeline_parallel_size": 8,
+    "expert_parallel_size": 8,
+}
+
+
+def printed(report) -> str:
+    console = Console(width=160, file=io.StringIO())
+    console.print(report)
+    return console.file.getvalue()
+
+
+def test_a_good_layout(make_config, llama3_spec):
+    result = check_layout(make_config(**PAPER), llama3_spec, gpus=128)
+    assert result.legal
+    assert result.fits
+    assert result.reasons == ()
+    tree = json.loads(json.dumps(result.to_json()))
+    assert tree["mfu"] == pytest.approx(46.8, abs=3)
+    assert tree["tokens_per_second_per_gpu"] > 4000
+    parts = {k: v for k, v in tree["memory_gib"].items() if k != "total"}
+    assert sum(parts.values()) == pytest.approx(tree["memory_gib"]["total"])
+    assert "matrix products" in printed(check_report(result))
+
+
+def test_an_illegal_layout_has_reasons_and_no_numbers(make_config, llama3_spec):
+    result = check_layout(make_config(tensor_parallel_size=3), llama3_spec, gpus=128)
+    assert not result.legal
+    assert "parallel.tensor_parallel_size" in "\n".join(result.reasons)
+    assert result.to_json()["mfu"] is None
+    assert "not legal" in printed(check_report(result))
+
+
+def test_a_layout_that_does_not_fit_reports_the_excess(make_config, llama3_spec):
+    result = check_layout(make_config(expert_parallel_size=8), llama3_spec, gpus=8)
+    assert result.legal
+    assert not result.fits
+    assert "GiB too many" in result.reasons[0]
+    assert "largest parts, GiB: optimizer" in result.reasons[0]
+
+
+def test_advice_names_one_change_that_is_faster(make_config, llama3_spec):
+    unchunked = {k: v for k, v in PAPER.items() if k != "virtual_pipeline_parallel_size"}
+    result = check_layout(make_config(**unchunked), llama3_spec, gpus=128)
+    assert result.advice[0].startswith("vpp 8:")
+
+
+def test_a_shared_expert_counts(make_config, llama3_spec, llama3_e8t2):
+    shared = replace(llama3_e8t2, shared_expert_size=1024)
+    grown = total_parameters(shared) - total_parameters(llama3_e8t2)
+    assert grown == 32 * 3 * 4096 * 1024
+
+
+def test_search_prints_layouts_and_their_placement(make_config, llama3_spec):
+    text = printed(search_report(search(make_config(), llama3_spec, gpus=128)))
+    for word in ("tokens/s/GPU", "faster, does not fit", "node 0", "NVLink"):
+        assert word in text
+
+
+def test_count_of_a_folder_with_only_a_config(tmp_path, llama2_config):
+    (tmp_path / "config.json").write_text(json.dumps(llama2_config))
+    counts = count(tmp_path)
+    assert (counts.sequence_length, counts.total_parameters) == (4096, 6_738_415_616)
+    assert f"{counts.forward_flops / 1e12:.1f}" == "62.9"
+    assert counts.training_flops == 3 * counts.forward_flops
+    assert count(tmp_path / "config.json", sequence_length=2048).sequence_length == 2048
+    assert "62.9 TFLOP" in printed(counts_report(counts))
+    assert {"forward_flops", "training_flops", "total_parameters", "active_parameters"} <= set(
+        counts.to_json()
+    )
+
+
+def test_count_of_a_run(tmp_path, make_config, llama3_config):
+    (tmp_path / "config.json").write_text(json.dumps(llama3_config))
+    config = make_config()
+    config = config.model_copy(update={"dense": config.dense.model_copy(update={"path": tmp_path})})
+    (tmp_path / "run.yaml").write_text(dump(config))
+    counts = count(tmp_path / "run.yaml")
+    assert f"{counts.total_parameters / 1e9:.1f}" == "47.5"
+    assert f"{counts.training_flops:.3e}" == "7.515e+14"
+
+
+def test_count_of_mixtral(tmp_path, llama2_config):
+    mixtral = llama2_config | {
+        "architectures": ["MixtralForCausalLM"], "intermediate_size": 14336,
+        "num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(mixtral))
+    counts = count(tmp_path)
+    assert counts.total_parameters == 46_702_792_704  # mistralai/Mixtral-8x7B-v0.1
+    assert counts.active_parameters == 12_879_925_248
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "qwen3_moe", "qwen3", "qwen2"])
+def test_count_agrees_with_hugging_face(model_type, tmp_path):
+    """Compare with the number of parameters that transformers builds from the same config.json."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.for_model(model_type, num_hidden_layers=3, vocab_size=1000)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    model.config.architectures = [type(model).__name__]
+    (tmp_path / "config.json").write_text(json.dumps(model.config.to_dict()))
+    assert count(tmp_path).total_parameters == model.num_parameters()
+
+
+def test_count_rejects_missing_and_incomplete_files(tmp_path):
+    with pytest.raises(ConfigError, match="neither a Hugging Face folder nor"):
+        count(tmp_path / "missing.yaml")
+    with pytest.raises(CheckpointError, match=r"cannot read .*config\.json"):
+        count(tmp_path)
+    (tmp_path / "config.json").write_text('{"architectures": ["MixtralForCausalLM"]}')
+    with pytest.raises(CheckpointError, match="lacks 'num_attention_heads'"):
+        count(tmp_path)
+
+
+def test_spans_report_which_groups_cross_nodes():
+    by_axis = {s.axis: s for s in spans(Degrees(gpus=128, tp=2, pp=8, ep=8, etp=2))}
+    assert (by_axis["tp"].nodes, by_axis["tp"].link) == (1, "NVLink")
+    assert (by_axis["ep"].nodes, by_axis["ep"].link) == (2, "network")
+    assert by_axis["cp"].link == "-"
+
+
+def test_a_drawing_shows_whole_nodes():
+    text = draw(Degrees(gpus=32, tp=4, pp=2, ep=8))
+    assert text.count("node ") == 2
+    assert "... 4 nodes, 2 to a pipeline stage" in text

@@ -1,0 +1,176 @@
+"""Test the time model: its accuracy on held-out models, and the direction of each term."""
+
+from dataclasses import astuple, replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_moe.planner.calibration import FITTED
+from megatron_moe.planner.fit import (
+    fit,
+    leave_one_model_out,
+    predict,
+    rescaled,
+    score,
+    sensitivity,
+    without,
+)
+from megatron_moe.planner.hardware import GPUS
+from megatron_moe.planner.layer import Machine
+from megatron_moe.planner.network import Group
+from megatron_moe.planner.published import published
+from megatron_moe.planner.time import least_seconds, step_time
+from megatron_moe.planner.workload import RECOMPUTE_SETTINGS, Degrees
+
+H100 = Machine(GPUS["h100"], FITTED)
+
+
+@pytest.fixture(scope="module")
+def held_out() -> list[float]:
+    return leave_one_model_out(published())
+
+
+def test_unseen_models_are_predicted(held_out):
+    result = score(held_out, published())
+    assert result.mean_absolute_error <= 2.5
+    assert result.spearman >= 0.9
+
+
+def test_folding_beats_not_folding_for_unseen_models(held_out):
+    rows = published()
+    pairs = 0
+    for i, without_folding in enumerate(rows):
+        if without_folding.folding is not False:
+            continue
+        with_folding = next(
+            j
+            for j, row in enumerate(rows)
+            if row.model == without_folding.model
+            and row.folding
+            and row.work.global_batch_size == 256
+        )
+        assert held_out[with_folding] > held_out[i]
+        pairs += 1
+    assert pairs == 3
+
+
+def test_the_shipped_constants_are_the_fit():
+    assert astuple(FITTED) == pytest.approx(astuple(fit(published())), rel=0.01)
+
+
+def test_accuracy_does_not_depend_on_the_batch_of_rows_without_one():
+    for batch in (128, 512):
+        assert sensitivity(published(), global_batch=batch).mean_absolute_error <= 2.5
+
+
+@pytest.mark.parametrize("term", ["ep", "output_layer", "attention", "etp"])
+def test_terms_that_carry_the_prediction(term):
+    rows = published()
+    full = score([predict(row).mfu for row in rows], rows).mean_absolute_error
+    assert score(rescaled(without(term, rows), rows), rows).mean_absolute_error > 1.2 * full
+
+
+@pytest.mark.parametrize("row", published(), ids=lambda row: f"{row.model}-{row.mfu}")
+def test_parts_sum_to_the_step_and_mfu_is_its_definition(row):
+    time = predict(row)
+    assert sum(time.parts.values()) == pytest.approx(time.step_seconds)
+    assert all(seconds >= 0 for seconds in time.parts.values())
+    tokens = row.work.sequence_length * row.work.global_batch_size
+    assert time.tokens_per_second_per_gpu == pytest.approx(
+        tokens / time.step_seconds / row.degrees.gpus
+    )
+    assert 0 < time.mfu < 100 * FITTED.gemm_efficiency
+
+
+@pytest.mark.parametrize("row", published(), ids=lambda row: f"{row.model}-{row.mfu}")
+def test_no_layout_beats_its_familys_bound(row):
+    bound = least_seconds(row.shape, row.work, row.degrees, H100)
+    assert bound < predict(row).step_seconds
+
+
+def test_interleaving_and_larger_batches_shrink_the_bubble():
+    row = published()[0]
+    finer = [
+        step_time(row.shape, row.work, replace(row.degrees, vpp=vpp), H100).parts["bubble"]
+        for vpp in (1, 2, 4, 8)
+    ]
+    assert finer == sorted(finer, reverse=True)
+    larger = [
+        step_time(row.shape, replace(row.work, global_batch_size=gbs), row.degrees, H100).mfu
+        for gbs in (64, 128, 256, 1024)
+    ]
+    assert larger == sorted(larger)
+
+
+def test_recomputing_more_takes_longer():
+    row = published()[0]
+    seconds = [
+        step_time(row.shape, replace(row.work, recompute=s), row.degrees, H100).step_seconds
+        for s in RECOMPUTE_SETTINGS
+    ]
+    assert seconds == sorted(seconds)
+    assert len(set(seconds)) == len(RECOMPUTE_SETTINGS)
+
+
+def test_experts_across_nodes_are_slower_than_within():
+    row = published()[5]
+    inside = predict(row)
+    outside = step_time(
+        row.shape, row.work, replace(row.degrees, ep=8, etp=2), H100
+    )  # 16 ranks: two nodes
+    assert outside.parts["ep"] > 3 * inside.parts["ep"]
+
+
+def test_strong_scaling_loses_efficiency():
+    row = next(r for r in published() if r.work.global_batch_size == 1024)
+    mfu = [
+        step_time(row.shape, row.work, replace(row.degrees, gpus=gpus), H100).mfu
+        for gpus in (128, 256, 512, 1024)
+    ]
+    assert mfu == sorted(mfu, reverse=True)
+
+
+@given(name=st.sampled_from(sorted(GPUS)), factor=st.floats(0.5, 2.0), imbalance=st.floats(1, 3))
+@settings(deadline=None)
+def test_more_load_takes_longer_on_every_gpu(name, factor, imbalance):
+    row, machine = published()[0], Machine(GPUS[name], FITTED)
+    light = replace(row.work, capacity_factor=factor, imbalance=imbalance)
+    heavy = replace(light, capacity_factor=None)
+    times = [step_time(row.shape, w, row.degrees, machine).step_seconds for w in (light, heavy)]
+    assert times[0] <= times[1]
+
+
+def test_a_faster_gpu_is_faster():
+    row = published()[0]
+    tokens = [
+        step_time(row.shape, row.work, row.degrees, Machine(GPUS[n], FITTED))
+        .tokens_per_second_per_gpu
+        for n in ("a100", "h100", "h200", "b200")
+    ]  # fmt: skip
+    assert tokens == sorted(tokens)
+
+
+def test_groups_in_one_node_cost_less_than_the_same_across():
+    links = H100.links
+    near, far = Group(8, 1), Group(8, 8)
+    for seconds in (links.all_to_all, links.gather, links.send):
+        assert seconds(far, 1e9) > 5 * seconds(near, 1e9)
+        assert seconds(Group(1, 1), 1e9) == 0
+
+
+def test_degrees_derive_dp_and_edp():
+    degrees = Degrees(gpus=128, tp=2, cp=2, pp=4, ep=8, etp=2)
+    assert (degrees.dp, degrees.edp) == (8, 2)
+
+
+@pytest.mark.parametrize(("pp", "vpp"), [(1, 1), (4, 1), (4, 8)])
+def test_the_bubble_is_pp_minus_one_chunks_of_a_micro_batch(pp, vpp):
+    """Compare with Narayanan et al. (arXiv 2104.04473, section 2.2): (pp - 1) / (vpp * m)."""
+    row = published()[0]
+    degrees = replace(row.degrees, pp=pp, vpp=vpp)
+    parts = dict(step_time(row.shape, row.work, degrees, H100).parts)
+    bubble = parts.pop("bubble")
+    ideal = sum(seconds for name, seconds in parts.items() if name not in ("pp", "dp", "optimizer"))
+    batches = row.work.micro_batches(degrees)
+    assert bubble == pytest.approx((pp - 1) / (vpp * batches) * ideal)

@@ -1,0 +1,464 @@
+"""Every rule refuses with both numbers, the reason and a way out that the rule accepts."""
+
+import itertools
+import math
+import re
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_moe.config.load import build
+from megatron_moe.config.run import RunConfig
+from megatron_moe.errors import ConfigError
+from megatron_moe.hf.spec import DenseSpec, spec_from_config
+from megatron_moe.parallel.layout import fold, local_experts
+from megatron_moe.rules.check import RULES, Case, check, legal_layout, violations
+
+LAYERS, HEADS, GROUPS, FFN, MAX_LENGTH = 12, 12, 6, 48, 256
+
+
+def make_spec(**changes: Any) -> DenseSpec:
+    dense = {
+        "architectures": ["LlamaForCausalLM"], "num_hidden_layers": LAYERS, "hidden_size": 48,
+        "intermediate_size": FFN, "num_attention_heads": HEADS, "num_key_value_heads": GROUPS,
+        "vocab_size": 100, "max_position_embeddings": MAX_LENGTH,
+    }  # fmt: skip
+    return spec_from_config(dense | changes)
+
+
+def make_config(changes: dict[str, Any] | None = None) -> RunConfig:
+    """A legal configuration for one rank, with ``section.key`` changes."""
+    tree: dict[str, dict[str, Any]] = {
+        "run": {"dir": "run"},
+        "dense": {"path": "dense"},
+        "moe": {"num_moe_experts": 8},
+        "parallel": {},
+        "upcycle": {},
+        "data": {"path": "text", "seq_length": 48},
+        "train": {"steps": 10, "global_batch_size": 48},
+        "optimizer": {"warmup_steps": 2},
+    }
+    for name, value in (changes or {}).items():
+        section, key = name.split(".")
+        tree[section][key] = value
+    return build(RunConfig, tree)
+
+
+def parallel(**degrees: int) -> dict[str, int]:
+    """tp, cp, pp, vpp, ep, etp as settings."""
+    names = {
+        "tp": "tensor", "cp": "context", "pp": "pipeline", "vpp": "virtual_pipeline",
+        "ep": "expert", "etp": "expert_tensor",
+    }  # fmt: skip
+    return {f"parallel.{names[short]}_parallel_size": size for short, size in degrees.items()}
+
+
+def domains(**weights: float | None) -> dict[str, Any]:
+    """Named domains instead of one text."""
+    named = {name: {"path": name, "weight": weight} for name, weight in weights.items()}
+    return {"data.path": None, "data.domains": named}
+
+
+MOVES = {"update": "doremi", "reference_losses": "losses.json"}
+HELD_OUT = {"data.validation_fraction": 0.1}
+
+# rule, changes to a legal configuration, world size, the whole message
+REFUSALS = [
+    ("dp", parallel(tp=2, cp=2), 6,
+     "world_size (6) must be divisible by pp * cp * tp = 1 * 2 * 2 = 4: dp is what is left over.\n"
+     "  nearest world_size: 4, 8"),
+    ("edp", parallel(ep=4) | {"train.global_batch_size": 6}, 6,
+     "world_size (6) must be divisible by pp * ep * etp = 1 * 4 * 1 = 4: edp is what is left over."
+     "\n  nearest world_size: 4, 8"),
+    ("edp-too-few", parallel(ep=8), 4,
+     "world_size (4) must be divisible by pp * ep * etp = 1 * 8 * 1 = 8: edp is what is left over."
+     "\n  nearest world_size: 8"),
+    ("heads", parallel(tp=4), 4,
+     "num_key_value_heads of the dense model (6) must be divisible by "
+     "parallel.tensor_parallel_size (4): each tp rank holds whole query groups.\n"
+     "  valid tensor_parallel_size: 1, 2, 3, 6"),
+    ("experts", parallel(ep=3), 3,
+     "moe.num_moe_experts (8) must be divisible by parallel.expert_parallel_size (3): each ep rank "
+     "holds whole experts.\n  valid expert_parallel_size: 1, 2, 4, 8"),
+    ("expert-neurons", parallel(etp=5) | {"train.global_batch_size": 5}, 5,
+     "moe.moe_ffn_hidden_size (48) must be divisible by parallel.expert_tensor_parallel_size (5): "
+     "each etp rank holds as many neurons of an expert.\n"
+     "  valid expert_tensor_parallel_size: 1, 2, 3, 4, 6, 8, 12, 16, 24, 48"),
+    ("topk", {"moe.moe_router_topk": 9}, 1,
+     "moe.moe_router_topk (9) must be at most moe.num_moe_experts (8): a token goes to different "
+     "experts.\n  largest moe.moe_router_topk: 8"),
+    ("padding", {"moe.moe_pad_expert_input_to_capacity": True}, 1,
+     "moe.moe_pad_expert_input_to_capacity (True) needs moe.moe_expert_capacity_factor: without "
+     "one nothing is dropped.\n  set moe.moe_expert_capacity_factor, or leave "
+     "moe.moe_pad_expert_input_to_capacity unset"),
+    ("padding-over-ranks", {"moe.moe_pad_expert_input_to_capacity": True,
+     "moe.moe_expert_capacity_factor": 1.0, "moe.capacity_scope": "sequence"}, 1,
+     "moe.capacity_scope (sequence) cannot be with moe.moe_pad_expert_input_to_capacity (true): an "
+     "expert then takes another number of tokens from each rank, and there is no one number to pad "
+     "to.\n  set moe.capacity_scope=rank"),
+    ("padding-beyond-all", {"moe.moe_pad_expert_input_to_capacity": True,
+     "moe.moe_expert_capacity_factor": 9.0, "moe.capacity_formula": "tokens_per_expert"}, 1,
+     "moe.moe_expert_capacity_factor (9.0) makes a capacity larger than all tokens, which "
+     "moe.moe_pad_expert_input_to_capacity (true) cannot pad to.\n"
+     "  largest moe.moe_expert_capacity_factor: 8.0"),
+    ("flex-alone", {"moe.moe_token_dispatcher_type": "flex"}, 1,
+     "moe.moe_token_dispatcher_type (flex) needs parallel.expert_parallel_size (1) * "
+     "parallel.expert_tensor_parallel_size (1) to be at least 2: every expert is on the rank of "
+     "its tokens, and there is nothing to send.\n  set moe.moe_token_dispatcher_type=alltoall"),
+    ("deepep-padding", parallel(ep=2) | {"moe.moe_token_dispatcher_type": "flex",
+     "moe.moe_pad_expert_input_to_capacity": True, "moe.moe_expert_capacity_factor": 1.0}, 2,
+     "moe.moe_flex_dispatcher_backend (deepep) cannot be with moe.moe_pad_expert_input_to_capacity "
+     "(true): DeepEP sends each token to its chosen experts and has no padding.\n"
+     "  set moe.moe_flex_dispatcher_backend=hybridep, or leave "
+     "moe.moe_pad_expert_input_to_capacity unset"),
+    ("bias", {"moe.moe_router_enable_expert_bias": True}, 1,
+     "moe.moe_router_enable_expert_bias (true) needs moe.moe_router_score_function (softmax) to be "
+     "sigmoid: the bias is added to scores of experts taken alone.\n"
+     "  set moe.moe_router_score_function=sigmoid"),
+    ("tp-overlap", {"train.tp_comm_overlap": True}, 1,
+     "train.tp_comm_overlap (true) needs parallel.tensor_parallel_size (1) to be at least 2: there "
+     "is no communication to overlap.\n  leave train.tp_comm_overlap unset"),
+    ("tp-overlap-engine", parallel(tp=3) | {"train.tp_comm_overlap": True, "run.engine": "torch",
+     "train.global_batch_size": 3}, 3,
+     "train.tp_comm_overlap (true) needs run.engine to be transformer_engine: only its linear "
+     "layers overlap communication with the products.\n  leave train.tp_comm_overlap unset"),
+    ("sigmoid-order", {"moe.moe_router_score_function": "sigmoid",
+     "moe.router_order": "softmax_topk"}, 1,
+     "moe.router_order (softmax_topk) has no meaning with moe.moe_router_score_function (sigmoid): "
+     "scores of the chosen are divided by their sum.\n  leave moe.router_order unset"),
+    ("top1", {"moe.moe_router_topk": 1}, 1,
+     "moe.moe_router_topk (1) with moe.router_order (topk_softmax) is not trainable: the softmax "
+     "over one chosen expert is always 1, so the router gets no gradient.\n"
+     "  set moe.router_order=softmax_topk or moe.moe_router_topk=2"),
+    ("copy", {"moe.moe_ffn_hidden_size": 24}, 1,
+     "moe.moe_ffn_hidden_size (24) must equal the dense model's intermediate_size (48) with "
+     "upcycle.method (copy): each expert is the whole dense FFN.\n"
+     "  leave moe.moe_ffn_hidden_size unset"),
+    ("shared-expert", parallel(tp=3) | {
+        "moe.moe_ffn_hidden_size": 5, "moe.moe_shared_expert_intermediate_size": 8,
+        "upcycle.method": "split_random", "train.global_batch_size": 48}, 3,
+     "moe.moe_shared_expert_intermediate_size (8) must be divisible by "
+     "parallel.tensor_parallel_size (3): the shared expert is split over tp.\n"
+     "  valid tensor_parallel_size: 1, 2, 4, 8"),
+    ("dense-ends", {"moe.first_dense_layers": 6, "moe.last_dense_layers": 6}, 1,
+     "moe.first_dense_layers (6) + moe.last_dense_layers (6) must be less than the dense model's "
+     "num_hidden_layers (12): otherwise the model stays dense.\n  largest sum: 11"),
+    ("dense-ends-of-a-list", {"moe.moe_layers": [3], "moe.first_dense_layers": 1}, 1,
+     "moe.first_dense_layers (1) and moe.last_dense_layers (0) are for moe.moe_layers (all), but "
+     "it is a list.\n  leave the dense layers out of the list"),
+    ("no-moe-layer", {"moe.moe_layers": []}, 1,
+     "moe.moe_layers ([]) must name at least one layer: otherwise the model stays dense.\n"
+     "  set moe.moe_layers=all"),
+    ("layer-ids", {"moe.moe_layers": [0, 12, 99]}, 1,
+     "moe.moe_layers names [12, 99], but the dense model has 12 layers.\n  valid ids: 0 to 11"),
+    ("layer-twice", {"moe.moe_layers": [3, 0, 3]}, 1,
+     "moe.moe_layers ([0, 3, 3]) names a layer twice.\n  set moe.moe_layers=[0, 3]"),
+    ("vpp-alone", parallel(vpp=2), 1,
+     "parallel.virtual_pipeline_parallel_size (2) needs parallel.pipeline_parallel_size of at "
+     "least 2: chunks are interleaved between stages.\n"
+     "  leave parallel.virtual_pipeline_parallel_size unset"),
+    ("layers", parallel(pp=2, vpp=4), 2,
+     "num_hidden_layers of the dense model (12) must be divisible by pp * vpp = 2 * 4 = 8: every "
+     "chunk holds as many layers.\n  nearest pp x vpp: 2x3, 3x2, 6x1, 2x2"),
+    ("sequence", parallel(tp=2) | {"data.seq_length": 47}, 2,
+     "data.seq_length (47) must be divisible by tp = 2: the sequence is shared by these ranks.\n"
+     "  nearest data.seq_length: 46, 48"),
+    ("sequence-zigzag", parallel(tp=2, cp=2) | {"data.seq_length": 50}, 4,
+     "data.seq_length (50) must be divisible by 2 * cp * tp = 8: the sequence is shared by these "
+     "ranks.\n  nearest data.seq_length: 48, 56"),
+    ("too-long", {"data.seq_length": 257}, 1,
+     "data.seq_length (257) must be at most the dense model's max_position_embeddings (256): it "
+     "has not seen positions beyond.\n  largest data.seq_length: 256"),
+    ("batch", {"train.global_batch_size": 10, "train.micro_batch_size": 2}, 4,
+     "train.global_batch_size (10) must be divisible by train.micro_batch_size * dp = 2 * 4 = 8: "
+     "every replica takes whole micro-batches.\n  nearest train.global_batch_size: 8, 16"),
+    ("batch-vpp", parallel(pp=2, vpp=2) | {"train.global_batch_size": 3}, 2,
+     "micro-batches of a step (train.global_batch_size / (micro_batch_size * dp) = 3) must be "
+     "divisible by parallel.pipeline_parallel_size (2) with virtual_pipeline_parallel_size: the "
+     "interleaved schedule runs them in rounds.\n  nearest train.global_batch_size: 2, 4"),
+    ("min-lr", {"optimizer.min_lr": 1e-3}, 1,
+     "optimizer.min_lr (0.001) must be at most optimizer.lr (3e-05): the schedule decays from lr "
+     "to min_lr.\n  largest optimizer.min_lr: 3e-05"),
+    ("no-text", {"data.path": None}, 1,
+     "data.path or data.domains must be set, one of the two.\n"
+     "  set data.path to a text, or data.domains to several by name in given shares"),
+    ("two-ways-to-hold-out", {"data.validation_path": "v", "data.validation_fraction": 0.1}, 1,
+     "data.validation_fraction (0.1) and a validation_path are two ways to hold text out.\n"
+     "  leave out one of the two"),
+    ("validation-of-domains", domains(a=1) | {"data.validation_path": "v"}, 1,
+     "data.validation_path is for data.path.\n"
+     "  set data.domains.NAME.validation_path, or data.validation_fraction"),
+    ("weight-0", domains(a=0, b=1), 1,
+     "weight of domain 'a' (0.0) must be positive\n  remove domains that should not be sampled"),
+    ("no-weight", domains(a=None, b=1), 1,
+     "data.domains.a must have a weight: data.mixing.weights is given"),
+    ("sum", domains(a=3, b=1), 1,
+     "weights of the domains sum to 4, and must sum to 1: they are shares of samples.\n"
+     "  in these proportions: a: 0.75, b: 0.25"),
+    ("missing-domain", domains(a=None) | {"data.mixing": {"weights": "llama"}}, 1,
+     "mixture 'llama' is for the domains commoncrawl, c4, github, wikipedia, books, arxiv, "
+     "stackexchange: missing ['arxiv', 'books', 'c4', 'commoncrawl', 'github', 'stackexchange', "
+     "'wikipedia'], without a weight ['a'].\n  rename the domains, or set data.domains.*.weight"),
+    ("two-weights", domains(a=1) | {"data.mixing": {"weights": "llama"}}, 1,
+     "data.domains.a.weight is set, but data.mixing.weights is llama, which brings its own.\n"
+     "  leave out one of the two"),
+    ("one-text-moves", {"data.mixing": MOVES}, 1,
+     "data.mixing.update (doremi) needs data.domains: one text has no shares that could move"),
+    ("no-reference", domains(a=1) | HELD_OUT | {"data.mixing": {"update": "doremi"}}, 1,
+     "data.mixing.update (doremi) needs data.mixing.reference_losses: weights follow the losses "
+     "above them.\n"
+     "  megatron-moe reference-loss CONFIG.yaml --out FILE evaluates the dense model"),
+    ("not-judged", domains(a=1) | {"data.mixing": MOVES}, 1,
+     "data.mixing.update (doremi) needs held-out text of each domain.\n"
+     "  set data.validation_fraction, or data.domains.NAME.validation_path for all"),
+    ("interval", domains(a=1) | HELD_OUT | {"data.mixing": {**MOVES, "interval": 2303}}, 1,
+     "data.mixing.interval (2303 tokens) must be at least the tokens of a step, "
+     "train.global_batch_size * data.seq_length = 2304: weights move between steps.\n"
+     "  smallest data.mixing.interval: 2304"),
+    ("recompute-engine", {"train.recompute": "selective", "run.engine": "torch"}, 1,
+     "train.recompute (selective) on CUDA needs run.engine (torch) to be transformer_engine: "
+     "Megatron-Core recomputes norms only with its modules, and the torch engine's experts "
+     "recompute their activations with any setting.\n  set train.recompute to none, moe or full"),
+    ("reset-attention", {"data.reset_attention": True, "train.micro_batch_size": 2}, 1,
+     "data.reset_attention (true) with Transformer Engine needs train.micro_batch_size to be 1, "
+     "not (2): it takes packed documents as one row.\n"
+     "  set run.engine=torch, whose attention takes any, or use more micro-batches"),
+    ("warmup", {"optimizer.warmup_steps": 10}, 1,
+     "optimizer.warmup_steps (10) must be less than train.steps (10): otherwise the learning rate "
+     "never reaches its peak.\n  largest optimizer.warmup_steps: 9"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "world_size", "message"), [pytest.param(*r[1:], id=r[0]) for r in REFUSALS]
+)
+def test_a_refusal_names_setting_rule_reason_and_way_out(changes, world_size: int, message: str):
+    assert violations(make_config(), make_spec(), 1) == [], "it is the change that is refused"
+    assert violations(make_config(changes), make_spec(), world_size) == [message]
+
+
+def test_layers_that_stay_dense_are_split_over_tp():
+    spec = make_spec(intermediate_size=50)
+    changes = parallel(tp=3) | {"moe.moe_layers": [0, 1]}
+    assert violations(make_config(changes), spec, 3) == [
+        "intermediate_size of the dense model (50) must be divisible by "
+        "parallel.tensor_parallel_size (3): the layers that stay dense are split over tp.\n"
+        "  valid tensor_parallel_size: 1, 2, 5, 10, 25, 50"
+    ]
+    assert violations(make_config(changes | {"moe.moe_layers": "all"}), spec, 3) == []
+
+
+def test_every_rule_has_a_refusal_here():
+    spec = make_spec(intermediate_size=50)
+    dense = (parallel(tp=3) | {"moe.moe_layers": [0]}, 3)
+    told = set()
+    for changes, world_size in [*((r[1], r[2]) for r in REFUSALS), dense]:
+        case = Case(make_config(changes), spec, world_size)
+        told |= {rule for rule in RULES if list(rule(case))}
+    assert told == set(RULES)
+
+
+def test_all_violations_come_in_one_error():
+    changes = parallel(tp=4, ep=3, cp=2) | {
+        "moe.moe_router_topk": 9, "data.seq_length": 50, "optimizer.min_lr": 1.0,
+    }  # fmt: skip
+    found = violations(make_config(changes), make_spec(), 7)
+    assert len(found) == 7
+    with pytest.raises(ConfigError) as caught:
+        check(make_config(changes), make_spec(), 7)
+    assert str(caught.value) == "\n".join([*found, "  no layout of 7 ranks is legal with the "
+                                           "other settings"])  # fmt: skip
+    for setting in (
+        "pp * cp * tp", "pp * ep * etp", "num_key_value_heads", "num_moe_experts",
+        "moe_router_topk", "seq_length", "min_lr",
+    ):  # fmt: skip
+        assert sum(setting in message for message in found) >= 1, setting
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        parallel(vpp=1),
+        {"moe.moe_router_topk": 1, "moe.router_order": "softmax_topk"},
+        {"moe.moe_router_topk": 8},
+        {"train.steps": 0},
+        {"optimizer.warmup_steps": 0},
+        {"data.seq_length": 256},
+        {"moe.moe_ffn_hidden_size": FFN},
+        {"moe.moe_layers": [11]},
+        {"optimizer.min_lr": 3e-5},
+    ],
+    ids=lambda changes: ",".join(f"{k.split('.')[1]}={v}" for k, v in changes.items()),
+)
+def test_the_edge_of_a_rule_is_legal(changes: dict[str, Any]):
+    check(make_config(changes), make_spec(), 1)
+
+
+SIZES = st.sampled_from([1, 2, 3, 4, 5, 6, 8])
+RANDOM = st.fixed_dictionaries(
+    {
+        "parallel.tensor_parallel_size": SIZES,
+        "parallel.context_parallel_size": SIZES,
+        "parallel.pipeline_parallel_size": SIZES,
+        "parallel.virtual_pipeline_parallel_size": st.none() | SIZES,
+        "parallel.expert_parallel_size": SIZES,
+        "parallel.expert_tensor_parallel_size": SIZES,
+        "moe.num_moe_experts": st.integers(1, 16),
+        "moe.moe_layers": st.just("all") | st.just([0, 5]),
+        "data.seq_length": st.sampled_from([32, 48, 96, 100, 240]),
+        "train.global_batch_size": st.integers(1, 64),
+        "train.micro_batch_size": st.integers(1, 3),
+    }
+)
+
+
+def worlds_of(changes: dict[str, Any]) -> list[int]:
+    """World sizes around those that hold the layout."""
+    tp, cp, pp, ep, etp = (
+        changes[f"parallel.{name}_parallel_size"]
+        for name in ("tensor", "context", "pipeline", "expert", "expert_tensor")
+    )
+    return sorted({pp * tp * cp, pp * ep * etp, pp * tp * cp * ep * etp, 24, 7})
+
+
+@given(changes=RANDOM, data=st.data())
+@settings(max_examples=300, deadline=None)
+def test_what_is_accepted_divides_and_folds(changes: dict[str, Any], data: st.DataObject):
+    world_size = data.draw(st.sampled_from(worlds_of(changes)))
+    config, spec = make_config(changes), make_spec()
+    if violations(config, spec, world_size):
+        return
+    assert_runs(config, spec, world_size)
+
+
+LEGAL_DEGREES = [
+    pytest.param(tp, cp, pp, vpp, ep, etp, id=f"tp{tp}-cp{cp}-pp{pp}-vpp{vpp}-ep{ep}-etp{etp}")
+    for tp, cp, pp, vpp, ep, etp in itertools.product(
+        (1, 3), (1, 2), (1, 2), (1, 3), (1, 4), (1, 3)
+    )
+    if pp > 1 or vpp == 1
+]
+
+
+@pytest.mark.parametrize(("tp", "cp", "pp", "vpp", "ep", "etp"), LEGAL_DEGREES)
+def test_degrees_that_divide_are_accepted(tp, cp, pp, vpp, ep, etp):
+    """No rule refuses too much: everything divides 144 and runs."""
+    degrees = parallel(tp=tp, cp=cp, pp=pp, vpp=vpp, ep=ep, etp=etp)
+    config = make_config(degrees | {"train.global_batch_size": 144 * 2})
+    check(config, make_spec(), 144)
+    assert_runs(config, make_spec(), 144)
+
+
+def assert_runs(config: RunConfig, spec: DenseSpec, world_size: int) -> None:
+    """Everything that is shared is shared in whole parts."""
+    layout = fold(config.parallel, world_size=world_size)
+    vpp = config.parallel.virtual_pipeline_parallel_size or 1
+    pp, dp, cp, tp = layout.attention.shape
+    experts = [
+        local_experts(layout, rank=rank, num_experts=config.moe.num_moe_experts)
+        for rank in layout.experts.groups("ep")[0]
+    ]
+    assert [e for run in experts for e in run] == list(range(config.moe.num_moe_experts))
+    assert spec.num_query_groups % tp == 0
+    assert spec.num_attention_heads % tp == 0
+    assert spec.ffn_hidden_size % layout.experts.size("etp") == 0
+    assert spec.num_layers % (pp * vpp) == 0
+    assert config.data.seq_length % cp == 0
+    assert config.data.seq_length // cp % (tp * (2 if cp > 1 else 1)) == 0
+    micro_batches, rest = divmod(config.train.global_batch_size, dp * config.train.micro_batch_size)
+    assert rest == 0
+    assert micro_batches >= 1
+    assert vpp == 1 or micro_batches % pp == 0
+
+
+@given(changes=RANDOM, data=st.data())
+@settings(max_examples=200, deadline=None)
+def test_every_value_that_is_offered_keeps_the_rule(changes: dict[str, Any], data: st.DataObject):
+    world_size = data.draw(st.sampled_from(worlds_of(changes)))
+    for message in violations(make_config(changes), make_spec(), world_size):
+        offers = list(offered(message))
+        assert "\n  " in message, "every message ends in a way out"
+        for setting in offers:
+            world = setting.pop("world_size", world_size)
+            left = violations(make_config(changes | setting), make_spec(), world)
+            assert rule_of(message) not in map(rule_of, left), (message, setting)
+
+
+def rule_of(message: str) -> str:
+    """The message without its numbers, which a try with another value changes."""
+    return re.sub(r"[\d.]+", "#", message.splitlines()[0].replace("2 * cp * tp", "tp"))
+
+
+def offered(message: str):
+    """Each value of the indented line as a change of settings."""
+    lines = r"\n  (?:valid|nearest|largest|smallest) ([\w. ]+): (.*)"
+    for name, values in re.findall(lines, message):
+        for value in values.split(", "):
+            if name == "pp x vpp":
+                pp, vpp = map(int, value.split("x"))
+                yield parallel(pp=pp, vpp=vpp)
+            else:
+                full = f"parallel.{name}" if name.endswith("parallel_size") else name
+                yield {full: int(value)}
+
+
+@given(changes=RANDOM, data=st.data())
+@settings(max_examples=50, deadline=None)
+def test_the_nearest_legal_layout_is_legal_and_no_nearer_one_is(
+    changes: dict[str, Any], data: st.DataObject
+):
+    """Against a search through everything: all degrees up to the world's size."""
+    world_size = data.draw(st.sampled_from([w for w in worlds_of(changes) if w <= 24]))
+    config, spec = make_config(changes), make_spec()
+    way_out = legal_layout(config, spec, world_size)
+    legal = [
+        degrees
+        for degrees in itertools.product(*[divisors(world_size)] * 3, range(1, 13),
+                                         *[divisors(world_size)] * 2)
+        if is_legal_layout(changes, degrees, world_size)
+    ]  # fmt: skip
+    wanted = tuple(changes[name] or 1 for name in DEGREES)
+    if wanted in legal:
+        assert way_out == []
+    elif not legal:
+        assert way_out == [f"  no layout of {world_size} ranks is legal with the other settings"]
+    else:
+        assert way_out[0].startswith(f"  nearest legal layout of {world_size} ranks: parallel.")
+        moved = re.findall(r"(parallel\.\w+)=(\d+)", way_out[0])
+        found = tuple(int(dict(moved).get(name, changes[name] or 1)) for name in DEGREES)
+        assert found in legal
+        assert far(found, wanted) == pytest.approx(min(far(one, wanted) for one in legal))
+
+
+DEGREES = [f"parallel.{name}_parallel_size" for name in (
+    "tensor", "context", "pipeline", "virtual_pipeline", "expert", "expert_tensor")]  # fmt: skip
+
+
+def far(a: tuple[int, ...], b: tuple[int, ...]) -> float:
+    return sum(abs(math.log2(x / y)) for x, y in zip(a, b, strict=True))
+
+
+def divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def is_legal_layout(changes: dict[str, Any], degrees: tuple[int, ...], world_size: int) -> bool:
+    """The rules of layouts, each in a line, apart from the checker's."""
+    tp, cp, pp, vpp, ep, etp = degrees
+    length, batch = changes["data.seq_length"], changes["train.global_batch_size"]
+    if world_size % (tp * cp * pp) or world_size % (pp * ep * etp):
+        return False
+    micro, rest = divmod(batch, changes["train.micro_batch_size"] * (world_size // (tp * cp * pp)))
+    return not (
+        rest
+        or GROUPS % tp
+        or changes["moe.num_moe_experts"] % ep
+        or FFN % etp
+        or (changes["moe.moe_layers"] != "all" and FFN % tp)
+        or LAYERS % (pp * vpp)
+        or (vpp > 1 and (pp == 1 or micro % pp))
+        or length % (tp * (2 * cp if cp > 1 else 1))
+        or changes["moe.num_moe_experts"] < 2  # top-2 of one expert: no layout helps
+    )

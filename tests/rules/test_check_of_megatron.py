@@ -1,0 +1,123 @@
+"""The checker's verdict on random layouts against Megatron-Core's: groups made, models built.
+
+One process stands for any rank (torch's fake backend joins groups without peers), so Megatron-Core
+itself says whether it takes a layout: `initialize_model_parallel` and the construction of GPTModel.
+What we accept it must accept. We refuse more, and only for these reasons:
+
+* batch and sequence: Megatron-Core finds out in the middle of the first step, or never;
+* vpp with one stage: its schedule needs two, which it asserts at the first step.
+"""
+
+import functools
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from megatron_moe.config.load import build
+from megatron_moe.config.run import RunConfig
+from megatron_moe.hf.spec import spec_from_config
+from megatron_moe.rules.check import violations
+from megatron_moe.runtime.engine import TORCH_ON_CPU
+
+pytestmark = pytest.mark.distributed
+
+DENSE = {
+    "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 6, "hidden_size": 48,
+    "intermediate_size": 36, "num_attention_heads": 12, "num_key_value_heads": 6,
+    "vocab_size": 60, "max_position_embeddings": 64,
+}  # fmt: skip
+STRICTER = (
+    "data.seq_length (", "train.global_batch_size (", "micro-batches of a step",
+    "parallel.virtual_pipeline_parallel_size (",
+)  # fmt: skip
+AXES = ("tensor", "context", "pipeline", "virtual_pipeline", "expert", "expert_tensor")
+SIZES = st.sampled_from([1, 1, 1, 1, 2, 2, 2, 3, 4])
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> tuple[RunConfig, int]:
+    """Degrees and a world that often holds them."""
+    degrees = {f"{axis}_parallel_size": draw(SIZES) for axis in AXES}
+    tp, cp, pp, _, ep, etp = degrees.values()
+    fitting = math.lcm(pp * tp * cp, pp * ep * etp)
+    world = draw(st.sampled_from([fitting, fitting, 2 * fitting, 8]))
+    tree: dict[str, dict[str, Any]] = {
+        "run": {"dir": "run", "device": "cpu"},
+        "dense": {"path": "dense"},
+        "moe": {"num_moe_experts": 8},
+        "parallel": degrees,
+        "data": {"path": "text", "seq_length": draw(st.sampled_from([48, 48, 50, 63]))},
+        "train": {"steps": 10, "global_batch_size": draw(st.sampled_from([144, 144, 50, 7]))},
+        "optimizer": {"warmup_steps": 2},
+    }
+    return build(RunConfig, tree), world
+
+
+def test_what_we_accept_megatron_accepts_and_what_it_refuses_we_refuse():
+    # A child, because Megatron-Core's groups are globals of a process.
+    mp.start_processes(_compare, nprocs=1, start_method="fork")
+
+
+def _compare(_: int) -> None:
+    seen = {"both": 0, "neither": 0, "stricter": 0}
+
+    @settings(max_examples=120, deadline=None, phases=[Phase.generate], derandomize=True,
+              suppress_health_check=list(HealthCheck))  # fmt: skip
+    @given(layouts())
+    def agree(drawn: tuple[RunConfig, int]) -> None:
+        config, world = drawn
+        ours = violations(config, spec_from_config(DENSE), world)
+        theirs = _refusal_of_megatron(config, world)
+        if theirs is not None:
+            assert ours, (
+                f"we accept what Megatron-Core refuses: {config.parallel} {world}: {theirs}"
+            )
+            seen["neither"] += 1
+        elif ours:
+            assert all(message.startswith(STRICTER) for message in ours), (config.parallel, ours)
+            seen["stricter"] += 1
+        else:
+            seen["both"] += 1
+
+    agree()
+    assert min(seen.values()) >= 5, f"the test has not looked at all kinds: {seen}"
+
+
+def _refusal_of_megatron(config: RunConfig, world: int) -> str | None:
+    """Why Megatron-Core does not take the layout, on the first or the last rank; None: it does."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from megatron.core.transformer.transformer_block import get_num_layers_to_build
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from megatron_moe.model.build import build_model
+    from megatron_moe.parallel.groups import create_groups, destroy_groups
+
+    # The fake backend knows no options of NCCL's.
+    parallel_state.create_group = functools.partial(_new_group, dist)
+    for rank in {0, world - 1}:
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+        try:
+            layout, groups = create_groups(config.parallel, seed=0)
+            with torch.device("meta"):
+                model = build_model(
+                    config, spec_from_config(DENSE), layout=layout, groups=groups, rank=rank,
+                    engine=TORCH_ON_CPU,
+                )  # fmt: skip
+            for stage in range(len(model.chunks)):  # our spec asks for layers by our own arithmetic
+                get_num_layers_to_build(model.transformer, stage, groups.pp.rank())
+        except (AssertionError, RuntimeError, ValueError) as error:
+            return f"{type(error).__name__}: {error}"
+        finally:
+            destroy_groups()
+            dist.destroy_process_group()
+    return None
+
+
+def _new_group(dist: Any, ranks: Any = None, *_: object, **__: object) -> Any:
+    return dist.new_group(ranks)

@@ -1,0 +1,155 @@
+"""The fused AdamW against torch's own, and the state layout that Megatron-Core saves."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_moe.runtime.adamw import FusedAdamW
+
+SHAPES = [(7, 5), (64,), (1,), (3, 2, 4)]
+STEPS = 6
+
+
+def parameters() -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
+
+
+def set_gradients(params: list[torch.nn.Parameter], step: int) -> None:
+    generator = torch.Generator().manual_seed(100 + step)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator) * 10.0 ** (step - 3)
+
+
+def groups(params: list[torch.nn.Parameter]) -> list[dict]:
+    return [
+        {"params": params[:2], "weight_decay": 0.1},
+        {"params": params[2:], "weight_decay": 0.0, "lr": 3e-3},
+    ]
+
+
+@pytest.mark.parametrize("norm", [50.0, 0.5], ids=["longer", "shorter"])
+def test_clipping_in_the_step_is_clipping_before_it(norm: float):
+    """Of the next step only."""
+    mine, theirs = parameters(), parameters()
+    ours, torchs = (FusedAdamW(groups(p), lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
+                    for p in (mine, theirs))  # fmt: skip
+    for step in range(2):
+        set_gradients(mine, step)
+        set_gradients(theirs, step)
+        if step == 0:
+            ours.clip(max_norm=1.0, total_norm=norm)
+            for p in theirs:
+                assert p.grad is not None
+                p.grad.mul_(min(1.0, 1.0 / (norm + 1e-6)))
+        ours.step()
+        torchs.step()
+        for a, b in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)  # a division, not a product
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.95), (0.9, 0.999)], ids=str)
+@pytest.mark.parametrize("eps", [1e-8, 1e-3])
+def test_every_step_is_torchs(betas: tuple[float, float], eps: float):
+    mine, theirs = parameters(), parameters()
+    settings = {"lr": 1e-2, "betas": betas, "eps": eps}
+    ours = FusedAdamW(groups(mine), **settings)
+    torchs = torch.optim.AdamW(groups(theirs), **settings)
+    for step in range(STEPS):
+        for params, optimizer in ((mine, ours), (theirs, torchs)):
+            set_gradients(params, step)
+            for group in optimizer.param_groups:
+                group["lr"] *= 0.9  # as the schedule does
+            optimizer.step()
+        for p, q in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+            for name in ("exp_avg", "exp_avg_sq"):
+                torch.testing.assert_close(
+                    ours.state[p][name], torchs.state[q][name], rtol=1e-6, atol=1e-12
+                )
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_kernels_scalars_are_on_the_parameters_device(
+    device: str, monkeypatch: pytest.MonkeyPatch
+):
+    """One step count a group. The CUDA kernel reads these and checks nothing."""
+    calls = []
+
+    def kernel(
+        params: list,
+        grads: list,
+        avgs: list,
+        squares: list,
+        maxes: list,
+        steps: list,
+        **options: Any,
+    ):
+        calls.append((steps, options))
+
+    monkeypatch.setattr(torch, "_fused_adamw_", kernel)
+    params = [torch.nn.Parameter(p.detach().to(device)) for p in parameters()]
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer = FusedAdamW(groups(params), lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
+    optimizer.clip(max_norm=1.0, total_norm=4.0)
+    optimizer.step()
+    assert len(calls) == 2
+    for steps, options in calls:
+        scale = options["grad_scale"]
+        assert len(steps) == 2
+        assert steps[0] is steps[1]
+        assert {steps[0].device.type, scale.device.type} == {device}
+        assert steps[0].dtype == scale.dtype == torch.float32
+        assert isinstance(options["lr"], float)
+
+
+def test_one_step_by_hand():
+    p = torch.nn.Parameter(torch.tensor([2.0], dtype=torch.float64))
+    optimizer = FusedAdamW([p], lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.5)
+    p.grad = torch.tensor([-3.0], dtype=torch.float64)
+    optimizer.step()
+    # Corrected moments of the first step are g and g^2: the step is lr * sign(g), after decay.
+    assert p.item() == pytest.approx(2.0 * (1 - 0.1 * 0.5) + 0.1, abs=1e-8)
+
+
+def test_the_step_is_counted_once_a_group_also_without_gradients():
+    """The count is saved as one number for all ranks, and some rank may hold none of a group."""
+    mine = parameters()
+    optimizer = FusedAdamW(groups(mine), lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
+    before = [p.detach().clone() for p in mine]
+    for _ in range(3):
+        set_gradients(mine[:2], 0)
+        optimizer.step()
+    assert [group["step"] for group in optimizer.param_groups] == [3, 3]
+    assert all(set(optimizer.state[p]) == {"exp_avg", "exp_avg_sq"} for p in mine[:2])
+    assert not any(optimizer.state[p] for p in mine[2:])
+    assert all(torch.equal(p, b) for p, b in zip(mine[2:], before[2:], strict=True))
+
+
+def test_a_loaded_state_goes_on_to_the_last_bit():
+    def run(params: list[torch.nn.Parameter], optimizer: FusedAdamW, steps: range) -> None:
+        for step in steps:
+            set_gradients(params, step)
+            optimizer.step()
+
+    settings = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    one = parameters()
+    optimizer = FusedAdamW(one, **settings)
+    run(one, optimizer, range(3))
+    other = [torch.nn.Parameter(p.detach().clone()) for p in one]
+    resumed = FusedAdamW(other, **settings)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    run(one, optimizer, range(3, STEPS))
+    run(other, resumed, range(3, STEPS))
+    assert all(torch.equal(p, q) for p, q in zip(one, other, strict=True))
+
+
+def test_options_of_cuda_kernels_are_taken_and_do_nothing():
+    optimizer = FusedAdamW(
+        parameters(), lr=1.0, betas=(0.9, 0.95), eps=1e-8, adam_w_mode=True, capturable=False
+    )
+    assert optimizer.param_groups[0]["bias_correction"] is True
+    assert "adam_w_mode" not in optimizer.param_groups[0]

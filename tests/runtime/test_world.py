@@ -1,0 +1,210 @@
+"""Where a process stands, and what becomes of local ranks that fail."""
+
+import logging
+import os
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_moe.errors import ConfigError, JobError, UserError
+from megatron_moe.runtime import world as world_module
+from megatron_moe.runtime.world import (
+    Place,
+    World,
+    place_from_environment,
+    resolve_device,
+    run_local_ranks,
+)
+
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+SLURM = {
+    "SLURM_PROCID": "9", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1", "SLURM_NTASKS_PER_NODE": "8",
+    "MASTER_ADDR": "node0",
+}  # fmt: skip
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch):
+    """Sets exactly these of the variables that place a process."""
+    for name in [*TORCHRUN, *SLURM, "MASTER_PORT"]:
+        monkeypatch.delenv(name, raising=False)
+
+    def put(variables: dict[str, str]) -> None:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return put
+
+
+@pytest.mark.parametrize(
+    ("variables", "place"),
+    [
+        pytest.param({}, None, id="by-hand"),
+        pytest.param(TORCHRUN, Place(5, 16, 1, 4, "env://"), id="torchrun"),
+        pytest.param(
+            {"RANK": "0", "WORLD_SIZE": "1"}, Place(0, 1, 0, 1, "env://"), id="rank-and-size-only"
+        ),
+        pytest.param(SLURM, Place(9, 16, 1, 8, "tcp://node0:29500"), id="slurm"),
+        pytest.param(
+            SLURM | {"MASTER_PORT": "1234"}, Place(9, 16, 1, 8, "tcp://node0:1234"), id="slurm-port"
+        ),
+        pytest.param(SLURM | TORCHRUN, Place(5, 16, 1, 4, "env://"), id="torchrun-inside-slurm"),
+        pytest.param(SLURM | {"SLURM_NTASKS": "1"}, None, id="slurm-one-task"),
+        pytest.param({"RANK": "0"}, None, id="half-of-torchrun"),
+    ],
+)
+def test_the_environment_says_where_a_process_stands(environment, variables, place):
+    environment(variables)
+    assert place_from_environment() == place
+
+
+def test_the_cpu_hides_gpus_from_this_process_and_its_children():
+    """So the suite, the demo and device=cpu do the same on a machine with GPUs as without."""
+    asked = "import torch; print(torch.cuda.device_count())"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    assert subprocess.check_output([sys.executable, "-c", asked], text=True).strip() == "0"
+
+
+def test_cuda_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_device("auto") == "cpu"
+    with pytest.raises(ConfigError, match=r"run\.device \(cuda\) needs a CUDA device") as caught:
+        resolve_device("cuda")
+    assert "\n  set run.device=cpu" in str(caught.value)
+
+
+def test_cuda_is_taken_where_it_is(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert [resolve_device(wanted) for wanted in ("auto", "cuda", "cpu")] == ["cuda", "cuda", "cpu"]
+
+
+def test_ranks_do_not_share_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert resolve_device("auto", ranks=2) == "cuda"
+    assert capsys.readouterr().out == ""
+    assert resolve_device("auto", ranks=4) == "cpu"
+    said = "run.device (auto) takes the CPU: 4 ranks do not fit on 2 GPU(s)\n"
+    assert capsys.readouterr().out == said
+    with pytest.raises(ConfigError) as caught:
+        resolve_device("cuda", ranks=4)
+    assert str(caught.value) == (
+        "run.device (cuda) needs a GPU for every rank: torch sees 2 for --ranks 4.\n"
+        "  set --ranks 2, or run.device=cpu to run the same training on CPU and gloo"
+    )
+    assert resolve_device("cpu", ranks=4) == "cpu"
+
+
+@pytest.mark.distributed
+def test_ranks_join_one_world(tmp_path: Path):
+    def run(world: World) -> None:
+        mine = torch.tensor([10.0**world.rank])
+        dist.all_reduce(mine)
+        assert (world.rank, world.size) == (dist.get_rank(), dist.get_world_size())
+        (tmp_path / str(world.rank)).write_text(f"{mine.item():.0f} {world.local_rank}")
+
+    run_local_ranks(run, ranks=3, device="cpu")
+    assert [(tmp_path / str(r)).read_text() for r in range(3)] == ["111 0", "111 1", "111 2"]
+
+
+@pytest.mark.distributed
+def test_megatron_warns_on_one_rank_alone(capfd: pytest.CaptureFixture[str]):
+    def run(world: World) -> None:  # shows what pytest would keep to itself
+        warnings.showwarning = lambda message, *_: os.write(2, f"{message}\n".encode())
+        logging.getLogger("megatron.core").addHandler(logging.StreamHandler(sys.__stderr__))
+        for module in ("megatron.core.transformer.transformer_config", "ours"):
+            warnings.warn_explicit(f"{module} warns", UserWarning, "file.py", 1, module=module)
+        logging.getLogger("megatron.core.models").warning("megatron logs")
+
+    run_local_ranks(run, ranks=3, device="cpu")
+    said = capfd.readouterr().err
+    assert said.count("megatron.core.transformer.transformer_config warns") == 1
+    assert said.count("ours warns") == 3
+    assert said.count("megatron logs") == 1
+
+
+@pytest.mark.distributed
+def test_what_all_ranks_refuse_is_told_once():
+    def run(world: World) -> None:
+        dist.barrier()
+        raise ConfigError("moe.x (3) is odd.\n  set moe.x=4")
+
+    with pytest.raises(UserError) as caught:
+        run_local_ranks(run, ranks=3, device="cpu")
+    assert str(caught.value) == "moe.x (3) is odd.\n  set moe.x=4"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("kind", ["user-error", "bug", "killed"])
+def test_a_rank_that_fails_ends_the_others(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(world_module, "NOTICE_SECONDS", 1.0)
+
+    def run(world: World) -> None:
+        (tmp_path / str(world.rank)).write_text(str(os.getpid()))
+        if world.rank != 1:
+            time.sleep(120)
+        while len(list(tmp_path.iterdir())) < 2:
+            time.sleep(0.01)
+        if kind == "user-error":
+            raise ConfigError("only rank 1 saw it")
+        if kind == "bug":
+            raise ZeroDivisionError("a bug of rank 1")
+        os._exit(3)
+
+    expected = {
+        "user-error": (UserError, "^only rank 1 saw it$"),
+        "bug": (RuntimeError, "(?s)rank 1 failed:.*Traceback.*a bug of rank 1"),
+        "killed": (JobError, "rank 1 ended with exit code 3"),
+    }
+    start = time.monotonic()
+    with pytest.raises(expected[kind][0], match=expected[kind][1]) as caught:
+        run_local_ranks(run, ranks=2, device="cpu")
+    assert isinstance(caught.value, UserError) == (kind != "bug")
+    assert time.monotonic() - start < 30
+    sleeper = int((tmp_path / "0").read_text())
+    with pytest.raises(ProcessLookupError):
+        os.kill(sleeper, 0)
+
+
+class Joining:
+    """Stands in for CUDA and torch.distributed while `joined` is entered; notes what it calls."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[tuple[str, object]] = []
+        monkeypatch.setattr(
+            torch.cuda, "set_device", lambda index: self.calls.append(("set_device", index))
+        )
+        monkeypatch.setattr(
+            dist, "init_process_group", lambda *args, **kwargs: self.calls.append(("init", kwargs))
+        )
+        monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+        store = dist.HashStore()
+        monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=device)
+        )
+
+
+def test_a_gpu_is_current_before_the_job_is_joined_and_not_bound_to_it(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """A device_id would make communicators eagerly and let unbatched transfers take turns."""
+    joining = Joining(monkeypatch)
+    with world_module.joined(Place(5, 16, 1, 4, "tcp://node0:1"), "cuda") as world:
+        assert world.device == torch.device("cuda", 1)
+    (first, index), (second, kwargs) = joining.calls
+    assert (first, index, second) == ("set_device", 1, "init")
+    assert isinstance(kwargs, dict)
+    assert kwargs.get("device_id") is None
