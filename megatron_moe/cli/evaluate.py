@@ -75,13 +75,13 @@ def _on_tasks(
             "  use --model_args parallelize=True for several GPUs"
         )
     from megatron_moe.commands.exported import exported
-    from megatron_moe.evaluate.harness import file_of, run_tasks, tasks_report
+    from megatron_moe.evaluate.harness import results_path, run_tasks, tasks_report
     from megatron_moe.evaluate.record import write_record
     from megatron_moe.log import console
 
     with exported(source) as model:
         record = run_tasks(model, tasks, options)
-        path = file_of(model, tasks)
+        path = results_path(model, tasks)
     write_record(path, record)
     show(record if as_json else tasks_report(record), as_json=as_json)
     if not as_json:

@@ -11,7 +11,7 @@ from megatron_moe.commands.job import Job
 from megatron_moe.config.run import RunConfig
 from megatron_moe.construct.against_dense import (
     AgainstDense,
-    Comparing,
+    ComparisonJob,
     compare_layers_and_losses,
 )
 from megatron_moe.data.texts import Texts
@@ -114,10 +114,10 @@ def _verify(job: Job, model: Model, texts: Texts) -> Agreement:
 def _compare(job: Job, model: Model, dense: DenseCheckpoint, texts: Texts) -> AgainstDense:
     train = job.config.train.model_copy(update={"tp_comm_overlap": False})
     config = job.config.model_copy(update={"train": train})
-    comparing = Comparing(
+    comparison = ComparisonJob(
         config=config, dense=dense, layout=job.layout, groups=job.groups,
         rank=job.world.rank, engine=job.engine,
     )  # fmt: skip
-    result = compare_layers_and_losses(comparing, model, texts)
+    result = compare_layers_and_losses(comparison, model, texts)
     job.say(str(result))
     return result
