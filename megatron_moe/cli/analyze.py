@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from megatron_moe.cli.options import JsonFlag, Overrides, Ranks, show
-from megatron_moe.cli.start import on_ranks, place_of
+from megatron_moe.cli.start import on_ranks, position_of
 from megatron_moe.errors import ConfigError
 
 
@@ -48,7 +48,7 @@ def analyze(
             raise ConfigError(f"--all-steps is of a run, but {source} is one checkpoint of it")
         checkpoints = complete(source)
     named = dict(map(_named, sets or []))
-    place = place_of(ranks)
+    place = position_of(ranks)
     world_size = place.size if place is not None else ranks or 1
     on_ranks(partial(_analyze, checkpoints, named, as_json), judging(config, world_size), ranks)
 

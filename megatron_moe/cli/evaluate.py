@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from megatron_moe.cli.options import JsonFlag, Ranks, show
-from megatron_moe.cli.start import on_ranks, place_of
+from megatron_moe.cli.start import on_ranks, position_of
 from megatron_moe.errors import ConfigError
 
 judging = typer.Typer()
@@ -60,7 +60,7 @@ def evaluate(
     if options := [word for word in arguments or [] if word.startswith("-")]:
         raise ConfigError(f"evaluate has no option {options[0]}; those of lm-eval need --tasks")
     checkpoint, config = run_of(source, arguments or [])
-    place = place_of(ranks)
+    place = position_of(ranks)
     world_size = place.size if place is not None else ranks or 1
     on_ranks(partial(_evaluate, checkpoint, as_json), judging(config, world_size), ranks)
 
