@@ -54,8 +54,8 @@ def test_a_run_survives(
     assert outcome.ended_seconds < 60
 
 
-def test_the_second_job_on_a_folder_is_told_who_the_first_is(stage: chaos.Stage):
+def test_the_second_job_on_a_folder_gets_an_error_that_names_the_first(stage: chaos.Stage):
     fault = faults.second_job(lambda run_dir: stage.job(run_dir, log_name="second").message)
     outcome = chaos.meet(stage, fault)
     assert "is in use by a running job, process " in outcome.message
-    assert "\n  end that job, wait for it, or set another run.dir" in outcome.message
+    assert "\n  stop that job, wait for it to end, or set another run.dir" in outcome.message
