@@ -25,7 +25,7 @@ from megatron_moe.planner.shape import upcycled_shape
 from megatron_moe.runtime.engine import engine_of
 from megatron_moe.runtime.wait import waiter
 from megatron_moe.runtime.world import World
-from megatron_moe.train.guard import Judge
+from megatron_moe.train.guard import StepGuard
 from megatron_moe.train.metrics import Numbers, step_numbers
 from megatron_moe.train.peak import Peak, device_peak
 from megatron_moe.train.state import TrainState
@@ -60,7 +60,7 @@ class Bench:
         forward = forward_flops(self.shape, sequence_length=config.data.seq_length).model
         self.flops_per_sequence = training_flops(forward)
         self.peak: Peak = device_peak(world.device, self.state.model.transformer.params_dtype)
-        self._judge = Judge(config.guard)
+        self._guard = StepGuard(config.guard)
         self._stopwatch = Stopwatch(waiter(world.device))
 
     @property
@@ -108,5 +108,5 @@ class Bench:
 
     def _step(self, batches: list[Any]) -> StepResult:
         return train_step(
-            self.state, batches, self.config, self._groups, judge=self._judge, at=lambda _: None
+            self.state, batches, self.config, self._groups, guard=self._guard, at=lambda _: None
         )

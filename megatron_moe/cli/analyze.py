@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from megatron_moe.cli.options import JsonFlag, Overrides, Ranks, show
-from megatron_moe.cli.start import on_ranks_at_hand, place_of
+from megatron_moe.cli.start import on_ranks_at_hand, position_of
 from megatron_moe.errors import ConfigError
 
 
@@ -48,8 +48,8 @@ def analyze(
             raise ConfigError(f"--all-steps needs a run directory; {source} is a single checkpoint")
         checkpoints = complete(source)
     named = dict(map(_named, sets or []))
-    place = place_of(ranks)
-    world_size = place.size if place is not None else ranks or 1
+    position = position_of(ranks)
+    world_size = position.size if position is not None else ranks or 1
     story = partial(_analyze, checkpoints, named, as_json)
     on_ranks_at_hand(story, judging(config, world_size), ranks, overrides=overrides or [])
 

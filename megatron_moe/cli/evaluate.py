@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from megatron_moe.cli.options import JsonFlag, Ranks, show
-from megatron_moe.cli.start import on_ranks_at_hand, place_of
+from megatron_moe.cli.start import on_ranks_at_hand, position_of
 from megatron_moe.errors import ConfigError
 
 judging = typer.Typer()
@@ -60,8 +60,8 @@ def evaluate(
     if options := [word for word in arguments or [] if word.startswith("-")]:
         raise ConfigError(f"evaluate has no option {options[0]}: lm-eval's options require --tasks")
     checkpoint, config = run_of(source, arguments or [])
-    place = place_of(ranks)
-    world_size = place.size if place is not None else ranks or 1
+    position = position_of(ranks)
+    world_size = position.size if position is not None else ranks or 1
     story = partial(_evaluate, checkpoint, as_json)
     on_ranks_at_hand(story, judging(config, world_size), ranks, overrides=arguments or [])
 

@@ -19,7 +19,7 @@ from megatron_moe.cli.analyze import analyze
 from megatron_moe.cli.evaluate import judging
 from megatron_moe.cli.options import ConfigFile, JsonFlag, Overrides, Ranks, show
 from megatron_moe.cli.report import pages
-from megatron_moe.cli.start import joined_to, on_ranks, on_ranks_at_hand, place_of
+from megatron_moe.cli.start import joined_to, on_ranks, on_ranks_at_hand, position_of
 from megatron_moe.config.load import load
 from megatron_moe.config.run import Mixing, Parallel, RunConfig
 from megatron_moe.errors import ConfigError, UserError
@@ -315,7 +315,7 @@ def bench(
         print("\n".join(sweep_commands(read_sweep(sweep))))
     elif collectives:
         story = partial(_collectives, largest_mib, out or Path("collectives.json"))
-        joined_to(place_of(ranks), story, ranks=ranks or 1, device="auto")
+        joined_to(position_of(ranks), story, ranks=ranks or 1, device="auto")
     else:
         config = load(RunConfig, Path(given[0]), given[1:])
         options = {"steps": steps, "warmup": warmup, "routing": routing, "random": random}

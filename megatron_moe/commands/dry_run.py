@@ -37,7 +37,7 @@ from megatron_moe.runtime.engine import (
     Engine,
     installed_version,
 )
-from megatron_moe.runtime.stand_in import META, standing_for
+from megatron_moe.runtime.stand_in import META, simulated_rank
 from megatron_moe.train.state import TrainState, make_state
 
 GIB = 2**30
@@ -108,7 +108,7 @@ def dry_run(config: RunConfig, *, rank: int, world_size: int) -> DryRun:
     dense = [open_unread(folder) for folder in folders]  # 1. headers, or the promise of config.json
     spec = dense[0].spec
     plan = sized_plan(make_expert_plan(spec, config.moe, config.upcycle))  # 2. how many neurons
-    with standing_for(rank, world_size=world_size):
+    with simulated_rank(rank, world_size=world_size):
         layout, groups = create_groups(config.parallel, seed=config.run.seed)  # 3. who holds what
         with META:  # 4. this rank's chunks
             model = build_model(

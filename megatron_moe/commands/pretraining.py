@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from functools import partial
 
-from megatron_moe.checkpoint.policy import go_back, save_or_go_on, told
+from megatron_moe.checkpoint.policy import roll_back, save_or_continue, step_message
 from megatron_moe.checkpoint.sharded import Saver
 from megatron_moe.commands.job import Job
 from megatron_moe.data.feed import DataRank, Feed
@@ -16,8 +16,8 @@ from megatron_moe.log import StepProgress
 from megatron_moe.planner.flops import forward_flops, training_flops
 from megatron_moe.planner.shape import upcycled_shape
 from megatron_moe.runtime.wait import waiter
-from megatron_moe.train.garbage import INTERVAL, collected_by_hand
-from megatron_moe.train.guard import Boundary, Judge
+from megatron_moe.train.garbage import INTERVAL, manual_collection
+from megatron_moe.train.guard import Boundary, StepGuard
 from megatron_moe.train.loop import Hook, Numbers, run_loop
 from megatron_moe.train.metrics import (
     MetricsWriter,
@@ -53,7 +53,7 @@ def continue_pretraining(job: Job, state: TrainState, plan: ExpertPlan, feed: Fe
     with (
         Saver(config, plan_hash=plan.hash, say=job.say) as saver,
         StepProgress(total=config.train.steps, done=resumed_step, rank=job.world.rank) as progress,
-        collected_by_hand(),
+        manual_collection(),
     ):
         if config.train.steps == 0:
             _save(job, saver, state, last=True)
@@ -61,7 +61,7 @@ def continue_pretraining(job: Job, state: TrainState, plan: ExpertPlan, feed: Fe
         run_loop(
             state,
             steps=config.train.steps,
-            take_step=partial(_take_step, job, state, feed, Judge(config.guard), saver),
+            take_step=partial(_take_step, job, state, feed, StepGuard(config.guard), saver),
             wait=waiter(job.world.device),
             describe=partial(_describe, job, state, feed, peak),
             hooks=[
@@ -94,7 +94,9 @@ def continue_pretraining(job: Job, state: TrainState, plan: ExpertPlan, feed: Fe
     job.say(f"Run megatron-moe report {config.run.dir} to see the run on one page.")
 
 
-def _take_step(job: Job, state: TrainState, feed: Feed, judge: Judge, saver: Saver) -> StepResult:
+def _take_step(
+    job: Job, state: TrainState, feed: Feed, guard: StepGuard, saver: Saver
+) -> StepResult:
     watch = job.watch
 
     def at(stage: str) -> None:
@@ -105,7 +107,7 @@ def _take_step(job: Job, state: TrainState, feed: Feed, judge: Judge, saver: Sav
     watch.step = state.step + 1
     watch.at("data")
     batches, after = feed.next_step(state.blend)
-    result = train_step(state, batches, job.config, job.groups, judge=judge, at=at)
+    result = train_step(state, batches, job.config, job.groups, guard=guard, at=at)
     state.blend = after
     watch.at("report")
     return result
@@ -120,21 +122,21 @@ def _keeps(
     result: StepResult,
 ) -> bool:
     """Return whether the step counts. After a loss spike, restore the newest checkpoint if any."""
-    if result.fate == "keep":
+    if result.decision == "keep":
         return True
     step = state.step
-    back = result.fate == "roll back" and go_back(
+    back = result.decision == "roll back" and roll_back(
         saver, state, job.config, job.groups, plan_hash=plan_hash
     )
     if back and writer is not None:
-        writer.go_back(state.step)
-    job.say(told(step, result, back_at=state.step if back else None))
+        writer.roll_back(state.step)
+    job.say(step_message(step, result, back_at=state.step if back else None))
     return not back
 
 
 def _save(job: Job, saver: Saver, state: TrainState, *, last: bool) -> None:
     job.watch.at("save")
-    save_or_go_on(saver, state, job.config, job.groups, last=last, say=job.say)
+    save_or_continue(saver, state, job.config, job.groups, last=last, say=job.say)
 
 
 def _describe(

@@ -31,7 +31,7 @@ from megatron_moe.experts.balanced import balanced_kmeans
 from megatron_moe.experts.draws import Use, generator
 from megatron_moe.model.build import Model
 from megatron_moe.parallel.sequence import zigzag
-from megatron_moe.parallel.shards import Part
+from megatron_moe.parallel.shards import ShardIndex
 from megatron_moe.train.step import run_schedule
 
 Progress = Callable[[int, int], None]
@@ -177,7 +177,7 @@ class Measurement:
                 return
             h_sBf, values_sBf = args[0], args[0].detach()
             cluster = int(self._cluster_N[sequence])
-            neurons = Part(self.model.tp_rank, self.groups.tp.size()).of(
+            neurons = ShardIndex(self.model.tp_rank, self.groups.tp.size()).slice_of(
                 self.model.spec.ffn_hidden_size
             )
             at = (layer, cluster, neurons)

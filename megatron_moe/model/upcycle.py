@@ -29,7 +29,7 @@ from megatron_moe.model.build import Chunk, Model
 from megatron_moe.model.noisy_router import fill_gate
 from megatron_moe.model.reshape import LocalExpert, LocalLayer, reshape_values
 from megatron_moe.parallel.layout import ParallelLayout, local_experts
-from megatron_moe.parallel.shards import Part, Piece, pieces
+from megatron_moe.parallel.shards import Piece, ShardIndex, pieces
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,8 +218,8 @@ class _Place:
         if layer is not None and layer in plan.recipe.moe_layers:
             self.layer_plan = plan.layer(layer)
         self.experts = local_experts(layout, rank=rank, num_experts=plan.recipe.num_experts)
-        self.tp = Part(layout.attention.coords(rank)["tp"], layout.attention.size("tp"))
-        self.etp = Part(layout.experts.coords(rank)["etp"], layout.experts.size("etp"))
+        self.tp = ShardIndex(layout.attention.coords(rank)["tp"], layout.attention.size("tp"))
+        self.etp = ShardIndex(layout.experts.coords(rank)["etp"], layout.experts.size("etp"))
 
     def fill(self, parameter: Tensor, found: Match, filler: _Filler) -> None:
         """Fill one parameter with what the dense model has for it."""

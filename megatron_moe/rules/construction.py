@@ -1,4 +1,4 @@
-"""Check the settings of a construction method; `rules/check.py` reports all violations.
+"""Rules of the construction methods on expert sizes, which `rules/check.py` includes.
 
 Letters: E num_moe_experts, K moe_router_topk, F intermediate_size of the dense model, M
 moe_ffn_hidden_size, S moe_shared_expert_intermediate_size, G = F / M.
@@ -40,13 +40,13 @@ class _Case:
 
 
 def construction_violations(config: RunConfig, spec: DenseSpec) -> Iterator[str]:
-    """Yield a message for each violated rule of upcycle.*."""
+    """Yield the messages of all violated rules of upcycle.*."""
     case = _Case(config.moe, config.upcycle, spec.ffn_hidden_size)
     for rule in (_whole, _granular, _partition, _sharing, _shared_expert, _mix, _factors, _router):
         yield from rule(case)
     recipe = make_recipe(spec, config.moe, config.upcycle)
     if recipe.needs_measuring and config.upcycle.plan is None:
-        setting = (
+        subject = (
             f"upcycle.method ({recipe.method})"
             if recipe.method in NEEDS_MEASURING
             else "upcycle.router_init (centroids)"
@@ -54,30 +54,30 @@ def construction_violations(config: RunConfig, spec: DenseSpec) -> Iterator[str]
             else "a calibrated scale"
         )
         yield (
-            f"{setting} requires upcycle.plan, because it is measured on text: megatron-moe "
-            "construct writes this file and train reads it.\n  set upcycle.plan, and run "
-            "megatron-moe construct CONFIG.yaml first"
+            f"{subject} is measured on text and needs upcycle.plan: the file that megatron-moe "
+            "construct writes and train reads.\n  set upcycle.plan, and run megatron-moe construct "
+            "CONFIG.yaml first"
         )
 
 
 def measuring_violations(config: RunConfig, spec: DenseSpec) -> Iterator[str]:
-    """Yield a message for each reason why `megatron-moe construct` cannot run."""
+    """Yield the reasons why `megatron-moe construct` cannot run."""
     recipe, samples = make_recipe(spec, config.moe, config.upcycle), config.measure.samples
     experts = config.moe.num_moe_experts
     if not recipe.needs_measuring:
         yield (
-            f"upcycle.method ({recipe.method}) with this router and scale needs no measurement, so "
-            "there is no plan file to create.\n  run megatron-moe train"
+            f"upcycle.method ({recipe.method}) with this router and scale needs no "
+            "measurements: there is no plan file to write.\n  run megatron-moe train"
         )
     elif config.upcycle.plan is None:
         yield (
-            "upcycle.plan must be set, because megatron-moe construct writes this file.\n"
+            "upcycle.plan must be set: it is the file that megatron-moe construct writes.\n"
             "  set upcycle.plan=runs/plan.safetensors"
         )
     if samples % experts:
         yield (
             f"measure.samples ({samples}) must be divisible by moe.num_moe_experts ({experts}): "
-            "the sequences are divided into one cluster per expert, all of the same size.\n"
+            "the sequences are divided into one cluster of equal size per expert.\n"
             f"  nearest measure.samples: {nearest_multiples(samples, experts)}"
         )
 
@@ -99,23 +99,23 @@ def _granular(case: _Case) -> Iterator[str]:
         valid = [case.dense_size // g for g in range(1, 65) if case.dense_size % g == 0]
         yield (
             f"intermediate_size of the dense model ({case.dense_size}) must be divisible by "
-            f"moe.moe_ffn_hidden_size ({case.size}) {case.with_method}: experts are equal shards "
-            f"of the dense FFN.\n  valid moe_ffn_hidden_size: {', '.join(map(str, valid))}"
+            f"moe.moe_ffn_hidden_size ({case.size}) {case.with_method}: an expert is one of equal "
+            f"shards.\n  valid moe_ffn_hidden_size: {', '.join(map(str, valid))}"
         )
         return
     shards = case.dense_size // case.size
     if moe.num_moe_experts % shards:
         yield (
             f"moe.num_moe_experts ({moe.num_moe_experts}) must be divisible by intermediate_size / "
-            f"moe_ffn_hidden_size = {shards} {case.with_method}: the experts together are whole "
-            "replicas of the dense FFN.\n  nearest num_moe_experts: "
+            f"moe_ffn_hidden_size = {shards} {case.with_method}: experts are whole replicas of the "
+            "dense FFN.\n  nearest num_moe_experts: "
             f"{nearest_multiples(moe.num_moe_experts, shards)}"
         )
     if (case.upcycle.scale or "exact") == "exact" and moe.moe_router_topk % shards:
         yield (
             f"moe.moe_router_topk ({moe.moe_router_topk}) must be divisible by intermediate_size / "
-            f"moe_ffn_hidden_size = {shards} with upcycle.scale (exact): if a token misses a shard "
-            "of the dense FFN, no factor can restore its output.\n"
+            f"moe_ffn_hidden_size = {shards} with upcycle.scale (exact): if a token misses a "
+            "shard of the dense FFN, no factor can restore its output.\n"
             f"  nearest moe_router_topk: {nearest_multiples(moe.moe_router_topk, shards)}; or set "
             "upcycle.scale"
         )
@@ -123,8 +123,8 @@ def _granular(case: _Case) -> Iterator[str]:
 
 def _partition(case: _Case) -> Iterator[str]:
     experts = case.moe.num_moe_experts
-    total = experts * case.size + case.shared
-    if case.upcycle.method in _PARTITIONS and total != case.dense_size:
+    taken = experts * case.size + case.shared
+    if case.upcycle.method in _PARTITIONS and taken != case.dense_size:
         left = case.dense_size - case.shared
         way_out = (
             f"set moe.moe_ffn_hidden_size={left // experts}"
@@ -133,20 +133,20 @@ def _partition(case: _Case) -> Iterator[str]:
         )
         yield (
             f"moe.num_moe_experts * moe_ffn_hidden_size + moe_shared_expert_intermediate_size = "
-            f"{experts} * {case.size} + {case.shared} = {total} must equal the dense model's "
-            f"intermediate_size ({case.dense_size}) {case.with_method}: each neuron goes to "
-            f"exactly one expert.\n  {way_out}"
+            f"{experts} * {case.size} + {case.shared} = {taken} must equal the dense model's "
+            f"intermediate_size ({case.dense_size}) {case.with_method}: each neuron goes to one "
+            f"expert.\n  {way_out}"
         )
 
 
 def _sharing(case: _Case) -> Iterator[str]:
     if case.upcycle.method in ("sharing_inner", "sharing_inter") and (
-        (total := case.size + case.shared) > case.dense_size
+        (taken := case.size + case.shared) > case.dense_size
     ):
         yield (
             f"moe.moe_ffn_hidden_size + moe_shared_expert_intermediate_size = {case.size} + "
-            f"{case.shared} = {total} must be at most the dense model's intermediate_size "
-            f"({case.dense_size}) {case.with_method}: an expert cannot contain a neuron twice.\n"
+            f"{case.shared} = {taken} must be at most the dense model's intermediate_size "
+            f"({case.dense_size}) {case.with_method}: an expert must not use a neuron twice.\n"
             f"  largest moe_ffn_hidden_size with this shared expert: "
             f"{max(case.dense_size - case.shared, 0)}"
         )
@@ -156,17 +156,15 @@ def _shared_expert(case: _Case) -> Iterator[str]:
     method = case.upcycle.method
     if case.shared and method not in _WITH_SHARED:
         yield (
-            f"moe.moe_shared_expert_intermediate_size ({case.shared}) must be unset "
-            f"{case.with_method}: the routed experts contain the whole dense FFN, so that a shared "
-            "expert would count neurons twice.\n"
-            f"  methods with a shared expert: {', '.join(_WITH_SHARED)}"
+            f"moe.moe_shared_expert_intermediate_size ({case.shared}) {case.with_method} has no "
+            "neurons to use: the routed experts hold the whole dense FFN, and its neurons would "
+            f"count twice.\n  methods with a shared expert: {', '.join(_WITH_SHARED)}"
         )
     if not case.shared and method in ("sharing_inter", "weaver"):
         yield (
-            f"upcycle.method ({method}) requires moe.moe_shared_expert_intermediate_size, because "
-            "it moves common neurons to a shared expert.\n  set it, or set upcycle.method="
-            f"{'split_clustered' if method == 'weaver' else 'sharing_inner'} to have no shared "
-            "expert"
+            f"upcycle.method ({method}) needs moe.moe_shared_expert_intermediate_size: the "
+            "method moves common neurons to a shared expert.\n  set it, or set upcycle.method="
+            f"{'split_clustered' if method == 'weaver' else 'sharing_inner'} to have none"
         )
 
 
@@ -175,14 +173,15 @@ def _mix(case: _Case) -> Iterator[str]:
     if (case.upcycle.method == "mix") != (sources > 1):
         yield (
             f"upcycle.mix_with ({sources - 1} folders) {case.with_method}: method mix takes "
-            "experts from dense.path and at least one other dense model; all other methods use "
-            "dense.path alone.\n  set both or neither"
+            "experts from dense.path and at least one more dense model, other methods only from "
+            "dense.path.\n"
+            "  set both or neither"
         )
     if sources > experts:
         yield (
-            f"upcycle.mix_with ({sources - 1} folders) and dense.path are more dense models than "
-            f"moe.num_moe_experts ({experts}): each model must provide at least one expert.\n"
-            f"  set moe.num_moe_experts={sources} or more, or remove folders"
+            f"upcycle.mix_with names {sources - 1} dense models besides dense.path, more than "
+            f"moe.num_moe_experts ({experts}): each must provide an expert.\n"
+            f"  set moe.num_moe_experts={sources} or more, or remove {sources - experts} of them"
         )
 
 
@@ -190,35 +189,32 @@ def _factors(case: _Case) -> Iterator[str]:
     u, granular = case.upcycle, case.upcycle.method == "granular"
     if u.scale is not None and not granular:
         yield (
-            f"upcycle.scale ({u.scale}) requires upcycle.method (granular), but the method is "
-            f"{u.method}: its factors apply to whole replicas.\n  set upcycle.rescale instead"
+            f"upcycle.scale ({u.scale}) requires upcycle.method (granular), but it is {u.method}: "
+            "its factor is for whole replicas.\n  set upcycle.rescale instead"
         )
     if u.rescale is not None and granular:
         yield (
-            f"upcycle.rescale ({u.rescale}) cannot be used with upcycle.method (granular): its "
-            "shards are routed to as whole replicas, which have their own factor.\n"
-            "  set upcycle.scale instead"
+            f"upcycle.rescale ({u.rescale}) cannot be combined with upcycle.method (granular): its "
+            "shards form whole replicas, which have their own factor.\n  set upcycle.scale instead"
         )
     if granular and u.scale == "paper" and u.rescale_at == "runtime":
         yield (
-            "upcycle.rescale_at (runtime) cannot be used with upcycle.scale (paper): the paper's "
-            "factor is applied to gate, up and down, and its effect inside SiLU cannot be "
-            "expressed as a factor of the output.\n"
+            "upcycle.rescale_at (runtime) cannot be combined with upcycle.scale (paper): the "
+            "paper's factor scales gate, up and down; inside SiLU it is not a factor of the "
+            "output.\n"
             "  set upcycle.rescale_at=weights, or upcycle.scale=exact"
         )
     if u.permutation_seed is not None and u.method not in _BY_POSITION:
         yield (
             f"upcycle.permutation_seed ({u.permutation_seed}) has no effect {case.with_method}, "
-            "which does not assign neurons by position.\n"
-            "  leave it unset, and set upcycle.seed instead"
+            "which chooses neurons itself.\n  leave it unset, and set upcycle.seed"
         )
 
 
 def _router(case: _Case) -> Iterator[str]:
     if case.upcycle.router_init == "virtual_groups" and case.upcycle.method != "granular":
         yield (
-            f"upcycle.router_init (virtual_groups) requires upcycle.method (granular), but the "
-            f"method is {case.upcycle.method}: only granular experts are shards of replicas that "
-            "must be chosen together.\n"
+            f"upcycle.router_init (virtual_groups) {case.with_method}: only experts of method "
+            "granular are shards of replicas that must be chosen together.\n"
             "  leave upcycle.router_init unset, or set upcycle.method=granular"
         )

@@ -1,4 +1,4 @@
-"""Every rule of upcycle.* reports the numbers, the reason and a way out."""
+"""Test that each rule of upcycle.* reports the values, the reason and a way out."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ SPEC = spec_from_config(
 )  # fmt: skip
 
 
-def violations(moe: dict[str, Any], upcycle: dict[str, Any]) -> list[str]:
+def messages_for(moe: dict[str, Any], upcycle: dict[str, Any]) -> list[str]:
     return list(construction_violations(config(moe=moe, upcycle=upcycle), SPEC))
 
 
@@ -42,68 +42,72 @@ REFUSALS = [
      "upcycle.method (drop): each expert is the whole dense FFN.\n"
      "  leave moe.moe_ffn_hidden_size unset"),
     ("shards", sizes(20), {"method": "granular"},
-     "intermediate_size of the dense model (48) must be divisible by moe.moe_ffn_hidden_size (20) "
-     "with upcycle.method (granular): experts are equal shards of the dense FFN.\n"
+     "intermediate_size of the dense model (48) must be divisible by moe.moe_ffn_hidden_size "
+     "(20) with upcycle.method (granular): an expert is one of equal shards.\n"
      "  valid moe_ffn_hidden_size: 48, 24, 16, 12, 8, 6, 4, 3, 2, 1"),
     ("replicas", sizes(16, moe_router_topk=3), {"method": "granular"},
      "moe.num_moe_experts (8) must be divisible by intermediate_size / moe_ffn_hidden_size = 3 "
-     "with upcycle.method (granular): the experts together are whole replicas of the dense FFN.\n"
+     "with upcycle.method (granular): experts are whole replicas of the dense FFN.\n"
      "  nearest num_moe_experts: 6, 9"),
     ("exact", sizes(12, moe_router_topk=2), {"method": "granular"},
      "moe.moe_router_topk (2) must be divisible by intermediate_size / moe_ffn_hidden_size = 4 "
      "with upcycle.scale (exact): if a token misses a shard of the dense FFN, no factor can "
-     "restore its output.\n  nearest moe_router_topk: 4; or set upcycle.scale"),
+     "restore its output.\n"
+     "  nearest moe_router_topk: 4; or set upcycle.scale"),
     ("partition", sizes(8), {"method": "split_random"},
-     "moe.num_moe_experts * moe_ffn_hidden_size + moe_shared_expert_intermediate_size = 8 * 8 + 0 "
-     "= 64 must equal the dense model's intermediate_size (48) with upcycle.method (split_random): "
-     "each neuron goes to exactly one expert.\n  set moe.moe_ffn_hidden_size=6"),
+     "moe.num_moe_experts * moe_ffn_hidden_size + moe_shared_expert_intermediate_size = 8 * 8 + "
+     "0 = 64 must equal the dense model's intermediate_size (48) with upcycle.method "
+     "(split_random): each neuron goes to one expert.\n"
+     "  set moe.moe_ffn_hidden_size=6"),
     ("partition-odd", sizes(5, 6), {"method": "split_clustered"},
-     "moe.num_moe_experts * moe_ffn_hidden_size + moe_shared_expert_intermediate_size = 8 * 5 + 6 "
-     "= 46 must equal the dense model's intermediate_size (48) with upcycle.method "
-     "(split_clustered): each neuron goes to exactly one expert.\n"
+     "moe.num_moe_experts * moe_ffn_hidden_size + moe_shared_expert_intermediate_size = 8 * 5 + "
+     "6 = 46 must equal the dense model's intermediate_size (48) with upcycle.method "
+     "(split_clustered): each neuron goes to one expert.\n"
      "  choose sizes so that num_moe_experts divides 42"),
     ("sharing", sizes(40, 16), {"method": "sharing_inter", **PLAN},
-     "moe.moe_ffn_hidden_size + moe_shared_expert_intermediate_size = 40 + 16 = 56 must be at most "
-     "the dense model's intermediate_size (48) with upcycle.method (sharing_inter): an expert "
-     "cannot contain a neuron twice.\n  largest moe_ffn_hidden_size with this shared expert: 32"),
+     "moe.moe_ffn_hidden_size + moe_shared_expert_intermediate_size = 40 + 16 = 56 must be at "
+     "most the dense model's intermediate_size (48) with upcycle.method (sharing_inter): an "
+     "expert must not use a neuron twice.\n"
+     "  largest moe_ffn_hidden_size with this shared expert: 32"),
     ("shared", sizes(48, 16), {},
-     "moe.moe_shared_expert_intermediate_size (16) must be unset with upcycle.method (copy): the "
-     "routed experts contain the whole dense FFN, so that a shared expert would count neurons "
-     "twice.\n"
+     "moe.moe_shared_expert_intermediate_size (16) with upcycle.method (copy) has no neurons to "
+     "use: the routed experts hold the whole dense FFN, and its neurons would count twice.\n"
      "  methods with a shared expert: split_random, split_clustered, sharing_inter, weaver"),
     ("no-shared", sizes(6), {"method": "weaver", **PLAN},
-     "upcycle.method (weaver) requires moe.moe_shared_expert_intermediate_size, because it moves "
+     "upcycle.method (weaver) needs moe.moe_shared_expert_intermediate_size: the method moves "
      "common neurons to a shared expert.\n"
-     "  set it, or set upcycle.method=split_clustered to have no shared expert"),
+     "  set it, or set upcycle.method=split_clustered to have none"),
     ("no-shared-inter", sizes(6), {"method": "sharing_inter", **PLAN},
-     "upcycle.method (sharing_inter) requires moe.moe_shared_expert_intermediate_size, because it "
+     "upcycle.method (sharing_inter) needs moe.moe_shared_expert_intermediate_size: the method "
      "moves common neurons to a shared expert.\n"
-     "  set it, or set upcycle.method=sharing_inner to have no shared expert"),
+     "  set it, or set upcycle.method=sharing_inner to have none"),
     ("mix-alone", {}, {"method": "mix"},
      "upcycle.mix_with (0 folders) with upcycle.method (mix): method mix takes experts from "
-     "dense.path and at least one other dense model; all other methods use dense.path alone.\n"
+     "dense.path and at least one more dense model, other methods only from dense.path.\n"
      "  set both or neither"),
     ("mix-many", {"num_moe_experts": 2}, {"method": "mix", "mix_with": ["a", "b"]},
-     "upcycle.mix_with (2 folders) and dense.path are more dense models than moe.num_moe_experts "
-     "(2): each model must provide at least one expert.\n"
-     "  set moe.num_moe_experts=3 or more, or remove folders"),
+     "upcycle.mix_with names 2 dense models besides dense.path, more than moe.num_moe_experts "
+     "(2): each must provide an expert.\n"
+     "  set moe.num_moe_experts=3 or more, or remove 1 of them"),
     ("scale", {}, {"scale": "exact"},
-     "upcycle.scale (exact) requires upcycle.method (granular), but the method is copy: its "
-     "factors apply to whole replicas.\n  set upcycle.rescale instead"),
+     "upcycle.scale (exact) requires upcycle.method (granular), but it is copy: its factor is "
+     "for whole replicas.\n"
+     "  set upcycle.rescale instead"),
     ("rescale", sizes(24), {"method": "granular", "rescale": "N"},
-     "upcycle.rescale (N) cannot be used with upcycle.method (granular): its shards are routed to "
-     "as whole replicas, which have their own factor.\n  set upcycle.scale instead"),
+     "upcycle.rescale (N) cannot be combined with upcycle.method (granular): its shards form "
+     "whole replicas, which have their own factor.\n"
+     "  set upcycle.scale instead"),
     ("paper", sizes(24), {"method": "granular", "scale": "paper", "rescale_at": "runtime"},
-     "upcycle.rescale_at (runtime) cannot be used with upcycle.scale (paper): the paper's factor "
-     "is applied to gate, up and down, and its effect inside SiLU cannot be expressed as a factor "
-     "of the output.\n"
+     "upcycle.rescale_at (runtime) cannot be combined with upcycle.scale (paper): the paper's "
+     "factor scales gate, up and down; inside SiLU it is not a factor of the output.\n"
      "  set upcycle.rescale_at=weights, or upcycle.scale=exact"),
     ("permutation", sizes(6), {"method": "qwen", "permutation_seed": 1},
-     "upcycle.permutation_seed (1) has no effect with upcycle.method (qwen), which does not assign "
-     "neurons by position.\n  leave it unset, and set upcycle.seed instead"),
+     "upcycle.permutation_seed (1) has no effect with upcycle.method (qwen), which chooses "
+     "neurons itself.\n"
+     "  leave it unset, and set upcycle.seed"),
     ("groups", {}, {"router_init": "virtual_groups"},
-     "upcycle.router_init (virtual_groups) requires upcycle.method (granular), but the method is "
-     "copy: only granular experts are shards of replicas that must be chosen together.\n"
+     "upcycle.router_init (virtual_groups) with upcycle.method (copy): only experts of method "
+     "granular are shards of replicas that must be chosen together.\n"
      "  leave upcycle.router_init unset, or set upcycle.method=granular"),
 ]  # fmt: skip
 
@@ -113,19 +117,19 @@ MEASURED = [
     ("a calibrated scale", {}, {"rescale": "calibrated"}),
 ]
 REFUSALS += [
-    (setting, moe, upcycle,
-     f"{setting} requires upcycle.plan, because it is measured on text: megatron-moe construct "
-     "writes this file and train reads it.\n  set upcycle.plan, and run megatron-moe construct "
-     "CONFIG.yaml first")
-    for setting, moe, upcycle in MEASURED
+    (what, moe, upcycle,
+     f"{what} is measured on text and needs upcycle.plan: the file that megatron-moe construct "
+     "writes and train reads.\n  set upcycle.plan, and run megatron-moe construct CONFIG.yaml "
+     "first")
+    for what, moe, upcycle in MEASURED
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("moe", "upcycle", "message"), [pytest.param(*row[1:], id=row[0]) for row in REFUSALS]
 )
-def test_a_refusal_names_setting_rule_reason_and_way_out(moe, upcycle, message: str):
-    assert violations(moe, upcycle) == [message]
+def test_a_message_has_setting_rule_reason_and_way_out(moe, upcycle, message: str):
+    assert messages_for(moe, upcycle) == [message]
     assert "\n  " in message, "no way out"
 
 
@@ -140,8 +144,8 @@ WAYS_OUT = [
 
 
 @pytest.mark.parametrize(("moe", "upcycle"), WAYS_OUT)
-def test_a_way_out_leads_out(moe, upcycle):
-    assert violations(moe, upcycle) == []
+def test_the_suggested_ways_out_are_legal(moe, upcycle):
+    assert messages_for(moe, upcycle) == []
 
 
 LEGAL = [
@@ -161,20 +165,20 @@ LEGAL = [
 
 @pytest.mark.parametrize(("moe", "upcycle"), LEGAL)
 def test_what_a_method_can_build_is_legal(moe, upcycle):
-    assert violations(moe, upcycle) == []
+    assert messages_for(moe, upcycle) == []
 
 
 NOTHING_TO_MEASURE = (
-    "upcycle.method (copy) with this router and scale needs no measurement, so there is no plan "
-    "file to create.\n  run megatron-moe train"
+    "upcycle.method (copy) with this router and scale needs no measurements: there is no plan file "
+    "to write.\n  run megatron-moe train"
 )
 NO_PLAN = (
-    "upcycle.plan must be set, because megatron-moe construct writes this file.\n"
+    "upcycle.plan must be set: it is the file that megatron-moe construct writes.\n"
     "  set upcycle.plan=runs/plan.safetensors"
 )
 UNEVEN = (
     "measure.samples (20) must be divisible by moe.num_moe_experts (8): the sequences are divided "
-    "into one cluster per expert, all of the same size.\n  nearest measure.samples: 16, 24"
+    "into one cluster of equal size per expert.\n  nearest measure.samples: 16, 24"
 )
 INNER = {"method": "sharing_inner"}
 
@@ -189,6 +193,6 @@ INNER = {"method": "sharing_inner"}
         pytest.param({**INNER, **PLAN}, 16, [], id="legal"),
     ],
 )
-def test_what_construct_cannot_measure_is_refused(upcycle, samples: int, messages: list[str]):
-    asked = config(moe=sizes(24), upcycle=upcycle, measure={"samples": samples})
-    assert list(measuring_violations(asked, SPEC)) == messages
+def test_construct_rejects_what_it_cannot_measure(upcycle, samples: int, messages: list[str]):
+    run = config(moe=sizes(24), upcycle=upcycle, measure={"samples": samples})
+    assert list(measuring_violations(run, SPEC)) == messages
