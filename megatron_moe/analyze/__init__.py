@@ -1,1 +1,1 @@
-"""JUDGE: what the routers of a trained model do with text, and what became of its experts."""
+"""Analyze how the routers of a trained model route text, and how its experts have diverged."""

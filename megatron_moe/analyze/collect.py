@@ -1,14 +1,14 @@
-"""Follow the routers of a model while it reads: which tokens chose which experts.
+"""Observe the routers of a model during evaluation: which tokens chose which experts.
 
-The forward passes are those of evaluation, on any layout, and nothing of them is changed. A layer
-lives on one pipeline stage, and a token is routed on one rank of those that share its sequence
-(cp's part, of it tp's run) and the replicas (dp), so counts are plain sums over all ranks. Only
-positions whose loss counts are counted: not padding, and not the samples that fill a round.
+The forward passes are those of evaluation, unchanged, on any layout. A layer is on one pipeline
+stage, and a token is routed on exactly one rank of those that shard the sequence (a slice per cp
+rank, and of it one per tp rank) and the batch (dp), so counts are sums over all ranks. Only
+positions that contribute to the loss are counted: no padding, and no samples that fill a round.
 
 Shape letters of this module:
 
-    T  tokens this rank routes of a micro-batch   B  micro_batch_size
-    S  sequence of this cp rank, s of it this tp rank's
+    T  tokens of a micro-batch that this rank routes   B  micro_batch_size
+    S  sequence slice of this cp rank, s  its slice of this tp rank
     L  MoE layers   E  num_moe_experts   H = 2 halves of the text, the first samples and the last
 """
 
@@ -33,27 +33,27 @@ from megatron_moe.train.step import mean_loss
 
 @dataclass(frozen=True, slots=True)
 class Routed:
-    """What the routers did with one text; from `Collector.read`, of all ranks together."""
+    """Routing statistics of one text over all ranks, as returned by `Collector.read`."""
 
     loss: float
-    """Nats per token."""
+    """Loss in nats per token."""
     tokens: int
     chosen_HLE: Tensor
-    """Tokens that chose each expert, before any was dropped, int64."""
+    """Number of tokens that chose each expert, before dropping, int64."""
     dropped_L: Tensor
-    """Choices that a capacity limit dropped, int64."""
+    """Number of choices that a capacity limit dropped, int64."""
     together_LEE: Tensor
-    """Tokens that chose both experts; on the diagonal, that chose it. int64."""
+    """Number of tokens that chose both experts, or the one expert on the diagonal, int64."""
     confidence_L: Tensor
-    """Sum over tokens of the best expert's score, all E of a token together one."""
+    """Sum over tokens of the best expert's score; the E scores of a token sum to one."""
 
 
 class Collector:
-    """Reads text with a model and counts, on every rank.
+    """Runs a model over text and counts its routing, on every rank.
 
     Args:
-        model: This rank's part; a layer that is not routed is not followed.
-        modules: Its chunks as schedules run them.
+        model: This rank's part; only its MoE layers are observed.
+        modules: Its chunks as Megatron-Core's schedules run them.
         config: The run.
         groups: This rank's process groups.
         layers: Global ids of the MoE layers.
@@ -75,17 +75,17 @@ class Collector:
         self._sums = self._zeros()
 
     def read(self, batches: list[Batch], *, num_samples: int) -> Routed:
-        """Take this rank's part of a text through the model.
+        """Run the model over this rank's part of a text and return the statistics of all ranks.
 
         Args:
-            batches: Micro-batches of this dp and cp rank; as many as on every other rank.
-            num_samples: Of the text, on all ranks.
+            batches: Micro-batches of this dp and cp rank; every rank must have the same number.
+            num_samples: Number of samples of the text over all ranks.
         """
         self._sums, self._passed = self._zeros(), [0] * len(self._rows)
-        self._counted = [self._of_this_rank(batch, num_samples) for batch in batches]
+        self._counted = [self._masks(batch, num_samples) for batch in batches]
         routers = self._routers()
         for layer, router in routers:
-            router.observe = partial(self._see, self._rows[layer])
+            router.observe = partial(self._observe, self._rows[layer])
         try:
             loss = mean_loss(self._modules, batches, self._config, self._model, self._groups)
         finally:
@@ -116,17 +116,17 @@ class Collector:
         )
 
     def _routers(self) -> list[tuple[int, CountingRouter]]:
-        found = [
+        routers = [
             (router.layer_number - 1, router)
             for module in self._model.modules
             for router in module.modules()
             if isinstance(router, CountingRouter) and router.layer_number is not None
         ]
-        assert {layer for layer, _ in found} <= set(self._rows), "a router of no MoE layer"
-        return found
+        assert {layer for layer, _ in routers} <= set(self._rows), "a router outside MoE layers"
+        return routers
 
-    def _of_this_rank(self, batch: Batch, num_samples: int) -> tuple[Tensor, Tensor]:
-        """Of the tokens that this rank's routers see: which count, and which are of the end."""
+    def _masks(self, batch: Batch, num_samples: int) -> tuple[Tensor, Tensor]:
+        """Return masks of this rank's tokens: which count, and which are in the second half."""
         tp = self._groups.tp
         counted_SB = (batch.loss_mask_BS > 0).T
         late_SB = (2 * batch.samples_B >= num_samples).expand(counted_SB.shape)
@@ -134,16 +134,16 @@ class Collector:
         return counted_sB.flatten(), late_sB.flatten()
 
     def _tokens(self, batches: list[Batch]) -> int:
-        """Positions whose loss counts, on one rank of those that hold the same ones."""
+        """Return the number of positions that contribute to the loss, on one rank per sequence."""
         if self._groups.tp.rank() or self._groups.pp.rank():
             return 0
         return sum(int((batch.loss_mask_BS > 0).sum()) for batch in batches)
 
     @torch.no_grad()
-    def _see(self, row: int, scores_TE: Tensor, chosen_TE: Tensor, kept_TE: Tensor) -> None:
+    def _observe(self, row: int, scores_TE: Tensor, chosen_TE: Tensor, kept_TE: Tensor) -> None:
         index = self._passed[row]
         self._passed[row] = index + 1
-        if index >= len(self._counted):  # it fills a round of the interleaved schedule
+        if index >= len(self._counted):  # a batch that fills a round of the interleaved schedule
             return
         counted_T, late_T = (mask.to(chosen_TE.device) for mask in self._counted[index])
         chosen_TE = chosen_TE & counted_T[:, None]
@@ -159,7 +159,7 @@ class Collector:
 
 
 def _checked(routed: Routed, *, topk: int) -> Routed:
-    """Every token was routed once in every layer, or counting is broken."""
+    """Check that each token was routed exactly once in each layer."""
     chosen_L = routed.chosen_HLE.sum(dim=(0, 2))
     assert (chosen_L == routed.tokens * topk).all(), (chosen_L, routed.tokens, topk)
     return routed

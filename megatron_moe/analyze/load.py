@@ -1,4 +1,4 @@
-"""What counts of routed tokens say: balance of the experts, and how unlike domains choose them.
+"""Compute expert load balance, and distances between domains, from counts of routed tokens.
 
 Shape letters of this module:
 
@@ -16,7 +16,7 @@ Floats = NDArray[np.float64]
 
 
 def shares(counts_XE: NDArray[Any]) -> Floats:
-    """Of all choices, how many each expert got; zeros where there were none.
+    """Return each expert's share of all choices; zeros if there are no choices.
 
     >>> shares(np.array([3, 1])).tolist()
     [0.75, 0.25]
@@ -26,7 +26,7 @@ def shares(counts_XE: NDArray[Any]) -> Floats:
 
 
 def entropy(counts_XE: NDArray[Any]) -> Floats:
-    """Entropy of the shares in nats: log E where all experts get the same, 0 where one gets all.
+    """Return the entropy of the shares in nats: log E if uniform, 0 if one expert gets all.
 
     >>> float(np.exp(entropy(np.array([5, 5, 0, 0]))).round(6))
     2.0
@@ -37,7 +37,7 @@ def entropy(counts_XE: NDArray[Any]) -> Floats:
 
 
 def max_over_mean(counts_XE: NDArray[Any]) -> Floats:
-    """Choices of the busiest expert over the mean: 1 is perfect balance, E / K the worst.
+    """Return the choices of the busiest expert relative to the mean: 1 is balanced, E / K is worst.
 
     >>> float(max_over_mean(np.array([6, 2, 0, 0])))
     3.0
@@ -46,7 +46,7 @@ def max_over_mean(counts_XE: NDArray[Any]) -> Floats:
 
 
 def dead(counts_XE: NDArray[Any]) -> NDArray[np.int64]:
-    """Experts that no token chose.
+    """Return the number of experts that no token chose.
 
     >>> int(dead(np.array([6, 2, 0, 0])))
     2
@@ -55,30 +55,31 @@ def dead(counts_XE: NDArray[Any]) -> NDArray[np.int64]:
 
 
 def distances(counts_ZLE: NDArray[Any]) -> Floats:
-    """L2 distance of each two domains' shares, layer by layer: ``(L, Z, Z)``.
+    """Return the L2 distance of the shares of each pair of domains, by layer: ``(L, Z, Z)``.
 
-    As LLaMA-MoE compares domains (arXiv 2406.16554, section 5): 0 where both choose every expert
-    equally often, the square root of 2 where each has one expert that the other never takes.
+    LLaMA-MoE compares domains in the same way (arXiv 2406.16554, section 5): 0 if both choose every
+    expert equally often, sqrt(2) if each uses a single expert that the other never uses.
 
     >>> distances(np.array([[[4, 0]], [[0, 9]]]))[0].round(4).tolist()
     [[0.0, 1.4142], [1.4142, 0.0]]
     """
     share_LZE = shares(counts_ZLE).swapaxes(0, 1)
-    apart_LZZE = share_LZE[:, :, None] - share_LZE[:, None]
-    return np.sqrt((apart_LZZE**2).sum(axis=-1))
+    difference_LZZE = share_LZE[:, :, None] - share_LZE[:, None]
+    return np.sqrt((difference_LZZE**2).sum(axis=-1))
 
 
 def distance_of_halves(counts_Z2LE: NDArray[Any]) -> Floats:
-    """L2 distance of the shares of the two halves of each domain's text: ``(Z, L)``.
+    """Return the L2 distance of the shares of the two halves of each domain's text: ``(Z, L)``.
 
-    What two texts of the same kind differ by, at half the length: the floor under `distances`.
+    It is the distance of two texts of the same kind, at half the length: a baseline for
+    `distances`.
     """
     share_Z2LE = shares(counts_Z2LE)
     return np.sqrt(((share_Z2LE[:, 0] - share_Z2LE[:, 1]) ** 2).sum(axis=-1))
 
 
 def between_others(distance_LZZ: Floats) -> Floats:
-    """Mean distance of two different domains, by layer; 0 where there is one domain.
+    """Return the mean distance between different domains, by layer; 0 if there is only one domain.
 
     >>> between_others(np.array([[[0.0, 1.0], [1.0, 0.0]]])).tolist()
     [1.0]

@@ -1,4 +1,4 @@
-"""run.dir/analysis/step-00000N.json: what an analysis found, for the report and for scripts."""
+"""Schema of run.dir/analysis/step-00000N.json, the results of an analysis."""
 
 from __future__ import annotations
 
@@ -11,41 +11,41 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from megatron_moe.errors import DataError
 
 
-class Part(BaseModel):
-    """A piece of the record: frozen, no unknown keys."""
+class FrozenModel(BaseModel):
+    """Base of the record's models: immutable, without unknown keys."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, validate_by_name=True
     )
 
 
-class Distances(Part):
-    """L2 distances of the shares of choices that experts get, of each two domains."""
+class Distances(FrozenModel):
+    """L2 distances between domains of the experts' shares of choices."""
 
     layers: list[list[list[float]]]
-    """By MoE layer, a row a domain."""
+    """Distances by MoE layer, one row per domain."""
     mean: list[list[float]]
-    """Over layers."""
+    """Mean over layers."""
     within: dict[str, list[float]]
-    """By domain and layer, of the two halves of its text: what two texts of a kind differ by."""
+    """Distance of the two halves of a domain's text, by domain and layer: a baseline."""
 
 
-class Similarities(Part):
-    """Cosines of experts' weights, neuron by neuron of the dense layer."""
+class Similarities(FrozenModel):
+    """Cosine similarities of experts' weights, with neurons aligned by dense neuron."""
 
     between_experts: list[list[list[float]]]
-    """By MoE layer."""
+    """Similarity of each pair of experts, by MoE layer."""
     to_dense: list[list[float]] | None
-    """By MoE layer and expert, to the dense neurons it was made of; None: they are not at hand."""
+    """Similarity of each expert to its source neurons, by MoE layer; None if these are missing."""
 
 
-class Analysis(Part):
-    """What the routers of a checkpoint did with text, and what its experts have become.
+class Analysis(FrozenModel):
+    """Routing statistics of a checkpoint on text, and similarities of its experts.
 
-    Lists named by layer follow ``layers``. Dropped choices are in ``counts``.
+    Lists by layer are in the order of ``layers``. ``counts`` includes dropped choices.
     """
 
-    version: Literal[1] = Field(default=1, alias="schema")  # pydantic has a `schema` of its own
+    version: Literal[1] = Field(default=1, alias="schema")  # pydantic reserves `schema`
     kind: Literal["analysis"] = "analysis"
     checkpoint: str
     step: int
@@ -55,44 +55,44 @@ class Analysis(Part):
     num_experts: int
     topk: int
     domains: list[str]
-    """Held-out texts of the run's domains, then the sets that were given besides."""
+    """Names of the texts: the run's domains (held-out text), then additional evaluation sets."""
     evaluation_sets: list[str]
-    """Which of them are such sets."""
+    """Names in ``domains`` that are additional evaluation sets."""
     tokens: dict[str, int]
     loss: dict[str, float]
-    """Nats per token."""
+    """Loss by domain, in nats per token."""
     counts: dict[str, list[list[int]]]
-    """By domain, layer and expert: tokens that chose it. A layer's sum is tokens x topk."""
+    """Tokens that chose an expert, by domain, layer and expert. A layer sums to tokens x topk."""
     counts_of_halves: dict[str, list[list[list[int]]]]
-    """The same of the first samples of a domain's text, and of its last."""
+    """`counts` of the first half of a domain's samples, and of the second."""
     dropped: dict[str, list[int]]
-    """By domain and layer: choices that a capacity limit dropped."""
+    """Choices that a capacity limit dropped, by domain and layer."""
     entropy: dict[str, list[float]]
-    """Of the experts' shares of the choices, nats; log E is perfect balance."""
+    """Entropy of the experts' shares of choices, in nats; log E is perfect balance."""
     max_over_mean: dict[str, list[float]]
-    """Choices of the busiest expert over the mean."""
+    """Choices of the busiest expert relative to the mean."""
     dead: dict[str, list[int]]
-    """Experts that no token chose."""
+    """Number of experts that no token chose."""
     confidence: dict[str, list[float]]
-    """Mean over tokens of the best expert's score, all E of a token together one."""
+    """Mean over tokens of the best expert's score; the E scores of a token sum to one."""
     coactivation: list[list[list[int]]]
-    """By layer, over all domains: tokens that chose both experts, or, on the diagonal, it."""
+    """Tokens that chose both experts (on the diagonal: the expert), by layer, over all domains."""
     distances: Distances
     similarity: Similarities
 
 
 def path_of(run_dir: Path, step: int) -> Path:
-    """Where the analysis of a step lies."""
+    """Return the path of the analysis of a step."""
     return run_dir / "analysis" / f"step-{step:06d}.json"
 
 
 def to_json(analysis: Analysis) -> dict[str, Any]:
-    """As the file holds it."""
+    """Return the analysis as in its file."""
     return analysis.model_dump(mode="json", by_alias=True)
 
 
 def write_analysis(analysis: Analysis, path: Path) -> None:
-    """Write the file; a reader sees all of it or none."""
+    """Write the file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f".{path.name}.partial")
     staged.write_text(json.dumps(to_json(analysis), allow_nan=False) + "\n", encoding="utf-8")
@@ -100,10 +100,10 @@ def write_analysis(analysis: Analysis, path: Path) -> None:
 
 
 def read_analysis(path: Path) -> Analysis:
-    """What `write_analysis` wrote.
+    """Read a file written by `write_analysis`.
 
     Raises:
-        DataError: No such file, or one of another kind or schema.
+        DataError: The file is missing, or has another kind or schema.
     """
     try:
         return Analysis.model_validate(json.loads(path.read_text(encoding="utf-8")))
@@ -111,6 +111,6 @@ def read_analysis(path: Path) -> Analysis:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, ValidationError) as error:
         raise DataError(
-            f"{path} is no analysis of schema 1: {'; '.join(str(error).splitlines()[:3])}\n"
-            "  make it again with megatron-moe analyze"
+            f"{path} is not an analysis of schema 1: {'; '.join(str(error).splitlines()[:3])}\n"
+            "  run megatron-moe analyze again"
         ) from error

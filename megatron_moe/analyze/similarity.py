@@ -1,9 +1,9 @@
-"""How alike the experts of a layer are, and how like the dense neurons that they were made of.
+"""Compute the similarity of a layer's experts to each other and to their source neurons.
 
-Weights come out of the checkpoint expert by expert, without a model. An expert is the sum of its
-neurons, whose order means nothing, so experts are compared neuron by neuron of the dense layer:
-each of an expert's neurons lies where the dense neuron lies that it is a copy of. Parts of one
-layer have nothing in common and a cosine of 0; copies have 1, in whatever order they keep neurons.
+Weights are read from the checkpoint one expert at a time, without a model. The order of an expert's
+neurons has no meaning, so each neuron is placed at the position of the dense neuron that it was
+copied from before experts are compared. Disjoint parts of one layer have a cosine of 0; copies have
+a cosine of 1, whatever the order of their neurons.
 
 Shape letters of this module:
 
@@ -25,20 +25,20 @@ from megatron_moe.hf.names import ROW_OF_ROLE
 from megatron_moe.hf.reader import DenseCheckpoint
 
 BLOCK_NUMBERS = 2**23
-"""Numbers of a layer that are looked at together, in float64."""
-SMALLEST = 1e-150
-"""Norm below which a cosine is 0: of an expert whose weights are all zero."""
+"""Number of a layer's weights that are converted to float64 at a time."""
+MIN_NORM = 1e-150
+"""Lower bound of norms, so that the cosine of an all-zero expert is 0."""
 
 
 @dataclass(frozen=True, slots=True)
 class Similarity:
-    """Cosines of one layer."""
+    """Cosine similarities of the experts of one layer."""
 
     between_EE: Tensor
-    """Of each two experts' weights: gate, up and down together."""
+    """Cosine of each pair of experts, over gate, up and down weights together."""
     to_dense_E: Tensor | None
-    """Of an expert and the dense neurons it was made of, scaled as the plan scales them; None where
-    the dense weights are not at hand."""
+    """Cosine of each expert and its source neurons, scaled as in the plan; None without the dense
+    weights."""
 
 
 def layer_similarity(
@@ -51,9 +51,9 @@ def layer_similarity(
 
     Args:
         tensors: The checkpoint.
-        plan: Says which dense neuron each neuron came from.
-        layer: Counted from 0 over the whole model.
-        dense: The checkpoints that the plan's experts come from, in its order.
+        plan: Maps each expert neuron to its dense neuron.
+        layer: Layer id, counted from 0 over the whole model.
+        dense: The source checkpoints of the plan's experts, in the plan's order.
     """
     experts = plan.recipe.num_experts
     neurons_EM = torch.tensor(plan.layer(layer).neurons_EM)
@@ -67,7 +67,7 @@ def layer_similarity(
                 sums_3E[0, expert] += _inner(weight_MD, origin_MD)
                 sums_3E[1, expert] += _inner(weight_MD, weight_MD)
                 sums_3E[2, expert] += _inner(origin_MD, origin_MD)
-    norm_E = between_EE.diagonal().sqrt().clamp_min(SMALLEST)
+    norm_E = between_EE.diagonal().sqrt().clamp_min(MIN_NORM)
     return Similarity(
         between_EE=between_EE / (norm_E[:, None] * norm_E),
         to_dense_E=None if dense is None else _cosines(*sums_3E),
@@ -75,16 +75,16 @@ def layer_similarity(
 
 
 def _cosines(inner_E: Tensor, square_E: Tensor, origin_square_E: Tensor) -> Tensor:
-    return inner_E / (square_E * origin_square_E).sqrt().clamp_min(SMALLEST)
+    return inner_E / (square_E * origin_square_E).sqrt().clamp_min(MIN_NORM)
 
 
 def inner_products(weights: Sequence[Tensor], neurons_EM: Tensor, size: int) -> Tensor:
-    """Inner product of each two experts laid over the dense layer, ``(E, E)`` in float64.
+    """Return the inner product of each pair of aligned experts, ``(E, E)`` in float64.
 
     Args:
-        weights: Of each expert a row a neuron, ``(M, D)``.
-        neurons_EM: Dense neuron of each row; where an expert has one twice, its rows are added.
-        size: Neurons of the dense layer.
+        weights: Weights of each expert, one row per neuron, ``(M, D)``.
+        neurons_EM: Dense neuron of each row; rows of an expert with the same neuron are added.
+        size: Number of neurons of the dense layer.
     """
     experts, width = len(weights), weights[0].shape[1]
     total_EE = torch.zeros(experts, experts, dtype=torch.float64)
@@ -92,9 +92,10 @@ def inner_products(weights: Sequence[Tensor], neurons_EM: Tensor, size: int) -> 
     for start in range(0, size, step):
         block_EFD = torch.zeros(experts, min(step, size - start), width, dtype=torch.float64)
         for expert, weight_MD in enumerate(weights):
-            place_M = neurons_EM[expert] - start
-            here_M = (place_M >= 0) & (place_M < block_EFD.shape[1])
-            block_EFD[expert].index_add_(0, place_M[here_M], weight_MD[here_M].double())
+            position_M = neurons_EM[expert] - start
+            in_block_M = (position_M >= 0) & (position_M < block_EFD.shape[1])
+            rows = weight_MD[in_block_M].double()
+            block_EFD[expert].index_add_(0, position_M[in_block_M], rows)
         flat = block_EFD.flatten(1)
         total_EE += flat @ flat.T
     return total_EE
@@ -103,7 +104,7 @@ def inner_products(weights: Sequence[Tensor], neurons_EM: Tensor, size: int) -> 
 def _matrices(
     tensors: GlobalTensors, layer: int, experts: int
 ) -> Iterator[tuple[int, list[Tensor]]]:
-    """Gate, up and down (0, 1, 2) of all experts, each a row a neuron; one of them in memory."""
+    """Yield gate, up and down (0, 1, 2) of all experts, one row per neuron; one at a time."""
     for role, parts in (("expert_fc1", (0, 1)), ("expert_fc2", (2,))):
         key = checkpoint_key(ROW_OF_ROLE[role], layer=layer, moe_layer=True)
         _, dtype = tensors.shape_and_dtype(key)
@@ -118,7 +119,7 @@ def _matrices(
 def _origin(
     dense: Sequence[DenseCheckpoint], plan: ExpertPlan, layer: int, expert: int, part: int
 ) -> Tensor:
-    """The dense neurons of an expert in the order it keeps them, scaled: ``(M, D)``."""
+    """Return the scaled dense neurons of an expert in its own order: ``(M, D)``."""
     built = plan.layer(layer)
     source, neurons_M = dense[int(built.source_E[expert])], built.neurons_EM[expert].copy()
     name = f"model.layers.{layer}.mlp.{('gate', 'up', 'down')[part]}_proj.weight"
@@ -130,7 +131,7 @@ def _origin(
 
 
 def _inner(a_MD: Tensor, b_MD: Tensor) -> float:
-    """Inner product in float64, some rows at a time."""
+    """Return the inner product in float64, computed a few rows at a time."""
     step = max(1, BLOCK_NUMBERS // a_MD.shape[1])
     return sum(
         float((a.double() * b.double()).sum())

@@ -1,4 +1,4 @@
-"""Training goes on: steps, validation, mixtures that move, saves, and what a run survives."""
+"""Continue pre-training: steps, validation, adaptive mixtures, saves, and recovery."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from functools import partial
 from megatron_moe.checkpoint.policy import roll_back, save_or_continue, step_message
 from megatron_moe.checkpoint.sharded import Saver
 from megatron_moe.commands.job import Job
-from megatron_moe.data.feed import Feed, Seat
-from megatron_moe.data.mixing import moved, updates_due
+from megatron_moe.data.feed import DataRank, Feed
+from megatron_moe.data.mixing import adapted_weights, updates_due
 from megatron_moe.data.texts import Texts
 from megatron_moe.experts.plan import ExpertPlan
 from megatron_moe.log import StepProgress
@@ -31,16 +31,17 @@ from megatron_moe.train.step import StepResult, mean_loss, train_step
 
 
 def feed_of(job: Job, texts: Texts) -> Feed:
-    """What this rank is fed."""
+    """Return the source of this rank's batches."""
     pin = job.world.device.type == "cuda"
-    return Feed(texts, job.config, Seat.of(job.groups), pin=pin)
+    return Feed(texts, job.config, DataRank.of(job.groups), pin=pin)
 
 
 def continue_pretraining(job: Job, state: TrainState, plan: ExpertPlan, feed: Feed) -> None:
-    """Take the steps that are left, and what happens between them."""
+    """Take the remaining steps, and run the hooks between them."""
     config = job.config
     peak = device_peak(job.world.device, state.model.transformer.params_dtype)
-    job.say(f"MFU is of {peak.flops_per_second / 1e12:.3g} TFLOP/s ({peak.source})")
+    tflops = peak.flops_per_second / 1e12
+    job.say(f"MFU is relative to a peak of {tflops:.3g} TFLOP/s ({peak.source})")
     writer = MetricsWriter(config, resumed_step=state.step) if job.world.rank == 0 else None
     resumed_step = state.step
     if resumed_step == 0:
@@ -87,10 +88,10 @@ def continue_pretraining(job: Job, state: TrainState, plan: ExpertPlan, feed: Fe
             stopping=boundary.stopping,
         )
     if boundary.stopped:
-        job.say(f"stopped by a signal after step {state.step}; the same command goes on from there")
+        job.say(f"Stopped by a signal after step {state.step}. Run the same command to resume.")
     if writer is not None:
         writer.close()
-    job.say(f"megatron-moe report {config.run.dir} shows all of it on one page")
+    job.say(f"Run megatron-moe report {config.run.dir} to see the run on one page.")
 
 
 def _take_step(
@@ -120,7 +121,7 @@ def _keeps(
     plan_hash: str,
     result: StepResult,
 ) -> bool:
-    """Whether the step stays; after a loss spike the run goes back, where it can."""
+    """Return whether the step counts. After a loss spike, restore the newest checkpoint if any."""
     if result.decision == "keep":
         return True
     step = state.step
@@ -169,16 +170,16 @@ def _validate(job: Job, state: TrainState, feed: Feed, numbers: Numbers) -> None
     numbers["loss/validation"] = mean
     if several := len(feed.texts.training) > 1:
         numbers |= {f"loss/validation/{name}": loss for name, loss in losses.items()}
-    if job.world.rank == 0:  # who writes them
+    if job.world.rank == 0:  # the rank that writes them
         numbers |= held_out_numbers(losses, feed.held_out_sizes, several=several)
     each = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
     job.say(
-        f"step {state.step}: loss on held-out text {mean:.4f}" + f" ({each})" * (len(losses) > 1)
+        f"Step {state.step}: loss on held-out text {mean:.4f}" + f" ({each})" * (len(losses) > 1)
     )
 
 
 def _move_mixture(job: Job, state: TrainState, feed: Feed, numbers: Numbers) -> None:
-    """Where it is time, weigh the domains anew by their losses; and tell their weights."""
+    """Update the domain weights from their losses when an update is due, and log them."""
     mixing, tokens = job.config.data.mixing, numbers["tokens/seen"]
     before = tokens - job.config.train.global_batch_size * job.config.data.seq_length
     if mixing.update != "never" and updates_due(before, tokens, interval=mixing.interval):
@@ -187,7 +188,7 @@ def _move_mixture(job: Job, state: TrainState, feed: Feed, numbers: Numbers) -> 
         references = feed.texts.references
         assert references is not None, "the rules ask for them"
         losses = [numbers[f"loss/validation/{name}"] for name in references]
-        weights = moved(state.blend.weights, losses, list(references.values()), mixing)
+        weights = adapted_weights(state.blend.weights, losses, list(references.values()), mixing)
         state.blend = state.blend.reweighted(weights)
     chunks = {name: text.num_chunks for name, text in feed.texts.training.items()}
     numbers |= mixture_numbers(state.blend, chunks)
@@ -198,4 +199,4 @@ def _collect_garbage(numbers: Numbers) -> None:
 
 
 def _nothing(numbers: Numbers) -> None:
-    """What ranks that write no metrics do with them."""
+    """Ignore the metrics, on ranks that do not write them."""

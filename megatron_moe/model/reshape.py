@@ -23,7 +23,7 @@ from megatron_moe.experts.draws import BLOCK_NEURONS, Use, normal_rows
 from megatron_moe.experts.plan import LayerPlan
 from megatron_moe.experts.recipe import Recipe
 from megatron_moe.parallel.layout import ParallelLayout
-from megatron_moe.parallel.shards import Part
+from megatron_moe.parallel.shards import ShardIndex
 
 FIXED_POINT = 2**28
 """Fixed-point steps per unit: 2**28 weights of size 8 fill 63 bits, and a step is 1e-7 of a weight
@@ -38,7 +38,7 @@ class LocalExpert:
     expert: int
     fc1_2mD: Tensor
     fc2_Dm: Tensor
-    part: Part
+    part: ShardIndex
 
     @property
     def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,7 +48,7 @@ class LocalExpert:
 
     def neurons(self, size: int) -> slice:
         """Return which of the expert's ``size`` neurons this rank holds."""
-        return self.part.of(size)
+        return self.part.slice_of(size)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,13 +23,13 @@ from torch import Tensor
 from megatron_moe.errors import CheckpointError
 from megatron_moe.experts.plan import ExpertPlan, LayerPlan
 from megatron_moe.hf.names import GATE_ROLES, ROW_OF_ROLE, Match, dense_tensors, match
-from megatron_moe.hf.reader import DenseCheckpoint, Wanted
+from megatron_moe.hf.reader import DenseCheckpoint, ReadRequest
 from megatron_moe.hf.windows import WINDOW_BYTES
 from megatron_moe.model.build import Chunk, Model
 from megatron_moe.model.noisy_router import fill_gate
 from megatron_moe.model.reshape import LocalExpert, LocalLayer, reshape_values
 from megatron_moe.parallel.layout import ParallelLayout, local_experts
-from megatron_moe.parallel.shards import Part, Piece, pieces
+from megatron_moe.parallel.shards import Piece, ShardIndex, pieces
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class _Filler:
     checkpoints: Sequence[DenseCheckpoint]
     sources: set[tuple[int, str]] = field(default_factory=set)
     seen: dict[tuple, Tensor] = field(default_factory=dict)
-    wanted: dict[tuple[int, str], list[Wanted]] = field(default_factory=dict)
+    wanted: dict[tuple[int, str], list[ReadRequest]] = field(default_factory=dict)
     """Pieces for `read` to read, by checkpoint and tensor."""
     copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     """Targets, and the tensors to copy them from after reading."""
@@ -69,7 +69,7 @@ class _Filler:
                 self._average(piece, target)
             else:
                 wanted = self.wanted.setdefault((source or 0, piece.source), [])
-                wanted.append(Wanted(target, piece.rows, piece.columns))
+                wanted.append(ReadRequest(target, piece.rows, piece.columns))
 
     def read(self) -> None:
         """Read all scheduled pieces."""
@@ -218,8 +218,8 @@ class _LayerSource:
         if layer is not None and layer in plan.recipe.moe_layers:
             self.layer_plan = plan.layer(layer)
         self.experts = local_experts(layout, rank=rank, num_experts=plan.recipe.num_experts)
-        self.tp = Part(layout.attention.coords(rank)["tp"], layout.attention.size("tp"))
-        self.etp = Part(layout.experts.coords(rank)["etp"], layout.experts.size("etp"))
+        self.tp = ShardIndex(layout.attention.coords(rank)["tp"], layout.attention.size("tp"))
+        self.etp = ShardIndex(layout.experts.coords(rank)["etp"], layout.experts.size("etp"))
 
     def fill(self, parameter: Tensor, matched: Match, filler: _Filler) -> None:
         """Fill one parameter from the dense model, or schedule its reads."""

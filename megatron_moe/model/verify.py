@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_moe.model.build import Model
 from megatron_moe.model.loss import make_output_processor
 from megatron_moe.parallel.sequence import zigzag
-from megatron_moe.parallel.shards import Part, padded_vocabulary
+from megatron_moe.parallel.shards import ShardIndex, padded_vocabulary
 
 MAX_TOKENS = 512
 
@@ -61,7 +61,7 @@ def compare_with_dense(
     agreed = torch.zeros(2, device=parameter.device)
     if own_sv is not None:
         width = padded_vocabulary(vocab_size, groups.tp.size())
-        columns = Part(groups.tp.rank(), groups.tp.size()).of(width)
+        columns = ShardIndex(groups.tp.rank(), groups.tp.size()).slice_of(width)
         expected_sV = _part_of(dense_SV, groups.cp)
         real = max(min(columns.stop, vocab_size) - columns.start, 0)
         expected_sv = expected_sV[:, columns.start : columns.start + real]

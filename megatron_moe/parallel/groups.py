@@ -1,4 +1,4 @@
-"""Process groups: made by Megatron-Core, checked against our own arithmetic, touched only here."""
+"""Create Megatron-Core's process groups and check them against the layout's arithmetic."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from megatron_moe.runtime.world import TIMEOUT
 def create_groups(
     parallel: Parallel, *, seed: int
 ) -> tuple[ParallelLayout, ProcessGroupCollection]:
-    """Lay the joined world out and create Megatron-Core's groups for it.
+    """Compute the layout of the initialized world and create Megatron-Core's groups for it.
 
     Returns:
-        The layout and the groups; each of this rank's groups holds the ranks that the layout says.
+        The layout and the groups; each of this rank's groups has the ranks given by the layout.
 
     Raises:
-        AssertionError: Megatron-Core's groups differ from the layout, a bug of ours.
+        AssertionError: Megatron-Core's groups differ from the layout, which is a bug.
     """
     vpp = parallel.virtual_pipeline_parallel_size or 1
     parallel_state.initialize_model_parallel(
@@ -32,15 +32,16 @@ def create_groups(
         expert_model_parallel_size=parallel.expert_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         order="tp-cp-ep-dp-pp",
-        # Groups wait as long as the world does, so that the watch speaks first: Megatron-Core's own
-        # 30 minutes are guard.hang_seconds. Its gloo groups are for checkpoints of its own.
+        # Groups have the world's timeout, so that the watchdog reports first: Megatron-Core's
+        # default of 30 minutes equals guard.hang_seconds. Its gloo groups are only for its own
+        # checkpoints.
         distributed_timeout_minutes=int(TIMEOUT.total_seconds()) // 60,
         create_gloo_process_groups=False,
     )
     model_parallel_cuda_manual_seed(seed)
     layout = fold(parallel, world_size=dist.get_world_size())
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    for ours, theirs in (
+    for expected, group in (
         (layout.attention.groups("tp"), groups.tp),
         (layout.attention.groups("cp"), groups.cp),
         (layout.attention.groups("dp", "cp"), groups.dp_cp),
@@ -49,10 +50,10 @@ def create_groups(
         (layout.experts.groups("ep"), groups.ep),
         (layout.experts.groups("edp"), groups.expt_dp),
     ):
-        assert dist.get_process_group_ranks(theirs) in ours, (ours, theirs)
+        assert dist.get_process_group_ranks(group) in expected, (expected, group)
     return layout, groups
 
 
 def destroy_groups() -> None:
-    """Forget the groups, so that another layout can be created in the same processes."""
+    """Destroy the groups, so that another layout can be created in the same processes."""
     parallel_state.destroy_model_parallel()

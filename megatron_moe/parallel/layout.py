@@ -1,15 +1,15 @@
-"""Which rank holds what: the attention grid, the expert grid, one folded onto the other.
+"""Map ranks to the attention grid and to the expert grid, which are folded onto the same ranks.
 
-The same ranks are numbered twice (MoE Parallel Folding, https://arxiv.org/abs/2504.14960)::
+Each rank has coordinates in two grids (MoE Parallel Folding, https://arxiv.org/abs/2504.14960)::
 
     attention layers    pp x dp  x cp x tp
     expert layers       pp x edp x ep x etp
 
-Axes are written slowest first, so a tp (or etp) group is a run of consecutive ranks, which keeps
-it inside a node. pp is outermost in both grids, so a pipeline stage is the same set of ranks in
-both. This is Megatron-Core's default order, "tp-cp-ep-dp-pp", read from right to left.
+Axes are listed slowest first, so a tp (or etp) group consists of consecutive ranks, which keeps it
+inside a node. pp is outermost in both grids, so a pipeline stage has the same ranks in both. This
+is Megatron-Core's default order, "tp-cp-ep-dp-pp", read from right to left.
 
-Nothing here needs torch or a process group: it tells on a laptop what a cluster will do.
+This module needs neither torch nor process groups, so a layout can be computed on any machine.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class RankGrid:
     shape: tuple[int, ...]
 
     def size(self, axis: str) -> int:
-        """Length of one axis."""
+        """Return the length of one axis."""
         return self.shape[self.axes.index(axis)]
 
     def coords(self, rank: int) -> dict[str, int]:
-        """Position of ``rank`` on every axis.
+        """Return the coordinate of ``rank`` on each axis.
 
         >>> RankGrid(("dp", "tp"), (2, 4)).coords(5)
         {'dp': 1, 'tp': 1}
@@ -46,7 +46,7 @@ class RankGrid:
         }
 
     def groups(self, *axes: str) -> list[list[int]]:
-        """Groups of ranks that differ on ``axes`` only.
+        """Return the groups of ranks that differ only on ``axes``.
 
         >>> RankGrid(("dp", "tp"), (2, 2)).groups("tp")
         [[0, 1], [2, 3]]
@@ -60,17 +60,17 @@ class RankGrid:
 
 @dataclass(frozen=True, slots=True)
 class ParallelLayout:
-    """The two views of the world that the rest of the package asks."""
+    """The two grids over the ranks of a job."""
 
     attention: RankGrid
-    """pp, dp, cp, tp: attention, norms, embeddings, router, data."""
+    """Grid pp, dp, cp, tp: for attention, norms, embeddings, router and data."""
 
     experts: RankGrid
-    """pp, edp, ep, etp: expert weights and their gradients."""
+    """Grid pp, edp, ep, etp: for expert weights and their gradients."""
 
 
 def fold(config: Parallel, *, world_size: int) -> ParallelLayout:
-    """Lay ``world_size`` ranks out for attention layers and for expert layers.
+    """Arrange ``world_size`` ranks in grids for attention layers and for expert layers.
 
     Args:
         config: Degrees of parallelism; dp and edp are derived here.
@@ -80,7 +80,7 @@ def fold(config: Parallel, *, world_size: int) -> ParallelLayout:
         Both grids, over the same ranks.
 
     Raises:
-        ConfigError: The degrees do not divide the world.
+        ConfigError: The degrees do not divide the world size.
 
     >>> layout = fold(Parallel(tensor_parallel_size=2, expert_parallel_size=4), world_size=8)
     >>> layout.attention.shape, layout.experts.shape
@@ -101,7 +101,7 @@ def fold(config: Parallel, *, world_size: int) -> ParallelLayout:
 
 
 def local_experts(layout: ParallelLayout, *, rank: int, num_experts: int) -> range:
-    """Global ids of the experts that ``rank`` holds: one contiguous run per ep rank."""
+    """Return the global ids of the experts on ``rank``; each ep rank has a contiguous range."""
     num_local_experts = num_experts // layout.experts.size("ep")
     first = layout.experts.coords(rank)["ep"] * num_local_experts
     return range(first, first + num_local_experts)
@@ -113,7 +113,7 @@ def _derive(axis: str, world_size: int, **degrees: int) -> int:
         names, values = " * ".join(degrees), " * ".join(map(str, degrees.values()))
         raise ConfigError(
             f"world_size ({world_size}) must be divisible by {names} = {values} = {product}: "
-            f"{axis} is what is left over.\n"
+            f"{axis} is the quotient.\n"
             f"  nearest world_size: {world_size // product * product or product}"
         )
     return world_size // product

@@ -1,7 +1,7 @@
-"""Which slice of which dense tensor a rank holds. Pure arithmetic, and the only code that knows.
+"""Compute which slice of which dense tensor a rank holds, by arithmetic; no other code does.
 
-A local parameter is a stack of pieces, each a rectangle of one source tensor: rows and columns to
-take, and the rows of the local parameter it goes to. Upcycling reads them, nothing else does it.
+A local parameter is a stack of pieces. Each is a rectangle of one source tensor: the rows and
+columns to read, and the rows of the local parameter to fill. Upcycling reads exactly these.
 
 Shape letters of this module:
 
@@ -25,7 +25,7 @@ Selection = slice | NDArray[np.int64] | None
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Piece:
-    """A rectangle of one source tensor and the rows of the local parameter it fills."""
+    """A rectangle of one source tensor, and the rows of the local parameter that it fills."""
 
     source: str
     rows: Selection
@@ -34,7 +34,7 @@ class Piece:
 
     @property
     def key(self) -> tuple:
-        """Equal for pieces that take the same numbers from the same tensor."""
+        """Key that is equal for pieces with the same values from the same tensor."""
         return (self.source, *(_hashable(s) for s in (self.rows, self.columns)))
 
 
@@ -43,16 +43,16 @@ def _hashable(selection: Selection) -> object:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """Which of how many equal parts: a rank's place in its tensor-parallel group."""
+class ShardIndex:
+    """Index of one of ``size`` equal shards: a rank's position in its tensor-parallel group."""
 
     rank: int
     size: int
 
-    def of(self, length: int) -> slice:
-        """This part of ``length`` consecutive things.
+    def slice_of(self, length: int) -> slice:
+        """Return this shard's slice of ``length`` consecutive items.
 
-        >>> Part(1, 4).of(8)
+        >>> ShardIndex(1, 4).slice_of(8)
         slice(2, 4, None)
         """
         share = length // self.size
@@ -60,20 +60,20 @@ class Part:
 
 
 def pieces(
-    row: Row, *, layer: int | None, part: Part, spec: DenseSpec, neurons_M: Selection = None
+    row: Row, *, layer: int | None, part: ShardIndex, spec: DenseSpec, neurons_M: Selection = None
 ) -> list[Piece]:
-    """What one local parameter is made of.
+    """Return the pieces of source tensors that make up one local parameter.
 
     Args:
         row: The parameter's row of the name table.
         layer: Global layer id, for the source's name.
-        part: Place in the group that shares the parameter: tp, or etp for an expert.
+        part: Index of the shard in the group that shards the parameter: tp, or etp for an expert.
         spec: The dense model.
-        neurons_M: For an expert, the dense neurons it is made of; None takes all of them.
+        neurons_M: For an expert, the dense neurons it consists of; None takes all of them.
 
     Returns:
-        Pieces that tile the local parameter from row 0 on; of a padded vocabulary, only the rows
-        that exist.
+        Pieces that tile the local parameter from row 0 on. Rows of vocabulary padding are not
+        covered.
     """
     names = [template.format(layer=layer) for template in row.hf]
     match row.sharding:
@@ -84,40 +84,41 @@ def pieces(
         case Sharding.QKV:
             return _stack(list(_qkv(names, part, spec)))
         case Sharding.GATED:
-            mine = select(neurons_M, part, spec.ffn_hidden_size)
-            return _stack([(name, mine, length(mine)) for name in names])
+            neurons = select(neurons_M, part, spec.ffn_hidden_size)
+            return _stack([(name, neurons, length(neurons)) for name in names])
         case Sharding.COLUMNS:
             width = _input_width(row, spec)
             return [Piece(names[0], None, select(neurons_M, part, width), slice(None))]
 
 
-def select(indices: Selection, part: Part, total: int) -> slice | NDArray[np.int64]:
-    """This part of a list of indices (None: all ``total``), as a slice where they run on.
+def select(indices: Selection, part: ShardIndex, total: int) -> slice | NDArray[np.int64]:
+    """Return one shard of ``indices`` (None: all ``total``), as a slice if they are consecutive.
 
-    >>> select(np.array([4, 5, 6, 7]), Part(1, 2), 8), select(np.array([7, 5]), Part(0, 2), 8)
+    >>> first, second = ShardIndex(0, 2), ShardIndex(1, 2)
+    >>> select(np.array([4, 5, 6, 7]), second, 8), select(np.array([7, 5]), first, 8)
     (slice(6, 8, None), slice(7, 8, None))
     """
     if indices is None or isinstance(indices, slice):
         start = indices.start if isinstance(indices, slice) else 0
         stop = indices.stop if isinstance(indices, slice) else total
-        mine = part.of(stop - start)
-        return slice(start + mine.start, start + mine.stop)
-    mine_M = indices[part.of(len(indices))]
-    first = int(mine_M[0])
-    if np.array_equal(mine_M, np.arange(first, first + len(mine_M))):
-        return slice(first, first + len(mine_M))
-    return mine_M
+        local = part.slice_of(stop - start)
+        return slice(start + local.start, start + local.stop)
+    local_M = indices[part.slice_of(len(indices))]
+    first = int(local_M[0])
+    if np.array_equal(local_M, np.arange(first, first + len(local_M))):
+        return slice(first, first + len(local_M))
+    return local_M
 
 
 def length(selection: slice | NDArray[np.int64]) -> int:
-    """How many indices a selection takes."""
+    """Return the number of indices of a selection."""
     if isinstance(selection, slice):
         return selection.stop - selection.start
     return len(selection)
 
 
 def padded_vocabulary(vocab_size: int, tp: int) -> int:
-    """Rows of the embedding so that every tp rank holds as many.
+    """Return the rows of the embedding, padded so that all tp ranks hold the same number.
 
     >>> padded_vocabulary(49152, 4), padded_vocabulary(128257, 4)
     (49152, 128260)
@@ -125,29 +126,29 @@ def padded_vocabulary(vocab_size: int, tp: int) -> int:
     return -(-vocab_size // tp) * tp
 
 
-def _vocabulary(name: str, part: Part, vocab_size: int) -> list[Piece]:
-    mine = part.of(padded_vocabulary(vocab_size, part.size))
-    stop = min(mine.stop, vocab_size)
-    rows = slice(mine.start, stop)
-    return [Piece(name, rows, None, slice(0, stop - mine.start))] if stop > mine.start else []
+def _vocabulary(name: str, part: ShardIndex, vocab_size: int) -> list[Piece]:
+    padded = part.slice_of(padded_vocabulary(vocab_size, part.size))
+    stop = min(padded.stop, vocab_size)
+    rows = slice(padded.start, stop)
+    return [Piece(name, rows, None, slice(0, stop - padded.start))] if stop > padded.start else []
 
 
-def _qkv(names: list[str], part: Part, spec: DenseSpec) -> Iterator[tuple[str, slice, int]]:
-    """Query heads, key and value of each query group in turn, as Megatron-Core's fused QKV."""
+def _qkv(names: list[str], part: ShardIndex, spec: DenseSpec) -> Iterator[tuple[str, slice, int]]:
+    """Yield query heads, key and value of each query group, as in Megatron-Core's fused QKV."""
     head = spec.kv_channels
     queries = spec.num_attention_heads // spec.num_query_groups * head
-    groups = part.of(spec.num_query_groups)
+    groups = part.slice_of(spec.num_query_groups)
     for group in range(groups.start, groups.stop):
         for name, size in zip(names, (queries, head, head), strict=True):
             yield name, slice(group * size, (group + 1) * size), size
 
 
 def _stack(runs: list[tuple[str, slice | NDArray[np.int64], int]]) -> list[Piece]:
-    found, at = [], 0
+    stacked, start = [], 0
     for name, rows, count in runs:
-        found.append(Piece(name, rows, None, slice(at, at + count)))
-        at += count
-    return found
+        stacked.append(Piece(name, rows, None, slice(start, start + count)))
+        start += count
+    return stacked
 
 
 def _input_width(row: Row, spec: DenseSpec) -> int:

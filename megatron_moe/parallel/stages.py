@@ -1,14 +1,14 @@
-"""Which layers a pipeline rank holds: equal runs of consecutive layers, dealt in rounds with vpp.
+"""Assign layers to pipeline ranks: equal blocks of consecutive layers, round-robin with vpp.
 
-With vpp > 1 a rank holds vpp chunks, and chunk ``v`` of rank ``p`` is run ``v * pp + p`` of the
-``pp * vpp`` runs: Megatron-Core's interleaved schedule.
+With vpp > 1, a rank holds vpp chunks, and chunk ``v`` of rank ``p`` is block ``v * pp + p`` of the
+``pp * vpp`` blocks, as in Megatron-Core's interleaved schedule.
 """
 
 from __future__ import annotations
 
 
 def chunk_layers(*, num_layers: int, pp: int, vpp: int, pp_rank: int, vpp_rank: int = 0) -> range:
-    """Global ids of the layers of one model chunk.
+    """Return the global ids of the layers of one model chunk.
 
     >>> [chunk_layers(num_layers=8, pp=2, vpp=2, pp_rank=0, vpp_rank=v) for v in (0, 1)]
     [range(0, 2), range(4, 6)]
@@ -19,10 +19,10 @@ def chunk_layers(*, num_layers: int, pp: int, vpp: int, pp_rank: int, vpp_rank: 
 
 
 def is_first(*, pp_rank: int, vpp_rank: int = 0) -> bool:
-    """Whether the chunk holds the embedding."""
+    """Return whether the chunk holds the embedding."""
     return pp_rank == 0 and vpp_rank == 0
 
 
 def is_last(*, pp: int, vpp: int, pp_rank: int, vpp_rank: int = 0) -> bool:
-    """Whether the chunk holds the final norm and the output layer."""
+    """Return whether the chunk holds the final norm and the output layer."""
     return pp_rank == pp - 1 and vpp_rank == vpp - 1

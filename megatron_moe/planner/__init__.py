@@ -1,1 +1,1 @@
-"""Stage 9, PLAN: parameters, FLOPs, memory, time and the best layout, by arithmetic alone."""
+"""Predict parameters, FLOPs, memory, step time and the best layout by arithmetic alone."""

@@ -1,8 +1,8 @@
-"""Bytes a rank keeps for the backward pass, tensor by tensor, and how many micro-batches keep them.
+"""Count the bytes a rank keeps for the backward pass, by tensor, and the micro-batches in flight.
 
-What autograd saves in Megatron-Core 0.19 with Transformer Engine's or flash attention: no scores.
-The torch engine keeps a few tensors more and one less. Activations between tp regions are split
-along the sequence (sequence parallelism).
+The tensors are those that autograd saves in Megatron-Core 0.19 with Transformer Engine or flash
+attention, which keep no scores. The torch engine keeps a few more tensors, and lacks one.
+Activations between tp regions are sharded along the sequence (sequence parallelism).
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ NOT_KEPT: dict[Recompute, tuple[str, ...]] = {
     "selective": (*NORM_OUTPUTS, "expert_activation"),
     "moe": ("attention_norm_output", *EXPERT_TENSORS),
 }
-"""Saved tensors that a setting computes again; full keeps the layer's input alone. The torch engine
-keeps the outputs of norms: Megatron-Core computes them again only with Transformer Engine."""
+"""Saved tensors that each setting recomputes; full keeps only the layer's input. The torch engine
+keeps the outputs of norms, because Megatron-Core recomputes them only with Transformer Engine."""
 
 
 @dataclass(frozen=True, slots=True)
 class LocalTokens:
-    """Tokens of one micro-batch as one rank sees them."""
+    """Numbers of tokens of one micro-batch on one rank."""
 
     sequence_parallel: float
     """Between tp regions: S * B / (cp * tp)."""
@@ -39,17 +39,17 @@ class LocalTokens:
 
 
 def local_tokens(shape: MoeShape, work: Workload, degrees: Degrees) -> LocalTokens:
-    """How the tokens of one micro-batch spread over the ranks of a stage."""
+    """Return how the tokens of one micro-batch are distributed over the ranks of a stage."""
     gathered = work.sequence_length * work.micro_batch_size / degrees.cp
-    mine = gathered / degrees.tp
-    rows = mine * shape.moe_router_topk * work.busiest_load * degrees.etp
-    return LocalTokens(mine, gathered, rows)
+    sequence_parallel = gathered / degrees.tp
+    rows = sequence_parallel * shape.moe_router_topk * work.busiest_load * degrees.etp
+    return LocalTokens(sequence_parallel, gathered, rows)
 
 
 def saved_tensors(
     shape: MoeShape, work: Workload, degrees: Degrees, *, routes: bool
 ) -> dict[str, float]:
-    """Bytes of everything one layer saves for one micro-batch when nothing is recomputed."""
+    """Return the bytes of each tensor that a layer saves for a micro-batch without recomputing."""
     tokens, value = local_tokens(shape, work, degrees), work.bytes_per_value
     stream = tokens.sequence_parallel * shape.hidden_size * value
     heads = tokens.gathered / degrees.tp
@@ -70,12 +70,12 @@ def saved_tensors(
     neurons = tokens.expert_rows * shape.moe_ffn_hidden_size / degrees.etp * value
     shared = heads * shape.shared_expert_size * value
     return saved | {
-        # Logits, probabilities and the auxiliary loss' scores in fp32, the map in one byte.
+        # Logits, probabilities and the auxiliary loss's scores in fp32, the routing map in 1 byte.
         "router": tokens.sequence_parallel * shape.num_moe_experts * 13,
-        # Rows, and the probability each is weighted with.
+        # Rows, and the router probability of each.
         "expert_input": tokens.expert_rows * (shape.hidden_size * value + 4),
         "expert_hidden": 2 * neurons,
-        # The torch engine's experts form it again in the backward pass.
+        # The torch engine's experts recompute it in the backward pass.
         "expert_activation": neurons if work.engine == "transformer_engine" else 0.0,
         "shared_hidden": 2 * shared,
         "shared_activation": shared,
@@ -83,9 +83,9 @@ def saved_tensors(
 
 
 def _rotary_tensors(shape: MoeShape, work: Workload, degrees: Degrees) -> dict[str, float]:
-    """Return what unfused rotary embedding keeps: its results beside its inputs, and its tables.
+    """Return the bytes that unfused rotary embedding keeps: its outputs and its tables.
 
-    Under cp, keys and values of all cp ranks are kept in place of this rank's.
+    Under cp, keys and values of all cp ranks are kept instead of this rank's.
     """
     tokens, value = local_tokens(shape, work, degrees), work.bytes_per_value
     heads = tokens.gathered / degrees.tp
@@ -99,21 +99,21 @@ def _rotary_tensors(shape: MoeShape, work: Workload, degrees: Degrees) -> dict[s
 
 
 def kept_bytes(shape: MoeShape, work: Workload, degrees: Degrees, *, routes: bool) -> float:
-    """Bytes one layer keeps for one micro-batch under the recomputation setting."""
+    """Return the bytes that one layer keeps for a micro-batch under the recomputation setting."""
     saved = saved_tensors(shape, work, degrees, routes=routes)
     if work.recompute == "full":
         return saved["layer_input"]
-    again = NOT_KEPT[work.recompute]
+    recomputed = NOT_KEPT[work.recompute]
     if work.engine == "torch":
-        again = tuple(name for name in again if name not in NORM_OUTPUTS)
-    return sum(size for name, size in saved.items() if name not in again)
+        recomputed = tuple(name for name in recomputed if name not in NORM_OUTPUTS)
+    return sum(size for name, size in saved.items() if name not in recomputed)
 
 
 def chunks_in_flight(*, micro_batches: int, degrees: Degrees, pp_rank: int) -> int:
-    """Forward passes of one model chunk that a rank holds at the peak.
+    """Return the maximum number of forward passes of a model chunk that a rank holds at once.
 
-    One plus the warm-up of Megatron-Core's schedules (``get_pp_rank_microbatches``), and never more
-    than there are.
+    It is one plus the warm-up of Megatron-Core's schedules (``get_pp_rank_microbatches``), and at
+    most the number of forward passes of a step.
     """
     behind = degrees.pp - pp_rank - 1
     warm_up = behind if degrees.vpp == 1 else 2 * behind + (degrees.vpp - 1) * degrees.pp
@@ -121,9 +121,9 @@ def chunks_in_flight(*, micro_batches: int, degrees: Degrees, pp_rank: int) -> i
 
 
 def stage_activations(shape: MoeShape, work: Workload, degrees: Degrees, *, pp_rank: int) -> float:
-    """Bytes that a rank of stage ``pp_rank`` keeps at the peak of the schedule.
+    """Return the bytes that a rank of stage ``pp_rank`` keeps at the peak of the schedule.
 
-    The pp * vpp chunks are taken to have the model's mean mix of MoE and dense layers.
+    Each of the pp * vpp chunks is assumed to have the model's mean mix of MoE and dense layers.
     """
     routed = kept_bytes(shape, work, degrees, routes=True) if shape.moe_layers else 0.0
     dense = kept_bytes(shape, work, degrees, routes=False) if shape.num_dense_layers else 0.0
@@ -135,7 +135,7 @@ def stage_activations(shape: MoeShape, work: Workload, degrees: Degrees, *, pp_r
 
 
 def recomputed_layer(shape: MoeShape, work: Workload, degrees: Degrees) -> float:
-    """Bytes of one layer while the backward pass has computed it again."""
+    """Return the bytes of the tensors of one layer that the backward pass has recomputed."""
     if work.recompute == "none":
         return 0.0
     saved = saved_tensors(shape, work, degrees, routes=bool(shape.moe_layers))

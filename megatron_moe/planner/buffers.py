@@ -1,8 +1,8 @@
-"""Megatron-Core's contiguous gradient and parameter buffers, element by element.
+"""Compute the layout of Megatron-Core's contiguous gradient and parameter buffers.
 
-The rules of ``megatron/core/optimizer/param_layout.py`` and ``distrib_optimizer.py`` (0.19.2):
-tensors in reverse module order, each start on a multiple of 64, each bucket's end on a multiple of
-lcm(replicas, 128), and each bucket cut into equal shards, one a replica.
+It follows ``megatron/core/optimizer/param_layout.py`` and ``distrib_optimizer.py`` (0.19.2):
+tensors are in reverse module order, each starts at a multiple of 64, each bucket ends at a multiple
+of lcm(replicas, 128), and each bucket is divided into equal shards, one per replica.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class BufferLayout:
-    """Where tensors lie in one buffer."""
+    """Positions of tensors and buckets in one buffer."""
 
     spans: tuple[tuple[int, int], ...]
-    """First and one past the last element of each tensor, in the buffer's order."""
+    """Start and end (exclusive) of each tensor, in the buffer's order."""
     buckets: tuple[tuple[int, int], ...]
-    """The same of each bucket, padding included."""
+    """Start and end (exclusive) of each bucket, padding included."""
 
     @property
     def elements(self) -> int:
-        """Length of the buffer."""
+        """Length of the buffer in elements."""
         return self.buckets[-1][1] if self.buckets else 0
 
     def owned(self, replica: int, *, replicas: int) -> int:
-        """Elements of tensors, not of padding, in one replica's shards."""
+        """Return the number of elements in one replica's shards, without padding."""
         owned = 0
         for start, end in self.buckets:
             shard = (end - start) // replicas
@@ -48,11 +48,11 @@ def distributed_layout(
 
     Args:
         sizes: Elements of each tensor, in module order.
-        replicas: Members of the group that gradients are reduced over.
+        replicas: Size of the group that gradients are reduced over.
         bucket_size: Elements after which a bucket ends; None makes one bucket, as Megatron-Core
             does without ``overlap_grad_reduce``, on all but the first stage and in all but the
             first chunk.
-        alone: Which of them have a bucket of their own: an embedding that two stages share.
+        alone: Indices of tensors with a bucket of their own: an embedding shared by two stages.
     """
     unit = math.lcm(replicas, 128)
     spans: list[tuple[int, int]] = []

@@ -1,4 +1,4 @@
-"""The fitted constants of the time model, and what they were before any row was seen."""
+"""The fitted constants of the time model, and their priors."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
-    """Three constants that no data sheet gives. The defaults are the priors of the fit."""
+    """Three constants that no data sheet lists. The defaults are the priors of the fit."""
 
     gemm_efficiency: float = 0.75
-    """Part of the peak that a matrix product reaches when memory does not bound it."""
+    """Fraction of the peak that a compute-bound matrix product reaches."""
     link_efficiency: float = 0.65
-    """Part of a link's data-sheet bandwidth that a collective reaches."""
+    """Fraction of a link's data-sheet bandwidth that a collective reaches."""
     layer_overhead_seconds: float = 1.0e-3
-    """Of one micro-batch in one MoE layer, forward and backward: launches, host
-    synchronisation on the routing result, small kernels of the router."""
+    """Overhead of one micro-batch in one MoE layer, forward and backward: launches, host
+    synchronization on the routing result, and small kernels of the router."""
 
 
 PRIOR = Calibration()
@@ -25,4 +25,4 @@ FITTED = Calibration(
     link_efficiency=0.661,
     layer_overhead_seconds=9.07e-4,
 )
-"""`fit` over all rows of published_mfu.yaml; docs/planning.md is printed with it."""
+"""Result of `fit` over all rows of published_mfu.yaml; docs/planning.md is generated with it."""

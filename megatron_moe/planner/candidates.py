@@ -1,6 +1,6 @@
-"""Every layout a search looks at: degrees of parallelism that divide what they must divide.
+"""Enumerate the layouts of a search: degrees of parallelism that satisfy all divisibility rules.
 
-A fast filter of what ``rules/check.py`` explains at length; a test compares the two.
+This is a fast version of the rules that ``rules/check.py`` explains; a test compares the two.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ MICRO_BATCH_SIZES = (1, 2, 4, 8)
 def layouts(
     shape: MoeShape, *, gpus: int, sequence_length: int, gpus_per_node: int = 8
 ) -> Iterator[Degrees]:
-    """Legal degrees on ``gpus`` ranks, with vpp 1; `chunkings` adds the others.
+    """Yield the legal degrees on ``gpus`` ranks with vpp 1; `chunkings` returns the other vpp.
 
-    tp and etp stay inside a node: both exchange every activation of every layer.
+    tp and etp stay within a node, because both exchange every activation of every layer.
     """
     for pp in divisors(shape.num_layers):
         if gpus % pp:
@@ -37,14 +37,14 @@ def layouts(
 
 
 def chunkings(shape: MoeShape, degrees: Degrees, *, micro_batches: int) -> list[int]:
-    """Values of vpp that the layout allows with so many micro-batches, finest first."""
+    """Return the values of vpp that the layout allows for ``micro_batches``, largest first."""
     if degrees.pp == 1 or micro_batches % degrees.pp:
         return [1]
     return divisors(shape.num_layers // degrees.pp)[::-1]
 
 
 def divisors(n: int) -> list[int]:
-    """Divisors of ``n``, ascending.
+    """Return the divisors of ``n`` in ascending order.
 
     >>> divisors(12)
     [1, 2, 3, 4, 6, 12]

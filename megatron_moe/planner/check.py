@@ -1,4 +1,4 @@
-"""``megatron-moe plan CONFIG --check``: what is to be expected of the one layout CONFIG names."""
+"""``megatron-moe plan CONFIG --check``: predict time and memory of the layout of CONFIG."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from megatron_moe.planner.time import step_time
 from megatron_moe.planner.workload import Degrees, Workload, degrees_of, workload_of
 from megatron_moe.rules.check import violations
 
-WORTH_SAYING = 1.01
-"""A neighbour is mentioned when it is faster by this factor."""
+MIN_SPEEDUP = 1.01
+"""Minimum predicted speedup for a change of one setting to be suggested."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckResult:
-    """Verdict on one layout."""
+    """Result of checking one layout."""
 
     legal: bool
-    """No rule of ``rules/check.py`` is broken."""
+    """Whether the layout breaks no rule of ``rules/check.py``."""
     fits: bool
-    """Legal, and the predicted memory is within the GPU's."""
+    """Whether the layout is legal and its predicted memory is within the GPU's usable memory."""
     reasons: tuple[str, ...]
-    """Every broken rule; what does not fit, by how many GiB."""
+    """Messages of all broken rules, or by how many GiB the layout does not fit."""
     candidate: Candidate | None
-    """The prediction; None for a layout that is not legal."""
+    """The prediction; None if the layout is not legal."""
     advice: tuple[str, ...]
     """Changes of one setting that fit and are predicted to be faster."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for ``--json``; numbers are null for a layout that is not legal."""
+        """Return plain values for ``--json``; numbers are null if the layout is not legal."""
         predicted = self.candidate.to_json() if self.candidate else {}
         numbers = (
             "mfu", "tokens_per_second_per_gpu", "memory_gib", "step_seconds", "seconds_by_part",
@@ -56,15 +56,15 @@ class CheckResult:
 def check_layout(
     config: RunConfig, spec: DenseSpec, *, gpus: int, gpu: str = "h100"
 ) -> CheckResult:
-    """Judge the layout, batch and model of a configuration on ``gpus`` ranks.
+    """Check the layout, batch and model of a configuration on ``gpus`` ranks.
 
     Raises:
         ConfigError: ``gpu`` is not in the hardware table.
     """
     machine = Machine(gpu_named(gpu), FITTED)
-    if broken := violations(config, spec, gpus):
+    if broken_rules := violations(config, spec, gpus):
         return CheckResult(
-            legal=False, fits=False, reasons=tuple(broken), candidate=None, advice=()
+            legal=False, fits=False, reasons=tuple(broken_rules), candidate=None, advice=()
         )
     shape, degrees = upcycled_shape(spec, config.moe), degrees_of(config, gpus=gpus)
     candidate = predict_candidate(shape, workload_of(config), degrees, machine)
@@ -82,7 +82,7 @@ def check_layout(
 def predict_candidate(
     shape: MoeShape, work: Workload, degrees: Degrees, machine: Machine
 ) -> Candidate:
-    """Time and memory of one setting, whether or not it fits."""
+    """Predict time and memory of one layout and batch, whether or not it fits."""
     return Candidate(
         degrees=degrees,
         work=work,
@@ -95,38 +95,38 @@ def _excess(candidate: Candidate, excess: float, machine: Machine) -> str:
     parts = sorted(candidate.memory.to_json().items(), key=lambda part: -part[1])
     largest = ", ".join(f"{name} {gib:.1f}" for name, gib in parts[1:4])
     return (
-        f"a rank needs {candidate.memory.total:.1f} GiB and of one {machine.gpu.name}'s "
-        f"{machine.gpu.hbm_gib:.1f} are {machine.gpu.usable_gib:.1f} usable: {excess:.1f} GiB too "
-        f"many.\n  largest parts, GiB: {largest}"
+        f"a rank needs {candidate.memory.total:.1f} GiB, but only {machine.gpu.usable_gib:.1f} of "
+        f"the {machine.gpu.hbm_gib:.1f} GiB of one {machine.gpu.name} are usable: {excess:.1f} GiB "
+        f"too many.\n  largest parts, GiB: {largest}"
     )
 
 
 def _advice(
-    config: RunConfig, spec: DenseSpec, shape: MoeShape, here: Candidate, machine: Machine
+    config: RunConfig, spec: DenseSpec, shape: MoeShape, current: Candidate, machine: Machine
 ) -> Iterator[str]:
-    """The three best single changes."""
+    """Yield the three best changes of one setting."""
     better: list[tuple[float, str]] = []
-    for change, degrees, work in _neighbours(shape, here):
+    for change, degrees, work in _neighbors(shape, current):
         if violations(configured(config, degrees, work), spec, degrees.gpus):
             continue
-        there = predict_candidate(shape, work, degrees, machine)
-        gain = there.time.mfu / here.time.mfu
-        if there.memory.total <= machine.gpu.usable_gib and gain > WORTH_SAYING:
-            text = f"{change}: {there.time.mfu:.1f}% MFU, {there.memory.total:.1f} GiB"
+        changed = predict_candidate(shape, work, degrees, machine)
+        gain = changed.time.mfu / current.time.mfu
+        if changed.memory.total <= machine.gpu.usable_gib and gain > MIN_SPEEDUP:
+            text = f"{change}: {changed.time.mfu:.1f}% MFU, {changed.memory.total:.1f} GiB"
             better.append((gain, text))
     yield from (text for _, text in sorted(better, reverse=True)[:3])
 
 
-def _neighbours(shape: MoeShape, here: Candidate) -> Iterator[tuple[str, Degrees, Workload]]:
-    """One degree or the micro-batch halved or doubled, and the finest interleaving."""
+def _neighbors(shape: MoeShape, current: Candidate) -> Iterator[tuple[str, Degrees, Workload]]:
+    """Yield layouts with one degree or the micro-batch halved or doubled, or with maximum vpp."""
     for axis in (f.name for f in fields(Degrees) if f.name != "gpus"):
-        value = getattr(here.degrees, axis)
+        value = getattr(current.degrees, axis)
         values = {value * 2, max(1, value // 2)}
         if axis == "vpp":
-            values.add(shape.num_layers // here.degrees.pp)
+            values.add(shape.num_layers // current.degrees.pp)
         for other in sorted(values - {value}):
-            yield f"{axis} {other}", replace(here.degrees, **{axis: other}), here.work
-    for size in (here.work.micro_batch_size * 2, here.work.micro_batch_size // 2):
+            yield f"{axis} {other}", replace(current.degrees, **{axis: other}), current.work
+    for size in (current.work.micro_batch_size * 2, current.work.micro_batch_size // 2):
         if size:
-            work = replace(here.work, micro_batch_size=size)
-            yield f"micro_batch_size {size}", here.degrees, work
+            work = replace(current.work, micro_batch_size=size)
+            yield f"micro_batch_size {size}", current.degrees, work

@@ -1,4 +1,4 @@
-"""``megatron-moe flops``: parameters and operations of a folder or a configuration."""
+"""``megatron-moe flops``: count the parameters and FLOPs of a folder or a configuration."""
 
 from __future__ import annotations
 
@@ -20,34 +20,34 @@ DEFAULT_SEQUENCE = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCounts:
-    """What a model holds, and what one sequence costs."""
+    """Parameters of a model, and FLOPs of one sequence."""
 
     sequence_length: int
     total_parameters: int
     active_parameters: int
     forward_flops: int
-    """One sequence, full attention, output layer included, router left out."""
+    """FLOPs of one sequence with full attention, including the output layer, without the router."""
     training_flops: int
-    """Forward and backward of the same."""
+    """Forward and backward FLOPs, counted like `forward_flops`."""
     causal_forward_flops: int
-    """`forward_flops` with the half of the scores that a causal model looks at."""
+    """`forward_flops` with only the half of the attention scores that a causal model uses."""
     forward_flops_by_part: dict[str, int]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for ``--json``."""
+        """Return plain values for ``--json``."""
         return asdict(self)
 
 
 def count(path: Path, *, sequence_length: int | None = None) -> ModelCounts:
-    """Count a Hugging Face folder (a config.json is enough) or the MoE that a run YAML makes.
+    """Count a Hugging Face folder (a config.json is enough) or the MoE of a run's YAML file.
 
     Args:
-        path: The folder, its config.json, or the YAML of a run.
-        sequence_length: Tokens of the sequence; None takes ``data.seq_length`` of a YAML, and of a
-            folder 4096.
+        path: The folder, its config.json, or the YAML file of a run.
+        sequence_length: Tokens of the sequence; None takes ``data.seq_length`` of a YAML file, or
+            4096 for a folder.
 
     Raises:
-        ConfigError, CheckpointError: Nothing countable is there.
+        ConfigError, CheckpointError: ``path`` holds no model that can be counted.
     """
     if path.is_dir() or path.name == "config.json":
         folder = path if path.is_dir() else path.parent
@@ -69,7 +69,7 @@ def count(path: Path, *, sequence_length: int | None = None) -> ModelCounts:
 def count_shape(
     shape: MoeShape, *, sequence_length: int, padded_capacity_factor: float | None = None
 ) -> ModelCounts:
-    """Count a model on one sequence; padding shows in the parts alone."""
+    """Count a model on one sequence; padding appears only in the FLOPs by part."""
     full = forward_flops(
         shape, sequence_length=sequence_length, padded_capacity_factor=padded_capacity_factor
     )

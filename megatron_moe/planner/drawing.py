@@ -1,4 +1,4 @@
-"""How a layout's groups lie on nodes, in text."""
+"""Show as text how a layout's groups are placed on nodes."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from megatron_moe.parallel.layout import fold
 from megatron_moe.planner.network import AXES, group_of
 from megatron_moe.planner.workload import Degrees
 
-SHOWN_NODES = 2
+MAX_SHOWN_NODES = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
-    """Where the groups of one axis lie."""
+    """Placement of the groups of one axis."""
 
     axis: str
     size: int
     stride: int
     nodes: int
-    """Nodes that one group touches."""
+    """Number of nodes that one group spans."""
 
     @property
     def link(self) -> str:
-        """What its members talk over."""
+        """The kind of link between members of the group."""
         if self.size == 1:
             return "-"
         return "NVLink" if self.nodes == 1 else "network"
 
 
 def spans(degrees: Degrees, *, gpus_per_node: int = 8) -> list[Span]:
-    """Every axis with its group size, the distance of neighbours in ranks, and nodes touched."""
+    """Return the group size, stride in ranks and number of nodes of each axis."""
     return [
         Span(
             axis=axis,
@@ -44,7 +44,7 @@ def spans(degrees: Degrees, *, gpus_per_node: int = 8) -> list[Span]:
 
 
 def draw(degrees: Degrees, *, gpus_per_node: int = 8) -> str:
-    """Coordinates of the first nodes' GPUs on both grids.
+    """Return the coordinates of the first nodes' GPUs in both grids.
 
     >>> print(draw(Degrees(gpus=4, tp=2, ep=4), gpus_per_node=4))
     node 0  gpu  0  1  2  3
@@ -59,7 +59,7 @@ def draw(degrees: Degrees, *, gpus_per_node: int = 8) -> str:
     layout = fold(degrees.parallel(), world_size=degrees.gpus)
     nodes = -(-degrees.gpus // gpus_per_node)
     blocks = []
-    for node in range(min(nodes, SHOWN_NODES)):
+    for node in range(min(nodes, MAX_SHOWN_NODES)):
         ranks = range(node * gpus_per_node, min((node + 1) * gpus_per_node, degrees.gpus))
         attention = [layout.attention.coords(rank) for rank in ranks]
         experts = [layout.experts.coords(rank) for rank in ranks]
@@ -73,7 +73,7 @@ def draw(degrees: Degrees, *, gpus_per_node: int = 8) -> str:
             for axis in ("etp", "ep", "edp", "pp")
         ]
         blocks.append("\n".join(rows))
-    if nodes > SHOWN_NODES:
+    if nodes > MAX_SHOWN_NODES:
         per_stage = degrees.gpus / degrees.pp / gpus_per_node
         blocks.append(f"... {nodes} nodes, {per_stage:g} to a pipeline stage")
     return "\n\n".join(blocks)

@@ -1,6 +1,6 @@
-"""Fit the time model's constants, judge the fit on models it has not seen, and take terms away.
+"""Fit the time model's constants, evaluate the fit on held-out models, and ablate its terms.
 
-python -m megatron_moe.planner.document     prints all of it into docs/planning.md
+``python -m megatron_moe.planner.document`` writes the results to docs/planning.md.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron_moe.planner.published import Published
 from megatron_moe.planner.time import StepTime, step_time
 
 ERROR_POINTS = 2.0
-"""Standard deviation expected of a row: measurements differ by a point from run to run."""
+"""Expected standard deviation of a row's MFU in points; measurements vary by 1 between runs."""
 
 PRIOR_SPREAD = 0.3
 """Standard deviation of a constant's logarithm around its prior."""
@@ -26,21 +26,21 @@ PRIOR_SPREAD = 0.3
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """How well predictions agree with published rows."""
+    """Agreement of predictions with published rows."""
 
     mean_absolute_error: float
-    """MFU points."""
+    """In MFU points."""
     spearman: float
-    """Rank correlation; equal values share their mean rank."""
+    """Rank correlation; tied values share their mean rank."""
 
 
 def predict(row: Published, calibration: Calibration = FITTED) -> StepTime:
-    """The row's case on H100."""
+    """Predict the step time of a row on H100."""
     return step_time(row.shape, row.work, row.degrees, Machine(GPUS["h100"], calibration))
 
 
 def fit(rows: Sequence[Published]) -> Calibration:
-    """Most probable constants given the rows and the priors (Gauss-Newton on their logarithms)."""
+    """Return the most probable constants given the rows and priors (Gauss-Newton on logarithms)."""
     start = np.array(astuple(PRIOR))
     published = np.array([row.mfu for row in rows])
 
@@ -58,7 +58,7 @@ def fit(rows: Sequence[Published]) -> Calibration:
 
 
 def leave_one_model_out(rows: Sequence[Published]) -> list[float]:
-    """Each row's MFU as predicted by a fit that has seen no row of its model."""
+    """Return each row's MFU as predicted by a fit without the rows of its model."""
     fits = {
         model: fit([row for row in rows if row.model != model])
         for model in dict.fromkeys(row.model for row in rows)
@@ -67,7 +67,7 @@ def leave_one_model_out(rows: Sequence[Published]) -> list[float]:
 
 
 def score(predicted: Sequence[float], rows: Sequence[Published]) -> Score:
-    """Agreement of predictions with the rows' published MFU."""
+    """Return the agreement of predictions with the rows' published MFU."""
     published = np.array([row.mfu for row in rows])
     values = np.array(predicted)
     return Score(
@@ -77,7 +77,7 @@ def score(predicted: Sequence[float], rows: Sequence[Published]) -> Score:
 
 
 def without(term: str, rows: Sequence[Published]) -> list[float]:
-    """Each row's MFU under the fitted constants if ``term`` took no time."""
+    """Return each row's predicted MFU if ``term`` took no time."""
     predicted = []
     for row in rows:
         time = predict(row)
@@ -87,13 +87,13 @@ def without(term: str, rows: Sequence[Published]) -> list[float]:
 
 
 def rescaled(predicted: Sequence[float], rows: Sequence[Published]) -> list[float]:
-    """Predictions times the one factor that fits the rows best, so that shape alone is judged."""
+    """Scale predictions by the factor that fits the rows best, to compare only their pattern."""
     values, published = np.array(predicted), np.array([row.mfu for row in rows])
     return list(values * (values @ published) / (values @ values))
 
 
 def sensitivity(rows: Sequence[Published], *, global_batch: int) -> Score:
-    """Leave-one-model-out score if rows that name no batch had used another one."""
+    """Return the leave-one-model-out score with another batch for rows that do not give one."""
     other = [
         replace(row, work=replace(row.work, global_batch_size=global_batch))
         if row.model == "llama3-8b-e8t2"

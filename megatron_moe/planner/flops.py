@@ -1,11 +1,11 @@
-"""Floating-point operations of one sequence, counted as published figures count them.
+"""Floating-point operations of one sequence, counted the way published figures count them.
 
-Only matrix products count, two operations a multiply-add; norms, activations and softmax do not.
-The backward pass is twice the forward pass. Attention scores count the full ``S x S`` square
-unless ``causal`` is asked for: LLaMA-MoE (arXiv 2406.16554, table 3), arXiv 2412.09952 (table 1)
-and 2504.14960 all do, although a causal kernel computes half of it.
+Only matrix products count, with two operations per multiply-add; norms, activations and softmax do
+not. The backward pass costs twice the forward pass. Attention scores count as the full ``S x S``
+square unless ``causal`` is set: LLaMA-MoE (arXiv 2406.16554, table 3), arXiv 2412.09952 (table 1)
+and 2504.14960 all count that way, although a causal kernel computes half of it.
 
-The router's product is counted apart, because the papers leave it out.
+The router's product is counted separately, because the papers exclude it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megatron_moe.planner.shape import MoeShape
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardFlops:
-    """Forward operations by part; each is exact and an integer, but for a capacity's rounding."""
+    """Forward operations by part: exact integers, except for the rounding of a capacity."""
 
     attention_projections: int
     attention_scores: int
@@ -26,13 +26,13 @@ class ForwardFlops:
     shared_experts: int
     output_layer: int
     router: int
-    """Not in `model`: papers leave it out."""
+    """Not included in `model`, because papers exclude it."""
     padding: int
-    """Operations on rows of zeros that fill experts up to their capacity; not in `model`."""
+    """Operations on rows of zeros that pad experts to their capacity; not included in `model`."""
 
     @property
     def model(self) -> int:
-        """What the model needs, the numerator of MFU."""
+        """Operations that the model needs: the numerator of MFU."""
         return (
             self.attention_projections
             + self.attention_scores
@@ -44,7 +44,7 @@ class ForwardFlops:
 
     @property
     def executed(self) -> int:
-        """All matrix products of the forward pass, router and padding too."""
+        """Operations of all matrix products of the forward pass, including router and padding."""
         return self.model + self.router + self.padding
 
 
@@ -56,15 +56,15 @@ def forward_flops(
     causal: bool = False,
     padded_capacity_factor: float | None = None,
 ) -> ForwardFlops:
-    """Operations of one forward pass over ``batch_size`` sequences.
+    """Count the operations of one forward pass over ``batch_size`` sequences.
 
     Args:
         shape: The model.
         sequence_length: Tokens of each sequence (S).
-        batch_size: Sequences (B).
-        causal: Count the lower triangle of the scores with its diagonal instead of the square.
-        padded_capacity_factor: Experts compute ``ceil(T * K / E * factor)`` rows each, whatever
-            they are sent; None pads nothing.
+        batch_size: Number of sequences (B).
+        causal: Count only the lower triangle of the scores, including the diagonal.
+        padded_capacity_factor: Each expert computes ``ceil(T * K / E * factor)`` rows regardless
+            of how many tokens it receives; None means no padding.
     """
     tokens = sequence_length * batch_size
     d, layers = shape.hidden_size, shape.num_layers
@@ -86,18 +86,21 @@ def forward_flops(
 
 
 def training_flops(forward: int) -> int:
-    """Forward and backward: each product has two in the backward pass, one for each operand."""
+    """Return forward plus backward operations.
+
+    Each product has two products in the backward pass, one for each operand.
+    """
     return 3 * forward
 
 
 def _shared_expert_flops(shape: MoeShape) -> int:
-    """Of one token, with the scalar gate where there is one."""
+    """Return the operations of one token, including the scalar gate if there is one."""
     gate = 2 * shape.hidden_size if shape.shared_expert_gate else 0
     return 6 * shape.hidden_size * shape.shared_expert_size + gate
 
 
 def _padding_rows(shape: MoeShape, rows: int, factor: float | None) -> int:
-    """Rows of zeros of one layer when no token is dropped or more than fill the capacity."""
+    """Return the rows of zeros of one layer, assuming that no token is dropped."""
     if factor is None:
         return 0
     # Megatron-Core's get_capacity (moe_utils.py), called with T * K tokens.

@@ -1,9 +1,10 @@
-"""Settings in the order of their predicted speed, without predicting all of them.
+"""Best-first search: yield settings in order of predicted speed without predicting all of them.
 
-Layouts that share tp, cp, ep, etp and the micro-batch size spend the same time in each layer; pp
-and vpp decide how much is lost around the layers. So a family's step takes at least what it would
-take without pipeline, gradient reduction or recomputation, and a family is opened only when no
-opened setting is faster than that: a best-first search that finds the exact order.
+Layouts that share tp, cp, ep, etp and the micro-batch size form a family: they spend the same time
+in each layer, and pp and vpp determine the time lost around the layers. The step time without
+pipeline, gradient reduction or recomputation is therefore a lower bound for the family. A family is
+expanded only when its bound is lower than the time of every setting in the queue, so the order is
+exact.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from megatron_moe.planner.workload import Degrees, Workload
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """A layout with its batch and predicted time."""
+    """A layout with its batch and predicted step time."""
 
     degrees: Degrees
     work: Workload
@@ -31,25 +32,25 @@ class Setting:
 
 @dataclass(slots=True)
 class Family:
-    """Layouts that differ in pp (and, once opened, vpp) alone."""
+    """Layouts that differ only in pp and, once expanded, vpp."""
 
     work: Workload
     degrees: list[Degrees]
 
 
 class Frontier:
-    """A queue of families and settings by their least possible step time."""
+    """A priority queue of families and settings, ordered by the lower bound of their step time."""
 
     def __init__(self, shape: MoeShape, machine: Machine, families: list[Family]) -> None:
         self._shape, self._machine = shape, machine
-        self._order = count()  # a tie-breaker, so that what is queued is never compared
+        self._order = count()  # a tie-breaker, so that queued items are never compared
         self._queue: list[tuple[float, int, Family | Setting]] = []
         for family in families:
             seconds = least_seconds(shape, family.work, family.degrees[0], machine)
             heapq.heappush(self._queue, (seconds, next(self._order), family))
 
     def __iter__(self) -> Iterator[Setting]:
-        """Settings from the fastest on; those `slower` adds meanwhile come in their turn."""
+        """Yield settings from the fastest on, including those added meanwhile."""
         while self._queue:
             _, _, item = heapq.heappop(self._queue)
             if isinstance(item, Setting):
@@ -60,8 +61,8 @@ class Frontier:
                 for vpp in chunkings(self._shape, degrees, micro_batches=batches):
                     self._add(replace(degrees, vpp=vpp), item.work)
 
-    def slower(self, setting: Setting) -> bool:
-        """Queue the setting with the next recomputation; False: everything is recomputed."""
+    def add_with_more_recompute(self, setting: Setting) -> bool:
+        """Queue the setting with the next recomputation level; return False if there is none."""
         settings = setting.work.recompute_settings
         following = settings.index(setting.work.recompute) + 1
         if following == len(settings):

@@ -1,4 +1,4 @@
-"""What a GPU and its links can do at best: data-sheet numbers, per direction and per GPU."""
+"""Peak performance of GPUs and their links: data-sheet numbers, per direction and per GPU."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from megatron_moe.errors import ConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
-    """One kind of accelerator in the node it is usually sold in."""
+    """A GPU model in the kind of node it is usually sold in."""
 
     name: str
     peak_flops: float
-    """Dense bf16 operations a second."""
+    """Dense bf16 operations per second."""
     hbm_gib: float
-    """Memory that a process can allocate, GiB."""
+    """Memory that a process can allocate, in GiB."""
     hbm_bytes_per_second: float
     nvlink_bytes_per_second: float
-    """To the GPUs of the same node, one direction."""
+    """Bandwidth to the GPUs of the same node, in one direction."""
     network_bytes_per_second: float
-    """To other nodes, one direction: one adapter a GPU."""
+    """Bandwidth to other nodes, in one direction; each GPU has one network adapter."""
     gpus_per_node: int = 8
 
     @property
     def usable_gib(self) -> float:
-        """What a prediction may fill."""
+        """Memory that a predicted layout may use, in GiB."""
         return self.hbm_gib * (1 - HEADROOM)
 
 
 HEADROOM = 0.05
-"""Part of the memory left free: estimates of activations are no better than that."""
+"""Fraction of the memory left free, because activation estimates are no more accurate."""
 
 GPUS: dict[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
-        # NVIDIA data sheets of the SXM parts; the network is the one of the DGX system of each:
+        # NVIDIA data sheets of the SXM parts. The network is that of the matching DGX system:
         # HDR 200 Gb/s (A100), NDR 400 Gb/s (H100, H200, B200). hbm_gib is what the driver reports.
         Gpu(
             name="a100",
@@ -74,7 +74,7 @@ GPUS: dict[str, Gpu] = {
 
 
 def gpu_named(name: str) -> Gpu:
-    """The table's row.
+    """Return the GPU called ``name``.
 
     Raises:
         ConfigError: The table has no such GPU.

@@ -1,7 +1,7 @@
-"""Seconds of the compute kernels of one layer, forward and backward apart, without communication.
+"""Predict the forward and backward seconds of one layer's compute kernels, without communication.
 
-Each kernel is its operations at the fitted efficiency plus its bytes at the memory's bandwidth
-(an additive roofline): small or thin products slow down without a constant of their own.
+A kernel's time is its operations at the fitted efficiency plus its bytes at the memory bandwidth
+(an additive roofline), so small or thin products slow down without a constant of their own.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ from megatron_moe.planner.calibration import Calibration
 from megatron_moe.planner.hardware import Gpu
 
 HBM_EFFICIENCY = 0.8
-"""Part of the data-sheet bandwidth that element-wise kernels and operands reach (STREAM-like)."""
+"""Fraction of the data-sheet bandwidth that element-wise kernels and operands reach (like
+STREAM)."""
 
 ATTENTION_EFFICIENCY = 0.62
 ATTENTION_HALF_LENGTH = 1500
-"""FlashAttention-3 on H100, causal, head 128 (arXiv 2407.08608, figure 5): part of the peak over
-the operations it executes, and the length at which half of that is reached."""
+"""FlashAttention-3 on H100, causal, head 128 (arXiv 2407.08608, figure 5): fraction of the peak
+for the operations it executes, and the sequence length that reaches half of it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Seconds:
-    """Forward and backward time of one thing."""
+    """Forward and backward time, in seconds."""
 
     forward: float
     backward: float
@@ -41,17 +42,17 @@ ZERO = Seconds(0.0, 0.0)
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """One GPU's kernels, as the calibration sees them."""
+    """Kernel times of one GPU under a calibration."""
 
     gpu: Gpu
     calibration: Calibration
     bytes_per_value: int = 2
 
     def linear(self, rows: float, inputs: int, outputs: int, *, copies: int = 1) -> Seconds:
-        """A linear layer, or ``copies`` experts that share ``rows`` between them.
+        """Return the time of a linear layer, or of ``copies`` experts that share ``rows``.
 
-        Backward are two products: of the input and, added into an fp32 gradient buffer that is
-        read and written, of the weight.
+        The backward pass has two products: the input's gradient, and the weight's gradient, which
+        is accumulated into an fp32 buffer that is read and written.
         """
         flops = 2 * rows * inputs * outputs / (self.gpu.peak_flops * self._gemm)
         weights = copies * inputs * outputs
@@ -63,9 +64,10 @@ class Kernels:
         )
 
     def attention(self, batch: int, length: float, sequence: int, width: float) -> Seconds:
-        """Causal flash attention: ``length`` queries of each sequence against what they see.
+        """Return the time of causal flash attention for ``length`` queries of each sequence.
 
-        Backward executes 2.5 times the products of the forward pass: it computes scores again.
+        The backward pass executes 2.5 times the products of the forward pass, because it recomputes
+        the scores.
         """
         seen = sequence / 2
         flops = 4 * batch * length * seen * width
@@ -74,7 +76,7 @@ class Kernels:
         return Seconds(forward, 2.5 * forward)
 
     def elementwise(self, values: float, *, forward: float, backward: float) -> Seconds:
-        """Kernels that read and write ``values`` so many times altogether."""
+        """Return the time of kernels that read or write ``values`` the given number of times."""
         once = values * self.bytes_per_value / self._bandwidth
         return Seconds(forward * once, backward * once)
 

@@ -1,7 +1,8 @@
-"""Seconds that one micro-batch spends in one layer on one rank, by what it is spent on.
+"""Predict the seconds that one micro-batch spends in one layer on one rank, by part.
 
-Follows Megatron-Core's order: norm, attention under tp with sequence parallelism and cp, norm,
-router, all-to-all over ep, all-gather over etp, experts, and back. Letters as in ``shape.py``.
+The parts follow Megatron-Core's order: norm, attention under tp with sequence parallelism and cp,
+norm, router, all-to-all over ep, all-gather over etp, experts, and back. ``shape.py`` lists the
+shape letters.
 """
 
 from __future__ import annotations
@@ -20,29 +21,29 @@ Parts = dict[str, Seconds]
 """Time by part: gemm, attention, memory (element-wise kernels), tp, cp, ep, etp, overhead."""
 
 DENSE_LAYER_OVERHEAD = 0.3
-"""Overhead of a layer that does not route, as part of that of one that does."""
+"""Overhead of a dense layer as a fraction of that of an MoE layer."""
 
 EXPOSED = 0.3
-"""Part of the communication that Megatron-Core overlaps with computing and that shows anyway."""
+"""Fraction of overlapped communication that remains exposed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """A kind of GPU with the constants of the time model."""
+    """A GPU model with the constants of the time model."""
 
     gpu: Gpu
     calibration: Calibration
 
     @property
     def links(self) -> Links:
-        """Its links, as collectives reach them."""
+        """The GPU's links with the calibrated efficiency."""
         return Links(self.gpu, self.calibration.link_efficiency)
 
 
 def layer_seconds(
     shape: MoeShape, work: Workload, degrees: Degrees, machine: Machine, *, routes: bool
 ) -> Parts:
-    """Time of one layer; ``routes`` asks for a layer with experts."""
+    """Return the time of one layer by part; ``routes`` selects an MoE layer."""
     kernels = Kernels(machine.gpu, machine.calibration, work.bytes_per_value)
     attention = _attention(shape, work, degrees, kernels, machine.links)
     if routes:
@@ -51,10 +52,10 @@ def layer_seconds(
         ffn = _ffn(shape.ffn_hidden_size, shape, work, degrees, kernels, machine.links)
     overhead = machine.calibration.layer_overhead_seconds * (1 if routes else DENSE_LAYER_OVERHEAD)
     ffn["overhead"] = Seconds(overhead / 3, overhead * 2 / 3)
-    return total([attention, ffn, _again(shape, work, degrees, kernels, attention, ffn)])
+    return total([attention, ffn, _recomputed(shape, work, degrees, kernels, attention, ffn)])
 
 
-def _again(
+def _recomputed(
     shape: MoeShape,
     work: Workload,
     degrees: Degrees,
@@ -62,7 +63,7 @@ def _again(
     attention: Parts,
     ffn: Parts,
 ) -> Parts:
-    """Forward work that the backward pass repeats under the recomputation setting."""
+    """Return the time of the forward work that the backward pass recomputes."""
     if work.recompute == "none":
         return {}
     if work.recompute == "full":
@@ -76,10 +77,10 @@ def _again(
 
 
 def total(parts: list[Parts]) -> Parts:
-    """Sum of several things' times, part by part."""
+    """Add times part by part."""
     summed: Parts = {}
-    for one in parts:
-        for name, seconds in one.items():
+    for times in parts:
+        for name, seconds in times.items():
             summed[name] = summed[name] + seconds if name in summed else seconds
     return summed
 
@@ -87,7 +88,7 @@ def total(parts: list[Parts]) -> Parts:
 def _attention(
     shape: MoeShape, work: Workload, degrees: Degrees, kernels: Kernels, links: Links
 ) -> Parts:
-    """Both norms and both residual additions are counted here."""
+    """Return the time of attention, including both norms and both residual additions."""
     d, tp, cp = shape.hidden_size, degrees.tp, degrees.cp
     tokens = local_tokens(shape, work, degrees).gathered
     qkv = (shape.query_width + 2 * shape.kv_width) // tp
@@ -95,8 +96,8 @@ def _attention(
         work.micro_batch_size, work.sequence_length / cp, work.sequence_length,
         shape.query_width / tp,
     )  # fmt: skip
-    # Norms and additions read or write the stream 2 x 5 times forward, 2 x 6 backward; rotary
-    # embedding reads and writes queries and keys.
+    # Norms and additions read or write the residual stream 2 x 5 times forward, 2 x 6 backward;
+    # the rotary embedding reads and writes queries and keys.
     stream = kernels.elementwise(tokens / tp * d, forward=10, backward=12)
     rotary = kernels.elementwise(
         tokens * (shape.query_width + shape.kv_width) / tp, forward=2, backward=2
@@ -119,8 +120,8 @@ def _experts(
     received = rows / degrees.etp
     exchange = links.all_to_all(group_of("ep", degrees), received * d * work.bytes_per_value)
     gather = links.gather(group_of("etp", degrees), rows * d * work.bytes_per_value)
-    # Permute and unpermute pass 3.5 times over the rows; with several local experts, sorting
-    # chunks by expert and back passes 4 times more. Backward passes are the same.
+    # Permute and unpermute make 3.5 passes over the rows. With several local experts, sorting
+    # chunks by expert and back makes 4 more. The backward pass makes as many.
     permute = kernels.elementwise(received * d, forward=3.5, backward=3.5)
     if local > 1:
         permute += kernels.elementwise(rows * d, forward=4, backward=4)
@@ -141,7 +142,7 @@ def _experts(
 def _ffn(
     neurons: int, shape: MoeShape, work: Workload, degrees: Degrees, kernels: Kernels, links: Links
 ) -> Parts:
-    """A SwiGLU under tp: the FFN of a dense layer, or the shared expert."""
+    """Return the time of a SwiGLU under tp: the FFN of a dense layer, or the shared expert."""
     d, local = shape.hidden_size, neurons // degrees.tp
     tokens = local_tokens(shape, work, degrees).gathered
     return {
@@ -152,7 +153,11 @@ def _ffn(
 
 
 def _sequence_parallel(total_bytes: float, degrees: Degrees, links: Links) -> Seconds:
-    """Forward an all-gather and a reduce-scatter; backward both, and the input gathered again."""
+    """Return the time of sequence parallelism's collectives.
+
+    The forward pass has an all-gather and a reduce-scatter; the backward pass has both, and gathers
+    the input again.
+    """
     once = links.gather(group_of("tp", degrees), total_bytes)
     return Seconds(2 * once, 3 * once)
 
@@ -160,7 +165,10 @@ def _sequence_parallel(total_bytes: float, degrees: Degrees, links: Links) -> Se
 def _exchange_kv(
     shape: MoeShape, work: Workload, degrees: Degrees, links: Links, *, attention: Seconds
 ) -> Seconds:
-    """Keys and values round the cp ring; backward their gradients too. Attention hides most."""
+    """Return the exposed time of sending keys and values around the cp ring.
+
+    The backward pass sends their gradients too. Attention hides most of it.
+    """
     kv_bytes = 2 * shape.kv_width / degrees.tp * work.bytes_per_value
     kv_bytes *= work.sequence_length * work.micro_batch_size
     once = links.gather(group_of("cp", degrees), kv_bytes)
@@ -168,7 +176,7 @@ def _exchange_kv(
 
 
 def _overlapped(communication: Seconds, *, behind: Seconds) -> Seconds:
-    """What shows of communication that runs while something else computes."""
+    """Return the exposed part of communication that overlaps with the computation ``behind``."""
     if behind is ZERO:
         return communication
     return Seconds(

@@ -1,6 +1,7 @@
-"""GiB a rank needs, by part. Weights, gradients and optimizer are exact; the rest is estimated.
+"""Predict the memory of a rank by part.
 
-The parts that come and go follow what Megatron-Core allocates; the constants below are margins.
+Weights, gradients and optimizer state are exact; the rest is estimated. Temporary buffers follow
+Megatron-Core's allocations; the constants below are margins.
 """
 
 from __future__ import annotations
@@ -18,22 +19,22 @@ from megatron_moe.planner.workload import Degrees, Workload
 GIB = 2**30
 
 SHARED_EMBEDDING = ("embedding.word_embeddings.weight", "output_layer.weight")
-"""Held by the first and by the last stage, where they are tied."""
+"""Tensors on the first and on the last stage that hold the same weights if they are tied."""
 
 FRAMEWORK_GIB = 2.5
 """CUDA context, cuBLAS workspaces, loaded kernels."""
 
 COMMUNICATOR_GIB = 0.15
-"""NCCL's buffers of one communicator with more than one member (16 channels of 4 MiB and
-protocols' extras)."""
+"""NCCL's buffers of one communicator with more than one member (16 channels of 4 MiB, plus
+buffers of the protocols)."""
 
 FRAGMENTATION = 0.05
-"""Part of what comes and goes in a step that the allocator cannot use."""
+"""Extra memory for fragmentation, as a fraction of the memory allocated and freed in a step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelState:
-    """Bytes that live for the whole run."""
+    """Bytes that stay allocated for the whole run."""
 
     weights: int
     gradients: int
@@ -42,14 +43,14 @@ class ModelState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StatePrecision:
-    """Bytes per element of what the optimizer keeps; Megatron-Core's defaults."""
+    """Bytes per element of gradients and optimizer state; the defaults are Megatron-Core's."""
 
     gradient: int = 4
-    """The buffer gradients are added up in (``grad_reduce_in_fp32``)."""
+    """The buffer that accumulates gradients (``grad_reduce_in_fp32``)."""
     master: int = 4
-    """Main parameters; a fp32 run has none of its own."""
+    """Master weights; an fp32 run has none."""
     moments: int = 8
-    """Both of Adam's; 4 with ``use_precision_aware_optimizer`` and bf16 moments."""
+    """Both moments of Adam; 4 with ``use_precision_aware_optimizer`` and bf16 moments."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,11 +70,11 @@ class RankMemory:
 
     @property
     def total(self) -> float:
-        """All parts together."""
+        """Sum of all parts."""
         return sum(asdict(self).values())
 
     def to_json(self) -> dict[str, float]:
-        """Parts and total, for ``--json``."""
+        """Return the parts and the total for ``--json``."""
         return asdict(self) | {"total": self.total}
 
 
@@ -89,7 +90,7 @@ def model_state(
     replica: int = 0,
     expert_replica: int = 0,
 ) -> ModelState:
-    """Weights, gradients and optimizer state of one rank, to the byte.
+    """Return the exact bytes of weights, gradients and optimizer state of one rank.
 
     Args:
         shape: The model.
@@ -97,18 +98,18 @@ def model_state(
         pp_rank: Pipeline coordinate of the rank.
         weight_bytes: 2 for bf16, 4 for fp32; an fp32 run keeps no master copy.
         precision: Bytes of gradients, master weights and moments; None takes the defaults.
-        distributed_optimizer: Weights and gradients lie in padded buffers, and the optimizer's
-            state is sharded over the replicas.
+        distributed_optimizer: Whether weights and gradients are in padded buffers, and the
+            optimizer state is sharded over the replicas.
         bucket_size: Elements of a gradient bucket of the first stage's first chunk; None makes one
             bucket.
-        replica: Place of the rank among the dp * cp replicas of the dense parameters.
-        expert_replica: Place among the edp replicas of its experts.
+        replica: Index of the rank among the dp * cp replicas of the dense parameters.
+        expert_replica: Index of the rank among the edp replicas of its experts.
     """
     precision = precision or StatePrecision()
     state_bytes = precision.moments + (precision.master if weight_bytes < 4 else 0)
     buffered = owned = 0
     for chunk_id, chunk in enumerate(rank_tensors(shape, degrees, pp_rank=pp_rank)):
-        for expert, replicas, place in (
+        for expert, replicas, index in (
             (False, degrees.dp * degrees.cp, replica),
             (True, degrees.edp, expert_replica),
         ):
@@ -121,7 +122,7 @@ def model_state(
             bucket = bucket_size if pp_rank == chunk_id == 0 else None
             layout = _layout(shape, degrees, tensors, replicas=replicas, bucket_size=bucket)
             buffered += layout.elements
-            owned += layout.owned(place, replicas=replicas)
+            owned += layout.owned(index, replicas=replicas)
     return ModelState(
         weights=buffered * weight_bytes,
         gradients=buffered * precision.gradient,
@@ -130,27 +131,28 @@ def model_state(
 
 
 def buffer_elements(shape: MoeShape, degrees: Degrees, *, pp_rank: int) -> tuple[int, int]:
-    """Elements of a rank's buffers of dense and of expert parameters, padding included.
+    """Return the elements of a rank's buffers of dense and of expert parameters, with padding.
 
-    One bucket each, as in models below 40 M parameters a rank; more buckets pad a little more.
+    Each buffer is assumed to have one bucket, as in models with fewer than 40 M parameters a rank;
+    more buckets add a little padding.
     """
-    found = {False: 0, True: 0}
+    elements = {False: 0, True: 0}
     for chunk in rank_tensors(shape, degrees, pp_rank=pp_rank):
         for expert, replicas in ((False, degrees.dp * degrees.cp), (True, degrees.edp)):
             tensors = _of_one_buffer(chunk, degrees, expert=expert)
-            found[expert] += _layout(shape, degrees, tensors, replicas=replicas).elements
-    return found[False], found[True]
+            elements[expert] += _layout(shape, degrees, tensors, replicas=replicas).elements
+    return elements[False], elements[True]
 
 
 def _of_one_buffer(
     chunk: list[LocalTensor], degrees: Degrees, *, expert: bool
 ) -> list[LocalTensor]:
-    """The tensors in the buffer of one kind.
+    """Return the tensors of the dense or of the expert buffer.
 
-    Experts have a buffer of their own only where their replicas are others than attention's.
+    Experts have a separate buffer only if their replicas differ from those of attention.
     """
-    apart = degrees.ep > 1 or degrees.etp != degrees.tp
-    return [tensor for tensor in chunk if (tensor.expert and apart) is expert]
+    separate = degrees.ep > 1 or degrees.etp != degrees.tp
+    return [tensor for tensor in chunk if (tensor.expert and separate) is expert]
 
 
 def _layout(
@@ -161,7 +163,7 @@ def _layout(
     replicas: int,
     bucket_size: int | None = None,
 ) -> BufferLayout:
-    """How they lie in it; a tied embedding of two stages is reduced apart from the rest."""
+    """Lay tensors out in a buffer; a tied embedding of two stages is reduced separately."""
     shared = SHARED_EMBEDDING if shape.tied_embeddings and degrees.pp > 1 else ()
     return distributed_layout(
         [tensor.numel for tensor in tensors],
@@ -174,7 +176,7 @@ def _layout(
 def estimated_state(
     shape: MoeShape, degrees: Degrees, *, pp_rank: int, weight_bytes: int = 2
 ) -> ModelState:
-    """`model_state` with the distributed optimizer in closed form, without buffers' padding."""
+    """Estimate `model_state` with the distributed optimizer in closed form, without padding."""
     dense, experts = rank_parameters(shape, degrees, pp_rank=pp_rank)
     held = dense + experts
     shard = -(-dense // (degrees.dp * degrees.cp)) - (-experts // degrees.edp)
@@ -194,14 +196,14 @@ def rank_memory(
     pp_rank: int,
     state: ModelState | None = None,
 ) -> RankMemory:
-    """GiB of a rank of stage ``pp_rank`` at the peak of a step.
+    """Predict the GiB of a rank of stage ``pp_rank`` at the peak of a step.
 
     Args:
         shape: The model.
         work: The batch.
         degrees: The layout.
         pp_rank: Pipeline coordinate of the rank.
-        state: Bytes of `model_state`; None takes `estimated_state`, which is fast.
+        state: Result of `model_state`; None computes `estimated_state`, which is fast.
     """
     state = state or estimated_state(
         shape, degrees, pp_rank=pp_rank, weight_bytes=work.bytes_per_value
@@ -225,10 +227,10 @@ def rank_memory(
 
 
 def peak_memory(shape: MoeShape, work: Workload, degrees: Degrees) -> RankMemory:
-    """Memory of the rank that needs most, in closed form.
+    """Return the memory of the rank that needs most, in closed form.
 
-    That is one of the first stage, which has most micro-batches in flight, or of the last, which
-    has the logits.
+    That rank is in the first stage, which has the most micro-batches in flight, or in the last,
+    which has the logits.
     """
     first = rank_memory(shape, work, degrees, pp_rank=0)
     if degrees.pp == 1:
@@ -238,9 +240,10 @@ def peak_memory(shape: MoeShape, work: Workload, degrees: Degrees) -> RankMemory
 
 
 def _dispatcher(shape: MoeShape, work: Workload, degrees: Degrees) -> float:
-    """Transient rows of one layer: permuted to send, received, sorted by expert, gathered over etp.
+    """Return the bytes of one layer's temporary rows, from dispatch to the gather over etp.
 
-    The busiest rank receives more than it sends; a capacity factor bounds both.
+    They are permuted for sending, received, sorted by expert and gathered over etp. The busiest
+    rank receives more than it sends; a capacity factor bounds both.
     """
     if not shape.moe_layers:
         return 0.0
@@ -249,9 +252,10 @@ def _dispatcher(shape: MoeShape, work: Workload, degrees: Degrees) -> float:
 
 
 def _expert_gradients(shape: MoeShape, work: Workload, degrees: Degrees) -> float:
-    """Bytes of the gradients of a layer's gate and up before they are added to the fp32 buffer.
+    """Return the bytes of a layer's gate and up gradients before accumulation in the fp32 buffer.
 
-    The torch engine forms those of all local experts at once; Transformer Engine adds in place.
+    The torch engine computes those of all local experts at once; Transformer Engine accumulates in
+    place.
     """
     if work.engine != "torch" or not shape.moe_layers:
         return 0.0
@@ -260,18 +264,18 @@ def _expert_gradients(shape: MoeShape, work: Workload, degrees: Degrees) -> floa
 
 
 def _logits(shape: MoeShape, work: Workload, degrees: Degrees) -> float:
-    """Bytes of one micro-batch's logits, which the backward pass overwrites with their gradient."""
+    """Return the bytes of a micro-batch's logits, which the backward pass overwrites in place."""
     columns = padded_vocabulary(shape.vocab_size, degrees.tp) // degrees.tp
     tokens = local_tokens(shape, work, degrees).gathered
     return tokens * columns * work.bytes_per_value
 
 
 def _communication(shape: MoeShape, work: Workload, degrees: Degrees) -> float:
-    """GiB of NCCL's communicators, and of what pipeline neighbours and tp ranks hand over."""
+    """Return the GiB of NCCL's communicators and of buffers for pipeline sends and tp gathers."""
     d = degrees
     sizes = (d.tp, d.cp, d.dp * d.cp, d.pp, d.ep, d.etp, d.edp)
     tokens = local_tokens(shape, work, degrees)
-    handed = 4 * tokens.sequence_parallel * math.ceil((d.pp - 1) / d.pp)
+    sent = 4 * tokens.sequence_parallel * math.ceil((d.pp - 1) / d.pp)
     gathered = tokens.gathered if d.tp > 1 else 0.0
-    moving = (handed + gathered) * shape.hidden_size * work.bytes_per_value
-    return COMMUNICATOR_GIB * sum(size > 1 for size in sizes) + moving / GIB
+    buffers = (sent + gathered) * shape.hidden_size * work.bytes_per_value
+    return COMMUNICATOR_GIB * sum(size > 1 for size in sizes) + buffers / GIB

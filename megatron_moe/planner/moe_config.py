@@ -1,4 +1,4 @@
-"""Shape of a Hugging Face model, dense or already a Mixture of Experts, from its config.json."""
+"""Read the shape of a Hugging Face model, dense or MoE, from its config.json."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_moe.planner.shape import MoeShape, dense_shape
 
 @dataclass(frozen=True, slots=True)
 class MoeKeys:
-    """Under which keys an architecture's config.json says what Megatron-Core calls otherwise."""
+    """The config.json key of the expert size of an architecture, and its fixed properties."""
 
     expert_size: str
     qkv_bias: bool = False
@@ -30,10 +30,10 @@ KEYS_OF_ARCHITECTURE: dict[str, MoeKeys] = {
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The parsed ``folder/config.json``.
+    """Parse ``folder/config.json``.
 
     Raises:
-        CheckpointError: There is none that can be read.
+        CheckpointError: The file cannot be read or is not JSON.
     """
     path = folder / "config.json"
     try:
@@ -45,11 +45,11 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def shape_from_hf(config: Mapping[str, Any], *, where: str = "config.json") -> MoeShape:
-    """The model that a parsed config.json describes; ``where`` opens error messages.
+    """Return the shape of the model of a parsed config.json; ``where`` starts error messages.
 
     Raises:
         CheckpointError: The architecture is neither a supported dense nor a known MoE model, or a
-            number is missing.
+            size is missing.
     """
     architecture = (config.get("architectures") or ["none named"])[0]
     if architecture not in KEYS_OF_ARCHITECTURE:
@@ -64,7 +64,7 @@ def _moe_shape(config: Mapping[str, Any], keys: MoeKeys) -> MoeShape:
     heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
     shared = config.get("shared_expert_intermediate_size") or 0
     every = config.get("decoder_sparse_step", 1)
-    # transformers 5 writes num_local_experts, 4 wrote num_experts for all but Mixtral.
+    # transformers 5 writes num_local_experts; version 4 wrote num_experts for all but Mixtral.
     experts = "num_local_experts" if "num_local_experts" in config else "num_experts"
     dense = set(config.get("mlp_only_layers") or ())
     return MoeShape(

@@ -1,7 +1,8 @@
-"""Where a group's ranks lie and how long a collective over them takes.
+"""Placement of a group's ranks on nodes, and the time of a collective over them.
 
-Ranks are numbered tp (etp) fastest, so a group is an arithmetic progression of ranks: its stride is
-the product of the faster axes. What of it shares a node follows from stride and size alone.
+The tp (etp) coordinate varies fastest with the rank, so a group is an arithmetic progression of
+ranks whose stride is the product of the faster axes. Its stride and size determine which members
+share a node.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from megatron_moe.planner.hardware import Gpu
 from megatron_moe.planner.workload import Degrees
 
 LATENCY_SECONDS = 15e-6
-"""Start of one NCCL collective inside a node (nccl-tests, small messages); twice that across."""
+"""Latency of one NCCL collective inside a node (nccl-tests, small messages); twice that between
+nodes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,21 +25,21 @@ class Group:
     stride: int
 
     def per_node(self, gpus_per_node: int) -> int:
-        """Members that share a node."""
+        """Return the number of members that share a node."""
         return max(1, min(self.size, gpus_per_node // self.stride))
 
 
 @dataclass(frozen=True, slots=True)
 class Links:
-    """A GPU's links as collectives see them: data-sheet bandwidth times what is reached of it."""
+    """A GPU's links: data-sheet bandwidth times the fraction that collectives reach."""
 
     gpu: Gpu
     efficiency: float
 
     def all_to_all(self, group: Group, bytes_per_rank: float) -> float:
-        """Seconds in which each rank sends an equal part of its bytes to every member.
+        """Return the seconds for each rank to send an equal part of its bytes to every member.
 
-        Parts inside and outside of the node travel at the same time.
+        Transfers within the node and between nodes overlap.
         """
         if group.size == 1:
             return 0.0
@@ -48,9 +50,9 @@ class Links:
         return max(inside, outside) / self.efficiency + self._latency(group)
 
     def gather(self, group: Group, total_bytes: float) -> float:
-        """Seconds of an all-gather to, or a reduce-scatter from, ``total_bytes`` on each rank.
+        """Return the seconds of an all-gather to, or a reduce-scatter from, ``total_bytes`` a rank.
 
-        A ring; across nodes each of a node's members drives its own adapter.
+        Assumes a ring. Between nodes, each member of a node uses its own network adapter.
         """
         if group.size == 1:
             return 0.0
@@ -62,7 +64,7 @@ class Links:
         return sent / (bandwidth * self.efficiency) + self._latency(group)
 
     def send(self, group: Group, num_bytes: float) -> float:
-        """Seconds to hand ``num_bytes`` to the next member."""
+        """Return the seconds to send ``num_bytes`` to the next member."""
         if group.size == 1:
             return 0.0
         bandwidth = self.gpu.network_bytes_per_second
@@ -76,11 +78,11 @@ class Links:
 
 
 AXES = ("tp", "cp", "dp_cp", "pp", "etp", "ep", "edp")
-"""Groups that a layout communicates in; dense gradients are reduced over ``dp_cp``."""
+"""Axes of the groups that a layout communicates in; dense gradients are reduced over ``dp_cp``."""
 
 
 def group_of(axis: str, degrees: Degrees) -> Group:
-    """The groups of one axis of a layout."""
+    """Return the size and stride of the groups along one axis of a layout."""
     d = degrees
     match axis:
         case "tp":

@@ -1,7 +1,7 @@
-"""Parameters: of the whole model, active for one token, and held by each rank of a layout.
+"""Count parameters: of the whole model, active for one token, and held by each rank of a layout.
 
 A rank's parameters are listed tensor by tensor, because Megatron-Core's gradient buffers align and
-pad tensors and because dense and expert parameters are replicated over different groups.
+pad tensors, and because dense and expert parameters are replicated over different groups.
 """
 
 from __future__ import annotations
@@ -16,33 +16,33 @@ from megatron_moe.planner.workload import Degrees
 
 @dataclass(frozen=True, slots=True)
 class LocalTensor:
-    """One parameter as a rank holds it."""
+    """The shard of a parameter that a rank holds."""
 
     name: str
     numel: int
     expert: bool = False
-    """Replicated over edp instead of dp x cp, as experts are."""
+    """Whether the parameter belongs to an expert, and is replicated over edp instead of dp x cp."""
 
 
 def total_parameters(shape: MoeShape) -> int:
-    """Parameters of the whole model, without padding of the vocabulary."""
+    """Return the number of parameters of the whole model, without vocabulary padding."""
     return sum(tensor.numel for tensor in chunk_tensors(shape, Degrees(gpus=1)))
 
 
 def active_parameters(shape: MoeShape) -> int:
-    """Parameters that one token passes: all but the experts it is not sent to.
+    """Return the number of parameters that one token uses: all but the experts not selected.
 
-    Both embedding and output layer count, as in the 13.7B of Llama-3-8B E8T2.
+    Embedding and output layer both count, as in the 13.7B of Llama-3-8B E8T2.
     """
     idle = shape.num_moe_experts - shape.moe_router_topk
     return total_parameters(shape) - shape.num_moe_layers * idle * _expert_numel(shape)
 
 
 def rank_tensors(shape: MoeShape, degrees: Degrees, *, pp_rank: int) -> list[list[LocalTensor]]:
-    """Every parameter of one rank, by model chunk, in Megatron-Core's module order.
+    """Return all parameters of one rank, by model chunk, in Megatron-Core's module order.
 
-    Ranks of a pipeline stage hold slices of one size, so the pp coordinate says it all. A tied
-    output layer is a copy on the last stage when pp > 1, as Megatron-Core has it.
+    All ranks of a pipeline stage hold slices of equal size, so the pp coordinate is sufficient. If
+    pp > 1, a tied output layer is a copy on the last stage, as in Megatron-Core.
     """
     return [
         chunk_tensors(shape, degrees, pp_rank=pp_rank, vpp_rank=vpp_rank)
@@ -51,9 +51,9 @@ def rank_tensors(shape: MoeShape, degrees: Degrees, *, pp_rank: int) -> list[lis
 
 
 def rank_parameters(shape: MoeShape, degrees: Degrees, *, pp_rank: int) -> tuple[int, int]:
-    """Number of dense and of expert parameters that a rank of stage ``pp_rank`` holds.
+    """Return the numbers of dense and of expert parameters on a rank of stage ``pp_rank``.
 
-    The sum of `rank_tensors` in closed form: a search asks thousands of times.
+    Computes the sum of `rank_tensors` in closed form, because a search needs it thousands of times.
     """
     layers = [
         layer
@@ -87,7 +87,7 @@ def rank_parameters(shape: MoeShape, degrees: Degrees, *, pp_rank: int) -> tuple
 def chunk_tensors(
     shape: MoeShape, degrees: Degrees, *, pp_rank: int = 0, vpp_rank: int = 0
 ) -> list[LocalTensor]:
-    """Parameters of one model chunk of one rank, in module order."""
+    """Return the parameters of one model chunk of one rank, in module order."""
     rows = padded_vocabulary(shape.vocab_size, degrees.tp) // degrees.tp
     vocabulary = rows * shape.hidden_size
     tensors: list[LocalTensor] = []
@@ -110,7 +110,7 @@ def chunk_tensors(
 
 
 def layer_tensors(shape: MoeShape, degrees: Degrees, *, layer: int) -> list[LocalTensor]:
-    """Parameters of one layer on one rank."""
+    """Return the parameters of one layer on one rank."""
     prefix, d, tp = f"decoder.layers.{layer}.", shape.hidden_size, degrees.tp
     qkv = (shape.query_width + 2 * shape.kv_width) // tp
     sizes = {

@@ -1,7 +1,7 @@
-"""Published training throughput that the time model is calibrated on, as cases it can predict.
+"""Published training throughput on which the time model is calibrated.
 
-``published_mfu.yaml`` holds the rows with their sources (arXiv 2412.09952 and 2504.14960). What a
-row leaves open is filled in by the rules of `row_case`, one rule for all rows.
+``published_mfu.yaml`` holds the rows with their sources (arXiv 2412.09952 and 2504.14960).
+`row_case` fills in the values that a row omits, by the same rules for all rows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megatron_moe.planner.shape import MoeShape
 from megatron_moe.planner.workload import Degrees, Workload
 
 DEFAULT_GLOBAL_BATCH = 256
-"""Sequences a step where a row names none: the batch of arXiv 2504.14960, tables 1 and 3."""
+"""Sequences per step if a row does not give it: the batch of arXiv 2504.14960, tables 1 and 3."""
 
 SEQUENCE_OF_MODEL = {"llama3-8b-e8t2": 8192}
 DEFAULT_SEQUENCE = 4096
@@ -32,13 +32,13 @@ class Published:
     work: Workload
     degrees: Degrees
     folding: bool | None
-    """Whether attention and experts are folded onto different groups; None: the row is silent."""
+    """Whether attention and experts use different groups (folding); None if not stated."""
     mfu: float
 
 
 @cache
 def published() -> tuple[Published, ...]:
-    """The calibration rows, in the order of the file."""
+    """Return the calibration rows in the order of the file."""
     text = resources.files("megatron_moe.planner").joinpath("published_mfu.yaml").read_text("utf-8")
     tree = yaml.safe_load(text)
     shapes = {name: model_shape(sizes) for name, sizes in tree["models"].items()}
@@ -46,7 +46,7 @@ def published() -> tuple[Published, ...]:
 
 
 def model_shape(sizes: dict[str, Any]) -> MoeShape:
-    """A model of the file: every layer routes."""
+    """Return the shape of a model of the file, all of whose layers are MoE layers."""
     sizes = dict(sizes)
     return MoeShape(
         moe_layers=frozenset(range(sizes["num_layers"])),
@@ -57,11 +57,11 @@ def model_shape(sizes: dict[str, Any]) -> MoeShape:
 
 
 def row_case(row: dict[str, Any], shape: MoeShape) -> Published:
-    """A row as a case.
+    """Convert a row of the file to a case that the time model can predict.
 
-    Rows that do not say otherwise: one sequence a micro-batch; nothing recomputed (all fit so);
-    as many model chunks as a stage has layers, since rows that differ in the batch alone rule out
-    the bubble of one chunk; capacity factor 1 without padding.
+    Values that a row does not give: one sequence per micro-batch; no recomputation (all rows fit
+    without it); one model chunk per layer of a stage, because rows that differ only in the batch
+    rule out the bubble of a single chunk; capacity factor 1 without padding.
     """
     degrees = Degrees(
         gpus=row["gpus"],

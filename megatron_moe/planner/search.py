@@ -1,4 +1,4 @@
-"""``megatron-moe plan``: every layout, micro-batch and recomputation setting, the fastest first."""
+"""``megatron-moe plan``: rank layouts, micro-batch sizes and recomputation settings by speed."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from megatron_moe.planner.time import StepTime
 from megatron_moe.planner.workload import Degrees, Workload, workload_of
 from megatron_moe.rules.check import violations
 
-SHOWN_TOO_LARGE = 5
-GIVE_UP = 20
-"""Settings that break rules, one after the other, before the configuration itself is blamed."""
+MAX_SHOWN_TOO_LARGE = 5
+MAX_ILLEGAL_SETTINGS = 20
+"""Number of settings that may break rules before any legal one; then the configuration itself,
+not the layout, is assumed to be illegal."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """One layout with its batch, and what is predicted of it."""
+    """A layout with its batch and its predicted time and memory."""
 
     degrees: Degrees
     work: Workload
@@ -34,7 +35,7 @@ class Candidate:
     memory: RankMemory
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for ``--json``."""
+        """Return plain values for ``--json``."""
         return {
             "layout": self.degrees.to_json(),
             "micro_batch_size": self.work.micro_batch_size,
@@ -50,16 +51,16 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TooLarge:
-    """A setting that would be faster than the best that fits."""
+    """A setting that would be faster but does not fit into memory."""
 
     degrees: Degrees
     work: Workload
     mfu: float
     excess_gib: float
-    """What a rank would need beyond the usable memory."""
+    """Memory that a rank needs beyond the usable memory."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for ``--json``."""
+        """Return plain values for ``--json``."""
         return {
             "layout": self.degrees.to_json(),
             "micro_batch_size": self.work.micro_batch_size,
@@ -71,26 +72,26 @@ class TooLarge:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchResult:
-    """The fastest layouts that fit, and what stood in the way of faster ones."""
+    """The fastest layouts that fit, and faster ones that do not."""
 
     gpu: str
     gpus: int
     gpus_per_node: int
     usable_gib: float
-    """Memory of a GPU that a prediction may fill."""
+    """Memory of a GPU that a predicted layout may use."""
     num_legal: int
-    """Legal settings of tp, cp, pp, vpp, ep, etp and micro-batch size; each with any
+    """Number of legal settings of tp, cp, pp, vpp, ep, etp and micro-batch size, regardless of
     recomputation."""
     num_state_too_large: int
-    """Of them, those whose weights, gradients and optimizer alone do not fit."""
+    """Number of these settings whose weights, gradients and optimizer state alone do not fit."""
     best: tuple[Candidate, ...]
-    """The fastest, each tp, cp, pp, ep, etp once: with its best vpp, micro-batch size and
-    recomputation."""
+    """The fastest settings: one for each tp, cp, pp, ep and etp, with its best vpp, micro-batch
+    size and recomputation."""
     too_large: tuple[TooLarge, ...]
     """The fastest settings whose activations do not fit."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for ``--json``."""
+        """Return plain values for ``--json``."""
         return {
             "gpu": self.gpu,
             "gpus": self.gpus,
@@ -105,16 +106,17 @@ class SearchResult:
 def search(
     config: RunConfig, spec: DenseSpec, *, gpus: int, gpu: str = "h100", keep: int = 10
 ) -> SearchResult:
-    """Rank all layouts of a configuration on ``gpus`` ranks by predicted tokens a second.
+    """Rank all layouts of a configuration on ``gpus`` ranks by predicted tokens per second.
 
-    The layout and micro-batch of ``config`` do not matter; its model, batch and sequence do.
+    The layout and micro-batch size of ``config`` are ignored; its model, global batch size and
+    sequence length are used.
 
     Args:
         config: The run.
-        spec: The dense model it starts from.
-        gpus: Ranks.
-        gpu: A name of the hardware table.
-        keep: How many to return.
+        spec: The dense model that the run starts from.
+        gpus: Number of ranks.
+        gpu: Name of a GPU in the hardware table.
+        keep: Number of layouts to return.
 
     Raises:
         ConfigError: The GPU is unknown, no layout is legal, or none fits.
@@ -122,9 +124,11 @@ def search(
     shape, machine = upcycled_shape(spec, config.moe), Machine(gpu_named(gpu), FITTED)
     space = _space(shape, workload_of(config), gpus, machine)
     if not space.num_legal:
-        found = violations(config, spec, gpus)
+        broken_rules = violations(config, spec, gpus)
         raise ConfigError(
-            "\n".join([f"no layout of {gpus} GPUs is legal for this model and batch", *found])
+            "\n".join(
+                [f"no layout of {gpus} GPUs is legal for this model and batch", *broken_rules]
+            )
         )
     best, too_large = _walk(config, spec, space, Frontier(shape, machine, space.families), keep)
     if not best:
@@ -142,14 +146,14 @@ def search(
 
 
 def configured(config: RunConfig, degrees: Degrees, work: Workload) -> RunConfig:
-    """The configuration with this layout and micro-batch size."""
+    """Return the configuration with another layout and micro-batch size."""
     train = config.train.model_copy(update={"micro_batch_size": work.micro_batch_size})
     return config.model_copy(update={"parallel": degrees.parallel(), "train": train})
 
 
 @dataclass(slots=True)
 class _Space:
-    """What a search looks at."""
+    """The layouts that a search considers, by family."""
 
     shape: MoeShape
     gpus: int
@@ -161,7 +165,7 @@ class _Space:
 
 
 def _space(shape: MoeShape, work: Workload, gpus: int, machine: Machine) -> _Space:
-    """Legal layouts by family; without those whose state alone is too large, which are counted."""
+    """Collect legal layouts by family; count and skip those whose model state is too large."""
     families: dict[tuple[int, ...], Family] = {}
     space = _Space(shape, gpus, machine, [], 0, 0, float("inf"))
     sizes = [replace(work, micro_batch_size=size) for size in MICRO_BATCH_SIZES]
@@ -189,7 +193,7 @@ def _space(shape: MoeShape, work: Workload, gpus: int, machine: Machine) -> _Spa
 
 
 def _state_gib(shape: MoeShape, degrees: Degrees, work: Workload) -> float:
-    """What any micro-batch needs: weights, gradients, optimizer and the framework."""
+    """Return the memory needed besides activations: weights, gradients, optimizer, framework."""
     state = estimated_state(shape, degrees, pp_rank=0, weight_bytes=work.bytes_per_value)
     return (state.weights + state.gradients + state.optimizer) / GIB + FRAMEWORK_GIB
 
@@ -197,10 +201,11 @@ def _state_gib(shape: MoeShape, degrees: Degrees, work: Workload) -> float:
 def _walk(
     config: RunConfig, spec: DenseSpec, space: _Space, frontier: Frontier, keep: int
 ) -> tuple[list[Candidate], list[TooLarge]]:
-    """Take settings from the fastest on until enough fit.
+    """Visit settings from the fastest on until enough fit.
 
     Raises:
-        ConfigError: The first settings all break rules, so it is not their layouts that do.
+        ConfigError: The first `MAX_ILLEGAL_SETTINGS` settings all break rules, so the cause is the
+            configuration rather than their layouts.
     """
     best: list[Candidate] = []
     too_large: list[TooLarge] = []
@@ -212,16 +217,16 @@ def _walk(
             continue
         memory = peak_memory(space.shape, setting.work, setting.degrees)
         if memory.total > usable_gib:
-            last = not frontier.slower(setting)
-            if len(too_large) < SHOWN_TOO_LARGE or last:
+            last = not frontier.add_with_more_recompute(setting)
+            if len(too_large) < MAX_SHOWN_TOO_LARGE or last:
                 too_large.append(_too_large(setting, memory.total - usable_gib))
             continue
-        if broken := violations(
+        if broken_rules := violations(
             configured(config, setting.degrees, setting.work), spec, space.gpus
         ):
             num_broken += 1
-            if num_broken == GIVE_UP and not best:
-                raise ConfigError("\n".join(broken))
+            if num_broken == MAX_ILLEGAL_SETTINGS and not best:
+                raise ConfigError("\n".join(broken_rules))
             continue
         seen.add(layout)
         best.append(
@@ -229,7 +234,7 @@ def _walk(
         )
         if len(best) == keep:
             break
-    return best, too_large[:SHOWN_TOO_LARGE] if best else too_large
+    return best, too_large[:MAX_SHOWN_TOO_LARGE] if best else too_large
 
 
 def _too_large(setting: Setting, excess_gib: float) -> TooLarge:
@@ -246,13 +251,14 @@ def _nothing_fits(space: _Space, too_large: list[TooLarge]) -> str:
     if not too_large:
         return (
             f"no layout of {space.gpus} {gpu.name} holds the model: weights, gradients and "
-            f"optimizer take {space.least_state_gib:.1f} GiB a rank at least, "
-            f"{space.least_state_gib - gpu.usable_gib:.1f} GiB more than is usable.\n"
+            f"optimizer state need at least {space.least_state_gib:.1f} GiB a rank, "
+            f"{space.least_state_gib - gpu.usable_gib:.1f} GiB more than usable.\n"
             "  use more GPUs"
         )
     closest = min(too_large, key=lambda one: one.excess_gib)
     return (
         f"no layout of {space.gpus} {gpu.name} holds the model and a micro-batch: the closest, "
-        f"{closest.degrees} with recompute {closest.work.recompute}, misses by "
-        f"{closest.excess_gib:.1f} GiB a rank.\n  use more GPUs or a shorter data.seq_length"
+        f"{closest.degrees} with recompute {closest.work.recompute}, needs "
+        f"{closest.excess_gib:.1f} GiB more than usable on a rank.\n"
+        "  use more GPUs or a shorter data.seq_length"
     )

@@ -1,4 +1,4 @@
-"""The numbers of an MoE model that the arithmetic needs, wherever they come from.
+"""Sizes of an MoE model that the planner's arithmetic needs.
 
 Shape letters of this folder:
 
@@ -20,14 +20,14 @@ from megatron_moe.hf.spec import DenseSpec
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoeShape:
-    """Sizes of a Llama-family model whose FFNs are, in some layers, experts.
+    """Sizes of a Llama-family model, some of whose layers have experts instead of a dense FFN.
 
-    A dense model is one without MoE layers.
+    A dense model has no MoE layers.
     """
 
     num_layers: int
     moe_layers: frozenset[int]
-    """Ids of the layers that route; the others hold the dense FFN."""
+    """Ids of the MoE layers; the others have the dense FFN."""
     hidden_size: int
     ffn_hidden_size: int
     num_attention_heads: int
@@ -41,25 +41,25 @@ class MoeShape:
     moe_router_topk: int = 1
     moe_ffn_hidden_size: int = 0
     shared_expert_size: int = 0
-    """Neurons of the always-on expert of each MoE layer; 0: there is none."""
+    """Neurons of the shared expert of each MoE layer; 0 if there is none."""
     shared_expert_gate: bool = False
-    """A learned scalar gate on the shared expert (Qwen2-MoE)."""
+    """Whether the shared expert has a learned scalar gate (Qwen2-MoE)."""
     router_gate: str = "linear"
-    """The router's network, as `Moe.router_gate` names it."""
+    """The router's network, one of the values of `Moe.router_gate`."""
 
     @property
     def query_width(self) -> int:
-        """Columns of all heads' queries, H * kv_channels."""
+        """Width of the queries of all heads, H * kv_channels."""
         return self.num_attention_heads * self.kv_channels
 
     @property
     def kv_width(self) -> int:
-        """Columns of all groups' keys (or values), G * kv_channels."""
+        """Width of the keys (or values) of all groups, G * kv_channels."""
         return self.num_query_groups * self.kv_channels
 
     @property
     def router_sizes(self) -> dict[str, int]:
-        """Parameters of one router, by name."""
+        """Number of parameters of one router, by name."""
         rows, experts = self.num_moe_experts * self.hidden_size, self.num_moe_experts
         noisy, mlp = self.router_gate != "linear", self.router_gate == "noisy_mlp"
         return {
@@ -70,22 +70,22 @@ class MoeShape:
 
     @property
     def num_moe_layers(self) -> int:
-        """Layers that route."""
+        """Number of MoE layers."""
         return len(self.moe_layers)
 
     @property
     def num_dense_layers(self) -> int:
-        """Layers that keep the dense FFN."""
+        """Number of layers that keep the dense FFN."""
         return self.num_layers - len(self.moe_layers)
 
 
 def dense_shape(spec: DenseSpec) -> MoeShape:
-    """The dense model itself: no layer routes."""
+    """Return the shape of the dense model, without MoE layers."""
     return MoeShape(moe_layers=frozenset(), **_attention_of(spec))
 
 
 def upcycled_shape(spec: DenseSpec, moe: Moe) -> MoeShape:
-    """What upcycling ``spec`` as ``moe`` says ends in."""
+    """Return the shape of the model that upcycling ``spec`` with ``moe`` produces."""
     return MoeShape(
         moe_layers=frozenset(moe_layer_ids(moe, spec.num_layers)),
         num_moe_experts=moe.num_moe_experts,

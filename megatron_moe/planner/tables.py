@@ -1,4 +1,4 @@
-"""Search and check results as tables for a terminal."""
+"""Format search and check results as tables for a terminal."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MEANING = {
     "cp": "key and value exchange",
     "ep": "token all-to-all",
     "etp": "expert gather",
-    "overhead": "launches and synchronisation",
+    "overhead": "launches and synchronization",
     "output_layer": "output layer on the last stage",
     "bubble": "pipeline bubble",
     "pp": "pipeline sends",
@@ -30,13 +30,13 @@ MEANING = {
 
 
 def search_report(result: SearchResult) -> RenderableType:
-    """Best layouts, the faster ones that do not fit, and how the best lies on nodes."""
+    """Format the best layouts, faster ones that do not fit, and the best layout's placement."""
     best = result.best[0]
     return Group(
         _best_table(result),
         Text(
-            f"{result.num_legal} legal settings; in {result.num_state_too_large} weights, "
-            "gradients and optimizer alone do not fit"
+            f"{result.num_legal} legal settings; in {result.num_state_too_large} of them, weights, "
+            "gradients and optimizer state alone do not fit"
         ),
         *([_too_large_table(result)] if result.too_large else []),
         layout_report(best.degrees, gpus_per_node=result.gpus_per_node),
@@ -44,7 +44,7 @@ def search_report(result: SearchResult) -> RenderableType:
 
 
 def check_report(result: CheckResult, *, gpus_per_node: int = 8) -> RenderableType:
-    """Verdict on one layout, its time and memory by part, and what would be faster."""
+    """Format the check of one layout, its time and memory by part, and faster changes."""
     verdict = "fits" if result.fits else "legal, does not fit" if result.legal else "not legal"
     lines = [Text(f"layout: {verdict}"), *(Text(reason) for reason in result.reasons)]
     if result.candidate is None:
@@ -65,7 +65,7 @@ def check_report(result: CheckResult, *, gpus_per_node: int = 8) -> RenderableTy
 
 
 def counts_report(counts: ModelCounts) -> RenderableType:
-    """Parameters and FLOPs of one sequence."""
+    """Format the parameters of a model and the FLOPs of one sequence."""
     table = Table("", "count", title=f"one sequence of {counts.sequence_length} tokens")
     rows = {
         "total parameters": f"{counts.total_parameters / 1e9:.2f} B",
@@ -83,7 +83,7 @@ def counts_report(counts: ModelCounts) -> RenderableType:
 
 
 def layout_report(degrees: Degrees, *, gpus_per_node: int = 8) -> RenderableType:
-    """Where the groups of a layout lie."""
+    """Format the placement of a layout's groups."""
     table = Table("group", "size", "stride", "nodes", "link", title=str(degrees))
     for span in spans(degrees, gpus_per_node=gpus_per_node):
         table.add_row(span.axis, str(span.size), str(span.stride), str(span.nodes), span.link)
@@ -91,7 +91,7 @@ def layout_report(degrees: Degrees, *, gpus_per_node: int = 8) -> RenderableType
 
 
 def _best_table(result: SearchResult) -> Table:
-    title = f"{result.gpus} {result.gpu}, {result.usable_gib:.1f} GiB of each usable"
+    title = f"{result.gpus} {result.gpu}, {result.usable_gib:.1f} GiB usable on each"
     table = Table(
         "tp", "cp", "pp", "vpp", "ep", "etp", "dp", "micro", "recompute", "MFU %", "tokens/s/GPU",
         "GiB", "limited by", title=title,

@@ -1,10 +1,10 @@
-"""Seconds of one optimizer step, tokens a second and MFU of a layout.
+"""Predict the seconds of one optimizer step, tokens per second and MFU of a layout.
 
     step = m * slowest stage                          m micro-batches of one replica
          + (pp - 1) / vpp * slowest stage             pipeline fill and drain, interleaved
          + p2p + exposed gradient reduction and parameter gather + optimizer
 
-The slowest stage is the last: it holds the output layer and the loss, and the others wait for it.
+The last stage is the slowest, because it holds the output layer and the loss; the others wait.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ class StepTime:
     step_seconds: float
     tokens_per_second_per_gpu: float
     mfu: float
-    """Percent of the GPU's dense bf16 peak, with full attention and without padding counted."""
+    """Percent of the GPU's dense bf16 peak, counting full attention and no padding."""
     parts: dict[str, float]
-    """Seconds of the step by what they are spent on; they sum to `step_seconds`."""
+    """Seconds of the step by part; they sum to `step_seconds`."""
 
     @property
     def limit(self) -> str:
-        """The largest part besides the products that the model needs."""
+        """Name of the largest part other than the model's matrix products and attention."""
         return max(
             (p for p in self.parts if p not in ("gemm", "attention")), key=self.parts.__getitem__
         )
 
 
 def step_time(shape: MoeShape, work: Workload, degrees: Degrees, machine: Machine) -> StepTime:
-    """Predict one step; the layout must be legal for the batch."""
+    """Predict the time of one step; the layout must be legal for the batch."""
     batches = work.micro_batches(degrees)
     layers, output = _model(shape, work, degrees, machine)
     slowest = sum(layers.values()) / degrees.pp + output
@@ -63,9 +63,10 @@ def step_time(shape: MoeShape, work: Workload, degrees: Degrees, machine: Machin
 
 
 def least_seconds(shape: MoeShape, work: Workload, degrees: Degrees, machine: Machine) -> float:
-    """What no layout of the same tp, cp, ep, etp and micro-batch can be faster than.
+    """Return a lower bound on the step time of layouts with this tp, cp, ep, etp and micro-batch.
 
-    One stage, so that nothing waits; no reduction, no optimizer; the output layer once.
+    It assumes one stage, so that no rank waits, no gradient reduction, no optimizer, and counts the
+    output layer once.
     """
     batches = work.global_batch_size * degrees.tp * degrees.cp / degrees.gpus
     layers, output = _model(shape, work, degrees, machine)
@@ -75,8 +76,8 @@ def least_seconds(shape: MoeShape, work: Workload, degrees: Degrees, machine: Ma
 def _model(
     shape: MoeShape, work: Workload, degrees: Degrees, machine: Machine
 ) -> tuple[dict[str, float], float]:
-    """Forward and backward seconds of one micro-batch: all layers by part, and the output layer."""
-    # They take as long whatever pp and dp are: a search meets few different ones.
+    """Return the seconds of one micro-batch: of all layers by part, and of the output layer."""
+    # pp and dp do not change these times, so a search needs only few different ones.
     tp, cp, ep, etp = degrees.tp, degrees.cp, degrees.ep, degrees.etp
     alone = Degrees(gpus=tp * cp * ep * etp, tp=tp, cp=cp, ep=ep, etp=etp)
     return _one_stage(shape, work, alone, machine)
@@ -96,7 +97,7 @@ def _one_stage(
 
 
 def _output_layer(shape: MoeShape, work: Workload, degrees: Degrees, machine: Machine) -> Seconds:
-    """Product with the vocabulary, and a fused cross entropy that passes 6 times over bf16."""
+    """Return the time of the output product and of a fused cross entropy (6 passes over bf16)."""
     kernels = Kernels(machine.gpu, machine.calibration, work.bytes_per_value)
     columns = padded_vocabulary(shape.vocab_size, degrees.tp) // degrees.tp
     tokens = work.sequence_length * work.micro_batch_size / degrees.cp
@@ -105,7 +106,7 @@ def _output_layer(shape: MoeShape, work: Workload, degrees: Degrees, machine: Ma
 
 
 def _send(shape: MoeShape, work: Workload, degrees: Degrees, machine: Machine) -> float:
-    """Seconds a micro-batch waits for activations and gradients from neighbouring stages."""
+    """Return the seconds a micro-batch waits for activations and gradients of adjacent stages."""
     tokens = work.sequence_length * work.micro_batch_size / (degrees.cp * degrees.tp)
     once = machine.links.send(
         group_of("pp", degrees), tokens * shape.hidden_size * work.bytes_per_value
@@ -116,7 +117,7 @@ def _send(shape: MoeShape, work: Workload, degrees: Degrees, machine: Machine) -
 def _update(
     shape: MoeShape, work: Workload, degrees: Degrees, machine: Machine
 ) -> tuple[float, float]:
-    """Exposed seconds of gradient reduction and parameter gather, and of the optimizer."""
+    """Return the exposed seconds of gradient reduction and weight gather, and the optimizer's."""
     replicas, expert_replicas = group_of("dp_cp", degrees), group_of("edp", degrees)
     dense, experts = _stage_parameters(shape, degrees)
     links, value = machine.links, work.bytes_per_value
@@ -124,8 +125,8 @@ def _update(
         links.gather(group, params * 4) + links.gather(group, params * value)
         for group, params in ((replicas, dense), (expert_replicas, experts))
     )
-    # Gradients: zeroed, read for the norm. On the shard: gradient, master weight and two moments
-    # read, three of them and the bf16 weight written.
+    # All gradients are zeroed, and read for the norm. On the shard, the gradient, the master weight
+    # and two moments are read; the master weight, the moments and the bf16 weight are written.
     shard = dense / replicas.size + experts / expert_replicas.size
     moved = 8 * (dense + experts) + 30 * shard
     return EXPOSED * communicate, moved / (machine.gpu.hbm_bytes_per_second * HBM_EFFICIENCY)

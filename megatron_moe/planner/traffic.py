@@ -1,18 +1,19 @@
-"""Bytes that one optimizer step puts into collectives, by group: counts, not times.
+"""Count the bytes that one optimizer step passes to collectives, by group.
 
-The counterpart of `bench/traffic.py`, which counts them while a step runs; a test compares the two.
-A byte is counted as it is given to the collective, and summed over all ranks:
+`bench/traffic.py` counts the same bytes while a step runs; a test compares the two. Bytes are
+counted as they are passed to the collective, and summed over all ranks:
 
-    all_reduce, broadcast  its tensor          all_to_all  what a rank gives, its own part too
-    all_gather             the gathered whole  send        what is sent
-    reduce_scatter         the whole before
+    all_reduce, broadcast  the tensor             all_to_all  a rank's input, its own part included
+    all_gather             the gathered tensor    send        the tensor sent
+    reduce_scatter         the unreduced tensor
 
-So a sum does not depend on where the router sends tokens: over all ranks every choice is one row.
-`sent_per_rank` turns the sums into what must leave a rank, whatever the algorithm.
+A sum does not depend on where the router sends tokens: over all ranks, each choice is one row.
+`sent_per_rank` converts the sums into the bytes that must leave a rank, whatever the algorithm.
 
-Counted is a step without recomputation, with the alltoall dispatcher and the distributed optimizer.
-Under cp, keys and values are gathered and their gradients scattered, as `model/attention.py` does;
-Transformer Engine sends as many bytes round a ring forward, and twice as many backward.
+The counts are for a step without recomputation, with the alltoall dispatcher and the distributed
+optimizer. Under cp, keys and values are gathered and their gradients scattered, as in
+`model/attention.py`; Transformer Engine sends the same number of bytes around a ring in the
+forward pass, and twice as many in the backward pass.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from megatron_moe.planner.shape import MoeShape
 from megatron_moe.planner.workload import Degrees, Workload
 
 Traffic = dict[tuple[str, str], int]
-"""Bytes by group and kind of collective, over all ranks; groups of one rank are left out."""
+"""Bytes by group and kind of collective, over all ranks, without groups of one rank."""
 
 FP32, INT64, INT32 = 4, 8, 4
 GRADIENT = StatePrecision().gradient
@@ -39,18 +40,19 @@ def step_traffic(
     balancing: bool = True,
     padded_rows: int | None = None,
 ) -> Traffic:
-    """What one step puts into the collectives of the model and of its gradients.
+    """Count the bytes that one step passes to the collectives of the model and its gradients.
 
     Args:
         shape: The model.
-        work: The batch; nothing is recomputed.
+        work: The batch; its ``recompute`` must be "none".
         degrees: The layout.
-        balancing: The balancing loss is of the micro-batch: loads are summed over tp and cp.
-        padded_rows: Rows that a rank sends of one micro-batch in a layer, where experts are padded
-            to their capacity; None: every token goes to K experts.
+        balancing: Whether the balancing loss covers a micro-batch, so that loads are summed over
+            tp and cp.
+        padded_rows: Rows that a rank sends per micro-batch and layer if experts are padded to
+            their capacity; None means that every token goes to K experts.
     """
     assert work.recompute == "none", work.recompute
-    found: Counter[tuple[str, str]] = Counter()
+    traffic: Counter[tuple[str, str]] = Counter()
     for part in (
         _attention(shape, work, degrees),
         _ends(shape, work, degrees),
@@ -59,16 +61,16 @@ def step_traffic(
         _replicas(shape, work, degrees),
         _stages(shape, work, degrees),
     ):
-        found.update(part)
+        traffic.update(part)
     if balancing:
         calls = degrees.gpus // degrees.pp * shape.num_moe_layers * work.micro_batches(degrees)
-        found["tp_cp", "all_reduce"] += calls * shape.num_moe_experts * INT64
+        traffic["tp_cp", "all_reduce"] += calls * shape.num_moe_experts * INT64
     sizes = group_sizes(degrees)
-    return {key: count for key, count in found.items() if count and sizes[key[0]] > 1}
+    return {key: count for key, count in traffic.items() if count and sizes[key[0]] > 1}
 
 
 def group_sizes(degrees: Degrees) -> dict[str, int]:
-    """Ranks of a group of each name."""
+    """Return the number of ranks of each group."""
     d = degrees
     return {
         "tp": d.tp, "cp": d.cp, "pp": d.pp, "dp_cp": d.dp * d.cp, "ep": d.ep, "etp": d.etp,
@@ -78,10 +80,10 @@ def group_sizes(degrees: Degrees) -> dict[str, int]:
 
 
 def sent_per_rank(traffic: Traffic, degrees: Degrees) -> dict[str, float]:
-    """Bytes that leave a rank by group, mean over ranks, if no byte is sent that need not be.
+    """Return the minimum bytes that a rank must send, by group, as the mean over ranks.
 
-    Of a whole that ``n`` ranks share each has a part already, so ``(n - 1) / n`` must travel; a sum
-    that all need travels twice.
+    Each of ``n`` ranks already holds its part of a shared tensor, so ``(n - 1) / n`` of it must be
+    sent; the tensor of an all-reduce is sent twice.
     """
     sizes, sent = group_sizes(degrees), dict[str, float]()
     for (group, kind), count in traffic.items():
@@ -92,9 +94,9 @@ def sent_per_rank(traffic: Traffic, degrees: Degrees) -> dict[str, float]:
 
 
 def _attention(shape: MoeShape, work: Workload, degrees: Degrees) -> Traffic:
-    """Of every layer: the sequence gathered for what tp shares, and keys and values over cp."""
+    """Count, for all layers, tp collectives of the sequence and cp ones of keys and values."""
     ranks, batches = degrees.gpus // degrees.pp, work.micro_batches(degrees)
-    # Forward one gather and one scatter; backward one of each, and the input gathered again.
+    # One gather and one scatter forward; one of each backward, plus a second gather of the input.
     shared_by_tp = shape.num_layers + shape.num_dense_layers
     shared_by_tp += shape.num_moe_layers * (shape.shared_expert_size > 0)
     block = ranks * batches * _tokens(work, degrees) * shape.hidden_size * work.bytes_per_value
@@ -109,11 +111,11 @@ def _attention(shape: MoeShape, work: Workload, degrees: Degrees) -> Traffic:
 
 
 def _ends(shape: MoeShape, work: Workload, degrees: Degrees) -> Traffic:
-    """Embedding and output layer, whose vocabulary tp shares."""
+    """Count the embedding and the output layer, whose vocabulary is sharded over tp."""
     ranks, batches = degrees.gpus // degrees.pp, work.micro_batches(degrees)
     tokens = _tokens(work, degrees)
     block = ranks * batches * tokens * shape.hidden_size * work.bytes_per_value
-    # Cross entropy: the largest logit, the label's logit and the sum, fp32, a number a token.
+    # Cross entropy: the largest logit, the label's logit and the sum, one fp32 value per token.
     return {
         ("tp", "all_gather"): 3 * block,
         ("tp", "reduce_scatter"): 2 * block,
@@ -122,14 +124,14 @@ def _ends(shape: MoeShape, work: Workload, degrees: Degrees) -> Traffic:
 
 
 def _experts(shape: MoeShape, work: Workload, degrees: Degrees, padded_rows: int | None) -> Traffic:
-    """Rows to their experts and back, with their weights; and who gets how many."""
+    """Count the dispatch and combine of rows with router weights, and the counts per expert."""
     rows = work.sequence_length * work.global_batch_size * shape.moe_router_topk
     calls = degrees.gpus // degrees.pp * work.micro_batches(degrees)
     if padded_rows is not None:
         rows = calls * padded_rows
     row = shape.hidden_size * work.bytes_per_value
     there_and_back = shape.num_moe_layers * rows * (4 * row + 2 * FP32)
-    # The partial sums of etp ranks are added in the router's precision, whatever the model's is.
+    # The partial sums of etp ranks are reduced in the router's dtype, not in the model's.
     partial_sum = shape.hidden_size * FP32
     over_etp = shape.num_moe_layers * degrees.etp * rows * (row + FP32 + partial_sum)
     counts = degrees.etp * degrees.ep * shape.num_moe_experts * INT64
@@ -142,7 +144,7 @@ def _experts(shape: MoeShape, work: Workload, degrees: Degrees, padded_rows: int
 
 
 def _replicated(shape: MoeShape, degrees: Degrees) -> Traffic:
-    """Gradients of what every tp rank holds whole but sees a part of the sequence for."""
+    """Count the gradients of parameters that tp replicates while it shards the sequence."""
     norms = (2 * shape.num_layers + 1) * shape.hidden_size
     norms += 2 * shape.num_layers * shape.kv_channels * shape.qk_layernorm
     routers = shape.num_moe_layers * sum(shape.router_sizes.values())
@@ -150,35 +152,35 @@ def _replicated(shape: MoeShape, degrees: Degrees) -> Traffic:
 
 
 def _replicas(shape: MoeShape, work: Workload, degrees: Degrees) -> Traffic:
-    """Gradients to the rank that updates them and weights back, once a step; tokens, and the norm.
+    """Count the gradient reduce-scatter, the weight all-gather, the token count and the norm.
 
-    Dense parameters have dp * cp replicas and experts edp.
+    Each occurs once a step. Dense parameters have dp * cp replicas and experts have edp.
     """
-    found: Counter[tuple[str, str]] = Counter()
+    traffic: Counter[tuple[str, str]] = Counter()
     ranks = degrees.gpus // degrees.pp
     for pp_rank in range(degrees.pp):
         dense, experts = buffer_elements(shape, degrees, pp_rank=pp_rank)
         for group, elements in (("dp_cp", dense), ("edp", experts)):
-            found[group, "reduce_scatter"] += ranks * elements * GRADIENT
-            found[group, "all_gather"] += ranks * elements * work.bytes_per_value
-    found["dp_cp", "all_reduce"] += degrees.gpus * INT32  # tokens of the batch
-    found["optimizer", "all_reduce"] += degrees.gpus * FP32  # the norm's square
-    return found
+            traffic[group, "reduce_scatter"] += ranks * elements * GRADIENT
+            traffic[group, "all_gather"] += ranks * elements * work.bytes_per_value
+    traffic["dp_cp", "all_reduce"] += degrees.gpus * INT32  # tokens of the batch
+    traffic["optimizer", "all_reduce"] += degrees.gpus * FP32  # the squared norm
+    return traffic
 
 
 def _stages(shape: MoeShape, work: Workload, degrees: Degrees) -> Traffic:
-    """Activations to the next stage and gradients back; a tied embedding's two gradients."""
+    """Count the sends between pipeline stages and the gradient all-reduce of a tied embedding."""
     ranks, batches = degrees.gpus // degrees.pp, work.micro_batches(degrees)
     tokens = _tokens(work, degrees) // degrees.tp
-    handed = tokens * shape.hidden_size * work.bytes_per_value
+    sent = tokens * shape.hidden_size * work.bytes_per_value
     neighbours = degrees.pp * degrees.vpp - 1
     tied = padded_vocabulary(shape.vocab_size, degrees.tp) // degrees.tp * shape.hidden_size
     return {
-        ("pp", "send"): 2 * ranks * batches * neighbours * handed,
+        ("pp", "send"): 2 * ranks * batches * neighbours * sent,
         ("embedding", "all_reduce"): 2 * ranks * tied * GRADIENT * shape.tied_embeddings,
     }
 
 
 def _tokens(work: Workload, degrees: Degrees) -> int:
-    """Tokens of a micro-batch that the tp ranks of one cp rank share."""
+    """Return the tokens of a micro-batch that the tp ranks of one cp rank share."""
     return work.sequence_length * work.micro_batch_size // degrees.cp

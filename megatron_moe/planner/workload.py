@@ -1,4 +1,4 @@
-"""What runs and where: degrees of parallelism over some GPUs, and the batch they work on."""
+"""Degrees of parallelism over a number of GPUs, and the batch of one step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 from megatron_moe.config.run import Parallel, RunConfig
 
 Recompute = Literal["none", "selective", "moe", "full"]
-"""What the backward pass computes again instead of keeping.
+"""Activations that the backward pass recomputes instead of keeping.
 
 selective: Megatron-Core's modules moe_act and layernorm; moe: layernorm and the whole MoE layer;
 full: every layer from its input.
@@ -17,13 +17,13 @@ full: every layer from its input.
 RECOMPUTE_SETTINGS: tuple[Recompute, ...] = ("none", "selective", "moe", "full")
 
 ASSUMED_IMBALANCE = 1.15
-"""Load of the busiest expert rank over the mean when nothing is measured: natural, dropless routing
-of an upcycled model after its first steps."""
+"""Load of the busiest expert rank relative to the mean if no measurement is given: natural,
+dropless routing of an upcycled model after its first steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Degrees:
-    """Degrees of parallelism over ``gpus`` ranks; dp and edp are what is left."""
+    """Degrees of parallelism over ``gpus`` ranks; dp and edp are derived."""
 
     gpus: int
     tp: int = 1
@@ -35,12 +35,12 @@ class Degrees:
 
     @property
     def dp(self) -> int:
-        """Replicas of the attention layers."""
+        """Number of replicas of the attention layers."""
         return self.gpus // (self.tp * self.cp * self.pp)
 
     @property
     def edp(self) -> int:
-        """Replicas of the experts."""
+        """Number of replicas of the experts."""
         return self.gpus // (self.ep * self.etp * self.pp)
 
     def __str__(self) -> str:
@@ -50,12 +50,12 @@ class Degrees:
         )
 
     def to_json(self) -> dict[str, int]:
-        """Degrees by their short names, derived ones too."""
+        """Return the degrees by their short names, including dp and edp."""
         names = ("tp", "cp", "pp", "vpp", "ep", "etp", "dp", "edp")
         return {name: getattr(self, name) for name in names}
 
     def parallel(self) -> Parallel:
-        """The same as a configuration section."""
+        """Return the degrees as a configuration section."""
         return Parallel(
             tensor_parallel_size=self.tp,
             context_parallel_size=self.cp,
@@ -68,37 +68,37 @@ class Degrees:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """One optimizer step's work."""
+    """The work of one optimizer step."""
 
     sequence_length: int
     global_batch_size: int
     micro_batch_size: int = 1
     capacity_factor: float | None = None
-    """Tokens an expert may take over the mean, ``T * K / E``; None drops nothing."""
+    """Maximum tokens of an expert relative to the mean, ``T * K / E``; None drops no token."""
     pad_to_capacity: bool = False
-    """Every expert computes on its full capacity, filled with zeros."""
+    """Whether each expert's input is padded with zeros to its full capacity."""
     imbalance: float = ASSUMED_IMBALANCE
-    """Load of the busiest expert rank over the mean, before anything is dropped."""
+    """Load of the busiest expert rank relative to the mean, before tokens are dropped."""
     recompute: Recompute = "none"
     precision: Literal["fp32", "bf16"] = "bf16"
     engine: Literal["torch", "transformer_engine"] = "transformer_engine"
-    """Implementation of the layers: torch's operations keep other tensors for the backward pass."""
+    """Implementation of the layers; it determines which tensors the backward pass keeps."""
 
     @property
     def recompute_settings(self) -> tuple[Recompute, ...]:
-        """Settings that the engine has, from the fastest to the one that needs least memory."""
+        """Settings that the engine supports, from the fastest to the one with the least memory."""
         if self.engine == "torch":
             return tuple(setting for setting in RECOMPUTE_SETTINGS if setting != "selective")
         return RECOMPUTE_SETTINGS
 
     @property
     def bytes_per_value(self) -> int:
-        """Bytes of an activation or a weight."""
+        """Bytes of one activation or weight value."""
         return 2 if self.precision == "bf16" else 4
 
     @property
     def busiest_load(self) -> float:
-        """Rows the busiest expert rank computes on, over the mean ``T * K / ep``."""
+        """Rows of the busiest expert rank relative to the mean ``T * K / ep``."""
         if self.capacity_factor is None:
             return self.imbalance
         if self.pad_to_capacity:
@@ -106,12 +106,12 @@ class Workload:
         return min(self.capacity_factor, self.imbalance)
 
     def micro_batches(self, degrees: Degrees) -> int:
-        """Micro-batches of one replica in one step."""
+        """Return the number of micro-batches of one replica in one step."""
         return self.global_batch_size // (self.micro_batch_size * degrees.dp)
 
 
 def degrees_of(config: RunConfig, *, gpus: int) -> Degrees:
-    """The layout that a configuration names, on ``gpus`` ranks."""
+    """Return the layout of a configuration on ``gpus`` ranks."""
     parallel = config.parallel
     return Degrees(
         gpus=gpus,
@@ -125,9 +125,9 @@ def degrees_of(config: RunConfig, *, gpus: int) -> Degrees:
 
 
 def engine_assumed(config: RunConfig) -> Literal["torch", "transformer_engine"]:
-    """Return the engine a plan counts with; ``auto`` means Transformer Engine, except on a CPU.
+    """Return the engine to predict for; ``auto`` means Transformer Engine, except on a CPU.
 
-    A plan is made for other machines, so what is installed here does not matter.
+    The prediction is for other machines, so the packages installed here do not matter.
     """
     if config.run.engine == "torch" or config.run.device == "cpu":
         return "torch"
@@ -135,7 +135,7 @@ def engine_assumed(config: RunConfig) -> Literal["torch", "transformer_engine"]:
 
 
 def workload_of(config: RunConfig) -> Workload:
-    """The step that a configuration asks for."""
+    """Return the work of one step of a configuration."""
     return Workload(
         sequence_length=config.data.seq_length,
         global_batch_size=config.train.global_batch_size,

@@ -1,1 +1,1 @@
-"""What a run did, as one page that opens anywhere."""
+"""Build self-contained HTML reports of runs."""

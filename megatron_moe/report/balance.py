@@ -1,4 +1,4 @@
-"""The section about experts' loads: by layer and step, by expert, and what was dropped.
+"""Build the section about expert loads: by layer and step, by expert, and dropped choices.
 
 Shape letters of this module:
 
@@ -20,8 +20,8 @@ from megatron_moe.report.parts import (
     line_of,
     span_of,
     steps_table,
+    thinned_series,
     thinning_note,
-    told,
 )
 from megatron_moe.report.picture import Rows, Scale, heat_picture, line_picture
 from megatron_moe.report.read import RunFiles
@@ -31,35 +31,35 @@ LOADS = "router/load_by_expert"
 
 
 def balance(run: RunFiles) -> Section:
-    """Who did the work, layer by layer."""
+    """Return the section about the load balance of the experts."""
     by_layer = [
         _by_layer(run, "router/load_imbalance_by_layer", "Busiest expert by layer and step",
-                  "tokens of the busiest expert / mean; 1 is even", worst=True),
+                  "tokens of the busiest expert / mean; 1 is balanced", worst=True),
         _by_layer(run, "router/entropy_by_layer", "Router entropy by layer and step",
                   f"nats; ln {run.config.moe.num_moe_experts} = "
-                  f"{number(float(np.log(run.config.moe.num_moe_experts)))} is undecided"),
+                  f"{number(float(np.log(run.config.moe.num_moe_experts)))} is uniform"),
         _drops(run),
     ]  # fmt: skip
     if not any(by_layer):
-        what = "No step has told the experts' loads yet."
-        body = missing(what, command(f"megatron-moe train {run.path}/config.yaml"), " brings them.")
-        return Section("balance", "Balance of the experts", body)
+        what = "No expert loads have been logged yet."
+        body = missing(what, command(f"megatron-moe train {run.path}/config.yaml"), " logs them.")
+        return Section("balance", "Expert load balance", body)
     series = run.history.series(LOADS)
     pictures = [_mean(run), *by_layer, *([] if series is None else _experts(run, series))]
     remarks = [
-        _unbroken(run),
+        _no_drops(run),
         _no_loads() if series is None else None,
         thinning_note(run.history, "router/load_imbalance"),
     ]
-    return Section("balance", "Balance of the experts", join([*remarks, figures(*pictures)]))
+    return Section("balance", "Expert load balance", join([*remarks, figures(*pictures)]))
 
 
 def _mean(run: RunFiles) -> Html | None:
     title = "Busiest expert, mean of layers"
-    found = told(run.history, {"router/load_imbalance": "busiest / mean"})
-    if not found:
+    series = thinned_series(run.history, {"router/load_imbalance": "busiest / mean"})
+    if not series:
         return None
-    lines = [line_of(*found[0])]
+    lines = [line_of(*series[0])]
     picture = line_picture(lines, alt=alt_of(title, lines), y="busiest expert / mean")
     return figure(title, picture, steps_table(lines, title))
 
@@ -67,7 +67,7 @@ def _mean(run: RunFiles) -> Html | None:
 def _by_layer(
     run: RunFiles, name: str, title: str, label: str, *, worst: bool = False
 ) -> Html | None:
-    """A heat map of layers and steps."""
+    """Return a heat map of a metric over layers and steps."""
     series = run.history.series(name)
     if series is None:
         return None
@@ -81,13 +81,15 @@ def _by_layer(
         scale=Scale.of(values_CL, label),
         alt=f"{title}: {span_of(values_CL.mean(axis=0))}, from the first layer to the last.",
     )
-    how = "highest" if worst else "mean"
-    note = "" if thinned.width == 1 else f"A column is the {how} of {thinned.width} logged steps."
+    reduction = "maximum" if worst else "mean"
+    note = ""
+    if thinned.width > 1:
+        note = f"Each column is the {reduction} of {thinned.width} logged steps."
     return figure(title, picture, _layers_table(series, layers, title), note=note)
 
 
 def _layers_table(series: Series, layers: list[str], title: str) -> Html:
-    """By layer: at the first and the last step, and over all."""
+    """Return a table by layer: values at the first and the last step, mean and maximum."""
     values_SL = series.values
     rows = [
         [layers[i], *map(number, (v_S[0], v_S[-1], np.nanmean(v_S), np.nanmax(v_S)))]
@@ -98,7 +100,7 @@ def _layers_table(series: Series, layers: list[str], title: str) -> Html:
 
 
 def _drops(run: RunFiles) -> Html | None:
-    """Only where something was dropped; else `_unbroken` says so."""
+    """Return a picture of drop rates if any choice was dropped; otherwise see `_no_drops`."""
     series = run.history.series("router/drop_rate_by_layer")
     if series is None or not np.nanmax(series.values) > 0:
         return None
@@ -108,26 +110,26 @@ def _drops(run: RunFiles) -> Html | None:
     )  # fmt: skip
 
 
-def _unbroken(run: RunFiles) -> Html | None:
+def _no_drops(run: RunFiles) -> Html | None:
     series = run.history.series("router/drop_rate")
     if series is None or np.nanmax(series.values) > 0:
         return None
     factor = run.config.moe.moe_expert_capacity_factor
-    why = (
+    reason = (
         "moe.moe_expert_capacity_factor is null" if factor is None else f"capacity factor {factor}"
     )
-    return el("p", f"Drop rate: no choice of an expert was dropped in any step ({why}).")
+    return el("p", f"No expert choice was dropped in any step ({reason}).")
 
 
 def _no_loads() -> Html:
     return missing(
-        "Loads of each expert are not in metrics.jsonl: an older version wrote it.",
-        "Steps from now on bring them.",
+        "metrics.jsonl has no loads by expert, because an older version wrote it.",
+        "Future steps will log them.",
     )
 
 
 def _experts(run: RunFiles, series: Series) -> list[Html]:
-    """Loads of every expert: the last record by layer, and three layers over time."""
+    """Return pictures of each expert's load: by layer at the last step, and over time."""
     return [_experts_now(run, series), *_experts_over_time(run, series)]
 
 
@@ -139,9 +141,9 @@ def _experts_now(run: RunFiles, series: Series) -> Html:
         loads_LE,
         rows=Rows("layer", layers),
         columns=_expert_axis(loads_LE.shape[1]),
-        scale=Scale.around_one(loads_LE, "tokens of the expert / mean; 1 is even"),
-        alt=f"{title}: the busiest has {number(float(loads_LE.max()))} times the mean, the idlest "
-        f"{number(float(loads_LE.min()))} times.",
+        scale=Scale.around_one(loads_LE, "tokens of the expert / mean; 1 is balanced"),
+        alt=f"{title}: the busiest has {number(float(loads_LE.max()))} times the mean, the least "
+        f"busy {number(float(loads_LE.min()))} times.",
     )
     rows = [
         [
@@ -152,12 +154,14 @@ def _experts_now(run: RunFiles, series: Series) -> Html:
         ]
         for i, load_E in enumerate(loads_LE)
     ]  # fmt: skip
-    head = ["layer", "busiest expert", "load / mean", "idlest expert", "load / mean", "idle"]
+    head = [
+        "layer", "busiest expert", "load / mean", "least busy expert", "load / mean", "idle",
+    ]  # fmt: skip
     return figure(title, picture, table(head, rows, caption=title))
 
 
 def _experts_over_time(run: RunFiles, series: Series) -> list[Html]:
-    """The first, the middle and the last MoE layer."""
+    """Return pictures of the first, the middle and the last MoE layer."""
     count = series.values.shape[1]
     layers = run.layer_names(count)
     return [
@@ -172,7 +176,7 @@ def _one_layer(steps: NDArray[np.int64], loads_SE: Array, layer: str) -> Html:
         loads_SE.T,
         rows=_expert_axis(loads_SE.shape[1]),
         columns=Rows.of_steps(steps),
-        scale=Scale.around_one(loads_SE, "tokens of the expert / mean; 1 is even"),
+        scale=Scale.around_one(loads_SE, "tokens of the expert / mean; 1 is balanced"),
         alt=f"{title}: the busiest {span_of(loads_SE.max(axis=1))} times the mean.",
     )
     rows = [

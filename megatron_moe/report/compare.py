@@ -1,4 +1,4 @@
-"""Several runs over each other: the same pictures, one line a run, and what was set differently."""
+"""Compare several runs: pictures with one line per run, and the settings that differ."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from megatron_moe.report.training import DOMAIN_LOSS
 
 
 @dataclass(frozen=True, slots=True)
-class _Shown:
-    """One value of every run in one picture."""
+class _Metric:
+    """A metric of which one picture shows all runs."""
 
-    metric: str
+    name: str
     title: str
     label: str
     from_zero: bool = False
@@ -39,44 +39,46 @@ class _Shown:
 
 
 LOSS = (
-    _Shown("loss/lm", "Training loss", "nats per token", band=True),
-    _Shown("loss/validation", "Held-out loss", "nats per token"),
+    _Metric("loss/lm", "Training loss", "nats per token", band=True),
+    _Metric("loss/validation", "Held-out loss", "nats per token"),
 )
 SPEED = (
-    _Shown("throughput/tokens_per_second_per_gpu", "Tokens per second and rank", "tokens/s", True),
-    _Shown("throughput/mfu", "MFU", "of the peak the log names", True),
-    _Shown("time/step_seconds", "Seconds of a step", "seconds", True),
-    _Shown("memory/peak_gib", "Memory", "GiB, most that a rank has held", True),
+    _Metric("throughput/tokens_per_second_per_gpu", "Tokens per second and rank", "tokens/s", True),
+    _Metric("throughput/mfu", "MFU", "relative to the peak in the log", True),
+    _Metric("time/step_seconds", "Seconds per step", "seconds", True),
+    _Metric("memory/peak_gib", "Memory", "GiB, peak over ranks", True),
 )
 ROUTER = (
-    _Shown("router/load_imbalance", "Busiest expert", "times the mean, mean of layers"),
-    _Shown("router/entropy", "Router entropy", "nats, mean of layers"),
-    _Shown("router/drop_rate", "Choices dropped", "of all choices", True),
+    _Metric("router/load_imbalance", "Busiest expert", "times the mean, mean of layers"),
+    _Metric("router/entropy", "Router entropy", "nats, mean of layers"),
+    _Metric("router/drop_rate", "Choices dropped", "of all choices", True),
 )
 
 
 def compare_page(runs: Sequence[RunFiles]) -> Html:
-    """The page of ``megatron-moe compare``."""
+    """Return the page of ``megatron-moe compare``."""
     names = names_of([run.path for run in runs])
-    lead = f"{len(runs)} runs over each other, step by step."
-    wrong = [f"{name}: {line}" for name, run in zip(names, runs, strict=True) for line in run.wrong]
+    lead = f"{len(runs)} runs, plotted over the same steps."
+    problems = [
+        f"{name}: {line}" for name, run in zip(names, runs, strict=True) for line in run.problems
+    ]
     head = join(
         [
-            el("h1", "Runs compared"),
+            el("h1", "Run comparison"),
             el("p", lead, class_="lead"),
             _summary(names, runs),
-            el("div", el("ul", [el("li", line) for line in wrong]), class_="wrong")
-            if wrong
+            el("div", el("ul", [el("li", line) for line in problems]), class_="wrong")
+            if problems
             else None,
         ]
     )
     domains = {name: None for run in runs for name in run.history.names(DOMAIN_LOSS)}
     by_domain = [
-        _Shown(name, f"Held-out loss, {name.removeprefix(DOMAIN_LOSS)}", "nats per token")
+        _Metric(name, f"Held-out loss, {name.removeprefix(DOMAIN_LOSS)}", "nats per token")
         for name in domains
     ]
     sections = [
-        Section("differences", "What differs", _differences(names, runs)),
+        Section("differences", "Differences", _differences(names, runs)),
         _section("loss", "Loss", names, runs, [*LOSS, *by_domain]),
         _section("speed", "Speed", names, runs, SPEED),
         _section("router", "Router", names, runs, ROUTER),
@@ -85,7 +87,7 @@ def compare_page(runs: Sequence[RunFiles]) -> Html:
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:
-    """Names of runs that tell them apart: folder names, or what differs of their paths.
+    """Return distinct names of runs: folder names, or the parts of their paths that differ.
 
     >>> names_of([Path("runs/a"), Path("runs/b")]), names_of([Path("x/a/run"), Path("x/b/run")])
     (['a', 'b'], ['a/run', 'b/run'])
@@ -106,51 +108,54 @@ def _summary(names: list[str], runs: Sequence[RunFiles]) -> Html:
         [
             el("bdi", name),
             f"{run.history.last_step:,} of {run.config.train.steps:,}",
-            _of(run, "tokens/seen", -1),
-            _of(run, "loss/lm", -1),
-            _of(run, "loss/validation", -1),
-            _of(run, "throughput/tokens_per_second_per_gpu"),
-            _of(run, "throughput/mfu"),
-            _of(run, "router/load_imbalance", -1),
+            _value(run, "tokens/seen", -1),
+            _value(run, "loss/lm", -1),
+            _value(run, "loss/validation", -1),
+            _value(run, "throughput/tokens_per_second_per_gpu"),
+            _value(run, "throughput/mfu"),
+            _value(run, "router/load_imbalance", -1),
         ]
         for name, run in zip(names, runs, strict=True)
     ]
-    return table(head, rows, caption="Losses and loads of the last step; speed is the median")
+    caption = "Losses and loads are from the last step; speeds are medians"
+    return table(head, rows, caption=caption)
 
 
-def _of(run: RunFiles, metric: str, place: int | None = None) -> str:
+def _value(run: RunFiles, metric: str, index: int | None = None) -> str:
     series = run.history.series(metric)
     if series is None:
         return number(None)
-    return number(float(np.nanmedian(series.values) if place is None else series.values[place]))
+    return number(float(np.nanmedian(series.values) if index is None else series.values[index]))
 
 
 def _section(
-    id_: str, title: str, names: list[str], runs: Sequence[RunFiles], shown: Sequence[_Shown]
+    id_: str, title: str, names: list[str], runs: Sequence[RunFiles], metrics: Sequence[_Metric]
 ) -> Section:
-    pictures = [_overlay(names, runs, one) for one in shown]
+    pictures = [_overlay(names, runs, metric) for metric in metrics]
     if not any(pictures):
         return Section(id_, title, missing("None of the runs has logged a step yet."))
     return Section(id_, title, figures(*pictures))
 
 
-def _overlay(names: list[str], runs: Sequence[RunFiles], shown: _Shown) -> Html | None:
-    """A run keeps its colour in every picture, whoever else is in it."""
+def _overlay(names: list[str], runs: Sequence[RunFiles], metric: _Metric) -> Html | None:
+    """Draw one metric of all runs; a run has the same color in every picture."""
     lines = []
-    for place, (name, run) in enumerate(zip(names, runs, strict=True)):
-        series = run.history.series(shown.metric)
+    for index, (name, run) in enumerate(zip(names, runs, strict=True)):
+        series = run.history.series(metric.name)
         if series is not None:
-            line = line_of(name, thin(series), band=shown.band)
+            line = line_of(name, thin(series), band=metric.band)
             few = len(series) < 30
-            lines.append(Line(name, line.x, line.y, line.low, line.high, few, place))
+            lines.append(Line(name, line.x, line.y, line.low, line.high, few, index))
     if not lines:
         return None
     picture = line_picture(
-        lines, alt=alt_of(shown.title, lines), y=shown.label, from_zero=shown.from_zero
+        lines, alt=alt_of(metric.title, lines), y=metric.label, from_zero=metric.from_zero
     )
-    numbers = steps_table(lines, f"{shown.title}, {shown.label}")
-    alone = el("span", "Only ", el("bdi", lines[0].name), " has it.") if len(lines) == 1 else None
-    return figure(shown.title, picture, numbers, note=alone)
+    numbers = steps_table(lines, f"{metric.title}, {metric.label}")
+    note = None
+    if len(lines) == 1:
+        note = el("span", "Logged only by ", el("bdi", lines[0].name), ".")
+    return figure(metric.title, picture, numbers, note=note)
 
 
 def _differences(names: list[str], runs: Sequence[RunFiles]) -> Html:
@@ -159,12 +164,12 @@ def _differences(names: list[str], runs: Sequence[RunFiles]) -> Html:
         return el("p", "The configurations are equal.")
     rows = [[setting, *values] for setting, values in different.items()]
     head: list[Child] = ["setting", *(el("bdi", name) for name in names)]
-    return table(head, rows, caption="Settings that are not the same in all runs")
+    return table(head, rows, caption="Settings that differ between runs")
 
 
 def differences(configs: Sequence[Any]) -> dict[str, list[str]]:
-    """Values of each setting that is not the same in all configurations."""
-    every = [{name: shown(v) for name, v, _, _ in settings_of(config)} for config in configs]
-    settings = dict.fromkeys(name for one in every for name in one)
-    values = {name: [one.get(name, "") for one in every] for name in settings}
-    return {name: found for name, found in values.items() if len(set(found)) > 1}
+    """Return the values of each setting that differs between configurations."""
+    trees = [{name: shown(v) for name, v, _, _ in settings_of(config)} for config in configs]
+    names = dict.fromkeys(name for tree in trees for name in tree)
+    rows = {name: [tree.get(name, "") for tree in trees] for name in names}
+    return {name: values for name, values in rows.items() if len(set(values)) > 1}

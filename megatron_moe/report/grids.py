@@ -1,4 +1,4 @@
-"""Which rank holds what, drawn: the attention grid and the expert grid over the same ranks."""
+"""Draw the attention grid and the expert grid over the same ranks."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from dataclasses import dataclass
 
 from megatron_moe.parallel.layout import ParallelLayout, RankGrid, local_experts
 from megatron_moe.report.html import Html, el
-from megatron_moe.report.picture import COLOURS
+from megatron_moe.report.picture import COLORS
 
 CELL_HEIGHT, NAMES_WIDTH, HEAD_HEIGHT = 26, 74, 22
-NARROWEST_CELL, LETTER = 40, 7
-MOST_CELLS = 16
-"""Rows and columns that are drawn; of a large grid the first ones."""
+MIN_CELL_WIDTH, LETTER_WIDTH = 40, 7
+MAX_CELLS = 16
+"""Maximum number of rows and columns drawn; of a larger grid, the first ones."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Lie:
-    """How a grid lies on paper: axes down and axes across, the slowest first."""
+class _GridAxes:
+    """The axes of a drawn grid, down and across, the slowest first."""
 
     down: tuple[str, str]
     across: tuple[str, str]
 
 
-ATTENTION = _Lie(("dp", "cp"), ("tp", "tp"))
-EXPERTS = _Lie(("edp", "edp"), ("ep", "etp"))
+ATTENTION = _GridAxes(("dp", "cp"), ("tp", "tp"))
+EXPERTS = _GridAxes(("edp", "edp"), ("ep", "etp"))
 
 
 def draw_grids(layout: ParallelLayout, *, stage: int, num_experts: int) -> Html:
-    """One pipeline stage in both views. A colour is one ep rank, so it shows what is folded."""
+    """Draw one pipeline stage in both grids. Each color is an ep rank, which shows the folding."""
     attention = _draw(layout.attention, ATTENTION, layout, stage, "attention", {})
     held = {
-        ep: _run(local_experts(layout, rank=rank, num_experts=num_experts))
+        ep: _range(local_experts(layout, rank=rank, num_experts=num_experts))
         for rank, ep in _ep_ranks(layout)
     }
     experts = _draw(layout.experts, EXPERTS, layout, stage, "experts", held)
@@ -39,39 +39,39 @@ def draw_grids(layout: ParallelLayout, *, stage: int, num_experts: int) -> Html:
 
 
 def _ep_ranks(layout: ParallelLayout) -> list[tuple[int, int]]:
-    """A rank of each ep coordinate."""
+    """Return one rank for each ep coordinate."""
     etp = layout.experts.size("etp")
     return [(ep * etp, ep) for ep in range(layout.experts.size("ep"))]
 
 
-def _run(held: range) -> str:
+def _range(held: range) -> str:
     return f"{held[0]}" if len(held) == 1 else f"{held[0]}\u2013{held[-1]}"
 
 
 def _draw(
     grid: RankGrid,
-    lie: _Lie,
+    axes: _GridAxes,
     layout: ParallelLayout,
     stage: int,
     title: str,
     held: dict[int, str],
 ) -> Html:
-    per_stage = _size(grid, lie.down) * _size(grid, lie.across)
-    first, columns = stage * per_stage, _size(grid, lie.across)
-    wide = max([NARROWEST_CELL, *(LETTER * len(name) + 10 for name in held.values())])
-    rows_shown, columns_shown = (min(n, MOST_CELLS) for n in (per_stage // columns, columns))
+    per_stage = _size(grid, axes.down) * _size(grid, axes.across)
+    first, columns = stage * per_stage, _size(grid, axes.across)
+    wide = max([MIN_CELL_WIDTH, *(LETTER_WIDTH * len(name) + 10 for name in held.values())])
+    rows_shown, columns_shown = (min(n, MAX_CELLS) for n in (per_stage // columns, columns))
     parts: list[Html] = []
     for column in range(columns_shown):
         at = grid.coords(first + column)
         x = NAMES_WIDTH + (column + 0.5) * wide
-        parts.append(_text(x, 15, _named(at, grid, lie.across), "axis"))
+        parts.append(_text(x, 15, _named(at, grid, axes.across), "axis"))
         if held:
             y = HEAD_HEIGHT + rows_shown * CELL_HEIGHT + 15
             parts.append(_text(x, y, held[at["ep"]], "held"))
     for row in range(rows_shown):
         y = HEAD_HEIGHT + row * CELL_HEIGHT
         start = first + row * columns
-        parts.append(_text(4, y + 17, _named(grid.coords(start), grid, lie.down), "name"))
+        parts.append(_text(4, y + 17, _named(grid.coords(start), grid, axes.down), "name"))
         parts += [
             _cell(NAMES_WIDTH + c * wide, y, wide, start + c, layout) for c in range(columns_shown)
         ]
@@ -99,7 +99,7 @@ def _size(grid: RankGrid, axes: Sequence[str]) -> int:
 
 
 def _named(at: dict[str, int], grid: RankGrid, axes: Sequence[str]) -> str:
-    """Coordinates on the axes that have any; the first axis always."""
+    """Format coordinates on axes with more than one rank, or on the first axis if there is none."""
     unique = list(dict.fromkeys(axes))
     shown = [axis for axis in unique if grid.size(axis) > 1] or unique[:1]
     return " ".join(f"{axis}{at[axis]}" for axis in shown)
@@ -109,7 +109,7 @@ def _cell(x: float, y: float, wide: float, rank: int, layout: ParallelLayout) ->
     ep = layout.experts.coords(rank)["ep"]
     box = el(
         "rect", x=x + 1, y=y + 1, width=wide - 2, height=CELL_HEIGHT - 2, rx=3,
-        style=f"fill:var(--line-{ep % COLOURS})", fill_opacity=0.28,
+        style=f"fill:var(--line-{ep % COLORS})", fill_opacity=0.28,
     )  # fmt: skip
     return el("g", box, _text(x + wide / 2, y + 17, str(rank), "rank"))
 
@@ -119,7 +119,7 @@ def _text(x: float, y: float, text: str, kind: str) -> Html:
 
 
 def _cut(rows: int, columns: int) -> str:
-    """What is not drawn, in words."""
-    cuts = [(rows, "rows"), (columns, "columns")]
-    left = [f"{n - MOST_CELLS} more {what}" for n, what in cuts if n > MOST_CELLS]
-    return f"And {' and '.join(left)} in the same way." if left else ""
+    """Describe the rows and columns that are not drawn."""
+    sizes = [(rows, "rows"), (columns, "columns")]
+    hidden = [f"{n - MAX_CELLS} more {name}" for n, name in sizes if n > MAX_CELLS]
+    return f"{' and '.join(hidden)} are not shown." if hidden else ""

@@ -1,4 +1,4 @@
-"""metrics.jsonl as columns: each step once, in order, whatever was resumed or rolled back.
+"""Read metrics.jsonl as series: each step once, in order, after resumes and rollbacks.
 
 Shape letters of this module:
 
@@ -24,11 +24,11 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Series:
-    """One value at some steps."""
+    """Values of one metric at some steps."""
 
     steps: NDArray[np.int64]
     values: Array
-    """``(S,)``, or ``(S, L)`` and ``(S, L, E)`` for lists; NaN where a value was not finite."""
+    """``(S,)``, or ``(S, L)`` or ``(S, L, E)`` for lists; NaN for values that were not finite."""
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -36,47 +36,48 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """All that a run logged."""
+    """All metrics that a run logged."""
 
     lines: list[Numbers] = field(default_factory=list)
-    """One a step, ascending."""
+    """One entry per step, in ascending order."""
     damaged: int = 0
-    """Lines that were no JSON; the last of a run that was killed may be one."""
+    """Number of lines that are not valid JSON, such as the last line of a killed run."""
 
     @property
     def last_step(self) -> int:
-        """Where the run is."""
+        """The last logged step, or 0."""
         return self.lines[-1]["step"] if self.lines else 0
 
     def names(self, prefix: str = "") -> list[str]:
-        """Values whose names begin so, in the order they appeared."""
-        found = {name: None for line in self.lines for name in line if name.startswith(prefix)}
-        return list(found)
+        """Return the metrics whose names start with ``prefix``, in order of appearance."""
+        names = {name: None for line in self.lines for name in line if name.startswith(prefix)}
+        return list(names)
 
     def series(self, name: str) -> Series | None:
-        """The steps that told ``name``; None where none told a finite number.
+        """Return the logged values of ``name``, or None if none of them is finite.
 
-        A list of another length than the last one is of another model: its step is left out.
+        A list whose length differs from the last one belongs to another model; its step is skipped.
 
         Raises:
-            DataError: One is neither a number nor a list of them.
+            DataError: A value is neither a number nor a list of numbers.
         """
-        told = [(line["step"], _array(line, name)) for line in self.lines if name in line]
-        told = [(step, value) for step, value in told if value.shape == told[-1][1].shape]
-        if not told or not any(np.isfinite(value).any() for _, value in told):
+        logged = [(line["step"], _array(line, name)) for line in self.lines if name in line]
+        logged = [(step, value) for step, value in logged if value.shape == logged[-1][1].shape]
+        if not logged or not any(np.isfinite(value).any() for _, value in logged):
             return None
-        return Series(np.array([step for step, _ in told]), np.stack([value for _, value in told]))
+        steps, values = zip(*logged, strict=True)
+        return Series(np.array(steps), np.stack(values))
 
 
 def _array(line: Numbers, name: str) -> Array:
     try:
         return np.array(line[name], dtype=np.float64)  # None becomes NaN
     except (TypeError, ValueError) as error:
-        raise DataError(f"metrics.jsonl, step {line['step']}: {name} is no number") from error
+        raise DataError(f"metrics.jsonl, step {line['step']}: {name} is not a number") from error
 
 
 def read_history(path: Path) -> History:
-    """The history of a run; empty where there is no file.
+    """Read the history of a run; it is empty if the file does not exist.
 
     Raises:
         DataError: The file cannot be read.
@@ -93,7 +94,7 @@ def read_history(path: Path) -> History:
 
 
 def kept(lines: Iterable[Numbers]) -> Iterator[Numbers]:
-    """The lines that count: a step that comes again undoes itself and all after it.
+    """Return the lines without rolled-back steps: a repeated step discards all from it on.
 
     >>> [line["loss"] for line in kept({"step": s, "loss": l} for s, l in
     ...     [(1, "a"), (2, "b"), (3, "c"), (2, "d")])]
@@ -109,8 +110,8 @@ def kept(lines: Iterable[Numbers]) -> Iterator[Numbers]:
 
 def _parse(line: str) -> Numbers | None:
     try:
-        found = json.loads(line)
+        entry = json.loads(line)
     except ValueError:
         return None
-    whole = isinstance(found, dict) and isinstance(found.get("step"), int)
-    return found if whole else None
+    valid = isinstance(entry, dict) and isinstance(entry.get("step"), int)
+    return entry if valid else None

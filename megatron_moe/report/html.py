@@ -1,7 +1,7 @@
-"""HTML out of values. Text is text: whatever is not `Html` already is escaped where it enters.
+"""Build HTML from values; everything that is not `Html` already is escaped.
 
-A run's files hold names that somebody chose (runs, domains, paths). They reach a page through
-`el` alone, so there is one place where a ``<`` can go wrong, and the page allows no script besides.
+A run's files contain names chosen by users (runs, domains, paths). They reach a page only through
+`el` and `join`, so escaping happens in one module; in addition, the page allows no scripts.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 VOID = frozenset({"meta", "link", "br", "hr", "wbr"})
-_TURNS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-"""Characters that turn the direction of what follows them."""
+_BIDI_CONTROLS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+"""Characters that change the direction of the text after them."""
 
 
 class Html(str):
-    """Markup that is safe to put into a page as it is."""
+    """Markup that can be inserted into a page without escaping."""
 
     __slots__ = ()
 
@@ -27,7 +27,7 @@ Child = Html | str | int | float | None | Iterable["Child"]
 
 
 def el(tag: str, *children: Child, **attributes: Any) -> Html:
-    """One element; text and attributes are escaped, None is left out.
+    """Return one element; text and attributes are escaped, and None is omitted.
 
     >>> el("p", "a < b", el("b", 1), class_="note", aria_label='"x"')
     '<p class="note" aria-label="&quot;x&quot;">a &lt; b<b>1</b></p>'
@@ -43,7 +43,7 @@ def el(tag: str, *children: Child, **attributes: Any) -> Html:
 
 
 def join(children: Child) -> Html:
-    """Children one after the other.
+    """Concatenate children, escaping text.
 
     >>> join(["<script>", Html("<br>"), None, ["x"]])
     '&lt;script&gt;<br>x'
@@ -58,17 +58,18 @@ def join(children: Child) -> Html:
 
 
 def plain(text: str) -> str:
-    """Text without what no page can hold or what would turn its order: a mark stands for it."""
+    """Replace control characters, surrogates and direction changes by U+FFFD."""
     return "".join(
         "\ufffd"
-        if char in _TURNS or (unicodedata.category(char) in ("Cc", "Cs") and char not in "\n\t")
+        if char in _BIDI_CONTROLS
+        or (unicodedata.category(char) in ("Cc", "Cs") and char not in "\n\t")
         else char
         for char in text
     )
 
 
 def number(value: float | None) -> str:
-    """A number as people read it.
+    """Format a number for readers.
 
     >>> [number(x) for x in (0.000312, 2.64862, 1234567, 0, 12.0, None, float("nan"))]
     ['0.000312', '2.649', '1,234,567', '0', '12', '-', '-']
@@ -85,13 +86,13 @@ def number(value: float | None) -> str:
 def table(
     head: Sequence[Child], rows: Iterable[Sequence[Child]], *, caption: str, names: int = 1
 ) -> Html:
-    """A table that scrolls by itself where the screen is narrow.
+    """Return a table that scrolls horizontally on narrow screens.
 
     Args:
         head: Titles of the columns.
-        rows: The cells; numbers come as text that `number` made.
-        caption: What the table is.
-        names: How many columns at the left head their row.
+        rows: The cells; numbers must be formatted with `number`.
+        caption: Title of the table.
+        names: Number of columns at the left that are row headers.
     """
     top = el("tr", [el("th", title, scope="col") for title in head])
     body = [
@@ -107,15 +108,15 @@ def table(
 
 
 def folded(summary: str, *children: Child) -> Html:
-    """What is shown when it is asked for."""
+    """Return a collapsed section that the reader can open."""
     return el("details", el("summary", summary), *children)
 
 
 def command(*words: str) -> Html:
-    """A command line."""
+    """Format a command line."""
     return el("code", " ".join(words))
 
 
 def missing(what: Child, *how: Child) -> Html:
-    """Where a part has no data: what is missing, and what brings it."""
+    """Return a note for a part without data: what is missing, and how to produce it."""
     return el("p", what, " ", *how, class_="missing")

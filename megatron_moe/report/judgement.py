@@ -1,4 +1,4 @@
-"""The section with the table of `megatron-moe evaluate`."""
+"""Build the section with the results of `megatron-moe evaluate`."""
 
 from __future__ import annotations
 
@@ -8,25 +8,26 @@ from megatron_moe.report.html import Child, Html, command, el, join, missing, nu
 from megatron_moe.report.parts import Section, alt_of, figure, figures, steps_table
 from megatron_moe.report.picture import Line, line_picture
 from megatron_moe.report.read import RunFiles
-from megatron_moe.report.records import Evaluation, Judged, TaskScores
+from megatron_moe.report.records import DomainScore, Evaluation, TaskScores
 
 
 def judgement(run: RunFiles) -> Section:
-    """Held-out text: the dense model, the MoE as it began, and as it is; and scores of tasks."""
+    """Return the section with held-out scores of the dense model and the MoE, and task scores."""
     title = "Evaluation"
-    wanted = str(run.path)
+    path = str(run.path)
     parts: list[Child] = []
     if run.evaluations:
-        now = run.evaluations[-1]
-        parts += [_table(now), [el("p", remark) for remark in now.remarks], _over_steps(run)]
+        latest = run.evaluations[-1]
+        remarks = [el("p", remark) for remark in latest.remarks]
+        parts += [_table(latest), remarks, _over_steps(run)]
     else:
-        how = command("megatron-moe", "evaluate", wanted), " brings it."
+        how = command("megatron-moe", "evaluate", path), " evaluates one."
         parts.append(missing("No checkpoint has been evaluated on held-out text yet.", *how))
     if run.tasks:
         parts.append(_tasks(run.tasks))
     else:
-        how = command("megatron-moe", "evaluate", wanted, "--tasks", "llama-moe"), " brings them."
-        parts.append(missing("No scores of tasks yet.", *how))
+        how = command("megatron-moe", "evaluate", path, "--tasks", "llama-moe"), " runs tasks."
+        parts.append(missing("There are no task scores yet.", *how))
     return Section("evaluation", title, join(parts))
 
 
@@ -34,7 +35,7 @@ def _tasks(tasks: list[TaskScores]) -> Html:
     rows = [
         [
             el("bdi", score.task),
-            "as the task says" if score.examples is None else str(score.examples),
+            "task's default" if score.examples is None else str(score.examples),
             el("bdi", score.metric),
             "-" if record.step is None else f"{record.step:,}",
             _value(score.value),
@@ -51,37 +52,37 @@ def _value(value: float | str | None) -> str:
     return value if isinstance(value, str) else number(value)
 
 
-def _table(now: Evaluation) -> Html:
+def _table(latest: Evaluation) -> Html:
     models = [
-        (name, judged)
-        for name, judged in (
-            ("dense", now.dense),
-            ("MoE, step 0", now.step_0),
-            (f"MoE, step {now.step:,}", now.domains),
+        (name, scores)
+        for name, scores in (
+            ("dense", latest.dense),
+            ("MoE, step 0", latest.step_0),
+            (f"MoE, step {latest.step:,}", latest.domains),
         )
-        if judged is not None
+        if scores is not None
     ]
     head: list[Child] = ["domain", "tokens"]
-    for what in ("loss", "perplexity", "bits per byte"):
-        head += [f"{what}: {name}" for name, _ in models]
+    for metric in ("loss", "perplexity", "bits per byte"):
+        head += [f"{metric}: {name}" for name, _ in models]
     rows = [
         [
             el("bdi", domain),
-            number(judged.tokens),
+            number(score.tokens),
             *(
-                _cell(of.get(domain), what)
-                for what in ("loss", "perplexity", "bits_per_byte")
-                for _, of in models
+                _cell(scores.get(domain), metric)
+                for metric in ("loss", "perplexity", "bits_per_byte")
+                for _, scores in models
             ),
         ]
-        for domain, judged in now.domains.items()
+        for domain, score in latest.domains.items()
     ]
-    caption = f"Held-out text at step {now.step:,}; loss in nats per token"
+    caption = f"Held-out text at step {latest.step:,}; loss in nats per token"
     return table(head, rows, caption=caption)
 
 
-def _cell(judged: Judged | None, what: str) -> str:
-    return number(None if judged is None else getattr(judged, what))
+def _cell(score: DomainScore | None, metric: str) -> str:
+    return number(None if score is None else getattr(score, metric))
 
 
 def _over_steps(run: RunFiles) -> Html | None:
@@ -96,7 +97,7 @@ def _over_steps(run: RunFiles) -> Html | None:
             steps,
             np.array([_loss(one.domains.get(name)) for one in evaluations]),
             dots=True,
-            colour=run.domain_colours[name],
+            color=run.domain_colors[name],
         )
         for name in domains
     ]
@@ -105,5 +106,5 @@ def _over_steps(run: RunFiles) -> Html | None:
     return figures(figure(title, picture, steps_table(lines, title)))
 
 
-def _loss(judged: Judged | None) -> float:
-    return float("nan") if judged is None else judged.loss
+def _loss(score: DomainScore | None) -> float:
+    return float("nan") if score is None else score.loss

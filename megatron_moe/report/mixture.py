@@ -1,9 +1,9 @@
-"""The section about domains: in which shares they were drawn."""
+"""Build the section about the mixture of domains."""
 
 from __future__ import annotations
 
 from megatron_moe.report.html import Html, command, el, missing, number, table
-from megatron_moe.report.parts import Section, alt_of, figure, figures, steps_table, told
+from megatron_moe.report.parts import Section, alt_of, figure, figures, steps_table, thinned_series
 from megatron_moe.report.picture import Line, line_picture
 from megatron_moe.report.read import RunFiles
 
@@ -11,14 +11,14 @@ WEIGHT, SHARE, EPOCHS = "mixing/weight/", "mixing/share/", "mixing/epochs/"
 
 
 def mixture(run: RunFiles) -> Section:
-    """Weights of the domains over steps, and how much of each was read."""
+    """Return the section with domain weights and shares over steps, and epochs of each domain."""
     pictures = [
-        _domains(run, WEIGHT, "Weights", "share of the samples to come"),
+        _domains(run, WEIGHT, "Weights", "share of future samples"),
         _domains(run, SHARE, "Shares so far", "share of the samples so far"),
     ]
     if not any(pictures):
-        how = " and ", command("data.mixing"), " train on several, in shares that may move."
-        body = missing("The run has one text.", command("data.domains"), *how)
+        how = " and ", command("data.mixing"), " train on several, with fixed or adaptive weights."
+        body = missing("The run trains on a single text.", command("data.domains"), *how)
     else:
         body = figures(*pictures, _epochs(run))
     return Section("mixture", "Mixture of domains", body)
@@ -27,8 +27,8 @@ def mixture(run: RunFiles) -> Section:
 def _domains(run: RunFiles, prefix: str, title: str, label: str) -> Html | None:
     names = {name: name.removeprefix(prefix) for name in run.history.names(prefix)}
     lines = [
-        Line(name, values.steps, values.mean, colour=run.domain_colours.get(name))
-        for name, values in told(run.history, names)
+        Line(name, values.steps, values.mean, color=run.domain_colors.get(name))
+        for name, values in thinned_series(run.history, names)
     ]
     if not lines:
         return None
@@ -37,7 +37,7 @@ def _domains(run: RunFiles, prefix: str, title: str, label: str) -> Html | None:
 
 
 def _epochs(run: RunFiles) -> Html | None:
-    """How often each text was read, a table: one number a domain."""
+    """Return a table of how often each domain's text has been read."""
     last = {
         name.removeprefix(EPOCHS): series.values[-1]
         for name in run.history.names(EPOCHS)
@@ -51,7 +51,7 @@ def _epochs(run: RunFiles) -> Html | None:
         for name, epochs in last.items()
     ]
     heading = el("figcaption", el("h3", "Epochs"), el("p", "How often each text has been read."))
-    head = ["domain", "epochs", el("span", "of the most", class_="unseen")]
+    head = ["domain", "epochs", el("span", "relative to the largest", class_="unseen")]
     return el("figure", heading, table(head, rows, caption="Epochs of each domain"))
 
 

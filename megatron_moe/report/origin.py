@@ -1,4 +1,4 @@
-"""Sections about where a run came from: the upcycling, the layout, the configuration."""
+"""Build the sections about the upcycling, the layout and the configuration."""
 
 from __future__ import annotations
 
@@ -17,79 +17,92 @@ from megatron_moe.report.picture import Line, line_picture
 from megatron_moe.report.read import RunFiles
 
 MIB = 2**20
-MOST_RANKS = 64
-MOST_STAGES = 4
+MAX_RANKS = 64
+MAX_STAGES = 4
 
 
 def receipt(run: RunFiles) -> Section:
-    """What upcycling read, made and proved."""
+    """Return the section about the upcycling: data read, tensors built and checks passed."""
     if run.receipt is None:
         body = missing(
-            "There is no receipt of an upcycling.",
+            "This run has no receipt.json.",
             command(f"megatron-moe train {run.path}/config.yaml"),
-            " writes receipt.json when it builds the experts.",
+            " writes it when it builds the experts.",
         )
-        return Section("receipt", "How it began", body)
-    told = run.receipt
-    parts = [_receipt_facts(told), _against_dense(told.get("against_dense")), _ranks(told["ranks"])]
-    return Section("receipt", "How it began", join(parts))
+        return Section("receipt", "Upcycling", body)
+    receipt = run.receipt
+    parts = [
+        _receipt_facts(receipt),
+        _against_dense(receipt.get("against_dense")),
+        _ranks(receipt["ranks"]),
+    ]
+    return Section("receipt", "Upcycling", join(parts))
 
 
-def _receipt_facts(told: dict[str, Any]) -> Html:
-    check = told.get("verification")
+def _receipt_facts(receipt: dict[str, Any]) -> Html:
+    check = receipt.get("verification")
     agreement = (
         ("logits, MoE and dense", "not compared", "upcycle.verify")
         if check is None
         else (
             "largest logit difference to dense",
             f"{check['max_logit_error']:.2g}",
-            f"{check['argmax_agreement']:.1%} of {check['tokens']} next tokens the same",
+            f"{check['argmax_agreement']:.1%} of {check['tokens']} next tokens identical",
         )
     )
-    times = told["bytes_read"] / max(told["source_bytes"], 1)
+    times = receipt["bytes_read"] / max(receipt["source_bytes"], 1)
     return facts(
         [
-            ("method", told["method"], f"plan {told['plan_hash'][:12]}"),
+            ("method", receipt["method"], f"plan {receipt['plan_hash'][:12]}"),
             agreement,
             (
                 "read by all ranks",
-                f"{_mib(told['bytes_read'])} MiB",
-                f"{times:.2f} times the checkpoint's {_mib(told['source_bytes'])} MiB",
+                f"{_mib(receipt['bytes_read'])} MiB",
+                f"{times:.2f} times the checkpoint's {_mib(receipt['source_bytes'])} MiB",
             ),
-            ("seconds", number(told["seconds"]), f"{told['tensors_covered']} dense tensors used"),
+            (
+                "seconds",
+                number(receipt["seconds"]),
+                f"{receipt['tensors_covered']} dense tensors used",
+            ),
         ]
     )
 
 
-def _against_dense(told: dict[str, Any] | None) -> Html | None:
-    if told is None:
+def _against_dense(comparison: dict[str, Any] | None) -> Html | None:
+    if comparison is None:
         return None
     rows: list[list[Child]] = [
-        ["dense model", number(told["loss_dense"])],
-        ["MoE as upcycled", number(told["loss_moe"])],
+        ["dense model", number(comparison["loss_dense"])],
+        ["MoE as upcycled", number(comparison["loss_moe"])],
     ]
-    if told.get("loss_split_random_unscaled") is not None:
-        rows.append(["a random split, unscaled", number(told["loss_split_random_unscaled"])])
-    caption = f"Loss on {told['sequences']} sequences of {told['text']} text, nats per token"
+    if comparison.get("loss_split_random_unscaled") is not None:
+        loss = comparison["loss_split_random_unscaled"]
+        rows.append(["a random split, unscaled", number(loss)])
+    caption = (
+        f"Loss on {comparison['sequences']} sequences of {comparison['text']} text, nats per token"
+    )
     losses = table(["model", "loss"], rows, caption=caption)
+    errors, busiest = comparison.get("output_error"), comparison.get("busiest_expert")
     pictures = [
-        _of_layers(told.get("output_error"), "Error of each layer's output", "relative to dense"),
-        _of_layers(told.get("busiest_expert"), "Busiest expert as upcycled", "tokens / mean"),
+        _by_layer(errors, "Error of each layer's output", "relative to dense"),
+        _by_layer(busiest, "Busiest expert as upcycled", "tokens / mean"),
     ]
     return join([losses, figures(*pictures)])
 
 
-def _of_layers(told: dict[str, float] | None, title: str, label: str) -> Html | None:
-    if not told:
+def _by_layer(values: dict[str, float] | None, title: str, label: str) -> Html | None:
+    if not values:
         return None
-    line = Line(title, np.array([int(i) for i in told]), np.array([*told.values()], dtype=float))
+    layers, numbers = [int(layer) for layer in values], [*values.values()]
+    line = Line(title, np.array(layers), np.array(numbers, dtype=float))
     alt = f"{title}: highest {number(float(np.nanmax(line.y)))}."
     picture = line_picture([line], alt=alt, y=label, x="layer", from_zero=True)
     return figure(title, picture, steps_table([line], title, axis="layer"))
 
 
 def _ranks(ranks: list[dict[str, Any]]) -> Html:
-    shown = [ranks[i] for i in sample(len(ranks), MOST_RANKS)]
+    shown = [ranks[i] for i in sample(len(ranks), MAX_RANKS)]
     rows = [
         [
             str(rank["rank"]),
@@ -98,9 +111,9 @@ def _ranks(ranks: list[dict[str, Any]]) -> Html:
         ]
         for rank in shown
     ]
-    head = ["rank", "read, MiB", "parameters, MiB", "most held, MiB", "seconds"]
-    some = "" if len(shown) == len(ranks) else f", {len(shown)} of {len(ranks)}"
-    return folded(f"By rank{some}", table(head, rows, caption="What upcycling took on each rank"))
+    head = ["rank", "read, MiB", "parameters, MiB", "peak memory, MiB", "seconds"]
+    subset = "" if len(shown) == len(ranks) else f", {len(shown)} of {len(ranks)}"
+    return folded(f"By rank{subset}", table(head, rows, caption="Cost of upcycling on each rank"))
 
 
 def _mib(count: int) -> str:
@@ -108,19 +121,21 @@ def _mib(count: int) -> str:
 
 
 def layout(run: RunFiles) -> Section:
-    """Who holds what, drawn and as a table."""
-    title = "Who holds what"
+    """Return the section that shows which rank holds what, as drawings and as a table."""
+    title = "Parallel layout"
     if run.world_size is None:
         body = missing(
-            "How many ranks the job has is not known yet.",
+            "The number of ranks is not known yet.",
             command(f"megatron-moe train {run.path}/config.yaml"),
-            " says so in its first files.",
+            " records it in its first files.",
         )
         return Section("layout", title, body)
     try:
         folded_ranks = fold(run.config.parallel, world_size=run.world_size)
     except ConfigError as error:
-        reason = f"{run.world_size} ranks wrote the last files, and config.yaml names another job:"
+        reason = (
+            f"{run.world_size} ranks wrote the last files, but config.yaml is for another number:"
+        )
         return Section("layout", title, missing(reason, str(error).splitlines()[0]))
     return Section("layout", title, _drawn(run, folded_ranks, run.world_size))
 
@@ -129,9 +144,9 @@ def _drawn(run: RunFiles, ranks: ParallelLayout, world_size: int) -> Html:
     stages = ranks.attention.size("pp")
     intro = el(
         "p",
-        "The same ranks are numbered twice: once for attention, norms and router, once for the "
-        "experts. A number is a rank; a colour is one ep coordinate, and shows where the ranks "
-        "that hold the same experts sit in the attention grid.",
+        "The same ranks form two grids: one for attention, norms and router, and one for the "
+        "experts. Each number is a rank. Each color is an ep coordinate: it shows where the ranks "
+        "that hold the same experts are in the attention grid.",
     )
     drawings = [
         el(
@@ -139,14 +154,14 @@ def _drawn(run: RunFiles, ranks: ParallelLayout, world_size: int) -> Html:
             el("h3", _stage_title(run, ranks, stage, world_size)),
             draw_grids(ranks, stage=stage, num_experts=run.config.moe.num_moe_experts),
         )
-        for stage in range(min(stages, MOST_STAGES))
+        for stage in range(min(stages, MAX_STAGES))
     ]
-    more = el("p", f"And {stages - MOST_STAGES} more stages in the same way.")
+    more = el("p", f"{stages - MAX_STAGES} more stages have the same layout.")
     return join(
         [
             intro,
             *drawings,
-            more if stages > MOST_STAGES else None,
+            more if stages > MAX_STAGES else None,
             _rank_table(run, ranks, world_size),
         ]
     )
@@ -155,12 +170,12 @@ def _drawn(run: RunFiles, ranks: ParallelLayout, world_size: int) -> Html:
 def _stage_title(run: RunFiles, ranks: ParallelLayout, stage: int, world_size: int) -> str:
     per_stage = world_size // ranks.attention.size("pp")
     first = stage * per_stage
-    which = f"Ranks {first} to {first + per_stage - 1}" if per_stage > 1 else f"Rank {first}"
-    return f"{which}: layers {_layers(run, ranks, stage)}"
+    stage_ranks = f"Ranks {first} to {first + per_stage - 1}" if per_stage > 1 else f"Rank {first}"
+    return f"{stage_ranks}: layers {_layers(run, ranks, stage)}"
 
 
 def _layers(run: RunFiles, ranks: ParallelLayout, stage: int) -> str:
-    """Layers of a pipeline stage, a run for each of its chunks."""
+    """Return the layers of a pipeline stage as text, one range per model chunk."""
     pp = ranks.attention.size("pp")
     vpp = run.config.parallel.virtual_pipeline_parallel_size or 1
     if run.spec is None:
@@ -169,15 +184,15 @@ def _layers(run: RunFiles, ranks: ParallelLayout, stage: int) -> str:
         chunk_layers(num_layers=run.spec.num_layers, pp=pp, vpp=vpp, pp_rank=stage, vpp_rank=chunk)
         for chunk in range(vpp)
     ]
-    return ", ".join(_run(chunk) for chunk in chunks)
+    return ", ".join(_range(chunk) for chunk in chunks)
 
 
-def _run(held: range) -> str:
+def _range(held: range) -> str:
     return str(held[0]) if len(held) == 1 else f"{held[0]}\u2013{held[-1]}"
 
 
 def _rank_table(run: RunFiles, ranks: ParallelLayout, world_size: int) -> Html:
-    shown = sample(world_size, MOST_RANKS)
+    shown = sample(world_size, MAX_RANKS)
     rows = []
     for rank in shown:
         attention, experts = ranks.attention.coords(rank), ranks.experts.coords(rank)
@@ -188,21 +203,21 @@ def _rank_table(run: RunFiles, ranks: ParallelLayout, world_size: int) -> Html:
                 _layers(run, ranks, attention["pp"]),
                 *(str(attention[axis]) for axis in ("pp", "dp", "cp", "tp")),
                 *(str(experts[axis]) for axis in ("edp", "ep", "etp")),
-                _run(held),
+                _range(held),
             ]
         )
     head = ["rank", "layers", "pp", "dp", "cp", "tp", "edp", "ep", "etp", "experts"]
-    some = "" if len(shown) == world_size else f", {len(shown)} of {world_size}"
-    return folded(f"By rank{some}", table(head, rows, caption="What each rank holds"))
+    subset = "" if len(shown) == world_size else f", {len(shown)} of {world_size}"
+    return folded(f"By rank{subset}", table(head, rows, caption="Layers and experts of each rank"))
 
 
 def configuration(run: RunFiles) -> Section:
-    """What was set, then all settings, with what they mean."""
-    every = list(settings_of(run.config))
-    changed = [[name, shown(value)] for name, value, default, _ in every if value != default]
-    rows = [[name, shown(value), meaning] for name, value, _, meaning in every]
+    """Return the section with the settings that differ from defaults, and all with descriptions."""
+    settings = list(settings_of(run.config))
+    changed = [[name, shown(value)] for name, value, default, _ in settings if value != default]
+    rows = [[name, shown(value), meaning] for name, value, _, meaning in settings]
     body = [
-        table(["setting", "value"], changed, caption="What differs from the defaults"),
+        table(["setting", "value"], changed, caption="Settings that differ from the defaults"),
         folded(
             "All settings", table(["setting", "value", "meaning"], rows, caption="All settings")
         ),
@@ -212,30 +227,30 @@ def configuration(run: RunFiles) -> Section:
 
 
 def settings_of(config: Settings, prefix: str = "") -> list[tuple[str, Any, Any, str]]:
-    """Every setting of a configuration: name, value, default (... where it has none), meaning."""
-    found = []
+    """Return name, value, default (... if it has none) and description of each setting."""
+    settings = []
     for name, field in type(config).model_fields.items():
         value = getattr(config, name)
         if isinstance(value, Settings):
-            found += settings_of(value, f"{prefix}{name}.")
+            settings += settings_of(value, f"{prefix}{name}.")
         else:
             default = ... if field.is_required() else field.get_default()
-            found.append((f"{prefix}{name}", value, default, field.description or ""))
-    return found
+            settings.append((f"{prefix}{name}", value, default, field.description or ""))
+    return settings
 
 
 def shown(value: Any) -> str:
-    """A setting's value as YAML would hold it, on one line."""
+    """Format a setting's value on one line, as in YAML."""
     match value:
         case None:
             return "null"
         case bool():
             return str(value).lower()
         case Settings():
-            set_ones = ((n, v) for n, v in value if v is not None)
-            return ", ".join(f"{name}: {shown(one)}" for name, one in set_ones)
+            present = ((name, item) for name, item in value if item is not None)
+            return ", ".join(f"{name}: {shown(item)}" for name, item in present)
         case dict():
-            return "; ".join(f"{name} ({shown(one)})" for name, one in value.items())
+            return "; ".join(f"{name} ({shown(item)})" for name, item in value.items())
         case list() | tuple():
             return "[" + ", ".join(map(shown, value)) + "]"
         case _:

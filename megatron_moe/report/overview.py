@@ -1,4 +1,4 @@
-"""The head of a report: what the run is, and its few numbers that matter."""
+"""Build the header of a report: a description of the run, and its key numbers."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ Fact = tuple[str, str, str]
 
 
 def overview(run: RunFiles) -> Html:
-    """Name, one sentence, facts, and what could not be read."""
+    """Return the run's name, a one-sentence description, key facts and unreadable files."""
     return join([el("h1", el("bdi", run.name)), el("p", sentence(run), class_="lead"),
-                 facts(facts_of(run)), _wrong(run.wrong)])  # fmt: skip
+                 facts(facts_of(run)), _problems(run.problems)])  # fmt: skip
 
 
 def sentence(run: RunFiles) -> str:
-    """What the run makes of what."""
+    """Describe in one sentence which model the run upcycles, and how."""
     moe, plan = run.config.moe, run.config.upcycle
     layers = run.moe_layers
     where = "" if layers is None else f" in {len(layers)} layers"
@@ -32,9 +32,9 @@ def sentence(run: RunFiles) -> str:
 
 
 def facts_of(run: RunFiles) -> list[Fact]:
-    """The numbers that say how the run is, where it has told them."""
+    """Return the key numbers of the run that have been logged."""
     steps = run.config.train.steps
-    found: list[Fact | None] = [
+    facts: list[Fact | None] = [
         ("step", f"{run.history.last_step:,}", f"of {steps:,}"),
         _tokens(run),
         _held_out(run),
@@ -44,7 +44,7 @@ def facts_of(run: RunFiles) -> list[Fact]:
         _last(run, "router/load_imbalance", "busiest expert", "times the mean, last step"),
         _last(run, "router/drop_rate", "choices dropped", "last step", percent=True),
     ]
-    return [fact for fact in found if fact is not None]
+    return [fact for fact in facts if fact is not None]
 
 
 def _last(
@@ -62,7 +62,11 @@ def _tokens(run: RunFiles) -> Fact | None:
         return None
     seen = float(series.values[-1])
     size, unit = next((s, u) for s, u in ((1e9, " B"), (1e6, " M"), (1, "")) if seen >= s or s == 1)
-    return "tokens seen", f"{number(float(f'{seen / size:.4g}'))}{unit}", "since the run began"
+    return (
+        "tokens seen",
+        f"{number(float(f'{seen / size:.4g}'))}{unit}",
+        "since the start of the run",
+    )
 
 
 def _middle(run: RunFiles, name: str, title: str, *, percent: bool = False) -> Fact | None:
@@ -86,12 +90,14 @@ def _held_out(run: RunFiles) -> Fact | None:
         return None
     first, last = series.values[0], series.values[-1]
     before = f"{number(float(first))} at step {series.steps[0]:,}"
-    now = f"at step {series.steps[-1]:,}; {before}" if len(series) > 1 else "nats per token, step 0"
-    return "held-out loss", number(float(last)), now
+    remark = (
+        f"at step {series.steps[-1]:,}; {before}" if len(series) > 1 else "nats per token, step 0"
+    )
+    return "held-out loss", number(float(last)), remark
 
 
-def _wrong(wrong: list[str]) -> Html | None:
-    if not wrong:
+def _problems(problems: list[str]) -> Html | None:
+    if not problems:
         return None
-    title = el("strong", "Not all files could be read")
-    return el("div", title, el("ul", [el("li", line) for line in wrong]), class_="wrong")
+    title = el("strong", "Some files could not be read")
+    return el("div", title, el("ul", [el("li", line) for line in problems]), class_="wrong")

@@ -1,4 +1,4 @@
-"""A whole page: one file with everything in it, that loads nothing and runs nothing."""
+"""Assemble a self-contained HTML page that loads no other file and runs no script."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from megatron_moe.report.training import losses, speed
 
 STYLE = Path(__file__).with_name("page.css")
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-"""No script and no request, whatever a file of the run says."""
+"""Content security policy: no scripts and no requests, whatever a run's files contain."""
 
 
 def run_page(run: RunFiles) -> Html:
-    """The report of one run."""
+    """Return the report of one run."""
     sections = [
         losses(run), judgement(run), speed(run), balance(run), mixture(run), specialisation(run),
         receipt(run), layout(run), configuration(run),
@@ -34,7 +34,7 @@ def run_page(run: RunFiles) -> Html:
 
 
 def page(title: str, head: Child, sections: Sequence[Section]) -> Html:
-    """A page with a table of contents."""
+    """Return a page with a table of contents."""
     contents = el(
         "nav",
         el("ol", [el("li", el("a", s.title, href=f"#{s.id}")) for s in sections]),
@@ -59,10 +59,10 @@ def page(title: str, head: Child, sections: Sequence[Section]) -> Html:
 
 
 def write_page(html: Html, path: Path) -> None:
-    """Put a page in its place in one step.
+    """Write a page atomically.
 
     Raises:
-        DataError: It cannot be written.
+        DataError: The file cannot be written.
     """
     staged = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
     try:

@@ -1,4 +1,4 @@
-"""What a report is put together from: sections, figures with their numbers, facts."""
+"""Build the parts of a report: sections, figures with tables of their numbers, and key facts."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from megatron_moe.report.html import Child, Html, el, number, table
 from megatron_moe.report.picture import Line
 from megatron_moe.report.thin import Thinned, sample, thin
 
-TABLE_ROWS = 21
+MAX_TABLE_ROWS = 21
 
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A heading of the table of contents and what stands below it."""
+    """A section of the page with its heading in the table of contents."""
 
     id: str
     title: str
     body: Html
 
     def html(self) -> Html:
-        """The section."""
+        """Return the section as HTML."""
         heading = el("h2", self.title, id=f"{self.id}-title")
         return el("section", heading, self.body, id=self.id, aria_labelledby=f"{self.id}-title")
 
 
 def figure(title: Child, picture: Html, numbers: Html | None, *, note: Child = None) -> Html:
-    """A picture under its title, and its numbers as a table."""
-    told = el("figcaption", el("h3", title), el("p", note) if note else None)
-    return el("figure", told, picture, _numbers(title, numbers))
+    """Return a figure with a title, a picture and a table of its numbers."""
+    caption = el("figcaption", el("h3", title), el("p", note) if note else None)
+    return el("figure", caption, picture, _numbers(title, numbers))
 
 
 def _numbers(title: Child, numbers: Html | None) -> Html | None:
@@ -43,12 +43,12 @@ def _numbers(title: Child, numbers: Html | None) -> Html | None:
 
 
 def figures(*each: Html | None) -> Html:
-    """Figures side by side, as many as the screen holds."""
+    """Return figures side by side, as many as fit on the screen."""
     return el("div", *each, class_="figures")
 
 
 def facts(each: Sequence[tuple[Child, Child, Child]]) -> Html:
-    """The few numbers that matter: a name, a value, a remark."""
+    """Return a list of key facts: name, value and remark of each."""
     return el(
         "dl",
         [
@@ -59,38 +59,38 @@ def facts(each: Sequence[tuple[Child, Child, Child]]) -> Html:
     )
 
 
-def told(history: History, names: dict[str, str]) -> list[tuple[str, Thinned]]:
-    """The values that a run has told, thinned, by what they are called on the page."""
-    found = [(shown, history.series(name)) for name, shown in names.items()]
-    return [(shown, thin(series)) for shown, series in found if series is not None]
+def thinned_series(history: History, labels: dict[str, str]) -> list[tuple[str, Thinned]]:
+    """Return the logged metrics among the keys of ``labels``, thinned, each with its label."""
+    all_series = [(label, history.series(name)) for name, label in labels.items()]
+    return [(label, thin(series)) for label, series in all_series if series is not None]
 
 
 def thinning_note(history: History, name: str) -> Html | None:
-    """What a line of the section stands for, where a point is more than a step."""
+    """Return a note on how lines are averaged, or None if each point is one logged step."""
     series = history.series(name)
     if series is None or (width := thin(series).width) == 1:
         return None
     return el(
         "p",
-        f"A point of a line is the mean of {width} logged steps. The band around it reaches from "
-        "the lowest to the highest of them, and is cut where a spike would squeeze the rest.",
+        f"Each point of a line is the mean of {width} logged steps. The band around it spans their "
+        "minimum and maximum; it is clipped at spikes that would compress the rest.",
         class_="note",
     )
 
 
-def line_of(name: str, values: Thinned, *, band: bool = True, colour: int | None = None) -> Line:
-    """A thinned series as a line, within the lowest and the highest of what it stands for."""
+def line_of(name: str, values: Thinned, *, band: bool = True, color: int | None = None) -> Line:
+    """Return a thinned series as a line with a band from the minimum to the maximum."""
     wide = band and values.width > 1
     return Line(
         name, values.steps, values.mean,
-        low=values.low if wide else None, high=values.high if wide else None, colour=colour,
+        low=values.low if wide else None, high=values.high if wide else None, color=color,
     )  # fmt: skip
 
 
 def steps_table(lines: Sequence[Line], caption: str, *, axis: str = "step") -> Html:
-    """Lines as a table, one row for each of some evenly spaced points."""
-    every = sorted({int(x) for line in lines for x in np.asarray(line.x)})
-    rows = [every[i] for i in sample(len(every), TABLE_ROWS)]
+    """Return a table of lines, with rows at evenly spaced points."""
+    points = sorted({int(x) for line in lines for x in np.asarray(line.x)})
+    rows = [points[i] for i in sample(len(points), MAX_TABLE_ROWS)]
     by_line = [dict(zip(map(int, np.asarray(line.x)), line.y, strict=True)) for line in lines]
     return table(
         [axis, *(el("bdi", line.name) for line in lines)],
@@ -100,7 +100,7 @@ def steps_table(lines: Sequence[Line], caption: str, *, axis: str = "step") -> H
 
 
 def span_of(values: Array) -> str:
-    """From where to where, in words, for readers without the picture.
+    """Describe the range of values in words, for readers who cannot see the picture.
 
     >>> span_of(np.array([3.0, 1.0, 2.0]))
     'from 3 to 2, lowest 1, highest 3'
@@ -113,7 +113,7 @@ def span_of(values: Array) -> str:
 
 
 def alt_of(what: str, lines: Sequence[Line]) -> str:
-    """A line picture in words."""
+    """Describe a line picture in words."""
     if len(lines) == 1:
         return f"{what}: {span_of(lines[0].y)}."
     each = "; ".join(f"{line.name} {span_of(line.y)}" for line in lines[:4])

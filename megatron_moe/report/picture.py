@@ -1,9 +1,9 @@
-"""Lines and heat maps as SVG in the page, by matplotlib.
+"""Draw lines and heat maps as inline SVG with matplotlib.
 
-Why matplotlib: a report of 20 pictures stays below 1 MB and needs no script, so that nothing in a
-name can run and a mail or an archive shows it; plotly puts 4.7 MB of script before the first point.
-The colours of a picture are the page's variables, which follow the reader's light or dark scheme;
-its text is text, drawn at least 9 pixels high where the page is 360 wide.
+With matplotlib, a report of 20 pictures stays below 1 MB and needs no script, so that nothing in a
+name can be executed, and mail clients and archives can show it; plotly needs 4.7 MB of script.
+Colors are CSS variables of the page, which follow the reader's light or dark scheme. Text stays
+text, at least 9 pixels high if the page is 360 pixels wide.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from megatron_moe.report.history import Array
 from megatron_moe.report.html import Html, el, number, plain
 
 WIDTH, HEIGHT = 400, 220
-"""Pixels of a picture's own coordinates; the page scales it."""
-LETTER = 6.3
-"""Width of a letter of the axes' labels, about."""
-MOST_LINES = 16
+"""Size of a picture in its own pixels; the page scales it."""
+LETTER_WIDTH = 6.3
+"""Approximate width of a letter of the axis labels."""
+MAX_LINES = 16
 INK, MUTED, GRID = "#000001", "#000002", "#000003"
-COLOURS = 8
+COLORS = 8
 DASHES: tuple[Any, ...] = ("solid", (0, (5, 2)), (0, (1.2, 1.6)), (0, (6, 2, 1.2, 2)))
 _CSS_DASHES = ("", "5 2", "1.2 1.6", "6 2 1.2 2")
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "report",
-    "text.parse_math": False,  # a name may hold a $
+    "text.parse_math": False,  # a name may contain a $
     "axes.unicode_minus": False,
     "font.size": 11.5,
     "axes.spines.top": False,
@@ -66,40 +66,40 @@ _XLINK = "{http://www.w3.org/1999/xlink}"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Line:
-    """Values over steps, or over whatever the picture's axis is."""
+    """Values over steps, or over the picture's other axis."""
 
     name: str
     x: ArrayLike
     y: Array
     low: Array | None = None
-    """With ``high``: the band around the line."""
+    """Lower edge of the band around the line; requires ``high``."""
     high: Array | None = None
     dots: bool = False
-    """Few values, each worth a dot."""
-    colour: int | None = None
-    """Place in the palette; None: the place among the picture's lines."""
+    """Whether to mark each value with a dot."""
+    color: int | None = None
+    """Index in the palette; None takes the index among the picture's lines."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """One direction of a heat map."""
+    """The rows or columns of a heat map."""
 
     label: str
     names: Sequence[str]
     all: bool = False
-    """Whether every name is worth its room, not evenly spaced ones."""
+    """Whether to label every row instead of evenly spaced ones."""
     steps: NDArray[np.int64] | None = None
-    """What the names are numbers of; round ones are written out then."""
+    """The step of each row, if rows are steps; round steps are labeled then."""
 
     @classmethod
     def of_steps(cls, steps: NDArray[np.int64]) -> Rows:
-        """Columns of a picture, each up to a step."""
+        """Return the axis of a picture whose columns each end at a step."""
         return cls("step", [f"{step:,}" for step in steps], steps=steps)
 
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """How values become colours. Both maps are told apart by eyes that see no red or no green."""
+    """Mapping from values to colors. Both color maps work for readers with color blindness."""
 
     label: str
     kind: Literal["sequential", "around_one"] = "sequential"
@@ -108,7 +108,7 @@ class Scale:
 
     @classmethod
     def of(cls, values: Array, label: str, *, low: float | None = None) -> Scale:
-        """From the lowest to the highest value."""
+        """Return a scale from the lowest to the highest value."""
         finite = values[np.isfinite(values)]
         bottom = float(finite.min()) if low is None else low
         top = float(finite.max())
@@ -116,22 +116,22 @@ class Scale:
 
     @classmethod
     def around_one(cls, values: Array, label: str) -> Scale:
-        """Factors: twice is as far from one as half; further than eight times looks like it."""
+        """Return a logarithmic scale centered at one, which clips factors beyond eight."""
         positive = values[np.isfinite(values) & (values > 0)]
-        furthest = float(np.abs(np.log2(positive)).max()) if len(positive) else 1.0
-        reach = 2 ** min(3.0, max(0.5, furthest))
-        return cls(label, "around_one", 1 / reach, reach)
+        extreme = float(np.abs(np.log2(positive)).max()) if len(positive) else 1.0
+        limit = 2 ** min(3.0, max(0.5, extreme))
+        return cls(label, "around_one", 1 / limit, limit)
 
-    def colours(self, values: Array) -> Any:
-        """RGBA bytes of values; what is not finite is transparent."""
+    def colors(self, values: Array) -> Any:
+        """Return the RGBA bytes of values; values that are not finite are transparent."""
         with np.errstate(divide="ignore"):
-            place = np.log2(values) if self.kind == "around_one" else values
+            scaled = np.log2(values) if self.kind == "around_one" else values
         low, high = self._ends()
-        shown = np.clip((place - low) / (high - low), 0, 1)
-        return self._map(np.ma.masked_invalid(shown), bytes=True)
+        fraction = np.clip((scaled - low) / (high - low), 0, 1)
+        return self._map(np.ma.masked_invalid(fraction), bytes=True)
 
     def legend(self) -> Html:
-        """The scale as a strip with its ends."""
+        """Return the scale as a color strip with its end values."""
         stops = [to_hex(self._map(x)) for x in np.linspace(0, 1, 9)]
         strip = el("i", style=f"background:linear-gradient(90deg,{','.join(stops)})")
         middle = el("span", "1") if self.kind == "around_one" else None
@@ -160,20 +160,20 @@ def line_picture(
     from_zero: bool = False,
     level: tuple[str, float] | None = None,
 ) -> Html:
-    """Lines over a common axis, with a legend of text below where there are several.
+    """Draw lines over a common axis, with a text legend below if there are several.
 
     Args:
-        lines: At most ``MOST_LINES`` are drawn.
-        alt: What a reader who sees no picture should know.
-        y: Name of the values.
-        x: Name of the axis.
-        logarithmic: Whether values are so.
-        from_zero: Whether the axis of values starts at zero.
-        level: A value to compare with, by name: a line across.
+        lines: The lines; at most ``MAX_LINES`` are drawn.
+        alt: Description for readers who cannot see the picture.
+        y: Label of the y axis.
+        x: Label of the x axis.
+        logarithmic: Whether the y axis may be logarithmic.
+        from_zero: Whether the y axis starts at zero.
+        level: Name and value of a horizontal reference line.
     """
     with mpl.rc_context(_STYLE):
         figure, axes = _axes(HEIGHT)
-        for index, line in enumerate(lines[:MOST_LINES]):
+        for index, line in enumerate(lines[:MAX_LINES]):
             _draw(axes, line, index)
         if level is not None:
             axes.axhline(level[1], color=INK, linewidth=1, linestyle=(0, (2, 3)))
@@ -183,7 +183,7 @@ def line_picture(
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axes.yaxis.set_major_formatter(lambda value, _: number(float(f"{value:.6g}")))
         _limits(axes, lines, level, logarithmic=logarithmic, from_zero=from_zero)
-        _place(axes, HEIGHT)
+        _set_margins(axes, HEIGHT)
         picture = _svg(figure, alt)
     several = len(lines) > 1 or level is not None
     return Html(picture + (_legend(lines, level) if several else ""))
@@ -194,34 +194,34 @@ def _axes(height: float) -> tuple[Figure, Axes]:
     return figure, figure.add_axes((0, 0, 1, 1), facecolor="none")
 
 
-def _place(axes: Axes, height: float) -> None:
-    """Margins that hold the labels; matplotlib's own layouts draw each picture twice for them."""
+def _set_margins(axes: Axes, height: float) -> None:
+    """Set margins that fit the labels; matplotlib's own layouts would draw each picture twice."""
     widest = max((len(label.get_text()) for label in axes.get_yticklabels()), default=0)
-    left, right, top, bottom = 12 + LETTER * widest, 16, 20, 38
+    left, right, top, bottom = 12 + LETTER_WIDTH * widest, 16, 20, 38
     axes.set_position(
         (left / WIDTH, bottom / height, 1 - (left + right) / WIDTH, 1 - (top + bottom) / height)
     )
 
 
 def _draw(axes: Axes, line: Line, index: int) -> None:
-    index = index if line.colour is None else line.colour
-    colour, dash = _colour(index), DASHES[_dash(index)]
+    index = index if line.color is None else line.color
+    color, dash = _color(index), DASHES[_dash(index)]
     few = line.dots or np.isfinite(line.y).sum() < 3
     if line.low is not None and line.high is not None:
-        axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.2, linewidth=0)
+        axes.fill_between(line.x, line.low, line.high, color=color, alpha=0.2, linewidth=0)
     axes.plot(
-        line.x, line.y, color=colour, linestyle=dash, linewidth=1.6,
+        line.x, line.y, color=color, linestyle=dash, linewidth=1.6,
         marker="o" if few else "", markersize=3.5,
     )  # fmt: skip
 
 
-def _colour(index: int) -> str:
-    return f"#0001{index % COLOURS:02x}"
+def _color(index: int) -> str:
+    return f"#0001{index % COLORS:02x}"
 
 
 def _dash(index: int) -> int:
-    """So that neighbours differ in it, and lines of one colour too."""
-    return (index + index // COLOURS) % len(DASHES)
+    """Return a dash style that differs between adjacent lines, and between lines of one color."""
+    return (index + index // COLORS) % len(DASHES)
 
 
 def _limits(
@@ -232,11 +232,11 @@ def _limits(
     logarithmic: bool,
     from_zero: bool,
 ) -> None:
-    """Room for every line and most of its band; a spike of the band is cut."""
+    """Set y limits that show all lines and most of their bands; spikes of a band are clipped."""
     means = _finite([line.y for line in lines] + ([np.array([level[1]])] if level else []))
     bands = _finite([b for line in lines for b in (line.low, line.high) if b is not None])
-    most = np.percentile(bands, [5, 95]) if len(bands) else means[:1]
-    low, high = float(min(means.min(), *most)), float(max(means.max(), *most))
+    edges = np.percentile(bands, [5, 95]) if len(bands) else means[:1]
+    low, high = float(min(means.min(), *edges)), float(max(means.max(), *edges))
     if logarithmic and low > 0 and high > 20 * low:
         axes.set_yscale("log")
         axes.set_ylim(low / 1.3, high * 1.3)
@@ -251,35 +251,35 @@ def _limits(
 
 
 def _finite(values: Sequence[Array]) -> Array:
-    every = np.concatenate([np.zeros(0), *values])
-    return every[np.isfinite(every)]
+    flat = np.concatenate([np.zeros(0), *values])
+    return flat[np.isfinite(flat)]
 
 
 def _legend(lines: Sequence[Line], level: tuple[str, float] | None) -> Html:
     items = [
         el("li", _swatch(_index(line, i)), el("bdi", line.name), " ", _last(line.y))
-        for i, line in enumerate(lines[:MOST_LINES])
+        for i, line in enumerate(lines[:MAX_LINES])
     ]
     if level is not None:
         swatch = _swatch_of("var(--ink)", "2 3")
         items.append(el("li", swatch, level[0], " ", el("span", number(level[1]), class_="value")))
-    if len(lines) > MOST_LINES:
-        items.append(el("li", f"and {len(lines) - MOST_LINES} more, in the table"))
+    if len(lines) > MAX_LINES:
+        items.append(el("li", f"and {len(lines) - MAX_LINES} more, in the table"))
     return el("ul", items, class_="legend")
 
 
-def _index(line: Line, place: int) -> int:
-    return place if line.colour is None else line.colour
+def _index(line: Line, index: int) -> int:
+    return index if line.color is None else line.color
 
 
 def _swatch(index: int) -> Html:
-    return _swatch_of(f"var(--line-{index % COLOURS})", _CSS_DASHES[_dash(index)])
+    return _swatch_of(f"var(--line-{index % COLORS})", _CSS_DASHES[_dash(index)])
 
 
-def _swatch_of(colour: str, dashes: str) -> Html:
+def _swatch_of(color: str, dashes: str) -> Html:
     stroke = el(
         "line", x1=0, y1=4, x2=26, y2=4, stroke_width=2.2, stroke_dasharray=dashes or None,
-        style=f"stroke:{colour}",
+        style=f"stroke:{color}",
     )  # fmt: skip
     return el("svg", stroke, viewBox="0 0 26 8", width=26, height=8, aria_hidden="true")
 
@@ -298,31 +298,31 @@ def heat_picture(
     alt: str,
     height: float | None = None,
 ) -> Html:
-    """A heat map with its scale below; the first row is at the bottom, as depth and time grow."""
+    """Draw a heat map with its scale below; the first row is at the bottom."""
     with mpl.rc_context({**_STYLE, "axes.grid": False}):
         height = height or min(360, max(120, 62 + 15 * len(values_RC)))
         figure, axes = _axes(height)
-        axes.imshow(scale.colours(values_RC), aspect="auto", interpolation="none", origin="lower")
+        axes.imshow(scale.colors(values_RC), aspect="auto", interpolation="none", origin="lower")
         axes.set_xlabel(columns.label)
         axes.set_title(rows.label, loc="left", fontsize=11.5, color=MUTED)
         axes.set_xticks(*_ticks(columns, 7))
         axes.set_yticks(*_ticks(rows, 9))
-        _place(axes, height)
+        _set_margins(axes, height)
         picture = _svg(figure, alt)
     return Html(picture + scale.legend())
 
 
 def _ticks(rows: Rows, about: int) -> tuple[list[int], list[str]]:
-    """Places that are written out: every first, second, fifth, tenth, ... or at round steps."""
+    """Return positions and labels of ticks: each first, second, fourth, ... row, or round steps."""
     count = len(rows.names)
     if rows.steps is not None and count > about:
         first, last = rows.steps[0], rows.steps[-1]
-        round_ones = MaxNLocator(5, integer=True).tick_values(float(first), float(last))
-        shown = [int(step) for step in round_ones if first <= step <= last]
+        round_steps = MaxNLocator(5, integer=True).tick_values(float(first), float(last))
+        shown = [int(step) for step in round_steps if first <= step <= last]
         return np.searchsorted(rows.steps, shown).tolist(), [f"{step:,}" for step in shown]
-    steps = (factor * 10**power for power in range(6) for factor in (1, 2, 4, 5, 8))
-    every = 1 if rows.all else next(step for step in steps if count / step <= about)
-    return list(range(0, count, every)), [_short(rows.names[i]) for i in range(0, count, every)]
+    strides = (factor * 10**power for power in range(6) for factor in (1, 2, 4, 5, 8))
+    stride = 1 if rows.all else next(stride for stride in strides if count / stride <= about)
+    return list(range(0, count, stride)), [_short(rows.names[i]) for i in range(0, count, stride)]
 
 
 def _short(name: str) -> str:
@@ -330,7 +330,7 @@ def _short(name: str) -> str:
     return name if len(name) <= 16 else f"{name[:15]}\u2026"
 
 
-# ---- matplotlib's file to a part of the page -----------------------------------------------------
+# ---- from matplotlib's SVG file to inline SVG ----------------------------------------------------
 
 
 def _svg(figure: Figure, alt: str) -> Html:
@@ -345,11 +345,11 @@ _METADATA = ("Date", "Creator", "Format", "Type")
 
 
 def _inline(raw: bytes, alt: str) -> Html:
-    """Take out what belongs to a file of its own, name ids apart, and take the page's colours."""
+    """Convert an SVG file to inline SVG: drop metadata, make ids unique, use the page's colors."""
     ElementTree.register_namespace("", _SVG[1:-1])
     ElementTree.register_namespace("xlink", _XLINK[1:-1])
     root = ElementTree.fromstring(raw)
-    own = hashlib.sha256(raw + alt.encode()).hexdigest()[:8]
+    prefix = hashlib.sha256(raw + alt.encode()).hexdigest()[:8]
     for parent in list(root.iter()):
         for child in list(parent):
             if child.tag in (f"{_SVG}metadata", f"{_SVG}style"):
@@ -358,12 +358,12 @@ def _inline(raw: bytes, alt: str) -> Html:
     for element in root.iter():
         if (name := element.get("id")) is not None:
             if name.encode() in used:
-                element.set("id", f"{own}-{name}")
+                element.set("id", f"{prefix}-{name}")
             else:
                 del element.attrib["id"]
         for key in ("clip-path", f"{_XLINK}href"):
             if "#" in (value := element.get(key, "")) and not value.startswith("data:"):
-                element.set(key, value.replace("#", f"#{own}-", 1))
+                element.set(key, value.replace("#", f"#{prefix}-", 1))
         if (style := element.get("style")) is not None:
             element.set("style", _themed(style))
     for name in ("width", "height", "version"):
@@ -373,14 +373,14 @@ def _inline(raw: bytes, alt: str) -> Html:
 
 
 def _themed(style: str) -> str:
-    """The page's variables in place of the colours that stand for them, and the page's font."""
-    style = re.sub(r"font: [^;]*;?", lambda found: _font(found[0]), style)
-    for colour, name in ((INK, "ink"), (MUTED, "muted"), (GRID, "grid")):
-        style = style.replace(colour, f"var(--{name})")
-    return re.sub(r"#0001([0-9a-f]{2})", lambda found: f"var(--line-{int(found[1], 16)})", style)
+    """Replace placeholder colors by the page's CSS variables, and the font by the page's font."""
+    style = re.sub(r"font: [^;]*;?", lambda match: _font(match[0]), style)
+    for color, name in ((INK, "ink"), (MUTED, "muted"), (GRID, "grid")):
+        style = style.replace(color, f"var(--{name})")
+    return re.sub(r"#0001([0-9a-f]{2})", lambda match: f"var(--line-{int(match[1], 16)})", style)
 
 
 def _font(style: str) -> str:
-    """The size alone; the family is the page's."""
-    found = re.search(r"([\d.]+)px", style)
-    return f"font-size: {found[1]}px;" if found else ""
+    """Keep only the font size; the page sets the family."""
+    match = re.search(r"([\d.]+)px", style)
+    return f"font-size: {match[1]}px;" if match else ""

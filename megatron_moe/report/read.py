@@ -1,6 +1,6 @@
-"""A run's folder as a report needs it.
+"""Read the files of a run's folder for a report.
 
-A part that is not there is None; one that is damaged is told on the page, where its reader looks.
+Missing parts are None; damaged parts are listed on the page.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megatron_moe.report.records import Evaluation, TaskScores, read_records
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFiles:
-    """What lies in ``run.dir``."""
+    """Contents of ``run.dir``."""
 
     path: Path
     config: RunConfig
@@ -35,15 +35,15 @@ class RunFiles:
     tasks: list[TaskScores]
     analyses: list[Analysis]
     spec: DenseSpec | None
-    """The dense model's shape, where its config.json is still to be found."""
+    """Shape of the dense model, if its config.json still exists."""
     world_size: int | None
-    """Ranks of the newest checkpoint's job, else of the one that upcycled."""
-    wrong: list[str]
-    """What could not be read, and why."""
+    """World size of the newest checkpoint's job, or else of the job that upcycled."""
+    problems: list[str]
+    """Messages about files that could not be read."""
 
     @property
     def name(self) -> str:
-        """What the run is called."""
+        """Name of the run: its folder's name."""
         return self.path.resolve().name
 
     @property
@@ -52,17 +52,17 @@ class RunFiles:
         return None if self.spec is None else moe_layer_ids(self.config.moe, self.spec.num_layers)
 
     @property
-    def domain_colours(self) -> dict[str, int]:
-        """A place in the palette for every domain, the same in all pictures."""
-        told = [*(self.config.data.domains or {})]
-        told += [name for one in self.evaluations for name in one.domains]
-        told += [name for one in self.analyses for name in one.domains]
-        return {name: place for place, name in enumerate(dict.fromkeys(told))}
+    def domain_colors(self) -> dict[str, int]:
+        """Palette index of each domain, the same in all pictures."""
+        names = [*(self.config.data.domains or {})]
+        names += [name for evaluation in self.evaluations for name in evaluation.domains]
+        names += [name for analysis in self.analyses for name in analysis.domains]
+        return {name: index for index, name in enumerate(dict.fromkeys(names))}
 
     def layer_names(self, count: int) -> list[str]:
-        """Names of ``count`` rows, one a MoE layer: their ids, or places where these are unknown.
+        """Return the names of ``count`` MoE layers: their ids, or 0 to count - 1 if unknown.
 
-        What is told of another number of layers was trained under another configuration.
+        Values for another number of layers come from training with another configuration.
         """
         known = self.moe_layers
         ids = known if known is not None and len(known) == count else range(count)
@@ -70,27 +70,27 @@ class RunFiles:
 
 
 def read_run(folder: Path) -> RunFiles:
-    """Everything a run has left so far; it may still be running.
+    """Read all files that a run has written so far; it may still be running.
 
     Raises:
-        ConfigError: The folder is no run's.
+        ConfigError: The folder is not a run directory.
         DataError: metrics.jsonl cannot be read.
     """
     if not (folder / "config.yaml").exists():
         raise ConfigError(
-            f"{folder} is no run: it has no config.yaml.\n"
-            "  name the run.dir of a job that `megatron-moe train` started"
+            f"{folder} is not a run directory: it has no config.yaml.\n"
+            "  pass the run.dir of a job that `megatron-moe train` started"
         )
     config = load(RunConfig, folder / "config.yaml")
-    wrong: list[str] = []
-    receipt = _receipt(folder / "receipt.json", wrong)
-    checkpoint = _newest(folder, wrong)
+    problems: list[str] = []
+    receipt = _receipt(folder / "receipt.json", problems)
+    checkpoint = _newest(folder, problems)
     evaluations, *damaged = read_records(folder / "evaluation", Evaluation)
     tasks, *damaged_tasks = read_records(folder / "evaluation", TaskScores, "tasks-*.json")
     analyses, *damaged_analyses = read_records(folder / "analysis", Analysis)
     history = read_history(folder / "metrics.jsonl")
     if history.damaged:
-        wrong.append(f"metrics.jsonl: {history.damaged} damaged lines are left out")
+        problems.append(f"metrics.jsonl: {history.damaged} damaged lines were skipped")
     return RunFiles(
         path=folder,
         config=config,
@@ -102,32 +102,32 @@ def read_run(folder: Path) -> RunFiles:
         analyses=analyses,
         spec=_spec(config, checkpoint),
         world_size=_world_size(receipt, checkpoint),
-        wrong=[*wrong, *chain(*damaged, *damaged_tasks, *damaged_analyses)],
+        problems=[*problems, *chain(*damaged, *damaged_tasks, *damaged_analyses)],
     )
 
 
-def _receipt(path: Path, wrong: list[str]) -> dict[str, Any] | None:
+def _receipt(path: Path, problems: list[str]) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        found["ranks"][0]["bytes_read"]
+        receipt = json.loads(path.read_text(encoding="utf-8"))
+        receipt["ranks"][0]["bytes_read"]
     except (ValueError, KeyError, TypeError, IndexError):
-        wrong.append("receipt.json is damaged and not shown")
+        problems.append("receipt.json is not shown: it is damaged")
         return None
-    return found
+    return receipt
 
 
-def _newest(folder: Path, wrong: list[str]) -> Path | None:
+def _newest(folder: Path, problems: list[str]) -> Path | None:
     try:
         return newest(folder)
     except UserError as error:
-        wrong.append(str(error).splitlines()[0])
+        problems.append(str(error).splitlines()[0])
         return None
 
 
 def _spec(config: RunConfig, checkpoint: Path | None) -> DenseSpec | None:
-    """From the copy that every checkpoint carries, else from the dense model."""
+    """Read the shape from the checkpoint's copy of config.json, or else from the dense model."""
     for folder in ([checkpoint / "dense"] if checkpoint else []) + [config.dense.path]:
         if (folder / "config.json").exists():
             return read_spec(folder)

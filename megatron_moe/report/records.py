@@ -1,4 +1,4 @@
-"""What `megatron-moe evaluate` and `megatron-moe analyze` leave beside a run, read and checked."""
+"""Read and validate the files that `megatron-moe evaluate` and `megatron-moe analyze` write."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=True)
 
 
-class Judged(_Section):
-    """A model on one domain's held-out text."""
+class DomainScore(_Section):
+    """Scores of a model on one domain's held-out text."""
 
     tokens: int
     bytes: int | None = None
@@ -28,20 +28,20 @@ class Judged(_Section):
 
 
 class Evaluation(_Section):
-    """evaluation/step-*.json."""
+    """Contents of evaluation/step-*.json."""
 
     schema_: Literal[1] = 1
     kind: Literal["evaluation"]
     step: int
-    domains: dict[str, Judged]
-    dense: dict[str, Judged] | None = None
-    step_0: dict[str, Judged] | None = None
+    domains: dict[str, DomainScore]
+    dense: dict[str, DomainScore] | None = None
+    step_0: dict[str, DomainScore] | None = None
     remarks: list[str] = []
-    """Why something is not there."""
+    """Reasons why parts are missing."""
 
 
 class Score(_Section):
-    """One figure of the harness."""
+    """One score of lm-evaluation-harness."""
 
     task: str
     examples: int | None
@@ -51,7 +51,7 @@ class Score(_Section):
 
 
 class TaskScores(_Section):
-    """evaluation/tasks-*.json."""
+    """Contents of evaluation/tasks-*.json."""
 
     kind: Literal["tasks"]
     step: int | None
@@ -61,32 +61,32 @@ class TaskScores(_Section):
 def read_records(
     folder: Path, kind: type[Record], pattern: str = "step-*.json"
 ) -> tuple[list[Record], list[str]]:
-    """Every record of a folder, by step; and of those not shown, what is wrong."""
-    found, wrong = [], []
+    """Return the valid records of a folder by step, and a message for each invalid one."""
+    records, problems = [], []
     for path in sorted(folder.glob(pattern)):
         try:
             record = kind.model_validate_json(path.read_text(encoding="utf-8"))
             if isinstance(record, Analysis):
                 _check_shapes(record)
-            found.append(record)
+            records.append(record)
         except (OSError, ValueError, KeyError) as error:
-            wrong.append(f"{folder.name}/{path.name} is not shown: {_reason(error)}")
-    return sorted(found, key=lambda record: record.step or 0), wrong
+            problems.append(f"{folder.name}/{path.name} is not shown: {_reason(error)}")
+    return sorted(records, key=lambda record: record.step or 0), problems
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, ValidationError):
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        return f"{where}: {first['msg']}" if where else first["msg"]
+        location = ".".join(map(str, first["loc"]))
+        return f"{location}: {first['msg']}" if location else first["msg"]
     return str(error)
 
 
-def _check_shapes(found: Analysis) -> None:
-    """Lists that pictures are made of must fit each other."""
-    layers, experts, domains = len(found.layers), found.num_experts, len(found.domains)
-    for name in found.domains:
-        if np.shape(found.counts[name]) != (layers, experts):
+def _check_shapes(analysis: Analysis) -> None:
+    """Check that the lists from which pictures are drawn have consistent shapes."""
+    layers, experts, domains = len(analysis.layers), analysis.num_experts, len(analysis.domains)
+    for name in analysis.domains:
+        if np.shape(analysis.counts[name]) != (layers, experts):
             raise ValueError(f"counts of {name!r} are not {layers} layers x {experts} experts")
-    if np.shape(found.distances.layers) != (layers, domains, domains):
+    if np.shape(analysis.distances.layers) != (layers, domains, domains):
         raise ValueError(f"distances.layers is not {layers} times {domains} x {domains}")

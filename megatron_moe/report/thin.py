@@ -1,4 +1,4 @@
-"""Many steps in a picture's few columns, without losing a spike.
+"""Reduce many steps to the few columns of a picture without losing spikes.
 
 Shape letters of this module:
 
@@ -15,24 +15,24 @@ from numpy.typing import NDArray
 
 from megatron_moe.report.history import Array, Series
 
-MOST_COLUMNS = 200
-"""Points of a line and columns of a heat map; a figure is about 400 pixels wide."""
+MAX_COLUMNS = 200
+"""Maximum points of a line and columns of a heat map; a figure is about 400 pixels wide."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Thinned:
-    """Runs of ``width`` logged steps, each as one column."""
+    """A series in which each column stands for ``width`` consecutive logged steps."""
 
     steps: NDArray[np.int64]
-    """The last step of each run."""
+    """The last step of each column."""
     mean: Array
     low: Array
     high: Array
     width: int
 
 
-def thin(series: Series, *, at_most: int = MOST_COLUMNS) -> Thinned:
-    """Mean, lowest and highest value of runs of equal length; NaN counts where all are NaN.
+def thin(series: Series, *, at_most: int = MAX_COLUMNS) -> Thinned:
+    """Return mean, minimum and maximum of windows of equal length, ignoring NaN unless all are NaN.
 
     >>> thinned = thin(Series(np.arange(1, 6), np.array([1.0, 3, 5, 7, 2])), at_most=3)
     >>> thinned.steps.tolist(), thinned.mean.tolist(), thinned.high.tolist()
@@ -40,11 +40,11 @@ def thin(series: Series, *, at_most: int = MOST_COLUMNS) -> Thinned:
     """
     width = -(-len(series) // at_most)
     starts = range(0, len(series), width)
-    runs = [series.values[start : start + width] for start in starts]
+    windows = [series.values[start : start + width] for start in starts]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of runs that are NaN throughout
+        warnings.simplefilter("ignore", RuntimeWarning)  # about windows with only NaN
         mean, low, high = (
-            np.stack([reduce(run, axis=0) for run in runs])
+            np.stack([reduce(window, axis=0) for window in windows])
             for reduce in (np.nanmean, np.nanmin, np.nanmax)
         )
     ends = [min(start + width, len(series)) - 1 for start in starts]
@@ -52,7 +52,7 @@ def thin(series: Series, *, at_most: int = MOST_COLUMNS) -> Thinned:
 
 
 def sample(length: int, at_most: int) -> list[int]:
-    """Evenly spaced indices, the first and the last among them.
+    """Return at most ``at_most`` evenly spaced indices, including the first and the last.
 
     >>> sample(3, 5), sample(1000, 5)
     ([0, 1, 2], [0, 250, 500, 749, 999])

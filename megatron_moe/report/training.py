@@ -1,4 +1,4 @@
-"""Sections about the training itself: losses, learning rate, speed."""
+"""Build the sections about training: losses, learning rate and speed."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from megatron_moe.report.parts import (
     figures,
     line_of,
     steps_table,
+    thinned_series,
     thinning_note,
-    told,
 )
 from megatron_moe.report.picture import Line, line_picture
 from megatron_moe.report.read import RunFiles
@@ -22,14 +22,14 @@ DOMAIN_LOSS = "loss/validation/"
 
 
 def losses(run: RunFiles) -> Section:
-    """Training and held-out loss, and what keeps the router in balance."""
+    """Return the section with training and held-out loss, router losses and learning rate."""
     pictures = [
         _loss(run),
         _loss_by_domain(run),
         _one(
-            run, "loss/load_balancing", "Load-balancing loss", "before its coefficient; 1 is even"
+            run, "loss/load_balancing", "Load-balancing loss", "without coefficient; 1 is balanced"
         ),
-        _one(run, "loss/router_z", "Router z-loss", "before its coefficient"),
+        _one(run, "loss/router_z", "Router z-loss", "without coefficient"),
         _one(run, "grad_norm", "Gradient norm", "before clipping", logarithmic=True),
         _one(run, "learning_rate", "Learning rate", "of each step", from_zero=True),
     ]
@@ -41,7 +41,7 @@ def losses(run: RunFiles) -> Section:
 
 
 def speed(run: RunFiles) -> Section:
-    """Throughput, MFU, and where a step's time and memory go."""
+    """Return the section with throughput, MFU, step time and memory."""
     pictures = [
         _one(
             run, "throughput/tokens_per_second_per_gpu", "Tokens per second and rank",
@@ -49,10 +49,10 @@ def speed(run: RunFiles) -> Section:
         ),
         _one(
             run, "throughput/mfu", "MFU",
-            "model FLOPs / the peak that the log names at start", from_zero=True,
+            "model FLOPs / the peak in the run's log", from_zero=True,
         ),
         _seconds(run),
-        _one(run, "memory/peak_gib", "Memory, GiB", "most that a rank has held", from_zero=True),
+        _one(run, "memory/peak_gib", "Memory, GiB", "peak over ranks", from_zero=True),
     ]  # fmt: skip
     if not any(pictures):
         return Section("speed", "Speed", _no_steps(run))
@@ -61,7 +61,7 @@ def speed(run: RunFiles) -> Section:
 
 
 def _no_steps(run: RunFiles) -> Html:
-    return missing("No step has been logged yet.", "Steps come with ", command(_train(run)), ".")
+    return missing("No step has been logged yet.", command(_train(run)), " logs steps.")
 
 
 def _train(run: RunFiles) -> str:
@@ -72,22 +72,22 @@ def _held_out_remark(run: RunFiles) -> Html | None:
     if run.history.series("loss/validation") is not None:
         return None
     return missing(
-        "No held-out loss: the run has no held-out text.",
+        "There is no held-out loss, because the run has no held-out text.",
         "Set ", command("data.validation_path"), " or ", command("data.validation_fraction"),
-        " and go on with ", command(_train(run)), ".",
+        " and resume with ", command(_train(run)), ".",
     )  # fmt: skip
 
 
 def _loss(run: RunFiles) -> Html | None:
     names = {"loss/lm": "training", "loss/validation": "held-out text"}
-    found = told(run.history, names)
-    if not found:
+    series = thinned_series(run.history, names)
+    if not series:
         return None
-    lines = [line_of(name, values) for name, values in found]
+    lines = [line_of(name, values) for name, values in series]
     lines = [
         Line(
             line.name, line.x, line.y, line.low, line.high,
-            dots=line.name != "training", colour=int(line.name != "training"),
+            dots=line.name != "training", color=int(line.name != "training"),
         )
         for line in lines
     ]  # fmt: skip
@@ -96,27 +96,27 @@ def _loss(run: RunFiles) -> Html | None:
     picture = line_picture(lines, alt=alt_of("Loss", lines), y="nats per token", level=level)
     return figure(
         "Training and held-out loss", picture, steps_table(lines, "Loss, nats per token"),
-        note="Mean over the tokens of a global batch, and over all held-out text.",
+        note="Training loss is a mean over a global batch; held-out loss over all held-out text.",
     )  # fmt: skip
 
 
 def _loss_by_domain(run: RunFiles) -> Html | None:
     names = {name: name.removeprefix(DOMAIN_LOSS) for name in run.history.names(DOMAIN_LOSS)}
-    found = told(run.history, names)
-    if not found:
+    series = thinned_series(run.history, names)
+    if not series:
         return None
-    found.sort(key=lambda item: -np.nan_to_num(item[1].mean[-1]))
+    series.sort(key=lambda item: -np.nan_to_num(item[1].mean[-1]))
     lines = [
         Line(
             name, values.steps, values.mean,
-            dots=len(values.steps) < 30, colour=run.domain_colours.get(name),
+            dots=len(values.steps) < 30, color=run.domain_colors.get(name),
         )
-        for name, values in found
+        for name, values in series
     ]  # fmt: skip
     picture = line_picture(lines, alt=alt_of("Held-out loss by domain", lines), y="nats per token")
     return figure(
         "Held-out loss by domain", picture, steps_table(lines, "Held-out loss, nats per token"),
-        note="Highest last value first.",
+        note="Sorted by the last value, highest first.",
     )  # fmt: skip
 
 
@@ -129,11 +129,11 @@ def _one(
     logarithmic: bool = False,
     from_zero: bool = False,
 ) -> Html | None:
-    """One value of every step."""
-    found = told(run.history, {name: title})
-    if not found:
+    """Return a figure of one metric over steps."""
+    series = thinned_series(run.history, {name: title})
+    if not series:
         return None
-    lines = [line_of(*found[0])]
+    lines = [line_of(*series[0])]
     picture = line_picture(
         lines, alt=alt_of(title, lines), y=note, logarithmic=logarithmic, from_zero=from_zero
     )
@@ -142,27 +142,27 @@ def _one(
 
 def _seconds(run: RunFiles) -> Html | None:
     names = {"time/step_seconds": "whole step", "time/data_seconds": "waiting for data"}
-    found = told(run.history, names)
-    if not found:
+    series = thinned_series(run.history, names)
+    if not series:
         return None
-    lines = [line_of(name, values) for name, values in found]
+    lines = [line_of(name, values) for name, values in series]
     picture = line_picture(
-        lines, alt=alt_of("Seconds of a step", lines), y="seconds", from_zero=True
+        lines, alt=alt_of("Seconds per step", lines), y="seconds", from_zero=True
     )
     return figure(
-        "Seconds of a step", picture, steps_table(lines, "Seconds of a step"),
-        note="The slowest rank's.",
+        "Seconds per step", picture, steps_table(lines, "Seconds per step"),
+        note="Of the slowest rank.",
     )  # fmt: skip
 
 
 def _skipped(run: RunFiles) -> Html | None:
-    """Steps that changed no weights."""
+    """Return a remark on steps that did not change the weights."""
     steps = [line["step"] for line in run.history.lines if line.get("skipped")]
     if not steps:
         return None
     shown = ", ".join(f"{step:,}" for step in steps[:20]) + (", ..." if len(steps) > 20 else "")
     return el(
         "p",
-        f"{number(len(steps))} steps changed no weights, because their loss or gradient was not "
-        f"finite or was a spike: {shown}.",
+        f"{number(len(steps))} steps were skipped without changing the weights, because their loss "
+        f"or gradient was not finite or was a spike: {shown}.",
     )

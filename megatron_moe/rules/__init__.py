@@ -1,1 +1,1 @@
-"""Rules that a configuration must keep."""
+"""Rules that a configuration must satisfy."""

@@ -1,4 +1,4 @@
-"""What a rule looks at, and the words that rules share."""
+"""Define the input of the rules, and a message that several rules share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_moe.hf.spec import DenseSpec
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What the rules look at."""
+    """The input of a rule: a configuration, its dense model and the number of ranks."""
 
     config: RunConfig
     spec: DenseSpec
@@ -18,17 +18,17 @@ class Case:
 
     @property
     def vpp(self) -> int:
-        """Model chunks of a pipeline rank."""
+        """Number of model chunks of a pipeline rank."""
         return self.config.parallel.virtual_pipeline_parallel_size or 1
 
     @property
     def expert_ffn(self) -> int:
-        """Neurons of one expert."""
+        """Number of neurons of one expert."""
         return self.config.moe.moe_ffn_hidden_size or self.spec.ffn_hidden_size
 
 
 def indivisible(name: str, value: int, divisor_name: str, divisor: int, why: str) -> str:
-    """A rule on divisors in words, with the divisors that keep it."""
+    """Return the message of a violated divisibility rule, with all valid divisors."""
     valid = ", ".join(str(d) for d in range(1, value + 1) if value % d == 0)
     short = divisor_name.rpartition(".")[2]
     rule = f"{name} ({value}) must be divisible by {divisor_name} ({divisor}): {why}."

@@ -1,7 +1,7 @@
-"""Every rule a configuration must keep, checked together before any process group exists.
+"""Check all rules of a configuration together, before any process group exists.
 
-Each rule is one function over a `Case` and yields messages of one form: the setting and its value,
-the rule, the other setting and its value, why the rule exists, and, indented, the way out.
+Each rule is a function of a `Case` that yields messages of the same form: the setting and its
+value, the rule, the other setting and its value, the reason and, indented, the way out.
 """
 
 from __future__ import annotations
@@ -15,42 +15,49 @@ from megatron_moe.rules.nearest import changes, nearest_layout
 
 
 def check(config: RunConfig, spec: DenseSpec, world_size: int) -> None:
-    """Refuse a configuration that cannot run.
+    """Reject a configuration that cannot run.
 
     Raises:
-        ConfigError: Every violated rule, with the numbers and the nearest values that keep it.
+        ConfigError: Lists all violated rules, with their values and the nearest valid values.
     """
-    if found := violations(config, spec, world_size):
-        way_out = legal_layout(config, spec, world_size)
-        raise ConfigError("\n".join([*found, *way_out]))
+    if messages := violations(config, spec, world_size):
+        suggestion = legal_layout(config, spec, world_size)
+        raise ConfigError("\n".join([*messages, *suggestion]))
 
 
 def legal_layout(config: RunConfig, spec: DenseSpec, world_size: int) -> list[str]:
-    """A line with the nearest layout that keeps all rules of layouts; none where it needs none.
+    """Return a line with the nearest layout that keeps all layout rules, or none if not needed."""
+    before, nearest = config.parallel, nearest_legal(config, spec, world_size)
+    if nearest is None:
+        return [f"  no layout of {world_size} ranks is legal with the other settings"]
+    if nearest is before:
+        return []
+    return [f"  nearest legal layout of {world_size} ranks: {changes(before, nearest)}"]
 
-    Rules that look at no degree are left out: another layout does not help them.
+
+def nearest_legal(config: RunConfig, spec: DenseSpec, world_size: int) -> Parallel | None:
+    """Return the nearest layout that keeps all rules of layouts; None if there is none.
+
+    The configured layout itself is returned if it is legal. Rules that look at no degree are left
+    out, because another layout does not help them.
     """
 
     def broken(parallel: Parallel) -> bool:
         case = Case(config.model_copy(update={"parallel": parallel}), spec, world_size)
         return any(True for rule in LAYOUT_RULES for _ in rule(case))
 
-    before = config.parallel
-    if not broken(before):
-        return []
-    found = nearest_layout(
-        before,
+    if not broken(config.parallel):
+        return config.parallel
+    return nearest_layout(
+        config.parallel,
         world_size=world_size,
         num_layers=spec.num_layers,
         is_legal=lambda parallel: not broken(parallel),
     )
-    if found is None:
-        return [f"  no layout of {world_size} ranks is legal with the other settings"]
-    return [f"  nearest legal layout of {world_size} ranks: {changes(before, found)}"]
 
 
 def violations(config: RunConfig, spec: DenseSpec, world_size: int) -> list[str]:
-    """Every violated rule in words; an empty list means the configuration can run."""
+    """Return the messages of all violated rules; an empty list means the configuration can run."""
     case = Case(config, spec, world_size)
     return [message for rule in RULES for message in rule(case)]
 
@@ -59,7 +66,7 @@ LAYOUT_RULES = (
     layout.world, layout.heads, layout.experts, layout.dense_ffn,
     layout.pipeline, layout.sequence, layout.batch,
 )  # fmt: skip
-"""Rules that another layout may keep."""
+"""Rules that another layout can satisfy."""
 
 RULES = (
     *LAYOUT_RULES, layout.tp_overlap,

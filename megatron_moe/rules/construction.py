@@ -1,4 +1,4 @@
-"""What a method of building experts asks of the sizes: `rules/check.py` tells all of it.
+"""Rules of the construction methods on expert sizes, which `rules/check.py` includes.
 
 Letters: E num_moe_experts, K moe_router_topk, F intermediate_size of the dense model, M
 moe_ffn_hidden_size, S moe_shared_expert_intermediate_size, G = F / M.
@@ -40,13 +40,13 @@ class _Case:
 
 
 def construction_violations(config: RunConfig, spec: DenseSpec) -> Iterator[str]:
-    """Every rule of upcycle.* that is violated, in words."""
+    """Yield the messages of all violated rules of upcycle.*."""
     case = _Case(config.moe, config.upcycle, spec.ffn_hidden_size)
     for rule in (_whole, _granular, _partition, _sharing, _shared_expert, _mix, _factors, _router):
         yield from rule(case)
     recipe = make_recipe(spec, config.moe, config.upcycle)
     if recipe.needs_measuring and config.upcycle.plan is None:
-        what = (
+        subject = (
             f"upcycle.method ({recipe.method})"
             if recipe.method in NEEDS_MEASURING
             else "upcycle.router_init (centroids)"
@@ -54,20 +54,20 @@ def construction_violations(config: RunConfig, spec: DenseSpec) -> Iterator[str]
             else "a calibrated scale"
         )
         yield (
-            f"{what} is measured on text and needs upcycle.plan: the file that megatron-moe "
+            f"{subject} is measured on text and needs upcycle.plan: the file that megatron-moe "
             "construct writes and train reads.\n  set upcycle.plan, and run megatron-moe construct "
             "CONFIG.yaml first"
         )
 
 
 def measuring_violations(config: RunConfig, spec: DenseSpec) -> Iterator[str]:
-    """What `megatron-moe construct` cannot do, in words."""
+    """Yield the reasons why `megatron-moe construct` cannot run."""
     recipe, samples = make_recipe(spec, config.moe, config.upcycle), config.measure.samples
     experts = config.moe.num_moe_experts
     if not recipe.needs_measuring:
         yield (
-            f"upcycle.method ({recipe.method}) with this router and scale needs no measuring: "
-            "there is no plan file to make.\n  run megatron-moe train"
+            f"upcycle.method ({recipe.method}) with this router and scale needs no "
+            "measurements: there is no plan file to write.\n  run megatron-moe train"
         )
     elif config.upcycle.plan is None:
         yield (
@@ -77,7 +77,7 @@ def measuring_violations(config: RunConfig, spec: DenseSpec) -> Iterator[str]:
     if samples % experts:
         yield (
             f"measure.samples ({samples}) must be divisible by moe.num_moe_experts ({experts}): "
-            "the sequences are cut into one cluster an expert, all of one size.\n"
+            "the sequences are divided into one cluster of equal size per expert.\n"
             f"  nearest measure.samples: {nearest_multiples(samples, experts)}"
         )
 
@@ -114,8 +114,8 @@ def _granular(case: _Case) -> Iterator[str]:
     if (case.upcycle.scale or "exact") == "exact" and moe.moe_router_topk % shards:
         yield (
             f"moe.moe_router_topk ({moe.moe_router_topk}) must be divisible by intermediate_size / "
-            f"moe_ffn_hidden_size = {shards} with upcycle.scale (exact): a token that misses a "
-            "shard of the dense FFN cannot get its output back by a factor.\n"
+            f"moe_ffn_hidden_size = {shards} with upcycle.scale (exact): if a token misses a "
+            "shard of the dense FFN, no factor can restore its output.\n"
             f"  nearest moe_router_topk: {nearest_multiples(moe.moe_router_topk, shards)}; or set "
             "upcycle.scale"
         )
@@ -129,7 +129,7 @@ def _partition(case: _Case) -> Iterator[str]:
         way_out = (
             f"set moe.moe_ffn_hidden_size={left // experts}"
             if left > 0 and left % experts == 0
-            else f"choose them so that num_moe_experts divides {left}"
+            else f"choose sizes so that num_moe_experts divides {left}"
         )
         yield (
             f"moe.num_moe_experts * moe_ffn_hidden_size + moe_shared_expert_intermediate_size = "
@@ -146,7 +146,7 @@ def _sharing(case: _Case) -> Iterator[str]:
         yield (
             f"moe.moe_ffn_hidden_size + moe_shared_expert_intermediate_size = {case.size} + "
             f"{case.shared} = {taken} must be at most the dense model's intermediate_size "
-            f"({case.dense_size}) {case.with_method}: an expert takes no neuron twice.\n"
+            f"({case.dense_size}) {case.with_method}: an expert must not use a neuron twice.\n"
             f"  largest moe_ffn_hidden_size with this shared expert: "
             f"{max(case.dense_size - case.shared, 0)}"
         )
@@ -157,14 +157,14 @@ def _shared_expert(case: _Case) -> Iterator[str]:
     if case.shared and method not in _WITH_SHARED:
         yield (
             f"moe.moe_shared_expert_intermediate_size ({case.shared}) {case.with_method} has no "
-            "neurons to take: the routed experts hold the whole dense FFN, and it would count "
-            f"twice.\n  methods with a shared expert: {', '.join(_WITH_SHARED)}"
+            "neurons to use: the routed experts hold the whole dense FFN, and its neurons would "
+            f"count twice.\n  methods with a shared expert: {', '.join(_WITH_SHARED)}"
         )
     if not case.shared and method in ("sharing_inter", "weaver"):
         yield (
-            f"upcycle.method ({method}) needs moe.moe_shared_expert_intermediate_size: it is the "
-            "method of moving common neurons to a shared expert.\n  set it, or upcycle.method="
-            f"{'split_clustered' if method == 'weaver' else 'sharing_inner'} to go without"
+            f"upcycle.method ({method}) needs moe.moe_shared_expert_intermediate_size: the "
+            "method moves common neurons to a shared expert.\n  set it, or set upcycle.method="
+            f"{'split_clustered' if method == 'weaver' else 'sharing_inner'} to have none"
         )
 
 
@@ -173,14 +173,15 @@ def _mix(case: _Case) -> Iterator[str]:
     if (case.upcycle.method == "mix") != (sources > 1):
         yield (
             f"upcycle.mix_with ({sources - 1} folders) {case.with_method}: method mix takes "
-            "experts from dense.path and at least one more dense model, other methods from one.\n"
+            "experts from dense.path and at least one more dense model, other methods only from "
+            "dense.path.\n"
             "  set both or neither"
         )
     if sources > experts:
         yield (
             f"upcycle.mix_with names {sources - 1} dense models besides dense.path, more than "
-            f"moe.num_moe_experts ({experts}): one would give no expert.\n"
-            f"  set moe.num_moe_experts={sources} or more, or leave {sources - experts} out"
+            f"moe.num_moe_experts ({experts}): each must provide an expert.\n"
+            f"  set moe.num_moe_experts={sources} or more, or remove {sources - experts} of them"
         )
 
 
@@ -188,23 +189,24 @@ def _factors(case: _Case) -> Iterator[str]:
     u, granular = case.upcycle, case.upcycle.method == "granular"
     if u.scale is not None and not granular:
         yield (
-            f"upcycle.scale ({u.scale}) is for upcycle.method (granular), but it is {u.method}: "
-            "its factor is that of whole replicas.\n  set upcycle.rescale instead"
+            f"upcycle.scale ({u.scale}) requires upcycle.method (granular), but it is {u.method}: "
+            "its factor is for whole replicas.\n  set upcycle.rescale instead"
         )
     if u.rescale is not None and granular:
         yield (
-            f"upcycle.rescale ({u.rescale}) is not for upcycle.method (granular): its shards are "
-            "chosen as whole replicas, and have a factor of their own.\n  set upcycle.scale instead"
+            f"upcycle.rescale ({u.rescale}) cannot be combined with upcycle.method (granular): its "
+            "shards form whole replicas, which have their own factor.\n  set upcycle.scale instead"
         )
     if granular and u.scale == "paper" and u.rescale_at == "runtime":
         yield (
-            "upcycle.rescale_at (runtime) cannot be with upcycle.scale (paper): the paper's factor "
-            "goes into gate, up and down; its effect inside SiLU is no factor of the output.\n"
+            "upcycle.rescale_at (runtime) cannot be combined with upcycle.scale (paper): the "
+            "paper's factor scales gate, up and down; inside SiLU it is not a factor of the "
+            "output.\n"
             "  set upcycle.rescale_at=weights, or upcycle.scale=exact"
         )
     if u.permutation_seed is not None and u.method not in _BY_POSITION:
         yield (
-            f"upcycle.permutation_seed ({u.permutation_seed}) has no meaning {case.with_method}, "
+            f"upcycle.permutation_seed ({u.permutation_seed}) has no effect {case.with_method}, "
             "which chooses neurons itself.\n  leave it unset, and set upcycle.seed"
         )
 
@@ -213,6 +215,6 @@ def _router(case: _Case) -> Iterator[str]:
     if case.upcycle.router_init == "virtual_groups" and case.upcycle.method != "granular":
         yield (
             f"upcycle.router_init (virtual_groups) {case.with_method}: only experts of method "
-            "granular are shards of replicas that are to be chosen together.\n"
+            "granular are shards of replicas that must be chosen together.\n"
             "  leave upcycle.router_init unset, or set upcycle.method=granular"
         )

@@ -1,4 +1,4 @@
-"""Rules of degrees of parallelism: what they divide, and what must divide them."""
+"""Rules of the degrees of parallelism: what they must divide, and what must divide them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_moe.rules.case import Case, indivisible
 
 
 def world(case: Case) -> Iterator[str]:
-    """The world holds the layout."""
+    """Check that the degrees divide the world size."""
     p = case.config.parallel
     for axis, degrees in (
         ("dp", {"pp": p.pipeline_parallel_size, "cp": p.context_parallel_size,
@@ -24,13 +24,13 @@ def world(case: Case) -> Iterator[str]:
             names, values = " * ".join(degrees), " * ".join(map(str, degrees.values()))
             yield (
                 f"world_size ({case.world_size}) must be divisible by {names} = {values} = "
-                f"{product}: {axis} is what is left over.\n"
+                f"{product}: {axis} is the quotient.\n"
                 f"  nearest world_size: {nearest_multiples(case.world_size, product)}"
             )
 
 
 def heads(case: Case) -> Iterator[str]:
-    """Tp divides the query groups."""
+    """Check that tp divides the query groups."""
     tp = case.config.parallel.tensor_parallel_size
     if case.spec.num_query_groups % tp:
         yield indivisible(
@@ -40,7 +40,7 @@ def heads(case: Case) -> Iterator[str]:
 
 
 def experts(case: Case) -> Iterator[str]:
-    """ep, etp and K fit the experts."""
+    """Check that ep, etp and K match the experts."""
     moe, p = case.config.moe, case.config.parallel
     if moe.num_moe_experts % p.expert_parallel_size:
         yield indivisible(
@@ -52,12 +52,12 @@ def experts(case: Case) -> Iterator[str]:
         yield indivisible(
             "moe.moe_ffn_hidden_size", case.expert_ffn,
             "parallel.expert_tensor_parallel_size", p.expert_tensor_parallel_size,
-            "each etp rank holds as many neurons of an expert",
+            "every etp rank must hold an equal share of an expert's neurons",
         )  # fmt: skip
     if moe.moe_router_topk > moe.num_moe_experts:
         yield (
             f"moe.moe_router_topk ({moe.moe_router_topk}) must be at most moe.num_moe_experts "
-            f"({moe.num_moe_experts}): a token goes to different experts.\n"
+            f"({moe.num_moe_experts}): a token is routed to distinct experts.\n"
             f"  largest moe.moe_router_topk: {moe.num_moe_experts}"
         )
     softmax = moe.moe_router_score_function == "softmax"
@@ -70,18 +70,18 @@ def experts(case: Case) -> Iterator[str]:
 
 
 def dense_ffn(case: Case) -> Iterator[str]:
-    """Tp divides the FFN of layers that stay dense."""
+    """Check that tp divides the FFN of layers that stay dense."""
     tp = case.config.parallel.tensor_parallel_size
     some_dense = len(moe_layer_ids(case.config.moe, case.spec.num_layers)) < case.spec.num_layers
     if some_dense and case.spec.ffn_hidden_size % tp:
         yield indivisible(
             "intermediate_size of the dense model", case.spec.ffn_hidden_size,
-            "parallel.tensor_parallel_size", tp, "the layers that stay dense are split over tp",
+            "parallel.tensor_parallel_size", tp, "the layers that stay dense are sharded over tp",
         )  # fmt: skip
 
 
 def pipeline(case: Case) -> Iterator[str]:
-    """Pp and vpp divide the layers."""
+    """Check that pp and vpp divide the layers."""
     pp, layers = case.config.parallel.pipeline_parallel_size, case.spec.num_layers
     if case.vpp > 1 and pp == 1:
         yield (
@@ -95,41 +95,43 @@ def pipeline(case: Case) -> Iterator[str]:
         near = sorted(fits, key=lambda ab: abs(math.prod(map(int, ab.split("x"))) - pp * case.vpp))
         yield (
             f"num_hidden_layers of the dense model ({layers}) must be divisible by "
-            f"pp * vpp = {pp} * {case.vpp} = {pp * case.vpp}: every chunk holds as many layers.\n"
+            f"pp * vpp = {pp} * {case.vpp} = {pp * case.vpp}: every chunk must hold the same "
+            "number of layers.\n"
             f"  nearest pp x vpp: {', '.join(near[:4])}"
         )
 
 
 def sequence(case: Case) -> Iterator[str]:
-    """Cp and tp divide the sequence, and the dense model knows its positions."""
+    """Check that cp and tp divide the sequence, and that the dense model supports its length."""
     p, length = case.config.parallel, case.config.data.seq_length
     tp, cp = p.tensor_parallel_size, p.context_parallel_size
-    # Zigzag context parallelism cuts the sequence into 2 * cp chunks; each cp rank's part is then
-    # scattered over tp (sequence parallelism).
+    # Zigzag context parallelism divides the sequence into 2 * cp chunks; each cp rank's slice is
+    # then scattered over tp (sequence parallelism).
     unit = (2 * cp if cp > 1 else 1) * tp
     if length % unit:
         names = "2 * cp * tp" if cp > 1 else "tp"
         yield (
             f"data.seq_length ({length}) must be divisible by {names} = {unit}: the sequence is "
-            f"shared by these ranks.\n  nearest data.seq_length: {nearest_multiples(length, unit)}"
+            "sharded over these ranks.\n"
+            f"  nearest data.seq_length: {nearest_multiples(length, unit)}"
         )
     if length > case.spec.max_position_embeddings:
         yield (
             f"data.seq_length ({length}) must be at most the dense model's "
-            f"max_position_embeddings ({case.spec.max_position_embeddings}): it has not seen "
-            "positions beyond.\n"
+            f"max_position_embeddings ({case.spec.max_position_embeddings}): it was not "
+            "trained on later positions.\n"
             f"  largest data.seq_length: {case.spec.max_position_embeddings}"
         )
 
 
 def tp_overlap(case: Case) -> Iterator[str]:
-    """There is tp communication to overlap, and an engine that can."""
+    """Check that there is tp communication, and that the engine can overlap it."""
     if not case.config.train.tp_comm_overlap:
         return
     if case.config.run.engine == "torch":
         yield (
             "train.tp_comm_overlap (true) needs run.engine to be transformer_engine: only its "
-            "linear layers overlap communication with the products.\n"
+            "linear layers overlap communication with matrix products.\n"
             "  leave train.tp_comm_overlap unset"
         )
     if case.config.parallel.tensor_parallel_size == 1:
@@ -140,18 +142,18 @@ def tp_overlap(case: Case) -> Iterator[str]:
 
 
 def batch(case: Case) -> Iterator[str]:
-    """Replicas take whole micro-batches, and interleaving whole rounds of them."""
+    """Check that replicas get whole micro-batches, and an interleaved schedule whole rounds."""
     p, train = case.config.parallel, case.config.train
     model = p.pipeline_parallel_size * p.context_parallel_size * p.tensor_parallel_size
     if case.world_size % model:
-        return  # dp does not exist; world has said so
+        return  # dp is not defined, which `world` reports
     dp = case.world_size // model
     unit = train.micro_batch_size * dp
     if train.global_batch_size % unit:
         yield (
             f"train.global_batch_size ({train.global_batch_size}) must be divisible by "
             f"train.micro_batch_size * dp = {train.micro_batch_size} * {dp} = {unit}: every "
-            "replica takes whole micro-batches.\n  nearest train.global_batch_size: "
+            "replica processes whole micro-batches.\n  nearest train.global_batch_size: "
             f"{nearest_multiples(train.global_batch_size, unit)}"
         )
     elif case.vpp > 1 and (train.global_batch_size // unit) % p.pipeline_parallel_size:

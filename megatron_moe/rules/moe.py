@@ -10,30 +10,30 @@ from megatron_moe.rules.construction import construction_violations
 
 
 def construction(case: Case) -> Iterator[str]:
-    """The method can build these experts."""
+    """Check that the method can build these experts."""
     return construction_violations(case.config, case.spec)
 
 
 def shared_expert(case: Case) -> Iterator[str]:
-    """Tp divides the shared expert."""
+    """Check that tp divides the shared expert."""
     tp = case.config.parallel.tensor_parallel_size
     size = case.config.moe.moe_shared_expert_intermediate_size or 0
     if size % tp:
         yield indivisible(
             "moe.moe_shared_expert_intermediate_size", size,
-            "parallel.tensor_parallel_size", tp, "the shared expert is split over tp",
+            "parallel.tensor_parallel_size", tp, "the shared expert is sharded over tp",
         )  # fmt: skip
 
 
 def moe_layers(case: Case) -> Iterator[str]:
-    """The layers that become MoE exist."""
+    """Check that the layers that become MoE layers exist."""
     moe = case.config.moe
     layers = moe_layer_ids(moe, case.spec.num_layers)
     if moe.moe_layers != "all" and (moe.first_dense_layers or moe.last_dense_layers):
         yield (
             f"moe.first_dense_layers ({moe.first_dense_layers}) and moe.last_dense_layers "
-            f"({moe.last_dense_layers}) are for moe.moe_layers (all), but it is a list.\n"
-            "  leave the dense layers out of the list"
+            f"({moe.last_dense_layers}) require moe.moe_layers (all), but it is a list.\n"
+            "  remove the dense layers from the list"
         )
     if moe.first_dense_layers + moe.last_dense_layers >= case.spec.num_layers:
         yield (
@@ -60,7 +60,7 @@ def moe_layers(case: Case) -> Iterator[str]:
 
 
 def capacity(case: Case) -> Iterator[str]:
-    """What is dropped and padded is defined."""
+    """Check that the settings of dropping and padding are consistent."""
     moe = case.config.moe
     if moe.moe_expert_capacity_factor is None:
         for name, unset in (
@@ -69,8 +69,8 @@ def capacity(case: Case) -> Iterator[str]:
         ):  # fmt: skip
             if (value := getattr(moe, name)) != unset:
                 yield (
-                    f"moe.{name} ({value}) needs moe.moe_expert_capacity_factor: without one "
-                    "nothing is dropped.\n  set moe.moe_expert_capacity_factor, or leave "
+                    f"moe.{name} ({value}) needs moe.moe_expert_capacity_factor: without it, "
+                    "no token is dropped.\n  set moe.moe_expert_capacity_factor, or leave "
                     f"moe.{name} unset"
                 )
         return
@@ -78,23 +78,24 @@ def capacity(case: Case) -> Iterator[str]:
         return
     if moe.capacity_scope == "sequence":
         yield (
-            "moe.capacity_scope (sequence) cannot be with moe.moe_pad_expert_input_to_capacity "
-            "(true): an expert then takes another number of tokens from each rank, and there is no "
-            "one number to pad to.\n  set moe.capacity_scope=rank"
+            "moe.capacity_scope (sequence) cannot be combined with "
+            "moe.moe_pad_expert_input_to_capacity (true): an expert then takes a different number "
+            "of tokens from each rank, so there is no common size to pad to.\n"
+            "  set moe.capacity_scope=rank"
         )
     factor = moe.megatron_capacity_factor
     assert factor is not None
     if factor * moe.moe_router_topk > moe.num_moe_experts:
         yield (
-            f"moe.moe_expert_capacity_factor ({moe.moe_expert_capacity_factor}) makes a capacity "
-            "larger than all tokens, which moe.moe_pad_expert_input_to_capacity (true) cannot pad "
-            f"to.\n  largest moe.moe_expert_capacity_factor: "
+            f"moe.moe_expert_capacity_factor ({moe.moe_expert_capacity_factor}) gives a capacity "
+            "above the number of tokens, which moe.moe_pad_expert_input_to_capacity (true) cannot "
+            f"pad to.\n  largest moe.moe_expert_capacity_factor: "
             f"{moe.moe_expert_capacity_factor / factor * moe.num_moe_experts / moe.moe_router_topk}"
         )
 
 
 def dispatcher(case: Case) -> Iterator[str]:
-    """The flex dispatcher can carry these tokens."""
+    """Check that the flex dispatcher supports this layout and padding."""
     moe, p = case.config.moe, case.config.parallel
     if moe.moe_token_dispatcher_type != "flex":
         return
@@ -107,7 +108,7 @@ def dispatcher(case: Case) -> Iterator[str]:
         )
     if moe.moe_flex_dispatcher_backend == "deepep" and moe.moe_pad_expert_input_to_capacity:
         yield (
-            "moe.moe_flex_dispatcher_backend (deepep) cannot be with "
+            "moe.moe_flex_dispatcher_backend (deepep) cannot be combined with "
             "moe.moe_pad_expert_input_to_capacity (true): DeepEP sends each token to its chosen "
             "experts and has no padding.\n  set moe.moe_flex_dispatcher_backend=hybridep, or "
             "leave moe.moe_pad_expert_input_to_capacity unset"
@@ -115,31 +116,31 @@ def dispatcher(case: Case) -> Iterator[str]:
 
 
 def router(case: Case) -> Iterator[str]:
-    """The router can be trained and balanced as asked."""
+    """Check that the router's gate, score function, balancing and order are compatible."""
     moe = case.config.moe
     sigmoid = moe.moe_router_score_function == "sigmoid"
     if moe.moe_router_enable_expert_bias and not sigmoid:
         yield (
             "moe.moe_router_enable_expert_bias (true) needs moe.moe_router_score_function "
-            "(softmax) to be sigmoid: the bias is added to scores of experts taken alone.\n"
+            "(softmax) to be sigmoid: the bias is added to independent scores of experts.\n"
             "  set moe.moe_router_score_function=sigmoid"
         )
     noisy = moe.router_gate != "linear"
     if noisy and sigmoid:
         yield (
             f"moe.router_gate ({moe.router_gate}) needs moe.moe_router_score_function (sigmoid) to "
-            "be softmax, which the noisy gate is defined with.\n"
+            "be softmax: the noisy gate is defined only with softmax.\n"
             "  set moe.moe_router_score_function=softmax"
         )
     if moe.moe_router_load_balancing_type == "cv_squared" and not noisy:
         yield (
             "moe.moe_router_load_balancing_type (cv_squared) needs moe.router_gate (linear) to be "
-            "noisy: its load is a probability under the gate's noise.\n"
+            "noisy: its load is defined as a probability under the gate's noise.\n"
             "  set moe.router_gate=noisy_linear or moe.moe_router_load_balancing_type=aux_loss"
         )
     if sigmoid and moe.router_order != "topk_softmax":
         yield (
-            f"moe.router_order ({moe.router_order}) has no meaning with "
-            "moe.moe_router_score_function (sigmoid): scores of the chosen are divided by their "
-            "sum.\n  leave moe.router_order unset"
+            f"moe.router_order ({moe.router_order}) has no effect with "
+            "moe.moe_router_score_function (sigmoid): the scores of chosen experts are divided by "
+            "their sum.\n  leave moe.router_order unset"
         )

@@ -1,4 +1,4 @@
-"""The legal layout closest to one that is not: a pure search over degrees of the same world."""
+"""Search for the nearest legal layout with the same number of ranks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from megatron_moe.config.run import Parallel
 
 Degrees = tuple[int, int, int, int, int, int]
-"""tp, cp, pp, vpp, ep, etp."""
+"""Degrees in the order tp, cp, pp, vpp, ep, etp."""
 
 SETTINGS = (
     "tensor_parallel_size", "context_parallel_size", "pipeline_parallel_size",
@@ -21,21 +21,22 @@ SETTINGS = (
 def nearest_layout(
     parallel: Parallel, *, world_size: int, num_layers: int, is_legal: Callable[[Parallel], bool]
 ) -> Parallel | None:
-    """The legal degrees that differ least from ``parallel``; None where no degrees are legal.
+    """Return the legal layout nearest to ``parallel``, or None if no layout is legal.
 
-    Degrees are compared by ratio: from 4 to 2 is as far as from 1 to 2. Of two at one distance the
-    smaller degrees win: less communication.
+    Degrees are compared by ratio: 4 to 2 is the same distance as 1 to 2. Ties go to the smaller
+    degrees, which need less communication.
     """
-    wanted = _degrees(parallel)
-    for degrees in sorted(_layouts(world_size, num_layers), key=lambda d: (_far(d, wanted), d)):
-        found = _parallel(parallel, degrees)
-        if is_legal(found):
-            return found
+    current = _degrees(parallel)
+    candidates = _layouts(world_size, num_layers)
+    for degrees in sorted(candidates, key=lambda d: (_distance(d, current), d)):
+        candidate = _parallel(parallel, degrees)
+        if is_legal(candidate):
+            return candidate
     return None
 
 
 def changes(before: Parallel, after: Parallel) -> str:
-    """The settings to change, as the command line takes them."""
+    """Return the settings to change, in command-line form."""
     return " ".join(
         f"parallel.{name}={getattr(after, name) or 1}"
         for name in SETTINGS
@@ -44,7 +45,7 @@ def changes(before: Parallel, after: Parallel) -> str:
 
 
 def _layouts(world_size: int, num_layers: int) -> Iterator[Degrees]:
-    """Degrees that divide the world twice, and the layers."""
+    """Yield degrees that divide the world size in both grids, and the layers."""
     for pp in _divisors(math.gcd(world_size, num_layers)):
         stage = world_size // pp
         chunks = _divisors(num_layers // pp) if pp > 1 else [1]
@@ -53,8 +54,8 @@ def _layouts(world_size: int, num_layers: int) -> Iterator[Degrees]:
             yield tp, cp, pp, vpp, ep, etp
 
 
-def _far(degrees: Degrees, wanted: Degrees) -> float:
-    return sum(abs(math.log2(a / b)) for a, b in zip(degrees, wanted, strict=True))
+def _distance(degrees: Degrees, other: Degrees) -> float:
+    return sum(abs(math.log2(a / b)) for a, b in zip(degrees, other, strict=True))
 
 
 def _degrees(parallel: Parallel) -> Degrees:

@@ -10,7 +10,7 @@ from megatron_moe.rules.case import Case
 
 
 def schedule(case: Case) -> Iterator[str]:
-    """The learning rate reaches its peak and falls."""
+    """Check that the learning rate reaches its peak and decays."""
     optimizer, steps = case.config.optimizer, case.config.train.steps
     if optimizer.min_lr > optimizer.lr:
         yield (
@@ -27,29 +27,29 @@ def schedule(case: Case) -> Iterator[str]:
 
 
 def texts(case: Case) -> Iterator[str]:
-    """There is one text, or a mixture, and one way to hold text out."""
+    """Check that there is one text or a mixture, and at most one kind of held-out text."""
     data = case.config.data
     if (data.path is None) == (data.domains is None):
         yield (
-            "data.path or data.domains must be set, one of the two.\n"
-            "  set data.path to a text, or data.domains to several by name in given shares"
+            "exactly one of data.path and data.domains must be set.\n"
+            "  set data.path for one text, or data.domains for several named texts with weights"
         )
         return
     if data.domains is not None and data.validation_path is not None:
         yield (
-            "data.validation_path is for data.path.\n"
+            "data.validation_path requires data.path.\n"
             "  set data.domains.NAME.validation_path, or data.validation_fraction"
         )
     paths = [data.validation_path, *(d.validation_path for d in (data.domains or {}).values())]
     if data.validation_fraction is not None and any(paths):
         yield (
             f"data.validation_fraction ({data.validation_fraction}) and a validation_path are two "
-            "ways to hold text out.\n  leave out one of the two"
+            "ways to hold out text.\n  set only one of them"
         )
 
 
 def mixing(case: Case) -> Iterator[str]:
-    """Weights that move have something to follow."""
+    """Check that adaptive weights have reference losses, held-out text and a valid interval."""
     data, train = case.config.data, case.config.train
     try:
         starting_weights(data)
@@ -60,15 +60,16 @@ def mixing(case: Case) -> Iterator[str]:
         return
     rule = f"data.mixing.update ({mixing.update})"
     if data.domains is None:
-        yield f"{rule} needs data.domains: one text has no shares that could move"
+        yield f"{rule} needs data.domains: one text has no weights to adapt"
         return
     if mixing.reference_losses is None:
         yield (
-            f"{rule} needs data.mixing.reference_losses: weights follow the losses above them.\n"
-            "  megatron-moe reference-loss CONFIG.yaml --out FILE evaluates the dense model"
+            f"{rule} needs data.mixing.reference_losses: weights follow the losses in excess of "
+            "them.\n"
+            "  run megatron-moe reference-loss CONFIG.yaml --out FILE"
         )
-    judged = (data.validation_fraction, *(d.validation_path for d in data.domains.values()))
-    if judged[0] is None and not all(judged[1:]):
+    paths = [domain.validation_path for domain in data.domains.values()]
+    if data.validation_fraction is None and not all(paths):
         yield (
             f"{rule} needs held-out text of each domain.\n"
             "  set data.validation_fraction, or data.domains.NAME.validation_path for all"
@@ -76,13 +77,13 @@ def mixing(case: Case) -> Iterator[str]:
     if mixing.interval < step_tokens:
         yield (
             f"data.mixing.interval ({mixing.interval} tokens) must be at least the tokens of a "
-            f"step, train.global_batch_size * data.seq_length = {step_tokens}: weights move "
-            f"between steps.\n  smallest data.mixing.interval: {step_tokens}"
+            f"step, train.global_batch_size * data.seq_length = {step_tokens}: weights "
+            f"change only between steps.\n  smallest data.mixing.interval: {step_tokens}"
         )
 
 
 def recompute(case: Case) -> Iterator[str]:
-    """The engine can recompute what is asked for."""
+    """Check that the engine supports the recomputation setting."""
     run = case.config.run
     if case.config.train.recompute == "selective" and run.engine == "torch" and run.device != "cpu":
         yield (
@@ -94,7 +95,7 @@ def recompute(case: Case) -> Iterator[str]:
 
 
 def reset_attention(case: Case) -> Iterator[str]:
-    """The engine's attention can stay within documents."""
+    """Check that the engine's attention supports resets at document boundaries."""
     data, p, train = case.config.data, case.config.parallel, case.config.train
     run = case.config.run
     if not data.reset_attention or run.device == "cpu" or run.engine == "torch":
@@ -105,7 +106,7 @@ def reset_attention(case: Case) -> Iterator[str]:
     ):
         if value > 1:
             yield (
-                f"data.reset_attention (true) with Transformer Engine needs {name} to be 1, not "
-                f"({value}): it takes packed documents as one row.\n"
-                "  set run.engine=torch, whose attention takes any, or use more micro-batches"
+                f"data.reset_attention (true) with Transformer Engine needs {name} ({value}) to be "
+                "1: it takes packed documents as a single row.\n"
+                "  set run.engine=torch, which has no such limit, or use more micro-batches"
             )

@@ -1,6 +1,6 @@
-"""Routers with known preferences, followed on real ranks; and a model that does not notice.
+"""Test counts of routers with known preferences on real ranks, and that the model is unaffected.
 
-The expected counts are reckoned from the tokens of the text alone.
+The expected counts are computed from the tokens of the text alone.
 """
 
 import math
@@ -49,8 +49,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def run_config(inputs: dict[str, Any], name: str) -> tuple[int, RunConfig]:
-    world_size, found = changes(name)
-    settings = tree(inputs["root"] / "run", inputs["dense"], inputs["root"] / "one", **found)
+    world_size, layout = changes(name)
+    settings = tree(inputs["root"] / "run", inputs["dense"], inputs["root"] / "one", **layout)
     settings["train"] |= {"micro_batch_size": 2}
     return world_size, build(RunConfig, settings)
 
@@ -74,38 +74,41 @@ def check_counts(world: World, config: RunConfig, inputs: dict[str, Any]) -> Non
     from megatron_moe.train.step import mean_loss
 
     collector, feed, modules, (model, groups) = made(world, config, inputs)
-    found = {}
+    counts = {}
     for domain, ids in inputs["ids"].items():
         batches = feed.held_out(domain)
         before = mean_loss(modules, batches, config, model, groups)
         routed = collector.read(batches, num_samples=SAMPLES)
         after = mean_loss(modules, batches, config, model, groups)
-        assert before == routed.loss == after  # bit for bit: the model notices nothing
+        assert before == routed.loss == after  # bitwise equal: observation changes nothing
         assert routed.tokens == SEQ_LENGTH * SAMPLES
         assert routed.chosen_HLE.equal(expected_counts(ids)), (domain, routed.chosen_HLE)
         together_LEE = expected_together(ids)
         assert routed.together_LEE.equal(together_LEE), (domain, routed.together_LEE)
         assert not routed.dropped_L.any()
-        found[domain] = routed.chosen_HLE.sum(dim=0).numpy()
+        counts[domain] = routed.chosen_HLE.sum(dim=0).numpy()
         # Every token's logits are a permutation of (0.2, 0.1, 0, 0) times its one feature.
         feature = 1 / math.sqrt(1 / 64 + 1e-5)
         best = 1 / (1 + math.exp(-0.1 * feature) + 2 * math.exp(-0.2 * feature))
         assert (routed.confidence_L / routed.tokens).tolist() == pytest.approx([best] * LAYERS)
-    check_distances(found)
+    check_distances(counts)
 
 
-def check_distances(found: dict[str, np.ndarray]) -> None:
-    """One and same choose the same two experts, other the other two: 4 times 1/2 squared."""
-    apart_LZZ = distances(np.stack(list(found.values())))
+def check_distances(counts: dict[str, np.ndarray]) -> None:
+    """Check that "one" and "same" use the same two experts, and "other" the other two.
+
+    The distance of the latter is sqrt(4 * (1/2)^2) = 1.
+    """
+    apart_LZZ = distances(np.stack(list(counts.values())))
     assert apart_LZZ[:, 0, 1] == pytest.approx(np.zeros(LAYERS))
     assert apart_LZZ[:, 0, 2] == pytest.approx(np.ones(LAYERS))
 
 
 def expected_counts(ids: np.ndarray) -> torch.Tensor:
-    """By half, layer and expert; a half is of whole samples, and the third of five is early."""
+    """Return counts by half, layer and expert; the third of five samples is in the first half."""
     counts_HLE = torch.zeros(2, LAYERS, EXPERTS, dtype=torch.int64)
-    for place, token in enumerate(ids[:-1]):
-        half = int(2 * (place // SEQ_LENGTH) >= SAMPLES)
+    for position, token in enumerate(ids[:-1]):
+        half = int(2 * (position // SEQ_LENGTH) >= SAMPLES)
         for layer in range(LAYERS):
             for expert in experts_of(token % 4, layer):
                 counts_HLE[half, layer, expert] += 1
@@ -123,9 +126,9 @@ def expected_together(ids: np.ndarray) -> torch.Tensor:
 
 
 def made(world: World, config: RunConfig, inputs: dict[str, Any]) -> Any:
-    """The constructed model on this rank, what follows it, and what it reads."""
+    """Return the collector, the data feed, and the constructed model of this rank."""
     from megatron_moe.analyze.collect import Collector
-    from megatron_moe.data.feed import Feed, Seat
+    from megatron_moe.data.feed import DataRank, Feed
     from megatron_moe.data.texts import Texts, open_text
     from megatron_moe.experts.plan import make_expert_plan
     from megatron_moe.hf.reader import open_dense_checkpoint
@@ -145,7 +148,7 @@ def made(world: World, config: RunConfig, inputs: dict[str, Any]) -> Any:
     texts = {n: open_text(inputs["root"] / n, config, vocab_size=vocab_size) for n in TEXTS}
     feed = Feed(
         Texts(training={}, validation=texts, references=None, remarks=[]),
-        config, Seat.of(groups),
+        config, DataRank.of(groups),
     )  # fmt: skip
     collector = Collector(model, model.modules, config, groups, layers=range(LAYERS))
     return collector, feed, model.modules, (model, groups)
@@ -158,10 +161,10 @@ def test_dropped_choices_are_counted(inputs: dict[str, Any], name: str):
 
 
 def check_drops(world: World, config: RunConfig, inputs: dict[str, Any]) -> None:
-    """Of a micro-batch of 64 tokens each of 2 experts takes ceil(64 * 2 / 4 * 0.75) = 24."""
+    """Check drops: of 64 tokens, each of 2 experts keeps 64 * 2 / 4 * 0.75 = 24."""
     collector, feed, _, _ = made(world, config, inputs)
     routed = collector.read(feed.held_out("one"), num_samples=SAMPLES)
-    # The fifth sample shares its micro-batch with one that only fills it, and among equals the
-    # first positions are kept: 12 of each. Of 64 that count 40 are dropped.
+    # The fifth sample shares its micro-batch with a sample that only fills it. Among ties, the
+    # first positions are kept: 12 of each sample. Of 64 choices of a full batch, 40 are dropped.
     assert routed.dropped_L.tolist() == [2 * (40 + 40 + 20)] * LAYERS
     assert routed.chosen_HLE.sum(dim=0).equal(expected_counts(inputs["ids"]["one"]).sum(dim=0))

@@ -1,7 +1,7 @@
-"""`megatron-moe analyze` on a trained run: the same numbers under any layout, and its files.
+"""Test `megatron-moe analyze` on a trained run: equal numbers under any layout, and its files.
 
-A tiny model is trained for two large steps first, so that experts differ. Floats of layouts differ
-in the seventh digit, and the file keeps six after the point.
+A tiny model is first trained for two large steps, so that experts differ. Floats differ between
+layouts in the seventh digit, and the file keeps six decimals.
 """
 
 import json
@@ -29,7 +29,7 @@ SEQ_LENGTH, SAMPLES, LAYERS, TOPK = 32, 5, [0, 1, 3], 2
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two domains and two checkpoints."""
+    """Return a run with two domains and two checkpoints."""
     root = tmp_path_factory.mktemp("analyze")
     domains = {
         name: {"path": str(write_tokens(root / name, seed=seed)), "weight": 0.5}
@@ -51,10 +51,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def overrides(name: str) -> tuple[int, list[str]]:
-    world_size, found = changes(name)
+    world_size, layout = changes(name)
     return world_size, [
         f"{section}.{key}={json.dumps(value)}"
-        for section, values in found.items()
+        for section, values in layout.items()
         for key, value in values.items()
     ]
 
@@ -89,9 +89,11 @@ def test_counts_add_up(alone: Analysis):
     both_LE = np.array(alone.counts["left"]) + np.array(alone.counts["right"])
     together_LEE = np.array(alone.coactivation)
     assert (together_LEE.diagonal(axis1=1, axis2=2) == both_LE).all()
-    # A token of K experts stands in K rows and K columns.
+    # A token with K experts is counted in K rows and K columns.
     assert (together_LEE.sum(axis=(1, 2)) == sum(alone.tokens.values()) * TOPK**2).all()
-    assert np.ptp(both_LE, axis=1).all(), "all experts alike: the comparison below proves nothing"
+    assert np.ptp(both_LE, axis=1).all(), (
+        "all experts are equal: the comparison below proves nothing"
+    )
 
 
 @pytest.mark.parametrize(
@@ -105,7 +107,7 @@ def test_counts_add_up(alone: Analysis):
     ],
 )
 def test_layouts_count_the_same(run: Path, alone: Analysis, name: str):
-    found = analyzed(run, name)
+    analysis = analyzed(run, name)
     exact = (
         "layers",
         "domains",
@@ -117,15 +119,18 @@ def test_layouts_count_the_same(run: Path, alone: Analysis, name: str):
         "distances",
     )
     for field in (*exact, "entropy", "max_over_mean"):
-        assert getattr(found, field) == getattr(alone, field), field
-    assert found.similarity == alone.similarity
+        assert getattr(analysis, field) == getattr(alone, field), field
+    assert analysis.similarity == alone.similarity
     for domain in alone.domains:
-        assert found.loss[domain] == pytest.approx(alone.loss[domain], rel=1e-5)
-        assert found.confidence[domain] == pytest.approx(alone.confidence[domain], abs=2e-6)
+        assert analysis.loss[domain] == pytest.approx(alone.loss[domain], rel=1e-5)
+        assert analysis.confidence[domain] == pytest.approx(alone.confidence[domain], abs=2e-6)
 
 
 def test_the_checkpoints_experts_are_compared(run: Path, alone: Analysis):
-    """Two of them, by hand out of the global tensors: permuted copies of the same dense neurons."""
+    """Compare with the cosine of two experts computed directly from the checkpoint's tensors.
+
+    Both are permuted copies of the same dense neurons.
+    """
     from megatron_moe.experts.plan import make_expert_plan
     from megatron_moe.hf.spec import read_spec
 
@@ -145,29 +150,29 @@ def test_the_checkpoints_experts_are_compared(run: Path, alone: Analysis):
     a, b = vectors
     cosine = a @ b / np.sqrt((a @ a) * (b @ b))
     assert alone.similarity.between_experts[2][0][2] == pytest.approx(cosine, abs=1e-6)
-    assert 0.9 < cosine < 0.9999, "two large steps part the copies, a little"
+    assert 0.9 < cosine < 0.9999, "two large steps make the copies diverge slightly"
     assert alone.similarity.to_dense is not None
     assert (np.array(alone.similarity.to_dense) < 0.9999).all()
 
 
-def said(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What the command prints; ranks are other processes, so it is read where they write it."""
+def output_of(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Return the output of the command; ranks are other processes, so file descriptors are read."""
     app(["analyze", *arguments], standalone_mode=False)
     return capfd.readouterr().out
 
 
 def test_every_step_and_other_texts_from_the_command_line(run: Path, capfd):
     elsewhere = f"far={run.parent / 'elsewhere'}"
-    printed = said(capfd, str(run), "--all-steps", "--set", elsewhere, "--json")
+    printed = output_of(capfd, str(run), "--all-steps", "--set", elsewhere, "--json")
     first, second = json.loads(printed)["analyses"]
     assert [first["step"], second["step"]] == [1, 2]
     assert first["domains"] == ["left", "right", "far"]
     assert first["evaluation_sets"] == ["far"]
     assert json.loads(path_of(run, 1).read_text()) == first
     apart = [np.array(x["similarity"]["to_dense"]) for x in (first, second)]
-    assert (apart[0] > apart[1]).all(), "each step leads away from the dense weights"
+    assert (apart[0] > apart[1]).all(), "each step moves away from the dense weights"
 
-    printed = said(capfd, str(step_folder(run, 1)), "--set", elsewhere)
+    printed = output_of(capfd, str(step_folder(run, 1)), "--set", elsewhere)
     _, by_layer, by_domain, apart = printed.split("\n\n")
     assert [line.split()[0] for line in by_layer.splitlines()] == ["layer", "0", "1", "3"]
     assert [line.split()[0] for line in by_domain.splitlines()[1:]] == first["domains"]
@@ -184,7 +189,7 @@ def test_every_step_and_other_texts_from_the_command_line(run: Path, capfd):
         (["{run}", "data.validation_fraction=null"], "holds no text out"),
     ],
 )
-def test_refusals_say_the_way_out(run: Path, arguments: list[str], message: str):
+def test_errors_name_the_way_out(run: Path, arguments: list[str], message: str):
     given = [word.format(run=run, step=step_folder(run, 1)) for word in arguments]
     with pytest.raises(ConfigError) as caught:
         app(["analyze", *given], standalone_mode=False)
@@ -194,5 +199,5 @@ def test_refusals_say_the_way_out(run: Path, arguments: list[str], message: str)
 def test_a_file_of_another_kind_is_refused(tmp_path: Path, alone: Analysis):
     path = tmp_path / "step-000002.json"
     path.write_text(json.dumps({**alone.model_dump(by_alias=True), "schema": 2}))
-    with pytest.raises(DataError, match="is no analysis of schema 1"):
+    with pytest.raises(DataError, match="is not an analysis of schema 1"):
         read_analysis(path)

@@ -1,4 +1,4 @@
-"""What counts say: balance and distances, against cases that can be reckoned by hand."""
+"""Test balance and distances against cases that can be computed by hand."""
 
 import math
 
@@ -26,7 +26,7 @@ def test_balance_and_its_opposite():
     assert shares(counts_XE).sum(axis=-1).tolist() == [1, 1, 0]
 
 
-def test_distances_are_of_shares_and_not_of_how_much_text_there_is():
+def test_distances_compare_shares_regardless_of_text_length():
     counts_ZLE = np.array([[EVEN, ONE], [[50, 50, 50, 50], [0, 0, 3, 0]]])
     apart_LZZ = distances(counts_ZLE)
     assert apart_LZZ[0] == pytest.approx(np.zeros((2, 2)))
@@ -45,7 +45,7 @@ def test_distances_by_the_definition():
                 assert apart_LZZ[layer, a, b] == pytest.approx(expected, abs=1e-12)
 
 
-def test_halves_of_one_text_are_told_apart():
+def test_distance_of_halves():
     counts_Z2LE = np.array([[[EVEN], [EVEN]], [[ONE], [[2, 6, 0, 0]]]])
     assert distance_of_halves(counts_Z2LE) == pytest.approx(
         np.array([[0], [math.dist([0, 1], [0.25, 0.75])]])

@@ -1,6 +1,6 @@
-"""Cosines of experts, against loops over the dense neurons in float64.
+"""Test cosines of experts against loops over the dense neurons in float64.
 
-The checkpoint is a dictionary here; that experts come out of a real one is test_command.py's.
+The checkpoint is a dictionary here; test_command.py reads experts from a real checkpoint.
 """
 
 from pathlib import Path
@@ -24,7 +24,7 @@ LAYER = 1
 
 
 class Stored(dict[str, Tensor]):
-    """What `GlobalTensors` is asked for."""
+    """A dictionary with the methods of `GlobalTensors` that the code uses."""
 
     def shape_and_dtype(self, key: str) -> tuple[tuple[int, ...], torch.dtype]:
         return tuple(self[key].shape), self[key].dtype
@@ -34,14 +34,14 @@ class Stored(dict[str, Tensor]):
 
 
 def matrices(dense: DenseCheckpoint) -> list[Tensor]:
-    """Gate, up and down of the layer, each a row a neuron."""
+    """Return gate, up and down of the layer, one row per neuron."""
     name = f"model.layers.{LAYER}.mlp.{{}}_proj.weight"
     gate_FD, up_FD, down_DF = (dense.read(name.format(x)) for x in ("gate", "up", "down"))
     return [gate_FD, up_FD, down_DF.T]
 
 
 def built(plan: ExpertPlan, sources: list[DenseCheckpoint], *, noise: float) -> Stored:
-    """The experts as the plan says, and noise on them."""
+    """Return the plan's experts with added noise."""
     torch.manual_seed(0)
     layer = plan.layer(LAYER)
     fc1, fc2 = [], []
@@ -61,10 +61,10 @@ def built(plan: ExpertPlan, sources: list[DenseCheckpoint], *, noise: float) -> 
 
 
 def by_loops(plan: ExpertPlan, stored: Stored, sources: list[DenseCheckpoint]) -> tuple[Any, Any]:
-    """Each expert as one long float64 vector over the dense layer; then plain cosines."""
+    """Compute cosines of experts as float64 vectors aligned with the dense layer."""
     layer, size = plan.layer(LAYER), plan.recipe.dense_ffn_hidden_size
     fc1, fc2 = (value.double().numpy() for value in stored.values())
-    laid, own, origin = [], [], []
+    aligned, own, origin = [], [], []
     for expert, neurons_M in enumerate(layer.neurons_EM):
         gate, up = np.split(fc1[expert], 2)
         wide = np.concatenate([gate, up, fc2[expert].T], axis=1)
@@ -74,11 +74,11 @@ def by_loops(plan: ExpertPlan, stored: Stored, sources: list[DenseCheckpoint]) -
         over_dense = np.zeros((size, wide.shape[1]))
         for row, neuron in enumerate(neurons_M):
             over_dense[neuron] += wide[row]
-        laid.append(over_dense.ravel())
+        aligned.append(over_dense.ravel())
         own.append(wide.ravel())
         origin.append(whole[neurons_M].ravel())
     cosine = lambda a, b: a @ b / np.sqrt((a @ a) * (b @ b))  # noqa: E731
-    between = [[cosine(a, b) for b in laid] for a in laid]
+    between = [[cosine(a, b) for b in aligned] for a in aligned]
     return np.array(between), np.array([cosine(a, b) for a, b in zip(own, origin, strict=True)])
 
 
@@ -99,11 +99,11 @@ def test_cosines_are_those_of_plain_loops(sources, monkeypatch, case: str, noise
     plan = make_plan(sources[0].spec, moe, upcycle, sources[0])
     of_plan = sources[: plan.recipe.num_sources]
     stored = built(plan, of_plan, noise=noise)
-    found: Any = layer_similarity(stored, plan, LAYER, of_plan)  # type: ignore[arg-type]
+    result: Any = layer_similarity(stored, plan, LAYER, of_plan)  # type: ignore[arg-type]
     between_EE, to_dense_E = by_loops(plan, stored, of_plan)
-    # The plan scales in float32 here and in float64 there.
-    assert found.between_EE.numpy() == pytest.approx(between_EE, abs=1e-6)
-    assert found.to_dense_E.numpy() == pytest.approx(to_dense_E, abs=1e-6)
+    # The code scales in float32, and the loops in float64.
+    assert result.between_EE.numpy() == pytest.approx(between_EE, abs=1e-6)
+    assert result.to_dense_E.numpy() == pytest.approx(to_dense_E, abs=1e-6)
     if not noise:
         assert to_dense_E == pytest.approx(np.ones(len(to_dense_E)))
         match case:
@@ -118,6 +118,6 @@ def test_cosines_are_those_of_plain_loops(sources, monkeypatch, case: str, noise
 def test_without_the_dense_weights_experts_are_still_compared(sources):
     moe, upcycle = settings("copy")
     plan = make_plan(sources[0].spec, moe, upcycle, sources[0])
-    found = layer_similarity(built(plan, sources, noise=0.0), plan, LAYER, None)  # type: ignore
-    assert found.to_dense_E is None
-    assert found.between_EE.numpy() == pytest.approx(np.ones((4, 4)))
+    result = layer_similarity(built(plan, sources, noise=0.0), plan, LAYER, None)  # type: ignore
+    assert result.to_dense_E is None
+    assert result.between_EE.numpy() == pytest.approx(np.ones((4, 4)))

@@ -61,11 +61,11 @@ def dense(name: str) -> torch.Tensor:
 def redraw(world: World, out: Path) -> None:
     from megatron_moe.model.reshape import LocalExpert, LocalLayer, reshape_values
     from megatron_moe.parallel.groups import create_groups
-    from megatron_moe.parallel.shards import Part
+    from megatron_moe.parallel.shards import ShardIndex
 
     layout, _ = create_groups(Parallel(expert_tensor_parallel_size=2), seed=0)
-    part = Part(world.rank, 2)
-    gate, up, down = (dense(name)[part.of(NEURONS)] for name in STATISTICS)
+    part = ShardIndex(world.rank, 2)
+    gate, up, down = (dense(name)[part.slice_of(NEURONS)] for name in STATISTICS)
     experts = [
         LocalExpert(expert, torch.cat([gate, up]), down.T.contiguous(), part) for expert in (0, 1)
     ]

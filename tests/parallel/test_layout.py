@@ -25,7 +25,7 @@ def config(tp=1, cp=1, pp=1, ep=1, etp=1) -> Parallel:
 
 @pytest.mark.parametrize(("tp", "cp", "pp", "ep", "etp"), SIZES)
 def test_groups_match_megatron(tp, cp, pp, ep, etp):
-    """Megatron-Core builds the process groups; our arithmetic must agree with it rank for rank."""
+    """Compare each group with Megatron-Core's, which creates the process groups."""
     parallel_state = pytest.importorskip("megatron.core.parallel_state")
     world_size = 16
     layout = fold(config(tp, cp, pp, ep, etp), world_size=world_size)
@@ -37,15 +37,15 @@ def test_groups_match_megatron(tp, cp, pp, ep, etp):
         tp=etp, ep=ep, dp=world_size // (etp * ep * pp), pp=pp, cp=1, order=order
     )
 
-    for ours, theirs in [
+    for axes, megatron in [
         (("tp",), "tp"),
         (("cp",), "cp"),
         (("dp", "cp"), "dp-cp"),
         (("pp",), "pp"),
     ]:
-        assert sorted(layout.attention.groups(*ours)) == sorted(dense.get_ranks(theirs))
-    for ours, theirs in [(("etp",), "tp"), (("ep",), "ep"), (("edp",), "dp"), (("pp",), "pp")]:
-        assert sorted(layout.experts.groups(*ours)) == sorted(expert.get_ranks(theirs))
+        assert sorted(layout.attention.groups(*axes)) == sorted(dense.get_ranks(megatron))
+    for axes, megatron in [(("etp",), "tp"), (("ep",), "ep"), (("edp",), "dp"), (("pp",), "pp")]:
+        assert sorted(layout.experts.groups(*axes)) == sorted(expert.get_ranks(megatron))
 
 
 @pytest.mark.parametrize(("tp", "cp", "pp", "ep", "etp"), SIZES)
@@ -58,7 +58,7 @@ def test_every_axis_partitions_the_world(tp, cp, pp, ep, etp):
 
 
 def test_expert_parallel_may_exceed_data_parallel():
-    """The point of folding: ep spans tp and cp ranks, so ep > dp is fine."""
+    """Folding lets ep span tp and cp ranks, so ep > dp is legal."""
     layout = fold(config(tp=4, cp=2, ep=8), world_size=8)
     assert layout.attention.size("dp") == 1
     assert [list(local_experts(layout, rank=r, num_experts=8)) for r in range(8)] == [

@@ -1,4 +1,4 @@
-"""Slices of every rank, put together, against Megatron-Core's fused layouts built with numpy.
+"""Test the slices of all ranks against Megatron-Core's fused layouts built with numpy.
 
 Shape letters: D hidden_size, F ffn_hidden_size, M neurons of an expert, V vocab_size, G groups.
 """
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from megatron_moe.hf.names import ROW_OF_ROLE, dense_shapes
 from megatron_moe.hf.spec import DenseSpec
-from megatron_moe.parallel.shards import Part, Piece, padded_vocabulary, pieces, select
+from megatron_moe.parallel.shards import Piece, ShardIndex, padded_vocabulary, pieces, select
 
 Array = NDArray[np.int64]
 EMPTY = -1
@@ -33,7 +33,7 @@ def make_spec(**shape: int) -> DenseSpec:
 
 @st.composite
 def specs_and_sizes(draw: st.DrawFn) -> tuple[DenseSpec, int]:
-    """A dense model and a number of tensor-parallel ranks that may share it."""
+    """Draw a dense model and a number of tensor-parallel ranks that can shard it."""
     size = draw(st.sampled_from([1, 2, 3, 4, 8]))
     groups = size * draw(st.integers(1, 3))
     spec = make_spec(
@@ -48,13 +48,13 @@ def specs_and_sizes(draw: st.DrawFn) -> tuple[DenseSpec, int]:
 
 
 def sources(role: str, spec: DenseSpec) -> dict[str, Array]:
-    """The row's dense tensors of layer 1, in which no number stands twice."""
-    found, first = {}, 0
+    """Return the row's dense tensors of layer 1, with all values distinct."""
+    tensors, first = {}, 0
     for template, shape in zip(ROW_OF_ROLE[role].hf, dense_shapes(_dense(role), spec), strict=True):
         count = int(np.prod(shape))
-        found[template.format(layer=1)] = np.arange(first, first + count).reshape(shape)
+        tensors[template.format(layer=1)] = np.arange(first, first + count).reshape(shape)
         first += count
-    return found
+    return tensors
 
 
 def _dense(role: str) -> str:
@@ -62,41 +62,41 @@ def _dense(role: str) -> str:
 
 
 def fill(shape: tuple[int, ...], parts: list[Piece], tensors: dict[str, Array]) -> Array:
-    """The local parameter, each place filled at most once."""
+    """Return the local parameter, after checking that no element is filled twice."""
     local = np.full(shape, EMPTY)
     for piece in parts:
         block = tensors[piece.source]
         block = block if piece.rows is None else block[piece.rows]
         block = block if piece.columns is None else block[:, piece.columns]
-        assert (local[piece.into] == EMPTY).all(), "a place is filled twice"
+        assert (local[piece.into] == EMPTY).all(), "an element is filled twice"
         assert local[piece.into].shape == block.shape, "upcycling copies without broadcasting"
         local[piece.into] = block
     return local
 
 
-# What each rank must hold, in Megatron-Core's words and without our code.
+# The expected shards, built as in Megatron-Core and without the code under test.
 
 
 def fused_qkv(tensors: list[Array], spec: DenseSpec, size: int) -> list[Array]:
-    """SelfAttention.linear_qkv: viewed as (groups, queries of the group + key + value, ...)."""
+    """Shard SelfAttention.linear_qkv, viewed as (groups, queries of a group + key + value, ...)."""
     by_group = [t.reshape(spec.num_query_groups, -1, *t.shape[1:]) for t in tensors]
     fused = np.concatenate(by_group, axis=1)
     return [part.reshape(-1, *fused.shape[2:]) for part in np.split(fused, size)]
 
 
 def fused_gated(tensors: list[Array], spec: DenseSpec, size: int) -> list[Array]:
-    """MLP.linear_fc1: each rank chunks its own output in two, gate then up."""
+    """Shard MLP.linear_fc1: each rank splits its own output in two, gate then up."""
     gates, ups = (np.split(t, size) for t in tensors)
     return [np.concatenate([gate, up]) for gate, up in zip(gates, ups, strict=True)]
 
 
 def columns(tensors: list[Array], spec: DenseSpec, size: int) -> list[Array]:
-    """RowParallelLinear: its input is split."""
+    """Shard RowParallelLinear along its input."""
     return np.split(tensors[0], size, axis=1)
 
 
 def vocabulary(tensors: list[Array], spec: DenseSpec, size: int) -> list[Array]:
-    """VocabParallelEmbedding of a table with empty rows below, to equal parts."""
+    """Shard VocabParallelEmbedding, padded with empty rows, into equal parts."""
     missing = -len(tensors[0]) % size
     return np.split(np.pad(tensors[0], ((0, missing), (0, 0)), constant_values=EMPTY), size)
 
@@ -124,12 +124,12 @@ ORACLES: dict[str, Callable[[list[Array], DenseSpec, int], list[Array]]] = {
 @pytest.mark.parametrize("role", ORACLES)
 @given(case=specs_and_sizes())
 @settings(max_examples=40, deadline=None)
-def test_every_rank_holds_megatrons_part(role: str, case: tuple[DenseSpec, int]):
+def test_every_rank_holds_the_shard_of_megatron(role: str, case: tuple[DenseSpec, int]):
     spec, size = case
     tensors = sources(role, spec)
     expected = ORACLES[role](list(tensors.values()), spec, size)
     for rank in range(size):
-        parts = pieces(ROW_OF_ROLE[role], layer=1, part=Part(rank, size), spec=spec)
+        parts = pieces(ROW_OF_ROLE[role], layer=1, part=ShardIndex(rank, size), spec=spec)
         np.testing.assert_array_equal(fill(expected[rank].shape, parts, tensors), expected[rank])
 
 
@@ -141,7 +141,7 @@ def test_the_ranks_tile_each_tensor_exactly_once(role: str, case: tuple[DenseSpe
     tensors = sources(role, spec)
     taken = {name: np.zeros(tensor.shape, int) for name, tensor in tensors.items()}
     for rank in range(size):
-        for piece in pieces(ROW_OF_ROLE[role], layer=1, part=Part(rank, size), spec=spec):
+        for piece in pieces(ROW_OF_ROLE[role], layer=1, part=ShardIndex(rank, size), spec=spec):
             rows = slice(None) if piece.rows is None else piece.rows
             taken[piece.source][(rows,) if piece.columns is None else (rows, piece.columns)] += 1
     assert all((counts == 1).all() for counts in taken.values())
@@ -164,7 +164,11 @@ def test_an_expert_takes_its_neurons_in_the_plans_order(case: tuple[DenseSpec, i
             ("expert_fc2", fc2, expected_fc2[rank]),
         ):
             parts = pieces(
-                ROW_OF_ROLE[role], layer=1, part=Part(rank, size), spec=spec, neurons_M=neurons_M
+                ROW_OF_ROLE[role],
+                layer=1,
+                part=ShardIndex(rank, size),
+                spec=spec,
+                neurons_M=neurons_M,
             )
             np.testing.assert_array_equal(fill(expected.shape, parts, tensors), expected)
 
@@ -175,18 +179,18 @@ def test_an_expert_takes_its_neurons_in_the_plans_order(case: tuple[DenseSpec, i
     size=st.sampled_from([1, 2, 3]),
     data=st.data(),
 )
-def test_select_takes_the_part_and_says_a_run_as_a_slice(indices, size, data):
+def test_select_returns_consecutive_indices_as_a_slice(indices, size, data):
     indices = np.array(indices * size)
     rank = data.draw(st.integers(0, size - 1))
-    chosen = select(indices, Part(rank, size), 99)
-    mine = np.split(indices, size)[rank]
-    np.testing.assert_array_equal(np.arange(99)[chosen], mine)
-    assert isinstance(chosen, slice) == bool((np.diff(mine) == 1).all())
+    chosen = select(indices, ShardIndex(rank, size), 99)
+    expected = np.split(indices, size)[rank]
+    np.testing.assert_array_equal(np.arange(99)[chosen], expected)
+    assert isinstance(chosen, slice) == bool((np.diff(expected) == 1).all())
 
 
 def test_select_of_a_slice_stays_inside_it():
-    assert select(slice(10, 16), Part(2, 3), 99) == slice(14, 16)
-    assert select(None, Part(2, 3), 99) == slice(66, 99)
+    assert select(slice(10, 16), ShardIndex(2, 3), 99) == slice(14, 16)
+    assert select(None, ShardIndex(2, 3), 99) == slice(66, 99)
 
 
 @given(vocab_size=st.integers(1, 300_000), tp=st.integers(1, 64))
@@ -199,16 +203,16 @@ def test_the_vocabulary_is_padded_to_the_next_multiple_of_tp(vocab_size: int, tp
 def test_a_rank_past_the_end_of_the_vocabulary_reads_nothing():
     spec = make_spec(vocab_size=5)  # 8 ranks hold one row each
     row = ROW_OF_ROLE["embedding"]
-    read = [pieces(row, layer=None, part=Part(rank, 8), spec=spec) for rank in range(8)]
+    read = [pieces(row, layer=None, part=ShardIndex(rank, 8), spec=spec) for rank in range(8)]
     assert [len(parts) for parts in read] == [1, 1, 1, 1, 1, 0, 0, 0]
 
 
-def test_pieces_of_the_same_numbers_have_the_same_key():
-    """Experts that are copies share reads by it, so it must not join what differs either."""
+def test_pieces_with_the_same_values_have_the_same_key():
+    """Replicated experts share reads by key, so different pieces must have different keys."""
     spec, row = make_spec(), ROW_OF_ROLE["expert_fc2"]
 
     def key(neurons, rank=0, role_row=row):
-        part = Part(rank, 2)
+        part = ShardIndex(rank, 2)
         neurons_M = None if neurons is None else np.array(neurons)
         return pieces(role_row, layer=0, part=part, spec=spec, neurons_M=neurons_M)[0].key
 

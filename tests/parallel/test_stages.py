@@ -1,4 +1,4 @@
-"""Layers of every chunk against Megatron-Core's own arithmetic."""
+"""Test the layers of each chunk against Megatron-Core's arithmetic."""
 
 import pytest
 import torch
@@ -31,11 +31,11 @@ def test_chunks_are_megatrons(layers: int, pp: int, vpp: int):
         vp_stage = vpp_rank if vpp > 1 else None
         for pp_rank in range(pp):
             stage = {"pp_rank": pp_rank, "vpp_rank": vpp_rank}
-            ours = chunk_layers(num_layers=layers, pp=pp, vpp=vpp, **stage)
+            held = chunk_layers(num_layers=layers, pp=pp, vpp=vpp, **stage)
             first = get_transformer_layer_offset(config, vp_stage, pp_rank)
             count = get_num_layers_to_build(config, vp_stage, pp_rank)
-            assert ours == range(first, first + count)
-            assert is_first(**stage) == (0 in ours), "the embedding stands before layer 0"
-            assert is_last(pp=pp, vpp=vpp, **stage) == (layers - 1 in ours)
-            seen += ours
-    assert seen == list(range(layers)), "chunk after chunk, round after round, each layer once"
+            assert held == range(first, first + count)
+            assert is_first(**stage) == (0 in held), "the embedding must be in the chunk of layer 0"
+            assert is_last(pp=pp, vpp=vpp, **stage) == (layers - 1 in held)
+            seen += held
+    assert seen == list(range(layers)), "each layer must be in exactly one chunk, in order"

@@ -1,4 +1,4 @@
-"""Models of the papers and run configurations around them."""
+"""Fixtures: models from papers, and run configurations for them."""
 
 import pytest
 
@@ -81,7 +81,7 @@ def llama2() -> MoeShape:
 
 @pytest.fixture
 def llama2_split():
-    """LLaMA-MoE: the dense FFN cut into experts, of which some are active."""
+    """Return a function that makes a LLaMA-MoE shape: the dense FFN split into experts."""
 
     def make(active: int, experts: int) -> MoeShape:
         return upcycled(

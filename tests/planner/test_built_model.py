@@ -1,6 +1,6 @@
-"""Predicted state against Megatron-Core's real objects, to the byte.
+"""Compare the predicted model state with Megatron-Core's real objects, to the byte.
 
-One process stands for any rank of any world: the fake backend joins groups without peers.
+One process can act as any rank of any world size, because the fake backend needs no peers.
 """
 
 import functools
@@ -15,7 +15,7 @@ from megatron_moe.planner.shape import upcycled_shape
 from megatron_moe.planner.workload import degrees_of
 from megatron_moe.runtime.engine import TORCH_ON_CPU
 
-# Odd sizes, so that padding shows: tensors are no multiples of 64, and the vocabulary is prime.
+# Odd sizes make padding visible: tensors are not multiples of 64, and the vocabulary is prime.
 DENSE = {
     "architectures": ["Qwen3ForCausalLM"], "num_hidden_layers": 8, "hidden_size": 48,
     "intermediate_size": 104, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 12,
@@ -55,7 +55,7 @@ def test_state_is_exact_to_the_byte(make_config):
         )
     ]
     worlds = [world for _, world in LAYOUTS]
-    # A child, because the CPU device replaces names of torch.cuda for the whole process.
+    # Use a child process, because the CPU device patches torch.cuda for the whole process.
     mp.start_processes(_compare, args=(configs, worlds), nprocs=1, start_method="fork")
 
 
@@ -78,7 +78,7 @@ def _one_rank(config, world: int, rank: int) -> tuple[tuple[int, ...], tuple[int
     from megatron_moe.parallel.groups import create_groups, destroy_groups
     from megatron_moe.train.state import make_state
 
-    # The fake backend knows no options of NCCL's.
+    # The fake backend does not accept NCCL's options.
     parallel_state.create_group = functools.partial(_new_group, dist)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     spec = spec_from_config(DENSE)
@@ -107,7 +107,7 @@ def _new_group(dist, ranks=None, *_: object, **__: object):
 
 
 def _measure(state) -> tuple[int, ...]:
-    """Bytes of the parameter buffers, the gradient buffers, and master weights and moments."""
+    """Return the bytes of parameter buffers, gradient buffers, and master weights and moments."""
     buffers = [b for chunk in state.wrapped for b in chunk.buffers + chunk.expert_parallel_buffers]
     weights = sum(b.param_data.numel() * b.param_data.element_size() for b in buffers)
     gradients = sum(b.grad_data.numel() * b.grad_data.element_size() for b in buffers)

@@ -1,4 +1,4 @@
-"""``--check``, ``flops`` and what they print."""
+"""Test ``--check``, ``flops`` and their output."""
 
 import io
 import json
@@ -53,7 +53,7 @@ def test_an_illegal_layout_has_reasons_and_no_numbers(make_config, llama3_spec):
     assert "not legal" in printed(check_report(result))
 
 
-def test_a_layout_that_does_not_fit_says_by_how_much(make_config, llama3_spec):
+def test_a_layout_that_does_not_fit_reports_the_excess(make_config, llama3_spec):
     result = check_layout(make_config(expert_parallel_size=8), llama3_spec, gpus=8)
     assert result.legal
     assert not result.fits
@@ -73,7 +73,7 @@ def test_a_shared_expert_counts(make_config, llama3_spec, llama3_e8t2):
     assert grown == 32 * 3 * 4096 * 1024
 
 
-def test_search_prints_layouts_and_where_they_lie(make_config, llama3_spec):
+def test_search_prints_layouts_and_their_placement(make_config, llama3_spec):
     text = printed(search_report(search(make_config(), llama3_spec, gpus=128)))
     for word in ("tokens/s/GPU", "faster, does not fit", "node 0", "NVLink"):
         assert word in text
@@ -115,7 +115,7 @@ def test_count_of_mixtral(tmp_path, llama2_config):
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "qwen3_moe", "qwen3", "qwen2"])
 def test_count_agrees_with_hugging_face(model_type, tmp_path):
-    """Every parameter that transformers builds from the same config.json."""
+    """Compare with the number of parameters that transformers builds from the same config.json."""
     transformers = pytest.importorskip("transformers")
     config = transformers.AutoConfig.for_model(model_type, num_hidden_layers=3, vocab_size=1000)
     with torch.device("meta"):
@@ -125,7 +125,7 @@ def test_count_agrees_with_hugging_face(model_type, tmp_path):
     assert count(tmp_path).total_parameters == model.num_parameters()
 
 
-def test_count_refuses_what_it_cannot_count(tmp_path):
+def test_count_rejects_missing_and_incomplete_files(tmp_path):
     with pytest.raises(ConfigError, match="neither a Hugging Face folder nor"):
         count(tmp_path / "missing.yaml")
     with pytest.raises(CheckpointError, match=r"cannot read .*config\.json"):
@@ -135,11 +135,11 @@ def test_count_refuses_what_it_cannot_count(tmp_path):
         count(tmp_path)
 
 
-def test_spans_say_what_crosses_nodes():
-    found = {s.axis: s for s in spans(Degrees(gpus=128, tp=2, pp=8, ep=8, etp=2))}
-    assert (found["tp"].nodes, found["tp"].link) == (1, "NVLink")
-    assert (found["ep"].nodes, found["ep"].link) == (2, "network")
-    assert found["cp"].link == "-"
+def test_spans_report_which_groups_cross_nodes():
+    by_axis = {s.axis: s for s in spans(Degrees(gpus=128, tp=2, pp=8, ep=8, etp=2))}
+    assert (by_axis["tp"].nodes, by_axis["tp"].link) == (1, "NVLink")
+    assert (by_axis["ep"].nodes, by_axis["ep"].link) == (2, "network")
+    assert by_axis["cp"].link == "-"
 
 
 def test_a_drawing_shows_whole_nodes():

@@ -1,4 +1,4 @@
-"""configs/h100: every configuration is legal on as many GPUs as its name says, and fits."""
+"""Test that each configuration in configs/h100 is legal on the GPUs in its name, and fits."""
 
 import pytest
 from dense_models import H100_FILES, shipped
@@ -7,7 +7,7 @@ from megatron_moe.model.capacity import capacity_of
 from megatron_moe.planner.check import check_layout
 
 
-def test_there_are_some():
+def test_there_are_configurations():
     assert len(H100_FILES) >= 16
 
 
@@ -24,7 +24,10 @@ def test_configuration_is_legal_and_fits(path):
 @pytest.mark.parametrize(("factor", "of_megatron"), [(1, 0.5), (2, 1.0), (4, 2.0)])
 @pytest.mark.parametrize("gpus", [128, 512])
 def test_capacity_factors_are_those_of_the_paper(factor, of_megatron, gpus):
-    """As arXiv 2412.09952 has them, tokens / experts * factor: its 4 at top-2 is Megatron's 2."""
+    """Check that factors follow arXiv 2412.09952: tokens / experts * factor.
+
+    Its factor 4 at top-2 is Megatron-Core's 2.
+    """
     (path,) = [p for p in H100_FILES if p.stem == f"llama3-8b-e8t2-cf{factor}-{gpus}"]
     moe = shipped(path)[0].moe
     capacity = capacity_of(moe)

@@ -1,4 +1,4 @@
-"""docs/planning.md holds what the code prints."""
+"""Test that docs/planning.md contains the tables that the code generates."""
 
 from pathlib import Path
 
@@ -9,5 +9,5 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "planning.md"
 
 def test_the_tables_are_current():
     text = DOCUMENT.read_text()
-    assert {found[2] for found in BLOCK.finditer(text)} == set(TABLES)
+    assert {match[2] for match in BLOCK.finditer(text)} == set(TABLES)
     assert render(text) == text

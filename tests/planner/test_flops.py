@@ -1,4 +1,4 @@
-"""Operations: the figures that papers print, and how counts scale."""
+"""Test FLOP counts against the figures in papers, and how they scale."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ def teraflops(shape: MoeShape, **kwargs) -> float:
 
 
 def test_llama_moe_table_3(llama2, llama2_split):
-    """In arXiv 2406.16554, table 3: forward, sequence 4096, batch 1."""
+    """Compare with arXiv 2406.16554, table 3: forward, sequence 4096, batch 1."""
     assert f"{teraflops(llama2):.1f}" == "62.9"
     assert f"{teraflops(llama2_split(2, 16)):.1f}" == "31.9"
     assert f"{teraflops(llama2_split(4, 16)):.1f}" == "36.3"
@@ -27,7 +27,7 @@ def test_llama_moe_table_3(llama2, llama2_split):
 
 
 def test_llama_3_meets_moe_table_1(llama3, llama3_e8t2):
-    """In arXiv 2412.09952, table 1: forward and backward at sequence 8192."""
+    """Compare with arXiv 2412.09952, table 1: forward and backward at sequence 8192."""
     dense, moe = (
         training_flops(forward_flops(shape, sequence_length=8192).model)
         for shape in (llama3, llama3_e8t2)
@@ -36,17 +36,17 @@ def test_llama_3_meets_moe_table_1(llama3, llama3_e8t2):
     assert f"{moe:.3e}" == "7.515e+14"
 
 
-def test_causal_attention_looks_at_the_triangle_with_its_diagonal(llama2):
+def test_causal_attention_counts_the_triangle_with_its_diagonal(llama2):
     full = forward_flops(llama2, sequence_length=64)
     causal = forward_flops(llama2, sequence_length=64, causal=True)
     assert causal.attention_scores * 2 * 64 == full.attention_scores * 65
     assert full.model - causal.model == full.attention_scores - causal.attention_scores
 
 
-def test_padding_fills_every_expert_and_is_no_model_work(llama3_e8t2):
+def test_padding_fills_every_expert_and_is_not_model_flops(llama3_e8t2):
     plain = forward_flops(llama3_e8t2, sequence_length=8192)
     padded = forward_flops(llama3_e8t2, sequence_length=8192, padded_capacity_factor=2.0)
-    assert padded.padding == plain.experts  # twice the rows: as many zeros as tokens
+    assert padded.padding == plain.experts  # factor 2: as many rows of zeros as of tokens
     assert padded.model == plain.model
     assert padded.executed == plain.executed + plain.experts
     exact = forward_flops(llama3_e8t2, sequence_length=8192, padded_capacity_factor=1.0)
@@ -54,7 +54,7 @@ def test_padding_fills_every_expert_and_is_no_model_work(llama3_e8t2):
 
 
 def test_capacity_rounds_up_to_whole_rows(llama2_split):
-    # 10 tokens, 4 of 16: 40 rows for 16 experts, so 3 each and 8 of zeros.
+    # 10 tokens with 4 of 16 experts: 40 rows for 16 experts, so 3 each, of which 8 are zeros.
     shape = llama2_split(4, 16)
     flops = forward_flops(shape, sequence_length=10, padded_capacity_factor=1.0)
     assert flops.padding == 8 * flops.experts // 40
@@ -80,7 +80,7 @@ def test_batches_add_up(batch, length):
 
 
 def test_agrees_with_torchs_counter_on_mixtral():
-    """Every matrix product that Hugging Face's Mixtral runs forward, and every parameter."""
+    """Compare with the matrix products of Hugging Face's Mixtral, and with its parameters."""
     transformers = pytest.importorskip("transformers")
     config = transformers.MixtralConfig(
         architectures=["MixtralForCausalLM"], num_hidden_layers=2, hidden_size=64,

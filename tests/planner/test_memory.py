@@ -1,4 +1,4 @@
-"""Memory: Megatron-Core's own buffer arithmetic and schedules as oracles, and monotonicity."""
+"""Test memory against Megatron-Core's buffer arithmetic and schedules, and its monotonicity."""
 
 from dataclasses import replace
 
@@ -39,16 +39,16 @@ def test_buffers_are_laid_out_as_megatron_does(sizes, replicas, bucket_size, alo
     shared = frozenset({alone} if alone is not None and alone < len(sizes) else ())
     for index in shared:
         parameters[index].shared_embedding = True  # type: ignore[attr-defined]
-    theirs = DistributedOptimizer._compute_per_buffer_param_layout(
+    expected = DistributedOptimizer._compute_per_buffer_param_layout(
         parameters,
         bucket_size,
         replicas,
         DistributedDataParallelConfig(),
     )
-    ours = distributed_layout(sizes, replicas=replicas, bucket_size=bucket_size, alone=shared)
-    assert list(ours.buckets) == theirs.bucket_indices
-    assert list(ours.spans) == [span[:2] for span in theirs.param_index_map.values()]
-    owned = sum(ours.owned(replica, replicas=replicas) for replica in range(replicas))
+    layout = distributed_layout(sizes, replicas=replicas, bucket_size=bucket_size, alone=shared)
+    assert list(layout.buckets) == expected.bucket_indices
+    assert list(layout.spans) == [span[:2] for span in expected.param_index_map.values()]
+    owned = sum(layout.owned(replica, replicas=replicas) for replica in range(replicas))
     assert owned == sum(sizes)
 
 
@@ -69,10 +69,10 @@ def test_in_flight_is_one_more_than_megatrons_warm_up(pp, vpp, micro_batches):
         _, everything, warm_up, _ = schedules.get_pp_rank_microbatches(
             micro_batches, vpp, pp, p2p_communicator=Rank(rank)
         )
-        mine = chunks_in_flight(
+        in_flight = chunks_in_flight(
             micro_batches=micro_batches, degrees=Degrees(gpus=pp, pp=pp, vpp=vpp), pp_rank=rank
         )
-        assert mine == (warm_up if everything else warm_up + 1)
+        assert in_flight == (warm_up if everything else warm_up + 1)
 
 
 def test_state_is_18_bytes_a_parameter_without_sharding(llama3_e8t2):
@@ -159,7 +159,7 @@ def test_logits_live_on_the_last_stage(llama3_e8t2):
     degrees = Degrees(gpus=128, tp=2, pp=4, ep=8)
     first, last = (rank_memory(llama3_e8t2, WORK, degrees, pp_rank=rank) for rank in (0, 3))
     assert first.logits == 0
-    # 2 bytes for each of 8192 tokens and half the vocabulary: the gradient takes the same memory.
+    # 2 bytes for each of 8192 tokens and half the vocabulary; the gradient reuses this memory.
     assert last.logits * 2**30 == 2 * 8192 * 128256 / 2
 
 

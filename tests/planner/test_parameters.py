@@ -1,4 +1,4 @@
-"""Parameters: papers' totals, closed forms against lists, and ranks' shares against the whole."""
+"""Test parameter counts against papers, closed forms against lists, and shards against totals."""
 
 from dataclasses import replace
 
@@ -37,7 +37,7 @@ LAYOUTS = st.builds(
 
 
 def test_llama_3_e8t2(llama3_e8t2, llama3):
-    """The paper, arXiv 2412.09952, prints 34.4B / 11.8B, which count two FFN matrices of three."""
+    """Check totals; arXiv 2412.09952 prints 34.4B / 11.8B, counting two of three FFN matrices."""
     assert f"{total_parameters(llama3_e8t2) / 1e9:.1f}" == "47.5"
     assert f"{active_parameters(llama3_e8t2) / 1e9:.1f}" == "13.7"
     assert total_parameters(llama3) == active_parameters(llama3) == 8_030_261_248
@@ -52,7 +52,7 @@ def test_splitting_a_dense_ffn_adds_routers_alone(llama2, llama2_split):
 @given(degrees=LAYOUTS, tied=st.booleans())
 @settings(max_examples=60, deadline=None)
 def test_ranks_hold_the_whole_model(degrees, tied):
-    """Over all ranks: split tensors once, replicated ones as often as they are replicated."""
+    """Count over all ranks: sharded tensors once, replicated ones once per replica."""
     shape = replace(SMALL, tied_embeddings=tied)
     replicated = {"layernorm", "router", "gate_weight"}
     held = {False: 0.0, True: 0.0}
@@ -62,7 +62,9 @@ def test_ranks_hold_the_whole_model(degrees, tied):
                 whole = any(word in tensor.name for word in replicated)
                 ways = degrees.ep * degrees.etp if tensor.expert else degrees.tp
                 held[tensor.expert] += tensor.numel * (1 if whole else ways)
-    copies = 1 if not tied or degrees.pp == 1 else 2  # a tied output layer has its own stage
+    copies = (
+        1 if not tied or degrees.pp == 1 else 2
+    )  # a tied output layer is copied to the last stage
     padding = padded_vocabulary(1000, degrees.tp) - 1000
     embeddings = 2 - tied
     expected = total_parameters(shape) + padding * 64 * (embeddings + copies - 1)

@@ -1,9 +1,9 @@
-"""Bytes kept for the backward pass: the planner's count against what autograd saves on real ranks.
+"""Compare the planner's count of bytes kept for the backward pass with autograd on real ranks.
 
 The planner counts the layers of the engine, here torch's. On a CPU a few of their operations are
-not fused and keep more; these tensors are listed here. With them the count must meet what the hooks
-of autograd see over all layers, within 5% (what is left are indices and statistics of a few bytes a
-token).
+not fused and keep more tensors, which `unfused_bytes` counts. The sum must match the bytes that
+autograd's saved-tensor hooks see over all layers within 5% (the rest is indices and statistics of a
+few bytes per token).
 """
 
 from collections.abc import Callable
@@ -40,8 +40,8 @@ def test_planned_bytes_are_what_autograd_saves(tmp_path: Path, name: str, precis
     )
     world_size, settings = changes(name)
     settings["moe"] |= {
-        "num_moe_experts": 8, "moe_layers": [1],  # and layer 0 stays dense
-        # Every expert gets its mean of tokens: the planner need not guess the busiest.
+        "num_moe_experts": 8, "moe_layers": [1],  # layer 0 stays dense
+        # Each expert gets the mean number of tokens, so the planner need not assume an imbalance.
         "moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True,
     }  # fmt: skip
     settings["train"] |= {"micro_batch_size": 2, "precision": precision}
@@ -57,7 +57,7 @@ def check(world: World, config: RunConfig) -> None:
     saved = measure(world, config, spec)
     shape, work = upcycled_shape(spec, config.moe), workload_of(config)
     degrees = degrees_of(config, gpus=world.size)
-    planned = stream_bytes(shape, work, degrees)  # into the last norm
+    planned = stream_bytes(shape, work, degrees)  # input of the final norm
     for routes in (False, True):
         planned += kept_bytes(shape, work, degrees, routes=routes)
         planned += unfused_bytes(shape, work, degrees, routes=routes)
@@ -65,13 +65,13 @@ def check(world: World, config: RunConfig) -> None:
 
 
 def unfused_bytes(shape: MoeShape, work: Workload, degrees: Degrees, *, routes: bool) -> float:
-    """Return what unfused operations on a CPU keep besides, in one layer."""
+    """Return the extra bytes that unfused operations on a CPU keep in one layer."""
     tokens, value = local_tokens(shape, work, degrees), work.bytes_per_value
-    if work.recompute == "full":  # the angles, of which both layers keep the same
+    if work.recompute == "full":  # rotary angles, shared by both layers
         return tokens.gathered / work.micro_batch_size * shape.kv_channels * 4 / 2
     heads = tokens.gathered / degrees.tp
     extra = 0.0
-    if not routes:  # silu(gate), and gate and up once more, each apart
+    if not routes:  # silu(gate), and separate copies of gate and up
         extra += 2 * heads * shape.ffn_hidden_size * value
     return extra
 
@@ -82,7 +82,7 @@ def stream_bytes(shape: MoeShape, work: Workload, degrees: Degrees) -> float:
 
 
 def measure(world: World, config: RunConfig, spec: Any) -> int:
-    """Bytes autograd saves in a forward pass through the layers, parameters apart."""
+    """Return the bytes that autograd saves in a forward pass of the layers, without parameters."""
     from megatron_moe.data.batches import Batch, slice_for_context_parallel
     from megatron_moe.model.build import build_model
     from megatron_moe.parallel.groups import create_groups
@@ -114,7 +114,7 @@ def _measured(
     weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
 
     def measured(*args: Any, **kwargs: Any) -> Any:
-        storages = {}  # kept alive, so that no address is used twice
+        storages = {}  # kept alive, so that no address is reused
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
             storage = tensor.untyped_storage()

@@ -1,4 +1,4 @@
-"""Search: against legality and brute force, the paper's case, speed, and messages."""
+"""Test the search against the rules, brute force and the paper's case; its speed and messages."""
 
 import itertools
 import json
@@ -40,14 +40,14 @@ def every_setting(shape, config, gpus):
 
 
 def test_the_fast_filter_is_legality(make_config, llama3_spec):
-    """Same layouts as asking `violations` about every product of degrees, tp and etp up to 8."""
+    """Compare with calling `violations` for each combination of degrees; tp and etp up to 8."""
     config = make_config(gbs=32)
     shape = upcycled_shape(llama3_spec, config.moe)
-    ours = {
+    filtered = {
         (*(getattr(d, a) for a in ("tp", "cp", "pp", "ep", "etp")), vpp, work.micro_batch_size)
         for d, vpp, work in every_setting(shape, config, 16)
     }
-    powers, theirs = (1, 2, 4, 8, 16), set()
+    powers, legal = (1, 2, 4, 8, 16), set()
     for tp, cp, pp, ep, etp in itertools.product(powers, repeat=5):
         if tp > 8 or etp > 8 or 16 % (tp * cp * pp) or 16 % (ep * etp * pp):
             continue
@@ -55,8 +55,8 @@ def test_the_fast_filter_is_legality(make_config, llama3_spec):
             degrees = Degrees(gpus=16, tp=tp, cp=cp, pp=pp, vpp=vpp, ep=ep, etp=etp)
             work = Workload(sequence_length=8192, global_batch_size=32, micro_batch_size=size)
             if not violations(configured(config, degrees, work), llama3_spec, 16):
-                theirs.add((tp, cp, pp, ep, etp, vpp, size))
-    assert ours == theirs
+                legal.add((tp, cp, pp, ep, etp, vpp, size))
+    assert filtered == legal
 
 
 def test_best_first_is_brute_force(make_config, llama3_spec):
@@ -76,16 +76,16 @@ def test_best_first_is_brute_force(make_config, llama3_spec):
 
 
 def test_the_papers_best_layout_is_among_the_first(make_config, llama3_spec):
-    """In arXiv 2412.09952, table 2: tp1 cp2 pp4 vpp8 ep8 etp1 on 128 H100."""
+    """Search for the case of arXiv 2412.09952, table 2: tp1 cp2 pp4 vpp8 ep8 etp1 on 128 H100."""
     result = search(make_config(), llama3_spec, gpus=128)
     paper = Degrees(gpus=128, cp=2, pp=4, vpp=8, ep=8)
     assert paper in [one.degrees for one in result.best]
-    theirs = next(one for one in result.best if one.degrees == paper)
+    published = next(one for one in result.best if one.degrees == paper)
     first = result.best[0]
-    # Why another comes first: fewer stages wait less for the output layer and the pipeline.
+    # Another layout is first, because fewer stages wait less for the output layer and the pipeline.
     assert first.degrees.pp < paper.pp
-    lost = [one.time.parts["output_layer"] + one.time.parts["bubble"] for one in (first, theirs)]
-    assert lost[1] - lost[0] > 0.5 * (theirs.time.step_seconds - first.time.step_seconds) > 0
+    lost = [one.time.parts["output_layer"] + one.time.parts["bubble"] for one in (first, published)]
+    assert lost[1] - lost[0] > 0.5 * (published.time.step_seconds - first.time.step_seconds) > 0
 
 
 def test_all_results_are_legal_fit_and_are_ranked(make_config, llama3_spec):
@@ -108,7 +108,7 @@ def test_more_memory_is_never_slower(make_config, llama3_spec):
 
 
 def test_a_thousand_gpus_take_two_seconds(make_config, llama3_config, tmp_path):
-    """Processor time of a whole process, imports and table too, so that a busy machine passes."""
+    """Measure the CPU time of a whole process, with imports and output: load does not matter."""
     (tmp_path / "config.json").write_text(json.dumps(llama3_config))
     config = make_config(gbs=1024)
     dense = config.dense.model_copy(update={"path": tmp_path})
@@ -129,24 +129,24 @@ def test_a_thousand_gpus_take_two_seconds(make_config, llama3_config, tmp_path):
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2.0
 
 
-def test_what_is_said_when_nothing_fits(make_config, llama3_spec):
+def test_message_if_nothing_fits(make_config, llama3_spec):
     with pytest.raises(ConfigError, match=r"no layout of 8 h100 holds the model.*GiB a rank"):
         search(make_config(gbs=8), llama3_spec, gpus=8)
 
 
-def test_what_is_said_when_nothing_is_legal(make_config, llama3_spec):
+def test_message_if_nothing_is_legal(make_config, llama3_spec):
     with pytest.raises(
         ConfigError, match=r"no layout of 7 GPUs is legal(.|\n)*nearest world_size: 6, 8"
     ):
         search(make_config(gbs=3, expert_parallel_size=2), llama3_spec, gpus=7)
 
 
-def test_a_broken_rule_that_no_layout_mends_is_told(make_config, llama3_spec):
-    config = make_config(moe={"moe_ffn_hidden_size": 7168})  # copies are whole FFNs
+def test_a_broken_rule_that_no_layout_fixes_is_reported(make_config, llama3_spec):
+    config = make_config(moe={"moe_ffn_hidden_size": 7168})  # replicated experts must be whole FFNs
     with pytest.raises(ConfigError, match=r"must equal the dense model's intermediate_size"):
         search(config, llama3_spec, gpus=128)
 
 
-def test_an_unknown_gpu_names_the_known(make_config, llama3_spec):
+def test_an_unknown_gpu_lists_the_known_ones(make_config, llama3_spec):
     with pytest.raises(ConfigError, match=r"--gpu v100 is not in the table; known: a100, h100"):
         search(make_config(), llama3_spec, gpus=8, gpu="v100")

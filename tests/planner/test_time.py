@@ -1,4 +1,4 @@
-"""The time model: calibration goals on models it has not seen, and the direction of every term."""
+"""Test the time model: its accuracy on held-out models, and the direction of each term."""
 
 from dataclasses import astuple, replace
 
@@ -59,7 +59,7 @@ def test_the_shipped_constants_are_the_fit():
     assert astuple(FITTED) == pytest.approx(astuple(fit(published())), rel=0.01)
 
 
-def test_goals_hold_whatever_batch_the_silent_rows_used():
+def test_accuracy_does_not_depend_on_the_batch_of_rows_without_one():
     for batch in (128, 512):
         assert sensitivity(published(), global_batch=batch).mean_absolute_error <= 2.5
 
@@ -166,7 +166,7 @@ def test_degrees_derive_dp_and_edp():
 
 @pytest.mark.parametrize(("pp", "vpp"), [(1, 1), (4, 1), (4, 8)])
 def test_the_bubble_is_pp_minus_one_chunks_of_a_micro_batch(pp, vpp):
-    """Narayanan et al. (arXiv 2104.04473, section 2.2): (pp - 1) / (vpp * m) of the ideal time."""
+    """Compare with Narayanan et al. (arXiv 2104.04473, section 2.2): (pp - 1) / (vpp * m)."""
     row = published()[0]
     degrees = replace(row.degrees, pp=pp, vpp=vpp)
     parts = dict(step_time(row.shape, row.work, degrees, H100).parts)

@@ -35,7 +35,11 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> chaos.Stage:
             r"no rank has made progress for 4 s: rank 1 is stuck in the data stage of step 5 at ",
             1,
         ),
-        (faults.told(signal.SIGTERM), r"^stopped by a signal after step \d+; the same command", 0),
+        (
+            faults.told(signal.SIGTERM),
+            r"^Stopped by a signal after step \d+\. Run the same command",
+            0,
+        ),
         (faults.truncated_shard(), r"(?s)^CheckpointError: cannot load .*\n  write step_", None),
     ],
     ids=lambda value: value.name.replace(" ", "-") if isinstance(value, faults.Fault) else "",

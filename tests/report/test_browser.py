@@ -1,6 +1,6 @@
-"""Pages in a real browser: nothing fails, nothing is fetched, all of it is seen and reached.
+"""Test pages in a real browser: no errors, no requests, and everything visible and reachable.
 
-Chromium is the system's, as `.ci/run` installs it; where there is none these tests say so.
+The tests use the system's Chromium, which `.ci/run` installs, and are skipped without it.
 """
 
 import shutil
@@ -44,7 +44,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report of a training run on two ranks."""
+    """Return the report of a training run on two ranks."""
     root = tmp_path_factory.mktemp("real")
     dense, tokens = save_dense(root / "dense"), write_tokens(root / "tokens")
     domains = {
@@ -62,18 +62,18 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report of a thousand steps and 128 experts, its size and cost bounded."""
+    """Return the report of 1000 steps and 128 experts, after checking its size and cost."""
     run = write_run(tmp_path_factory.mktemp("large"))
     start = time.process_time()
     page = report(run)
-    assert time.process_time() - start < 20, "5 s when this was written, of which 1 s reads JSON"
-    assert page.stat().st_size < 2_500_000, "1.4 MB when this was written"
+    assert time.process_time() - start < 20, "took 5 s when written, 1 s of it for JSON"
+    assert page.stat().st_size < 2_500_000, "was 1.4 MB when written"
     return page
 
 
 @pytest.fixture(scope="module")
 def both(large: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two runs compared."""
+    """Return the comparison page of two runs."""
     folder = tmp_path_factory.mktemp("both")
     other = write_run(folder, steps=500, layers=4, experts=16, name="other", seed=1)
     return compare([large.parent, other], folder / "compare.html")
@@ -85,7 +85,7 @@ def path(request: pytest.FixtureRequest) -> Path:
 
 
 class Opened:
-    """A page in a window, and what went wrong or out while it was there."""
+    """A page in a browser window, with its console messages and requests."""
 
     def __init__(self, browser: Browser, path: Path, *, width: int, dark: bool = False) -> None:
         scheme = "dark" if dark else "light"
@@ -93,24 +93,24 @@ class Opened:
             viewport={"width": width, "height": 800}, color_scheme=scheme
         )  # fmt: skip
         self.page: Page = context.new_page()
-        self.said: list[str] = []
+        self.messages: list[str] = []
         self.requests: list[str] = []
-        self.page.on("console", lambda message: self.said.append(message.text))
-        self.page.on("pageerror", lambda error: self.said.append(str(error)))
-        self.page.on("dialog", lambda dialog: (self.said.append("dialog"), dialog.dismiss()))
+        self.page.on("console", lambda message: self.messages.append(message.text))
+        self.page.on("pageerror", lambda error: self.messages.append(str(error)))
+        self.page.on("dialog", lambda dialog: (self.messages.append("dialog"), dialog.dismiss()))
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.goto(path.as_uri())
 
     def outside(self) -> list[str]:
-        """Requests other than for the page itself and pictures inside it."""
+        """Return requests other than for the page itself and its inline pictures."""
         return [url for url in self.requests[1:] if not url.startswith("data:")]
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_a_page_is_whole_without_a_network(browser: Browser, path: Path, dark: bool):
+def test_a_page_is_complete_without_a_network(browser: Browser, path: Path, dark: bool):
     opened = Opened(browser, path, width=1280, dark=dark)
     sizes = opened.page.evaluate(SIZES)
-    assert (opened.said, opened.outside()) == ([], [])
+    assert (opened.messages, opened.outside()) == ([], [])
     assert len(sizes) >= 8
     assert min(sizes) > 20
     paper = opened.page.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -119,13 +119,13 @@ def test_a_page_is_whole_without_a_network(browser: Browser, path: Path, dark: b
 
 def test_a_narrow_screen_does_not_scroll_sideways(browser: Browser, path: Path):
     opened = Opened(browser, path, width=360)
-    opened.page.evaluate(SIZES)  # opens what is folded
+    opened.page.evaluate(SIZES)  # opens collapsed sections
     assert opened.page.evaluate("document.documentElement.scrollWidth") == 360
     labels = opened.page.evaluate(
         "[...document.querySelectorAll('svg[role=img] text')]"
         ".map(t => parseFloat(getComputedStyle(t).fontSize) * t.getScreenCTM().a)"
     )
-    assert min(labels) > 8.5, "pixels of the smallest letters"
+    assert min(labels) > 8.5, "height of the smallest text in pixels"
 
 
 def test_the_keyboard_reaches_every_section_and_shows_where_it_is(browser: Browser, path: Path):
@@ -135,13 +135,13 @@ def test_the_keyboard_reaches_every_section_and_shows_where_it_is(browser: Brows
     while len(reached) < 100:
         page.keyboard.press("Tab")
         tag, link, visible = page.evaluate(FOCUSED)
-        if tag == "BODY":  # past the last one
+        if tag == "BODY":  # after the last element
             break
         assert visible, (tag, link)
         reached.append(link or tag)
-    assert reached[0] == "#report"  # what skips the contents
+    assert reached[0] == "#report"  # the link that skips the contents
     assert [link for link in reached if link in sections] == sections
-    assert "SUMMARY" in reached  # numbers that fold out
+    assert "SUMMARY" in reached  # collapsed tables of numbers
     page.locator(f"nav a[href='{sections[-1]}']").press("Enter")
     assert page.evaluate("location.hash") == sections[-1]
 

@@ -1,4 +1,4 @@
-"""Pages as text: names stay names, what is missing is said, and a page is there or it is not."""
+"""Test the HTML of pages: escaping of names, notes on missing parts, and atomic writes."""
 
 import json
 import re
@@ -26,7 +26,7 @@ from megatron_moe.report.specialisation import mean_distances, share_of_mean
 
 
 class Elements(HTMLParser):
-    """What a browser would make of a page: its elements, its attributes, its text."""
+    """The elements, attributes and text of a page, as a browser parses them."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ def elements(run: Path) -> Elements:
 
 
 def test_names_out_of_files_stay_text(elements: Elements):
-    assert {"script", "img", "b"} & set(elements.tags) <= {"b"}  # <b> is a fact's own
+    assert {"script", "img", "b"} & set(elements.tags) <= {"b"}  # facts use <b>
     assert not [name for name, _ in elements.attributes if name.startswith("on")]
     for name in (*DOMAINS, "a <b>run"):
         assert name in elements.text, name
@@ -80,15 +80,15 @@ def test_ids_are_unique_and_links_lead_somewhere(elements: Elements):
     assert set(wanted) <= set(ids)
 
 
-def test_every_picture_says_what_it_shows(elements: Elements):
+def test_every_picture_has_a_description(elements: Elements):
     pictures = elements.tags.count("figure")
-    told = [v for name, v in elements.attributes if name == "aria-label" and v]
+    labels = [v for name, v in elements.attributes if name == "aria-label" and v]
     assert pictures > 20
-    assert any(HOSTILE in label for label in told)
+    assert any(HOSTILE in label for label in labels)
     assert elements.tags.count("figcaption") == pictures
 
 
-def test_what_is_missing_is_said_with_its_command(tmp_path):
+def test_missing_parts_name_the_command_that_produces_them(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     settings = tree(folder, tmp_path / "dense", tmp_path / "tokens")
@@ -96,11 +96,11 @@ def test_what_is_missing_is_said_with_its_command(tmp_path):
     text = "".join(Elements(run_page(read_run(folder))).text)
     for command in ("train", "evaluate", "analyze"):
         assert f"megatron-moe {command} {folder}" in text
-    for what in ("No step has been logged", "no receipt", "data.domains", "How many ranks"):
-        assert what in text
+    for phrase in ("No step has been logged", "no receipt", "data.domains", "number of ranks"):
+        assert phrase in text
 
 
-def test_a_page_is_there_or_it_is_not(tmp_path):
+def test_a_page_is_written_atomically(tmp_path):
     write_page(Html("first"), tmp_path / "p.html")
     write_page(Html("second"), tmp_path / "p.html")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("p.html", "second")]
@@ -134,7 +134,7 @@ def test_a_line_may_have_any_name(name: str):
     values = np.array([1.0, 2.0])
     lines = [Line(name, [1, 2], values), Line("other", [1, 2], values)]
     page = Elements(line_picture(lines, alt=name, y=name))
-    assert page.text.count(name) == 2 or not name  # in the legend and over the axis
+    assert page.text.count(name) == 2 or not name  # in the legend and above the axis
     assert "script" not in page.tags
 
 
@@ -154,14 +154,14 @@ def test_a_grid_shows_every_rank_once_in_both_views():
         assert f"{experts[0]}\u2013{experts[-1]}" in page.text
 
 
-def test_the_same_ep_rank_has_the_same_colour_in_both_grids():
+def test_the_same_ep_rank_has_the_same_color_in_both_grids():
     layout = fold(Parallel(tensor_parallel_size=2, expert_parallel_size=4), world_size=8)
     drawn = draw_grids(layout, stage=0, num_experts=8)
     cells = re.findall(r'style="fill:var\(--line-(\d)\)"[^>]*></rect><text[^>]*>(\d+)<', drawn)
-    colours: dict[str, set[str]] = {}
-    for colour, rank in cells:
-        colours.setdefault(rank, set()).add(colour)
-    assert colours == {str(rank): {str(rank % 4)} for rank in range(8)}
+    colors: dict[str, set[str]] = {}
+    for color, rank in cells:
+        colors.setdefault(rank, set()).add(color)
+    assert colors == {str(rank): {str(rank % 4)} for rank in range(8)}
 
 
 def test_shares_and_distances_of_known_preferences():
@@ -175,8 +175,8 @@ def test_shares_and_distances_of_known_preferences():
         "mean": apart,
         "within": {},
     }
-    found = Analysis.model_validate_json(json.dumps(record))
-    assert mean_distances(found).tolist() == [0.0, 1.0]
+    validated = Analysis.model_validate_json(json.dumps(record))
+    assert mean_distances(validated).tolist() == [0.0, 1.0]
 
 
 # ---- compare -------------------------------------------------------------------------------------

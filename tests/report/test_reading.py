@@ -1,4 +1,4 @@
-"""What a report reads: steps that came twice, files that are missing or damaged."""
+"""Test reading of runs: repeated steps, and missing or damaged files."""
 
 import json
 from pathlib import Path
@@ -26,15 +26,15 @@ def step(number: int, loss: float | None) -> dict:
     return {"step": number, "loss/lm": loss}
 
 
-def test_a_step_that_comes_again_undoes_what_came_after_it(tmp_path):
-    """Steps 2 to 4 were rolled back; 2 was taken again and the run is still at work."""
+def test_a_repeated_step_discards_the_steps_after_it(tmp_path):
+    """Steps 2 to 4 were rolled back; step 2 was repeated, and the run is still running."""
     lines = [step(1, 1.0), step(2, 2.0), step(3, 3.0), step(4, 4.0), step(2, 2.5)]
     series = read_history(write_lines(tmp_path / "metrics.jsonl", *lines)).series("loss/lm")
     assert series is not None
     assert dict(zip(series.steps.tolist(), series.values.tolist(), strict=True)) == {1: 1.0, 2: 2.5}
 
 
-def test_damaged_lines_are_counted_and_null_is_no_number(tmp_path):
+def test_damaged_lines_are_counted_and_null_is_nan(tmp_path):
     path = write_lines(tmp_path / "m", step(1, 1.0), step(2, None), "[3]", '{"step": 3, "loss')
     history = read_history(path)
     assert (history.damaged, history.last_step) == (2, 2)
@@ -46,10 +46,10 @@ def test_damaged_lines_are_counted_and_null_is_no_number(tmp_path):
 def test_a_value_that_was_never_finite_is_none(tmp_path):
     history = read_history(write_lines(tmp_path / "m", step(1, None)))
     assert history.series("loss/lm") is None
-    assert history.series("never told") is None
+    assert history.series("never logged") is None
 
 
-def test_no_file_is_no_step(tmp_path):
+def test_a_missing_file_has_no_steps(tmp_path):
     assert read_history(tmp_path / "metrics.jsonl").lines == []
 
 
@@ -77,7 +77,7 @@ def test_thinning_keeps_the_mean_the_extremes_and_the_last_step(steps: int):
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A folder with a configuration and nothing else."""
+    """Return a run folder that contains only a configuration."""
     folder = tmp_path / "run"
     folder.mkdir()
     settings = tree(folder, tmp_path / "dense", tmp_path / "tokens")
@@ -87,11 +87,11 @@ def run(tmp_path: Path) -> Path:
 
 def test_a_run_that_has_just_begun_is_read(run):
     files = read_run(run)
-    assert (files.receipt, files.spec, files.world_size, files.wrong) == (None, None, None, [])
+    assert (files.receipt, files.spec, files.world_size, files.problems) == (None, None, None, [])
     assert files.history.last_step == 0
 
 
-def test_what_is_damaged_is_told_and_the_rest_is_read(run):
+def test_damaged_files_are_reported_and_the_rest_is_read(run):
     (run / "receipt.json").write_text("{")
     (run / "analysis").mkdir()
     (run / "analysis" / "step-00000005.json").write_text('{"kind": "analysis", "step": 5}')
@@ -101,7 +101,7 @@ def test_what_is_damaged_is_told_and_the_rest_is_read(run):
     (run / "checkpoints" / "latest").write_text("step_00000005\n")
     write_lines(run / "metrics.jsonl", step(1, 1.0), "{")
     files = read_run(run)
-    told = "\n".join(files.wrong)
+    problems = "\n".join(files.problems)
     for what in (
         "receipt.json",
         "analysis/step-00000005.json is not shown: checkpoint: Field required",
@@ -109,18 +109,18 @@ def test_what_is_damaged_is_told_and_the_rest_is_read(run):
         "latest names step_00000005",
         "1 damaged",
     ):
-        assert what in told
+        assert what in problems
     assert files.history.last_step == 1
 
 
-def test_an_analysis_whose_lists_do_not_fit_is_told(run):
+def test_an_analysis_with_inconsistent_shapes_is_reported(run):
     record = analysis(np.random.default_rng(0), 5, 2, 4)
     record["counts"][DOMAINS[0]] = [[1, 2, 3, 4]]
     (run / "analysis").mkdir()
     (run / "analysis" / "step-000005.json").write_text(json.dumps(record))
     files = read_run(run)
     assert files.analyses == []
-    assert "counts of 'commoncrawl' are not 2 layers x 4 experts" in files.wrong[0]
+    assert "counts of 'commoncrawl' are not 2 layers x 4 experts" in files.problems[0]
 
 
 def test_scores_of_tasks_are_read_and_shown(run):
@@ -130,12 +130,12 @@ def test_scores_of_tasks_are_read_and_shown(run):
     path = run / "evaluation" / "tasks-a-step-000005.json"
     path.write_text(json.dumps({**record, "scores": [score], "harness": []}))
     files = read_run(run)
-    assert files.wrong == []
+    assert files.problems == []
     page = judgement(files).html()
     assert "my_&lt;task&gt;" in page
     assert "<td>0.625</td>" in page
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"is no run: it has no config.yaml"):
+def test_a_folder_that_is_not_a_run_is_rejected(tmp_path):
+    with pytest.raises(ConfigError, match=r"is not a run directory: it has no config.yaml"):
         read_run(tmp_path)

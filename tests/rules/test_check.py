@@ -1,4 +1,4 @@
-"""Every rule refuses with both numbers, the reason and a way out that the rule accepts."""
+"""Test that each rule's message has both values, the reason and a way out that satisfies it."""
 
 import itertools
 import math
@@ -29,7 +29,7 @@ def make_spec(**changes: Any) -> DenseSpec:
 
 
 def make_config(changes: dict[str, Any] | None = None) -> RunConfig:
-    """A legal configuration for one rank, with ``section.key`` changes."""
+    """Return a legal configuration for one rank, with changes by ``section.key``."""
     tree: dict[str, dict[str, Any]] = {
         "run": {"dir": "run"},
         "dense": {"path": "dense"},
@@ -47,7 +47,7 @@ def make_config(changes: dict[str, Any] | None = None) -> RunConfig:
 
 
 def parallel(**degrees: int) -> dict[str, int]:
-    """tp, cp, pp, vpp, ep, etp as settings."""
+    """Return settings for tp, cp, pp, vpp, ep and etp."""
     names = {
         "tp": "tensor", "cp": "context", "pp": "pipeline", "vpp": "virtual_pipeline",
         "ep": "expert", "etp": "expert_tensor",
@@ -56,25 +56,25 @@ def parallel(**degrees: int) -> dict[str, int]:
 
 
 def domains(**weights: float | None) -> dict[str, Any]:
-    """Named domains instead of one text."""
+    """Return settings for named domains instead of one text."""
     named = {name: {"path": name, "weight": weight} for name, weight in weights.items()}
     return {"data.path": None, "data.domains": named}
 
 
-MOVES = {"update": "doremi", "reference_losses": "losses.json"}
+ADAPTIVE = {"update": "doremi", "reference_losses": "losses.json"}
 HELD_OUT = {"data.validation_fraction": 0.1}
 
-# rule, changes to a legal configuration, world size, the whole message
+# Rule, changes to a legal configuration, world size, complete message.
 REFUSALS = [
     ("dp", parallel(tp=2, cp=2), 6,
-     "world_size (6) must be divisible by pp * cp * tp = 1 * 2 * 2 = 4: dp is what is left over.\n"
+     "world_size (6) must be divisible by pp * cp * tp = 1 * 2 * 2 = 4: dp is the quotient.\n"
      "  nearest world_size: 4, 8"),
     ("edp", parallel(ep=4) | {"train.global_batch_size": 6}, 6,
-     "world_size (6) must be divisible by pp * ep * etp = 1 * 4 * 1 = 4: edp is what is left over."
-     "\n  nearest world_size: 4, 8"),
+     "world_size (6) must be divisible by pp * ep * etp = 1 * 4 * 1 = 4: edp is the quotient.\n"
+     "  nearest world_size: 4, 8"),
     ("edp-too-few", parallel(ep=8), 4,
-     "world_size (4) must be divisible by pp * ep * etp = 1 * 8 * 1 = 8: edp is what is left over."
-     "\n  nearest world_size: 8"),
+     "world_size (4) must be divisible by pp * ep * etp = 1 * 8 * 1 = 8: edp is the quotient.\n"
+     "  nearest world_size: 8"),
     ("heads", parallel(tp=4), 4,
      "num_key_value_heads of the dense model (6) must be divisible by "
      "parallel.tensor_parallel_size (4): each tp rank holds whole query groups.\n"
@@ -83,24 +83,26 @@ REFUSALS = [
      "moe.num_moe_experts (8) must be divisible by parallel.expert_parallel_size (3): each ep rank "
      "holds whole experts.\n  valid expert_parallel_size: 1, 2, 4, 8"),
     ("expert-neurons", parallel(etp=5) | {"train.global_batch_size": 5}, 5,
-     "moe.moe_ffn_hidden_size (48) must be divisible by parallel.expert_tensor_parallel_size (5): "
-     "each etp rank holds as many neurons of an expert.\n"
+     "moe.moe_ffn_hidden_size (48) must be divisible by parallel.expert_tensor_parallel_size "
+     "(5): every etp rank must hold an equal share of an expert's neurons.\n"
      "  valid expert_tensor_parallel_size: 1, 2, 3, 4, 6, 8, 12, 16, 24, 48"),
     ("topk", {"moe.moe_router_topk": 9}, 1,
-     "moe.moe_router_topk (9) must be at most moe.num_moe_experts (8): a token goes to different "
-     "experts.\n  largest moe.moe_router_topk: 8"),
+     "moe.moe_router_topk (9) must be at most moe.num_moe_experts (8): a token is routed to "
+     "distinct experts.\n"
+     "  largest moe.moe_router_topk: 8"),
     ("padding", {"moe.moe_pad_expert_input_to_capacity": True}, 1,
      "moe.moe_pad_expert_input_to_capacity (True) needs moe.moe_expert_capacity_factor: without "
-     "one nothing is dropped.\n  set moe.moe_expert_capacity_factor, or leave "
-     "moe.moe_pad_expert_input_to_capacity unset"),
+     "it, no token is dropped.\n"
+     "  set moe.moe_expert_capacity_factor, or leave moe.moe_pad_expert_input_to_capacity unset"),
     ("padding-over-ranks", {"moe.moe_pad_expert_input_to_capacity": True,
      "moe.moe_expert_capacity_factor": 1.0, "moe.capacity_scope": "sequence"}, 1,
-     "moe.capacity_scope (sequence) cannot be with moe.moe_pad_expert_input_to_capacity (true): an "
-     "expert then takes another number of tokens from each rank, and there is no one number to pad "
-     "to.\n  set moe.capacity_scope=rank"),
+     "moe.capacity_scope (sequence) cannot be combined with moe.moe_pad_expert_input_to_capacity "
+     "(true): an expert then takes a different number of tokens from each rank, so there is no "
+     "common size to pad to.\n"
+     "  set moe.capacity_scope=rank"),
     ("padding-beyond-all", {"moe.moe_pad_expert_input_to_capacity": True,
      "moe.moe_expert_capacity_factor": 9.0, "moe.capacity_formula": "tokens_per_expert"}, 1,
-     "moe.moe_expert_capacity_factor (9.0) makes a capacity larger than all tokens, which "
+     "moe.moe_expert_capacity_factor (9.0) gives a capacity above the number of tokens, which "
      "moe.moe_pad_expert_input_to_capacity (true) cannot pad to.\n"
      "  largest moe.moe_expert_capacity_factor: 8.0"),
     ("flex-alone", {"moe.moe_token_dispatcher_type": "flex"}, 1,
@@ -109,13 +111,14 @@ REFUSALS = [
      "its tokens, and there is nothing to send.\n  set moe.moe_token_dispatcher_type=alltoall"),
     ("deepep-padding", parallel(ep=2) | {"moe.moe_token_dispatcher_type": "flex",
      "moe.moe_pad_expert_input_to_capacity": True, "moe.moe_expert_capacity_factor": 1.0}, 2,
-     "moe.moe_flex_dispatcher_backend (deepep) cannot be with moe.moe_pad_expert_input_to_capacity "
-     "(true): DeepEP sends each token to its chosen experts and has no padding.\n"
+     "moe.moe_flex_dispatcher_backend (deepep) cannot be combined with "
+     "moe.moe_pad_expert_input_to_capacity (true): DeepEP sends each token to its chosen experts "
+     "and has no padding.\n"
      "  set moe.moe_flex_dispatcher_backend=hybridep, or leave "
      "moe.moe_pad_expert_input_to_capacity unset"),
     ("bias", {"moe.moe_router_enable_expert_bias": True}, 1,
-     "moe.moe_router_enable_expert_bias (true) needs moe.moe_router_score_function (softmax) to be "
-     "sigmoid: the bias is added to scores of experts taken alone.\n"
+     "moe.moe_router_enable_expert_bias (true) needs moe.moe_router_score_function (softmax) to "
+     "be sigmoid: the bias is added to independent scores of experts.\n"
      "  set moe.moe_router_score_function=sigmoid"),
     ("tp-overlap", {"train.tp_comm_overlap": True}, 1,
      "train.tp_comm_overlap (true) needs parallel.tensor_parallel_size (1) to be at least 2: there "
@@ -123,11 +126,13 @@ REFUSALS = [
     ("tp-overlap-engine", parallel(tp=3) | {"train.tp_comm_overlap": True, "run.engine": "torch",
      "train.global_batch_size": 3}, 3,
      "train.tp_comm_overlap (true) needs run.engine to be transformer_engine: only its linear "
-     "layers overlap communication with the products.\n  leave train.tp_comm_overlap unset"),
+     "layers overlap communication with matrix products.\n"
+     "  leave train.tp_comm_overlap unset"),
     ("sigmoid-order", {"moe.moe_router_score_function": "sigmoid",
      "moe.router_order": "softmax_topk"}, 1,
-     "moe.router_order (softmax_topk) has no meaning with moe.moe_router_score_function (sigmoid): "
-     "scores of the chosen are divided by their sum.\n  leave moe.router_order unset"),
+     "moe.router_order (softmax_topk) has no effect with moe.moe_router_score_function "
+     "(sigmoid): the scores of chosen experts are divided by their sum.\n"
+     "  leave moe.router_order unset"),
     ("top1", {"moe.moe_router_topk": 1}, 1,
      "moe.moe_router_topk (1) with moe.router_order (topk_softmax) is not trainable: the softmax "
      "over one chosen expert is always 1, so the router gets no gradient.\n"
@@ -140,14 +145,15 @@ REFUSALS = [
         "moe.moe_ffn_hidden_size": 5, "moe.moe_shared_expert_intermediate_size": 8,
         "upcycle.method": "split_random", "train.global_batch_size": 48}, 3,
      "moe.moe_shared_expert_intermediate_size (8) must be divisible by "
-     "parallel.tensor_parallel_size (3): the shared expert is split over tp.\n"
+     "parallel.tensor_parallel_size (3): the shared expert is sharded over tp.\n"
      "  valid tensor_parallel_size: 1, 2, 4, 8"),
     ("dense-ends", {"moe.first_dense_layers": 6, "moe.last_dense_layers": 6}, 1,
      "moe.first_dense_layers (6) + moe.last_dense_layers (6) must be less than the dense model's "
      "num_hidden_layers (12): otherwise the model stays dense.\n  largest sum: 11"),
     ("dense-ends-of-a-list", {"moe.moe_layers": [3], "moe.first_dense_layers": 1}, 1,
-     "moe.first_dense_layers (1) and moe.last_dense_layers (0) are for moe.moe_layers (all), but "
-     "it is a list.\n  leave the dense layers out of the list"),
+     "moe.first_dense_layers (1) and moe.last_dense_layers (0) require moe.moe_layers (all), but "
+     "it is a list.\n"
+     "  remove the dense layers from the list"),
     ("no-moe-layer", {"moe.moe_layers": []}, 1,
      "moe.moe_layers ([]) must name at least one layer: otherwise the model stays dense.\n"
      "  set moe.moe_layers=all"),
@@ -161,19 +167,24 @@ REFUSALS = [
      "  leave parallel.virtual_pipeline_parallel_size unset"),
     ("layers", parallel(pp=2, vpp=4), 2,
      "num_hidden_layers of the dense model (12) must be divisible by pp * vpp = 2 * 4 = 8: every "
-     "chunk holds as many layers.\n  nearest pp x vpp: 2x3, 3x2, 6x1, 2x2"),
+     "chunk must hold the same number of layers.\n"
+     "  nearest pp x vpp: 2x3, 3x2, 6x1, 2x2"),
     ("sequence", parallel(tp=2) | {"data.seq_length": 47}, 2,
-     "data.seq_length (47) must be divisible by tp = 2: the sequence is shared by these ranks.\n"
+     "data.seq_length (47) must be divisible by tp = 2: the sequence is sharded over these "
+     "ranks.\n"
      "  nearest data.seq_length: 46, 48"),
     ("sequence-zigzag", parallel(tp=2, cp=2) | {"data.seq_length": 50}, 4,
-     "data.seq_length (50) must be divisible by 2 * cp * tp = 8: the sequence is shared by these "
-     "ranks.\n  nearest data.seq_length: 48, 56"),
+     "data.seq_length (50) must be divisible by 2 * cp * tp = 8: the sequence is sharded over "
+     "these ranks.\n"
+     "  nearest data.seq_length: 48, 56"),
     ("too-long", {"data.seq_length": 257}, 1,
      "data.seq_length (257) must be at most the dense model's max_position_embeddings (256): it "
-     "has not seen positions beyond.\n  largest data.seq_length: 256"),
+     "was not trained on later positions.\n"
+     "  largest data.seq_length: 256"),
     ("batch", {"train.global_batch_size": 10, "train.micro_batch_size": 2}, 4,
      "train.global_batch_size (10) must be divisible by train.micro_batch_size * dp = 2 * 4 = 8: "
-     "every replica takes whole micro-batches.\n  nearest train.global_batch_size: 8, 16"),
+     "every replica processes whole micro-batches.\n"
+     "  nearest train.global_batch_size: 8, 16"),
     ("batch-vpp", parallel(pp=2, vpp=2) | {"train.global_batch_size": 3}, 2,
      "micro-batches of a step (train.global_batch_size / (micro_batch_size * dp) = 3) must be "
      "divisible by parallel.pipeline_parallel_size (2) with virtual_pipeline_parallel_size: the "
@@ -182,16 +193,17 @@ REFUSALS = [
      "optimizer.min_lr (0.001) must be at most optimizer.lr (3e-05): the schedule decays from lr "
      "to min_lr.\n  largest optimizer.min_lr: 3e-05"),
     ("no-text", {"data.path": None}, 1,
-     "data.path or data.domains must be set, one of the two.\n"
-     "  set data.path to a text, or data.domains to several by name in given shares"),
+     "exactly one of data.path and data.domains must be set.\n"
+     "  set data.path for one text, or data.domains for several named texts with weights"),
     ("two-ways-to-hold-out", {"data.validation_path": "v", "data.validation_fraction": 0.1}, 1,
-     "data.validation_fraction (0.1) and a validation_path are two ways to hold text out.\n"
-     "  leave out one of the two"),
+     "data.validation_fraction (0.1) and a validation_path are two ways to hold out text.\n"
+     "  set only one of them"),
     ("validation-of-domains", domains(a=1) | {"data.validation_path": "v"}, 1,
-     "data.validation_path is for data.path.\n"
+     "data.validation_path requires data.path.\n"
      "  set data.domains.NAME.validation_path, or data.validation_fraction"),
     ("weight-0", domains(a=0, b=1), 1,
-     "weight of domain 'a' (0.0) must be positive\n  leave out a domain that is not to be drawn"),
+     "weight of domain 'a' (0.0) must be positive\n"
+     "  leave out a domain that is not to be drawn"),
     ("no-weight", domains(a=None, b=1), 1,
      "data.domains.a must have a weight: data.mixing.weights is given"),
     ("sum", domains(a=3, b=1), 1,
@@ -200,31 +212,32 @@ REFUSALS = [
     ("missing-domain", domains(a=None) | {"data.mixing": {"weights": "llama"}}, 1,
      "mixture 'llama' is for the domains commoncrawl, c4, github, wikipedia, books, arxiv, "
      "stackexchange: missing ['arxiv', 'books', 'c4', 'commoncrawl', 'github', 'stackexchange', "
-     "'wikipedia'], without a weight ['a'].\n  rename the domains, or give weights of your own"),
+     "'wikipedia'], without a weight ['a'].\n"
+     "  rename the domains, or give weights of your own"),
     ("two-weights", domains(a=1) | {"data.mixing": {"weights": "llama"}}, 1,
      "data.domains.a.weight is set, but data.mixing.weights is llama, which brings its own.\n"
      "  leave out one of the two"),
-    ("one-text-moves", {"data.mixing": MOVES}, 1,
-     "data.mixing.update (doremi) needs data.domains: one text has no shares that could move"),
+    ("one-text-moves", {"data.mixing": ADAPTIVE}, 1,
+     "data.mixing.update (doremi) needs data.domains: one text has no weights to adapt"),
     ("no-reference", domains(a=1) | HELD_OUT | {"data.mixing": {"update": "doremi"}}, 1,
      "data.mixing.update (doremi) needs data.mixing.reference_losses: weights follow the losses "
-     "above them.\n"
-     "  megatron-moe reference-loss CONFIG.yaml --out FILE evaluates the dense model"),
-    ("not-judged", domains(a=1) | {"data.mixing": MOVES}, 1,
+     "in excess of them.\n"
+     "  run megatron-moe reference-loss CONFIG.yaml --out FILE"),
+    ("not-judged", domains(a=1) | {"data.mixing": ADAPTIVE}, 1,
      "data.mixing.update (doremi) needs held-out text of each domain.\n"
      "  set data.validation_fraction, or data.domains.NAME.validation_path for all"),
-    ("interval", domains(a=1) | HELD_OUT | {"data.mixing": {**MOVES, "interval": 2303}}, 1,
+    ("interval", domains(a=1) | HELD_OUT | {"data.mixing": {**ADAPTIVE, "interval": 2303}}, 1,
      "data.mixing.interval (2303 tokens) must be at least the tokens of a step, "
-     "train.global_batch_size * data.seq_length = 2304: weights move between steps.\n"
+     "train.global_batch_size * data.seq_length = 2304: weights change only between steps.\n"
      "  smallest data.mixing.interval: 2304"),
     ("recompute-engine", {"train.recompute": "selective", "run.engine": "torch"}, 1,
      "train.recompute (selective) on CUDA needs run.engine (torch) to be transformer_engine: "
      "Megatron-Core recomputes norms only with its modules, and the torch engine's experts "
      "recompute their activations with any setting.\n  set train.recompute to none, moe or full"),
     ("reset-attention", {"data.reset_attention": True, "train.micro_batch_size": 2}, 1,
-     "data.reset_attention (true) with Transformer Engine needs train.micro_batch_size to be 1, "
-     "not (2): it takes packed documents as one row.\n"
-     "  set run.engine=torch, whose attention takes any, or use more micro-batches"),
+     "data.reset_attention (true) with Transformer Engine needs train.micro_batch_size (2) to be "
+     "1: it takes packed documents as a single row.\n"
+     "  set run.engine=torch, which has no such limit, or use more micro-batches"),
     ("warmup", {"optimizer.warmup_steps": 10}, 1,
      "optimizer.warmup_steps (10) must be less than train.steps (10): otherwise the learning rate "
      "never reaches its peak.\n  largest optimizer.warmup_steps: 9"),
@@ -234,47 +247,47 @@ REFUSALS = [
 @pytest.mark.parametrize(
     ("changes", "world_size", "message"), [pytest.param(*r[1:], id=r[0]) for r in REFUSALS]
 )
-def test_a_refusal_names_setting_rule_reason_and_way_out(changes, world_size: int, message: str):
-    assert violations(make_config(), make_spec(), 1) == [], "it is the change that is refused"
+def test_a_message_has_setting_rule_reason_and_way_out(changes, world_size: int, message: str):
+    assert violations(make_config(), make_spec(), 1) == [], "the unchanged configuration is legal"
     assert violations(make_config(changes), make_spec(), world_size) == [message]
 
 
-def test_layers_that_stay_dense_are_split_over_tp():
+def test_layers_that_stay_dense_are_sharded_over_tp():
     spec = make_spec(intermediate_size=50)
     changes = parallel(tp=3) | {"moe.moe_layers": [0, 1]}
     assert violations(make_config(changes), spec, 3) == [
         "intermediate_size of the dense model (50) must be divisible by "
-        "parallel.tensor_parallel_size (3): the layers that stay dense are split over tp.\n"
+        "parallel.tensor_parallel_size (3): the layers that stay dense are sharded over tp.\n"
         "  valid tensor_parallel_size: 1, 2, 5, 10, 25, 50"
     ]
     assert violations(make_config(changes | {"moe.moe_layers": "all"}), spec, 3) == []
 
 
-def test_every_rule_has_a_refusal_here():
+def test_every_rule_is_tested_here():
     spec = make_spec(intermediate_size=50)
     dense = (parallel(tp=3) | {"moe.moe_layers": [0]}, 3)
-    told = set()
+    violated = set()
     for changes, world_size in [*((r[1], r[2]) for r in REFUSALS), dense]:
         case = Case(make_config(changes), spec, world_size)
-        told |= {rule for rule in RULES if list(rule(case))}
-    assert told == set(RULES)
+        violated |= {rule for rule in RULES if list(rule(case))}
+    assert violated == set(RULES)
 
 
 def test_all_violations_come_in_one_error():
     changes = parallel(tp=4, ep=3, cp=2) | {
         "moe.moe_router_topk": 9, "data.seq_length": 50, "optimizer.min_lr": 1.0,
     }  # fmt: skip
-    found = violations(make_config(changes), make_spec(), 7)
-    assert len(found) == 7
+    messages = violations(make_config(changes), make_spec(), 7)
+    assert len(messages) == 7
     with pytest.raises(ConfigError) as caught:
         check(make_config(changes), make_spec(), 7)
-    assert str(caught.value) == "\n".join([*found, "  no layout of 7 ranks is legal with the "
-                                           "other settings"])  # fmt: skip
+    suggestion = "  no layout of 7 ranks is legal with the other settings"
+    assert str(caught.value) == "\n".join([*messages, suggestion])
     for setting in (
         "pp * cp * tp", "pp * ep * etp", "num_key_value_heads", "num_moe_experts",
         "moe_router_topk", "seq_length", "min_lr",
     ):  # fmt: skip
-        assert sum(setting in message for message in found) >= 1, setting
+        assert sum(setting in message for message in messages) >= 1, setting
 
 
 @pytest.mark.parametrize(
@@ -315,7 +328,7 @@ RANDOM = st.fixed_dictionaries(
 
 
 def worlds_of(changes: dict[str, Any]) -> list[int]:
-    """World sizes around those that hold the layout."""
+    """Return world sizes that are legal for the layout, and some others."""
     tp, cp, pp, ep, etp = (
         changes[f"parallel.{name}_parallel_size"]
         for name in ("tensor", "context", "pipeline", "expert", "expert_tensor")
@@ -325,7 +338,7 @@ def worlds_of(changes: dict[str, Any]) -> list[int]:
 
 @given(changes=RANDOM, data=st.data())
 @settings(max_examples=300, deadline=None)
-def test_what_is_accepted_divides_and_folds(changes: dict[str, Any], data: st.DataObject):
+def test_accepted_configurations_divide_and_fold(changes: dict[str, Any], data: st.DataObject):
     world_size = data.draw(st.sampled_from(worlds_of(changes)))
     config, spec = make_config(changes), make_spec()
     if violations(config, spec, world_size):
@@ -344,7 +357,7 @@ LEGAL_DEGREES = [
 
 @pytest.mark.parametrize(("tp", "cp", "pp", "vpp", "ep", "etp"), LEGAL_DEGREES)
 def test_degrees_that_divide_are_accepted(tp, cp, pp, vpp, ep, etp):
-    """No rule refuses too much: everything divides 144 and runs."""
+    """Check that no rule is too strict: all these degrees divide 144 and can run."""
     degrees = parallel(tp=tp, cp=cp, pp=pp, vpp=vpp, ep=ep, etp=etp)
     config = make_config(degrees | {"train.global_batch_size": 144 * 2})
     check(config, make_spec(), 144)
@@ -352,7 +365,7 @@ def test_degrees_that_divide_are_accepted(tp, cp, pp, vpp, ep, etp):
 
 
 def assert_runs(config: RunConfig, spec: DenseSpec, world_size: int) -> None:
-    """Everything that is shared is shared in whole parts."""
+    """Assert that everything that is sharded is divided evenly."""
     layout = fold(config.parallel, world_size=world_size)
     vpp = config.parallel.virtual_pipeline_parallel_size or 1
     pp, dp, cp, tp = layout.attention.shape
@@ -375,24 +388,24 @@ def assert_runs(config: RunConfig, spec: DenseSpec, world_size: int) -> None:
 
 @given(changes=RANDOM, data=st.data())
 @settings(max_examples=200, deadline=None)
-def test_every_value_that_is_offered_keeps_the_rule(changes: dict[str, Any], data: st.DataObject):
+def test_every_suggested_value_satisfies_the_rule(changes: dict[str, Any], data: st.DataObject):
     world_size = data.draw(st.sampled_from(worlds_of(changes)))
     for message in violations(make_config(changes), make_spec(), world_size):
-        offers = list(offered(message))
-        assert "\n  " in message, "every message ends in a way out"
-        for setting in offers:
+        suggestions = list(suggested(message))
+        assert "\n  " in message, "every message ends with a way out"
+        for setting in suggestions:
             world = setting.pop("world_size", world_size)
             left = violations(make_config(changes | setting), make_spec(), world)
             assert rule_of(message) not in map(rule_of, left), (message, setting)
 
 
 def rule_of(message: str) -> str:
-    """The message without its numbers, which a try with another value changes."""
+    """Return the message without its numbers, which another value would change."""
     return re.sub(r"[\d.]+", "#", message.splitlines()[0].replace("2 * cp * tp", "tp"))
 
 
-def offered(message: str):
-    """Each value of the indented line as a change of settings."""
+def suggested(message: str):
+    """Yield each value of the indented line as a change of settings."""
     lines = r"\n  (?:valid|nearest|largest|smallest) ([\w. ]+): (.*)"
     for name, values in re.findall(lines, message):
         for value in values.split(", "):
@@ -409,34 +422,35 @@ def offered(message: str):
 def test_the_nearest_legal_layout_is_legal_and_no_nearer_one_is(
     changes: dict[str, Any], data: st.DataObject
 ):
-    """Against a search through everything: all degrees up to the world's size."""
+    """Compare with an exhaustive search over all degrees up to the world size."""
     world_size = data.draw(st.sampled_from([w for w in worlds_of(changes) if w <= 24]))
     config, spec = make_config(changes), make_spec()
-    way_out = legal_layout(config, spec, world_size)
+    suggestion = legal_layout(config, spec, world_size)
     legal = [
         degrees
         for degrees in itertools.product(*[divisors(world_size)] * 3, range(1, 13),
                                          *[divisors(world_size)] * 2)
         if is_legal_layout(changes, degrees, world_size)
     ]  # fmt: skip
-    wanted = tuple(changes[name] or 1 for name in DEGREES)
-    if wanted in legal:
-        assert way_out == []
+    current = tuple(changes[name] or 1 for name in DEGREES)
+    if current in legal:
+        assert suggestion == []
     elif not legal:
-        assert way_out == [f"  no layout of {world_size} ranks is legal with the other settings"]
+        assert suggestion == [f"  no layout of {world_size} ranks is legal with the other settings"]
     else:
-        assert way_out[0].startswith(f"  nearest legal layout of {world_size} ranks: parallel.")
-        moved = re.findall(r"(parallel\.\w+)=(\d+)", way_out[0])
-        found = tuple(int(dict(moved).get(name, changes[name] or 1)) for name in DEGREES)
-        assert found in legal
-        assert far(found, wanted) == pytest.approx(min(far(one, wanted) for one in legal))
+        assert suggestion[0].startswith(f"  nearest legal layout of {world_size} ranks: parallel.")
+        changed = re.findall(r"(parallel\.\w+)=(\d+)", suggestion[0])
+        nearest = tuple(int(dict(changed).get(name, changes[name] or 1)) for name in DEGREES)
+        assert nearest in legal
+        least = min(distance(degrees, current) for degrees in legal)
+        assert distance(nearest, current) == pytest.approx(least)
 
 
 DEGREES = [f"parallel.{name}_parallel_size" for name in (
     "tensor", "context", "pipeline", "virtual_pipeline", "expert", "expert_tensor")]  # fmt: skip
 
 
-def far(a: tuple[int, ...], b: tuple[int, ...]) -> float:
+def distance(a: tuple[int, ...], b: tuple[int, ...]) -> float:
     return sum(abs(math.log2(x / y)) for x, y in zip(a, b, strict=True))
 
 
@@ -445,7 +459,7 @@ def divisors(n: int) -> list[int]:
 
 
 def is_legal_layout(changes: dict[str, Any], degrees: tuple[int, ...], world_size: int) -> bool:
-    """The rules of layouts, each in a line, apart from the checker's."""
+    """Return whether a layout is legal, by an independent one-line version of each rule."""
     tp, cp, pp, vpp, ep, etp = degrees
     length, batch = changes["data.seq_length"], changes["train.global_batch_size"]
     if world_size % (tp * cp * pp) or world_size % (pp * ep * etp):
@@ -460,5 +474,5 @@ def is_legal_layout(changes: dict[str, Any], degrees: tuple[int, ...], world_siz
         or LAYERS % (pp * vpp)
         or (vpp > 1 and (pp == 1 or micro % pp))
         or length % (tp * (2 * cp if cp > 1 else 1))
-        or changes["moe.num_moe_experts"] < 2  # top-2 of one expert: no layout helps
+        or changes["moe.num_moe_experts"] < 2  # top-2 with one expert is illegal in any layout
     )

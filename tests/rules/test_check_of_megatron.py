@@ -1,11 +1,11 @@
-"""The checker's verdict on random layouts against Megatron-Core's: groups made, models built.
+"""Compare the rules on random layouts with Megatron-Core, which creates groups and builds models.
 
-One process stands for any rank (torch's fake backend joins groups without peers), so Megatron-Core
-itself says whether it takes a layout: `initialize_model_parallel` and the construction of GPTModel.
-What we accept it must accept. We refuse more, and only for these reasons:
+One process can act as any rank (torch's fake backend needs no peers), so Megatron-Core itself
+decides whether a layout is valid, in `initialize_model_parallel` and the construction of GPTModel.
+It must accept every layout that the rules accept. The rules are stricter only in two respects:
 
-* batch and sequence: Megatron-Core finds out in the middle of the first step, or never;
-* vpp with one stage: its schedule needs two, which it asserts at the first step.
+* batch and sequence: Megatron-Core detects errors in the middle of the first step, or never;
+* vpp with one stage: its schedule needs two stages, which it asserts at the first step.
 """
 
 import functools
@@ -41,7 +41,7 @@ SIZES = st.sampled_from([1, 1, 1, 1, 2, 2, 2, 3, 4])
 
 @st.composite
 def layouts(draw: st.DrawFn) -> tuple[RunConfig, int]:
-    """Degrees and a world that often holds them."""
+    """Draw degrees and a world size that is often legal for them."""
     degrees = {f"{axis}_parallel_size": draw(SIZES) for axis in AXES}
     tp, cp, pp, _, ep, etp = degrees.values()
     fitting = math.lcm(pp * tp * cp, pp * ep * etp)
@@ -58,8 +58,8 @@ def layouts(draw: st.DrawFn) -> tuple[RunConfig, int]:
     return build(RunConfig, tree), world
 
 
-def test_what_we_accept_megatron_accepts_and_what_it_refuses_we_refuse():
-    # A child, because Megatron-Core's groups are globals of a process.
+def test_the_rules_reject_whatever_megatron_rejects():
+    # Use a child process, because Megatron-Core's groups are global to a process.
     mp.start_processes(_compare, nprocs=1, start_method="fork")
 
 
@@ -71,25 +71,26 @@ def _compare(_: int) -> None:
     @given(layouts())
     def agree(drawn: tuple[RunConfig, int]) -> None:
         config, world = drawn
-        ours = violations(config, spec_from_config(DENSE), world)
-        theirs = _refusal_of_megatron(config, world)
-        if theirs is not None:
-            assert ours, (
-                f"we accept what Megatron-Core refuses: {config.parallel} {world}: {theirs}"
+        messages = violations(config, spec_from_config(DENSE), world)
+        error = _error_of_megatron(config, world)
+        if error is not None:
+            assert messages, (
+                f"the rules accept what Megatron-Core rejects: {config.parallel} {world}: {error}"
             )
             seen["neither"] += 1
-        elif ours:
-            assert all(message.startswith(STRICTER) for message in ours), (config.parallel, ours)
+        elif messages:
+            stricter = all(message.startswith(STRICTER) for message in messages)
+            assert stricter, (config.parallel, messages)
             seen["stricter"] += 1
         else:
             seen["both"] += 1
 
     agree()
-    assert min(seen.values()) >= 5, f"the test has not looked at all kinds: {seen}"
+    assert min(seen.values()) >= 5, f"some outcomes were too rare: {seen}"
 
 
-def _refusal_of_megatron(config: RunConfig, world: int) -> str | None:
-    """Why Megatron-Core does not take the layout, on the first or the last rank; None: it does."""
+def _error_of_megatron(config: RunConfig, world: int) -> str | None:
+    """Return Megatron-Core's error for the layout on the first or last rank, or None."""
     import torch.distributed as dist
     from megatron.core import parallel_state
     from megatron.core.transformer.transformer_block import get_num_layers_to_build
@@ -98,7 +99,7 @@ def _refusal_of_megatron(config: RunConfig, world: int) -> str | None:
     from megatron_moe.model.build import build_model
     from megatron_moe.parallel.groups import create_groups, destroy_groups
 
-    # The fake backend knows no options of NCCL's.
+    # The fake backend does not accept NCCL's options.
     parallel_state.create_group = functools.partial(_new_group, dist)
     for rank in {0, world - 1}:
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
@@ -109,7 +110,7 @@ def _refusal_of_megatron(config: RunConfig, world: int) -> str | None:
                     config, spec_from_config(DENSE), layout=layout, groups=groups, rank=rank,
                     engine=TORCH_ON_CPU,
                 )  # fmt: skip
-            for stage in range(len(model.chunks)):  # our spec asks for layers by our own arithmetic
+            for stage in range(len(model.chunks)):  # our spec computes layers itself
                 get_num_layers_to_build(model.transformer, stage, groups.pp.rank())
         except (AssertionError, RuntimeError, ValueError) as error:
             return f"{type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""Every rule of upcycle.* refuses with the numbers, the reason and a way out."""
+"""Test that each rule of upcycle.* reports the values, the reason and a way out."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ SPEC = spec_from_config(
 )  # fmt: skip
 
 
-def found(moe: dict[str, Any], upcycle: dict[str, Any]) -> list[str]:
+def messages_for(moe: dict[str, Any], upcycle: dict[str, Any]) -> list[str]:
     return list(construction_violations(config(moe=moe, upcycle=upcycle), SPEC))
 
 
@@ -42,8 +42,8 @@ REFUSALS = [
      "upcycle.method (drop): each expert is the whole dense FFN.\n"
      "  leave moe.moe_ffn_hidden_size unset"),
     ("shards", sizes(20), {"method": "granular"},
-     "intermediate_size of the dense model (48) must be divisible by moe.moe_ffn_hidden_size (20) "
-     "with upcycle.method (granular): an expert is one of equal shards.\n"
+     "intermediate_size of the dense model (48) must be divisible by moe.moe_ffn_hidden_size "
+     "(20) with upcycle.method (granular): an expert is one of equal shards.\n"
      "  valid moe_ffn_hidden_size: 48, 24, 16, 12, 8, 6, 4, 3, 2, 1"),
     ("replicas", sizes(16, moe_router_topk=3), {"method": "granular"},
      "moe.num_moe_experts (8) must be divisible by intermediate_size / moe_ffn_hidden_size = 3 "
@@ -51,56 +51,63 @@ REFUSALS = [
      "  nearest num_moe_experts: 6, 9"),
     ("exact", sizes(12, moe_router_topk=2), {"method": "granular"},
      "moe.moe_router_topk (2) must be divisible by intermediate_size / moe_ffn_hidden_size = 4 "
-     "with upcycle.scale (exact): a token that misses a shard of the dense FFN cannot get its "
-     "output back by a factor.\n  nearest moe_router_topk: 4; or set upcycle.scale"),
+     "with upcycle.scale (exact): if a token misses a shard of the dense FFN, no factor can "
+     "restore its output.\n"
+     "  nearest moe_router_topk: 4; or set upcycle.scale"),
     ("partition", sizes(8), {"method": "split_random"},
-     "moe.num_moe_experts * moe_ffn_hidden_size + moe_shared_expert_intermediate_size = 8 * 8 + 0 "
-     "= 64 must equal the dense model's intermediate_size (48) with upcycle.method (split_random): "
-     "each neuron goes to one expert.\n  set moe.moe_ffn_hidden_size=6"),
+     "moe.num_moe_experts * moe_ffn_hidden_size + moe_shared_expert_intermediate_size = 8 * 8 + "
+     "0 = 64 must equal the dense model's intermediate_size (48) with upcycle.method "
+     "(split_random): each neuron goes to one expert.\n"
+     "  set moe.moe_ffn_hidden_size=6"),
     ("partition-odd", sizes(5, 6), {"method": "split_clustered"},
-     "moe.num_moe_experts * moe_ffn_hidden_size + moe_shared_expert_intermediate_size = 8 * 5 + 6 "
-     "= 46 must equal the dense model's intermediate_size (48) with upcycle.method "
+     "moe.num_moe_experts * moe_ffn_hidden_size + moe_shared_expert_intermediate_size = 8 * 5 + "
+     "6 = 46 must equal the dense model's intermediate_size (48) with upcycle.method "
      "(split_clustered): each neuron goes to one expert.\n"
-     "  choose them so that num_moe_experts divides 42"),
+     "  choose sizes so that num_moe_experts divides 42"),
     ("sharing", sizes(40, 16), {"method": "sharing_inter", **PLAN},
-     "moe.moe_ffn_hidden_size + moe_shared_expert_intermediate_size = 40 + 16 = 56 must be at most "
-     "the dense model's intermediate_size (48) with upcycle.method (sharing_inter): an expert "
-     "takes no neuron twice.\n  largest moe_ffn_hidden_size with this shared expert: 32"),
+     "moe.moe_ffn_hidden_size + moe_shared_expert_intermediate_size = 40 + 16 = 56 must be at "
+     "most the dense model's intermediate_size (48) with upcycle.method (sharing_inter): an "
+     "expert must not use a neuron twice.\n"
+     "  largest moe_ffn_hidden_size with this shared expert: 32"),
     ("shared", sizes(48, 16), {},
      "moe.moe_shared_expert_intermediate_size (16) with upcycle.method (copy) has no neurons to "
-     "take: the routed experts hold the whole dense FFN, and it would count twice.\n"
+     "use: the routed experts hold the whole dense FFN, and its neurons would count twice.\n"
      "  methods with a shared expert: split_random, split_clustered, sharing_inter, weaver"),
     ("no-shared", sizes(6), {"method": "weaver", **PLAN},
-     "upcycle.method (weaver) needs moe.moe_shared_expert_intermediate_size: it is the method of "
-     "moving common neurons to a shared expert.\n"
-     "  set it, or upcycle.method=split_clustered to go without"),
+     "upcycle.method (weaver) needs moe.moe_shared_expert_intermediate_size: the method moves "
+     "common neurons to a shared expert.\n"
+     "  set it, or set upcycle.method=split_clustered to have none"),
     ("no-shared-inter", sizes(6), {"method": "sharing_inter", **PLAN},
-     "upcycle.method (sharing_inter) needs moe.moe_shared_expert_intermediate_size: it is the "
-     "method of moving common neurons to a shared expert.\n"
-     "  set it, or upcycle.method=sharing_inner to go without"),
+     "upcycle.method (sharing_inter) needs moe.moe_shared_expert_intermediate_size: the method "
+     "moves common neurons to a shared expert.\n"
+     "  set it, or set upcycle.method=sharing_inner to have none"),
     ("mix-alone", {}, {"method": "mix"},
      "upcycle.mix_with (0 folders) with upcycle.method (mix): method mix takes experts from "
-     "dense.path and at least one more dense model, other methods from one.\n"
+     "dense.path and at least one more dense model, other methods only from dense.path.\n"
      "  set both or neither"),
     ("mix-many", {"num_moe_experts": 2}, {"method": "mix", "mix_with": ["a", "b"]},
-     "upcycle.mix_with names 2 dense models besides dense.path, more than moe.num_moe_experts (2): "
-     "one would give no expert.\n  set moe.num_moe_experts=3 or more, or leave 1 out"),
+     "upcycle.mix_with names 2 dense models besides dense.path, more than moe.num_moe_experts "
+     "(2): each must provide an expert.\n"
+     "  set moe.num_moe_experts=3 or more, or remove 1 of them"),
     ("scale", {}, {"scale": "exact"},
-     "upcycle.scale (exact) is for upcycle.method (granular), but it is copy: its factor is that "
-     "of whole replicas.\n  set upcycle.rescale instead"),
+     "upcycle.scale (exact) requires upcycle.method (granular), but it is copy: its factor is "
+     "for whole replicas.\n"
+     "  set upcycle.rescale instead"),
     ("rescale", sizes(24), {"method": "granular", "rescale": "N"},
-     "upcycle.rescale (N) is not for upcycle.method (granular): its shards are chosen as whole "
-     "replicas, and have a factor of their own.\n  set upcycle.scale instead"),
+     "upcycle.rescale (N) cannot be combined with upcycle.method (granular): its shards form "
+     "whole replicas, which have their own factor.\n"
+     "  set upcycle.scale instead"),
     ("paper", sizes(24), {"method": "granular", "scale": "paper", "rescale_at": "runtime"},
-     "upcycle.rescale_at (runtime) cannot be with upcycle.scale (paper): the paper's factor goes "
-     "into gate, up and down; its effect inside SiLU is no factor of the output.\n"
+     "upcycle.rescale_at (runtime) cannot be combined with upcycle.scale (paper): the paper's "
+     "factor scales gate, up and down; inside SiLU it is not a factor of the output.\n"
      "  set upcycle.rescale_at=weights, or upcycle.scale=exact"),
     ("permutation", sizes(6), {"method": "qwen", "permutation_seed": 1},
-     "upcycle.permutation_seed (1) has no meaning with upcycle.method (qwen), which chooses "
-     "neurons itself.\n  leave it unset, and set upcycle.seed"),
+     "upcycle.permutation_seed (1) has no effect with upcycle.method (qwen), which chooses "
+     "neurons itself.\n"
+     "  leave it unset, and set upcycle.seed"),
     ("groups", {}, {"router_init": "virtual_groups"},
      "upcycle.router_init (virtual_groups) with upcycle.method (copy): only experts of method "
-     "granular are shards of replicas that are to be chosen together.\n"
+     "granular are shards of replicas that must be chosen together.\n"
      "  leave upcycle.router_init unset, or set upcycle.method=granular"),
 ]  # fmt: skip
 
@@ -121,8 +128,8 @@ REFUSALS += [
 @pytest.mark.parametrize(
     ("moe", "upcycle", "message"), [pytest.param(*row[1:], id=row[0]) for row in REFUSALS]
 )
-def test_a_refusal_names_setting_rule_reason_and_way_out(moe, upcycle, message: str):
-    assert found(moe, upcycle) == [message]
+def test_a_message_has_setting_rule_reason_and_way_out(moe, upcycle, message: str):
+    assert messages_for(moe, upcycle) == [message]
     assert "\n  " in message, "no way out"
 
 
@@ -137,8 +144,8 @@ WAYS_OUT = [
 
 
 @pytest.mark.parametrize(("moe", "upcycle"), WAYS_OUT)
-def test_a_way_out_leads_out(moe, upcycle):
-    assert found(moe, upcycle) == []
+def test_the_suggested_ways_out_are_legal(moe, upcycle):
+    assert messages_for(moe, upcycle) == []
 
 
 LEGAL = [
@@ -158,20 +165,20 @@ LEGAL = [
 
 @pytest.mark.parametrize(("moe", "upcycle"), LEGAL)
 def test_what_a_method_can_build_is_legal(moe, upcycle):
-    assert found(moe, upcycle) == []
+    assert messages_for(moe, upcycle) == []
 
 
 NOTHING_TO_MEASURE = (
-    "upcycle.method (copy) with this router and scale needs no measuring: there is no plan file to "
-    "make.\n  run megatron-moe train"
+    "upcycle.method (copy) with this router and scale needs no measurements: there is no plan file "
+    "to write.\n  run megatron-moe train"
 )
 NO_PLAN = (
     "upcycle.plan must be set: it is the file that megatron-moe construct writes.\n"
     "  set upcycle.plan=runs/plan.safetensors"
 )
 UNEVEN = (
-    "measure.samples (20) must be divisible by moe.num_moe_experts (8): the sequences are cut into "
-    "one cluster an expert, all of one size.\n  nearest measure.samples: 16, 24"
+    "measure.samples (20) must be divisible by moe.num_moe_experts (8): the sequences are divided "
+    "into one cluster of equal size per expert.\n  nearest measure.samples: 16, 24"
 )
 INNER = {"method": "sharing_inner"}
 
@@ -186,6 +193,6 @@ INNER = {"method": "sharing_inner"}
         pytest.param({**INNER, **PLAN}, 16, [], id="legal"),
     ],
 )
-def test_what_construct_cannot_measure_is_refused(upcycle, samples: int, messages: list[str]):
-    asked = config(moe=sizes(24), upcycle=upcycle, measure={"samples": samples})
-    assert list(measuring_violations(asked, SPEC)) == messages
+def test_construct_rejects_what_it_cannot_measure(upcycle, samples: int, messages: list[str]):
+    run = config(moe=sizes(24), upcycle=upcycle, measure={"samples": samples})
+    assert list(measuring_violations(run, SPEC)) == messages
