@@ -27,7 +27,7 @@ SPIKE_WINDOW = 16
 """Number of previous steps whose mean loss is the baseline; before that, no spike is detected."""
 
 Decision = Literal["keep", "skip", "roll back"]
-"""What to do with a step: apply its update, skip the update, or also undo the steps before it."""
+"""Action for a step: apply its update, skip the update, or also undo the steps before it."""
 
 
 class Signals:

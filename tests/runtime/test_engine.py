@@ -83,7 +83,7 @@ def test_each_problem_is_named(monkeypatch: pytest.MonkeyPatch, version, error, 
     assert str(caught.value) == (
         f"run.engine (transformer_engine) cannot be used: {problem}.\n"
         "  install a version <3,>=2.20 (see docs/gpu.md), or set run.engine=torch, which "
-        "needs nothing more than torch"
+        "needs only torch"
     )
 
 
