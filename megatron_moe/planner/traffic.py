@@ -173,10 +173,10 @@ def _stages(shape: MoeShape, work: Workload, degrees: Degrees) -> Traffic:
     ranks, batches = degrees.gpus // degrees.pp, work.micro_batches(degrees)
     tokens = _tokens(work, degrees) // degrees.tp
     sent = tokens * shape.hidden_size * work.bytes_per_value
-    neighbours = degrees.pp * degrees.vpp - 1
+    neighbors = degrees.pp * degrees.vpp - 1
     tied = padded_vocabulary(shape.vocab_size, degrees.tp) // degrees.tp * shape.hidden_size
     return {
-        ("pp", "send"): 2 * ranks * batches * neighbours * sent,
+        ("pp", "send"): 2 * ranks * batches * neighbors * sent,
         ("embedding", "all_reduce"): 2 * ranks * tied * GRADIENT * shape.tied_embeddings,
     }
 
