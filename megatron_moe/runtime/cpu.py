@@ -31,6 +31,7 @@ import torch.distributed as dist
 import torch.utils._device
 from torch import Tensor
 
+from megatron_moe.runtime.patches import replace
 from megatron_moe.runtime.torch_engine import install_torch_engine
 
 CPU = torch.device("cpu")
@@ -99,9 +100,9 @@ def _replace_cuda_queries() -> None:
         "max_memory_allocated": lambda *args: 0,
     }
     for name, replacement in replacements.items():
-        setattr(torch.cuda, name, replacement)
-    torch.cuda.random.get_rng_state = get_rng_state
-    torch.cuda.random.set_rng_state = set_rng_state
+        replace(torch.cuda, name, replacement)
+    replace(torch.cuda.random, "get_rng_state", get_rng_state)
+    replace(torch.cuda.random, "set_rng_state", set_rng_state)
 
 
 _FACTORIES = ("tensor", "empty", "zeros", "ones", "full", "arange", "empty_like", "zeros_like")
@@ -112,7 +113,7 @@ def _replace_cuda_literals() -> None:
     # use. Fill the cache now, or it would hold only our wrappers and miss the real factories.
     torch.utils._device._device_constructors()
     for name in _FACTORIES:
-        setattr(torch, name, _on_cpu(getattr(torch, name)))
+        replace(torch, name, _on_cpu(getattr(torch, name)))
     to, type_name = Tensor.to, Tensor.type
 
     def tensor_to(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -126,10 +127,10 @@ def _replace_cuda_literals() -> None:
             return type_name(self, *args, **kwargs)
         return f"torch.cuda.{type_name(self).rpartition('.')[2]}"  # also for the meta device
 
-    Tensor.to = tensor_to
-    Tensor.type = tensor_type
-    Tensor.cuda = lambda self, *args, **kwargs: self
-    torch.nn.Module.cuda = lambda self, device=None: self
+    replace(Tensor, "to", tensor_to)
+    replace(Tensor, "type", tensor_type)
+    replace(Tensor, "cuda", lambda self, *args, **kwargs: self)
+    replace(torch.nn.Module, "cuda", lambda self, device=None: self)
 
 
 def _is_cuda(device: object) -> bool:
@@ -189,11 +190,11 @@ def _replace_collectives() -> None:
         output.copy_(result[: len(output)])
         return None
 
-    dist.all_to_all_single = all_to_all_single_of_ints
-    dist.all_gather = all_gather_padded
-    dist.reduce_scatter = reduce_scatter_padded
-    dist.all_gather_into_tensor = _copy_if_alone(dist.all_gather_into_tensor)
-    dist.reduce_scatter_tensor = _copy_if_alone(dist.reduce_scatter_tensor)
+    replace(dist, "all_to_all_single", all_to_all_single_of_ints)
+    replace(dist, "all_gather", all_gather_padded)
+    replace(dist, "reduce_scatter", reduce_scatter_padded)
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+        replace(dist, name, _copy_if_alone(getattr(dist, name)))
 
 
 def _copy_if_alone(collective: Callable[..., Any]) -> Callable[..., Any]:

@@ -20,14 +20,16 @@ from megatron.core.transformer.moe import moe_utils, token_dispatcher
 from torch import Tensor
 
 from megatron_moe.runtime.compiled import compiled_on_cuda
+from megatron_moe.runtime.patches import replace
 
 
 def install() -> None:
     """Replace Megatron-Core's functions by these, and leave token counts on the device."""
-    token_dispatcher.permute = permute
-    token_dispatcher.unpermute = unpermute
+    replace(token_dispatcher, "permute", permute)
+    replace(token_dispatcher, "unpermute", unpermute)
     dispatcher = token_dispatcher.MoEAlltoAllTokenDispatcher
-    dispatcher._maybe_dtoh_and_synchronize = _unless_alone(dispatcher._maybe_dtoh_and_synchronize)
+    name = "_maybe_dtoh_and_synchronize"
+    replace(dispatcher, name, _unless_alone(getattr(dispatcher, name)))
 
 
 def _unless_alone(copy_to_host: Any) -> Any:

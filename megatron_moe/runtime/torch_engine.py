@@ -17,6 +17,8 @@ import functools
 from importlib.util import find_spec
 from typing import Any
 
+from megatron_moe.runtime.patches import check_megatron_version, replace
+
 _installed = False
 
 
@@ -30,6 +32,7 @@ def install_torch_engine(*, cuda: bool) -> None:
     if _installed:
         return
     _installed = True
+    check_megatron_version()
     import megatron.core.optimizer as megatron_optimizer
     from megatron.core.distributed import param_and_grad_buffer
     from megatron.core.models.common.embeddings import rope_utils
@@ -39,15 +42,15 @@ def install_torch_engine(*, cuda: bool) -> None:
     from megatron_moe.runtime import gradients, shortcuts
     from megatron_moe.runtime.adamw import FusedAdamW
 
-    megatron_optimizer.Adam = FusedAdamW
-    megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
-    distrib_optimizer.HAVE_APEX_OR_TE = True
-    distrib_optimizer.USING_APEX_OPTIMIZER = True
-    clip_grads.l2_norm_impl = shortcuts.l2_norm
-    rope_utils._apply_rotary_pos_emb_bshd = shortcuts.rotate
-    token_dispatcher.sort_chunks_by_idxs = shortcuts.sort_chunks
+    replace(megatron_optimizer, "Adam", FusedAdamW)
+    replace(megatron_optimizer, "USING_PYTORCH_OPTIMIZER", False)
+    replace(distrib_optimizer, "HAVE_APEX_OR_TE", True)
+    replace(distrib_optimizer, "USING_APEX_OPTIMIZER", True)
+    replace(clip_grads, "l2_norm_impl", shortcuts.l2_norm)
+    replace(rope_utils, "_apply_rotary_pos_emb_bshd", shortcuts.rotate)
+    replace(token_dispatcher, "sort_chunks_by_idxs", shortcuts.sort_chunks)
     _add_gradients_in_products()
-    param_and_grad_buffer._ParamAndGradBuffer.reset = gradients.reset
+    replace(param_and_grad_buffer._ParamAndGradBuffer, "reset", gradients.reset)
     _zero_stale_before_communication(param_and_grad_buffer._ParamAndGradBucketGroup)
     if cuda:
         from megatron_moe.runtime import permute
@@ -70,8 +73,8 @@ def _add_gradients_in_products() -> None:
 
     from megatron_moe.runtime import gradients
 
-    layers.fused_weight_gradient_mlp_cuda = gradients
-    layers._grad_accum_fusion_available = True
+    replace(layers, "fused_weight_gradient_mlp_cuda", gradients, optional=True)
+    replace(layers, "_grad_accum_fusion_available", True)
 
 
 def _zero_stale_before_communication(bucket_group: Any) -> None:
@@ -84,4 +87,4 @@ def _zero_stale_before_communication(bucket_group: Any) -> None:
         zero_stale(self.params)
         start(self, *args, **kwargs)
 
-    bucket_group.start_grad_sync = start_grad_sync
+    replace(bucket_group, "start_grad_sync", start_grad_sync)
