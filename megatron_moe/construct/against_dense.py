@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_moe.config.judging import dense_config
 from megatron_moe.config.run import RunConfig, Upcycle
-from megatron_moe.construct.measure import normalised, world_sum
+from megatron_moe.construct.measure import normalized, world_sum
 from megatron_moe.data.batches import Batch, slice_for_context_parallel, validation_batches
 from megatron_moe.data.texts import Texts
 from megatron_moe.experts.plan import make_expert_plan
@@ -182,7 +182,7 @@ class _LayerComparison:
     def _hook(self, layer: int, moe: Any) -> Callable[..., None]:
         def hook(module: Any, args: tuple[Tensor, ...], output: tuple[Tensor, Any]) -> None:
             expected_sBD = output[0]
-            x_sBD = normalised(args[0], module).to(args[0].dtype)
+            x_sBD = normalized(args[0], module).to(args[0].dtype)
             routed: list[Tensor] = []
             handle = moe.router.register_forward_hook(
                 lambda _, __, routing: routed.append(routing[0])

@@ -161,7 +161,7 @@ class Measurement:
         def hook(module: Any, args: tuple[Tensor, ...]) -> None:
             if self._cluster_N is not None or (sequence := self._next(layer)) is None:
                 return
-            x_sD = normalised(args[0].detach()[:, 0], module)
+            x_sD = normalized(args[0].detach()[:, 0], module)
             stride = self.config.data.seq_length // self._per_sequence
             position_s = self._positions()
             row_s = position_s // stride
@@ -222,7 +222,7 @@ def _sum(values_sBf: Tensor) -> Tensor:
     return values_sBf.double().sum(dim=(0, 1)).cpu()
 
 
-def normalised(x_sD: Tensor, mlp: Any) -> Tensor:
+def normalized(x_sD: Tensor, mlp: Any) -> Tensor:
     """Return the FFN's normalized input; Transformer Engine normalizes in its first linear."""
     weight_D = getattr(mlp.linear_fc1, "layer_norm_weight", None)
     if weight_D is None:

@@ -95,7 +95,8 @@ def build_model(
             vp_stage=vp_stage,
         )
         # Megatron-Core allocates routers and torch-native norms on the CPU and expects a move.
-        module.to(torch.cuda.current_device())
+        if not transformer.init_model_with_meta_device:
+            module.to(torch.cuda.current_device())
         lay_out_experts([module])
         if spec.rope_scaling is not None:
             rotary = module.rotary_pos_emb

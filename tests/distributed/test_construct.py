@@ -74,7 +74,7 @@ def test_importance_is_what_transformers_says(folder: Path, tmp_path: Path, layo
 
 
 def measure(world: World, config: RunConfig, out: Path) -> None:
-    from megatron_moe.construct import command
+    from megatron_moe.commands import construct as command
     from megatron_moe.construct.measure import Measurement, world_sum
 
     kept: list[Measurement] = []
