@@ -35,7 +35,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> chaos.Stage:
 def test_a_run_survives(
     stage: chaos.Stage, fault: faults.Fault, message: str, steps_again: int | None
 ):
-    outcome = chaos.meet(stage, fault)
+    outcome = chaos.inject(stage, fault)
     assert re.search(message, outcome.message), outcome.message
     assert steps_again is None or outcome.steps_again == steps_again
     assert outcome.ended_seconds is not None
@@ -44,6 +44,6 @@ def test_a_run_survives(
 
 def test_the_second_job_on_a_folder_is_told_who_the_first_is(stage: chaos.Stage):
     fault = faults.second_job(lambda run_dir: stage.job(run_dir, log_name="second").message)
-    outcome = chaos.meet(stage, fault)
+    outcome = chaos.inject(stage, fault)
     assert "belongs to a job that is running, process " in outcome.message
     assert "\n  end that job, wait for it, or set another run.dir" in outcome.message
