@@ -41,7 +41,7 @@ project=$$($(PYTHON) -c "$$packages"); own=$$($(1) -c "$$packages"); \
 echo "$$project" > "$$own/project.pth" && ln -s "$$project/nvidia" "$$own/nvidia"
 endef
 
-.PHONY: help install demo test test-gpu test-te test-oldest test-all golden check format clean chaos study bench
+.PHONY: help install demo test test-gpu test-te test-oldest test-all golden check format clean chaos study bench docs
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile | expand -t 16
@@ -86,6 +86,10 @@ study: $(INSTALLED) ## every method on real text, same tokens each; an hour; wri
 
 bench: $(INSTALLED) ## speed beside peers, on an idle machine; writes the tables of docs/performance.md
 	@$(PYTHON) bench/all.py
+
+docs: $(INSTALLED) ## the documentation as a site in build/site, and its generated pages anew
+	@$(PYTHON) tools/write_reference.py
+	@NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet && echo "documentation: build/site/index.html"
 
 check: $(INSTALLED) ## lint, format and types
 	@$(PYTHON) -m ruff check --quiet . && echo "ruff check: clean"

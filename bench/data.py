@@ -43,7 +43,7 @@ from megatron_moe.config.mixtures import PRESETS, SLIMPAJAMA
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.blend import start_blend
 from megatron_moe.data.corpus import tokenize_files
-from megatron_moe.data.feed import Feed, Seat
+from megatron_moe.data.feed import DataRank, Feed
 from megatron_moe.data.samples import Samples
 from megatron_moe.data.stream import TokenStream
 from megatron_moe.data.texts import Texts
@@ -174,8 +174,8 @@ def loader(domains: Path, tokenizer_folder: Path, scratch: Path) -> dict[str, An
         "data": {"path": "text", "seq_length": SEQ_LENGTH},
         "train": {"steps": 1, "global_batch_size": BATCH},
     })  # fmt: skip
-    seat = Seat(dp_rank=0, dp_size=1, cp_rank=0, cp_size=1)
-    feed = Feed(Texts(training, {}, None, []), config, seat)
+    data_rank = DataRank(dp_rank=0, dp_size=1, cp_rank=0, cp_size=1)
+    feed = Feed(Texts(training, {}, None, []), config, data_rank)
     blend, seconds = start_blend(PRESETS["sheared"]), []
     for _ in range(60):
         _, blend = feed.next_step(blend)

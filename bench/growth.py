@@ -161,9 +161,9 @@ def _config(folder: Path, sizes: Sizes) -> RunConfig:
 
 
 def _measure(world: Any, config: RunConfig, steps: int, out: Path) -> None:
-    from megatron_moe.commands.bench import Bench, Wish
+    from megatron_moe.bench.steps import Bench, BenchOptions
 
-    it = Bench(config, world, Wish(random=True, routing="balanced"))
+    it = Bench(config, world, BenchOptions(random=True, routing="balanced"))
     it.timed_step()
     whole, phases = [], []
     for _ in range(steps):

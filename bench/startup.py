@@ -232,20 +232,20 @@ def _stepping(world: Any, config: Any) -> tuple[Callable[..., float], Any, Any]:
     """A function that takes a step and says its seconds, after the first; its state and groups."""
     from megatron_moe.bench.build import make_supply, make_timed_state
     from megatron_moe.parallel.groups import create_groups
-    from megatron_moe.train.guard import Judge
+    from megatron_moe.train.guard import StepGuard
     from megatron_moe.train.step import train_step
 
     layout, groups = create_groups(config.parallel, seed=0)
     state = make_timed_state(config, world, layout, groups, random=True, balanced=False)
     batches = make_supply(config, state.model.spec, groups, random=True)(state)
-    judge = Judge(config.guard)
+    guard = StepGuard(config.guard)
 
     def step(before_update: Callable[[], object] = lambda: None) -> float:
         def at(stage: str) -> None:
             if stage == "optimizer":
                 before_update()
 
-        return _seconds(lambda: train_step(state, batches, config, groups, judge=judge, at=at))
+        return _seconds(lambda: train_step(state, batches, config, groups, guard=guard, at=at))
 
     step()
     return step, state, groups

@@ -25,7 +25,7 @@ from megatron_moe.parallel.groups import create_groups
 from megatron_moe.rules.check import check
 from megatron_moe.runtime.memory import peak_bytes
 from megatron_moe.runtime.world import World, run_local_ranks
-from megatron_moe.train.guard import Judge
+from megatron_moe.train.guard import StepGuard
 from megatron_moe.train.step import train_step
 
 
@@ -44,12 +44,12 @@ def _rank(config: RunConfig, pipes: Pipes, world: World) -> None:
     layout, groups = create_groups(config.parallel, seed=config.run.seed)
     state = make_timed_state(config, world, layout, groups, random=False, balanced=False)
     batches = make_supply(config, state.model.spec, groups, random=True)(state)
-    judge = Judge(config.guard)
+    guard = StepGuard(config.guard)
 
     def step() -> dict[str, Any]:
         dist.barrier()
         start = time.perf_counter()
-        result = train_step(state, batches, config, groups, judge=judge, at=lambda _: None)
+        result = train_step(state, batches, config, groups, guard=guard, at=lambda _: None)
         seconds = time.perf_counter() - start
         return {"seconds": seconds, "loss": result.lm_loss, "grad_norm": result.grad_norm}
 

@@ -22,7 +22,7 @@ from workers import forked, serve, subjects, take_pipes
 
 from megatron_moe.runtime import cpu
 from megatron_moe.runtime.engine import TORCH_ON_CPU
-from megatron_moe.runtime.stand_in import standing_for
+from megatron_moe.runtime.stand_in import simulated_rank
 
 cpu.install()
 
@@ -234,7 +234,7 @@ def main() -> None:
 
 def measure(about: dict[str, Any], _: dict[str, Any]) -> Measured:
     """What one side took."""
-    with standing_for(about["rank"], world_size=about["world_size"]):
+    with simulated_rank(about["rank"], world_size=about["world_size"]):
         return SIDES[about["side"]](settings(about), about["rank"])
 
 

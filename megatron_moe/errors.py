@@ -1,27 +1,27 @@
-"""Errors a user can cause and fix. Anything else that is raised is a bug of ours."""
+"""Errors that a user can cause and fix. Any other exception is a bug in this package."""
 
 
 class UserError(Exception):
-    """Base class: the command line prints the message without a traceback."""
+    """Base class. The command line prints the message without a traceback."""
 
 
 class ConfigError(UserError):
-    """The configuration asks for something impossible, before any GPU is touched."""
+    """The configuration is invalid. Raised before any GPU is used."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint on disk is not what its config promises."""
+    """A checkpoint or model folder is missing, damaged, or of another kind than expected."""
 
 
 class DataError(UserError):
-    """Text or tokens that cannot be what the run needs."""
+    """Text or tokens that the run cannot use."""
 
 
 class JobError(UserError):
-    """Training cannot go on, whatever the configuration: a lost rank, a loss that is no number."""
+    """Training cannot continue: a rank is lost, or losses are not finite."""
 
 
 def nearest_multiples(value: int, unit: int) -> str:
-    """The multiples of ``unit`` below and above ``value``."""
+    """Return the multiples of ``unit`` below and above ``value``."""
     below = value // unit * unit
     return ", ".join(str(n) for n in (below, below + unit) if n > 0)

@@ -1,4 +1,4 @@
-"""What an operator sees: lines of rank 0, and how far training has come."""
+"""Output for the operator: log lines and progress bars of rank 0."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ console = Console(highlight=False, soft_wrap=True)
 
 
 def quiet_megatron(rank: int) -> None:
-    """Leave what Megatron-Core warns of to rank 0: it is the same on every rank."""
+    """Silence Megatron-Core's warnings on all ranks but 0: they are the same everywhere."""
     if rank:
         warnings.filterwarnings("ignore", module=r"megatron\.core")
         logging.getLogger("megatron.core").setLevel(logging.ERROR)
 
 
 class _Progress:
-    """A bar on a terminal, on rank 0; elsewhere its children print lines, or nothing."""
+    """Progress bar on rank 0 of a terminal. Without a terminal, subclasses print lines."""
 
     def __init__(self, title: str, *fields: str, rank: int, total: int | None, done: int) -> None:
         self._quiet = rank != 0
@@ -53,20 +53,20 @@ class _Progress:
             self._bar.stop()
 
     def _left(self, done: int, total: int) -> str:
-        """How long the rest takes at the pace so far."""
+        """Return the remaining time at the pace so far."""
         pace = (time.monotonic() - self._start) / (done - self._first)
         return _clock(pace * (total - done))
 
 
 class StepProgress(_Progress):
-    """On rank 0 a bar with loss, speed and ETA, or without a terminal one line a step."""
+    """Show loss, speed and ETA on rank 0: a bar, or one line per step without a terminal."""
 
     def __init__(self, *, total: int, done: int, rank: int) -> None:
         super().__init__("training", "numbers", rank=rank, total=total, done=done)
         self._total = total
 
     def show(self, numbers: Mapping[str, Any]) -> None:
-        """Tell of the step that was just taken."""
+        """Show the step that was just taken."""
         if self._quiet:
             return
         step = numbers["step"]
@@ -83,14 +83,14 @@ class StepProgress(_Progress):
 
 
 class RoundProgress(_Progress):
-    """On rank 0 a bar with ETA, or without a terminal a line every tenth of the way."""
+    """Show rounds and ETA on rank 0: a bar, or a line per 10% without a terminal."""
 
     def __init__(self, what: str, *, rank: int) -> None:
         super().__init__(what, rank=rank, total=None, done=0)
         self._what, self._begun = what, False
 
     def show(self, done: int, total: int) -> None:
-        """Tell how far it is; where the first call says more than one, a killed process did it."""
+        """Show the progress. A first call with more than 1 means that a run was resumed."""
         if not self._begun:
             self._begun, self._first = True, done - 1
         if self._bar is not None:
@@ -99,7 +99,7 @@ class RoundProgress(_Progress):
             console.print(f"{self._what} {done}/{total}  ETA {self._left(done, total)}")
 
     def say(self, text: str) -> None:
-        """A line of its own, once."""
+        """Print a line on rank 0."""
         if not self._quiet:
             console.print(text)
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from megatron_moe.config.run import Moe, Upcycle
-from megatron_moe.construct.solve import LayerMeasured, layer_table
+from megatron_moe.construct.solve import LayerMeasurements, layer_table
 from megatron_moe.experts.plan import ExpertPlan, make_expert_plan
 from megatron_moe.experts.recipe import Recipe
 from megatron_moe.hf.reader import DenseCheckpoint
@@ -65,8 +65,8 @@ def make_plan(spec: DenseSpec, moe: Moe, upcycle: Upcycle, dense: DenseCheckpoin
     })  # fmt: skip
 
 
-def drawn_measurements(recipe: Recipe, layer: int) -> LayerMeasured:
+def drawn_measurements(recipe: Recipe, layer: int) -> LayerMeasurements:
     drawn = np.random.default_rng(layer)
     importance_EF = drawn.random((recipe.num_experts, recipe.dense_ffn_hidden_size))
     inputs_TD = drawn.standard_normal((64, recipe.hidden_size)).astype(np.float32)
-    return LayerMeasured(torch.from_numpy(inputs_TD), importance_EF, importance_EF)
+    return LayerMeasurements(torch.from_numpy(inputs_TD), importance_EF, importance_EF)

@@ -7,9 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny import save_dense
+from training_runs import tree
 
+import megatron_moe
 from megatron_moe.cli import main as cli
 from megatron_moe.cli import start
+from megatron_moe.config.load import build
+from megatron_moe.config.run import RunConfig
 
 DENSE = {
     "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 4, "hidden_size": 32,
@@ -172,8 +177,8 @@ def test_local_ranks_inside_a_started_job_are_refused(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     told = refused(capsys, monkeypatch, "train", yaml_file, "--ranks", 2)
-    assert told.startswith("ConfigError: --ranks (2) is for starting ranks on this machine")
-    assert "started 4 already: leave --ranks away" in told
+    assert told.startswith("ConfigError: --ranks (2) starts ranks on this machine")
+    assert "already started 4.\n  remove --ranks" in told
 
 
 def test_an_export_of_no_checkpoint_is_refused(capsys, monkeypatch, tmp_path):
@@ -217,3 +222,32 @@ def test_tokenize_writes_what_data_path_takes(tmp_path: Path):
     assert (counts["documents"], counts["tokens"]) == (2, 5)
     assert (tmp_path / "out.bin").exists()
     assert (tmp_path / "out.idx").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expert_parallel", "said"),
+    [
+        ([], 1, "Layout for 1 rank(s): parallel.expert_parallel_size=1\n"),
+        (["parallel.expert_parallel_size=4"], 4, ""),
+    ],
+)
+def test_a_layout_that_nobody_named_fits_the_ranks_at_hand(
+    tmp_path: Path, monkeypatch, capsys, overrides: list[str], expert_parallel: int, said: str
+):
+    """As when a run of four ranks is evaluated on one; a named layout is left to the rules."""
+    settings = tree(tmp_path / "run", save_dense(tmp_path / "dense"), tmp_path / "text",
+                    parallel={"expert_parallel_size": 4})  # fmt: skip
+    started = []
+    monkeypatch.setattr(start, "on_ranks", lambda story, config, ranks: started.append(config))
+    config = build(RunConfig, settings)
+    capsys.readouterr()  # the progress bar of saving
+    start.on_ranks_at_hand(lambda config, world: None, config, None, overrides=overrides)
+    assert started[0].parallel.expert_parallel_size == expert_parallel
+    assert capsys.readouterr().err == said
+
+
+def test_the_version_is_the_packages(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["megatron-moe", "--version"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capsys.readouterr().out == f"megatron-moe {megatron_moe.__version__}\n"

@@ -185,7 +185,7 @@ def test_json_of_the_command(yaml_file: Path):
     [
         (("--dry-run",), "--world-size 8"),
         (("--dry-run", "--ranks", 4), "--world-size 4"),
-        (("--world-size", 8), "are for --dry-run"),
+        (("--world-size", 8), "require --dry-run"),
         (("--dry-run", "--world-size", 3), "train.global_batch_size"),
     ],
 )

@@ -74,7 +74,7 @@ class Ended:
         lines = self.output.splitlines()
         first = [i for i, line in enumerate(lines) if re.match(r"\w+Error: ", line)]
         end = first[0] if first else len(lines)
-        kinds = ("stopped by", "cannot ", "  trying", "  training")
+        kinds = ("Stopped by", "cannot ", "  Retrying", "  Training")
         remarks = [line for line in lines[:end] if line.startswith(kinds)]
         return "\n".join([*dict.fromkeys(remarks), *lines[end:]])
 

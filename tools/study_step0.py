@@ -19,10 +19,10 @@ from study_runs import PRETRAIN, on_one_thread, settings, write_result
 from megatron_moe.config.judging import dense_config
 from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
-from megatron_moe.construct.measure import Measuring
+from megatron_moe.construct.measure import Measurement
 from megatron_moe.construct.partial import PartialFiles
-from megatron_moe.construct.solve import LayerMeasured, layer_table
-from megatron_moe.data.feed import Feed, Seat
+from megatron_moe.construct.solve import LayerMeasurements, layer_table
+from megatron_moe.data.feed import DataRank, Feed
 from megatron_moe.data.texts import Texts, open_texts
 from megatron_moe.experts.plan import ExpertPlan, make_expert_plan
 from megatron_moe.hf.reader import DenseCheckpoint
@@ -71,12 +71,12 @@ def _measure(config: RunConfig, out: Path, world: World) -> None:
     plan = make_expert_plan(dense.spec, as_dense.moe, as_dense.upcycle)
     upcycle(model, dense, plan, layout=layout, rank=world.rank)
     texts = list(open_texts(config, vocab_size=dense.spec.vocab_size).training.values())
-    measuring = Measuring(
+    measuring = Measurement(
         model, as_dense, texts, groups, clusters=config.moe.num_moe_experts, seed=SEED
     )
     kept = PartialFiles(out.with_name(f".{out.name}.measuring"), "smollm2")
     measuring.run(kept, lambda done, total: print(f"{done} of {total}", flush=True))
-    found = measuring.found
+    found = measuring.sums
     with complete_or_absent(out) as staging:
         for layer in range(dense.spec.num_layers):
             np.savez(
@@ -131,7 +131,7 @@ def _solved(
     tables = {}
     for layer in recipe.moe_layers:
         with np.load(measured / f"{layer}.npz") as found:
-            of_layer = LayerMeasured(
+            of_layer = LayerMeasurements(
                 torch.from_numpy(found["inputs"]), found["importance"], found["activity"]
             )
         tables[layer] = layer_table(plan, layer, of_layer, dense, config.moe)
@@ -139,7 +139,7 @@ def _solved(
 
 
 def _losses(config: RunConfig, texts: Texts, model: Model, groups: Any) -> dict[str, float]:
-    feed = Feed(texts, config, Seat(dp_rank=0, dp_size=1, cp_rank=0, cp_size=1))
+    feed = Feed(texts, config, DataRank(dp_rank=0, dp_size=1, cp_rank=0, cp_size=1))
     return {
         name: round(mean_loss(model.modules, feed.held_out(name), config, model, groups), 5)
         for name in texts.validation

@@ -1,4 +1,4 @@
-"""What is timed: the training state and its batches, real or random.
+"""Build what a benchmark times: the training state and its batches, real or random.
 
 Shape letters of this module:
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_moe.config.run import RunConfig
 from megatron_moe.construct.complete import complete_plan
 from megatron_moe.data.batches import Batch, micro_batches, slice_for_context_parallel
-from megatron_moe.data.feed import Feed, Seat
+from megatron_moe.data.feed import DataRank, Feed
 from megatron_moe.data.samples import Sample
 from megatron_moe.data.texts import open_texts
 from megatron_moe.experts.plan import make_expert_plan
@@ -107,14 +107,14 @@ def make_supply(
     config: RunConfig, spec: DenseSpec, groups: ProcessGroupCollection, *, random: bool
 ) -> Supply:
     """This rank's batches: of the run's text, or random tokens made once."""
-    seat = Seat.of(groups)
+    data_rank = DataRank.of(groups)
     pin = dist.get_backend() == "nccl"  # as training does
     if random:
-        batches = _random_batches(config, spec.vocab_size, seat)
+        batches = _random_batches(config, spec.vocab_size, data_rank)
         if pin:
             batches = [batch.map(Tensor.pin_memory) for batch in batches]
         return lambda _: batches
-    feed = Feed(open_texts(config, vocab_size=spec.vocab_size), config, seat, pin=pin)
+    feed = Feed(open_texts(config, vocab_size=spec.vocab_size), config, data_rank, pin=pin)
 
     def supply(state: TrainState) -> list[Batch]:
         batches, state.blend = feed.next_step(state.blend)
@@ -139,17 +139,17 @@ class _RandomTokens:
         )
 
 
-def _random_batches(config: RunConfig, vocab_size: int, seat: Seat) -> list[Batch]:
+def _random_batches(config: RunConfig, vocab_size: int, data_rank: DataRank) -> list[Batch]:
     train, seed = config.train, config.run.seed
     batches = micro_batches(
         _RandomTokens(vocab_size=vocab_size, length=config.data.seq_length + 1, seed=seed),
         position=0,
         global_batch_size=train.global_batch_size,
         micro_batch_size=train.micro_batch_size,
-        dp_rank=seat.dp_rank,
-        dp_size=seat.dp_size,
+        dp_rank=data_rank.dp_rank,
+        dp_size=data_rank.dp_size,
     )
     return [
-        slice_for_context_parallel(batch, cp_rank=seat.cp_rank, cp_size=seat.cp_size)
+        slice_for_context_parallel(batch, cp_rank=data_rank.cp_rank, cp_size=data_rank.cp_size)
         for batch in batches
     ]

@@ -58,10 +58,10 @@ def sizes(largest_bytes: int) -> list[int]:
     >>> sizes(2**17)
     [4096, 16384, 65536]
     """
-    found = [SMALLEST_BYTES]
-    while found[-1] * 4 <= largest_bytes:
-        found.append(found[-1] * 4)
-    return found
+    result = [SMALLEST_BYTES]
+    while result[-1] * 4 <= largest_bytes:
+        result.append(result[-1] * 4)
+    return result
 
 
 def bench_collectives(world: World, *, largest_bytes: int) -> CollectivesRecord:

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: ranges around the calls that make it up.
+"""Time the phases of a step, by ranges around the calls that make it up.
 
 A range is one of `PHASES`. The device is waited for where one begins and ends, so what usually runs
 side by side is taken apart and the step is slower than one that is timed whole: these are shares,

@@ -1,4 +1,4 @@
-"""What a benchmark leaves behind: one JSON object, enough to repeat it and to judge it."""
+"""The record of a benchmark: one JSON object with all that is needed to repeat and to judge it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Spread(Part):
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Median, 10th and 90th percentile, linear between neighbours.
+    """Median, 10th and 90th percentile, linear between neighbors.
 
     >>> spread([3.0, 1.0, 2.0])
     Spread(median=2.0, p10=1.2, p90=2.8)
@@ -45,13 +45,13 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 class Surroundings(Part):
-    """Where and by what it was measured."""
+    """The machine, versions and variables of a measurement."""
 
     time: str
     """When it ended, UTC."""
     command: list[str]
     commit: str | None
-    """Of the working tree the package was imported from; None where it is no working tree."""
+    """Commit of the working tree of the package; None outside a working tree."""
     uncommitted_changes: bool | None
     versions: dict[str, str]
     device: str
@@ -63,7 +63,7 @@ class Surroundings(Part):
 
 
 class Mfu(Part):
-    """How MFU was computed."""
+    """MFU and its formula."""
 
     formula: str
     flops_per_sequence: float
@@ -72,17 +72,17 @@ class Mfu(Part):
 
 
 class Capacity(Part):
-    """What an expert was allowed to take."""
+    """Upper bound on the tokens of an expert."""
 
     factor: float
     formula: str
     padded: bool
     tokens_per_expert: int
-    """Of one rank's micro-batch."""
+    """Tokens of one rank's micro-batch."""
 
 
 class Phases(Part):
-    """Where the time of a step goes; from steps of their own, slower than the timed ones."""
+    """Seconds of a step by phase, from separate steps that are slower than the timed ones."""
 
     how: str
     steps: int
@@ -135,7 +135,7 @@ class Timing(Part):
     group: str
     ranks: int
     bytes: int
-    """Of the larger of input and output, as nccl-tests counts."""
+    """Bytes of the larger of input and output, as nccl-tests counts."""
     seconds: Spread
     bus_gb_per_second: float
     """At the median: bytes that must cross a rank's link, whatever the algorithm, over time."""

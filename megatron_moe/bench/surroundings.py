@@ -1,4 +1,4 @@
-"""Where a benchmark ran: versions, commit, device, and the variables that change its speed."""
+"""Describe where a benchmark runs: versions, commit, device, variables that change its speed."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ def surroundings(device: torch.device) -> Surroundings:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that a figure depends on."""
-    found = {"python": platform.python_version(), "torch": torch.__version__}
+    result = {"python": platform.python_version(), "torch": torch.__version__}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            result[package] = version(package)
         except PackageNotFoundError:
             continue  # what is not installed has no part in the result
     if torch.cuda.is_available():
-        found["cuda"] = str(torch.version.cuda)
-        found["nccl"] = ".".join(map(str, nccl.version()))
-    return found
+        result["cuda"] = str(torch.version.cuda)
+        result["nccl"] = ".".join(map(str, nccl.version()))
+    return result
 
 
 def device_of(device: torch.device) -> tuple[str, int]:

@@ -16,7 +16,7 @@ class Row(Section):
     """One run."""
 
     name: str
-    """Of the record's file."""
+    """Name of the record's file."""
 
     config: Path
     """The configuration, from the root of the repository."""
@@ -35,16 +35,16 @@ class Sweep(Section):
     """Runs of one size."""
 
     source: str
-    """Whose rows these are."""
+    """Source of the rows."""
 
     nodes: Count
-    """Of the cluster, with one rank a GPU."""
+    """Number of nodes, with one rank per GPU."""
 
     out: Path
     """Folder of the records."""
 
     routing: Literal["natural", "balanced"] = "balanced"
-    """Of rows that do not say."""
+    """Default for rows that do not set it."""
 
     random: bool = True
     """Random weights and tokens; false takes the dense checkpoint and the text."""
@@ -69,9 +69,9 @@ def read_sweep(path: Path) -> Sweep:
 
 
 def commands(sweep: Sweep) -> list[str]:
-    """What to type, one line a row; each ends with a record in ``out``.
+    """Return the command of each row; each writes a record to ``out``.
 
-    What the source measured stands behind it as a comment.
+    The figure that the source measured follows as a comment.
     """
     return [_command(sweep, row) for row in sweep.rows]
 

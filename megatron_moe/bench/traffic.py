@@ -1,4 +1,4 @@
-"""What a rank puts into collectives: counted where torch hands them to the backend, by group.
+"""Count the bytes that a rank sends in collectives, by group, where torch calls the backend.
 
 Every collective of torch.distributed ends in a method of its process group, whoever imported which
 name of it; so that is where the hooks are, and nothing can pass beside them. Bytes are those of the
@@ -24,7 +24,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_moe.commands.bench import Bench, Wish
+from megatron_moe.bench.steps import Bench, BenchOptions
 from megatron_moe.config.run import RunConfig
 from megatron_moe.runtime.world import World
 
@@ -62,15 +62,15 @@ Sent = Counter[tuple[str, str]]
 
 @dataclass(slots=True)
 class Traffic:
-    """What this rank put into collectives while it was watched; groups of one rank left out."""
+    """Bytes that this rank sent in collectives while watched, without groups of one rank."""
 
     bytes: Sent = field(default_factory=Counter)
     calls: Counter[tuple[str, str]] = field(default_factory=Counter)
 
 
 def step_bytes(config: RunConfig, world: World) -> Sent:
-    """What one training step of random tokens puts into collectives, all ranks together."""
-    it = Bench(config, world, Wish(random=True))
+    """Return the bytes that one training step of random tokens sends, summed over ranks."""
+    it = Bench(config, world, BenchOptions(random=True))
     with counted(it.groups) as traffic:
         it.timed_step()
     everyone: list[Any] = [None] * world.size

@@ -1,1 +1,1 @@
-"""Checkpoints: sharded, complete or absent, loadable anywhere; and the export to Hugging Face."""
+"""Checkpoints: sharded, written atomically, and loadable under any layout."""

@@ -1,10 +1,10 @@
-"""Where this rank's numbers lie in the global tensors: boxes, whatever the layout.
+"""Describe this rank's part of the global tensors as boxes, under any layout.
 
 Every tensor of a checkpoint is one global tensor of the whole model, and every rank holds boxes of
-it. A weight is a box as Megatron-Core's sharded state says. The distributed optimizer cuts a weight
-at any number, not at a row; a run of numbers is at most a part of a row, whole rows and a part of a
-row, and each of these is a box. So optimizer state goes to disk and comes back without a gather, by
-any layout.
+it. A weight is one box, given by Megatron-Core's sharded state. The distributed optimizer splits a
+weight at any element, not only between rows. A run of consecutive elements consists of at most part
+of a row, whole rows, and part of a row, and each of these is a box. So optimizer state is saved and
+restored under any layout without a gather.
 """
 
 from __future__ import annotations
@@ -25,38 +25,38 @@ from megatron_moe.model.build import Model
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """A part of a global tensor and the memory that holds it."""
+    """A box of a global tensor and the memory that holds its elements."""
 
     offset: tuple[int, ...]
     tensor: Tensor
-    """The numbers: a view of the job's own memory, or a copy of it."""
+    """Elements of the box: a view of the job's own memory, or a copy of it."""
     global_shape: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """A run of consecutive numbers of a local parameter that is one box of a global tensor."""
+    """A run of consecutive elements of a local parameter that is one box of a global tensor."""
 
     parameter: Tensor
     start: int
-    """First number of the run in the flattened parameter."""
+    """Index of the run's first element in the flattened parameter."""
     shape: tuple[int, ...]
     key: str
     global_shape: tuple[int, ...]
     global_offset: tuple[int, ...]
     writes: bool
-    """False where another tp or pp rank writes the same numbers."""
+    """False if another tp or pp rank writes the same elements."""
 
     def boxes(self, flat: Tensor, *, begin: int) -> Iterator[Box]:
-        """The boxes of ``flat``, which holds the parameter's numbers from ``begin`` on."""
+        """Yield the boxes of ``flat``, which holds the parameter's elements from ``begin`` on."""
         first = max(begin, self.start)
         last = min(begin + len(flat), self.start + math.prod(self.shape))
-        extra = len(self.global_shape) - len(self.shape)  # axes such as the experts'
+        extra = len(self.global_shape) - len(self.shape)  # such as the axis of experts
         for offset, sizes in boxes_of_run(self.shape, first - self.start, last - self.start):
             count = math.prod(sizes)
-            place = (0,) * extra + offset
+            local_offset = (0,) * extra + offset
             yield Box(
-                offset=tuple(a + b for a, b in zip(self.global_offset, place, strict=True)),
+                offset=tuple(a + b for a, b in zip(self.global_offset, local_offset, strict=True)),
                 tensor=flat[first - begin : first - begin + count].view((1,) * extra + sizes),
                 global_shape=self.global_shape,
             )
@@ -66,7 +66,7 @@ class Placement:
 def boxes_of_run(
     shape: Sequence[int], start: int, stop: int
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Offsets and sizes of the boxes of a run of numbers of a row-major array, in its order.
+    """Yield offset and size of each box of a run of elements of a row-major array, in order.
 
     >>> list(boxes_of_run((4, 3), 2, 10))
     [((0, 2), (1, 1)), ((1, 0), (2, 3)), ((3, 0), (1, 1))]
@@ -91,9 +91,9 @@ def boxes_of_run(
 
 
 def placements(model: Model, groups: ProcessGroupCollection) -> Iterator[Placement]:
-    """Where each parameter and buffer of this rank's chunks lies, from Megatron-Core's own names.
+    """Yield the placements of all parameters and buffers of this rank, under Megatron-Core's names.
 
-    The vocabulary counts without the rows that pad it to tp, so a checkpoint does not depend on tp.
+    The rows that pad the vocabulary for tp are excluded, so a checkpoint does not depend on tp.
     """
     for module in model.modules:
         state = module.sharded_state_dict(metadata={"dp_cp_group": groups.dp_cp})
@@ -108,26 +108,29 @@ def placements(model: Model, groups: ProcessGroupCollection) -> Iterator[Placeme
 
 def _placement(parameter: Tensor, part: ShardedTensor, model: Model) -> Placement:
     data = part.data
-    same = data is not None and data.untyped_storage().data_ptr() == (
+    shares_storage = data is not None and data.untyped_storage().data_ptr() == (
         parameter.untyped_storage().data_ptr()
     )
-    if data is None or not (same and data.is_contiguous() and parameter.is_contiguous()):
-        raise CheckpointError(f"{part.key} is not a run of numbers of its parameter")
+    if data is None or not (shares_storage and data.is_contiguous() and parameter.is_contiguous()):
+        raise CheckpointError(f"{part.key} must be a run of consecutive elements of its parameter")
     replica = part.replica_id if isinstance(part.replica_id, tuple) else (part.replica_id,)
-    placed = Placement(
+    placement = Placement(
         parameter=parameter,
         start=int(data.storage_offset() - parameter.storage_offset()),
         shape=tuple(part.local_shape),
         key=part.key,
         global_shape=tuple(part.global_shape),
         global_offset=tuple(part.global_offset),
-        writes=not any(replica[:2]),  # the third says which dp rank
+        writes=not any(replica[:2]),  # the third is the dp rank
     )
     if not part.allow_shape_mismatch:
-        return placed
+        return placement
     rows = model.spec.vocab_size
     return replace(
-        placed,
-        shape=(max(0, min(placed.shape[0], rows - placed.global_offset[0])), *placed.shape[1:]),
-        global_shape=(rows, *placed.global_shape[1:]),
+        placement,
+        shape=(
+            max(0, min(placement.shape[0], rows - placement.global_offset[0])),
+            *placement.shape[1:],
+        ),
+        global_shape=(rows, *placement.global_shape[1:]),
     )

@@ -1,10 +1,10 @@
-"""Checkpoint folders on disk: names, which is newest, which go. No tensors here.
+"""Manage checkpoint folders: name, find, publish and prune them. This module reads no tensors.
 
-run.dir/checkpoints/step_00000010/    complete, or not there: it is renamed into place
-run.dir/checkpoints/latest            the newest name, replaced in one step
-.../step_00000010/checkpoint.json     step, samples, place in each domain, plan hash, layout
+run.dir/checkpoints/step_00000010/    complete or absent, because it is renamed into place
+run.dir/checkpoints/latest            name of the newest checkpoint, replaced atomically
+.../step_00000010/checkpoint.json     step, samples, position in each domain, plan hash, layout
 .../step_00000010/config.yaml         the run's resolved configuration
-.../step_00000010/plan.safetensors     where the plan is more than its settings
+.../step_00000010/plan.safetensors    tables of the plan, if its settings alone do not define it
 .../step_00000010/dense/              config.json and tokenizer of the dense model
 """
 
@@ -29,31 +29,35 @@ from megatron_moe.hf.spec import DenseSpec
 _STEP = re.compile(r"step_(\d{8,})")
 DENSE_FILES = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",
                "added_tokens.json", "vocab.json", "merges.txt", "chat_template*")  # fmt: skip
-"""What of a dense folder makes the export complete: everything but the weights."""
+"""Files of a dense folder that an export needs: everything but the weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """What checkpoint.json says."""
+    """Contents of checkpoint.json."""
 
     step: int
     samples: int
     plan_hash: str
     optimizer_updates: int
-    """Updates of the weights, which Adam counts; a skipped step makes none."""
+    """Weight updates, as counted by Adam; a skipped step makes none."""
     world_size: int
     precision: str
     blend: dict[str, Any]
-    """Place in each domain, and the weights they are drawn by (`BlendState.to_json`)."""
+    """Position in each domain, and the domains' sampling weights (`BlendState.to_json`)."""
 
 
 def step_folder(run_dir: Path, step: int) -> Path:
-    """Where the checkpoint of ``step`` lies."""
+    """Return the folder of the checkpoint of ``step``."""
     return run_dir / "checkpoints" / f"step_{step:08d}"
 
 
 def newest(run_dir: Path) -> Path | None:
-    """The newest complete checkpoint of a run; None when it has none yet."""
+    """Return the newest complete checkpoint of a run, or None if there is none yet.
+
+    Raises:
+        CheckpointError: ``latest`` does not name a complete checkpoint.
+    """
     pointer = run_dir / "checkpoints" / "latest"
     if not pointer.exists():
         return None
@@ -61,45 +65,45 @@ def newest(run_dir: Path) -> Path | None:
     folder = pointer.parent / name
     if not _STEP.fullmatch(name):
         raise CheckpointError(
-            f"{pointer} names {name!r}, which is no checkpoint beside it (step_00000010).\n"
-            f"  name one in {pointer}, or remove {pointer} to start the run anew"
+            f"{pointer} names {name!r}, which is not a checkpoint next to it (step_00000010).\n"
+            f"  write the name of one into {pointer}, or remove {pointer} to restart the run"
         )
     if not (folder / "checkpoint.json").exists():
-        if (replaced_by(folder) / "checkpoint.json").exists():  # killed while it was replaced
+        if (replaced_by(folder) / "checkpoint.json").exists():  # killed during replacement
             return replaced_by(folder)
         raise CheckpointError(
             f"{pointer} names {folder.name}, but {folder} is not a complete checkpoint.\n"
-            f"  name another in {pointer}, or remove {pointer} to start the run anew"
+            f"  write another name into {pointer}, or remove {pointer} to restart the run"
         )
     return folder
 
 
 def complete(run_dir: Path) -> list[Path]:
-    """Every complete checkpoint of a run, the oldest first."""
-    found = (run_dir / "checkpoints").glob("step_*/checkpoint.json")
-    named = [file.parent for file in found if _STEP.fullmatch(file.parent.name)]
+    """Return all complete checkpoints of a run, oldest first."""
+    files = (run_dir / "checkpoints").glob("step_*/checkpoint.json")
+    named = [file.parent for file in files if _STEP.fullmatch(file.parent.name)]
     return sorted(named, key=lambda folder: int(folder.name.removeprefix("step_")))
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that a run folder or a checkpoint folder means.
+    """Return the checkpoint folder that ``path`` is, or the newest checkpoint of the run there.
 
     Raises:
-        CheckpointError: Neither.
+        CheckpointError: ``path`` is neither a checkpoint nor a run with one.
     """
     if (path / "checkpoint.json").exists():
         return path
-    found = newest(path)
-    if found is None:
+    checkpoint = newest(path)
+    if checkpoint is None:
         raise CheckpointError(
             f"{path} is neither a checkpoint (no checkpoint.json) nor a run with one "
             "(no checkpoints/latest)"
         )
-    return found
+    return checkpoint
 
 
 def read_progress(folder: Path) -> Progress:
-    """What checkpoint.json of a complete checkpoint says."""
+    """Read checkpoint.json of a complete checkpoint."""
     try:
         return Progress(**json.loads((folder / "checkpoint.json").read_text()))
     except (ValueError, TypeError) as error:
@@ -107,31 +111,31 @@ def read_progress(folder: Path) -> Progress:
 
 
 def read_config(folder: Path) -> RunConfig:
-    """The configuration of the run that wrote the checkpoint."""
+    """Read the configuration of the run that wrote the checkpoint."""
     return load(RunConfig, folder / "config.yaml")
 
 
 def run_of(source: Path, overrides: Iterable[str] = ()) -> tuple[Path, RunConfig]:
-    """The checkpoint that ``source`` means, and the configuration to read it with.
+    """Return the checkpoint at ``source`` and the configuration to read it with.
 
     Args:
-        source: A run folder (its newest checkpoint is taken) or a checkpoint folder.
-        overrides: Settings that win over the run's, such as another layout.
+        source: A run folder, whose newest checkpoint is used, or a checkpoint folder.
+        overrides: Settings that override those of the run, such as another layout.
 
     Raises:
-        CheckpointError: No checkpoint there.
-        ConfigError: Overrides that are no settings.
+        CheckpointError: There is no checkpoint at ``source``.
+        ConfigError: An override is not a valid setting.
     """
     checkpoint = find_checkpoint(source).resolve()
-    here = f"run.dir={json.dumps(str(checkpoint.parents[1]))}"  # wherever the run lies by now
-    config = load(RunConfig, checkpoint / "config.yaml", [here, *overrides])
-    if not (config.dense.path / "config.json").exists():  # the shape and the tokenizer are here too
+    run_dir = f"run.dir={json.dumps(str(checkpoint.parents[1]))}"  # the run may have been moved
+    config = load(RunConfig, checkpoint / "config.yaml", [run_dir, *overrides])
+    if not (config.dense.path / "config.json").exists():  # the checkpoint has copies
         config = config.model_copy(update={"dense": Dense(path=checkpoint / "dense")})
     return checkpoint, config
 
 
 def plan_of(folder: Path, spec: DenseSpec, config: RunConfig) -> ExpertPlan:
-    """The expert plan of the run, with the tables it needed, as the checkpoint keeps them."""
+    """Return the expert plan of the run, with its tables as stored in the checkpoint, if any."""
     plan = make_expert_plan(spec, config.moe, config.upcycle)
     if plan.recipe.needs_measuring or plan.recipe.needs_weights:
         return read_plan(folder / PLAN_FILE, plan, source=None)
@@ -139,17 +143,17 @@ def plan_of(folder: Path, spec: DenseSpec, config: RunConfig) -> ExpertPlan:
 
 
 def partial_of(final: Path) -> Path:
-    """Where a checkpoint lies while it is written."""
+    """Return the folder that a checkpoint is written into before it is published."""
     return final.with_name(f".{final.name}.partial")
 
 
 def replaced_by(final: Path) -> Path:
-    """Where a checkpoint lies while another of the same step takes its place."""
+    """Return the folder that holds a checkpoint while another of the same step replaces it."""
     return final.with_name(f".{final.name}.replaced")
 
 
 def start_folder(final: Path) -> Path:
-    """An empty folder beside ``final`` to write into; leftovers of killed saves go first."""
+    """Remove leftovers of killed saves; create and return an empty folder next to ``final``."""
     partial = partial_of(final)
     for leftover in final.parent.glob(".step_*.partial"):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -158,12 +162,12 @@ def start_folder(final: Path) -> Path:
 
 
 def give_up(partial: Path) -> None:
-    """Remove what a failed save has written: the space is the next one's."""
+    """Remove the files of a failed save, to free the space for the next one."""
     shutil.rmtree(partial, ignore_errors=True)
 
 
 def describe(partial: Path, progress: Progress, config_yaml: str, dense_folder: Path) -> None:
-    """Write the small files of a checkpoint."""
+    """Write the small files of a checkpoint: everything but its tensors."""
     (partial / "config.yaml").write_text(config_yaml)
     (partial / "dense").mkdir()
     for pattern in DENSE_FILES:
@@ -175,12 +179,12 @@ def describe(partial: Path, progress: Progress, config_yaml: str, dense_folder: 
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Make a written checkpoint count: to the disk, to its name, to ``latest``, in this order."""
+    """Publish a written checkpoint: fsync it, rename it, then update ``latest``, in this order."""
     for file in sorted(partial.rglob("*")):
         fsync(file)
     fsync(partial)
     replaced = replaced_by(final)
-    if final.exists():  # a resumed run saves a step that it saved before
+    if final.exists():  # a resumed run may save a step again
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
     partial.rename(final)
@@ -194,19 +198,19 @@ def publish(partial: Path, final: Path) -> None:
 
 
 def prune(run_dir: Path, keep: int) -> list[Path]:
-    """Remove all but the ``keep`` newest checkpoints; returns what went.
+    """Remove all but the ``keep`` newest checkpoints; return the removed folders.
 
-    Steps after the one ``latest`` names are of a future that the operator went back from. They do
-    not count and stay, until the run saves these steps again.
+    Checkpoints newer than ``latest`` are left over from a timeline that the operator abandoned.
+    They are neither counted nor removed, until the run saves these steps again.
     """
     steps = {
-        int(found[1]): folder
+        int(match[1]): folder
         for folder in (run_dir / "checkpoints").iterdir()
-        if (found := _STEP.fullmatch(folder.name))
+        if (match := _STEP.fullmatch(folder.name))
     }
     latest = newest(run_dir)
     last = max(steps, default=0) if latest is None else int(latest.name.removeprefix("step_"))
-    gone = [steps[step] for step in sorted(steps) if step <= last][:-keep]
-    for folder in gone:
+    removed = [steps[step] for step in sorted(steps) if step <= last][:-keep]
+    for folder in removed:
         shutil.rmtree(folder)
-    return gone
+    return removed

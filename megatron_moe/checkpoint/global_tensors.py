@@ -1,7 +1,8 @@
-"""Whole tensors, or one expert of them, out of a sharded checkpoint, without the job that wrote it.
+"""Read whole tensors or single experts from a sharded checkpoint, without a distributed job.
 
-Megatron-Core's ``torch_dist`` format is torch's distributed checkpoint: ``.metadata`` says where
-every chunk of every global tensor lies. Reading a part reads only the chunks that it meets.
+Megatron-Core's ``torch_dist`` format is torch's distributed checkpoint: ``.metadata`` maps every
+chunk of every global tensor to its position in a file. Only the chunks that overlap the requested
+part are read.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from megatron_moe.errors import CheckpointError
 
 
 class GlobalTensors:
-    """Opens a checkpoint folder for reading; ``with`` closes its files.
+    """Open a checkpoint folder for reading; the end of a ``with`` block closes its files.
 
     Raises:
-        CheckpointError: The folder holds no readable ``.metadata``.
+        CheckpointError: The folder has no readable ``.metadata``.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -41,7 +42,7 @@ class GlobalTensors:
 
     @property
     def names(self) -> list[str]:
-        """All global tensors, sorted."""
+        """Names of all global tensors, sorted."""
         return sorted(self._metadata.state_dict_metadata)
 
     def __exit__(
@@ -58,12 +59,12 @@ class GlobalTensors:
         return isinstance(self._metadata.state_dict_metadata.get(key), TensorStorageMetadata)
 
     def shape_and_dtype(self, key: str) -> tuple[tuple[int, ...], torch.dtype]:
-        """Of the whole tensor."""
+        """Return the shape and dtype of the whole tensor."""
         stored = self._stored(key)
         return tuple(stored.size), stored.properties.dtype
 
     def chunks(self, key: str, *, index: int | None) -> list[ChunkStorageMetadata]:
-        """Chunks of a tensor; with ``index`` those that meet that slice of its first axis."""
+        """Return the chunks of a tensor, or those overlapping slice ``index`` of its first axis."""
         return [
             chunk
             for chunk in self._stored(key).chunks
@@ -71,35 +72,35 @@ class GlobalTensors:
         ]
 
     def read(self, key: str, *, index: int | None, dtype: torch.dtype) -> Tensor:
-        """One global tensor; with ``index`` only that slice of its first axis, the axis dropped.
+        """Read one global tensor, or only slice ``index`` of its first axis, dropping that axis.
 
         Raises:
-            CheckpointError: No such tensor, or its chunks do not cover it.
+            CheckpointError: There is no such tensor, or its chunks do not cover it.
         """
         stored = self._stored(key)
         shape = tuple(stored.size) if index is None else tuple(stored.size[1:])
         result, filled = torch.empty(shape, dtype=dtype), 0
         for chunk in self.chunks(key, index=index):
-            part, place = self.load(key, chunk), _place(chunk)
+            part, region = self.load(key, chunk), _region(chunk)
             if index is not None:
-                part, place = part[index - chunk.offsets[0]], place[1:]
-            target = result[place]
+                part, region = part[index - chunk.offsets[0]], region[1:]
+            target = result[region]
             target.copy_(part[tuple(slice(size) for size in target.shape)])
             filled += target.numel()
         if filled != result.numel():
             raise CheckpointError(
-                f"{key} in {self.folder} has {filled} of its {result.numel()} numbers"
+                f"{key} in {self.folder} has only {filled} of its {result.numel()} elements"
             )
         return result
 
     def _stored(self, key: str) -> TensorStorageMetadata:
         stored = self._metadata.state_dict_metadata.get(key)
         if not isinstance(stored, TensorStorageMetadata):
-            raise CheckpointError(f"{self.folder} holds no tensor {key}")
+            raise CheckpointError(f"{self.folder} does not contain tensor {key}")
         return stored
 
     def load(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
-        """The numbers of one chunk."""
+        """Read the elements of one chunk."""
         assert self._metadata.storage_data is not None
         where = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
         file = self._files.get(where.relative_path)
@@ -114,7 +115,7 @@ class GlobalTensors:
             ) from error
 
     def mapped(self, key: str, chunk: ChunkStorageMetadata) -> MappedTensor:
-        """One chunk, whose rows are read when they are taken."""
+        """Map one chunk into memory; its rows are read on access."""
         assert self._metadata.storage_data is not None
         where = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
         path = self.folder / where.relative_path
@@ -130,7 +131,7 @@ class GlobalTensors:
             raise CheckpointError(f"cannot read {self.folder / relative_path}: {error}") from error
 
 
-def _place(chunk: ChunkStorageMetadata) -> tuple[slice, ...]:
+def _region(chunk: ChunkStorageMetadata) -> tuple[slice, ...]:
     return tuple(
         slice(offset, offset + size)
         for offset, size in zip(chunk.offsets, chunk.sizes, strict=True)

@@ -1,6 +1,7 @@
-"""The index of a checkpoint, read without executing what it names.
+"""Read the index of a checkpoint without executing anything it refers to.
 
-Nothing of Megatron-Core is imported here: an export needs none of it, nor its remarks.
+This module does not import Megatron-Core: an export needs none of it, and its import is slow and
+prints warnings.
 """
 
 from __future__ import annotations
@@ -18,21 +19,21 @@ from megatron_moe.errors import CheckpointError
 
 
 class SafeReader(FileSystemReader):
-    """torch's reader, with a ``.metadata`` that can name nothing but what torch writes there.
+    """torch's reader, restricted to the types that torch itself writes into ``.metadata``.
 
     ``.metadata`` is a pickle, and a pickle can call anything that can be imported.
     """
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The index of the checkpoint.
+        """Read the index of the checkpoint.
 
         Raises:
-            CheckpointError: Not there, damaged, or naming something that has no place in it.
+            CheckpointError: The index is missing, damaged, or refers to a disallowed type.
         """
         path = Path(self.path) / ".metadata"
         try:
             metadata = _Unpickler(io.BytesIO(path.read_bytes())).load()
-        except Exception as error:  # a damaged pickle raises nearly anything
+        except Exception as error:  # a damaged pickle can raise almost any exception
             raise CheckpointError(f"cannot read {path}: {error}") from error
         if not isinstance(metadata, Metadata) or metadata.storage_data is None:
             raise CheckpointError(f"{path} is not the index of a checkpoint")
@@ -41,14 +42,14 @@ class SafeReader(FileSystemReader):
                 Path(stored.relative_path).name != stored.relative_path
                 or stored.relative_path == ".."
             ):
-                raise CheckpointError(f"{path} points out of its folder: {stored.relative_path}")
+                raise CheckpointError(f"{path} points outside its folder: {stored.relative_path}")
         return metadata
 
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _METADATA_NAMES:
-            raise pickle.UnpicklingError(f"{module}.{name} has no place in an index")
+            raise pickle.UnpicklingError(f"{module}.{name} is not allowed in an index")
         return super().find_class(module, name)
 
 
@@ -66,7 +67,7 @@ _METADATA_NAMES = frozenset(
                 "StorageMeta", "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
             )
         ),
-        *(  # Megatron-Core keeps who wrote what beside the index
+        *(  # Megatron-Core also stores which rank wrote what
             ("torch.distributed.checkpoint.planner", name)
             for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")
         ),

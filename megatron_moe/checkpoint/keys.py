@@ -1,4 +1,4 @@
-"""Names of tensors in a checkpoint."""
+"""Map rows of the name table to tensor names in a checkpoint."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from megatron_moe.hf.names import Row
 
 
 def checkpoint_key(row: Row, *, layer: int | None, moe_layer: bool) -> str:
-    """Megatron-Core's global name of a row: Transformer Engine's, experts numbered by an axis.
+    """Return Megatron-Core's global name of a row: as with Transformer Engine, experts on one axis.
 
     >>> from megatron_moe.hf.names import ROW_OF_ROLE
     >>> checkpoint_key(ROW_OF_ROLE["expert_fc1"], layer=3, moe_layer=True)
@@ -14,7 +14,7 @@ def checkpoint_key(row: Row, *, layer: int | None, moe_layer: bool) -> str:
     """
     template = row.megatron[-1]
     if row.role == "ffn_norm" and moe_layer:
-        template = row.megatron[0]  # a module of its own there, not fused into a linear layer
+        template = row.megatron[0]  # a separate module in MoE layers, not fused
     if row.role.startswith("expert"):
         template = row.megatron[-1].replace("experts.", "experts.experts.").replace("{expert}", "")
     return template.format(layer=layer)

@@ -1,7 +1,7 @@
-"""The optimizer's numbers by parameter: which part of each this rank keeps, and where.
+"""Find the optimizer state of each parameter that this rank holds.
 
-Three optimizers of Megatron-Core hold them differently: the distributed one keeps a run of numbers
-of each parameter, the others whole parameters; with bf16 weights there are fp32 master weights too.
+Megatron-Core has three optimizers: the distributed one keeps a run of elements of each parameter,
+the other two keep whole parameters. With bf16 weights there are fp32 master weights too.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True, slots=True)
 class Owned:
-    """What this rank keeps of one parameter."""
+    """Optimizer state that this rank holds of one parameter."""
 
     parameter: Tensor
     begin: int
-    """First number, in the flattened parameter, that the tensors below hold."""
+    """Index of the first element, in the flattened parameter, that the tensors below hold."""
     tensors: dict[str, Tensor]
-    """Flat and equally long: exp_avg, exp_avg_sq and, with bf16 weights, master."""
+    """One-dimensional, same length: exp_avg, exp_avg_sq and, with bf16 weights, master."""
 
 
 def parts(optimizer: MegatronOptimizer) -> list[Any]:
-    """The optimizers that a chained one chains; else itself."""
+    """Return the optimizers inside a chained optimizer, or the optimizer itself."""
     if isinstance(optimizer, ChainedOptimizer):
         return list(optimizer.chained_optimizers)
     return [optimizer]
 
 
 def owned(optimizer: MegatronOptimizer) -> Iterator[Owned]:
-    """Everything this rank keeps; moments that no step has made yet are made, as zeros."""
+    """Yield all optimizer state of this rank; create moments that do not exist yet, as zeros."""
     for part in parts(optimizer):
         for parameter, begin, main in _main_parameters(part):
             moments = part.optimizer.state[main]
@@ -55,7 +55,7 @@ def owned(optimizer: MegatronOptimizer) -> Iterator[Owned]:
 
 
 def _main_parameters(part: Any) -> Iterator[tuple[Tensor, int, Tensor]]:
-    """Each model parameter, the first number kept of it, and what the optimizer updates."""
+    """Yield each model parameter, its first held element, and the tensor the optimizer updates."""
     if isinstance(part, DistributedOptimizer):
         for parameter, (group, order) in part.model_param_group_index_map.items():
             begin = part._get_model_param_range_map(parameter)["param"].start
@@ -76,7 +76,7 @@ def _main_parameters(part: Any) -> Iterator[tuple[Tensor, int, Tensor]]:
 
 
 def updates_made(optimizer: MegatronOptimizer) -> int:
-    """Updates so far, which Adam's bias correction counts."""
+    """Return the number of updates so far, which Adam's bias correction uses."""
     return max(
         (int(group.get("step", 0)) for part in parts(optimizer) for group in _groups(part)),
         default=0,
@@ -84,7 +84,7 @@ def updates_made(optimizer: MegatronOptimizer) -> int:
 
 
 def set_updates_made(optimizer: MegatronOptimizer, updates: int) -> None:
-    """Continue the count of a checkpoint."""
+    """Set the number of updates to that of a checkpoint."""
     for part in parts(optimizer):
         for group in _groups(part):
             group["step"] = updates

@@ -1,4 +1,4 @@
-"""When a save fails, and when a loss spikes: what becomes of the run."""
+"""Decide how a run continues after a failed save or a loss spike."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from megatron_moe.train.state import TrainState
 from megatron_moe.train.step import StepResult
 
 RETRY_SECONDS = 10
-"""Between two tries of the last save."""
+"""Seconds between two attempts of the last save."""
 
 Say = Callable[[str], None]
 
 
-def save_or_go_on(
+def save_or_continue(
     saver: Saver,
     state: TrainState,
     config: RunConfig,
@@ -30,30 +30,30 @@ def save_or_go_on(
     last: bool,
     say: Say,
 ) -> None:
-    """Save; a disk that refuses costs this checkpoint only, unless it is the last of this process.
+    """Save a checkpoint; if that fails, continue without it, unless it is this process's last.
 
     Raises:
-        CheckpointError: The last save was refused until ``guard.save_retry_seconds`` were over.
+        CheckpointError: The last save kept failing for ``guard.save_retry_seconds``.
     """
     tries = 1 + int(config.guard.save_retry_seconds / RETRY_SECONDS) if last else 1
-    _done(saver.wait, say)  # what went wrong with the save before, beside training
+    _succeeds(saver.wait, say)  # log an error of the previous background save
     for left in reversed(range(tries)):
-        written = _done(partial(saver.save, state, groups), say)
-        if written and (not last or _done(saver.wait, say)):
+        written = _succeeds(partial(saver.save, state, groups), say)
+        if written and (not last or _succeeds(saver.wait, say)):
             return
         if left:
-            say(f"  trying again every {RETRY_SECONDS} s, for {left * RETRY_SECONDS} s")
+            say(f"  Retrying every {RETRY_SECONDS} s for {left * RETRY_SECONDS} s.")
             time.sleep(RETRY_SECONDS)
     if last:
         raise CheckpointError(
-            f"step {state.step} could not be saved, for the reasons above.\n"
-            f"  make room for {config.run.dir} and run the same command again: it goes on from the "
+            f"step {state.step} could not be saved; the reasons are logged above.\n"
+            f"  free disk space for {config.run.dir} and run the same command to resume from the "
             "newest checkpoint"
         )
-    say(f"  training goes on; the next save is due in {config.checkpoint.interval} steps")
+    say(f"  Training continues. The next save is due in {config.checkpoint.interval} steps.")
 
 
-def go_back(
+def roll_back(
     saver: Saver,
     state: TrainState,
     config: RunConfig,
@@ -61,10 +61,13 @@ def go_back(
     *,
     plan_hash: str,
 ) -> bool:
-    """Return to the newest checkpoint but not to its place in the data; False where there is none.
+    """Restore the newest checkpoint, but keep the position in the data.
 
-    The place is saved at once, under the step that the run is back at: a resume must leave the
-    batches out too.
+    The restored step is saved again at once with the current position in the data, so that a resume
+    skips the same batches.
+
+    Returns:
+        False if there is no checkpoint to restore.
     """
     saver.wait()
     folder = newest(config.run.dir)
@@ -77,16 +80,19 @@ def go_back(
     return True
 
 
-def told(step: int, result: StepResult, *, back_at: int | None) -> str:
-    """What the operator reads of a step that changed no weights."""
-    seen = f"loss {result.lm_loss:.4f}, gradient norm {result.grad_norm:.4f}"
+def step_message(step: int, result: StepResult, *, back_at: int | None) -> str:
+    """Return the log message for a step that changed no weights."""
+    numbers = f"loss {result.lm_loss:.4f}, gradient norm {result.grad_norm:.4f}"
     if back_at is None:
-        return f"step {step} changed no weights: {seen}"
-    return f"step {step} spiked ({seen}): back at step {back_at}, the batches since are left out"
+        return f"Skipped the update of step {step}: {numbers}."
+    return (
+        f"The loss spiked at step {step} ({numbers}). Restored step {back_at}; the batches "
+        "since then are skipped."
+    )
 
 
-def _done(attempt: Callable[[], None], say: Say) -> bool:
-    """Whether all ranks could do it; what a rank ran into is told."""
+def _succeeds(attempt: Callable[[], None], say: Say) -> bool:
+    """Run ``attempt``; return whether it succeeded on all ranks, and log the error if not."""
     try:
         attempt()
     except CheckpointError as error:

@@ -1,4 +1,4 @@
-"""A run's model at one of its checkpoints, for what does not train: no optimizer, no gradients."""
+"""Restore a run's model from a checkpoint for inference: no optimizer, no gradients."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ from megatron_moe.runtime.world import World
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """One rank's part of a trained model."""
+    """One rank's shard of a trained model."""
 
     model: Model
     modules: list[Any]
-    """The model's chunks as schedules run them: inside mixed precision."""
+    """The model's chunks wrapped for mixed precision, as the pipeline schedules run them."""
     plan: ExpertPlan
     layout: ParallelLayout
     groups: ProcessGroupCollection
     progress: Progress
-    """What the checkpoint says of itself."""
+    """Contents of checkpoint.json."""
 
 
 def restored_model(config: RunConfig, world: World, checkpoint: Path) -> Restored:
-    """Build this rank's part under the configured layout and fill it from a checkpoint of any.
+    """Build this rank's shard under the configured layout; fill it from a checkpoint of any layout.
 
     Args:
-        config: The run's, as `judging` returns it.
-        world: This rank's place in the joined job.
+        config: The run's configuration, as `judging` returns it.
+        world: This rank's position in the job.
         checkpoint: A checkpoint folder.
 
     Raises:
-        CheckpointError: The checkpoint is of another model or precision, or damaged.
+        CheckpointError: The checkpoint has another model or precision, or is damaged.
     """
     engine = engine_of(config.run.engine, world)
     check_dispatcher(config.moe, engine)

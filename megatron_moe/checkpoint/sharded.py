@@ -1,9 +1,9 @@
-"""Save and restore a training state, every rank its part; what one layout saved any other loads.
+"""Save and restore a training state, shard by shard; any layout can load what another saved.
 
-Everything lies under global names (layer and expert numbers of the whole model), without gathering
-anything: weights, moments and, with bf16 weights, fp32 master weights as ``optimizer.*``. Nothing
-random is saved because nothing in training draws a number: the order of the data is a function of
-its seed, and the schedule of the step.
+Tensors are stored under global names (layer and expert numbers of the whole model), without a
+gather: weights, moments and, with bf16 weights, fp32 master weights as ``optimizer.*``. No random
+state is saved, because training draws no random numbers: the order of the data is a function of
+its seed, and the schedule is a function of the step.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from megatron_moe.checkpoint.boxes import Box, Placement, placements
 from megatron_moe.checkpoint.folder import Progress
 from megatron_moe.checkpoint.host import copied_to_host
 from megatron_moe.checkpoint.moments import owned, set_updates_made, updates_made
-from megatron_moe.checkpoint.storage import Boxes, name_format, read_boxes, write_boxes
+from megatron_moe.checkpoint.storage import Boxes, read_boxes, write_boxes, write_format
 from megatron_moe.config.load import dump
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.blend import BlendState
@@ -37,28 +37,28 @@ from megatron_moe.train.state import TrainState
 
 
 class Saver:
-    """Writes a run's checkpoints, one at a time, while ``with`` is open; every rank has one.
+    """Write a run's checkpoints, one at a time, inside a ``with`` block; every rank has a saver.
 
-    With ``checkpoint.async_save`` a save returns at once. This rank's numbers are copied to host
-    memory beside the next forward and backward pass, which do not change them: `before_update`
-    waits for the copies. Files are written beside the training that goes on. The next save, and
-    the end of ``with``, wait for them and raise what went wrong.
+    With ``checkpoint.async_save`` a save returns immediately. This rank's tensors are copied to
+    host memory during the next forward and backward pass, which do not change them; `before_update`
+    waits for these copies. Files are then written in the background while training continues. The
+    next save and the end of the ``with`` block wait for them and raise any write errors.
 
     Args:
-        config: The run.
-        plan_hash: Of the expert plan, for the check of a resume.
-        say: Tells the operator that a checkpoint counts now; called on rank 0, maybe by a thread.
+        config: The run's configuration.
+        plan_hash: Hash of the expert plan, which a resume checks.
+        say: Logs that a checkpoint is complete; called on rank 0, possibly from another thread.
     """
 
     def __init__(self, config: RunConfig, *, plan_hash: str, say: Callable[[str], None]) -> None:
         self._config, self._plan_hash, self._say = config, plan_hash, say
-        # Of its own, because a thread's collectives must not meet those of training; gloo, because
-        # what is exchanged is a plan and not tensors.
+        # A separate group, because the thread's collectives must not mix with those of training.
+        # gloo, because ranks exchange plans and not tensors.
         self._group = _new_group()
         self._thread = ThreadPoolExecutor(
             max_workers=1,
             thread_name_prefix="checkpoint",
-            # A new thread is on GPU 0, where its first call would make a context for every rank.
+            # A new thread starts on GPU 0, where every rank's first call would create a context.
             initializer=torch.cuda.set_device,
             initargs=(torch.cuda.current_device(),),
         )
@@ -80,11 +80,11 @@ class Saver:
         self._thread.shutdown(wait=error is None)
 
     def save(self, state: TrainState, groups: ProcessGroupCollection) -> None:
-        """Write a checkpoint of the current step; it is complete under its name or not there.
+        """Write a checkpoint of the current step; it appears under its name only when complete.
 
         Raises:
-            CheckpointError: On every rank, when this save (or the one before, that was written
-                beside training) failed on one of them; the checkpoints before are untouched.
+            CheckpointError: On every rank, if this save (or the previous one, written in the
+                background) failed on any rank; earlier checkpoints are untouched.
         """
         self.wait()
         start = time.perf_counter()
@@ -112,14 +112,14 @@ class Saver:
             self._write(boxes, progress, start)
 
     def before_update(self) -> None:
-        """Return when weights and optimizer may change: what is being saved of them is copied."""
+        """Wait until weights and optimizer may change, because all tensors to save are copied."""
         self._copied.wait()
 
     def wait(self) -> None:
-        """Return when nothing is being written.
+        """Wait until the background save is complete.
 
         Raises:
-            CheckpointError: On every rank, when the save that was being written failed on one.
+            CheckpointError: On every rank, if that save failed on any rank.
         """
         pending, self._pending = self._pending, None
         if pending is not None:
@@ -149,11 +149,11 @@ class Saver:
                 folders.give_up(partial)
             raise
         if leads:
-            self._say(f"saved {final} in {time.perf_counter() - start:.1f} s")
+            self._say(f"Saved {final} in {time.perf_counter() - start:.1f} s")
 
     def _publish(self, progress: Progress, partial: Path, final: Path) -> None:
         config = self._config
-        name_format(partial)
+        write_format(partial)
         folders.describe(partial, progress, dump(config), config.dense.path)
         folders.publish(partial, final)
         folders.prune(config.run.dir, config.checkpoint.keep)
@@ -161,12 +161,12 @@ class Saver:
 
 def _new_group() -> dist.ProcessGroup:
     group = dist.new_group(backend="gloo")
-    assert isinstance(group, dist.ProcessGroup)  # every rank is in it
+    assert isinstance(group, dist.ProcessGroup)  # every rank is a member
     return group
 
 
 def _together(group: dist.ProcessGroup, do: Callable[[], object]) -> None:
-    """Run ``do`` on every rank; when it fails on one, every rank raises."""
+    """Run ``do`` on every rank; if it fails on one, every rank raises."""
     problem = None
     try:
         do()
@@ -174,8 +174,8 @@ def _together(group: dist.ProcessGroup, do: Callable[[], object]) -> None:
         problem = f"rank {dist.get_rank()}: {error}"
     problems: list[str | None] = [None] * dist.get_world_size(group)
     dist.all_gather_object(problems, problem, group=group)
-    if found := [problem for problem in problems if problem is not None]:
-        raise CheckpointError("cannot save: " + "; ".join(found))
+    if messages := [problem for problem in problems if problem is not None]:
+        raise CheckpointError("cannot save: " + "; ".join(messages))
 
 
 @torch.no_grad()
@@ -187,10 +187,10 @@ def restore(
     *,
     plan_hash: str,
 ) -> None:
-    """Set weights, optimizer, schedule and the place in the data to what ``folder`` holds.
+    """Restore weights, optimizer, schedule and the position in the data from ``folder``.
 
     Raises:
-        CheckpointError: The checkpoint is of another model or precision, or damaged.
+        CheckpointError: The checkpoint has another model or precision, or is damaged.
     """
     progress = _checked_progress(folder, config, plan_hash)
     boxes = _boxes(state, groups, step=progress.step, writing=False)
@@ -217,10 +217,10 @@ def restore_weights(
     *,
     plan_hash: str,
 ) -> Progress:
-    """Set the weights alone to what ``folder`` holds, of any layout: for what does not train.
+    """Restore only the weights from ``folder``, saved under any layout, for inference.
 
     Raises:
-        CheckpointError: The checkpoint is of another model or precision, or damaged.
+        CheckpointError: The checkpoint has another model or precision, or is damaged.
     """
     progress = _checked_progress(folder, config, plan_hash)
     boxes: Boxes = {}
@@ -240,7 +240,7 @@ def _checked_progress(folder: Path, config: RunConfig, plan_hash: str) -> Progre
     ):
         if saved != now:
             raise CheckpointError(
-                f"{folder} was written with {name} ({saved}), but this job has ({now}).\n"
+                f"{folder} was written with {name} ({saved}), but this job uses ({now}).\n"
                 "  restore the setting, or choose another run.dir"
             )
     return progress
@@ -256,29 +256,29 @@ def _read(boxes: Boxes, folder: Path) -> None:
 
 
 def _another(folder: Path) -> str:
-    """The way out of a checkpoint that cannot be read."""
+    """Return the way out if a checkpoint cannot be read."""
     latest = folder.parent / "latest"
     older = [path.name for path in folders.complete(folder.parents[1]) if path != folder]
     if older:
-        return f"write {older[-1]} into {latest} to go on from there"
-    return f"remove {latest} to start the run anew: there is no other checkpoint"
+        return f"write {older[-1]} into {latest} to resume from it"
+    return f"remove {latest} to restart the run: there is no other checkpoint"
 
 
 def _clear(model: Model) -> None:
-    """Set all weights to zero: rows that only pad the vocabulary are in no checkpoint."""
+    """Set all weights to zero, because no checkpoint holds the rows that pad the vocabulary."""
     for module in model.modules:
         for parameter in module.parameters():
             parameter.zero_()
 
 
 def _boxes(state: TrainState, groups: ProcessGroupCollection, *, step: int, writing: bool) -> Boxes:
-    """This rank's boxes of the model and, after a first step, of the optimizer.
+    """Return this rank's boxes of the model and, if ``step`` is not 0, of the optimizer.
 
     Args:
-        state: Whose memory the boxes are views of.
+        state: Training state; the boxes are views of its memory.
         groups: This rank's process groups.
-        step: Of the checkpoint; at 0 moments are not there, and master weights are the weights.
-        writing: Leave out what another tp or pp rank writes.
+        step: Step of the checkpoint; at 0 there are no moments, and master weights equal weights.
+        writing: Omit boxes that another tp or pp rank writes.
     """
     placed: dict[Tensor, list[Placement]] = {}
     boxes: Boxes = {}
@@ -301,7 +301,7 @@ _SMALL_BYTES = 2**20
 
 
 def _only_small(tensor: Tensor) -> bool:
-    """What is copied before a save returns; experts' biases are, which move before the update."""
+    """Select tensors to copy before a save returns, such as experts' biases, which change early."""
     return tensor.nbytes <= _SMALL_BYTES
 
 

@@ -1,8 +1,8 @@
-"""Boxes to files and back, with torch's distributed checkpoint (Megatron-Core's torch_dist format).
+"""Write boxes to files and read them back, in Megatron-Core's torch_dist format.
 
-torch plans who writes what (boxes that several ranks hold are written once, the load spread over
-them), checks that the boxes cover every tensor, and finds which stored boxes a rank needs. Reading
-puts numbers straight into the memory they belong to.
+This uses torch's distributed checkpoint. torch plans which rank writes what (boxes that several
+ranks hold are written once, with balanced load), checks that the boxes cover every tensor, and
+finds which stored boxes a rank needs. Reading fills the destination tensors in place.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ from megatron_moe.checkpoint.index import SafeReader
 from megatron_moe.errors import CheckpointError
 
 Boxes = dict[str, list[Box]]
-"""By name of the global tensor."""
+"""Boxes by name of the global tensor."""
 
 _FILES_AT_ONCE = 2
-"""Of a rank: while one is checksummed the other is written."""
+"""Files that a rank writes at the same time: one is checksummed while the other is written."""
 
 
 def write_boxes(boxes: Boxes, folder: Path, group: dist.ProcessGroup) -> None:
-    """Write the boxes of all ranks of ``group`` into an existing folder; files are fsynced.
+    """Write the boxes of all ranks of ``group`` into an existing folder, and fsync the files.
 
     Raises:
-        CheckpointError: On every rank when one could not write, or tensors are not covered.
+        CheckpointError: On every rank, if one could not write or a tensor is not fully covered.
     """
     writer = FileSystemWriter(folder, sync_files=True, thread_count=_FILES_AT_ONCE)
     try:
@@ -58,14 +58,14 @@ def write_boxes(boxes: Boxes, folder: Path, group: dist.ProcessGroup) -> None:
         raise CheckpointError(f"cannot write {folder}: {_reasons(error)}") from error
 
 
-def name_format(folder: Path) -> None:
-    """Write what makes Megatron-Core recognise its own format."""
+def write_format(folder: Path) -> None:
+    """Write the files by which Megatron-Core recognizes its own format."""
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
     torch.save({}, folder / "common.pt")
 
 
 def read_boxes(boxes: Boxes, folder: Path, group: dist.ProcessGroup) -> None:
-    """Fill the boxes' memory from a checkpoint of any layout.
+    """Fill the boxes in place from a checkpoint of any layout.
 
     Raises:
         CheckpointError: A tensor is missing, has another shape, or a file is damaged.
@@ -79,17 +79,17 @@ def read_boxes(boxes: Boxes, folder: Path, group: dist.ProcessGroup) -> None:
 
 
 def _reasons(error: CheckpointException) -> str:
-    """What went wrong, by rank; ranks with the same trouble in one line."""
+    """Return the errors with their ranks; ranks with the same error are listed together."""
     ranks: dict[str, list[int]] = {}
     for rank, (reason, _) in sorted(error.failures.items()):
         ranks.setdefault(f"{type(reason).__name__}: {reason}", []).append(rank)
     return "; ".join(
-        f"rank {', '.join(map(str, where))}: {reason}" for reason, where in ranks.items()
+        f"rank {', '.join(map(str, numbers))}: {reason}" for reason, numbers in ranks.items()
     )
 
 
 class _SavePlanner(DefaultSavePlanner):
-    """Plans to write boxes; torch's own planner knows tensors of a regular grid only."""
+    """Plan to write boxes; torch's own planner supports only regular grids of shards."""
 
     def __init__(self, boxes: Boxes) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -104,7 +104,7 @@ class _SavePlanner(DefaultSavePlanner):
         return self.plan
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
-        """Return the numbers on the host; called by the threads that write, a tensor at a time."""
+        """Return the tensor on the host; the writing threads call this, one tensor at a time."""
         assert index.offset is not None
         return on_host(self._tensors[index.fqn, tuple(index.offset)].detach())
 
@@ -124,7 +124,7 @@ def _chunk(box: Box) -> ChunkStorageMetadata:
 
 
 class _LoadPlanner(DefaultLoadPlanner):
-    """Plans to fill boxes, from stored boxes of any cut."""
+    """Plan to fill boxes from stored boxes of any sharding."""
 
     def __init__(self, boxes: Boxes) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -139,11 +139,11 @@ class _LoadPlanner(DefaultLoadPlanner):
         for key, held in self._boxes.items():
             stored = self.metadata.state_dict_metadata.get(key)
             if not isinstance(stored, TensorStorageMetadata):
-                raise CheckpointError(f"it holds no tensor {key}")
+                raise CheckpointError(f"it does not contain tensor {key}")
             shape = held[0].global_shape
             if tuple(stored.size) != shape:
                 raise CheckpointError(
-                    f"{key} has shape {tuple(stored.size)} there, and {shape} in this job"
+                    f"{key} has shape {tuple(stored.size)} there, but {shape} in this job"
                 )
             items += create_read_items_for_chunk_list(key, stored, [_chunk(box) for box in held])
         return LoadPlan(items)

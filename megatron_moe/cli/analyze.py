@@ -1,4 +1,4 @@
-"""megatron-moe analyze: arguments to what the story in `commands/analyze.py` needs."""
+"""The command analyze."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Annotated, Any
 import typer
 
 from megatron_moe.cli.options import JsonFlag, Overrides, Ranks, show
-from megatron_moe.cli.start import on_ranks, place_of
+from megatron_moe.cli.start import on_ranks_at_hand, position_of
 from megatron_moe.errors import ConfigError
 
 
 def analyze(
     source: Annotated[
         Path,
-        typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run.dir, or one checkpoint in it."),
+        typer.Argument(metavar="RUN_OR_CHECKPOINT", help="Run directory or checkpoint."),
     ],
     overrides: Overrides = None,
     ranks: Ranks = None,
@@ -27,14 +27,14 @@ def analyze(
         ),
     ] = None,
     all_steps: Annotated[
-        bool, typer.Option("--all-steps", help="Every checkpoint that the run still has.")
+        bool, typer.Option("--all-steps", help="Analyze every checkpoint of the run.")
     ] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Show which experts the tokens of each domain go to, and what became of the experts.
+    """Show which experts the tokens of each domain go to, and how experts differ.
 
-    Reads the run's held-out text with the checkpoint, under the run's layout or another, and writes
-    run.dir/analysis/step-N.json. How much text: data.validation_samples.
+    Runs the checkpoint on the run's held-out text (data.validation_samples sequences per domain),
+    under the run's layout or another, and writes run.dir/analysis/step-N.json.
 
     Example: megatron-moe analyze runs/demo parallel.expert_parallel_size=1 --ranks 1
     """
@@ -45,12 +45,13 @@ def analyze(
     checkpoints = [checkpoint]
     if all_steps:
         if (source / "checkpoint.json").exists():
-            raise ConfigError(f"--all-steps is of a run, but {source} is one checkpoint of it")
+            raise ConfigError(f"--all-steps needs a run directory; {source} is a single checkpoint")
         checkpoints = complete(source)
     named = dict(map(_named, sets or []))
-    place = place_of(ranks)
-    world_size = place.size if place is not None else ranks or 1
-    on_ranks(partial(_analyze, checkpoints, named, as_json), judging(config, world_size), ranks)
+    position = position_of(ranks)
+    world_size = position.size if position is not None else ranks or 1
+    story = partial(_analyze, checkpoints, named, as_json)
+    on_ranks_at_hand(story, judging(config, world_size), ranks, overrides=overrides or [])
 
 
 def _named(text: str) -> tuple[str, Path]:
@@ -69,15 +70,15 @@ def _analyze(
     from megatron_moe.log import console
 
     quiet = as_json or world.rank > 0
-    found = story(config, world, checkpoints, sets=sets, say=_nothing if quiet else console.print)
+    result = story(config, world, checkpoints, sets=sets, say=_nothing if quiet else console.print)
     if world.rank:
         return
     if as_json:
-        values = [to_json(analysis) for analysis in found]
+        values = [to_json(analysis) for analysis in result]
         show({"analyses": values} if len(checkpoints) > 1 else values[0], as_json=True)
-    for analysis in found if not as_json else ():
+    for analysis in result if not as_json else ():
         show(analysis_report(analysis), as_json=False)
 
 
 def _nothing(text: str) -> None:
-    """Where only the result is wanted."""
+    """Print nothing."""

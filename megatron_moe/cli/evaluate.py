@@ -1,4 +1,4 @@
-"""The commands that judge a model by what it says: evaluate and generate."""
+"""The commands evaluate and generate."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from megatron_moe.cli.options import JsonFlag, Ranks, show
-from megatron_moe.cli.start import on_ranks, place_of
+from megatron_moe.cli.start import on_ranks_at_hand, position_of
 from megatron_moe.errors import ConfigError
 
 judging = typer.Typer()
@@ -21,14 +21,14 @@ def evaluate(
         Path,
         typer.Argument(
             metavar="RUN_OR_CHECKPOINT",
-            help="A run.dir, or one checkpoint in it; with --tasks also an exported folder.",
+            help="Run directory or checkpoint; with --tasks also an exported folder.",
         ),
     ],
     arguments: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="[key.path=value ...]",
-            help="Settings that win over the run's, such as another layout. With --tasks: options "
+            help="Settings that override the run's, such as another layout. With --tasks: options "
             "of lm-eval run.",
         ),
     ] = None,
@@ -36,18 +36,18 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="NAME,NAME",
-            help="Run these tasks of lm-evaluation-harness instead; llama-moe and llama3-moe are "
-            "the suites of the papers.",
+            help="Run these tasks of lm-evaluation-harness instead. llama-moe and llama3-moe are "
+            "the papers' suites.",
         ),
     ] = None,
     ranks: Ranks = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Judge a model: loss, perplexity and bits per byte on the run's held-out text, by domain.
+    """Report loss, perplexity and bits per byte on the run's held-out text, by domain.
 
-    Of the dense model, of the MoE before its first step, and of the checkpoint, under the run's
-    layout or any other. Written to run.dir/evaluation/. With --tasks the checkpoint is exported to
-    a temporary folder, and the harness asks it questions.
+    Evaluates the dense model, the MoE before its first step, and the checkpoint, under the run's
+    layout or any other, and writes the results to run.dir/evaluation/. With --tasks it exports the
+    checkpoint to a temporary folder and runs lm-evaluation-harness on it.
 
     Example: megatron-moe evaluate runs/demo parallel.expert_parallel_size=1
     """
@@ -58,11 +58,12 @@ def evaluate(
     from megatron_moe.config.judging import judging
 
     if options := [word for word in arguments or [] if word.startswith("-")]:
-        raise ConfigError(f"evaluate has no option {options[0]}; those of lm-eval need --tasks")
+        raise ConfigError(f"evaluate has no option {options[0]}: lm-eval's options require --tasks")
     checkpoint, config = run_of(source, arguments or [])
-    place = place_of(ranks)
-    world_size = place.size if place is not None else ranks or 1
-    on_ranks(partial(_evaluate, checkpoint, as_json), judging(config, world_size), ranks)
+    position = position_of(ranks)
+    world_size = position.size if position is not None else ranks or 1
+    story = partial(_evaluate, checkpoint, as_json)
+    on_ranks_at_hand(story, judging(config, world_size), ranks, overrides=arguments or [])
 
 
 def _on_tasks(
@@ -70,17 +71,17 @@ def _on_tasks(
 ) -> None:
     if ranks is not None:
         raise ConfigError(
-            "--ranks is not for --tasks: the harness runs transformers, not this trainer.\n"
-            "  for several GPUs: --model_args parallelize=True"
+            "--ranks cannot be combined with --tasks: the harness runs one process.\n"
+            "  use --model_args parallelize=True for several GPUs"
         )
     from megatron_moe.commands.exported import exported
-    from megatron_moe.evaluate.harness import file_of, run_tasks, tasks_report
+    from megatron_moe.evaluate.harness import results_path, run_tasks, tasks_report
     from megatron_moe.evaluate.record import write_record
     from megatron_moe.log import console
 
     with exported(source) as model:
         record = run_tasks(model, tasks, options)
-        path = file_of(model, tasks)
+        path = results_path(model, tasks)
     write_record(path, record)
     show(record if as_json else tasks_report(record), as_json=as_json)
     if not as_json:
@@ -92,23 +93,21 @@ def generate(
     source: Annotated[
         Path,
         typer.Argument(
-            metavar="RUN_OR_CHECKPOINT", help="A run.dir, a checkpoint, or an exported folder."
+            metavar="RUN_OR_CHECKPOINT", help="Run directory, checkpoint, or exported folder."
         ),
     ],
-    prompts: Annotated[
-        list[str], typer.Argument(metavar="PROMPT ...", help="Texts to go on with.")
-    ],
-    new_tokens: Annotated[int, typer.Option(min=1, help="How long to go on at most.")] = 64,
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT ...", help="Texts to complete.")],
+    new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of new tokens.")] = 64,
     temperature: Annotated[
-        float, typer.Option(min=0, help="Of the draws; 0 takes the likeliest token always.")
+        float, typer.Option(min=0, help="Sampling temperature; 0 means greedy decoding.")
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     as_json: JsonFlag = False,
 ) -> None:
-    """Let a model go on with a text, for a quick look at it.
+    """Complete texts with a model, for a quick look at it.
 
-    A checkpoint is exported to a temporary folder first; transformers loads it, on a GPU where
-    there is one. Two calls with one seed draw the same.
+    Exports a checkpoint to a temporary folder and loads it with transformers, on a GPU if there is
+    one. The same seed gives the same texts.
 
     Example: megatron-moe generate runs/demo "The capital of France is" --temperature 0.8
     """
@@ -116,11 +115,11 @@ def generate(
     from megatron_moe.evaluate.speak import completions, load_model
     from megatron_moe.runtime.world import resolve_device
 
-    with exported(source) as found:
-        model = load_model(found.folder, device=resolve_device("auto"))
+    with exported(source) as result:
+        model = load_model(result.folder, device=resolve_device("auto"))
         texts = completions(
             model,
-            found.folder,
+            result.folder,
             prompts,
             new_tokens=new_tokens,
             temperature=temperature,
@@ -141,11 +140,11 @@ def _evaluate(checkpoint: Path, as_json: bool, config: Any, world: Any) -> None:
     from megatron_moe.evaluate.record import evaluation_report, write_record
     from megatron_moe.log import console
 
-    found = story(config, world, checkpoint)
+    result = story(config, world, checkpoint)
     if world.rank:
         return
-    path = config.run.dir / "evaluation" / f"step-{found.step:06d}.json"
-    write_record(path, found.to_json())
-    show(found.to_json() if as_json else evaluation_report(found), as_json=as_json)
+    path = config.run.dir / "evaluation" / f"step-{result.step:06d}.json"
+    write_record(path, result.to_json())
+    show(result.to_json() if as_json else evaluation_report(result), as_json=as_json)
     if not as_json:
         console.print(f"wrote {path}")

@@ -1,11 +1,12 @@
-"""The command line: arguments to a configuration and a story; user errors without a traceback.
+"""The command line: build a configuration from arguments, run a story, print user errors.
 
-Heavy imports wait inside the commands, so that ``--help`` answers at once.
+Heavy imports are inside the commands, so that ``--help`` answers at once.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -13,11 +14,12 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from megatron_moe import __version__
 from megatron_moe.cli.analyze import analyze
 from megatron_moe.cli.evaluate import judging
 from megatron_moe.cli.options import ConfigFile, JsonFlag, Overrides, Ranks, show
 from megatron_moe.cli.report import pages
-from megatron_moe.cli.start import joined_to, on_ranks, place_of
+from megatron_moe.cli.start import joined_to, on_ranks, on_ranks_at_hand, position_of
 from megatron_moe.config.load import load
 from megatron_moe.config.run import Mixing, Parallel, RunConfig
 from megatron_moe.errors import ConfigError, UserError
@@ -26,8 +28,6 @@ from megatron_moe.rules.check import check
 from megatron_moe.rules.construction import measuring_violations
 
 app = typer.Typer(
-    help="Turn a dense Llama-family checkpoint into a Mixture-of-Experts, online on every rank, "
-    "and continue its pre-training.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -40,6 +40,27 @@ app.command()(analyze)
 Routing = Literal["natural", "balanced"]
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"megatron-moe {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Turn a dense Llama-family checkpoint into a Mixture-of-Experts and continue its pre-training.
+
+    Every rank reads only its own shard of the checkpoint and builds its experts in place.
+    """
+
+
 @app.command()
 def train(
     config_file: ConfigFile,
@@ -47,21 +68,21 @@ def train(
     ranks: Ranks = None,
     dry: Annotated[
         bool,
-        typer.Option("--dry-run", help="Train nothing: show what one rank of the job will be."),
+        typer.Option("--dry-run", help="Train nothing: show what one rank of the job will hold."),
     ] = False,
     world_size: Annotated[
-        int | None, typer.Option(min=1, help="With --dry-run: ranks of the job.")
+        int | None, typer.Option(min=1, help="World size of the job. Requires --dry-run.")
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(min=0, help="With --dry-run: the rank to show; default 0.")
+        int | None, typer.Option(min=0, help="Rank to show; default 0. Requires --dry-run.")
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Upcycle a dense checkpoint and continue its pre-training.
 
-    One command for every scale: with --ranks it starts local ranks itself; under torchrun or SLURM
-    it joins the job. Started again with the same run.dir, it resumes from the newest checkpoint.
-    With --dry-run it builds what one rank of any world will hold, without a GPU, and counts it.
+    One command for every scale: with --ranks it starts local ranks; under torchrun or SLURM it
+    joins the job. With a run.dir that has a checkpoint, it resumes from the newest one. With
+    --dry-run it builds what one rank of any world size will hold, without a GPU, and counts it.
 
     Example: megatron-moe train configs/demo.yaml train.steps=20 --ranks 4
     """
@@ -71,7 +92,7 @@ def train(
         _dry_run(config, spec, ranks, world_size, rank or 0, as_json=as_json)
         return
     if world_size is not None or rank is not None or as_json:
-        raise ConfigError("--world-size, --rank and --json of train are for --dry-run: add it")
+        raise ConfigError("--world-size, --rank and --json require --dry-run")
     on_ranks(_train, config, ranks)
 
 
@@ -86,7 +107,7 @@ def _dry_run(
 ) -> None:
     if ranks is not None or world_size is None:
         raise ConfigError(
-            "--dry-run starts no ranks, it stands for one of --world-size ranks: say how many\n"
+            "--dry-run starts no ranks; it builds one rank of a job and needs --world-size\n"
             f"  --dry-run --world-size {ranks or 8}"
         )
     check(config, spec, world_size)
@@ -96,8 +117,8 @@ def _dry_run(
     cpu.install()  # before Megatron-Core is imported
     from megatron_moe.commands.dry_run import dry_run, dry_run_report
 
-    found = dry_run(config, rank=rank, world_size=world_size)
-    show(found.to_json() if as_json else dry_run_report(found), as_json=as_json)
+    result = dry_run(config, rank=rank, world_size=world_size)
+    show(result.to_json() if as_json else dry_run_report(result), as_json=as_json)
 
 
 def _train(config: RunConfig, world: Any) -> None:
@@ -114,9 +135,9 @@ def export(
     ],
     out: Annotated[Path, typer.Option(help="Folder to write; must not exist yet.")],
 ) -> None:
-    """Write a checkpoint as a Hugging Face MoE folder that transformers and vLLM load.
+    """Write a checkpoint as a Hugging Face MoE folder that transformers loads.
 
-    Reads a checkpoint of any layout expert by expert, on one process, without building a model.
+    Reads a checkpoint of any layout, expert by expert, in one process, without building a model.
 
     Example: megatron-moe export runs/demo --out runs/demo/hf
     """
@@ -132,24 +153,22 @@ def tokenize(
         typer.Argument(help="JSONL, plain text, Parquet or Arrow files (.gz, .zst), or folders."),
     ],
     out: Annotated[Path, typer.Option(help="Prefix of the .bin/.idx pair to write.")],
-    tokenizer: Annotated[Path, typer.Option(help="Folder with the tokenizer's files.")],
-    workers: Annotated[int, typer.Option(min=1, help="Processes that tokenize.")] = 1,
+    tokenizer: Annotated[Path, typer.Option(help="Folder that holds the tokenizer's files.")],
+    workers: Annotated[int, typer.Option(min=1, help="Number of processes.")] = 1,
     text_key: Annotated[str, typer.Option(help="Key or column that holds the text.")] = "text",
     drop_duplicates: Annotated[
-        bool, typer.Option("--drop-duplicates", help="Keep the first of equal documents.")
+        bool, typer.Option("--drop-duplicates", help="Keep only the first of identical documents.")
     ] = False,
-    min_tokens: Annotated[int, typer.Option(min=1, help="Leave out shorter documents.")] = 1,
-    max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Leave out longer documents.")
-    ] = None,
+    min_tokens: Annotated[int, typer.Option(min=1, help="Skip shorter documents.")] = 1,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Skip longer documents.")] = None,
     max_malformed: Annotated[
-        int, typer.Option(min=0, help="Malformed lines to skip and count before it is an error.")
+        int, typer.Option(min=0, help="Number of malformed lines to skip before failing.")
     ] = 0,
     as_json: JsonFlag = False,
 ) -> None:
-    """Turn text into the token file that data.path takes, as Megatron-LM writes it.
+    """Tokenize text into the .bin/.idx pair that data.path and Megatron-LM read.
 
-    Streams its input; killed, the same command goes on where it was.
+    Streams its input. If interrupted, run the same command to resume.
 
     Example: megatron-moe tokenize corpus/ --tokenizer models/Llama-3-8B --out data/train
     """
@@ -192,17 +211,17 @@ def reference_loss(
     out: Annotated[Path, typer.Option(help="JSON file for data.mixing.reference_losses.")],
     overrides: Overrides = None,
 ) -> None:
-    """Evaluate the dense model on each domain's held-out text, for a mixture that moves.
+    """Evaluate the dense model on each domain's held-out text, for an adaptive mixture.
 
-    transformers loads it whole, on one device. A larger model of the same tokenizer may set the
-    mark instead: dense.path=models/larger.
+    transformers loads the model on one device. A larger model with the same tokenizer can be the
+    reference instead: dense.path=models/larger.
 
     Example: megatron-moe reference-loss configs/seven-domains.yaml --out runs/reference.json
     """
     from megatron_moe.runtime.world import resolve_device, run_local_ranks
 
     config = load(RunConfig, config_file, overrides or [])
-    mixing = Mixing(weights=config.data.mixing.weights)  # the file it names is yet to be written
+    mixing = Mixing(weights=config.data.mixing.weights)  # the file it names does not exist yet
     data = config.data.model_copy(update={"mixing": mixing})
     config = config.model_copy(update={"data": data, "parallel": Parallel()})
     check(config, read_spec(config.dense.path), 1)
@@ -223,17 +242,17 @@ def construct(
     overrides: Overrides = None,
     ranks: Ranks = None,
 ) -> None:
-    """Measure the dense model on text and write the plan file that train builds from.
+    """Measure the dense model on text and write the plan file that train reads.
 
-    For methods that look at the model at work, centroid routers and calibrated scales. Killed, the
-    same command goes on where it was.
+    Required for methods that use activations, centroid routers and calibrated scales. If
+    interrupted, run the same command to resume.
 
     Example: megatron-moe construct configs/demo.yaml upcycle.plan=runs/plan.safetensors --ranks 4
     """
     config = load(RunConfig, config_file, overrides or [])
-    if found := list(measuring_violations(config, read_spec(config.dense.path))):
-        raise ConfigError("\n".join(found))
-    on_ranks(_construct, config, ranks)
+    if result := list(measuring_violations(config, read_spec(config.dense.path))):
+        raise ConfigError("\n".join(result))
+    on_ranks_at_hand(_construct, config, ranks, overrides=overrides or [])
 
 
 def _construct(config: RunConfig, world: Any) -> None:
@@ -247,36 +266,36 @@ def bench(
     arguments: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="CONFIG.yaml [key.path=value ...]", help="With --table: records instead."
+            metavar="CONFIG.yaml [key.path=value ...]", help="With --table: JSON records."
         ),
     ] = None,
     ranks: Ranks = None,
-    steps: Annotated[int, typer.Option(min=1, help="Timed steps.")] = 20,
-    warmup: Annotated[int, typer.Option(min=0, help="Steps before them.")] = 5,
+    steps: Annotated[int, typer.Option(min=1, help="Number of timed steps.")] = 20,
+    warmup: Annotated[int, typer.Option(min=0, help="Number of untimed warm-up steps.")] = 5,
     routing: Annotated[
-        Routing, typer.Option(help="Who chooses experts: the router, or random numbers.")
+        Routing, typer.Option(help="Who chooses the experts: the router, or random numbers.")
     ] = "natural",
     random: Annotated[
-        bool, typer.Option("--random", help="Random weights and tokens: needs config.json alone.")
+        bool, typer.Option("--random", help="Random weights and tokens; needs only config.json.")
     ] = False,
     out: Annotated[
-        Path | None, typer.Option(help="The record; default RUN.DIR/bench-ROUTING.json.")
+        Path | None, typer.Option(help="JSON file to write; default RUN.DIR/bench-ROUTING.json.")
     ] = None,
     table: Annotated[bool, typer.Option("--table", help="Print records as Markdown.")] = False,
     collectives: Annotated[
         bool, typer.Option("--collectives", help="Time collectives by size, without a model.")
     ] = False,
     largest_mib: Annotated[
-        int, typer.Option(min=1, help="With --collectives: the largest size.")
+        int, typer.Option(min=1, help="Largest size in MiB. Requires --collectives.")
     ] = 256,
     sweep: Annotated[
-        Path | None, typer.Option(help="Print the command that launches each run of this file.")
+        Path | None, typer.Option(help="Print the command that launches each run in this file.")
     ] = None,
 ) -> None:
-    """Time training steps of a configuration, and where their time goes.
+    """Time training steps of a configuration, by phase.
 
-    Writes one JSON record with everything that is needed to repeat it. Capacity and layout are the
-    configuration's: moe.moe_expert_capacity_factor=null drops nothing.
+    Writes one JSON record with everything that is needed to repeat the measurement. Layout and
+    capacity are those of the configuration; moe.moe_expert_capacity_factor=null drops no token.
 
     Example: megatron-moe bench configs/demo.yaml --ranks 4 --random --routing balanced
     """
@@ -288,7 +307,7 @@ def bench(
     given = arguments or []
     if sum((table, collectives, sweep is not None, bool(given) and not table)) != 1:
         raise ConfigError(
-            "bench does one thing: give CONFIG.yaml, --table RECORDS, --collectives or --sweep FILE"
+            "bench needs one of CONFIG.yaml, --table RECORDS, --collectives and --sweep FILE"
         )
     if table:
         print(tables(read_record(Path(name)) for name in given), end="")
@@ -296,19 +315,19 @@ def bench(
         print("\n".join(sweep_commands(read_sweep(sweep))))
     elif collectives:
         story = partial(_collectives, largest_mib, out or Path("collectives.json"))
-        joined_to(place_of(ranks), story, ranks=ranks or 1, device="auto")
+        joined_to(position_of(ranks), story, ranks=ranks or 1, device="auto")
     else:
         config = load(RunConfig, Path(given[0]), given[1:])
-        wish = {"steps": steps, "warmup": warmup, "routing": routing, "random": random}
+        options = {"steps": steps, "warmup": warmup, "routing": routing, "random": random}
         path = out or config.run.dir / f"bench-{routing}.json"
-        on_ranks(partial(_bench, wish, path), config, ranks)
+        on_ranks(partial(_bench, options, path), config, ranks)
 
 
-def _bench(wish: dict[str, Any], out: Path, config: RunConfig, world: Any) -> None:
-    from megatron_moe.commands.bench import Wish
+def _bench(options: dict[str, Any], out: Path, config: RunConfig, world: Any) -> None:
+    from megatron_moe.bench.steps import BenchOptions
     from megatron_moe.commands.bench import bench as measure
 
-    _keep(measure(config, world, Wish(**wish)), world, out)
+    _keep(measure(config, world, BenchOptions(**options)), world, out)
 
 
 def _collectives(largest_mib: int, out: Path, world: Any) -> None:
@@ -318,7 +337,7 @@ def _collectives(largest_mib: int, out: Path, world: Any) -> None:
 
 
 def _keep(record: Any, world: Any, out: Path) -> None:
-    """Write a record and show it, once."""
+    """Write and print a record on rank 0."""
     from megatron_moe.bench.record import write_record
     from megatron_moe.bench.table import tables
 
@@ -331,16 +350,16 @@ def _keep(record: Any, world: Any, out: Path) -> None:
 def plan(
     config_file: ConfigFile,
     overrides: Overrides = None,
-    gpus: Annotated[int, typer.Option(min=1, help="Ranks of the job.")] = 8,
-    gpu: Annotated[str, typer.Option(help="a100, h100, h200 or b200.")] = "h100",
+    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")] = 8,
+    gpu: Annotated[str, typer.Option(help="GPU model: a100, h100, h200 or b200.")] = "h100",
     check_only: Annotated[
-        bool, typer.Option("--check", help="Explain the layout that CONFIG names instead.")
+        bool, typer.Option("--check", help="Explain the layout in CONFIG instead of searching.")
     ] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Find the fastest layout that fits, or explain one, before anything is queued.
+    """Find the fastest layout that fits, or explain one, before you queue a job.
 
-    A prediction from a calibrated model, without a GPU: docs/planning.md says how good it is.
+    Needs no GPU. docs/planning.md describes the model behind the prediction and its accuracy.
 
     Example: megatron-moe plan configs/h100/llama3-8b-e8t2-cf1-128.yaml --gpus 128
     """
@@ -354,8 +373,22 @@ def plan(
         checked = check_layout(config, spec, gpus=gpus, gpu=gpu)
         show(checked.to_json() if as_json else check_report(checked), as_json=as_json)
     else:
-        found = search(config, spec, gpus=gpus, gpu=gpu)
-        show(found.to_json() if as_json else search_report(found), as_json=as_json)
+        result = search(config, spec, gpus=gpus, gpu=gpu)
+        show(result.to_json() if as_json else search_report(result), as_json=as_json)
+
+
+@app.command()
+def schema() -> None:
+    """Print a JSON schema of the configuration, with which editors complete and check YAML files.
+
+    VS Code (YAML extension) and other editors with yaml-language-server read it from a first line
+    "# yaml-language-server: $schema=run.schema.json" in the YAML file.
+
+    Example: megatron-moe schema > run.schema.json
+    """
+    from megatron_moe.config.schema import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
 
 
 @app.command()
@@ -363,13 +396,13 @@ def flops(
     source: Annotated[
         Path,
         typer.Argument(
-            metavar="HF_DIR_OR_CONFIG", help="A folder with a config.json, or a run's YAML file."
+            metavar="HF_DIR_OR_CONFIG", help="Folder with a config.json, or a run's YAML file."
         ),
     ],
-    sequence: Annotated[int | None, typer.Option(min=1, help="Tokens of the sequence.")] = None,
+    sequence: Annotated[int | None, typer.Option(min=1, help="Sequence length in tokens.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Count parameters and matrix-product FLOPs of a dense or MoE model, exactly.
+    """Count the parameters and matrix-product FLOPs of a dense or MoE model.
 
     Example: megatron-moe flops models/Llama-2-7b --sequence 4096
     """

@@ -1,4 +1,4 @@
-"""What commands of several files share: arguments, and how a report is shown."""
+"""Arguments that several commands share, and how they print reports."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The run
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[key.path=value ...]", help="Settings that win over the file, e.g. train.steps=20."
+        metavar="[key.path=value ...]", help="Settings that override the file: train.steps=20."
     ),
 ]
 Ranks = Annotated[
     int | None,
-    typer.Option(min=1, help="Start this many ranks on this machine. Not under torchrun or SLURM."),
+    typer.Option(min=1, help="Ranks to start on this machine; not under torchrun or SLURM."),
 ]
-JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object, for scripts.")]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts.")]
 
 
 def show(report: Any, *, as_json: bool) -> None:
-    """Print a report: an object for scripts, or what rich makes of it."""
+    """Print a report: JSON for scripts, or a rich renderable for people."""
     from megatron_moe.log import console
 
     print(json.dumps(report, indent=2)) if as_json else console.print(report)

@@ -12,12 +12,12 @@ pages = typer.Typer()
 
 @pages.command()
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run.dir of a job.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")],
 ) -> None:
-    """Write RUN/report.html: what a run did so far, on one page that opens anywhere, offline.
+    """Write RUN/report.html: what a run did so far, on one page that works offline.
 
-    Shows what metrics.jsonl, receipt.json, evaluation/ and analysis/ hold, and says of what is
-    missing which command brings it.
+    Shows metrics.jsonl, receipt.json, evaluation/ and analysis/, and names the command that
+    produces anything missing.
 
     Example: megatron-moe report runs/demo
     """
@@ -28,10 +28,10 @@ def report(
 
 @pages.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN ...", help="Their run.dirs.")],
-    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("compare.html"),
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN ...", help="Run directories.")],
+    out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("compare.html"),
 ) -> None:
-    """Write one page with several runs over each other, and what is set differently.
+    """Write one page that compares several runs and lists their differing settings.
 
     Example: megatron-moe compare runs/copy runs/granular --out methods.html
     """

@@ -1,26 +1,28 @@
-"""On which ranks a story runs: those of a launched job, or ranks that are started here."""
+"""Run a story on the ranks of a launched job, or on ranks that are started here."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import ConfigError
 from megatron_moe.hf.spec import read_spec
-from megatron_moe.rules.check import check
+from megatron_moe.rules.check import check, nearest_legal
+from megatron_moe.rules.nearest import changes
 
 if TYPE_CHECKING:  # imports torch, which --help does not wait for
     from megatron_moe.runtime.engine import Engine
-    from megatron_moe.runtime.world import Place, World
+    from megatron_moe.runtime.world import RankPosition, World
 
 
 def on_ranks(
     story: Callable[[RunConfig, World], None], config: RunConfig, ranks: int | None
 ) -> None:
-    """Run a story on every rank, once its configuration is known to be legal.
+    """Check a configuration, then run a story on every rank.
 
     Args:
         story: What each rank does.
@@ -28,21 +30,46 @@ def on_ranks(
         ranks: Ranks to start on this machine; None outside of a launcher means one.
 
     Raises:
-        ConfigError: Ranks are asked for where a launcher has started them, a rule is violated, or
-            the device or engine that the run asks for is not available.
+        ConfigError: Ranks are requested although a launcher has started some, a rule is violated,
+            or the requested device or engine is not available.
     """
     from megatron_moe.runtime.engine import engine_before_forking, engine_here
     from megatron_moe.runtime.world import resolve_device
 
-    place = place_of(ranks)
+    position = position_of(ranks)
     device = resolve_device(config.run.device, ranks=ranks or 1)
-    choose = engine_here if place is not None else engine_before_forking
+    choose = engine_here if position is not None else engine_before_forking
     engine = choose(config.run.engine, device)
-    world_size = place.size if place is not None else ranks or 1
+    world_size = position.size if position is not None else ranks or 1
     check(resolved(config, engine), read_spec(config.dense.path), world_size)
     config.run.dir.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    joined_to(place, partial(story, config), ranks=ranks or 1, device=device)
+    joined_to(position, partial(story, config), ranks=ranks or 1, device=device)
+
+
+def on_ranks_at_hand(
+    story: Callable[[RunConfig, World], None],
+    config: RunConfig,
+    ranks: int | None,
+    *,
+    overrides: Sequence[str],
+) -> None:
+    """Run a story that reads a model, under a layout that the ranks at hand allow.
+
+    The configured layout is the one a model was or will be trained with, which may need more ranks.
+    The nearest legal one takes its place, and standard error names it. A layout that the user has
+    named in ``overrides`` is kept, or refused.
+    """
+    position = position_of(ranks)
+    world_size = position.size if position is not None else ranks or 1
+    if not any(word.startswith("parallel.") for word in overrides):
+        parallel = nearest_legal(config, read_spec(config.dense.path), world_size)
+        if parallel is not None and parallel != config.parallel:
+            if position is None or position.rank == 0:
+                change = changes(config.parallel, parallel)
+                print(f"Layout for {world_size} rank(s): {change}", file=sys.stderr)
+            config = config.model_copy(update={"parallel": parallel})
+    on_ranks(story, config, ranks)
 
 
 def resolved(config: RunConfig, engine: Engine) -> RunConfig:
@@ -51,45 +78,45 @@ def resolved(config: RunConfig, engine: Engine) -> RunConfig:
     return config.model_copy(update={"run": config.run.model_copy(update=chosen)})
 
 
-def place_of(ranks: int | None) -> Place | None:
-    """Where torchrun or SLURM put this process; None where it is to start ranks itself.
+def position_of(ranks: int | None) -> RankPosition | None:
+    """Return the rank that torchrun or SLURM gave this process, or None without a launcher.
 
     Raises:
-        ConfigError: There is a launcher, and ``ranks`` asks for more of them.
+        ConfigError: A launcher has started ranks, and ``ranks`` asks for more.
     """
-    from megatron_moe.runtime.world import place_from_environment
+    from megatron_moe.runtime.world import position_from_environment
 
-    place = place_from_environment()
-    if place is not None and ranks is not None:
+    position = position_from_environment()
+    if position is not None and ranks is not None:
         raise ConfigError(
-            f"--ranks ({ranks}) is for starting ranks on this machine, but torchrun or SLURM has "
-            f"started {place.size} already: leave --ranks away"
+            f"--ranks ({ranks}) starts ranks on this machine, but torchrun or SLURM has already "
+            f"started {position.size}.\n  remove --ranks"
         )
-    return place
+    return position
 
 
 def joined_to(
-    place: Place | None,
+    position: RankPosition | None,
     story: Callable[[World], None],
     *,
     ranks: int,
     device: Literal["auto", "cpu", "cuda"],
 ) -> None:
-    """Run a story at ``place`` of a launched job, or on ``ranks`` ranks that are started here."""
+    """Run a story at ``position`` of a launched job, or on ``ranks`` ranks started here."""
     from megatron_moe.runtime.world import joined, resolve_device, run_local_ranks
 
-    kind = resolve_device(device, ranks=ranks if place is None else 1)
-    if place is None:
-        if kind == "cpu":  # on CUDA an import might touch the GPU, which forked ranks could not
+    kind = resolve_device(device, ranks=ranks if position is None else 1)
+    if position is None:
+        if kind == "cpu":  # on CUDA an import might use the GPU, which breaks it in forked ranks
             _import_stories()
         run_local_ranks(story, ranks=ranks, device=kind)
     else:
-        with joined(place, kind) as world:
+        with joined(position, kind) as world:
             story(world)
 
 
 def _import_stories() -> None:
-    """Import what ranks will need once, before they are forked, and not once on each."""
+    """Import the modules that ranks need once, before forking, instead of once per rank."""
     from megatron_moe.runtime import cpu
 
     cpu.install()

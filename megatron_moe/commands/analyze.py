@@ -24,7 +24,7 @@ from megatron_moe.checkpoint.global_tensors import GlobalTensors
 from megatron_moe.checkpoint.restored import Restored, restored_model
 from megatron_moe.checkpoint.sharded import restore_weights
 from megatron_moe.config.run import RunConfig
-from megatron_moe.data.feed import Feed, Seat
+from megatron_moe.data.feed import DataRank, Feed
 from megatron_moe.data.samples import Text
 from megatron_moe.data.texts import Texts, open_text, open_texts
 from megatron_moe.errors import CheckpointError, ConfigError
@@ -58,7 +58,7 @@ def analyze(
     restored = restored_model(config, world, checkpoints[0])
     texts = _texts(config, sets, restored.model.spec.vocab_size)
     dense = _dense(config, say)
-    found = []
+    result = []
     for place, checkpoint in enumerate(checkpoints):
         if place:
             restored = _moved(restored, checkpoint, config)
@@ -69,12 +69,12 @@ def analyze(
             path = path_of(config.run.dir, analysis.step)
             write_analysis(analysis, path)
             say(f"wrote {path}")
-        found.append(analysis)
-    return found
+        result.append(analysis)
+    return result
 
 
 def _moved(restored: Restored, checkpoint: Path, config: RunConfig) -> Restored:
-    """The same model with the weights of another checkpoint."""
+    """Load the weights of another checkpoint into the model."""
     progress = restore_weights(
         restored.model, checkpoint, config, restored.groups, plan_hash=restored.plan.hash
     )
@@ -97,7 +97,7 @@ def _texts(config: RunConfig, sets: Mapping[str, Path], vocab_size: int) -> dict
 
 
 def _dense(config: RunConfig, say: Say) -> list[DenseCheckpoint] | None:
-    """What the experts were made of, where its weights are still there."""
+    """Open the dense source of the experts, if its weights still exist."""
     try:
         dense = open_dense(config.dense.path)
         return [dense, *open_mixed(dense, config.upcycle.mix_with)]
@@ -113,26 +113,26 @@ def _read(
     layers = restored.plan.recipe.moe_layers
     collector = Collector(model, restored.modules, config, groups, layers=layers)
     judged = Texts(training={}, validation=dict(texts), references=None, remarks=[])
-    feed = Feed(judged, config, Seat.of(groups))
-    found = {}
+    feed = Feed(judged, config, DataRank.of(groups))
+    result = {}
     for name, text in texts.items():
         samples = min(config.data.validation_samples, text.num_chunks)
-        found[name] = collector.read(feed.held_out(name), num_samples=samples)
-        say(f"{name}: {found[name].tokens:,} tokens, loss {found[name].loss:.4f}")
-    return found
+        result[name] = collector.read(feed.held_out(name), num_samples=samples)
+        say(f"{name}: {result[name].tokens:,} tokens, loss {result[name].loss:.4f}")
+    return result
 
 
 def _similarities(
     restored: Restored, checkpoint: Path, dense: Sequence[DenseCheckpoint] | None
 ) -> dict[int, Similarity]:
-    """Of every MoE layer, on every rank; the ranks compare the layers in turn."""
+    """Compare the experts of every MoE layer; ranks take the layers in turn and share results."""
     mine = {}
     with GlobalTensors(checkpoint) as tensors:
         for layer in restored.plan.recipe.moe_layers[dist.get_rank() :: dist.get_world_size()]:
             mine[layer] = layer_similarity(tensors, restored.plan, layer, dense)
     gathered: list[dict[int, Similarity]] = [{}] * dist.get_world_size()
     dist.all_gather_object(gathered, mine)
-    return {layer: found for part in gathered for layer, found in part.items()}
+    return {layer: result for part in gathered for layer, result in part.items()}
 
 
 def _analysis(
@@ -143,11 +143,11 @@ def _analysis(
     alike: Mapping[int, Similarity],
     sets: Mapping[str, Path],
 ) -> Analysis:
-    counts_ZHLE = np.stack([found.chosen_HLE.numpy() for found in routed.values()])
+    counts_ZHLE = np.stack([result.chosen_HLE.numpy() for result in routed.values()])
     counts_ZLE = counts_ZHLE.sum(axis=1)
     apart_LZZ = load.distances(counts_ZLE)
     layers = list(restored.plan.recipe.moe_layers)
-    together = [found.together_LEE for found in routed.values()]
+    together = [result.together_LEE for result in routed.values()]
     dense = [x.tolist() for layer in layers if (x := alike[layer].to_dense_E) is not None]
 
     def by_domain(values: Any) -> dict[str, Any]:
@@ -162,11 +162,11 @@ def _analysis(
         topk=config.moe.moe_router_topk,
         domains=list(routed),
         evaluation_sets=list(sets),
-        tokens={name: found.tokens for name, found in routed.items()},
-        loss={name: found.loss for name, found in routed.items()},
+        tokens={name: result.tokens for name, result in routed.items()},
+        loss={name: result.loss for name, result in routed.items()},
         counts=by_domain(counts_ZLE),
         counts_of_halves=by_domain(counts_ZHLE),
-        dropped={name: found.dropped_L.tolist() for name, found in routed.items()},
+        dropped={name: result.dropped_L.tolist() for name, result in routed.items()},
         entropy=by_domain(load.entropy(counts_ZLE)),
         max_over_mean=by_domain(load.max_over_mean(counts_ZLE)),
         dead=by_domain(load.dead(counts_ZLE)),

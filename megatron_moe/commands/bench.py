@@ -1,39 +1,20 @@
-"""The story of ``megatron-moe bench CONFIG``: steps as training takes them, timed and taken apart.
+"""The story of ``megatron-moe bench CONFIG``: time training steps, and where their time goes.
 
-Warm-up, then timed steps without anything around them, then a few more with ranges (`phases.py`).
-A step is what `train.train_step` does, batches included; validation, checkpoints and logs are not.
+Warm-up steps, then timed steps with nothing around them, then a few profiled ones (`phases.py`).
 """
 
 from __future__ import annotations
 
-import time
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict
 
-import torch
-import torch.distributed as dist
-from megatron.core.process_groups_config import ProcessGroupCollection
-
-from megatron_moe.bench.build import Supply, make_supply, make_timed_state
-from megatron_moe.bench.phases import Stopwatch, watched
 from megatron_moe.bench.record import PHASES, Capacity, Mfu, Phases, StepsRecord, spread
+from megatron_moe.bench.steps import Bench, BenchOptions
 from megatron_moe.bench.surroundings import surroundings
 from megatron_moe.config.run import RunConfig
 from megatron_moe.model.capacity import capacity_of
-from megatron_moe.model.config import check_dispatcher
-from megatron_moe.parallel.groups import create_groups
-from megatron_moe.planner.flops import forward_flops, training_flops
 from megatron_moe.planner.parameters import active_parameters, total_parameters
-from megatron_moe.planner.shape import upcycled_shape
 from megatron_moe.planner.workload import degrees_of
-from megatron_moe.runtime.engine import engine_of
-from megatron_moe.runtime.wait import waiter
 from megatron_moe.runtime.world import World
-from megatron_moe.train.guard import Judge
-from megatron_moe.train.metrics import Numbers, step_numbers
-from megatron_moe.train.peak import Peak, device_peak
-from megatron_moe.train.state import TrainState
-from megatron_moe.train.step import StepResult, train_step
 
 PROFILED_STEPS = 3
 FORMULA = (
@@ -47,95 +28,15 @@ HOW = (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wish:
-    """What is to be measured, besides the configuration."""
-
-    steps: int = 20
-    warmup: int = 5
-    routing: Literal["natural", "balanced"] = "natural"
-    random: bool = False
-    """Random weights and tokens: of the dense model only config.json is read, and no text."""
-
-
-class Bench:
-    """One rank's part of the measurement."""
-
-    def __init__(self, config: RunConfig, world: World, wish: Wish) -> None:
-        check_dispatcher(config.moe, engine_of(config.run.engine, world))
-        self.config, self.world, self.wish = config, world, wish
-        layout, self._groups = create_groups(config.parallel, seed=config.run.seed)
-        self.state: TrainState = make_timed_state(
-            config, world, layout, self._groups,
-            random=wish.random, balanced=wish.routing == "balanced",
-        )  # fmt: skip
-        spec = self.state.model.spec
-        self._supply: Supply = make_supply(config, spec, self._groups, random=wish.random)
-        self.shape = upcycled_shape(spec, config.moe)
-        forward = forward_flops(self.shape, sequence_length=config.data.seq_length).model
-        self.flops_per_sequence = training_flops(forward)
-        self.peak: Peak = device_peak(world.device, self.state.model.transformer.params_dtype)
-        self._judge = Judge(config.guard)
-        self._stopwatch = Stopwatch(waiter(world.device))
-
-    @property
-    def groups(self) -> ProcessGroupCollection:
-        """This rank's process groups."""
-        return self._groups
-
-    def timed_step(self) -> Numbers:
-        """The numbers that a training step of the run would log."""
-        wait = waiter(self.world.device)
-        wait()
-        start = time.perf_counter()
-        batches = self._supply(self.state)
-        data_seconds = time.perf_counter() - start
-        result = self._step(batches)
-        wait()
-        return step_numbers(
-            result,
-            step=self.state.step,
-            samples=self.state.samples,
-            learning_rate=self.state.learning_rate,
-            seconds=time.perf_counter() - start,
-            data_seconds=data_seconds,
-            flops_per_sequence=self.flops_per_sequence,
-            peak_flops=self.peak.flops_per_second,
-            config=self.config,
-        )
-
-    def profiled_step(self) -> dict[str, float]:
-        """Seconds by phase, mean over ranks; together one step."""
-        with watched(self.state, self._stopwatch):
-            self._stopwatch.start()
-            with self._stopwatch.range("data"):
-                batches = self._supply(self.state)
-            self._step(batches)
-            seconds = self._stopwatch.read()
-        mine = torch.tensor([seconds[phase] for phase in PHASES], dtype=torch.float64)
-        mine = mine.to(self.world.device)
-        dist.all_reduce(mine)
-        return dict(zip(PHASES, (mine / self.world.size).tolist(), strict=True))
-
-    def step(self) -> StepResult:
-        """Train on the next batches, without waiting for the device."""
-        return self._step(self._supply(self.state))
-
-    def _step(self, batches: list[Any]) -> StepResult:
-        return train_step(
-            self.state, batches, self.config, self._groups, judge=self._judge, at=lambda _: None
-        )
-
-
-def bench(config: RunConfig, world: World, wish: Wish) -> StepsRecord:
+def bench(config: RunConfig, world: World, options: BenchOptions) -> StepsRecord:
     """Measure a configuration; all ranks call it and get the same record.
 
     `rules.check` has passed the configuration.
     """
-    it = Bench(config, world, wish)
-    for _ in range(wish.warmup):
+    it = Bench(config, world, options)
+    for _ in range(options.warmup):
         it.timed_step()
-    steps = [it.timed_step() for _ in range(wish.steps)]
+    steps = [it.timed_step() for _ in range(options.steps)]
     phases = [it.profiled_step() for _ in range(PROFILED_STEPS)]
     of = {name: [float(step[name]) for step in steps] for name in _NUMBERS}
     moe = config.moe
@@ -147,12 +48,12 @@ def bench(config: RunConfig, world: World, wish: Wish) -> StepsRecord:
         layout=degrees_of(config, gpus=world.size).to_json(),
         total_parameters=total_parameters(it.shape),
         active_parameters=active_parameters(it.shape),
-        routing=wish.routing,
-        weights="random" if wish.random else "dense checkpoint",
-        data="random tokens" if wish.random else "text",
+        routing=options.routing,
+        weights="random" if options.random else "dense checkpoint",
+        data="random tokens" if options.random else "text",
         capacity=_capacity(config, tokens=_routed_tokens(config), experts=moe.num_moe_experts),
-        warmup_steps=wish.warmup,
-        timed_steps=wish.steps,
+        warmup_steps=options.warmup,
+        timed_steps=options.steps,
         each_step_seconds=of["time/step_seconds"],
         step_seconds=spread(of["time/step_seconds"]),
         tokens_per_second_per_gpu=spread(of["throughput/tokens_per_second_per_gpu"]),

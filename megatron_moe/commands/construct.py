@@ -1,4 +1,4 @@
-"""The command `construct`: measure the dense model on real text and write the plan file."""
+"""Implement the command `construct`: measure the dense model on text and write the plan file."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from megatron_moe.config.judging import dense_config
 from megatron_moe.config.load import dump
 from megatron_moe.config.run import RunConfig
 from megatron_moe.construct.complete import gather_tables
-from megatron_moe.construct.measure import Measuring, world_sum
+from megatron_moe.construct.measure import Measurement, world_sum
 from megatron_moe.construct.partial import PartialFiles
-from megatron_moe.construct.solve import LayerMeasured, layer_table
+from megatron_moe.construct.solve import LayerMeasurements, layer_table
 from megatron_moe.data.texts import open_texts
 from megatron_moe.experts.file import write_plan
 from megatron_moe.experts.plan import ExpertPlan, make_expert_plan
@@ -31,9 +31,9 @@ from megatron_moe.source.dense import open_dense
 
 
 def construct(config: RunConfig, world: World) -> None:
-    """Write ``upcycle.plan``: what `train` needs to know beyond its settings.
+    """Measure the dense model and write ``upcycle.plan``, which `train` reads.
 
-    Runs on every rank, with the dense model sharded as ``parallel`` says.
+    Runs on every rank, with the dense model sharded by the settings of ``parallel``.
     """
     assert config.upcycle.plan is not None
     layout, groups = create_groups(config.parallel, seed=config.run.seed)
@@ -50,14 +50,14 @@ def construct(config: RunConfig, world: World) -> None:
     unchanged = make_expert_plan(dense.spec, as_dense.moe, as_dense.upcycle)
     upcycle(model, dense, unchanged, layout=layout, rank=world.rank)
 
-    measuring = Measuring(
+    measurement = Measurement(
         model, as_dense, list(texts.training.values()), groups,
         clusters=config.moe.num_moe_experts, seed=config.upcycle.seed,
     )  # fmt: skip
-    kept = PartialFiles(_partial_folder(config.upcycle.plan), _key(config, dense))
+    partial = PartialFiles(_partial_folder(config.upcycle.plan), _key(config, dense))
     with RoundProgress("measuring", rank=world.rank) as progress:
-        cluster_N = measuring.run(kept, progress.show)
-    tables = _solved(plan, measuring, dense, config)
+        cluster_N = measurement.run(partial, progress.show)
+    tables = _solved(plan, measurement, dense, config)
     if world.rank == 0:
         measured_on: dict[str, Any] = {
             "samples": config.measure.samples,
@@ -66,28 +66,28 @@ def construct(config: RunConfig, world: World) -> None:
             "texts": list(texts.training),
             "sequences_by_cluster": [int((cluster_N == c).sum()) for c in set(cluster_N.tolist())],
         }
-        found = plan.with_tables(tables)
-        write_plan(config.upcycle.plan, found, source=dense.fingerprint(), measured_on=measured_on)
-        progress.say(f"wrote {config.upcycle.plan}: plan {found.hash[:12]}")
-    kept.remove()
+        plan = plan.with_tables(tables)
+        write_plan(config.upcycle.plan, plan, source=dense.fingerprint(), measured_on=measured_on)
+        progress.say(f"wrote {config.upcycle.plan}: plan {plan.hash[:12]}")
+    partial.remove()
 
 
 def _solved(
-    plan: ExpertPlan, measuring: Measuring, dense: DenseCheckpoint, config: RunConfig
+    plan: ExpertPlan, measurement: Measurement, dense: DenseCheckpoint, config: RunConfig
 ) -> dict[int, Any]:
-    """The layers' tables, solved by the ranks in turn."""
-    found = measuring.found
-    importance_LCF, activity_LCF = world_sum(found.importance_LCF), world_sum(found.activity_LCF)
-    elsewhere = torch.zeros_like(next(iter(found.inputs.values())))
-    mine = {}
+    """Compute the layers' tables; layers are assigned to ranks in turn."""
+    sums = measurement.sums
+    importance_LCF, activity_LCF = world_sum(sums.importance_LCF), world_sum(sums.activity_LCF)
+    zeros = torch.zeros_like(next(iter(sums.inputs.values())))
+    tables = {}
     for turn, layer in enumerate(plan.recipe.moe_layers):
-        inputs_TD = world_sum(found.inputs.get(layer, elsewhere))
+        inputs_TD = world_sum(sums.inputs.get(layer, zeros))
         if turn % dist.get_world_size() == dist.get_rank():
-            measured = LayerMeasured(
+            measured = LayerMeasurements(
                 inputs_TD, importance_LCF[layer].numpy(), activity_LCF[layer].numpy()
             )
-            mine[layer] = layer_table(plan, layer, measured, dense, config.moe)
-    return gather_tables(mine)
+            tables[layer] = layer_table(plan, layer, measured, dense, config.moe)
+    return gather_tables(tables)
 
 
 def _partial_folder(plan: Path) -> Path:

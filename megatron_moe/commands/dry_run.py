@@ -1,9 +1,9 @@
-"""The story of ``train --dry-run``: what one rank of a job will be, before the job is queued.
+"""The story of ``train --dry-run``: build one rank of a job before the job is queued.
 
 Every object is the one that training makes: the groups, the model, the walk of upcycling over its
 parameters, gradient buffers and the optimizer. Only numbers are missing (``runtime/stand_in.py``),
-so it takes seconds on a laptop for any world. The planner's arithmetic stands beside what was
-counted; a difference is a defect of one of them.
+so it takes seconds on a laptop for any world size. The planner's arithmetic is shown beside what
+was counted; a difference is a bug in one of them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from megatron_moe.runtime.engine import (
     Engine,
     installed_version,
 )
-from megatron_moe.runtime.stand_in import META, standing_for
+from megatron_moe.runtime.stand_in import META, simulated_rank
 from megatron_moe.train.state import TrainState, make_state
 
 GIB = 2**30
@@ -47,7 +47,7 @@ ADAM_BYTES = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DryRun:
-    """What one rank holds, reads and needs."""
+    """State, reads and memory of one rank."""
 
     rank: int
     degrees: Degrees
@@ -60,13 +60,13 @@ class DryRun:
     """Global ids of the experts it holds of each MoE layer."""
     parameters: int
     filled: Filled
-    """What upcycling would do here."""
+    """Parameters and bytes that upcycling would fill on this rank."""
     source_bytes: int
     """Size of the whole dense checkpoint."""
     counted: ModelState
     """Bytes of the real buffers and optimizer."""
     planned: ModelState
-    """The same as the planner's arithmetic has it."""
+    """Bytes of the same buffers by the planner's arithmetic."""
     memory: RankMemory
     """The counted state, and the planner's estimate of what comes and goes in a step."""
 
@@ -92,7 +92,7 @@ class DryRun:
 
 
 def dry_run(config: RunConfig, *, rank: int, world_size: int) -> DryRun:
-    """Be ``rank`` of ``world_size`` for a moment; `rules.check` has passed the configuration.
+    """Build ``rank`` of ``world_size`` ranks; `rules.check` has accepted the configuration.
 
     A configuration for ``run.device: cpu`` is built as it trains there. Any other is built as it
     trains on CUDA, but for the layers where Transformer Engine is not installed; the torch-native
@@ -108,7 +108,7 @@ def dry_run(config: RunConfig, *, rank: int, world_size: int) -> DryRun:
     dense = [open_unread(folder) for folder in folders]  # 1. headers, or the promise of config.json
     spec = dense[0].spec
     plan = sized_plan(make_expert_plan(spec, config.moe, config.upcycle))  # 2. how many neurons
-    with standing_for(rank, world_size=world_size):
+    with simulated_rank(rank, world_size=world_size):
         layout, groups = create_groups(config.parallel, seed=config.run.seed)  # 3. who holds what
         with META:  # 4. this rank's chunks
             model = build_model(
@@ -262,38 +262,40 @@ def _layer_spec(config: RunConfig) -> str:
 # ---- for people ----------------------------------------------------------------------------------
 
 
-def dry_run_report(found: DryRun) -> RenderableType:
+def dry_run_report(result: DryRun) -> RenderableType:
     """The rank's groups, what it holds and what it needs, as tables."""
-    shards = f"{_gib(found.filled.bytes_read)} of {_gib(found.source_bytes)} GiB"
+    shards = f"{_gib(result.filled.bytes_read)} of {_gib(result.source_bytes)} GiB"
     lines = [
-        f"rank {found.rank} of {found.degrees.gpus}: {found.degrees}",
-        f"layers {'; '.join(_run(chunk) for chunk in found.layers)}, of each MoE layer experts "
-        f"{_run(found.experts)}; {found.layer_spec}",
-        f"{found.parameters:,} parameters; reads {shards} of the dense checkpoint, from "
-        f"{len(found.filled.sources)} tensors",
+        f"rank {result.rank} of {result.degrees.gpus}: {result.degrees}",
+        f"layers {'; '.join(_run(chunk) for chunk in result.layers)}, of each MoE layer experts "
+        f"{_run(result.experts)}; {result.layer_spec}",
+        f"{result.parameters:,} parameters; reads {shards} of the dense checkpoint, from "
+        f"{len(result.filled.sources)} tensors",
     ]
-    return Group(*map(Text, lines), _groups_table(found), _state_table(found), _memory_table(found))
+    return Group(
+        *map(Text, lines), _groups_table(result), _state_table(result), _memory_table(result)
+    )
 
 
-def _groups_table(found: DryRun) -> Table:
+def _groups_table(result: DryRun) -> Table:
     table = Table("group", "size", "place", "ranks")
-    for name, ranks in found.groups.items():
-        place = ranks.index(found.rank)
+    for name, ranks in result.groups.items():
+        place = ranks.index(result.rank)
         table.add_row(name, str(len(ranks)), str(place), _run(ranks))
     return table
 
 
-def _state_table(found: DryRun) -> Table:
+def _state_table(result: DryRun) -> Table:
     table = Table("lives for the whole run", "bytes", "the planner's bytes")
-    planned = asdict(found.planned)
-    for name, counted in asdict(found.counted).items():
+    planned = asdict(result.planned)
+    for name, counted in asdict(result.counted).items():
         table.add_row(name, f"{counted:,}", f"{planned[name]:,}")
     return table
 
 
-def _memory_table(found: DryRun) -> Table:
+def _memory_table(result: DryRun) -> Table:
     table = Table("at the peak of a step", "GiB")
-    for name, gib in found.memory.to_json().items():
+    for name, gib in result.memory.to_json().items():
         table.add_row(name, f"{gib:.2f}")
     return table
 

@@ -1,8 +1,8 @@
-"""Loss on held-out text, domain by domain: the dense model, the MoE at step 0, and a checkpoint.
+"""Compute held-out losses by domain for the dense model, the MoE at step 0, and a checkpoint.
 
-All three read the same sequences, those that training validates on. The dense model is computed by
-transformers, whole, on rank 0; step 0 by upcycling again in the place of the checkpoint's weights,
-for upcycling draws the same bits under every layout.
+All three use the validation sequences of training. transformers runs the whole dense model on rank
+0. For step 0, upcycling overwrites the checkpoint's weights; it gives the same bits under every
+layout.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_moe.checkpoint.restored import Restored, restored_model
 from megatron_moe.config.run import RunConfig
-from megatron_moe.data.feed import Feed, Seat
+from megatron_moe.data.feed import DataRank, Feed
 from megatron_moe.data.reference import dense_losses
 from megatron_moe.data.texts import open_texts
 from megatron_moe.errors import ConfigError
@@ -28,46 +28,50 @@ from megatron_moe.train.step import mean_loss
 
 
 def evaluate(config: RunConfig, world: World, checkpoint: Path) -> Evaluation:
-    """Judge a checkpoint on the run's held-out text; runs on every rank of any layout.
+    """Evaluate a checkpoint on the run's held-out text; runs on every rank of any layout.
 
     Args:
-        config: The run, as `config.judging` makes it; `rules.check` has passed it.
-        world: This rank's place in the joined job.
-        checkpoint: A checkpoint folder.
+        config: Configuration from `config.judging` that passed `rules.check`.
+        world: This rank in the joined job.
+        checkpoint: Checkpoint folder.
 
     Returns:
-        On rank 0, everything; elsewhere without the figures that rank 0 alone computes.
+        All results on rank 0; on other ranks, without the values that only rank 0 computes.
 
     Raises:
-        ConfigError: Nothing is held out.
+        ConfigError: The run has no held-out text.
     """
     texts = open_texts(config, vocab_size=read_spec(config.dense.path).vocab_size)
     if not texts.validation:
         raise ConfigError(
-            "no text is held out, so there is nothing to evaluate on.\n"
+            "the run has no held-out text to evaluate on.\n"
             "  set data.validation_path=FILE, or data.validation_fraction"
         )
     dense, remarks = _dense(config)
-    of_dense = None
+    losses_dense = None
     if dense is not None and not isinstance(dense, DistributedDense):
-        of_dense = (
+        losses_dense = (
             dense_losses(config, texts.validation, device=world.device) if world.rank == 0 else {}
         )
         dist.barrier()
     elif dense is not None:
-        remarks.append(
-            f"dense: transformers does not load a distributed checkpoint ({dense.folder})"
-        )
+        remarks.append(f"dense: transformers cannot load a distributed checkpoint ({dense.folder})")
 
     restored = restored_model(config, world, checkpoint)
-    feed = Feed(texts, config, Seat.of(restored.groups))
-    now = _losses(config, restored, feed)
-    at_step_0 = None
+    feed = Feed(texts, config, DataRank.of(restored.groups))
+    losses = _losses(config, restored, feed)
+    losses_step_0 = None
     if dense is not None:
         _upcycle_again(config, world, restored, dense)
-        at_step_0 = _losses(config, restored, feed)
+        losses_step_0 = _losses(config, restored, feed)
     return _evaluation(
-        checkpoint, restored, config, world, feed, [of_dense, at_step_0, now], remarks
+        checkpoint,
+        restored,
+        config,
+        world,
+        feed,
+        [losses_dense, losses_step_0, losses],
+        remarks,
     )
 
 
@@ -75,7 +79,7 @@ def _dense(config: RunConfig) -> tuple[DenseCheckpoint | None, list[str]]:
     if has_weights(config.dense.path):
         return open_dense(config.dense.path), []
     missing = f"dense, step 0: the weights of the dense model are not in {config.dense.path}"
-    return None, [f"{missing} (dense.path=FOLDER names another place)"]
+    return None, [f"{missing} (set dense.path=FOLDER to use another folder)"]
 
 
 def _losses(config: RunConfig, restored: Restored, feed: Feed) -> dict[str, float]:
@@ -115,19 +119,19 @@ def _evaluation(
     if any(size.bytes is None for size in sizes.values()):
         remarks.append(f"bits per byte: there is no tokenizer in {config.dense.path}")
 
-    def figures(of: dict[str, float]) -> dict[str, Figures]:
+    def figures(by_domain: dict[str, float]) -> dict[str, Figures]:
         return {
-            name: {"tokens": size.tokens, "bytes": size.bytes, **size.figures(of[name])}
+            name: {"tokens": size.tokens, "bytes": size.bytes, **size.figures(by_domain[name])}
             for name, size in sizes.items()
         }
 
-    dense, step_0, now = (None if of is None else figures(of) for of in losses)
-    assert now is not None
+    dense, step_0, trained = (None if model is None else figures(model) for model in losses)
+    assert trained is not None
     return Evaluation(
         checkpoint=str(checkpoint),
         step=restored.progress.step,
         seq_length=config.data.seq_length,
-        domains=now,
+        domains=trained,
         dense=dense,
         step_0=step_0,
         remarks=(*feed.texts.remarks, *remarks),

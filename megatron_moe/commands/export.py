@@ -112,7 +112,7 @@ def architecture_for(spec: DenseSpec, moe: Moe) -> Architecture:
         )
     if spec.qk_layernorm:
         return "Qwen3MoeForCausalLM"
-    # Mixtral routes in every layer, renormalises, and has neither biases nor a shared expert.
+    # Mixtral routes in every layer, renormalizes, and has neither biases nor a shared expert.
     mixed = len(moe_layer_ids(moe, spec.num_layers)) < spec.num_layers
     if spec.qkv_bias or shared or mixed or moe.router_order == "softmax_topk":
         return "Qwen2MoeForCausalLM"

@@ -1,4 +1,4 @@
-"""A run, a checkpoint or an export, as the folder that transformers loads."""
+"""Provide a run, a checkpoint or an export as a folder that transformers can load."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from megatron_moe.evaluate.harness import Exported
 
 @contextlib.contextmanager
 def exported(source: Path) -> Iterator[Exported]:
-    """``source`` as a Hugging Face folder: itself, or an export that lasts as long as ``with``.
+    """Yield ``source`` if it is a Hugging Face folder, else a temporary export of it.
 
-    Exports go where temporary files go: TMPDIR names a larger disk.
+    The export is deleted at the end of the ``with`` block. It is written to the folder for
+    temporary files; set TMPDIR to use a larger disk.
 
     Raises:
-        CheckpointError: There is neither a folder with config.json nor a checkpoint, or no
-            architecture of Hugging Face means the same as the model.
+        CheckpointError: ``source`` is neither a folder with config.json nor a checkpoint, or no
+            Hugging Face architecture is equivalent to the model.
     """
     if (source / "config.json").exists():
         yield Exported(source, source, None, source / "evaluation")

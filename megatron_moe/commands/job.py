@@ -1,4 +1,4 @@
-"""What every stage of a job needs to know."""
+"""The context that all stages of a job share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_moe.train.watch import Watch
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What every stage after the process groups needs to know."""
+    """Configuration, ranks and services that stages share once process groups exist."""
 
     config: RunConfig
     world: World
@@ -28,6 +28,6 @@ class Job:
     signals: Signals
 
     def say(self, text: str) -> None:
-        """Tell the operator, once."""
+        """Print a line on rank 0."""
         if self.world.rank == 0:
             console.print(text)

@@ -1,23 +1,23 @@
-"""Training goes on: steps, validation, mixtures that move, saves, and what a run survives."""
+"""Continue pre-training: steps, validation, adaptive mixtures, saves, and recovery."""
 
 from __future__ import annotations
 
 import gc
 from functools import partial
 
-from megatron_moe.checkpoint.policy import go_back, save_or_go_on, told
+from megatron_moe.checkpoint.policy import roll_back, save_or_continue, step_message
 from megatron_moe.checkpoint.sharded import Saver
 from megatron_moe.commands.job import Job
-from megatron_moe.data.feed import Feed, Seat
-from megatron_moe.data.mixing import moved, updates_due
+from megatron_moe.data.feed import DataRank, Feed
+from megatron_moe.data.mixing import adapted_weights, updates_due
 from megatron_moe.data.texts import Texts
 from megatron_moe.experts.plan import ExpertPlan
 from megatron_moe.log import StepProgress
 from megatron_moe.planner.flops import forward_flops, training_flops
 from megatron_moe.planner.shape import upcycled_shape
 from megatron_moe.runtime.wait import waiter
-from megatron_moe.train.garbage import INTERVAL, collected_by_hand
-from megatron_moe.train.guard import Boundary, Judge
+from megatron_moe.train.garbage import INTERVAL, manual_collection
+from megatron_moe.train.guard import Boundary, StepGuard
 from megatron_moe.train.loop import Hook, Numbers, run_loop
 from megatron_moe.train.metrics import (
     MetricsWriter,
@@ -31,16 +31,17 @@ from megatron_moe.train.step import StepResult, mean_loss, train_step
 
 
 def feed_of(job: Job, texts: Texts) -> Feed:
-    """What this rank is fed."""
+    """Return the source of this rank's batches."""
     pin = job.world.device.type == "cuda"
-    return Feed(texts, job.config, Seat.of(job.groups), pin=pin)
+    return Feed(texts, job.config, DataRank.of(job.groups), pin=pin)
 
 
 def continue_pretraining(job: Job, state: TrainState, plan: ExpertPlan, feed: Feed) -> None:
-    """Take the steps that are left, and what happens between them."""
+    """Take the remaining steps, and run the hooks between them."""
     config = job.config
     peak = device_peak(job.world.device, state.model.transformer.params_dtype)
-    job.say(f"MFU is of {peak.flops_per_second / 1e12:.3g} TFLOP/s ({peak.source})")
+    tflops = peak.flops_per_second / 1e12
+    job.say(f"MFU is relative to a peak of {tflops:.3g} TFLOP/s ({peak.source})")
     writer = MetricsWriter(config, resumed_step=state.step) if job.world.rank == 0 else None
     resumed_step = state.step
     if resumed_step == 0:
@@ -52,7 +53,7 @@ def continue_pretraining(job: Job, state: TrainState, plan: ExpertPlan, feed: Fe
     with (
         Saver(config, plan_hash=plan.hash, say=job.say) as saver,
         StepProgress(total=config.train.steps, done=resumed_step, rank=job.world.rank) as progress,
-        collected_by_hand(),
+        manual_collection(),
     ):
         if config.train.steps == 0:
             _save(job, saver, state, last=True)
@@ -60,7 +61,7 @@ def continue_pretraining(job: Job, state: TrainState, plan: ExpertPlan, feed: Fe
         run_loop(
             state,
             steps=config.train.steps,
-            take_step=partial(_take_step, job, state, feed, Judge(config.guard), saver),
+            take_step=partial(_take_step, job, state, feed, StepGuard(config.guard), saver),
             wait=waiter(job.world.device),
             describe=partial(_describe, job, state, feed, peak),
             hooks=[
@@ -87,13 +88,15 @@ def continue_pretraining(job: Job, state: TrainState, plan: ExpertPlan, feed: Fe
             stopping=boundary.stopping,
         )
     if boundary.stopped:
-        job.say(f"stopped by a signal after step {state.step}; the same command goes on from there")
+        job.say(f"Stopped by a signal after step {state.step}. Run the same command to resume.")
     if writer is not None:
         writer.close()
-    job.say(f"megatron-moe report {config.run.dir} shows all of it on one page")
+    job.say(f"Run megatron-moe report {config.run.dir} to see the run on one page.")
 
 
-def _take_step(job: Job, state: TrainState, feed: Feed, judge: Judge, saver: Saver) -> StepResult:
+def _take_step(
+    job: Job, state: TrainState, feed: Feed, guard: StepGuard, saver: Saver
+) -> StepResult:
     watch = job.watch
 
     def at(stage: str) -> None:
@@ -104,7 +107,7 @@ def _take_step(job: Job, state: TrainState, feed: Feed, judge: Judge, saver: Sav
     watch.step = state.step + 1
     watch.at("data")
     batches, after = feed.next_step(state.blend)
-    result = train_step(state, batches, job.config, job.groups, judge=judge, at=at)
+    result = train_step(state, batches, job.config, job.groups, guard=guard, at=at)
     state.blend = after
     watch.at("report")
     return result
@@ -118,22 +121,22 @@ def _keeps(
     plan_hash: str,
     result: StepResult,
 ) -> bool:
-    """Whether the step stays; after a loss spike the run goes back, where it can."""
-    if result.fate == "keep":
+    """Return whether the step counts. After a loss spike, restore the newest checkpoint if any."""
+    if result.decision == "keep":
         return True
     step = state.step
-    back = result.fate == "roll back" and go_back(
+    back = result.decision == "roll back" and roll_back(
         saver, state, job.config, job.groups, plan_hash=plan_hash
     )
     if back and writer is not None:
-        writer.go_back(state.step)
-    job.say(told(step, result, back_at=state.step if back else None))
+        writer.roll_back(state.step)
+    job.say(step_message(step, result, back_at=state.step if back else None))
     return not back
 
 
 def _save(job: Job, saver: Saver, state: TrainState, *, last: bool) -> None:
     job.watch.at("save")
-    save_or_go_on(saver, state, job.config, job.groups, last=last, say=job.say)
+    save_or_continue(saver, state, job.config, job.groups, last=last, say=job.say)
 
 
 def _describe(
@@ -167,16 +170,16 @@ def _validate(job: Job, state: TrainState, feed: Feed, numbers: Numbers) -> None
     numbers["loss/validation"] = mean
     if several := len(feed.texts.training) > 1:
         numbers |= {f"loss/validation/{name}": loss for name, loss in losses.items()}
-    if job.world.rank == 0:  # who writes them
+    if job.world.rank == 0:  # the rank that writes them
         numbers |= held_out_numbers(losses, feed.held_out_sizes, several=several)
     each = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
     job.say(
-        f"step {state.step}: loss on held-out text {mean:.4f}" + f" ({each})" * (len(losses) > 1)
+        f"Step {state.step}: loss on held-out text {mean:.4f}" + f" ({each})" * (len(losses) > 1)
     )
 
 
 def _move_mixture(job: Job, state: TrainState, feed: Feed, numbers: Numbers) -> None:
-    """Where it is time, weigh the domains anew by their losses; and tell their weights."""
+    """Update the domain weights from their losses when an update is due, and log them."""
     mixing, tokens = job.config.data.mixing, numbers["tokens/seen"]
     before = tokens - job.config.train.global_batch_size * job.config.data.seq_length
     if mixing.update != "never" and updates_due(before, tokens, interval=mixing.interval):
@@ -185,7 +188,7 @@ def _move_mixture(job: Job, state: TrainState, feed: Feed, numbers: Numbers) -> 
         references = feed.texts.references
         assert references is not None, "the rules ask for them"
         losses = [numbers[f"loss/validation/{name}"] for name in references]
-        weights = moved(state.blend.weights, losses, list(references.values()), mixing)
+        weights = adapted_weights(state.blend.weights, losses, list(references.values()), mixing)
         state.blend = state.blend.reweighted(weights)
     chunks = {name: text.num_chunks for name, text in feed.texts.training.items()}
     numbers |= mixture_numbers(state.blend, chunks)
@@ -196,4 +199,4 @@ def _collect_garbage(numbers: Numbers) -> None:
 
 
 def _nothing(numbers: Numbers) -> None:
-    """What ranks that write no metrics do with them."""
+    """Ignore the metrics, on ranks that do not write them."""

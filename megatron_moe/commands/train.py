@@ -1,4 +1,4 @@
-"""The stories: one function a command, one line a stage. Read this second, after config/run.py."""
+"""The story of ``train``: one line per stage. Read this second, after config/run.py."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _train(job: Job) -> None:
         start_tp_overlap(config, dense.spec)
     dense.check_tensors(dict(dense_tensors(dense.spec)))
     plan = make_expert_plan(dense.spec, config.moe, config.upcycle)
-    plan = complete_plan(plan, config, dense)  # 2. which neurons go where
+    plan = complete_plan(plan, config, dense)  # 2. which neurons each expert takes
     texts = open_texts(config, vocab_size=dense.spec.vocab_size)  # 3. data
     _announce(job, dense, plan)
 
@@ -74,25 +74,25 @@ def _train(job: Job) -> None:
         model = empty_model(job, dense, plan)
         state = make_state(config, model, groups)
         restore(state, resume_from, config, groups, plan_hash=plan.hash)
-        job.say(f"resumed {resume_from} at step {state.step}")
+        job.say(f"Resumed {resume_from} at step {state.step}")
         _take_configured_weights(job, state)
 
     if (kernel := kernel_in(state.model.modules)) is not None:
-        job.say(f"experts use {kernel.name} ({kernel.reason})")
+        job.say(f"Experts use {kernel.name} ({kernel.reason})")
     job.say(announcement(texts, state.blend, config))
     continue_pretraining(job, state, plan, feed_of(job, texts))  # 5. train, validate, save
 
 
 def _take_configured_weights(job: Job, state: TrainState) -> None:
-    """A checkpoint brings weights; those that do not move are what the configuration says now."""
+    """Replace the checkpoint's domain weights by the configured ones, unless they adapt."""
     weights = starting_weights(job.config.data)
     if job.config.data.mixing.update == "never" and weights != state.blend.by_domain:
-        job.say(f"domains are drawn by new weights from here on; before: {state.blend.by_domain}")
+        job.say(f"Domain weights changed on resume. Previous weights: {state.blend.by_domain}")
         state.blend = state.blend.reweighted(tuple(weights.values()))
 
 
 def _announce(job: Job, dense: DenseCheckpoint, plan: ExpertPlan) -> None:
-    """The resolved layout and plan, in the log and in run.dir/config.yaml."""
+    """Log the layout, engine and plan, and write run.dir/config.yaml."""
     if job.world.rank == 0:
         (job.config.run.dir / "config.yaml").write_text(dump(job.config))
     attention = " x ".join(f"{a}{n}" for a, n in _grid(job.layout.attention))
@@ -100,7 +100,7 @@ def _announce(job: Job, dense: DenseCheckpoint, plan: ExpertPlan) -> None:
     job.say(
         f"{job.world.size} ranks on {job.world.device.type}: attention {attention}, "
         f"experts {experts}\n"
-        f"engine {job.engine.name} ({job.engine.reason})\n"
+        f"Engine: {job.engine.name} ({job.engine.reason})\n"
         f"{dense.spec.family} with {dense.spec.num_layers} layers, "
         f"{len(plan.recipe.moe_layers)} of them {plan.recipe.num_experts} experts by "
         f"{plan.recipe.method!r}; plan {plan.hash[:12]}"

@@ -1,4 +1,4 @@
-"""A model filled from the dense checkpoint, verified, with its receipt."""
+"""Fill a model from the dense checkpoint, verify it, and write its receipt."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_moe.commands.job import Job
 from megatron_moe.config.run import RunConfig
 from megatron_moe.construct.against_dense import (
     AgainstDense,
-    Comparing,
+    ComparisonJob,
     compare_layers_and_losses,
 )
 from megatron_moe.data.texts import Texts
@@ -56,7 +56,7 @@ def upcycled_model(job: Job, dense: DenseCheckpoint, plan: ExpertPlan, texts: Te
     if _wants_verification(config, dense):
         with without_tp_overlap(model.modules):  # its buffers are for training's micro-batches
             if distributed:
-                job.say("no logits to compare: transformers does not load a distributed checkpoint")
+                job.say("Logits not compared: transformers cannot load a distributed checkpoint")
             else:
                 agreement = _verify(job, model, texts)
             against_dense = _compare(job, model, dense, texts)
@@ -72,14 +72,14 @@ def upcycled_model(job: Job, dense: DenseCheckpoint, plan: ExpertPlan, texts: Te
     if rank == 0:
         write_receipt(receipt, config.run.dir)
     job.say(
-        f"upcycled {tensors_used} tensors in {receipt['seconds']:.1f} s; rank 0 read "
+        f"Upcycled {tensors_used} tensors in {receipt['seconds']:.1f} s; rank 0 read "
         f"{mine.bytes_read / 2**20:.1f} MiB for its {mine.parameter_bytes / 2**20:.1f} MiB shard"
     )
     return model
 
 
 def empty_model(job: Job, dense: DenseCheckpoint, plan: ExpertPlan) -> Model:
-    """This rank's part of the MoE, without values; its routers know the plan's scales."""
+    """Build this rank's part of the MoE without values, with the plan's scales in its routers."""
     model = build_model(
         job.config,
         dense.spec,
@@ -105,7 +105,7 @@ def _verify(job: Job, model: Model, texts: Texts) -> Agreement:
     tokens_S = torch.from_numpy(texts.first_sample().ids_T[:length].copy())
     agreement = compare_with_dense(model, config.dense.path, tokens_S, groups=job.groups)
     job.say(
-        f"against the dense model on {agreement.tokens} tokens of text: max logit error "
+        f"Compared with the dense model on {agreement.tokens} tokens: max logit error "
         f"{agreement.max_logit_error:.2e}, same next token at {agreement.argmax_agreement:.1%}"
     )
     return agreement
@@ -114,10 +114,10 @@ def _verify(job: Job, model: Model, texts: Texts) -> Agreement:
 def _compare(job: Job, model: Model, dense: DenseCheckpoint, texts: Texts) -> AgainstDense:
     train = job.config.train.model_copy(update={"tp_comm_overlap": False})
     config = job.config.model_copy(update={"train": train})
-    comparing = Comparing(
+    comparison = ComparisonJob(
         config=config, dense=dense, layout=job.layout, groups=job.groups,
         rank=job.world.rank, engine=job.engine,
     )  # fmt: skip
-    found = compare_layers_and_losses(comparing, model, texts)
-    job.say(str(found))
-    return found
+    result = compare_layers_and_losses(comparison, model, texts)
+    job.say(str(result))
+    return result

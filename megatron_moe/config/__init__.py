@@ -1,1 +1,1 @@
-"""What a run is: frozen sections, read from YAML and ``key.path=value`` overrides."""
+"""Settings of a run: frozen sections, read from YAML and ``key.path=value`` overrides."""

@@ -1,4 +1,4 @@
-"""A run's configuration for what does not train: evaluation, analysis."""
+"""A run's configuration for commands that do not train: evaluation, analysis, measuring."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from megatron_moe.config.run import Domain, Mixing, Moe, RunConfig, Upcycle
 
 
 def judging(config: RunConfig, world_size: int) -> RunConfig:
-    """A run's configuration without what only training needs: text, references, a global batch.
+    """Remove what only training needs: training text, reference losses, the global batch size.
 
-    Tensor-parallel overlap goes too: its buffers are for training's micro-batches alone.
+    Overlap of tensor-parallel communication is turned off, because its buffers have the shape of
+    training's micro-batches.
     """
     data = config.data
     mixing = Mixing(weights=data.mixing.weights)
@@ -27,12 +28,12 @@ def judging(config: RunConfig, world_size: int) -> RunConfig:
 
 
 def _held_out_alone(domain: Domain) -> Domain:
-    """The domain with its held-out text in the place of what it trains on, which is not read."""
+    """Return the domain with its held-out text in place of its training text."""
     return domain.model_copy(update={"path": domain.validation_path or domain.path})
 
 
 def dense_config(config: RunConfig) -> RunConfig:
-    """The run's configuration with no layer routed and a sequence at a time."""
+    """Return the configuration of the dense model: no MoE layers, one sequence per micro-batch."""
     moe = Moe(num_moe_experts=config.moe.num_moe_experts, moe_layers=[])
     other = {"micro_batch_size": 1, "recompute": "none", "tp_comm_overlap": False}
     train = config.train.model_copy(update=other)

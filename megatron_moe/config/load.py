@@ -1,7 +1,7 @@
-"""YAML and command-line overrides into one frozen ``RunConfig``.
+"""Load YAML and command-line overrides into one frozen ``RunConfig``.
 
 A configuration is one YAML file plus ``key.path=value`` arguments, nothing else: no environment
-variables, no inheritance between files. Unknown keys and wrong types are errors, all told at once.
+variables, no inheritance between files. Unknown keys and wrong types are reported together.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which ``3e-4`` is a number, as everybody who writes it means."""
+    """Safe YAML loader that reads ``3e-4`` as a number; YAML 1.1 makes it text."""
 
 
 _Loader.add_implicit_resolver(
@@ -59,18 +59,18 @@ def load(cls: type[Model], path: Path, overrides: Iterable[str] = ()) -> Model:
 def build(cls: type[Model], tree: dict[str, Any]) -> Model:
     """Validate a tree of plain values; see `load` for what it raises."""
     try:
-        # JSON mode is strict without being foolish: a path is a string there, 1 is not "1".
+        # In JSON mode, strict validation accepts text for a path but not "1" for 1.
         return cls.model_validate_json(json.dumps(tree))
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(cls, e) for e in error.errors())) from error
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"the configuration holds a value YAML alone can express: {error}"
+            f"the configuration holds a value that JSON cannot express: {error}"
         ) from error
 
 
 def dump(config: BaseModel) -> str:
-    """The resolved configuration as YAML that `load` reads back to an equal object."""
+    """Return the resolved configuration as YAML that `load` reads back to an equal object."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
@@ -91,7 +91,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 
 def _explain(root: type[BaseModel], error: ErrorDetails) -> str:
-    """One violation as: setting is value, rule; the way out."""
+    """Describe one violation: setting, value, rule, way out."""
     parts = [str(part) for part in error["loc"]]
     name = ".".join(p for p in parts if not p.startswith(("literal[", "list[", "constrained-")))
     match error["type"]:
@@ -111,7 +111,7 @@ def _explain(root: type[BaseModel], error: ErrorDetails) -> str:
 
 
 def _section(root: type[BaseModel], parts: list[str]) -> type[BaseModel]:
-    """The section that ``parts`` lead to; names of a mapping's entries lead nowhere further."""
+    """Return the section at ``parts``; names of a mapping's entries are skipped."""
     section = root
     for part in parts:
         if part in section.model_fields:
@@ -120,7 +120,7 @@ def _section(root: type[BaseModel], parts: list[str]) -> type[BaseModel]:
 
 
 def _section_in(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field holds, itself or as values of a mapping."""
+    """Return the section class of a field, itself or as values of a mapping."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next(filter(None, map(_section_in, get_args(annotation))), None)

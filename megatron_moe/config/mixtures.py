@@ -1,6 +1,6 @@
-"""Shares in which the domains of a mixture are drawn at first: given ones and published ones.
+"""Initial domain weights of a mixture: configured ones and published ones.
 
-Every weight is a share of samples.
+Every weight is a fraction of the samples.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from megatron_moe.config.run import Data
 from megatron_moe.errors import ConfigError
 
 SINGLE = "text"
-"""Name of the only domain of a run with ``data.path``."""
+"""Name of the single domain of a run with ``data.path``."""
 
 SLIMPAJAMA = ("commoncrawl", "c4", "github", "wikipedia", "books", "arxiv", "stackexchange")
 
@@ -32,7 +32,7 @@ LLAMA_2_7B_LOSSES = _slimpajama(1.6917, 2.0749, 0.6984, 1.5899, 1.9253, 1.2408, 
 
 
 def check_weights(weights: Mapping[str, float]) -> dict[str, float]:
-    """The weights scaled to sum to 1 in the last bit, once they are close to it.
+    """Return the weights scaled to sum to exactly 1, if they are close to it.
 
     Raises:
         ConfigError: No domain, a weight that is not a positive number, or a sum that is not 1.
@@ -44,7 +44,7 @@ def check_weights(weights: Mapping[str, float]) -> dict[str, float]:
             "\n".join(
                 f"weight of domain {name!r} ({w}) must be positive" for name, w in bad.items()
             )
-            + "\n  leave out a domain that is not to be drawn"
+            + "\n  remove domains that should not be sampled"
         )
     total = math.fsum(weights.values())
     scaled = {name: weight / total for name, weight in weights.items()}
@@ -52,13 +52,13 @@ def check_weights(weights: Mapping[str, float]) -> dict[str, float]:
         shares = ", ".join(f"{name}: {weight:.4g}" for name, weight in scaled.items())
         raise ConfigError(
             f"weights of the domains sum to {total:.6g}, and must sum to 1: they are shares of "
-            f"samples.\n  in these proportions: {shares}"
+            f"samples.\n  with these proportions: {shares}"
         )
     return scaled
 
 
 def preset_weights(preset: str, domains: Sequence[str]) -> dict[str, float]:
-    """Published weights for the ``domains`` at hand, which must be the seven of SlimPajama.
+    """Return published weights for ``domains``, which must be the seven of SlimPajama.
 
     Raises:
         ConfigError: No such preset, or other domains than it has weights for.
@@ -70,16 +70,16 @@ def preset_weights(preset: str, domains: Sequence[str]) -> dict[str, float]:
         raise ConfigError(
             f"mixture {preset!r} is for the domains {', '.join(SLIMPAJAMA)}: "
             f"missing {sorted(missing)}, without a weight {sorted(unknown)}.\n"
-            "  rename the domains, or give weights of your own"
+            "  rename the domains, or set data.domains.*.weight"
         )
     return check_weights({name: PRESETS[preset][name] for name in domains})
 
 
 def starting_weights(data: Data) -> dict[str, float]:
-    """Shares of the domains at the first sample; a run with ``data.path`` has one domain.
+    """Return the initial weight of each domain; a run with ``data.path`` has one domain.
 
     Raises:
-        ConfigError: Weights that are no shares, or a preset for other domains.
+        ConfigError: The weights do not sum to 1, or the preset is for other domains.
     """
     if data.domains is None:
         return {SINGLE: 1.0}

@@ -148,7 +148,7 @@ class Moe(Section):
     """Pad every expert's input with zeros to exactly its capacity."""
 
     moe_token_dispatcher_type: Literal["alltoall", "allgather", "flex"] = "alltoall"
-    """How tokens travel to their experts. flex: the kernels of DeepEP or HybridEP, on CUDA only."""
+    """Exchange of tokens between ranks. flex: the kernels of DeepEP or HybridEP, on CUDA only."""
 
     moe_flex_dispatcher_backend: Literal["deepep", "hybridep"] = "deepep"
     """Package whose kernels the flex dispatcher uses; it must be installed."""
@@ -163,7 +163,7 @@ class Moe(Section):
 
 
 class Upcycle(Section):
-    """How experts are built from the dense FFN of F neurons."""
+    """Construction of experts from the dense FFN of F neurons."""
 
     method: Method = "copy"
     """Which dense neurons each expert of M neurons consists of.
@@ -206,7 +206,7 @@ class Upcycle(Section):
     differ."""
 
     scale: Literal["exact", "paper", "calibrated", "none"] | None = None
-    """How experts of method granular regain the magnitude of the dense output. exact (also None):
+    """Restore the magnitude of the dense output with method granular. exact (also None):
     multiply down by the factor. paper: multiply gate, up and down by its cube root. calibrated:
     measure the factor."""
 
@@ -232,7 +232,7 @@ class Upcycle(Section):
 
 
 class Measure(Section):
-    """How `megatron-moe construct` measures the dense model."""
+    """Size of the measurement by `megatron-moe construct`."""
 
     samples: Count = 256
     """Number of training sequences to measure on. Must be a multiple of moe.num_moe_experts,
@@ -320,7 +320,7 @@ class Data(Section):
     """Several named texts with weights, instead of path."""
 
     mixing: Mixing = Mixing()
-    """How domains are mixed."""
+    """Weights of the domains."""
 
     kind: Literal["text", "chat"] = "text"
     """text: compute the loss on every token. chat: conversations (messages or ShareGPT, one per
@@ -368,7 +368,7 @@ class Train(Section):
     """bf16: train in bfloat16 with fp32 master weights in the optimizer."""
 
     recompute: Literal["none", "selective", "moe", "full"] = "none"
-    """What the backward pass recomputes instead of keeping it in memory. selective: norms and
+    """Parts that the backward pass recomputes instead of keeping in memory. selective: norms and
     expert activations, with Transformer Engine (on a CPU: core attention). moe: MoE layers and,
     with Transformer Engine, norms. full: every layer."""
 
@@ -444,7 +444,7 @@ class Guard(Section):
 
 
 class Log(Section):
-    """Where metrics go besides metrics.jsonl."""
+    """Destinations of metrics besides metrics.jsonl."""
 
     tensorboard: bool = True
     """Write TensorBoard files to run.dir/tensorboard."""

@@ -1,1 +1,1 @@
-"""Plans that are more than arithmetic: clusters of weights, and measurements of the dense model."""
+"""Build plans that need more than arithmetic: weight clusters and dense model measurements."""

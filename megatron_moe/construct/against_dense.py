@@ -1,8 +1,8 @@
-"""What upcycling did to the dense model: layer by layer and in loss, before the first step.
+"""Compare the upcycled model with the dense model before the first step, by layer and by loss.
 
-The dense model runs on text, sharded as the run is; each of its FFNs hands its input to the MoE
-layer of the same number too, and their outputs are compared. Beside the losses of both stands that
-of the crudest construction, a random split whose output is not scaled.
+The dense model runs on text, sharded like the run. The input of each FFN also goes to the MoE layer
+with the same index, and their outputs are compared. As a baseline, the comparison includes the loss
+of the simplest construction: a random split without rescaling.
 
 Shape letters: s positions of this rank, D hidden_size, E experts, L layers, B = 1 sequence.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_moe.config.judging import dense_config
 from megatron_moe.config.run import RunConfig, Upcycle
-from megatron_moe.construct.measure import normalised, world_sum
+from megatron_moe.construct.measure import normalized, world_sum
 from megatron_moe.data.batches import Batch, slice_for_context_parallel, validation_batches
 from megatron_moe.data.texts import Texts
 from megatron_moe.experts.plan import make_expert_plan
@@ -32,46 +32,46 @@ from megatron_moe.runtime.engine import Engine
 from megatron_moe.train.step import mean_loss
 
 MAX_SEQUENCES = 16
-"""Of each domain."""
+"""Maximum number of sequences per domain."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgainstDense:
-    """The MoE beside the dense model it was made of, at step 0."""
+    """Comparison of the MoE at step 0 with its dense model."""
 
     text: str
-    """Which text: held out, or training where nothing is."""
+    """``held-out``, or ``training`` if the run has no held-out text."""
     sequences: int
     loss_dense: float
-    """Nats per token, as the other losses."""
+    """Loss in nats per token, like the other losses."""
     loss_moe: float
     loss_split_random_unscaled: float | None
-    """Of `split_random` with ``rescale`` none and the run's experts; None where the dense FFN does
-    not divide among them."""
+    """Loss of `split_random` with ``rescale`` none and the run's number of experts; None if the
+    dense FFN is not divisible by it."""
     output_error: dict[int, float]
-    """By MoE layer: norm of the difference of the MoE layer's output and the dense layer's on the
-    same hidden states, relative to the latter."""
+    """Norm of the difference between the outputs of the MoE layer and the dense layer on the same
+    hidden states, relative to the dense output, by MoE layer."""
     busiest_expert: dict[int, float]
-    """By MoE layer: choices of the most chosen expert, over the mean; 1 is perfect balance. Choices
-    that a capacity limit drops are not in it."""
+    """Load of the most chosen expert divided by the mean load, by MoE layer; 1 is perfect balance.
+    Choices dropped by a capacity limit do not count."""
 
     def to_json(self) -> dict[str, Any]:
-        """As receipt.json holds it."""
+        """Return the values stored in receipt.json."""
         return asdict(self)
 
     def __str__(self) -> str:
         errors, unscaled = self.output_error.values(), self.loss_split_random_unscaled
-        crude = "" if unscaled is None else f", random split without rescale {unscaled:.4f}"
+        baseline = "" if unscaled is None else f", random split without rescale {unscaled:.4f}"
         return (
             f"loss on {self.text} text: dense {self.loss_dense:.4f}, MoE {self.loss_moe:.4f}"
-            f"{crude}; output error of a MoE layer {min(errors):.1e} to {max(errors):.1e}; busiest "
-            f"expert up to {max(self.busiest_expert.values()):.2f} times its share"
+            f"{baseline}; output error per MoE layer {min(errors):.1e} to {max(errors):.1e}; "
+            f"busiest expert up to {max(self.busiest_expert.values()):.2f} times the mean load"
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Comparing:
-    """Where the models of a comparison live."""
+class ComparisonJob:
+    """Configuration, layout and device of the models to compare."""
 
     config: RunConfig
     dense: DenseCheckpoint
@@ -80,8 +80,8 @@ class Comparing:
     rank: int
     engine: Engine
 
-    def built(self, config: RunConfig) -> Model:
-        """Another model of the same checkpoint, filled."""
+    def build(self, config: RunConfig) -> Model:
+        """Build a model with ``config`` and fill it from the dense checkpoint."""
         model = build_model(
             config, self.dense.spec, layout=self.layout, groups=self.groups, rank=self.rank,
             engine=self.engine,
@@ -91,32 +91,32 @@ class Comparing:
         return model
 
     def loss(self, model: Model, batches: list[Batch]) -> float:
-        """Nats per token over all ranks' batches, each of one sequence."""
+        """Return nats per token over the batches of all ranks, each with one sequence."""
         return mean_loss(model.modules, batches, dense_config(self.config), model, self.groups)
 
 
-def compare_layers_and_losses(job: Comparing, moe: Model, texts: Texts) -> AgainstDense:
-    """Compare the filled ``moe`` with the dense model; every rank returns the same.
+def compare_layers_and_losses(job: ComparisonJob, moe: Model, texts: Texts) -> AgainstDense:
+    """Compare the filled ``moe`` with the dense model; every rank returns the same result.
 
-    Costs a second model and then a third of the run's shape for a moment.
+    Temporarily needs memory for the dense model, and then for another model of the run's shape.
     """
     batches, sequences = _batches(job, texts)
-    dense_model = job.built(dense_config(job.config))
-    layers = _Layers(moe, counted=[bool(batch.loss_mask_BS.any()) for batch in batches])
-    layers.listen(dense_model)
+    dense_model = job.build(dense_config(job.config))
+    layers = _LayerComparison(moe, counted=[bool(batch.loss_mask_BS.any()) for batch in batches])
+    layers.register_hooks(dense_model)
     cp = job.groups.cp
-    mine = [slice_for_context_parallel(b, cp_rank=cp.rank(), cp_size=cp.size()) for b in batches]
-    loss_dense = job.loss(dense_model, mine)
+    slices = [slice_for_context_parallel(b, cp_rank=cp.rank(), cp_size=cp.size()) for b in batches]
+    loss_dense = job.loss(dense_model, slices)
     del dense_model
-    loss_moe = job.loss(moe, mine)
-    crude = unscaled_random_split(job.config, job.dense.spec.ffn_hidden_size, job.layout)
+    loss_moe = job.loss(moe, slices)
+    baseline = unscaled_random_split(job.config, job.dense.spec.ffn_hidden_size, job.layout)
     output_error, busiest_expert = layers.result()
     return AgainstDense(
         text="held-out" if texts.validation else "training",
         sequences=sequences,
         loss_dense=loss_dense,
         loss_moe=loss_moe,
-        loss_split_random_unscaled=job.loss(job.built(crude), mine) if crude else None,
+        loss_split_random_unscaled=job.loss(job.build(baseline), slices) if baseline else None,
         output_error=output_error,
         busiest_expert=busiest_expert,
     )
@@ -125,7 +125,7 @@ def compare_layers_and_losses(job: Comparing, moe: Model, texts: Texts) -> Again
 def unscaled_random_split(
     config: RunConfig, dense_size: int, layout: ParallelLayout
 ) -> RunConfig | None:
-    """The run with each neuron in one expert and no factor; None where it does not divide."""
+    """Return the run's configuration with an unscaled random split; None if sizes do not divide."""
     experts = config.moe.num_moe_experts
     if dense_size % (experts * layout.experts.size("etp")):
         return None
@@ -138,8 +138,8 @@ def unscaled_random_split(
     return config.model_copy(update={"moe": moe, "upcycle": upcycle})
 
 
-def _batches(job: Comparing, texts: Texts) -> tuple[list[Batch], int]:
-    """This dp rank's sequences, one a batch, and how many there are on all."""
+def _batches(job: ComparisonJob, texts: Texts) -> tuple[list[Batch], int]:
+    """Return this dp rank's sequences, one per batch, and the number of sequences on all ranks."""
     dp, most = job.groups.dp, min(MAX_SEQUENCES, job.config.data.validation_samples)
     batches, sequences = [], 0
     for text in (texts.validation or texts.training).values():
@@ -151,14 +151,14 @@ def _batches(job: Comparing, texts: Texts) -> tuple[list[Batch], int]:
 
 
 @dataclass(slots=True)
-class _Layers:
-    """Adds up, by MoE layer, what its output is off by and whom its router chooses."""
+class _LayerComparison:
+    """Accumulates the output error and the router's choices of each MoE layer."""
 
     moe: Model
     counted: list[bool]
-    """Of each of this rank's sequences, whether it is one, or only fills a round."""
+    """For each of this rank's sequences, whether it counts or is padding."""
     squares_L2: Tensor = field(init=False)
-    """Of the difference, and of the dense output."""
+    """Sums of squares of the difference, and of the dense output."""
     chosen_LE: Tensor = field(init=False)
     _passed: dict[int, int] = field(init=False, default_factory=dict)
 
@@ -168,41 +168,42 @@ class _Layers:
         self.squares_L2 = torch.zeros(layers, 2, dtype=torch.float64)
         self.chosen_LE = torch.zeros(layers, experts, dtype=torch.float64)
 
-    def listen(self, dense: Model) -> None:
-        """Follow the FFNs of ``dense`` whose layers are MoE layers."""
-        for ours, theirs in zip(self.moe.chunks, dense.chunks, strict=True):
-            assert ours.layers == theirs.layers
-            routed: Any = ours.module.decoder
-            plain: Any = theirs.module.decoder
-            for layer, block, other in zip(ours.layers, routed.layers, plain.layers, strict=True):
-                if isinstance(block.mlp, MoELayer):
-                    other.mlp.register_forward_hook(self._hook(layer, block.mlp))
+    def register_hooks(self, dense: Model) -> None:
+        """Register hooks on the FFNs of ``dense`` whose layers are MoE layers in ``moe``."""
+        for moe_chunk, dense_chunk in zip(self.moe.chunks, dense.chunks, strict=True):
+            assert moe_chunk.layers == dense_chunk.layers
+            routed: Any = moe_chunk.module.decoder
+            plain: Any = dense_chunk.module.decoder
+            pairs = zip(moe_chunk.layers, routed.layers, plain.layers, strict=True)
+            for layer, moe_block, dense_block in pairs:
+                if isinstance(moe_block.mlp, MoELayer):
+                    dense_block.mlp.register_forward_hook(self._hook(layer, moe_block.mlp))
 
     def _hook(self, layer: int, moe: Any) -> Callable[..., None]:
         def hook(module: Any, args: tuple[Tensor, ...], output: tuple[Tensor, Any]) -> None:
             expected_sBD = output[0]
-            x_sBD = normalised(args[0], module).to(args[0].dtype)
+            x_sBD = normalized(args[0], module).to(args[0].dtype)
             routed: list[Tensor] = []
-            listening = moe.router.register_forward_hook(
+            handle = moe.router.register_forward_hook(
                 lambda _, __, routing: routed.append(routing[0])
             )
             moe.eval()
-            found_sBD = moe(x_sBD)[0]
+            output_sBD = moe(x_sBD)[0]
             moe.train()
-            listening.remove()
+            handle.remove()
             index = self._passed.get(layer, 0)
             self._passed[layer] = index + 1
             if index < len(self.counted) and self.counted[index]:
-                off, whole = (found_sBD - expected_sBD).double(), expected_sBD.double()
+                error, whole = (output_sBD - expected_sBD).double(), expected_sBD.double()
                 self.squares_L2[layer] += torch.stack(
-                    [off.square().sum(), whole.square().sum()]
+                    [error.square().sum(), whole.square().sum()]
                 ).cpu()
                 self.chosen_LE[layer] += (routed[0] > 0).double().sum(dim=0).cpu()
 
         return hook
 
     def result(self) -> tuple[dict[int, float], dict[int, float]]:
-        """Relative error and share of the busiest expert, by layer, over all ranks."""
+        """Return the relative error and the busiest expert's load by layer, over all ranks."""
         squares_L2, chosen_LE = world_sum(self.squares_L2), world_sum(self.chosen_LE)
         error_L = (squares_L2[:, 0] / squares_L2[:, 1]).sqrt().tolist()
         busiest_L = (chosen_LE.amax(dim=1) / chosen_LE.mean(dim=1)).tolist()

@@ -1,7 +1,8 @@
-"""From a recipe to a plan that is ready to build with: tables read, or solved on the ranks.
+"""Complete a plan with its tables: read them from a file, or compute them on the ranks.
 
-Clusters of weights are found at the start of a run: the ranks share the layers, each reads the rows
-it clusters, and all learn the result. The plan is kept in run.dir, so a resume clusters nothing.
+Clusters of weights are computed at the start of a run. Each rank clusters some of the layers and
+reads only their rows, and the results are gathered on all ranks. The plan is stored in run.dir, so
+that a resumed run does not cluster again.
 """
 
 from __future__ import annotations
@@ -18,42 +19,42 @@ from megatron_moe.hf.reader import DenseCheckpoint
 
 
 def complete_plan(plan: ExpertPlan, config: RunConfig, dense: DenseCheckpoint) -> ExpertPlan:
-    """``plan`` with every table it needs; every rank calls it and gets the same.
+    """Return ``plan`` with every table it needs. All ranks must call this and get the same plan.
 
     Raises:
-        CheckpointError: The plan file is missing, or of other settings or another model.
+        CheckpointError: The plan file is missing, or was made for other settings or another model.
     """
-    kept = config.run.dir / PLAN_FILE
+    path = config.run.dir / PLAN_FILE
     if plan.recipe.needs_measuring:
-        if config.upcycle.plan is None:  # the rules have refused it
-            raise ConfigError("upcycle.plan is needed")
-        found = read_plan(config.upcycle.plan, plan, source=dense.fingerprint())
+        if config.upcycle.plan is None:  # `construction_violations` reports this earlier
+            raise ConfigError("upcycle.plan must be set")
+        complete = read_plan(config.upcycle.plan, plan, source=dense.fingerprint())
     elif not plan.recipe.needs_weights:
         return plan
-    elif kept.exists():
-        return read_plan(kept, plan, source=dense.fingerprint())
+    elif path.exists():
+        return read_plan(path, plan, source=dense.fingerprint())
     else:
-        found = plan.with_tables(clustered_tables(plan, dense))
-    dist.barrier()  # every rank has seen whether there was one
+        complete = plan.with_tables(clustered_tables(plan, dense))
+    dist.barrier()  # every rank has checked whether the file exists
     if dist.get_rank() == 0:
-        write_plan(kept, found, source=dense.fingerprint())
-    return found
+        write_plan(path, complete, source=dense.fingerprint())
+    return complete
 
 
 def clustered_tables(plan: ExpertPlan, dense: DenseCheckpoint) -> dict[int, LayerTable]:
-    """Clusters of each MoE layer's neurons, the layers shared out over the ranks."""
+    """Cluster each MoE layer's neurons; layers are divided among the ranks."""
     recipe, world = plan.recipe, dist.get_world_size()
-    mine = {}
+    tables = {}
     for layer in recipe.moe_layers[dist.get_rank() :: world]:
         up = dense.read(f"model.layers.{layer}.mlp.up_proj.weight").float().numpy()
         part = split.clustered(recipe, layer, np.ascontiguousarray(up))
-        mine[layer] = LayerTable(neurons_EM=part.neurons_EM, shared_S=part.shared_S)
-    return gather_tables(mine)
+        tables[layer] = LayerTable(neurons_EM=part.neurons_EM, shared_S=part.shared_S)
+    return gather_tables(tables)
 
 
-def gather_tables(mine: dict[int, LayerTable]) -> dict[int, LayerTable]:
-    """The tables of all ranks, on every rank, by ascending layer."""
+def gather_tables(local: dict[int, LayerTable]) -> dict[int, LayerTable]:
+    """Gather the tables of all ranks on every rank, by ascending layer."""
     gathered: list[dict[int, LayerTable]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(gathered, mine)
-    together = {layer: table for tables in gathered for layer, table in tables.items()}
-    return dict(sorted(together.items()))
+    dist.all_gather_object(gathered, local)
+    merged = {layer: table for tables in gathered for layer, table in tables.items()}
+    return dict(sorted(merged.items()))

@@ -1,7 +1,7 @@
-"""What a rank has measured so far, on disk: a killed `construct` goes on where it was.
+"""Store partial measurements of each rank, so that a killed `construct` can resume.
 
-folder/latest                  how many rounds are complete on all ranks, and the key
-folder/<rounds>-<rank>.safetensors
+folder/latest                        number of rounds completed on all ranks, and the key
+folder/<rounds>-<rank>.safetensors   tensors of one rank
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from torch import Tensor
 
 
 class PartialFiles:
-    """One rank's files; all ranks save and restore together."""
+    """Partial files of one rank; all ranks must save and restore together."""
 
     def __init__(self, folder: Path, key: str) -> None:
-        """Files in ``folder`` that belong to the measuring that ``key`` names."""
+        """Use the files in ``folder`` that belong to the measurement identified by ``key``."""
         self._folder, self._key = folder, f"{key} on {dist.get_world_size()} ranks"
 
     def restore(self, tensors: Mapping[str, Tensor]) -> int:
-        """Set ``tensors`` to what was kept; returns how many rounds that was, 0 for none."""
+        """Restore ``tensors`` in place, and return the number of completed rounds, 0 if none."""
         pointer = self._folder / "latest"
         if not pointer.exists():
             return 0
         latest = json.loads(pointer.read_text())
         if latest["key"] != self._key:
             return 0
-        kept = load_file(self._file(latest["rounds"]))
+        saved = load_file(self._file(latest["rounds"]))
         for name, tensor in tensors.items():
-            tensor.copy_(kept[name])
+            tensor.copy_(saved[name])
         return latest["rounds"]
 
     def save(self, tensors: Mapping[str, Tensor], rounds: int) -> None:
-        """Keep ``tensors``; what was kept before goes once all ranks have."""
+        """Save ``tensors``, and delete the previous files when all ranks have saved."""
         self._folder.mkdir(parents=True, exist_ok=True)
         save_file(dict(tensors), self._file(rounds))
         dist.barrier()
@@ -51,7 +51,7 @@ class PartialFiles:
                 old.unlink()
 
     def remove(self) -> None:
-        """The measuring is done: nothing is kept."""
+        """Delete all files after the measurement."""
         dist.barrier()
         if dist.get_rank() == 0:
             shutil.rmtree(self._folder, ignore_errors=True)

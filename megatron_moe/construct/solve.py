@@ -1,4 +1,4 @@
-"""From measurements of one layer to its table: neurons, router rows, output scale.
+"""Compute the table of one layer from its measurements: neurons, router rows, output scale.
 
 Shape letters: T sampled inputs, D hidden_size, F dense neurons, M neurons of an expert, E experts,
 C clusters (= E), K top-k.
@@ -23,8 +23,8 @@ from megatron_moe.hf.reader import DenseCheckpoint
 
 
 @dataclass(frozen=True, slots=True)
-class LayerMeasured:
-    """What was measured of one layer, whole."""
+class LayerMeasurements:
+    """Measurements of one layer, summed over all ranks."""
 
     inputs_TD: Tensor
     importance_CF: NDArray[np.float64]
@@ -32,9 +32,9 @@ class LayerMeasured:
 
 
 def layer_table(
-    plan: ExpertPlan, layer: int, measured: LayerMeasured, dense: DenseCheckpoint, moe: Moe
+    plan: ExpertPlan, layer: int, measured: LayerMeasurements, dense: DenseCheckpoint, moe: Moe
 ) -> LayerTable:
-    """Everything about one layer that its recipe does not say itself."""
+    """Compute everything about one layer that cannot be derived from its recipe."""
     recipe = plan.recipe
     table = _neurons(recipe, layer, measured, dense)
     if recipe.router_init == "centroids":
@@ -53,7 +53,7 @@ def layer_table(
 
 
 def _neurons(
-    recipe: Recipe, layer: int, measured: LayerMeasured, dense: DenseCheckpoint
+    recipe: Recipe, layer: int, measured: LayerMeasurements, dense: DenseCheckpoint
 ) -> LayerTable:
     size, shared = recipe.expert_ffn_hidden_size, recipe.shared_size
     match recipe.method:
@@ -72,48 +72,49 @@ def _neurons(
 
 
 def centroid_rows(recipe: Recipe, layer: int, inputs_TD: Tensor) -> NDArray[np.float32]:
-    """Centroids of the layer's inputs, as long as random rows of router_init_std would be.
+    """Return centroids of the layer's inputs, with the norm of random rows of router_init_std.
 
-    The mean of all inputs is taken off first: it would raise every expert's logit alike.
+    The mean of all inputs is subtracted first: it would raise the logits of all experts equally.
     """
     points_TD = inputs_TD[: len(inputs_TD) // recipe.num_experts * recipe.num_experts].numpy()
     points_TD = (points_TD - points_TD.mean(axis=0)).astype(np.float32)
-    drawn = generator(recipe.seed, layer, Use.CLUSTERS, 2)
-    cluster_T = balanced_kmeans(points_TD, recipe.num_experts, drawn)
+    rng = generator(recipe.seed, layer, Use.CLUSTERS, 2)
+    cluster_T = balanced_kmeans(points_TD, recipe.num_experts, rng)
     means = [points_TD[cluster_T == expert].mean(axis=0) for expert in range(recipe.num_experts)]
-    length = recipe.router_init_std * recipe.hidden_size**0.5
-    return (split.unit_rows(np.stack(means)) * length).astype(np.float32)
+    norm = recipe.router_init_std * recipe.hidden_size**0.5
+    return (split.unit_rows(np.stack(means)) * norm).astype(np.float32)
 
 
 @dataclass(frozen=True, slots=True)
 class DenseFfn:
-    """The weights of a dense layer, whole."""
+    """Full weights of a dense FFN."""
 
     gate_FD: Tensor
     up_FD: Tensor
     down_DF: Tensor
 
     def output(self, x_TD: Tensor, neurons_M: Tensor | slice = slice(None)) -> Tensor:
-        """What these neurons add to the residual stream."""
+        """Return the contribution of these neurons to the residual stream."""
         gate_TM, up_TM = x_TD @ self.gate_FD[neurons_M].T, x_TD @ self.up_FD[neurons_M].T
         return (torch.nn.functional.silu(gate_TM) * up_TM) @ self.down_DF[:, neurons_M].T
 
 
 def matching_scale(ffn: DenseFfn, plan: LayerPlan, inputs_TD: Tensor, moe: Moe) -> float:
-    """Factor of the routed output that gives the MoE layer the dense layer's variance.
+    """Return the factor of the routed output that gives the MoE layer the dense layer's variance.
 
-    What the shared expert adds is taken from both sides, so the factor is that of the routed
-    experts alone. Neurons drawn anew and noise are not in it: it is of the experts as they are cut.
+    The shared expert's output is subtracted from both sides, so that the factor applies to the
+    routed experts alone. It ignores reinitialized neurons and noise: it is computed from the
+    experts as they were split.
     """
     shared = torch.from_numpy(plan.shared_S)
-    wanted_TD = ffn.output(inputs_TD) - ffn.output(inputs_TD, shared)
+    target_TD = ffn.output(inputs_TD) - ffn.output(inputs_TD, shared)
     routed_TD = routed_output(ffn, plan, inputs_TD, moe)
-    wanted, found = (x.var(dim=0, correction=0).sum() for x in (wanted_TD, routed_TD))
-    return float((wanted / found).sqrt())
+    target, routed = (x.var(dim=0, correction=0).sum() for x in (target_TD, routed_TD))
+    return float((target / routed).sqrt())
 
 
 def routed_output(ffn: DenseFfn, plan: LayerPlan, inputs_TD: Tensor, moe: Moe) -> Tensor:
-    """The routed experts' weighted output, before any scale."""
+    """Return the weighted output of the routed experts, before any scale."""
     weights_TE = combine_weights(inputs_TD @ _router(ffn, plan).T, moe)
     out_TD = torch.zeros(len(inputs_TD), ffn.down_DF.shape[0])
     for expert, neurons_M in enumerate(plan.neurons_EM):
@@ -124,7 +125,7 @@ def routed_output(ffn: DenseFfn, plan: LayerPlan, inputs_TD: Tensor, moe: Moe) -
 
 
 def combine_weights(logits_TE: Tensor, moe: Moe) -> Tensor:
-    """Weight of each expert for each token, zero where it is not chosen."""
+    """Return the weight of each expert for each token, zero if it is not chosen."""
     scores_TE = logits_TE
     if moe.moe_router_score_function == "sigmoid":
         scores_TE = logits_TE.sigmoid()

@@ -1,1 +1,1 @@
-"""Stage 5, DATA: text to tokens, tokens to the batches of each rank."""
+"""Tokenize text, mix domains, and build the batches of each rank."""

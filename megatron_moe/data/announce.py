@@ -1,4 +1,4 @@
-"""What the operator is told about the data before the first step."""
+"""Summarize the data of a run for the log, before the first step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from megatron_moe.data.texts import Texts
 
 
 def announcement(texts: Texts, blend: BlendState, config: RunConfig) -> str:
-    """A line a domain, then what was left out, then what is read too often."""
+    """Return one line per domain, then skipped records, then warnings about repeated data."""
     chunks = {name: text.num_chunks for name, text in texts.training.items()}
     weights = blend.by_domain
     num_samples = config.train.steps * config.train.global_batch_size
@@ -20,6 +20,6 @@ def announcement(texts: Texts, blend: BlendState, config: RunConfig) -> str:
         for name, count in chunks.items()
     ]
     if config.data.mixing.update != "never":
-        lines.append("epochs are those of the weights as they are now; they will move")
+        lines.append("epochs assume the current weights, which will change during the run")
     repeated = repetition_warnings(epochs, limit=config.data.warn_above_epochs)
     return "\n".join([*lines, *texts.remarks, *repeated])

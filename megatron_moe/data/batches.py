@@ -1,8 +1,9 @@
-"""Which tokens each data-parallel rank sees at each step, and its part of a long sequence.
+"""Build the micro-batches of each data-parallel rank, and slice sequences over cp ranks.
 
 Sample ``k`` of a run is a function of (data, seed, k) alone. The layout, the number of ranks and
-the batch sizes decide who computes a sample, never which samples a step has, so a run can change
-its layout in the middle; its place in the data is one number, the samples consumed so far.
+the batch sizes decide which rank computes a sample, never which samples a step contains. A run can
+therefore change its layout between steps; its position in the data is one number, the samples
+consumed so far.
 
 Shape letters of this module:
 
@@ -26,7 +27,7 @@ from megatron_moe.parallel.sequence import zigzag
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What the model is given for one micro batch."""
+    """Inputs of the model for one micro-batch."""
 
     tokens_BS: Tensor
     """Input ids, int64."""
@@ -38,13 +39,13 @@ class Batch:
     """1.0 where the loss counts, float32."""
 
     position_ids_BS: Tensor
-    """Place of each token in its sequence, int64; it survives slicing."""
+    """Position of each token in its full sequence, also after slicing, int64."""
 
     samples_B: Tensor
-    """Number of each sample in the run, or in the text that it validates on, int64."""
+    """Index of each sample in the run, or in the validation text, int64."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        """The batch with ``change`` applied to every tensor of tokens, e.g. a copy to the GPU."""
+        """Return a batch with ``change`` applied to every ``BS`` tensor, e.g. a copy to the GPU."""
         return replace(
             self,
             tokens_BS=change(self.tokens_BS),
@@ -55,7 +56,7 @@ class Batch:
 
 
 def make_batch(samples: Sequence[Sample], *, first: int = 0) -> Batch:
-    """``B`` samples of one length, side by side as model inputs, numbered from ``first``."""
+    """Stack ``B`` samples of equal length into model inputs; ``first`` is the first one's index."""
     ids_BT = torch.from_numpy(np.stack([sample.ids_T for sample in samples]))
     return Batch(
         tokens_BS=ids_BT[:, :-1].contiguous(),
@@ -75,19 +76,19 @@ def micro_batches(
     dp_rank: int,
     dp_size: int,
 ) -> list[Batch]:
-    """The micro batches of one rank for the step that starts at sample ``position``.
+    """Return one rank's micro-batches of the step that starts at sample ``position``.
 
-    Together the ranks see samples ``[position, position + global_batch_size)``, each once, for
-    any ``dp_size`` and ``micro_batch_size`` that divide it.
+    Together the ranks see each sample of ``[position, position + global_batch_size)`` once, for
+    any ``dp_size`` and ``micro_batch_size`` whose product divides ``global_batch_size``.
 
     Args:
-        samples: Where the samples come from.
-        position: Samples consumed before this step: ``step * global_batch_size`` while the batch
+        samples: Source of the samples.
+        position: Samples consumed before this step: ``step * global_batch_size`` if the batch
             size never changed.
-        global_batch_size: Samples of the step; divisible by ``micro_batch_size * dp_size``.
+        global_batch_size: Samples per step; divisible by ``micro_batch_size * dp_size``.
         micro_batch_size: ``B``.
-        dp_rank: The rank's place among those that hold the same part of the model.
-        dp_size: How many of them there are.
+        dp_rank: Data-parallel rank.
+        dp_size: Number of data-parallel ranks.
     """
     return [
         make_batch(
@@ -101,11 +102,11 @@ def micro_batches(
 def validation_batches(
     samples: Chunked, *, num_samples: int, micro_batch_size: int, dp_rank: int, dp_size: int
 ) -> list[Batch]:
-    """One rank's part of the first ``num_samples`` chunks, in the order of the text.
+    """Return one rank's part of the first ``num_samples`` chunks, in the order of the text.
 
-    Every rank gets as many micro batches as the others, as collectives need; where samples run
-    out, their loss mask is zero. So the mean over the mask, summed over dp ranks before it is
-    divided, is the same number for any layout. A text with fewer chunks gives all it has.
+    Every rank gets the same number of micro-batches, as collectives require. Padding samples have
+    a loss mask of zero. If both the losses and the mask are summed over dp ranks before dividing,
+    the mean is the same for any layout. A text with fewer chunks contributes all of them.
     """
     num_samples = min(num_samples, samples.num_chunks)
     round_size = micro_batch_size * dp_size
@@ -121,9 +122,9 @@ def validation_batches(
 
 
 def slice_for_context_parallel(batch: Batch, *, cp_rank: int, cp_size: int) -> Batch:
-    """The part of each sequence that one cp rank holds: ``(B, S)`` to ``(B, S / cp)``.
+    """Return the slice of each sequence that one cp rank holds: ``(B, S)`` to ``(B, S / cp)``.
 
-    Which part is `parallel.sequence.zigzag`'s.
+    `parallel.sequence.zigzag` defines the slice.
 
     Raises:
         ConfigError: ``2 * cp_size`` does not divide ``S``.
@@ -134,12 +135,13 @@ def slice_for_context_parallel(batch: Batch, *, cp_rank: int, cp_size: int) -> B
     if seq_length % (2 * cp_size):
         raise ConfigError(
             f"data.seq_length ({seq_length}) must be divisible by 2 * "
-            f"parallel.context_parallel_size = {2 * cp_size}: each cp rank holds two runs of it"
+            f"parallel.context_parallel_size = {2 * cp_size}, because each cp rank holds two "
+            "chunks of every sequence"
         )
 
     return batch.map(lambda x_BS: zigzag(x_BS, dim=1, cp_rank=cp_rank, cp_size=cp_size))
 
 
 def _starts(total: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> range:
-    """Where the rank's micro batches start within ``range(total)``: every ``dp_size``-th is its."""
+    """Return the starts of the rank's micro-batches in ``range(total)``: every ``dp_size``-th."""
     return range(dp_rank * micro_batch_size, total, dp_size * micro_batch_size)

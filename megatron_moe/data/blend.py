@@ -1,8 +1,8 @@
-"""Samples of several domains in given shares, and how far each domain has been consumed.
+"""Mix samples of several domains by weight, and track the samples consumed per domain.
 
-The state is a handful of numbers per domain. Every rank carries it through every sample of the
-global batch and then takes its own, so the blend does not know the layout, and a checkpoint that
-holds the state goes on under another one.
+The state is a few numbers per domain. Every rank updates it for all samples of the global batch
+and then takes its own samples. The blend therefore does not depend on the layout, and a run can
+resume from its checkpoint under another layout.
 """
 
 from __future__ import annotations
@@ -19,55 +19,55 @@ from megatron_moe.errors import CheckpointError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlendState:
-    """Where a blend is; tuples follow ``domains``. Goes into the checkpoint as it is."""
+    """Position of a blend; tuples are in the order of ``domains``. Saved in the checkpoint."""
 
     domains: tuple[str, ...]
 
     weights: tuple[float, ...]
-    """Shares of the samples to come; sum 1."""
+    """Shares of the samples to come; they sum to 1."""
 
     consumed: tuple[int, ...]
     """Samples drawn from each domain so far."""
 
     owed: tuple[float, ...]
-    """Samples that each domain is behind its share so far; sum 0."""
+    """Samples that each domain lags behind its share so far; they sum to 0."""
 
     @property
     def position(self) -> int:
-        """Samples drawn in all."""
+        """Total number of samples drawn."""
         return sum(self.consumed)
 
     @property
     def by_domain(self) -> dict[str, float]:
-        """Weights by the names of their domains."""
+        """Weights keyed by domain name."""
         return dict(zip(self.domains, self.weights, strict=True))
 
     def reweighted(self, weights: Sequence[float]) -> BlendState:
-        """The same place with other shares from here on."""
+        """Return the same position with other weights for the samples to come."""
         return replace(self, weights=tuple(weights))
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for a checkpoint."""
+        """Return plain values for a checkpoint."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], *, domains: Sequence[str]) -> BlendState:
-        """The state that `to_json` wrote, for a run over ``domains``.
+        """Restore the state that `to_json` wrote, for a run over ``domains``.
 
         Raises:
-            CheckpointError: The checkpoint is of other domains.
+            CheckpointError: The checkpoint has other domains.
         """
         if tuple(values["domains"]) != tuple(domains):
             raise CheckpointError(
-                f"the checkpoint mixes the domains {', '.join(values['domains'])}, the "
-                f"configuration {', '.join(domains)}: its place in the data is lost.\n"
-                "  name the same domains in the same order"
+                f"the checkpoint mixes the domains {', '.join(values['domains'])}, but the "
+                f"configuration mixes {', '.join(domains)}: the position in the data cannot be "
+                "restored.\n  list the same domains in the same order"
             )
         return cls(**{name: tuple(value) for name, value in values.items()})
 
 
 def start_blend(weights: Mapping[str, float]) -> BlendState:
-    """The state before the first sample. See `check_weights` for what it refuses."""
+    """Return the state before the first sample. `check_weights` validates ``weights``."""
     shares = check_weights(weights)
     return BlendState(
         domains=tuple(shares),
@@ -78,11 +78,11 @@ def start_blend(weights: Mapping[str, float]) -> BlendState:
 
 
 def draw(state: BlendState, count: int) -> tuple[list[int], BlendState]:
-    """The domains (as indices) of the next ``count`` samples, and the state after them.
+    """Return the domains (as indices) of the next ``count`` samples, and the state after them.
 
-    Each sample goes to the domain that is furthest behind its share. No domain then ever is a
-    whole sample ahead of its share, where random draws would stray by the square root of their
-    number; and with constant weights, n draws now and m later are n + m draws at once.
+    Each sample is drawn from the domain that lags furthest behind its share. No domain is ever
+    a whole sample ahead of its share; random draws would deviate by the square root of their
+    number. With constant weights, drawing n and then m samples equals drawing n + m at once.
     """
     owed, consumed, drawn = list(state.owed), list(state.consumed), []
     for _ in range(count):
@@ -96,11 +96,11 @@ def draw(state: BlendState, count: int) -> tuple[list[int], BlendState]:
 
 
 class BlendedBatch:
-    """The samples of one global batch, numbered on from the position it starts at.
+    """Samples of one global batch, indexed from the position where the batch starts.
 
-    The draws come in a rhythm. Dealt to ranks in turn, it could give a domain to the same rank at
-    every step, whose router would then balance its experts for that domain alone; so they are
-    shuffled within the batch.
+    The draws are periodic. Assigned to ranks in turn, they could give a domain to the same rank at
+    every step, and that rank's router would then balance its experts for this domain alone.
+    Therefore the samples are shuffled within the batch.
     """
 
     def __init__(self, picks: list[tuple[SampleSource, int]], *, position: int, seed: int) -> None:
@@ -109,24 +109,24 @@ class BlendedBatch:
         self._seed = seed
 
     def __getitem__(self, k: int) -> Sample:
-        """Sample ``k`` of the run; it must lie in this batch."""
-        place = permuted(
+        """Return sample ``k`` of the run, which must be in this batch."""
+        index = permuted(
             k - self._position, len(self._picks), seed=self._seed, epoch=self._position
         )
-        source, local = self._picks[place]
+        source, local = self._picks[index]
         return source[local]
 
 
 def next_global_batch(
     sources: Mapping[str, SampleSource], state: BlendState, *, global_batch_size: int, seed: int
 ) -> tuple[BlendedBatch, BlendState]:
-    """The next global batch of a blend, for `micro_batches`, and the state after it.
+    """Return the next global batch of a blend, for `micro_batches`, and the state after it.
 
     Args:
-        sources: Samples of each domain; each domain goes through its own in their order.
-        state: Where the blend is; the batch starts at ``state.position``.
+        sources: Samples of each domain; each domain is read in the order of its own samples.
+        state: Position of the blend; the batch starts at ``state.position``.
         global_batch_size: Samples of the step over all ranks.
-        seed: Seed of the arrangement within the batch.
+        seed: Seed of the shuffle within the batch.
     """
     drawn, after = draw(state, global_batch_size)
     local = list(state.consumed)
@@ -140,12 +140,12 @@ def next_global_batch(
 def epochs_of_domains(
     weights: Mapping[str, float], chunks: Mapping[str, int], *, num_samples: int
 ) -> dict[str, float]:
-    """How often a run of ``num_samples`` reads each domain, at constant weights."""
+    """Return the epochs of each domain in a run of ``num_samples`` with constant weights."""
     return {name: weight * num_samples / chunks[name] for name, weight in weights.items()}
 
 
 def repetition_warnings(epochs: Mapping[str, float], *, limit: float) -> list[str]:
-    """A line for each domain that is read more than ``limit`` times, to say before the run."""
+    """Return a warning for each domain that is read more than ``limit`` times."""
     return [
         f"domain {name} will be read {count:.1f} times, more than {limit:g}: it has too little "
         "text for its weight"

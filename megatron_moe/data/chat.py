@@ -1,12 +1,13 @@
-"""Conversations to ids in the model's own chat format, with the assistant's words marked.
+"""Tokenize conversations with the model's chat template, and mark the assistant's tokens.
 
-Read are OpenAI's ``{"messages": [{"role": ..., "content": ...}]}`` and ShareGPT's
-``{"conversations": [{"from": ..., "value": ...}]}``, one a line. The loss counts on what the
-assistant says and on the token that ends its turn (LLaMA-MoE, arXiv 2406.16554, section 3.4, trains
-on the responses of ShareGPT conversations), which the marks say.
+Supported formats, one conversation per line: OpenAI's
+``{"messages": [{"role": ..., "content": ...}]}`` and ShareGPT's
+``{"conversations": [{"from": ..., "value": ...}]}``. The loss counts on the assistant's messages
+and on the token that ends its turn; LLaMA-MoE (arXiv 2406.16554, section 3.4) trains on the
+responses of ShareGPT conversations.
 
-On disk a conversation is one document of Megatron's multimodal token file: a sequence for each run
-of tokens of one kind, whose mode is 1 where the loss counts.
+On disk a conversation is one document of Megatron's multimodal token file. It has one sequence
+per run of tokens of one kind; a sequence's mode is 1 if the loss counts on it, else 0.
 """
 
 from __future__ import annotations
@@ -39,24 +40,24 @@ _SHAREGPT_ROLES = {
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """One conversation as the model sees it."""
+    """One tokenized conversation."""
 
     ids: list[int]
 
     counts: list[bool]
-    """Whether the model is to learn to say each id."""
+    """Whether the loss counts on each id."""
 
 
 class ChatTokenizer:
-    """The chat template of a dense folder."""
+    """Tokenizer and chat template of a dense model's folder."""
 
     def __init__(self, folder: Path) -> None:
         """Read the tokenizer and its template, offline and without running code of the folder.
 
         Raises:
-            DataError: No fast tokenizer there, or one without a chat template.
+            DataError: The folder has no fast tokenizer, or its tokenizer has no chat template.
         """
-        from transformers import AutoTokenizer  # which takes a second: training needs none
+        from transformers import AutoTokenizer  # imported here: it takes a second
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(
@@ -67,18 +68,18 @@ class ChatTokenizer:
         if not tokenizer.is_fast or not tokenizer.chat_template:
             raise DataError(
                 f"the tokenizer of {folder} has no chat template, or no tokenizer.json.\n"
-                "  put the chat_template.jinja that the tuned model shall speak into the folder"
+                "  put the chat_template.jinja to train with into the folder"
             )
-        # Any: the stub knows no fast tokenizer.
+        # Any: transformers' type annotations do not cover fast tokenizers.
         self._tokenizer: Any = tokenizer
         self.vocab_size: int = max(tokenizer.get_vocab().values()) + 1
         self.fingerprint: str = fingerprint_of(folder)
 
     def encode(self, messages: Sequence[Message]) -> Conversation:
-        """Ids of the conversation, with the assistant's turns marked.
+        """Tokenize a conversation and mark the assistant's turns.
 
         Raises:
-            ValueError: Why it cannot be rendered, in words for the user.
+            ValueError: The conversation cannot be rendered; the message gives the reason.
         """
         for message in messages:
             for token in self._tokenizer.all_special_tokens:
@@ -98,13 +99,13 @@ class ChatTokenizer:
         return Conversation(encoding["input_ids"], counts)
 
     def _span(self, text: str, messages: Sequence[Message], turn: int) -> tuple[int, int]:
-        """Characters of the rendered ``text`` that the assistant says in ``turn``."""
+        """Return start and end of the assistant's ``turn`` in the rendered ``text``."""
         before = self._render(messages[:turn], add_generation_prompt=True)
         through = self._render(messages[: turn + 1])
         if not (text.startswith(through) and through.startswith(before)):
             raise ValueError(
-                f"the chat template renders turn {turn + 1} otherwise when more turns follow, so "
-                "what the assistant says there has no place in the whole"
+                f"the chat template renders turn {turn + 1} differently when more turns follow, so "
+                "the assistant's text of that turn cannot be located in the conversation"
             )
         return len(before), len(through)
 
@@ -113,15 +114,15 @@ class ChatTokenizer:
             return self._tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
             )
-        except Exception as error:  # the template is a program, and raises what it likes
-            raise ValueError(f"the chat template refuses the conversation: {error}") from error
+        except Exception as error:  # a template is a program and can raise any exception
+            raise ValueError(f"the chat template rejects the conversation: {error}") from error
 
 
 def parse_conversation(line: bytes) -> list[Message]:
-    """The messages of one JSONL line, in OpenAI's form.
+    """Parse one JSONL line into messages in OpenAI's format.
 
     Raises:
-        ValueError: Why the line is no conversation to learn from, in words for the user.
+        ValueError: The line is not a usable conversation; the message gives the reason.
     """
     try:
         record = json.loads(line)
@@ -134,7 +135,7 @@ def parse_conversation(line: bytes) -> list[Message]:
         raise ValueError("has no list 'messages' (OpenAI) or 'conversations' (ShareGPT)")
     messages = [_message(turn) for turn in turns]
     if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError("the assistant says nothing, so there is nothing to learn")
+        raise ValueError("has no message of the assistant, so there is nothing to learn")
     return messages
 
 
@@ -144,16 +145,16 @@ def write_conversations(
     """Write the token file ``prefix`` from the JSONL file ``path``.
 
     Args:
-        path: One conversation a line.
-        prefix: The pair to write, with modes; ``prefix.json`` gets the report.
-        tokenizer: The chat template.
-        max_malformed: Conversations that may be left out because they are broken.
+        path: Input file, one conversation per line.
+        prefix: Pair to write, with modes; the report goes to ``prefix.json``.
+        tokenizer: Tokenizer with a chat template.
+        max_malformed: Maximum number of malformed conversations to skip.
 
     Returns:
-        ``file:line: reason`` of each conversation that was left out.
+        ``file:line: reason`` for each conversation that was skipped.
 
     Raises:
-        DataError: More broken conversations than that, or none that is whole.
+        DataError: More than ``max_malformed`` conversations are malformed, or none is usable.
     """
     dtype = DType.optimal_dtype(tokenizer.vocab_size)
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype, multimodal=True)
@@ -166,13 +167,14 @@ def write_conversations(
             malformed.append(f"{path}:{number}: {error}")
             if len(malformed) > max_malformed:
                 raise DataError(
-                    f"more than {max_malformed} broken conversations:\n  " + "\n  ".join(malformed)
+                    f"more than {max_malformed} malformed conversations:\n  "
+                    + "\n  ".join(malformed)
                 ) from error
             continue
         _add(builder, conversation)
         written += 1
     if not written:
-        raise DataError(f"{path} holds no conversation")
+        raise DataError(f"{path} contains no conversation")
     builder.finalize(f"{prefix}.idx")
     report = json.dumps({"conversations": written, "malformed": malformed}, indent=2)
     Path(f"{prefix}.json").write_text(report + "\n", encoding="utf-8")
@@ -203,7 +205,7 @@ def _message(turn: object) -> Message:
     role = turn.get("role") or _SHAREGPT_ROLES.get(str(turn.get("from")))
     content = turn.get("content", turn.get("value"))
     if not isinstance(role, str):
-        raise ValueError(f"a turn is of no known speaker: {turn.get('from')!r}")
+        raise ValueError(f"a turn has an unknown speaker: {turn.get('from')!r}")
     if not isinstance(content, str):
         raise ValueError(f"a turn of the {role} has no text: {content!r}")
     return {"role": role, "content": content}

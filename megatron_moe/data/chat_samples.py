@@ -1,4 +1,4 @@
-"""Numbered samples out of conversations: whole ones side by side, each in its own positions.
+"""Pack whole conversations into samples, each conversation with its own positions.
 
 Shape letters of this module:
 
@@ -21,11 +21,11 @@ from megatron_moe.errors import DataError
 
 
 class ChatSamples:
-    """Packed conversations of a token file of `chat.write_conversations`, in the order of a seed.
+    """Packed conversations from a token file of `chat.write_conversations`, shuffled by a seed.
 
-    A sample is several conversations and padding. Positions start at 0 with each, so
-    `packing.document_bounds` finds where attention must not look back; the loss counts on what
-    assistants say, and never on the first token of the next conversation.
+    A sample holds several conversations and padding. Positions restart at 0 with each conversation,
+    so `packing.document_bounds` finds the bounds that attention must not cross. The loss counts on
+    the assistant's messages, and never on the first token of the next conversation.
     """
 
     def __init__(
@@ -40,14 +40,14 @@ class ChatSamples:
         """Pack the conversations of ``prefix`` into samples of ``seq_length`` inputs.
 
         Args:
-            prefix: A pair with modes.
+            prefix: Pair with modes.
             seq_length: ``S``.
-            vocab_size: Rows of the model's embedding; ids must be below.
-            seed: Of the order of samples.
-            conversations: The consecutive ones that are read.
+            vocab_size: Rows of the model's embedding; all ids must be smaller.
+            seed: Seed of the order of samples.
+            conversations: Range of conversations to read.
 
         Raises:
-            DataError: No such pair, or no conversation that fits.
+            DataError: The pair does not exist, or every conversation is too long.
         """
         self._prefix, self._vocab_size = prefix, vocab_size
         self._seq_length, self._seed = seq_length, seed
@@ -56,7 +56,7 @@ class ChatSamples:
         read = np.arange(len(lengths))[conversations]
         fitting = read[lengths[read] <= seq_length + 1]
         self.too_long: list[int] = read[lengths[read] > seq_length + 1].tolist()
-        """Conversations, counted from 0, that are longer than a sample and are left out."""
+        """Indices of the conversations that are longer than a sample and are skipped."""
         if not len(fitting):
             raise DataError(
                 f"each of the {len(read)} conversations in {prefix}.bin is longer than "
@@ -65,12 +65,13 @@ class ChatSamples:
         packs = pack(lengths[fitting].tolist(), capacity=seq_length + 1)
         self._packs = [[int(fitting[i]) for i in members] for members in packs]
         self.num_chunks = len(self._packs)
-        """Samples of one epoch."""
+        """Number of samples per epoch."""
 
     def chunk(self, index: int) -> Sample:
-        """Pack ``index``, in the order in which they were packed."""
+        """Return pack ``index``, in packing order."""
         size = self._seq_length + 1
-        # Padding has any id: no loss counts on it, and it comes last, where none attends to it.
+        # The id of padding is arbitrary: its loss does not count, and it comes last, so that no
+        # other token attends to it.
         ids_T = np.zeros(size, dtype=np.int64)
         counts_T = np.zeros(size, dtype=np.float32)
         positions_T = np.arange(size)
@@ -79,19 +80,19 @@ class ChatSamples:
             ids, counts = self._read(conversation)
             end = start + len(ids)
             ids_T[start:end], counts_T[start:end] = ids, counts
-            counts_T[start] = 0.0  # its label belongs to the conversation before
+            counts_T[start] = 0.0  # as a label it belongs to the previous conversation
             positions_T[start:end] = np.arange(len(ids))
             start = end
         positions_T[start:] = np.arange(size - start)
         return Sample(ids_T, loss_mask_S=counts_T[1:], position_ids_S=positions_T[:-1])
 
     def __getitem__(self, k: int) -> Sample:
-        """Sample ``k`` of the run: every pack once in each ``num_chunks`` samples."""
-        epoch, place = divmod(k, self.num_chunks)
-        return self.chunk(permuted(place, self.num_chunks, seed=self._seed, epoch=epoch))
+        """Return sample ``k`` of the run: every pack once in each ``num_chunks`` samples."""
+        epoch, index = divmod(k, self.num_chunks)
+        return self.chunk(permuted(index, self.num_chunks, seed=self._seed, epoch=epoch))
 
     def _read(self, conversation: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of a conversation, and 1.0 where the model is to learn to say them."""
+        """Return the ids of a conversation, and 1.0 for each id whose loss counts."""
         index = self._dataset.index
         first, last = self._dataset.document_indices[conversation : conversation + 2]
         lengths = index.sequence_lengths[first:last]
@@ -105,16 +106,18 @@ class ChatSamples:
 
 
 def split_conversations(prefix: Path, *, validation_fraction: float) -> tuple[slice, slice]:
-    """Conversations to train on, and the last ``validation_fraction`` of the tokens, whole ones.
+    """Split into training conversations and the last ``validation_fraction`` of the tokens.
+
+    Conversations are not cut.
 
     Raises:
-        DataError: No such pair, or not two conversations.
+        DataError: The pair does not exist, or has fewer than two conversations.
     """
     starts = _starts(open_pair(prefix, with_modes=True))
     if len(starts) < 3:
         raise DataError(
             f"{prefix} is one conversation, which cannot be split into training and validation.\n"
-            "  give validation a file of its own"
+            "  use a separate file for validation"
         )
     wanted = starts[-1] * (1 - validation_fraction)
     cut = nearest_document(wanted, len(starts) - 1, start_of=lambda i: int(starts[i]))
@@ -122,6 +125,6 @@ def split_conversations(prefix: Path, *, validation_fraction: float) -> tuple[sl
 
 
 def _starts(dataset: IndexedDataset) -> np.ndarray:
-    """Token at which each conversation begins, and the end of the last."""
+    """Return the index of each conversation's first token, and the end of the last."""
     ends = np.cumsum(dataset.sequence_lengths, dtype=np.int64)
     return np.concatenate([[0], ends])[dataset.document_indices]

@@ -1,9 +1,9 @@
-"""Files of text to one token file, on all cores, in the order of the input.
+"""Tokenize text files into one token file, on all cores, in the order of the input.
 
-The reader hands blocks of a mebibyte to worker processes and takes their ids back in order, so the
-result does not depend on the number of workers, and only a few blocks are in memory at a time. It
-does depend on everything in `Rules` and on the inputs; a run that was killed goes on where it last
-committed as long as these are the same.
+The reader sends blocks of 1 MiB to worker processes and collects their ids in order. The result
+does not depend on the number of workers, and only a few blocks are in memory at a time. The result
+does depend on `Rules` and on the inputs: a killed run resumes from its last commit if these are
+unchanged.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 from megatron.core.datasets.indexed_dataset import DType
 
-from megatron_moe.data.documents import Block, Place, find_files, read_blocks
+from megatron_moe.data.documents import Block, ReadPosition, find_files, read_blocks
 from megatron_moe.data.encode import Counts, Encoded, Rules, encode_block
 from megatron_moe.data.progress import ByteProgress
 from megatron_moe.data.tokenizer import Tokenizer
@@ -40,18 +40,18 @@ _SHOWN = 20
 
 @dataclass(frozen=True, slots=True)
 class CorpusReport:
-    """What was made of a corpus; also written to ``prefix.json``."""
+    """Summary of a tokenized corpus; also written to ``prefix.json``."""
 
     counts: Counts
 
     malformed: list[str]
-    """``file:line: reason`` of the first malformed records."""
+    """``file:line: reason`` for the first malformed records."""
 
     seconds: float
-    """Time of the process that finished the file; it may have gone on from another."""
+    """Run time of the process that finished the file, without earlier processes it resumed."""
 
     tokens_per_second: float
-    """Of that process alone."""
+    """Speed of that process alone."""
 
 
 def tokenize_files(
@@ -66,12 +66,12 @@ def tokenize_files(
     """Write the token file ``prefix.bin``, ``prefix.idx`` from ``inputs``.
 
     Args:
-        inputs: Files of the forms in `documents.py`, and folders of such files.
-        prefix: The pair to write; nothing lies there until it is whole.
-        tokenizer: Whose ids; each document ends with its end-of-text id.
-        rules: Which documents are taken.
-        workers: Processes that tokenize. 1: this one, with the tokenizer's own threads.
-        max_malformed: Malformed records that are skipped and counted before it is an error.
+        inputs: Files in the formats of `documents.py`, and folders of such files.
+        prefix: Pair to write; it appears only when it is complete.
+        tokenizer: Tokenizer; each document ends with its end-of-text id.
+        rules: Filters for documents.
+        workers: Number of tokenizing processes. 1 uses this process and the tokenizer's threads.
+        max_malformed: Maximum number of malformed records to skip and count.
 
     Returns:
         Counts and speed.
@@ -81,7 +81,7 @@ def tokenize_files(
             at all, or a token file at ``prefix`` already.
     """
     if Path(f"{prefix}.idx").exists():
-        raise DataError(f"{prefix}.idx exists already; delete the pair to make it anew")
+        raise DataError(f"{prefix}.idx already exists; delete the pair to tokenize again")
     files = find_files(inputs)
     writer = TokenWriter(
         prefix,
@@ -99,13 +99,13 @@ def tokenize_files(
 
 
 class _Job:
-    """The state of one run: what was counted so far, and which documents were seen."""
+    """State of one run: position, counts, and the digests of the documents seen so far."""
 
     def __init__(
         self, writer: TokenWriter, tokenizer: Tokenizer, rules: Rules, *, max_malformed: int
     ) -> None:
         journal = writer.journal or {"place": {}, "counts": {}, "malformed": []}
-        self.place = Place(**journal["place"])
+        self.position = ReadPosition(**journal["place"])
         self.counts = Counts(**journal["counts"])
         self.malformed: list[str] = journal["malformed"]
         self._writer, self._tokenizer, self._rules = writer, tokenizer, rules
@@ -116,25 +116,25 @@ class _Job:
         starts = [0, *accumulate(path.stat().st_size for path in files)]
         title = f"tokenize {files[0].name}" + (f" and {len(files) - 1} more" if files[1:] else "")
         started, tokens_before, committed = time.monotonic(), self.counts.tokens, time.monotonic()
-        blocks = read_blocks(files, text_key=self._rules.text_key, start=self.place)
+        blocks = read_blocks(files, text_key=self._rules.text_key, start=self.position)
         with ByteProgress(title, total_bytes=starts[-1]) as progress:
             for block, encoded in _encoded(blocks, self._tokenizer, self._rules, workers):
                 self._take(encoded)
-                self.place = block.after
-                progress.advance_to(starts[self.place.file] + self.place.read_bytes)
+                self.position = block.after
+                progress.advance_to(starts[self.position.file] + self.position.read_bytes)
                 if time.monotonic() - committed > _COMMIT_SECONDS:
                     self._commit()
                     committed = time.monotonic()
         if not self.counts.documents:
             raise DataError(
-                f"{', '.join(map(str, files[:3]))} holds no text: {self.counts.left_out()}"
+                f"{', '.join(map(str, files[:3]))} contains no text: {self.counts.left_out()}"
             )
         seconds = time.monotonic() - started
         speed = (self.counts.tokens - tokens_before) / seconds
         return CorpusReport(self.counts, self.malformed, seconds, speed)
 
     def _take(self, encoded: Encoded) -> None:
-        """Write what is new of a block, and count it."""
+        """Write the new documents of a block, and count them."""
         self.counts.add(encoded.counts)
         self.malformed = (self.malformed + encoded.malformed)[:_SHOWN]
         if self.counts.malformed > self._max_malformed:
@@ -166,7 +166,7 @@ class _Job:
     def _commit(self) -> None:
         self._writer.commit(
             {
-                "place": asdict(self.place),
+                "place": asdict(self.position),
                 "counts": asdict(self.counts),
                 "malformed": self.malformed,
             }
@@ -174,7 +174,7 @@ class _Job:
 
 
 def _identity(files: list[Path], tokenizer: Tokenizer, rules: Rules) -> dict[str, Any]:
-    """Everything that the token file depends on."""
+    """Return everything that the token file depends on."""
     return {
         "files": [
             [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files
@@ -187,12 +187,12 @@ def _identity(files: list[Path], tokenizer: Tokenizer, rules: Rules) -> dict[str
 def _encoded(
     blocks: Iterable[Block], tokenizer: Tokenizer, rules: Rules, workers: int
 ) -> Iterator[tuple[Block, Encoded]]:
-    """Each block with its ids, in order; at most a few blocks a worker are held at a time."""
+    """Yield each block with its ids, in order, holding at most a few blocks per worker."""
     if workers == 1:
         yield from ((block, encode_block(block, tokenizer, rules)) for block in blocks)
         return
-    # Forked workers have the tokenizer at once; a spawned one would import everything again. What
-    # they share with this process stays shared: their garbage collector would write to all of it.
+    # Forked workers inherit the tokenizer; spawned ones would import everything again. Freezing
+    # keeps the inherited memory shared, which their garbage collector would otherwise write to.
     gc.freeze()
     with ProcessPoolExecutor(
         workers, mp_context=get_context("fork"), initializer=_start, initargs=(tokenizer, rules)
@@ -211,7 +211,7 @@ _worker: dict[str, Any] = {}
 
 
 def _start(tokenizer: Tokenizer, rules: Rules) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process is a worker; its threads compete
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads would compete with other workers
     _worker.update(tokenizer=tokenizer, rules=rules)
 
 

@@ -1,4 +1,4 @@
-"""A block of documents to ids: what one worker does, as a pure function.
+"""Tokenize one block of documents: the work of one worker, as a pure function.
 
 Shape letters: ``T`` tokens of the block, ``Q`` its sequences.
 """
@@ -19,24 +19,24 @@ from megatron_moe.data.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
-    """Which documents are taken, and how. Everything here can change the token file."""
+    """Filters for documents. Every field can change the token file."""
 
     text_key: str = "text"
     """Key or column that holds the text."""
 
     drop_duplicates: bool = False
-    """Keep only the first of documents with exactly the same text."""
+    """Keep only the first of several documents with exactly the same text."""
 
     min_tokens: int = 1
-    """Shorter documents are left out; the end-of-text token does not count."""
+    """Minimum length of a document, without the end-of-text token; skip shorter ones."""
 
     max_tokens: int | None = None
-    """Longer documents are left out."""
+    """Maximum length of a document; skip longer ones. None is no limit."""
 
 
 @dataclass(slots=True)
 class Counts:
-    """What became of the documents."""
+    """Counts of documents kept and skipped, and of their tokens and characters."""
 
     documents: int = 0
     tokens: int = 0
@@ -48,42 +48,42 @@ class Counts:
     malformed: int = 0
 
     def add(self, other: Counts) -> None:
-        """Count what ``other`` counted too."""
+        """Add the counts of ``other`` in place."""
         for name in self.__slots__:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def left_out(self) -> str:
-        """The documents that were left out, in words: ``3 empty, 1 malformed``."""
+        """Describe the skipped documents, e.g. ``3 empty, 1 malformed``."""
         reasons = ("empty", "duplicates", "too_short", "too_long", "malformed")
-        told = [f"{getattr(self, r)} {r.replace('_', ' ')}" for r in reasons if getattr(self, r)]
-        return ", ".join(told) or "none left out"
+        parts = [f"{getattr(self, r)} {r.replace('_', ' ')}" for r in reasons if getattr(self, r)]
+        return ", ".join(parts) or "none skipped"
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """The token sequences of one block."""
+    """Token sequences of one block."""
 
     ids_T: NDArray[np.number]
-    """All sequences, one after the other."""
+    """All sequences, concatenated."""
 
     lengths_Q: list[int]
 
     characters_Q: list[int]
 
     digests_Q: list[bytes]
-    """Hash of each document's text; empty unless duplicates are to be found."""
+    """Hash of each document's text; empty unless duplicates are dropped."""
 
     starts_document: bool
     ends_document: bool
 
     counts: Counts
-    """Documents that were left out, by reason."""
+    """Skipped documents, by reason."""
 
     malformed: list[str]
-    """``file:line: reason`` of each malformed record."""
+    """``file:line: reason`` for each malformed record."""
 
     def only(self, kept: list[int]) -> Encoded:
-        """The block with some of its sequences."""
+        """Return a copy with only the sequences ``kept``, as indices."""
         if len(kept) == len(self.lengths_Q):
             return self
         ends_Q = np.cumsum(self.lengths_Q)
@@ -98,10 +98,10 @@ class Encoded:
 
 
 def encode_block(block: Block, tokenizer: Tokenizer, rules: Rules) -> Encoded:
-    """The documents of ``block`` as ids, filtered by ``rules``.
+    """Tokenize the documents of ``block`` and filter them by ``rules``.
 
-    A document that came whole is one sequence. Filters and digests pass over a text file that is
-    longer than a block: no single block knows all of it.
+    A document that lies in one block becomes one sequence. Filters and digests ignore a text file
+    that spans several blocks, because no single block holds all of it.
     """
     counts, malformed, texts = Counts(), [], []
     for number, record in enumerate(block.records, start=block.first_line):
@@ -135,10 +135,10 @@ def encode_block(block: Block, tokenizer: Tokenizer, rules: Rules) -> Encoded:
 
 
 def parse_line(line: bytes, text_key: str) -> str:
-    """The text of one JSONL line.
+    """Return the text of one JSONL line.
 
     Raises:
-        ValueError: Why the line is malformed, in words for the user.
+        ValueError: The line is malformed; the message gives the reason.
     """
     try:
         record = json.loads(line)
@@ -147,7 +147,7 @@ def parse_line(line: bytes, text_key: str) -> str:
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
     except RecursionError as error:
-        raise ValueError("not JSON that can be read: nested too deeply") from error
+        raise ValueError("cannot parse the JSON: nested too deeply") from error
     if not isinstance(record, dict):
         raise ValueError(f"must be an object with the key {text_key!r}, not {_kind(record)}")
     if text_key not in record:
@@ -158,7 +158,7 @@ def parse_line(line: bytes, text_key: str) -> str:
 
 
 def _text(record: bytes | str | None, text_key: str) -> str | None:
-    """The text of a record; None for a blank line, which is no document."""
+    """Return the text of a record, or None for a blank line, which is not a document."""
     if record is None:
         raise ValueError(f"{text_key!r} is null")
     if isinstance(record, bytes):
@@ -169,13 +169,13 @@ def _text(record: bytes | str | None, text_key: str) -> str | None:
 def _encodable(text: str) -> str:
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # JSON can write half of a surrogate pair
+    except UnicodeEncodeError as error:  # JSON can contain half of a surrogate pair
         raise ValueError(f"not Unicode text: {error.reason}") from error
     return text
 
 
 def _encode_texts(texts: list[str], tokenizer: Tokenizer) -> list[NDArray[np.int64]]:
-    """Ids of each text; long ones are cut into pieces, so that all threads have work."""
+    """Tokenize each text; long texts are split into pieces to keep all threads busy."""
     pieces = [list(split_pieces(text)) for text in texts]
     ids = iter(tokenizer.encode_batch([piece for of_text in pieces for piece in of_text]))
     return [

@@ -1,4 +1,4 @@
-"""What one rank is fed: its micro-batches of each step, and its part of the held-out text."""
+"""Provide one rank's micro-batches of each step, and its part of the held-out text."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from megatron_moe.data.texts import Texts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Seat:
-    """Where a rank sits among those that share the data."""
+class DataRank:
+    """Rank and size of this process in the groups that divide the data."""
 
     dp_rank: int
     dp_size: int
@@ -31,32 +31,34 @@ class Seat:
     cp_size: int
 
     @classmethod
-    def of(cls, groups: ProcessGroupCollection) -> Seat:
-        """This rank's, by its process groups."""
+    def of(cls, groups: ProcessGroupCollection) -> DataRank:
+        """Read ranks and sizes from the process groups of this rank."""
         dp, cp = groups.dp, groups.cp
         return cls(dp_rank=dp.rank(), dp_size=dp.size(), cp_rank=cp.rank(), cp_size=cp.size())
 
 
 class Feed:
-    """The run's texts as one rank gets them.
+    """Batches of one rank, from the texts of a run.
 
     Args:
-        texts: The run's.
-        config: The run.
-        seat: This rank's.
-        pin: Put batches into pinned memory, from which a GPU copies without the host waiting.
+        texts: Texts of the run.
+        config: Configuration of the run.
+        rank: Data rank of this process.
+        pin: Put batches into pinned memory, so that copies to the GPU do not block the host.
     """
 
-    def __init__(self, texts: Texts, config: RunConfig, seat: Seat, *, pin: bool = False) -> None:
+    def __init__(
+        self, texts: Texts, config: RunConfig, rank: DataRank, *, pin: bool = False
+    ) -> None:
         self.texts = texts
         self.seconds = 0.0
-        """Time that the last `next_step` took: the step waited for it."""
+        """Duration of the last `next_step`, for which the training step waited."""
         self._config = config
-        self._seat = seat
+        self._rank = rank
         self._pin = pin
 
     def next_step(self, blend: BlendState) -> tuple[list[Batch], BlendState]:
-        """This rank's micro-batches of the step that starts at ``blend``, and the place after."""
+        """Return this rank's micro-batches of the step at ``blend``, and the state after it."""
         start = time.perf_counter()
         train = self._config.train
         samples, after = next_global_batch(
@@ -70,38 +72,38 @@ class Feed:
             position=blend.position,
             global_batch_size=train.global_batch_size,
             micro_batch_size=train.micro_batch_size,
-            dp_rank=self._seat.dp_rank,
-            dp_size=self._seat.dp_size,
+            dp_rank=self._rank.dp_rank,
+            dp_size=self._rank.dp_size,
         )
-        mine = self._mine(batches)
+        batches = self._slice_and_pin(batches)
         self.seconds = time.perf_counter() - start
-        return mine, after
+        return batches, after
 
     def held_out(self, domain: str) -> list[Batch]:
-        """This rank's micro-batches of the text that ``domain`` is judged on."""
-        return self._mine(
+        """Return this rank's micro-batches of the held-out text of ``domain``."""
+        return self._slice_and_pin(
             validation_batches(
                 self.texts.validation[domain],
                 num_samples=self._config.data.validation_samples,
                 micro_batch_size=self._config.train.micro_batch_size,
-                dp_rank=self._seat.dp_rank,
-                dp_size=self._seat.dp_size,
+                dp_rank=self._rank.dp_rank,
+                dp_size=self._rank.dp_size,
             )
         )
 
     @cached_property
     def held_out_sizes(self) -> dict[str, HeldOut]:
-        """How much text each domain is judged on, by all ranks; reads the tokenizer."""
+        """Size of each domain's held-out text over all ranks; reads the tokenizer."""
         return held_out_sizes(
             self.texts.validation,
             num_samples=self._config.data.validation_samples,
             tokenizer_folder=self._config.dense.path,
         )
 
-    def _mine(self, batches: list[Batch]) -> list[Batch]:
-        seat = self._seat
-        mine = [
-            slice_for_context_parallel(batch, cp_rank=seat.cp_rank, cp_size=seat.cp_size)
+    def _slice_and_pin(self, batches: list[Batch]) -> list[Batch]:
+        rank = self._rank
+        slices = [
+            slice_for_context_parallel(batch, cp_rank=rank.cp_rank, cp_size=rank.cp_size)
             for batch in batches
         ]
-        return [batch.map(Tensor.pin_memory) for batch in mine] if self._pin else mine
+        return [batch.map(Tensor.pin_memory) for batch in slices] if self._pin else slices

@@ -1,4 +1,4 @@
-"""How much held-out text there is, and its loss in units that say more: perplexity, bits per byte.
+"""Measure held-out text, and convert its loss to perplexity and bits per byte.
 
 Nats per token of two tokenizers cannot be compared; bits per byte of the same text can.
 
@@ -24,16 +24,16 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """The part of a domain's held-out text that a loss is taken over."""
+    """Size of the held-out text of one domain over which a loss is computed."""
 
     tokens: int
     """Tokens whose loss counts."""
 
     bytes: int | None
-    """Bytes of UTF-8 text that they stand for; None where there is no tokenizer to tell."""
+    """Bytes of UTF-8 text that the tokens encode; None if there is no tokenizer."""
 
     def figures(self, loss: float) -> dict[str, float | None]:
-        """``loss`` (nats per token) by its name, and what follows from it."""
+        """Return ``loss`` (nats per token), perplexity and bits per byte by name."""
         bits = loss * self.tokens / math.log(2)
         return {
             "loss": loss,
@@ -43,16 +43,16 @@ class HeldOut:
 
 
 class ByteCount:
-    """Counts the bytes of text that tokens of a tokenizer stand for."""
+    """Count the bytes of text that the tokens of a tokenizer encode."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._sizes_V = tokenizer.bytes_by_id()
         self._eos_id = tokenizer.eos_id
-        # Llama 2 puts a space before each text, which decoding takes away again.
+        # Llama 2 adds a space before each text, which decoding removes again.
         self._before_text = int(self._sizes_V[tokenizer.encode("x")].sum()) - len("x")
 
     def of_labels(self, sample: Sample) -> int:
-        """Bytes of the labels whose loss counts: special tokens are none."""
+        """Return the bytes of the labels whose loss counts; special tokens have 0 bytes."""
         counted_S = sample.loss_mask_S > 0
         labels_S = sample.ids_T[1:]
         known_S = counted_S & (labels_S < len(self._sizes_V))
@@ -64,15 +64,15 @@ class ByteCount:
 def held_out_sizes(
     texts: Mapping[str, Chunked], *, num_samples: int, tokenizer_folder: Path
 ) -> dict[str, HeldOut]:
-    """How much of each text is judged: as much as `validation_batches` takes.
+    """Return the size of each held-out text, limited to the samples of `validation_batches`.
 
     Args:
         texts: Held-out text of each domain.
-        num_samples: Sequences of each text, from its beginning.
-        tokenizer_folder: The dense model's folder, or what is left of it.
+        num_samples: Number of sequences of each text, from its beginning.
+        tokenizer_folder: The dense model's folder. It may lack a tokenizer or be deleted.
 
     Raises:
-        DataError: A tokenizer that cannot be read.
+        DataError: The tokenizer cannot be read.
     """
     count = None
     if any((tokenizer_folder / name).exists() for name in _TOKENIZERS):
@@ -81,6 +81,6 @@ def held_out_sizes(
     for name, text in texts.items():
         samples = [text.chunk(i) for i in range(min(num_samples, text.num_chunks))]
         tokens = sum(int(np.count_nonzero(sample.loss_mask_S)) for sample in samples)
-        found = None if count is None else sum(map(count.of_labels, samples))
-        sizes[name] = HeldOut(tokens, found)
+        num_bytes = None if count is None else sum(map(count.of_labels, samples))
+        sizes[name] = HeldOut(tokens, num_bytes)
     return sizes

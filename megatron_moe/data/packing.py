@@ -1,4 +1,4 @@
-"""Whole documents into sequences of one length, and where they begin there.
+"""Pack whole documents into sequences of one length, and find their bounds.
 
 Shape letters: ``S`` seq_length, ``N`` documents in a sequence.
 """
@@ -12,11 +12,12 @@ from torch import Tensor
 
 
 def pack(lengths: Sequence[int], *, capacity: int) -> list[list[int]]:
-    """Documents (as indices) of each sequence: every document once, none cut.
+    """Assign documents to sequences: return the indices of each sequence's documents.
 
-    Best fit, longest first (arXiv 2404.10830): a document goes where it leaves the
-    least room, and opens a new sequence only when it fits nowhere. So no two sequences could have
-    been one. The result depends on the lengths alone.
+    Every document is assigned once and none is cut. The algorithm is best-fit-decreasing (arXiv
+    2404.10830): longest first, each document goes to the sequence where it leaves the least room,
+    and starts a new sequence only if it fits nowhere. Therefore no two sequences could be merged.
+    The result depends on the lengths alone.
 
     Args:
         lengths: Tokens of each document, each between 1 and ``capacity``.
@@ -27,7 +28,7 @@ def pack(lengths: Sequence[int], *, capacity: int) -> list[list[int]]:
     """
     packs: list[list[int]] = []
     with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # packs by tokens left
-    rooms = 0  # bit r is set where with_room[r] is not empty: finds the best fit in one step
+    rooms = 0  # bit r is set if with_room[r] is not empty: finds the best fit in one step
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         length = lengths[index]
         if fitting := rooms >> length:
@@ -44,10 +45,10 @@ def pack(lengths: Sequence[int], *, capacity: int) -> list[list[int]]:
 
 
 def document_bounds(position_ids_S: Tensor) -> Tensor:
-    """Where documents begin in a packed sequence, and its end: ``(N + 1,)``, int32.
+    """Return the starts of the documents in a packed sequence, and its end: ``(N + 1,)``, int32.
 
-    This is ``cu_seqlens`` of Megatron-Core's ``PackedSeqParams``, with which attention stays within
-    a document. A document begins where its position is 0.
+    This is ``cu_seqlens`` of Megatron-Core's ``PackedSeqParams``, which restricts attention to one
+    document. A document begins at each position id of 0.
     """
     starts = (position_ids_S == 0).nonzero().squeeze(1)
     end = starts.new_tensor([len(position_ids_S)])

@@ -1,4 +1,4 @@
-"""A progress bar with an ETA that appears only when the work turns out to be long."""
+"""Progress bar with an ETA that appears only if the work takes longer than a few seconds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PATIENCE_SECONDS = 5.0
 
 
 class ByteProgress:
-    """Bytes done of a known total, drawn on stderr once five seconds have passed.
+    """Progress bar of bytes, drawn on stderr after `PATIENCE_SECONDS`.
 
     Example::
 
@@ -41,14 +41,14 @@ class ByteProgress:
         self._drawn = False
 
     def advance_to(self, done_bytes: int) -> None:
-        """Say how many bytes are done in all."""
+        """Set the total number of bytes done."""
         self._progress.update(self._task, completed=done_bytes)
         if not self._drawn and time.monotonic() > self._starts_at:
             self._progress.start()
             self._drawn = True
 
     def __enter__(self) -> ByteProgress:
-        """Start waiting."""
+        """Return the progress bar, not yet drawn."""
         return self
 
     def __exit__(
@@ -57,6 +57,6 @@ class ByteProgress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Take the bar away."""
+        """Stop drawing the bar."""
         if self._drawn:
             self._progress.stop()

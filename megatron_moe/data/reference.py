@@ -1,4 +1,4 @@
-"""Losses of the dense model on each domain: what a mixture that moves is measured against.
+"""Reference losses of the dense model on each domain, for adaptive mixtures.
 
 Shape letters: ``B`` batch, ``S`` seq_length, ``V`` vocabulary, ``T`` tokens.
 """
@@ -27,15 +27,15 @@ from megatron_moe.model.config import DTYPES
 def dense_losses(
     config: RunConfig, texts: dict[str, Text], *, device: torch.device
 ) -> dict[str, float]:
-    """Nats per token of the dense model on the sequences that training validates on.
+    """Return the dense model's nats per token on the validation sequences of each domain.
 
     Args:
-        config: Names the dense model, which transformers loads whole, the precision, and how many
-            sequences of each text, from its beginning, are taken.
+        config: Gives the dense model (loaded whole with transformers), the precision, and the
+            number of sequences of each text, from its beginning.
         texts: Held-out text of each domain.
-        device: Where to compute.
+        device: Device to compute on.
     """
-    from transformers import AutoModelForCausalLM  # which takes a second: most runs need it not
+    from transformers import AutoModelForCausalLM  # imported here: slow, and most runs skip it
 
     model: Any = AutoModelForCausalLM.from_pretrained(
         config.dense.path, dtype=DTYPES[config.train.precision], local_files_only=True
@@ -58,13 +58,13 @@ def dense_losses(
 
 
 def _sums(model: Any, batch: Batch, reset_attention: bool) -> Tensor:
-    """Sum of the losses that count, and how many, ``(2,)`` in float64."""
+    """Return the sum of the losses that count, and their number: ``(2,)``, float64."""
     mask_B1SS = None
     if reset_attention:
         position_S = torch.arange(batch.tokens_BS.shape[1], device=batch.tokens_BS.device)
         mask_B1SS = document_mask(batch.position_ids_BS, position_S, length=len(position_S))
     logits_BSV = model(batch.tokens_BS, attention_mask=mask_B1SS).logits.float()
-    # By rows: along a strided vocabulary, fp32 sums of 49152 exponentials are off by 1e-4 nats.
+    # Row by row: over a strided vocabulary, fp32 sums of 49152 exponentials are off by 1e-4 nats.
     logits_TV, labels_T = logits_BSV.flatten(0, 1), batch.labels_BS.flatten()
     losses_T = F.cross_entropy(logits_TV, labels_T, reduction="none")
     losses_BS = losses_T.view_as(batch.labels_BS)
@@ -73,7 +73,7 @@ def _sums(model: Any, batch: Batch, reset_attention: bool) -> Tensor:
 
 
 def write_reference_losses(path: Path, losses: dict[str, float], **origin: Any) -> None:
-    """Write what `read_reference_losses` reads, with where it came from beside it."""
+    """Write a file for `read_reference_losses`, together with the ``origin`` of the losses."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f".{path.name}.partial")
     staged.write_text(json.dumps({"losses": losses, **origin}, indent=2) + "\n", encoding="utf-8")
@@ -83,29 +83,31 @@ def write_reference_losses(path: Path, losses: dict[str, float], **origin: Any) 
 def read_reference_losses(
     path: Path, domains: Sequence[str], *, tokenizer: str
 ) -> dict[str, float]:
-    """Losses in nats per token, written by `write_reference_losses` or by hand.
+    """Read losses in nats per token, written by `write_reference_losses` or by hand.
 
     Args:
-        path: ``{"losses": {domain: loss}, "tokenizer": ...}``, or ``{domain: loss}`` alone.
-        domains: Whose losses are wanted.
-        tokenizer: Fingerprint of the run's. Nats per token of another cannot be compared.
+        path: JSON file, ``{"losses": {domain: loss}, "tokenizer": ...}`` or ``{domain: loss}``.
+        domains: Domains whose losses to return.
+        tokenizer: Fingerprint of the run's tokenizer. Nats per token of another tokenizer cannot
+            be compared.
 
     Raises:
-        DataError: Not such a file, of another tokenizer, or without a loss for a domain.
+        DataError: The file cannot be read, was made with another tokenizer, or lacks a domain.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read the reference losses {path}: {error}") from error
-    if not isinstance(found, dict):
-        raise DataError(f"{path} must hold an object {{domain: loss}}, not {type(found).__name__}")
-    if (made_with := found.get("tokenizer")) not in (None, tokenizer):
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        raise DataError(f"{path} must contain an object {{domain: loss}}, not {kind}")
+    if (made_with := content.get("tokenizer")) not in (None, tokenizer):
         raise DataError(
             f"{path} was made with another tokenizer ({str(made_with)[:12]}) than the dense "
-            f"model's ({tokenizer[:12]}): their nats per token cannot be compared.\n"
-            "  run megatron-moe reference-loss again with a model of this tokenizer"
+            f"model's ({tokenizer[:12]}), so that their nats per token cannot be compared.\n"
+            "  run megatron-moe reference-loss again with a model that has this tokenizer"
         )
-    losses = found.get("losses", found)
+    losses = content.get("losses", content)
     if missing := [name for name in domains if not _is_loss(losses.get(name))]:
         raise DataError(
             f"{path} has no loss for {', '.join(missing)}; it has {', '.join(losses) or 'none'}"

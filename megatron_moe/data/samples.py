@@ -1,4 +1,4 @@
-"""Numbered samples out of a token stream.
+"""Cut a token stream into numbered samples.
 
 Shape letters of this module:
 
@@ -24,55 +24,55 @@ class Sample:
     """One training sequence."""
 
     ids_T: Tokens
-    """Inputs are all but the last id, labels all but the first."""
+    """Token ids. Inputs are all but the last, labels all but the first."""
 
     loss_mask_S: NDArray[np.float32]
     """1.0 where the loss of the label counts."""
 
     position_ids_S: Tokens
-    """Place of each input in its document, as far as documents are told apart."""
+    """Position of each input in its document, or in the sequence if positions are not reset."""
 
 
 class SampleSource(Protocol):
     """A numbered sequence of samples."""
 
     def __getitem__(self, k: int) -> Sample:
-        """Sample ``k``: the same whenever and wherever it is asked for."""
+        """Return sample ``k``; every call on every rank returns the same sample."""
         ...
 
 
 class Chunked(Protocol):
-    """A finite set of samples in a fixed order, as validation reads it."""
+    """A finite set of samples in a fixed order, for validation."""
 
     num_chunks: int
 
     def chunk(self, index: int) -> Sample:
-        """Sample ``index`` of the set."""
+        """Return sample ``index`` of the set."""
         ...
 
 
 class Text(SampleSource, Chunked, Protocol):
-    """A finite set of samples that is read in epochs: what a domain trains or is judged on."""
+    """A finite set of samples that is read in epochs, for training or validation of a domain."""
 
 
 class Samples:
-    """The chunks of a token stream, endlessly, each epoch in another order.
+    """Endless sequence of the chunks of a token stream, in another order every epoch.
 
-    The stream is cut every ``seq_length`` tokens, whatever document is there; documents are kept
-    apart by their end-of-text token only, as in the pre-training of Llama 2, or by their positions
-    too. What is left at the end, shorter than a chunk, is never seen.
+    The stream is cut every ``seq_length`` tokens, regardless of documents. Documents are separated
+    only by their end-of-text token, as in the pre-training of Llama 2, or also by their positions.
+    The remainder at the end, shorter than a chunk, is dropped.
     """
 
     def __init__(
         self, stream: TokenStream, *, seq_length: int, seed: int, reset_positions: bool = False
     ) -> None:
-        """Samples of ``seq_length`` input tokens in the order of ``seed``.
+        """Cut ``stream`` into samples of ``seq_length`` input tokens, shuffled by ``seed``.
 
         Args:
-            stream: The text.
+            stream: Token stream.
             seq_length: ``S``.
-            seed: Of the order.
-            reset_positions: Count positions from 0 again where a document begins.
+            seed: Seed of the order.
+            reset_positions: Restart positions at 0 at the beginning of every document.
 
         Raises:
             DataError: The stream is shorter than one sample.
@@ -82,16 +82,16 @@ class Samples:
         self._seed = seed
         self._reset_positions = reset_positions
         self.num_chunks = (stream.num_tokens - 1) // seq_length
-        """Samples of one epoch."""
+        """Number of samples per epoch."""
         if self.num_chunks < 1:
             raise DataError(
                 f"{stream.prefix}.bin has {stream.num_tokens} tokens, fewer than one sample of "
-                f"data.seq_length + 1 = {seq_length + 1}.\n  give it more text, or shorten "
+                f"data.seq_length + 1 = {seq_length + 1}.\n  provide more text or reduce "
                 "data.seq_length"
             )
 
     def chunk(self, index: int) -> Sample:
-        """Chunk ``index`` in the order of the text; its last token opens the next one."""
+        """Return chunk ``index`` in the order of the text; chunks overlap by one token."""
         start, length = index * self._seq_length, self._seq_length
         position_ids_S = np.arange(length)
         if self._reset_positions:
@@ -104,6 +104,6 @@ class Samples:
         )
 
     def __getitem__(self, k: int) -> Sample:
-        """Sample ``k`` of the run: every chunk once in each ``num_chunks`` samples."""
-        epoch, place = divmod(k, self.num_chunks)
-        return self.chunk(permuted(place, self.num_chunks, seed=self._seed, epoch=epoch))
+        """Return sample ``k`` of the run: every chunk once in each ``num_chunks`` samples."""
+        epoch, index = divmod(k, self.num_chunks)
+        return self.chunk(permuted(index, self.num_chunks, seed=self._seed, epoch=epoch))

@@ -1,4 +1,4 @@
-"""The tokens of a Megatron ``.bin/.idx`` pair, as one long row of documents.
+"""Read the tokens of a Megatron ``.bin/.idx`` pair as one long stream of documents.
 
 Shape letters: ``T`` tokens.
 """
@@ -18,25 +18,25 @@ from megatron_moe.errors import DataError
 
 Tokens = NDArray[np.int64]
 
-# A token file of another tokenizer shows in almost any place one looks; every place is looked at
-# again when it is read. Scanning terabytes before the first step would cost more than it tells.
+# Almost any sample of a file reveals that it was made with another tokenizer, and ids are checked
+# again on every read. Scanning terabytes before the first step would cost more than it is worth.
 _PROBES = 64
 _PROBE_TOKENS = 4096
 
 
 class TokenStream:
-    """All documents of a token file, one after the other, read by position from a memory map."""
+    """Documents of a memory-mapped token file, concatenated and read by position."""
 
     def __init__(self, prefix: Path, *, vocab_size: int, documents: slice = slice(None)) -> None:
         """Open the pair ``prefix.bin``, ``prefix.idx``.
 
         Args:
             prefix: Path of the pair without its suffixes.
-            vocab_size: Rows of the model's embedding; ids must be below.
-            documents: The consecutive documents that make up the stream.
+            vocab_size: Rows of the model's embedding; all ids must be smaller.
+            documents: Range of documents that make up the stream.
 
         Raises:
-            DataError: A file is missing, truncated or no token file, or holds ids out of range.
+            DataError: A file is missing, truncated or not a token file, or has ids out of range.
         """
         self.prefix = prefix
         self.vocab_size = vocab_size
@@ -52,7 +52,7 @@ class TokenStream:
             self.read(int(start), min(_PROBE_TOKENS, self.num_tokens))
 
     def read(self, start: int, count: int) -> Tokens:
-        """Tokens ``[start, start + count)`` of the stream, ``(count,)``.
+        """Return tokens ``[start, start + count)`` of the stream, ``(count,)``.
 
         Raises:
             DataError: An id is not below ``vocab_size``.
@@ -65,18 +65,18 @@ class TokenStream:
         return tokens_T
 
     def document_starts(self, start: int, count: int) -> list[int]:
-        """Where documents begin in ``[start, start + count)``, counted from ``start``."""
+        """Return starts of documents in ``[start, start + count)``, relative to ``start``."""
         begin = self._first_token + start
-        place = bisect_left(self._documents, begin, key=self._start_of)
+        first = bisect_left(self._documents, begin, key=self._start_of)
         starts = []
-        for document in self._documents[place:]:
-            if (found := self._start_of(document) - begin) >= count:
+        for document in self._documents[first:]:
+            if (offset := self._start_of(document) - begin) >= count:
                 break
-            starts.append(found)
+            starts.append(offset)
         return starts
 
     def _start_of(self, document: int) -> int:
-        """Token at which ``document`` begins; for the one after the last, the end of the file."""
+        """Return the first token of ``document``; one past the last gives the end of the file."""
         sequence = int(self._dataset.document_indices[document])
         if sequence == len(self._dataset):
             return self._tokens_in_file()
@@ -87,42 +87,42 @@ class TokenStream:
 
     def _check_size(self) -> None:
         expected = self._tokens_in_file() * self._itemsize
-        found = Path(f"{self.prefix}.bin").stat().st_size
-        if found != expected:
+        size = Path(f"{self.prefix}.bin").stat().st_size
+        if size != expected:
             raise DataError(
-                f"{self.prefix}.bin has {found} bytes, but its index promises {expected}: "
-                f"{self._tokens_in_file()} tokens.\n  the copy was cut short, or the two files do "
-                "not belong together"
+                f"{self.prefix}.bin has {size} bytes, but its index requires {expected} bytes for "
+                f"{self._tokens_in_file()} tokens.\n  copy the pair again: the file was truncated, "
+                "or the two files do not belong together"
             )
 
 
 def check_ids(tokens_T: Tokens, *, prefix: Path, vocab_size: int) -> None:
-    """Refuse ids that the model's embedding has no row for, with a `DataError`."""
+    """Raise `DataError` if the model's embedding has no row for an id."""
     bad_T = tokens_T[(tokens_T < 0) | (tokens_T >= vocab_size)]
     if bad_T.size:
         raise DataError(
-            f"{prefix}.bin holds id {bad_T[0]}, but the model's vocab_size is {vocab_size}.\n"
-            "  these tokens were made with another tokenizer: tokenize the text again"
+            f"{prefix}.bin contains id {bad_T[0]}, but the model's vocab_size is {vocab_size}: the "
+            "tokens were made with another tokenizer.\n  tokenize the text again"
         )
 
 
 def split_documents(
     prefix: Path, *, vocab_size: int, validation_fraction: float
 ) -> tuple[TokenStream, TokenStream]:
-    """A token file in two, for training and validation, cut where a document begins.
+    """Split a token file into training and validation streams at the start of a document.
 
-    The validation part is the last ``validation_fraction`` of the tokens, as near as documents
-    allow, and at least one of them. Text that is sorted (by date, by source) should be shuffled
-    before it is tokenized, or the end will not speak for the whole.
+    The validation part is the last ``validation_fraction`` of the tokens, rounded to whole
+    documents, and at least one document. Shuffle sorted text (by date, by source) before
+    tokenizing it, or its end will not represent the whole.
 
     Raises:
-        DataError: There are not two documents.
+        DataError: There are fewer than two documents.
     """
     whole = TokenStream(prefix, vocab_size=vocab_size)
     if whole.num_documents < 2:
         raise DataError(
             f"{prefix} is one document, which cannot be split into training and validation.\n"
-            "  give validation a text of its own"
+            "  use a separate text for validation"
         )
     wanted = whole.num_tokens * (1 - validation_fraction)
     cut = nearest_document(wanted, whole.num_documents, start_of=whole._start_of)
@@ -133,20 +133,20 @@ def split_documents(
 
 
 def nearest_document(wanted: float, num_documents: int, *, start_of: Callable[[int], int]) -> int:
-    """The document, neither the first nor beyond the last, that begins nearest to ``wanted``."""
+    """Return the document that begins nearest to token ``wanted``, excluding the first one."""
     after = bisect_left(range(1, num_documents - 1), wanted, key=start_of) + 1
     return min(max(1, after - 1), after, key=lambda document: abs(start_of(document) - wanted))
 
 
 def open_pair(prefix: Path, *, with_modes: bool = False) -> IndexedDataset:
-    """Megatron-Core's reader of ``prefix.bin``, ``prefix.idx``.
+    """Open ``prefix.bin``, ``prefix.idx`` with Megatron-Core's reader.
 
     Args:
         prefix: Path of the pair without its suffixes.
-        with_modes: Whether the index holds a mode for each sequence, as that of chats does.
+        with_modes: Whether the index has a mode for each sequence, as chat data does.
 
     Raises:
-        DataError: A file is missing, empty, or not of this form.
+        DataError: A file is missing, empty, or not in this format.
     """
     for suffix in (".bin", ".idx"):
         path = Path(f"{prefix}{suffix}")
@@ -154,8 +154,8 @@ def open_pair(prefix: Path, *, with_modes: bool = False) -> IndexedDataset:
             raise DataError(f"{path} does not exist: a token file is a pair {prefix}.bin and .idx")
         if not path.stat().st_size:
             raise DataError(f"{path} is empty")
-    if reason := _why_no_index(Path(f"{prefix}.idx"), with_modes):
-        raise DataError(f"{prefix}.idx is not an index of Megatron's token files: {reason}")
+    if reason := _index_error(Path(f"{prefix}.idx"), with_modes):
+        raise DataError(f"{prefix}.idx is not an index of a Megatron token file: {reason}")
     return IndexedDataset(str(prefix), multimodal=with_modes)
 
 
@@ -166,8 +166,8 @@ _INTEGER_CODES = {
 _HEADER = struct.Struct("<9sQBQQ")
 
 
-def _why_no_index(path: Path, with_modes: bool) -> str | None:
-    """What is wrong with an index, which Megatron-Core would tell by an assertion, or None."""
+def _index_error(path: Path, with_modes: bool) -> str | None:
+    """Return why an index is invalid, or None. Megatron-Core would only fail an assertion."""
     with path.open("rb") as file:
         header = file.read(_HEADER.size)
     if len(header) < _HEADER.size or not header.startswith(b"MMIDIDX\0\0"):
@@ -175,9 +175,9 @@ def _why_no_index(path: Path, with_modes: bool) -> str | None:
     _, version, code, num_sequences, num_ends = _HEADER.unpack(header)
     if version != 1 or code not in _INTEGER_CODES:
         return f"version {version} with tokens of type code {code}"
-    # Per sequence a length (int32), a byte offset (int64) and, in chats, a mode (int8); per
-    # document its end (int64).
+    # Each sequence has a length (int32), a byte offset (int64) and, for chats, a mode (int8). Each
+    # document has its end (int64).
     expected = _HEADER.size + (12 + with_modes) * num_sequences + 8 * num_ends
-    if (found := path.stat().st_size) != expected:
-        return f"it has {found} bytes, but its header promises {expected}"
+    if (size := path.stat().st_size) != expected:
+        return f"it has {size} bytes, but its header requires {expected}"
     return None

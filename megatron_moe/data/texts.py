@@ -1,6 +1,6 @@
-"""The run's texts, opened on every rank: tokenized once by rank 0, read by all.
+"""Open the texts of a run on every rank; rank 0 tokenizes them once.
 
-A run with ``data.path`` is a mixture of one domain, so there is one way through the data.
+A run with ``data.path`` is a mixture of one domain, so that a single code path serves both.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ from megatron_moe.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """What the run trains on and what it is judged on, by domain."""
+    """Training and validation text of a run, by domain."""
 
     training: dict[str, Text]
 
     validation: dict[str, Text]
-    """Of those domains that hold text out."""
+    """Held-out text of the domains that have one."""
 
     references: dict[str, float] | None
-    """Losses that a mixture that moves is measured against, in nats per token."""
+    """Reference losses of an adaptive mixture, in nats per token."""
 
     remarks: list[str]
-    """What the operator should know: text that was left out."""
+    """Notes for the log about skipped text."""
 
     def first_sample(self) -> Sample:
-        """Real text, held out where there is any."""
+        """Return the first held-out sample, or the first training sample if none is held out."""
         return next(iter((self.validation or self.training).values())).chunk(0)
 
 
 def open_texts(config: RunConfig, *, vocab_size: int) -> Texts:
-    """Tokenize what is not tokenized yet and open it.
+    """Tokenize the texts that are not tokenized yet, and open all of them.
 
     Raises:
-        DataError: A text that cannot be used; on every rank, whichever found it.
+        DataError: A text cannot be used. Raised on every rank, also if only one rank finds it.
     """
     single = Domain.model_construct(
         path=config.data.path, weight=None, validation_path=config.data.validation_path
@@ -70,10 +70,10 @@ def open_texts(config: RunConfig, *, vocab_size: int) -> Texts:
 
 
 def open_text(path: Path, config: RunConfig, *, vocab_size: int) -> Text:
-    """All of one text that is no domain of the run, in the forms of ``data.path``.
+    """Open one whole text that is not a domain of the run, in any format of ``data.path``.
 
     Raises:
-        DataError: A text that cannot be used; on every rank.
+        DataError: The text cannot be used. Raised on every rank.
     """
     open_ = _open_chat if config.data.kind == "chat" else _open_text
     (text,) = open_(_prepared(path, config, vocab_size), config, vocab_size, split=False)
@@ -83,7 +83,7 @@ def open_text(path: Path, config: RunConfig, *, vocab_size: int) -> Text:
 def _open_domain(
     config: RunConfig, domain: Domain, vocab_size: int
 ) -> tuple[Text, Text | None, list[str]]:
-    """Training text, held-out text, and remarks."""
+    """Return training text, held-out text, and remarks."""
     open_ = _open_chat if config.data.kind == "chat" else _open_text
     prefix = _prepared(domain.path, config, vocab_size)
     remarks = _left_out(prefix)
@@ -99,8 +99,8 @@ def _open_domain(
         if isinstance(text, ChatSamples) and text.too_long:
             remarks.append(
                 f"{len(text.too_long)} conversations are longer than data.seq_length + 1 = "
-                f"{config.data.seq_length + 1} tokens and are left out; the first is number "
-                f"{text.too_long[0]} (counted from 0, without broken ones)"
+                f"{config.data.seq_length + 1} tokens and are skipped; the first is number "
+                f"{text.too_long[0]} (counted from 0, without malformed ones)"
             )
     return training, validation, remarks
 
@@ -154,7 +154,7 @@ def _prepared(path: Path, config: RunConfig, vocab_size: int) -> Path:
 
 
 def _once(work: Callable[[], Path]) -> Path:
-    """What ``work`` returns or raises on rank 0, on every rank."""
+    """Run ``work`` on rank 0, and return its result or raise its error on every rank."""
     outcome: list[Path | UserError | None] = [None]
     if dist.get_rank() == 0:
         try:
@@ -169,9 +169,9 @@ def _once(work: Callable[[], Path]) -> Path:
 
 
 def _left_out(prefix: Path) -> list[str]:
-    """Malformed records that were skipped when the text was tokenized, as its report tells."""
+    """Return remarks on malformed records, from the report written when tokenizing."""
     report = Path(f"{prefix}.json")
     if not report.exists():
         return []
     shown: list[str] = json.loads(report.read_text(encoding="utf-8")).get("malformed", [])
-    return [f"left out as malformed: {line}" for line in shown]
+    return [f"skipped as malformed: {line}" for line in shown]

@@ -1,8 +1,8 @@
-"""The dense folder's tokenizer, reduced to what the data stage asks of it.
+"""Load the dense model's tokenizer, with the interface that this package needs.
 
-A Hugging Face ``tokenizer.json`` is read by transformers. A folder that has only a SentencePiece
-``tokenizer.model`` is read by sentencepiece itself: transformers rebuilds the model from its
-pieces without the normalizer, and loses the space that Llama 2 puts before the first word.
+transformers reads a Hugging Face ``tokenizer.json``. sentencepiece itself reads a folder that has
+only a SentencePiece ``tokenizer.model``: transformers rebuilds the model from its pieces without
+the normalizer, and loses the space that Llama 2 adds before the first word.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sentencepiece import SentencePieceProcessor
 
 from megatron_moe.errors import DataError
 
-# Whatever can change an id. The fingerprint covers these files: tokens go stale with them.
+# Files that can change an id. The fingerprint covers them: cached tokens depend on all of these.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -35,43 +35,43 @@ _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back. Adds no special tokens of its own, and reads none out of the text."""
+    """Convert text to ids and back, without adding or recognizing special tokens."""
 
     eos_id: int
     """Id that ends a document."""
 
     vocab_size: int
-    """Every id is below it: the largest id plus one, added tokens included."""
+    """Largest id plus one, including added tokens."""
 
     fingerprint: str
     """Hash of the tokenizer's files: equal fingerprints give equal ids."""
 
     def encode(self, text: str) -> list[int]:
-        """Ids of one text; ``</s>`` written in it is ordinary text, not the end of a document."""
+        """Return the ids of one text; ``</s>`` in it is ordinary text, not an end of document."""
         ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of many texts, on several threads where the tokenizer has them."""
+        """Encode many texts, on several threads if the tokenizer supports it."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ``ids``, special tokens written out."""
+        """Return the text of ``ids``, including special tokens."""
         ...
 
     def bytes_by_id(self) -> NDArray[np.int64]:
-        """Bytes of UTF-8 text that each id stands for; 0 for special tokens."""
+        """Return the number of UTF-8 bytes that each id encodes, 0 for special tokens."""
         ...
 
 
 def load_tokenizer(folder: Path, *, vocab_size: int | None = None) -> Tokenizer:
-    """The tokenizer of a dense model's folder, read offline and without running code of the folder.
+    """Load the tokenizer of a dense model's folder, offline and without running code from it.
 
     Args:
         folder: Hugging Face folder with ``tokenizer.json`` or a SentencePiece ``tokenizer.model``.
-        vocab_size: Rows of the model's embedding; None skips the comparison.
+        vocab_size: Rows of the model's embedding; None skips the check.
 
     Raises:
-        DataError: No tokenizer that can be read, no end-of-text token, or more ids than rows.
+        DataError: No readable tokenizer, no end-of-text token, or more ids than rows.
     """
     if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
         tokenizer: Tokenizer = SentencePieceTokenizer(folder)
@@ -83,30 +83,30 @@ def load_tokenizer(folder: Path, *, vocab_size: int | None = None) -> Tokenizer:
 
 
 def check_vocabulary(ids: int, rows: int, *, folder: Path) -> None:
-    """Refuse a tokenizer of ``ids`` ids for an embedding of ``rows`` rows, with a `DataError`."""
+    """Raise `DataError` if a tokenizer has more ``ids`` than the embedding has ``rows``."""
     if ids > rows:
         raise DataError(
             f"the tokenizer of {folder} has ids up to {ids - 1}, but the model's "
             f"vocab_size is {rows}: id {rows} has no row in the embedding.\n"
-            "  take the tokenizer that the model was trained with, or resize the embedding first"
+            "  use the tokenizer that the model was trained with, or resize the embedding first"
         )
 
 
 class HuggingFaceTokenizer:
-    """A fast tokenizer of transformers."""
+    """Fast tokenizer of transformers."""
 
     def __init__(self, folder: Path) -> None:
         tokenizer = _auto_tokenizer(folder)
         if tokenizer.eos_token_id is None:
             raise DataError(
-                f"the tokenizer of {folder} names no eos_token, which ends each document.\n"
+                f"the tokenizer of {folder} has no eos_token, which ends each document.\n"
                 "  set eos_token in tokenizer_config.json"
             )
         self.eos_id: int = tokenizer.eos_token_id
         self.vocab_size: int = max(tokenizer.get_vocab().values()) + 1
         self.fingerprint: str = fingerprint_of(folder)
         self._backend = tokenizer.backend_tokenizer
-        self._backend.encode_special_tokens = True  # "</s>" in a document is text, not an end
+        self._backend.encode_special_tokens = True  # treat "</s>" in a document as plain text
 
     def encode(self, text: str) -> list[int]:
         """See `Tokenizer.encode`."""
@@ -123,7 +123,7 @@ class HuggingFaceTokenizer:
 
     def bytes_by_id(self) -> NDArray[np.int64]:
         """See `Tokenizer.bytes_by_id`."""
-        byte_level = "ByteLevel" in str(self._backend.decoder)  # a letter of a piece is a byte
+        byte_level = "ByteLevel" in str(self._backend.decoder)  # one character per byte
         sizes_V = np.zeros(self.vocab_size, dtype=np.int64)
         for piece, i in self._backend.get_vocab(with_added_tokens=False).items():
             sizes_V[i] = len(piece) if byte_level else _bytes_of_piece(piece)
@@ -133,7 +133,7 @@ class HuggingFaceTokenizer:
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model, as Llama 1 and 2 were released."""
+    """SentencePiece model, as released with Llama 1 and 2."""
 
     def __init__(self, folder: Path) -> None:
         path = folder / "tokenizer.model"
@@ -162,14 +162,14 @@ class SentencePieceTokenizer:
     def bytes_by_id(self) -> NDArray[np.int64]:
         """See `Tokenizer.bytes_by_id`."""
         model = self._model
-        said = [not (model.is_control(i) or model.is_unknown(i)) for i in range(self.vocab_size)]
+        special = [model.is_control(i) or model.is_unknown(i) for i in range(self.vocab_size)]
         pieces = [model.id_to_piece(i) for i in range(self.vocab_size)]
-        sizes = [_bytes_of_piece(p) if s else 0 for p, s in zip(pieces, said, strict=True)]
+        sizes = [0 if s else _bytes_of_piece(p) for p, s in zip(pieces, special, strict=True)]
         return np.array(sizes, dtype=np.int64)
 
 
 def _bytes_of_piece(piece: str) -> int:
-    """Of a piece as SentencePiece writes it: U+2581 is a space, <0x0A> one byte.
+    """Return the bytes of a SentencePiece piece: U+2581 is a space, <0x0A> is one byte.
 
     >>> [_bytes_of_piece(piece) for piece in ("\u2581the", "<0x0A>", "\u00e9")]
     [4, 1, 2]
@@ -178,13 +178,13 @@ def _bytes_of_piece(piece: str) -> int:
 
 
 def _auto_tokenizer(folder: Path) -> Any:
-    # Any: a stub of AutoTokenizer knows no fast tokenizer, and a slow one has no backend.
+    # Any: the type annotations of AutoTokenizer do not cover fast tokenizers and their backend.
     if not (folder / "tokenizer.json").exists() and not (folder / "vocab.json").exists():
         raise DataError(
             f"{folder} has no tokenizer: no tokenizer.json, no tokenizer.model.\n"
-            "  copy the tokenizer files of the dense model there"
+            "  copy the tokenizer files of the dense model into the folder"
         )
-    from transformers import AutoTokenizer  # which takes a second: training needs none
+    from transformers import AutoTokenizer  # imported here: it takes a second
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -194,14 +194,14 @@ def _auto_tokenizer(folder: Path) -> Any:
         raise DataError(f"cannot read the tokenizer of {folder}: {error}") from error
     if not tokenizer.is_fast:
         raise DataError(
-            f"the tokenizer of {folder} ({type(tokenizer).__name__}) runs in Python alone.\n"
+            f"the tokenizer of {folder} ({type(tokenizer).__name__}) is a slow Python tokenizer.\n"
             "  convert it to a tokenizer.json"
         )
     return tokenizer
 
 
 def fingerprint_of(folder: Path) -> str:
-    """Hash of the tokenizer's files in ``folder``, the chat template included."""
+    """Return a hash of the tokenizer's files in ``folder``, including the chat template."""
     digest = hashlib.sha256()
     for name in TOKENIZER_FILES:
         if (path := folder / name).exists():

@@ -1,9 +1,9 @@
-"""``data.path`` to a token file: whatever text the user has, tokenized once and kept.
+"""Turn ``data.path`` into a token file: tokenize the text once and cache the result.
 
-The cache key covers the text file (path, size, time of change) and the tokenizer's files, so an
-edit of either makes new tokens, and nothing else does. The files are written under another name
-and renamed when they are whole: a job that is killed leaves no half file behind, and two jobs that
-race write the same bytes.
+The cache key covers the text file (path, size, modification time) and the tokenizer's files, so
+that an edit of either, and nothing else, makes new tokens. The files are written under a temporary
+name and renamed when complete: a killed job leaves no partial file behind, and two concurrent jobs
+write the same bytes.
 """
 
 from __future__ import annotations
@@ -25,21 +25,22 @@ from megatron_moe.errors import DataError
 def prepare_tokens(
     path: Path, *, dense_folder: Path, vocab_size: int, cache_dir: Path, max_malformed: int = 0
 ) -> Path:
-    """The prefix of a token file that holds what ``path`` says.
+    """Return the prefix of a token file with the text of ``path``, tokenizing it if needed.
 
     Args:
-        path: A text file (one document), a JSONL file (``{"text": ...}`` a line), a folder of
-            such files, or the prefix of a Megatron ``.bin/.idx`` pair, which is used as it is.
-        dense_folder: Where the tokenizer lies.
-        vocab_size: Rows of the model's embedding; no id may reach it.
-        cache_dir: Where token files of texts are kept; made when missing.
-        max_malformed: Malformed lines that may be left out; ``prefix.json`` shows them.
+        path: A text file (one document), a JSONL file (``{"text": ...}`` per line), a folder of
+            such files, or the prefix of a Megatron ``.bin/.idx`` pair, which is used unchanged.
+        dense_folder: Folder with the tokenizer.
+        vocab_size: Rows of the model's embedding; all ids must be smaller.
+        cache_dir: Folder for token files; created if missing.
+        max_malformed: Maximum number of malformed lines to skip; ``prefix.json`` lists them.
 
     Returns:
         Path without suffix. Each document in it ends with the tokenizer's end-of-text id.
 
     Raises:
-        DataError: No such file, no text in it, a malformed line, or ids out of the vocabulary.
+        DataError: The file does not exist, has no text or a malformed line, or an id is out of
+            the vocabulary.
     """
     prefix = _existing_prefix(path)
     if prefix is None:
@@ -59,22 +60,24 @@ def prepare_tokens(
 def prepare_conversations(
     path: Path, *, dense_folder: Path, vocab_size: int, cache_dir: Path, max_malformed: int = 0
 ) -> Path:
-    """The prefix of a token file with the conversations of ``path``, for `ChatSamples`.
+    """Return the prefix of a token file with the conversations of ``path``, for `ChatSamples`.
 
     Args:
-        path: A JSONL file of conversations, or the prefix of a pair made from one before.
-        dense_folder: Where the tokenizer and its chat template lie.
-        vocab_size: Rows of the model's embedding; no id may reach it.
-        cache_dir: Where token files are kept; made when missing.
-        max_malformed: Broken conversations that may be left out; ``prefix.json`` lists them.
+        path: A JSONL file of conversations, or the prefix of a pair made from one earlier.
+        dense_folder: Folder with the tokenizer and its chat template.
+        vocab_size: Rows of the model's embedding; all ids must be smaller.
+        cache_dir: Folder for token files; created if missing.
+        max_malformed: Maximum number of malformed conversations to skip; ``prefix.json`` lists
+            them.
 
     Raises:
-        DataError: No such file, no chat template, or too many broken conversations.
+        DataError: The file or the chat template is missing, or too many conversations are
+            malformed.
     """
     if prefix := _existing_prefix(path):
         return prefix
     if path.is_dir():
-        raise DataError(f"{path} is a folder; conversations come from one JSONL file")
+        raise DataError(f"{path} is a folder; conversations must be in one JSONL file")
     tokenizer = ChatTokenizer(dense_folder)
     check_vocabulary(tokenizer.vocab_size, vocab_size, folder=dense_folder)
     return _cached(
@@ -88,14 +91,14 @@ def prepare_conversations(
 
 
 def _existing_prefix(path: Path) -> Path | None:
-    """The prefix when ``path`` is a token file already, None when it is text."""
+    """Return the prefix if ``path`` already is a token file, or None if it is text."""
     prefix = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
     if any(Path(f"{prefix}{suffix}").exists() for suffix in (".bin", ".idx")):
         return prefix
     if not path.exists():
         raise DataError(
-            f"there is no text at {path}, and no token file {path}.bin, {path}.idx.\n"
-            "  name a text or JSONL file, a folder of them, or the prefix of a .bin/.idx pair"
+            f"{path} does not exist, and neither does a token file {path}.bin, {path}.idx.\n"
+            "  use a text or JSONL file, a folder of them, or the prefix of a .bin/.idx pair"
         )
     return None
 
@@ -103,12 +106,12 @@ def _existing_prefix(path: Path) -> Path | None:
 def _cached(
     path: Path, cache_dir: Path, *, depends_on: str, write: Callable[[Path], object]
 ) -> Path:
-    """The prefix under which ``write`` has put the tokens of ``path``, now or in an earlier run."""
+    """Return the prefix of the cached tokens of ``path``; call ``write`` if there are none."""
     files = [(file.resolve(), file.stat()) for file in find_files([path])]
-    seen = [f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}" for file, stat in files]
-    identity = "\0".join([*seen, depends_on])
+    versions = [f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}" for file, stat in files]
+    identity = "\0".join([*versions, depends_on])
     prefix = cache_dir / f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
-    # The index is renamed last: where it lies, the pair is whole.
+    # The index is renamed last: if it exists, the pair is complete.
     if Path(f"{prefix}.idx").exists():
         return prefix
     cache_dir.mkdir(parents=True, exist_ok=True)

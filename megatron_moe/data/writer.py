@@ -1,8 +1,8 @@
-"""A token file that grows on disk and survives a kill: sequences are appended, then committed.
+"""Write a token file that can be resumed after a kill: append sequences, then commit.
 
-Beside ``prefix`` lies a folder ``prefix.partial`` with the tokens so far, the length of each
-sequence, the last sequence of each document, and a journal that says how much of these is whole
-and where the reader was then. What was written after the last commit is cut off on resume.
+The folder ``prefix.partial`` holds the tokens so far, the length of each sequence, the last
+sequence of each document, and a journal with the committed sizes of these files and the reader's
+position. On resume, everything written after the last commit is truncated.
 """
 
 from __future__ import annotations
@@ -22,22 +22,23 @@ _PARTS = ("tokens.bin", "lengths", "document_ends", "digests")
 
 
 class TokenWriter:
-    """Appends sequences to the token file ``prefix``, from where the last process stopped."""
+    """Append sequences to the token file ``prefix``, resuming from the last commit."""
 
     def __init__(self, prefix: Path, *, dtype: type[np.number], identity: dict[str, Any]) -> None:
-        """Open or begin ``prefix.partial``.
+        """Open or create ``prefix.partial``.
 
         Args:
-            prefix: The token file to be.
-            dtype: Type of a token on disk.
-            identity: What the tokens depend on. A partial file of another identity is discarded.
+            prefix: Token file to write.
+            dtype: dtype of a token on disk.
+            identity: Everything the tokens depend on. A partial file with another identity is
+                discarded.
         """
         self.prefix = prefix
         self.folder = Path(f"{prefix}.partial")
         self._dtype = dtype
         self._identity = identity
         self.journal: dict[str, Any] | None = self._read_journal()
-        """What `commit` was last given, or None at the very beginning."""
+        """Argument of the last `commit`, or None if there was none."""
         if self.journal is None:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
@@ -46,28 +47,28 @@ class TokenWriter:
         self._num_sequences = sizes.get("lengths", 0) // 4
 
     def append(self, ids_T: NDArray[np.number], lengths_Q: list[int]) -> None:
-        """Add sequences, all ids one after the other."""
+        """Append sequences, given as their concatenated ids and their lengths."""
         self._files["tokens.bin"].write(ids_T.astype(self._dtype, copy=False).tobytes())
         self._files["lengths"].write(np.asarray(lengths_Q, dtype=np.int32).tobytes())
         self._num_sequences += len(lengths_Q)
 
     def end_documents(self, num_sequences: int) -> None:
-        """Make each of the last ``num_sequences`` the last sequence of a document."""
+        """Mark each of the last ``num_sequences`` sequences as the last one of a document."""
         ends = np.arange(num_sequences) + self._num_sequences - num_sequences + 1
         self._files["document_ends"].write(ends.astype(np.int64).tobytes())
 
     def add_digest(self, digest: bytes) -> None:
-        """Remember a document's hash for a resumed run."""
+        """Store a document's hash for a resumed run."""
         self._files["digests"].write(digest)
 
     def digests(self, size: int) -> set[bytes]:
-        """All hashes of ``size`` bytes so far."""
+        """Return all hashes stored so far, of ``size`` bytes each."""
         self._files["digests"].flush()
         raw = (self.folder / "digests").read_bytes()
         return {raw[i : i + size] for i in range(0, len(raw), size)}
 
     def commit(self, journal: dict[str, Any]) -> None:
-        """Make everything so far durable, with ``journal`` to go on from."""
+        """Sync everything written so far to disk, with ``journal`` to resume from."""
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
@@ -78,19 +79,19 @@ class TokenWriter:
         os.replace(unfinished, self.folder / _JOURNAL)
 
     def finish(self) -> None:
-        """Write the index with Megatron-Core's own writer and put the pair in its place."""
+        """Write the index with Megatron-Core's writer and move the pair to ``prefix``."""
         self.close()
         lengths_Q = np.fromfile(self.folder / "lengths", dtype=np.int32)
         ends = np.fromfile(self.folder / "document_ends", dtype=np.int64)
         with _IndexWriter(str(self.folder / "tokens.idx"), self._dtype) as index:
             index.write(lengths_Q, None, [0, *ends])
-        # The index goes last: where it lies, the pair is whole.
+        # The index is moved last: if it exists, the pair is complete.
         os.replace(self.folder / "tokens.bin", f"{self.prefix}.bin")
         os.replace(self.folder / "tokens.idx", f"{self.prefix}.idx")
         shutil.rmtree(self.folder)
 
     def close(self) -> None:
-        """Close the files; what was not committed is lost."""
+        """Close the files; data that was not committed is lost."""
         for file in self._files.values():
             file.close()
 
@@ -99,7 +100,7 @@ class TokenWriter:
             journal = json.loads((self.folder / _JOURNAL).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        # A process that died in `finish` has moved the tokens away already.
+        # A process that died in `finish` has already moved the tokens away.
         whole = all(
             (part := self.folder / name).exists() and part.stat().st_size >= size
             for name, size in journal["sizes"].items()

@@ -1,1 +1,1 @@
-"""How good a model is: loss on held-out text, tasks of the harness, and what it says."""
+"""Evaluate a model: loss on held-out text, tasks of lm-evaluation-harness, generated text."""

@@ -1,7 +1,7 @@
-"""lm-evaluation-harness on an exported model: its own command, in this process.
+"""Run the command of lm-evaluation-harness on an exported model, in this process.
 
-Options that are not ours are parsed by the harness itself. Tasks of different numbers of examples
-are runs of their own, because the harness takes one number for all.
+The harness itself parses the options that this package does not define. Tasks with different
+numbers of few-shot examples need separate runs, because the harness accepts one number for all.
 """
 
 from __future__ import annotations
@@ -30,122 +30,121 @@ SCHEMA = 1
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """A Hugging Face folder and where it comes from."""
+    """A Hugging Face folder and its source."""
 
     folder: Path
     source: Path
-    """The checkpoint; the folder itself where it was given."""
+    """The checkpoint, or the given folder."""
     step: int | None
-    """Of the checkpoint; None where a folder was given."""
+    """Step of the checkpoint; None if a folder was given."""
     results: Path
-    """Folder for what is found out about it: beside the run, or in the given folder."""
+    """Folder for evaluation results, in the run directory or in the given folder."""
 
 
 @dataclass(frozen=True, slots=True)
-class Round:
-    """One run of the harness."""
+class HarnessRun:
+    """Tasks for one run of the harness."""
 
     tasks: tuple[str, ...]
     examples: int | None
-    """Before each question; None: as ``--num_fewshot`` or the task itself says."""
+    """Few-shot examples before each question; None uses ``--num_fewshot`` or the task's default."""
 
 
-def rounds_of(wanted: Sequence[str]) -> list[Round]:
-    """The runs that tasks and suites need: one for each number of examples.
+def plan_runs(names: Sequence[str]) -> list[HarnessRun]:
+    """Group tasks and suites into runs of the harness, one for each number of examples.
 
-    >>> rounds_of(["piqa", "my_task"])
-    [Round(tasks=('piqa', 'my_task'), examples=None)]
-    >>> [(one.examples, len(one.tasks)) for one in rounds_of(["llama3-moe"])]
+    >>> plan_runs(["piqa", "my_task"])
+    [HarnessRun(tasks=('piqa', 'my_task'), examples=None)]
+    >>> [(run.examples, len(run.tasks)) for run in plan_runs(["llama3-moe"])]
     [(0, 7), (5, 1)]
     """
     by_examples: dict[int | None, list[str]] = {}
-    for name in wanted:
+    for name in names:
         for task, examples in SUITES.get(name, ((name, None),)):
             by_examples.setdefault(examples, []).append(task)
-    return [Round(tuple(tasks), examples) for examples, tasks in by_examples.items()]
+    return [HarnessRun(tuple(tasks), examples) for examples, tasks in by_examples.items()]
 
 
-def run_tasks(model: Exported, wanted: Sequence[str], options: Sequence[str]) -> dict[str, Any]:
+def run_tasks(model: Exported, names: Sequence[str], options: Sequence[str]) -> dict[str, Any]:
     """Run tasks and suites on a model.
 
     Args:
-        model: A folder that transformers loads.
-        wanted: Names of tasks, of groups of them, and of `SUITES`.
-        options: For the harness.
+        model: A folder that transformers can load.
+        names: Names of tasks, task groups, and `SUITES`.
+        options: Options for the harness.
 
     Returns:
-        What the file holds: scores, and the harness's own results.
+        The content of the results file: scores, and the harness's own results.
 
     Raises:
         ConfigError: The harness is not installed, does not know an option or a task, or cannot get
-            a task's data.
+            the data of a task.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError(
-            "--tasks needs lm-evaluation-harness, which is not installed.\n"
+            "--tasks requires lm-evaluation-harness, which is not installed.\n"
             "  pip install 'megatron-moe[eval]'"
         )
-    rounds = rounds_of(wanted)
-    commands = [
-        _command(model.folder, one, options) for one in rounds
-    ]  # all are legal, or none runs
+    # Parse the arguments of all runs before the first run starts.
+    commands = [_command(model.folder, run, options) for run in plan_runs(names)]
     results = [_results(arguments) for arguments in commands]
     return {
         "schema": SCHEMA,
         "kind": "tasks",
         "model": str(model.source),
         "step": model.step,
-        "tasks": list(wanted),
+        "tasks": list(names),
         "scores": [score for result in results for score in _scores(result)],
         "harness": results,
     }
 
 
-def _command(folder: Path, one: Round, options: Sequence[str]) -> argparse.Namespace:
-    """The harness's arguments of one run."""
+def _command(folder: Path, run: HarnessRun, options: Sequence[str]) -> argparse.Namespace:
+    """Parse the harness's arguments for one run."""
     from lm_eval._cli.run import Run
 
-    words = ["run", "--model", "hf", "--model_args", f"pretrained={folder}", "--tasks", *one.tasks]
+    words = ["run", "--model", "hf", "--model_args", f"pretrained={folder}", "--tasks", *run.tasks]
     if not torch.cuda.is_available():
         words += ["--device", "cpu"]
     parser = argparse.ArgumentParser(prog="lm-eval")
     Run.create(parser.add_subparsers())
-    told = io.StringIO()
+    stderr = io.StringIO()
     try:
-        with contextlib.redirect_stderr(told):
-            found = parser.parse_args([*words, *options])
+        with contextlib.redirect_stderr(stderr):
+            arguments = parser.parse_args([*words, *options])
     except SystemExit as error:
-        reason = told.getvalue().strip().splitlines()[-1:] or ["it has printed why"]
+        reason = stderr.getvalue().strip().splitlines()[-1:] or ["see its output above"]
         raise ConfigError(
-            f"the harness does not take {' '.join(options)}: {reason[0]}\n"
-            "  lm-eval run --help lists its options"
+            f"the harness does not accept {' '.join(options)}: {reason[0]}\n"
+            "  run lm-eval run --help to list its options"
         ) from error
-    if one.examples is not None:
-        if found.num_fewshot is not None:
+    if run.examples is not None:
+        if arguments.num_fewshot is not None:
             raise ConfigError(
-                f"--num_fewshot ({found.num_fewshot}) is for tasks; a suite brings its own numbers "
-                "of examples.\n  name the tasks instead of the suite, or leave it away"
+                f"--num_fewshot ({arguments.num_fewshot}) cannot be used with a suite, which "
+                "defines the number of examples of each task.\n"
+                "  list the tasks instead of the suite, or remove --num_fewshot"
             )
-        found.num_fewshot = one.examples
-    return found
+        arguments.num_fewshot = run.examples
+    return arguments
 
 
 def _results(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run the harness and read the file it writes."""
+    """Run the harness and return the content of the file it writes."""
     with tempfile.TemporaryDirectory(prefix="megatron-moe-") as name:
         folder = Path(arguments.output_path or name)
         arguments.output_path = str(folder)
         here = folder.parent if folder.suffix == ".json" else folder
         before = set(here.rglob("*.json"))
-        with _told_plainly(arguments), contextlib.redirect_stdout(sys.stderr):
+        with _readable_errors(arguments), contextlib.redirect_stdout(sys.stderr):
             arguments.func(arguments)
         (written,) = [p for p in here.rglob("*.json") if p not in before]
         return json.loads(written.read_text(encoding="utf-8"))
 
 
 @contextlib.contextmanager
-def _told_plainly(arguments: argparse.Namespace) -> Iterator[None]:
-    """Errors of the harness that a user can do something about, as such."""
+def _readable_errors(arguments: argparse.Namespace) -> Iterator[None]:
+    """Convert the harness's errors that users can fix to `ConfigError`."""
     tasks = ", ".join(arguments.tasks)
     try:
         yield
@@ -153,15 +152,16 @@ def _told_plainly(arguments: argparse.Namespace) -> Iterator[None]:
         if lost := next(filter(_is_unreachable, _chain(error)), None):
             reason = " ".join(str(lost).split()) or type(lost).__name__
             raise ConfigError(
-                f"the data of {tasks} is on a hub that cannot be reached: {reason}\n"
-                "  where there is a network, load it once (lm-eval does) and bring HF_HOME here;\n"
-                "  or use a local task: --include_path DIR with its YAML and JSONL "
+                f"cannot download the data of {tasks}, because its hub cannot be reached: "
+                f"{reason}\n"
+                "  run lm-eval once on a machine with network access, and copy its HF_HOME here;\n"
+                "  or use a local task: --include_path DIR with its YAML and JSONL files "
                 "(docs/evaluation.md)"
             ) from error
         if str(error).startswith(("Tasks not found", "Specify", "When", "If --samples")):
             raise ConfigError(
-                f"the harness refuses --tasks {tasks}: {error}\n"
-                "  lm-eval ls tasks lists what it has; --include_path DIR brings local tasks"
+                f"the harness rejects --tasks {tasks}: {error}\n"
+                "  run lm-eval ls tasks to list its tasks; --include_path DIR adds local tasks"
             ) from error
         raise
 
@@ -179,7 +179,7 @@ def _is_unreachable(error: BaseException) -> bool:
     of_the_hub = (
         DatasetNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
     )  # fmt: skip
-    # The hub's client is one of several: requests, httpx. All name a lost connection alike.
+    # The hub's client can be requests or httpx; both use these names for connection errors.
     names = {kind.__name__ for kind in type(error).__mro__}
     return isinstance(error, (ConnectionError, *of_the_hub)) or not names.isdisjoint(
         ("TransportError", "ConnectionError", "Timeout")
@@ -187,7 +187,7 @@ def _is_unreachable(error: BaseException) -> bool:
 
 
 def _scores(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every figure of a run of the harness, one after the other."""
+    """Return the results of one run of the harness as a flat list of scores."""
     scores = []
     for task, figures in result["results"].items():
         for key, value in figures.items():
@@ -207,15 +207,15 @@ def _scores(result: dict[str, Any]) -> list[dict[str, Any]]:
     return scores
 
 
-def file_of(model: Exported, wanted: Sequence[str]) -> Path:
-    """Where the results of ``wanted`` lie."""
-    names = "+".join(wanted).replace(os.sep, "-")[:80]
+def results_path(model: Exported, names: Sequence[str]) -> Path:
+    """Return the path of the results file for these tasks and suites."""
+    joined = "+".join(names).replace(os.sep, "-")[:80]
     step = "" if model.step is None else f"-step-{model.step:06d}"
-    return model.results / f"tasks-{names}{step}.json"
+    return model.results / f"tasks-{joined}{step}.json"
 
 
 def tasks_report(record: dict[str, Any]) -> Table:
-    """The scores as a table."""
+    """Format the scores as a table."""
     table = Table("task", "examples", "metric", "value", "stderr", title=record["model"])
     for column in table.columns[3:]:
         column.justify = "right"

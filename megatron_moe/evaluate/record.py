@@ -1,4 +1,4 @@
-"""What an evaluation holds: its file in run.dir/evaluation, and its table."""
+"""Results of an evaluation: their file in run.dir/evaluation, and their table."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ Figures = dict[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """Losses on held-out text, by domain, of a run's model at three times."""
+    """Held-out losses by domain, for the dense model, the MoE at step 0, and a checkpoint."""
 
     checkpoint: str
     step: int
     seq_length: int
     domains: dict[str, Figures]
-    """Of the checkpoint."""
+    """Results of the checkpoint."""
     dense: dict[str, Figures] | None
-    """Of the model the run started from; None where its weights are not at hand."""
+    """Results of the dense model; None if its weights are not available."""
     step_0: dict[str, Figures] | None
-    """Of the MoE before its first step."""
+    """Results of the MoE before its first step."""
     remarks: tuple[str, ...] = ()
-    """Why something is not there."""
+    """Reasons for missing results."""
 
     def to_json(self) -> dict[str, Any]:
-        """The object that the file holds."""
+        """Return the content of the file."""
         return {"schema": SCHEMA, "kind": "evaluation", **asdict(self)}
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Write ``record``: complete under its name, or not there."""
+    """Write ``record``; the file appears only when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f".{path.name}.partial")
     text = json.dumps(record, indent=2, ensure_ascii=False)
@@ -47,8 +47,9 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
 
 
 def evaluation_report(evaluation: Evaluation) -> RenderableType:
-    """The dense model, the MoE at step 0 and now, domain by domain."""
-    table = Table("domain", "", title=f"held-out text, {evaluation.seq_length} tokens a sequence")
+    """Format the results of all models as a table, domain by domain."""
+    title = f"held-out text, {evaluation.seq_length} tokens per sequence"
+    table = Table("domain", "", title=title)
     for name in ("tokens", "bytes", "loss", "perplexity", "bits per byte"):
         table.add_column(name, justify="right")
     models = [
@@ -56,16 +57,16 @@ def evaluation_report(evaluation: Evaluation) -> RenderableType:
         ("step 0", evaluation.step_0),
         (f"step {evaluation.step}", evaluation.domains),
     ]
-    there = [(model, figures) for model, figures in models if figures is not None]
+    available = [(model, figures) for model, figures in models if figures is not None]
     for domain in evaluation.domains:
-        for place, (model, figures) in enumerate(there):
-            table.add_row("" if place else domain, model, *_cells(figures[domain], first=not place))
+        for row, (model, figures) in enumerate(available):
+            table.add_row("" if row else domain, model, *_cells(figures[domain], first=not row))
         table.add_section()
     return Group(table, *map(Text, evaluation.remarks))
 
 
 def _cells(figures: Figures, *, first: bool) -> list[str]:
-    """Sizes stand once a domain: they are the same for every model."""
+    """Format one row; sizes are shown once per domain, because they are equal for all models."""
     sizes = [_shown(figures[name], ",") if first else "" for name in ("tokens", "bytes")]
     forms = {"loss": ".4f", "perplexity": ".3f", "bits_per_byte": ".4f"}
     return [*sizes, *(_shown(figures[name], form) for name, form in forms.items())]

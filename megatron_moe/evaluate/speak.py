@@ -1,4 +1,4 @@
-"""What an exported model says: transformers loads it, and goes on with a prompt."""
+"""Generate text from prompts with an exported model, using transformers."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from transformers.utils import logging
 def load_model(
     folder: Path, *, device: Literal["cpu", "cuda"], dtype: torch.dtype | None = None
 ) -> Any:
-    """The model of a Hugging Face folder, as transformers makes it of its config.json.
+    """Load the model of a Hugging Face folder with transformers.
 
     Args:
-        folder: What `export` writes.
-        device: Where it runs.
-        dtype: In which precision; None: that of the folder.
+        folder: Folder written by `export`.
+        device: Device to run on.
+        dtype: dtype of the weights; None uses that of the folder.
     """
     logging.disable_progress_bar()
     model: Any = AutoModelForCausalLM.from_pretrained(
@@ -38,25 +38,25 @@ def completions(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> Iterator[str]:
-    """Each prompt and what the model goes on with, one after the other.
+    """Yield each prompt with the model's continuation.
 
     Args:
-        model: Of `load_model`.
-        folder: Where its tokenizer lies.
-        prompts: Texts to go on with.
-        new_tokens: How long to go on at most.
-        temperature: Of the draws; 0 takes the likeliest token always.
-        seed: Of the draws, anew for each prompt.
+        model: Model from `load_model`.
+        folder: Folder with its tokenizer.
+        prompts: Texts to continue.
+        new_tokens: Maximum number of tokens to generate.
+        temperature: Sampling temperature; 0 means greedy decoding.
+        seed: Sampling seed, reset for each prompt.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    drawn = {"do_sample": True, "temperature": temperature, "top_k": 0}
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0}
     for prompt in prompts:
-        given = tokenizer(prompt, return_tensors="pt").to(model.device)
+        inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
         torch.manual_seed(seed)
-        made = model.generate(
-            **given,
+        ids = model.generate(
+            **inputs,
             max_new_tokens=new_tokens,
             pad_token_id=tokenizer.eos_token_id,
-            **(drawn if temperature else {"do_sample": False}),
+            **(sampling if temperature else {"do_sample": False}),
         )
-        yield tokenizer.decode(made[0], skip_special_tokens=True)
+        yield tokenizer.decode(ids[0], skip_special_tokens=True)

@@ -1,4 +1,4 @@
-"""The task suites of two papers, by the harness's names: a task and its number of examples."""
+"""Task suites of two papers: the harness's task names with their numbers of few-shot examples."""
 
 from __future__ import annotations
 

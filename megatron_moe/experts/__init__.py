@@ -1,1 +1,1 @@
-"""Which neurons of the dense FFN each expert gets, how they are scaled, what the router says."""
+"""Choose each expert's neurons from the dense FFN, their scales, and the initial router rows."""

@@ -1,4 +1,4 @@
-"""Balanced k-means: clusters of exactly equal size, each assignment solved as a min-cost flow.
+"""Balanced k-means: clusters of exactly equal size, assigned by solving min-cost flows.
 
 Shape letters: X points, D features, C clusters.
 """
@@ -12,18 +12,18 @@ from numpy.typing import NDArray
 
 ITERATIONS = 20
 STEPS_OF_COST = 2**24
-"""Costs are integers of this resolution: rounding hides in which order a product was summed."""
+"""Resolution of integer costs. Rounding makes them independent of the summation order."""
 
 
 def balanced_kmeans(
-    points_XD: NDArray[np.float32], clusters: int, drawn: np.random.Generator
+    points_XD: NDArray[np.float32], clusters: int, rng: np.random.Generator
 ) -> NDArray[np.int64]:
-    """Cluster of each point, ``(X,)``; every cluster has X / C points.
+    """Return the cluster of each point, ``(X,)``; every cluster has X / C points.
 
-    Lloyd's algorithm with k-means++ starts; each round assigns all points at once at the least
-    total squared distance that equal sizes allow, and ends when that no longer falls.
+    This is Lloyd's algorithm with k-means++ initialization. Each iteration assigns all points at
+    once with the minimum total squared distance for equal sizes, until this no longer decreases.
     """
-    centers_CD = _spread_starts(points_XD, clusters, drawn)
+    centers_CD = _spread_starts(points_XD, clusters, rng)
     best, cluster_X = None, np.zeros(len(points_XD), dtype=np.int64)
     for _ in range(ITERATIONS):
         assigned_X, cost = assign(_costs(points_XD, centers_CD))
@@ -37,8 +37,8 @@ def balanced_kmeans(
 
 
 def assign(costs_XC: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
-    """The cheapest assignment of X points to C clusters of X / C points, and what it costs."""
-    from ortools.graph.python import min_cost_flow  # only runs that cluster wait for it
+    """Return the cheapest assignment of X points to C clusters of X / C points, and its cost."""
+    from ortools.graph.python import min_cost_flow  # imported here: slow to import
 
     points, clusters = costs_XC.shape
     assert points % clusters == 0, (points, clusters)
@@ -58,7 +58,7 @@ def assign(costs_XC: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
 
 
 def _costs(points_XD: NDArray[np.float32], centers_CD: NDArray[np.float32]) -> NDArray[np.int64]:
-    """Squared distances as integers; what all clusters of a point share is left out."""
+    """Return squared distances as integers, without the terms that are equal for all clusters."""
     size_C = (centers_CD.astype(np.float64) ** 2).sum(axis=1)
     costs_XC = size_C - 2 * (points_XD @ centers_CD.T).astype(np.float64)
     costs_XC -= costs_XC.min(axis=1, keepdims=True)
@@ -67,15 +67,15 @@ def _costs(points_XD: NDArray[np.float32], centers_CD: NDArray[np.float32]) -> N
 
 
 def _spread_starts(
-    points_XD: NDArray[np.float32], clusters: int, drawn: np.random.Generator
+    points_XD: NDArray[np.float32], clusters: int, rng: np.random.Generator
 ) -> NDArray[np.float32]:
-    """k-means++: each start is drawn with probability as its squared distance to the others."""
-    chosen = [int(drawn.integers(len(points_XD)))]
+    """Draw k-means++ starts, with probability proportional to the squared distance to others."""
+    chosen = [int(rng.integers(len(points_XD)))]
     far_X = _squared_distance(points_XD, points_XD[chosen[0]])
     for _ in range(clusters - 1):
         total = far_X.sum()
         probability_X = far_X / total if total > 0 else None  # all points are the same
-        chosen.append(int(drawn.choice(len(points_XD), p=probability_X)))
+        chosen.append(int(rng.choice(len(points_XD), p=probability_X)))
         far_X = np.minimum(far_X, _squared_distance(points_XD, points_XD[chosen[-1]]))
     return points_XD[chosen]
 

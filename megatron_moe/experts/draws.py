@@ -1,8 +1,8 @@
-"""Random numbers that are a function of what they are for, never of who asks or in which order.
+"""Random numbers that depend only on their purpose, not on the rank or the order of calls.
 
-Every generator is keyed by (seed, layer, use, ...), so each rank draws what it needs and no more.
-Weights are drawn in blocks of consecutive neurons of one expert: a rank that holds part of an
-expert draws the blocks it meets, and any cut of the expert gives the same numbers.
+Every generator is keyed by (seed, layer, use, ...), so that each rank draws only what it needs.
+Weights are drawn in blocks of consecutive neurons of one expert. A rank that holds part of an
+expert draws the blocks that overlap it, and any sharding of the expert gives the same numbers.
 
 Shape letters of this module:
 
@@ -20,7 +20,10 @@ BLOCK_NEURONS = 128
 
 
 class Use(IntEnum):
-    """What numbers are drawn for. Zero is nothing: it would be the same key as a shorter one."""
+    """Purpose of random numbers.
+
+    Values start at 1: SeedSequence ignores trailing zeros, so 0 would collide with a shorter key.
+    """
 
     NEURONS = 1
     REINIT_MASK = 2
@@ -31,21 +34,21 @@ class Use(IntEnum):
 
 
 def generator(seed: int, layer: int, *key: int) -> np.random.Generator:
-    """The generator of one use; ``key`` opens with a `Use`, or is empty for the router's rows."""
+    """Return the generator for one use; ``key`` starts with a `Use`, or is empty for the router."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, layer, *key])))
 
 
 def normal_rows(
     seed: int, layer: int, *key: int, neurons: slice, width: int
 ) -> NDArray[np.float32]:
-    """Standard normal numbers for a run of an expert's neurons, ``(neurons, width)``.
+    """Draw standard normal numbers for a slice of an expert's neurons, ``(neurons, width)``.
 
     Args:
-        seed: With ``layer`` and ``key``, which expert and matrix, and what for.
+        seed: Seed; with ``layer`` and ``key`` it identifies the use, the expert and the matrix.
         layer: Global layer id.
-        key: As for `generator`.
-        neurons: Which of the expert's neurons, counted over the whole expert.
-        width: Numbers of one neuron.
+        key: See `generator`.
+        neurons: Slice of the neurons of the whole expert.
+        width: Numbers per neuron.
     """
     rows_MD = np.empty((neurons.stop - neurons.start, width), dtype=np.float32)
     first_block = neurons.start // BLOCK_NEURONS

@@ -1,7 +1,8 @@
-"""The plan file: what was found about each layer, with the recipe and the model it was found for.
+"""Read and write the plan file: the tables of each layer, with their recipe and dense model.
 
-A safetensors file whose header holds a JSON text: schema, recipe, hash of the plan, fingerprint of
-the dense checkpoint. Neurons are int32, so a file is some megabytes for the largest models.
+It is a safetensors file. Its header holds a JSON text: schema, recipe, hash of the plan, and
+fingerprint of the dense checkpoint. Neurons are int32, so that a file takes a few megabytes for
+the largest models.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ _KEY = "megatron_moe.expert_plan"
 def write_plan(
     path: Path, plan: ExpertPlan, *, source: str, measured_on: dict[str, Any] | None = None
 ) -> None:
-    """Write ``plan`` with its tables; the file is complete under its name or not there.
+    """Write ``plan`` with its tables; the file appears only when it is complete.
 
     Args:
         path: File to write.
-        plan: With a table for each layer that needs one.
+        plan: Plan with a table for each layer that needs one.
         source: Fingerprint of the dense checkpoint.
-        measured_on: What was measured with, for the reader of the file.
+        measured_on: Description of the measurement, for readers of the file.
     """
     arrays = {}
     for layer, table in plan.tables.items():
@@ -52,41 +53,42 @@ def write_plan(
 
 
 def read_plan(path: Path, plan: ExpertPlan, *, source: str | None) -> ExpertPlan:
-    """``plan`` with the tables of a plan file made for the same recipe and the same dense model.
+    """Return ``plan`` with the tables of a plan file for the same recipe and dense model.
 
     Args:
-        path: A file that `write_plan` wrote.
-        plan: What the configuration asks for.
-        source: Fingerprint of the dense checkpoint; None: whichever it was.
+        path: File written by `write_plan`.
+        plan: Plan of the configuration, without tables.
+        source: Fingerprint of the dense checkpoint; None accepts any.
 
     Raises:
-        CheckpointError: No such file, one of another recipe or model, or a damaged one.
+        CheckpointError: The file does not exist, is damaged, or has another recipe or model.
     """
     header, arrays = _read(path)
     if header.get("schema") != SCHEMA:
         raise CheckpointError(
-            f"{path} has schema {header.get('schema')}, but this version reads {SCHEMA}: "
-            "make it again with megatron-moe construct"
+            f"{path} has schema {header.get('schema')}, but this version reads {SCHEMA}.\n"
+            "  create it again with megatron-moe construct"
         )
     expected = json.loads(json.dumps(plan.recipe.content()))
     if header["recipe"] != expected:
         raise CheckpointError(
             f"{path} was made for other settings:\n"
             + "\n".join(_differences(header["recipe"], expected))
-            + "\n  make it again with megatron-moe construct, or restore the settings"
+            + "\n  create it again with megatron-moe construct, or restore the settings"
         )
     if source is not None and header["source"] != source:
         raise CheckpointError(
             f"{path} was made from another dense model (fingerprint {header['source'][:12]}) than "
-            f"dense.path holds ({source[:12]}).\n  make it again with megatron-moe construct"
+            f"the one in dense.path ({source[:12]}).\n"
+            "  create it again with megatron-moe construct"
         )
-    found = plan.with_tables(_tables(arrays))
-    if found.hash != header["hash"]:
+    result = plan.with_tables(_tables(arrays))
+    if result.hash != header["hash"]:
         raise CheckpointError(
-            f"{path} is damaged: its tables have hash {found.hash[:12]}, but it says "
+            f"{path} is damaged: its tables have hash {result.hash[:12]}, but its header has "
             f"{header['hash'][:12]}"
         )
-    return found
+    return result
 
 
 def _arrays(table: LayerTable) -> dict[str, np.ndarray]:
@@ -101,12 +103,12 @@ def _arrays(table: LayerTable) -> dict[str, np.ndarray]:
 
 
 def _tables(arrays: dict[str, np.ndarray]) -> dict[int, LayerTable]:
-    found: dict[int, dict[str, Any]] = {}
+    values_by_layer: dict[int, dict[str, Any]] = {}
     for key, array in arrays.items():
         _, layer, name = key.split(".")
         value = array.astype(np.int64) if array.dtype == np.int32 else array
-        found.setdefault(int(layer), {})[name] = value if value.ndim else float(value)
-    return {layer: LayerTable(**values) for layer, values in found.items()}
+        values_by_layer.setdefault(int(layer), {})[name] = value if value.ndim else float(value)
+    return {layer: LayerTable(**values) for layer, values in values_by_layer.items()}
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -116,15 +118,15 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             return header, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"there is no plan file {path}.\n  make it first: megatron-moe construct CONFIG.yaml"
+            f"there is no plan file {path}.\n  create it: megatron-moe construct CONFIG.yaml"
         ) from error
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path} is not a plan file: {error!r}") from error
 
 
-def _differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+def _differences(stored: dict[str, Any], expected: dict[str, Any]) -> list[str]:
     return [
-        f"    {name}: the file has {found.get(name)}, the configuration {expected.get(name)}"
-        for name in sorted(found.keys() | expected.keys())
-        if found.get(name) != expected.get(name)
+        f"    {name}: the file has {stored.get(name)}, the configuration {expected.get(name)}"
+        for name in sorted(stored.keys() | expected.keys())
+        if stored.get(name) != expected.get(name)
     ]

@@ -1,9 +1,9 @@
-"""The ExpertPlan: which dense neurons each expert is made of, and what its router says.
+"""The ExpertPlan: the dense neurons of each expert, their scales, and the initial router rows.
 
-A SwiGLU layer is a sum over its neurons (row of gate, row of up, column of down), so an expert is a
-list of neurons, and every way of building experts is another list. A plan is derived from
-(method, seed, layer) alone: each rank computes what it needs of it, and no rank needs to be told.
-Methods that look at the weights or at the model at work put what they found into a table a layer.
+A SwiGLU layer is a sum over its neurons (row of gate, row of up, column of down). An expert is
+therefore a list of neurons, and every construction method is another list. A plan is derived from
+(method, seed, layer) alone: each rank computes the part it needs, without communication. Methods
+that depend on weights or activations store their results in one table per layer.
 
 Shape letters of this module:
 
@@ -34,30 +34,30 @@ __all__ = ["ExpertPlan", "LayerPlan", "LayerTable", "make_expert_plan", "moe_lay
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerTable:
-    """What cannot be derived from the recipe alone; None where it can."""
+    """Values of a layer that cannot be derived from the recipe; None for those that can."""
 
     neurons_EM: NDArray[np.int64] | None = None
     shared_S: NDArray[np.int64] | None = None
     router_ED: NDArray[np.float32] | None = None
     output_scale: float | None = None
-    """Factor that makes the routed output as large as the dense layer's."""
+    """Factor that scales the routed output to the magnitude of the dense layer's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerPlan:
-    """The experts of one layer."""
+    """Experts of one layer."""
 
     neurons_EM: NDArray[np.int64]
-    """Dense neuron that each neuron of each expert is a copy of."""
+    """Index of the dense neuron that each neuron of each expert copies."""
 
     shared_S: NDArray[np.int64]
-    """Dense neurons of the always-on expert; empty where there is none."""
+    """Dense neurons of the shared expert; empty if there is none."""
 
     source_E: NDArray[np.int64]
-    """Which dense checkpoint each expert comes from."""
+    """Index of the dense checkpoint of each expert."""
 
     reinit_EM: NDArray[np.bool_] | None
-    """Neurons drawn anew, with the mean and std of those they replace; None: none."""
+    """Neurons to reinitialize, with the mean and std of those they replace; None if none."""
 
     weight_scales: tuple[float, float, float]
     """Factors of gate, up and down of the routed experts."""
@@ -66,19 +66,19 @@ class LayerPlan:
     """Factor of the routed experts' output at run time."""
 
     router_ED: NDArray[np.float32] | None
-    """Rows of the router at the start; None: the mean of the expert's rows of gate."""
+    """Initial rows of the router; None uses the mean of the expert's rows of gate."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertPlan:
-    """How every MoE layer of the model is built; ask it a layer at a time."""
+    """Construction of every MoE layer of the model, computed one layer at a time."""
 
     recipe: Recipe
     tables: Mapping[int, LayerTable] = field(default_factory=dict)
-    """By layer, for recipes that need them."""
+    """Tables by layer, for recipes that need them."""
 
     def layer(self, layer: int) -> LayerPlan:
-        """The experts of layer ``layer``, counted from 0 over the whole model."""
+        """Return the experts of layer ``layer``, counted from 0 over the whole model."""
         recipe, table = self.recipe, self.tables.get(layer, LayerTable())
         part = _neurons(recipe, layer, table)
         down, runtime = recipe.weight_scales[2], recipe.output_scale
@@ -99,12 +99,12 @@ class ExpertPlan:
         )
 
     def with_tables(self, tables: Mapping[int, LayerTable]) -> ExpertPlan:
-        """The same recipe with what was found about each layer."""
+        """Return a plan with the same recipe and these tables."""
         return replace(self, tables=tables)
 
     @property
     def hash(self) -> str:
-        """Same plan, same hash: sha256 over everything the layers are derived from."""
+        """sha256 of the recipe and the tables: equal plans have equal hashes."""
         digest = hashlib.sha256(json.dumps(self.recipe.content(), sort_keys=True).encode())
         for layer in sorted(self.tables):
             table = self.tables[layer]
@@ -117,9 +117,9 @@ class ExpertPlan:
 
 
 def make_expert_plan(spec: DenseSpec, moe: Moe, upcycle: Upcycle) -> ExpertPlan:
-    """The plan that the configuration asks for, for a dense model of this shape.
+    """Create the plan of a configuration, for a dense model of this shape.
 
-    Where its recipe needs weights or measuring, it has no tables yet.
+    If the recipe needs weights or a measurement, the plan has no tables yet.
     """
     return ExpertPlan(make_recipe(spec, moe, upcycle))
 
@@ -142,11 +142,11 @@ def _neurons(recipe: Recipe, layer: int, table: LayerTable) -> split.Partition:
 
 
 def _reinit_mask(recipe: Recipe, layer: int) -> NDArray[np.bool_]:
-    """Neurons of each expert that are drawn anew: the same for gate, up and down (2502.19261)."""
+    """Choose the neurons to reinitialize, the same for gate, up and down (arXiv 2502.19261)."""
     size = recipe.expert_ffn_hidden_size
     mask_EM = np.zeros((recipe.num_experts, size), dtype=np.bool_)
     count = round(recipe.reinit_ratio * size)
     for expert in range(recipe.num_experts):
-        drawn = generator(recipe.seed, layer, Use.REINIT_MASK, expert)
-        mask_EM[expert, drawn.permutation(size)[:count]] = True
+        rng = generator(recipe.seed, layer, Use.REINIT_MASK, expert)
+        mask_EM[expert, rng.permutation(size)[:count]] = True
     return mask_EM

@@ -1,6 +1,6 @@
-"""What the configuration says about building experts, with every default and factor worked out.
+"""The recipe of an ExpertPlan: the settings for building experts, with all defaults resolved.
 
-A recipe and, for methods that measure, a table a layer are all there is to an ExpertPlan.
+An ExpertPlan consists of a recipe and, for methods that measure, one table per layer.
 
 Letters: N num_moe_experts, K moe_router_topk, F neurons of the dense layer, M neurons of an expert,
 G = F / M granularity, R = N / G replicas of the dense layer.
@@ -17,17 +17,17 @@ from megatron_moe.hf.spec import DenseSpec
 SCHEMA = 1
 
 NEEDS_WEIGHTS: frozenset[Method] = frozenset({"split_clustered"})
-"""Methods that look at the dense weights; done at the start of a run."""
+"""Methods that depend on the dense weights; computed at the start of a run."""
 
 NEEDS_MEASURING: frozenset[Method] = frozenset({"sharing_inner", "sharing_inter", "weaver"})
-"""Methods that look at the dense model at work: `megatron-moe construct`."""
+"""Methods that depend on activations of the dense model, measured by `megatron-moe construct`."""
 
 _SUMS_PARTS = ("split_random", "split_clustered", "sharing_inner", "sharing_inter", "weaver")
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Everything the layers of a plan are derived from, tables aside."""
+    """All inputs of a plan's layers, except for the tables."""
 
     method: Method
     seed: int
@@ -37,37 +37,37 @@ class Recipe:
     hidden_size: int
     router_init_std: float
     moe_layers: tuple[int, ...]
-    # What follows counts in the hash only where it is not the default, so that plans that do
-    # without keep the hash they had before it existed.
+    # The following fields enter the hash only if they differ from their defaults, so that plans
+    # that do not use a field keep the hash they had before it was added.
     shared_size: int = 0
-    """Neurons of the always-on expert."""
+    """Neurons of the shared expert."""
     num_sources: int = 1
-    """Dense checkpoints that experts come from, in turn."""
+    """Number of dense checkpoints, from which experts are taken in turn."""
     router_init: RouterInit = "normal"
     weight_scales: tuple[float, float, float] = (1.0, 1.0, 1.0)
     """Factors of gate, up and down of every routed expert."""
     output_scale: float = 1.0
     """Factor of the routed experts' output at run time."""
     calibrated: bool = False
-    """A factor measured for each layer comes on top."""
+    """Whether a factor measured for each layer is multiplied in."""
     rescale_at: str = "weights"
-    """Where the measured factor goes: into down, or to the output at run time."""
+    """Target of the measured factor: ``weights`` (down) or ``runtime`` (the output)."""
     reinit_ratio: float = 0.0
     noise_std: float = 0.0
     permutation_seed: int | None = None
 
     @property
     def needs_weights(self) -> bool:
-        """Whether a table must be made from the dense weights."""
+        """Whether tables must be computed from the dense weights."""
         return self.method in NEEDS_WEIGHTS
 
     @property
     def needs_measuring(self) -> bool:
-        """Whether a table must be measured with the dense model at work."""
+        """Whether tables must be measured by running the dense model."""
         return self.method in NEEDS_MEASURING or self.router_init == "centroids" or self.calibrated
 
     def content(self) -> dict[str, Any]:
-        """What a hash is taken of and a plan file holds."""
+        """Return the values that are hashed and stored in a plan file."""
         return {
             "schema": SCHEMA,
             **{
@@ -79,7 +79,7 @@ class Recipe:
 
 
 def make_recipe(spec: DenseSpec, moe: Moe, upcycle: Upcycle) -> Recipe:
-    """The recipe that the configuration asks for, for a dense model of this shape."""
+    """Create the recipe of a configuration, for a dense model of this shape."""
     factor, calibrated = output_factor(spec, moe, upcycle)
     in_weights = upcycle.rescale_at == "weights"
     paper = upcycle.method == "granular" and upcycle.scale == "paper"
@@ -107,18 +107,18 @@ def make_recipe(spec: DenseSpec, moe: Moe, upcycle: Upcycle) -> Recipe:
 
 
 def moe_layer_ids(moe: Moe, num_layers: int) -> tuple[int, ...]:
-    """Ids of the layers that become MoE, ascending."""
+    """Return the ids of the layers that become MoE, ascending."""
     if moe.moe_layers != "all":
         return tuple(sorted(moe.moe_layers))
     return tuple(range(moe.first_dense_layers, num_layers - moe.last_dense_layers))
 
 
 def output_factor(spec: DenseSpec, moe: Moe, upcycle: Upcycle) -> tuple[float, bool]:
-    """By how much the routed output is multiplied, and whether a measured factor is asked for.
+    """Return the factor of the routed output, and whether a measured factor is requested.
 
-    With weights that sum to one (topk_softmax), the output of parts is an average where the dense
-    layer has a sum: N restores it in expectation, G exactly when whole replicas are chosen. With
-    probabilities of all N experts (softmax_topk) and a uniform router, each weight is 1 / N.
+    If the weights sum to one (topk_softmax), the output is an average over parts, but the dense
+    layer is their sum: N restores it in expectation, and G exactly if whole replicas are chosen.
+    With probabilities of all N experts (softmax_topk) and a uniform router, each weight is 1 / N.
     """
     experts, topk = moe.num_moe_experts, moe.moe_router_topk
     if upcycle.method == "granular":

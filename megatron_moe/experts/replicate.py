@@ -1,4 +1,4 @@
-"""Experts that are copies of the dense FFN, whole or in shards: copy, drop, mix, granular, qwen.
+"""Build experts as copies of the dense FFN, whole or in shards: copy, drop, mix, granular, qwen.
 
 Shape letters: E num_moe_experts, F dense neurons, M neurons of one expert.
 """
@@ -13,21 +13,21 @@ from megatron_moe.experts.recipe import Recipe
 
 
 def copy(recipe: Recipe, layer: int) -> NDArray[np.int64]:
-    """Each expert is the whole dense FFN (arXiv 2212.05055, section 3; 2412.09952)."""
+    """Give each expert the whole dense FFN (arXiv 2212.05055, section 3; 2412.09952)."""
     shape = (recipe.num_experts, recipe.expert_ffn_hidden_size)
     return np.broadcast_to(_dense_order(recipe, layer), shape)
 
 
 def granular(recipe: Recipe, layer: int) -> NDArray[np.int64]:
-    """Expert e is shard e mod G of the dense FFN (virtual groups, arXiv 2410.07524)."""
+    """Give expert e shard e mod G of the dense FFN (virtual groups, arXiv 2410.07524)."""
     shards_GM = _dense_order(recipe, layer).reshape(-1, recipe.expert_ffn_hidden_size)
     return shards_GM[np.arange(recipe.num_experts) % len(shards_GM)]
 
 
 def qwen(recipe: Recipe, layer: int) -> NDArray[np.int64]:
-    """As many copies as the experts need, each shuffled, cut into experts (Qwen1.5-MoE).
+    """Shuffle as many copies of the FFN as needed and split them into experts (Qwen1.5-MoE).
 
-    What is left of the last copy is discarded.
+    The rest of the last copy is discarded.
     """
     size, experts = recipe.expert_ffn_hidden_size, recipe.num_experts
     copies = -(-experts * size // recipe.dense_ffn_hidden_size)
@@ -39,13 +39,13 @@ def qwen(recipe: Recipe, layer: int) -> NDArray[np.int64]:
 
 
 def source_of_experts(recipe: Recipe) -> NDArray[np.int64]:
-    """Which dense checkpoint each expert comes from, ``(E,)`` (Branch-Train-MiX, 2403.07816)."""
+    """Return each expert's dense checkpoint, ``(E,)`` (Branch-Train-MiX, arXiv 2403.07816)."""
     return np.arange(recipe.num_experts) % recipe.num_sources
 
 
 def _dense_order(recipe: Recipe, layer: int) -> NDArray[np.int64]:
-    """The dense neurons in their order, or in the one that permutation_seed draws."""
+    """Return the dense neurons in their order, or in a random order of permutation_seed."""
     if recipe.permutation_seed is None:
         return np.arange(recipe.dense_ffn_hidden_size)
-    drawn = generator(recipe.permutation_seed, layer, Use.PERMUTATION)
-    return drawn.permutation(recipe.dense_ffn_hidden_size)
+    rng = generator(recipe.permutation_seed, layer, Use.PERMUTATION)
+    return rng.permutation(recipe.dense_ffn_hidden_size)

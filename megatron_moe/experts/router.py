@@ -1,4 +1,4 @@
-"""Rows of the router at the start of training.
+"""Initial rows of the router.
 
 Shape letters: E num_moe_experts, D hidden_size, G granularity, R replicas = E / G.
 """
@@ -12,12 +12,12 @@ from megatron_moe.experts.draws import generator
 from megatron_moe.experts.recipe import Recipe
 
 TIE_BREAK_STD = 1e-6
-"""Rows of zeros would send every token to the first K experts. These are too small to weigh one
-expert above another, and large enough to choose."""
+"""Standard deviation of near-zero rows. Zero rows would send every token to the first K experts;
+these break ties without giving any expert a larger weight."""
 
 
 def router_rows(recipe: Recipe, layer: int) -> NDArray[np.float32] | None:
-    """Rows that are drawn, ``(E, D)``; None where they are measured or read from the weights."""
+    """Draw random rows, ``(E, D)``; return None if rows are measured or taken from the weights."""
     experts, std = recipe.num_experts, np.float32(recipe.router_init_std)
     match recipe.router_init:
         case "normal":

@@ -1,7 +1,7 @@
-"""Experts chosen by what neurons do on real text: sharing_inner, sharing_inter, weaver.
+"""Choose experts by the activity of neurons on real text: sharing_inner, sharing_inter, weaver.
 
-Neurons that several experts want are either in several experts (inner) or in one that is always on
-(inter, weaver). The measuring is `megatron-moe construct`'s; here is arithmetic on its results.
+Neurons that are important for several experts go either to several experts (inner) or to a shared
+expert (inter, weaver). `megatron-moe construct` measures; this module only evaluates its results.
 
 Shape letters: E num_moe_experts, F dense neurons, M neurons of one expert, S shared neurons,
 C clusters of the text.
@@ -19,7 +19,7 @@ Numbers = NDArray[np.floating]
 
 
 def sharing_inner(importance_EF: Numbers, *, size: int) -> Partition:
-    """Each expert takes the ``size`` neurons that matter most to its part of the text.
+    """Give each expert the ``size`` most important neurons for its part of the text.
 
     Args:
         importance_EF: Importance of each neuron for the data of each expert's cluster.
@@ -29,14 +29,14 @@ def sharing_inner(importance_EF: Numbers, *, size: int) -> Partition:
 
 
 def sharing_inter(importance_EF: Numbers, *, size: int, shared: int) -> Partition:
-    """The neurons that most experts want are shared; each takes its best of the rest.
+    """Share the neurons that most experts select; give each expert the best of the rest.
 
-    An expert wants the ``size`` neurons that sharing_inner would give it. Among neurons wanted by
-    as many experts, those of the larger total importance go first.
+    An expert selects the ``size`` neurons that sharing_inner would give it. Ties between neurons
+    selected by equally many experts are broken by the larger total importance.
     """
-    wanted_EF = np.zeros(importance_EF.shape, dtype=np.int64)
-    np.put_along_axis(wanted_EF, _top(importance_EF, size), 1, axis=1)
-    order_F = np.lexsort((-importance_EF.sum(axis=0), -wanted_EF.sum(axis=0)))
+    selected_EF = np.zeros(importance_EF.shape, dtype=np.int64)
+    np.put_along_axis(selected_EF, _top(importance_EF, size), 1, axis=1)
+    order_F = np.lexsort((-importance_EF.sum(axis=0), -selected_EF.sum(axis=0)))
     shared_S = np.sort(order_F[:shared])
     left_EF = importance_EF.astype(np.float64)
     left_EF[:, shared_S] = -np.inf
@@ -44,14 +44,14 @@ def sharing_inter(importance_EF: Numbers, *, size: int, shared: int) -> Partitio
 
 
 def weaver(recipe: Recipe, layer: int, activity_CF: Numbers) -> Partition:
-    """Neurons as active in one kind of text as in another are shared, the rest clustered.
+    """Share the neurons whose activity varies least over kinds of text, and cluster the rest.
 
     Args:
         recipe: Sizes and seed.
         layer: Global layer id.
         activity_CF: Mean magnitude of each neuron's activation on each cluster of the text. The
-            spread over clusters relative to its mean (coefficient of variation) says how special a
-            neuron is (ExpertWeaver, arXiv 2602.15521).
+            spread over clusters relative to the mean (coefficient of variation) measures how
+            specialized a neuron is (ExpertWeaver, arXiv 2602.15521).
     """
     mean_F = activity_CF.mean(axis=0)
     variation_F = activity_CF.std(axis=0) / np.maximum(mean_F, np.finfo(np.float32).tiny)
@@ -63,5 +63,5 @@ def weaver(recipe: Recipe, layer: int, activity_CF: Numbers) -> Partition:
 
 
 def _top(importance_EF: Numbers, count: int) -> NDArray[np.int64]:
-    """The ``count`` largest of each row, the lower index first among equals."""
+    """Return the indices of the ``count`` largest of each row; ties go to the lower index."""
     return np.argsort(-importance_EF, axis=1, kind="stable")[:, :count]

@@ -1,4 +1,4 @@
-"""Experts that share out the dense neurons, each neuron to one expert (LLaMA-MoE, 2406.16554).
+"""Split the dense neurons into experts, each neuron into one (LLaMA-MoE, arXiv 2406.16554).
 
 Shape letters: E num_moe_experts, F dense neurons, M neurons of one expert, S shared neurons.
 """
@@ -17,26 +17,26 @@ from megatron_moe.experts.recipe import Recipe
 
 @dataclass(frozen=True, slots=True)
 class Partition:
-    """Neurons of the experts and of the always-on expert, each list ascending."""
+    """Neurons of the routed experts and of the shared expert, each list ascending."""
 
     neurons_EM: NDArray[np.int64]
     shared_S: NDArray[np.int64]
 
 
 def random(recipe: Recipe, layer: int) -> Partition:
-    """Independent-Random: a random partition; a shared expert takes random neurons too."""
-    drawn = generator(recipe.seed, layer, Use.NEURONS)
-    order_F = drawn.permutation(recipe.dense_ffn_hidden_size)
+    """Split at random (Independent-Random); a shared expert also gets random neurons."""
+    rng = generator(recipe.seed, layer, Use.NEURONS)
+    order_F = rng.permutation(recipe.dense_ffn_hidden_size)
     shared_S, rest = np.split(order_F, [recipe.shared_size])
     neurons_EM = rest.reshape(recipe.num_experts, recipe.expert_ffn_hidden_size)
     return Partition(np.sort(neurons_EM, axis=1), np.sort(shared_S))
 
 
 def clustered(recipe: Recipe, layer: int, up_FD: NDArray[np.float32]) -> Partition:
-    """Independent-Clustering: neurons whose rows of ``up`` point the same way go together.
+    """Cluster neurons by the direction of their rows of ``up`` (Independent-Clustering).
 
-    A shared expert takes the neurons nearest to the mean direction of all: those that no cluster
-    has a special claim to.
+    A shared expert gets the neurons nearest to the mean direction of all, which are the least
+    specific to any cluster.
     """
     up_FD = unit_rows(up_FD)
     near_F = np.round(up_FD @ up_FD.mean(axis=0, dtype=np.float64), 9)
@@ -48,7 +48,7 @@ def clustered(recipe: Recipe, layer: int, up_FD: NDArray[np.float32]) -> Partiti
 def cluster_neurons(
     recipe: Recipe, layer: int, features_XD: NDArray[np.float32], neurons_X: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """Neurons in balanced clusters of their features, ``(E, M)``, ascending within each."""
+    """Group neurons into balanced clusters by their features, ``(E, M)``, ascending in each."""
     cluster_X = balanced_kmeans(
         features_XD, recipe.num_experts, generator(recipe.seed, layer, Use.CLUSTERS)
     )
@@ -57,6 +57,6 @@ def cluster_neurons(
 
 
 def unit_rows(rows_FD: NDArray[np.floating]) -> NDArray[np.float32]:
-    """Each row divided by its length; a row of zeros stays."""
+    """Divide each row by its norm; rows of zeros are unchanged."""
     length_F = np.linalg.norm(rows_FD, axis=1, keepdims=True)
     return (rows_FD / np.maximum(length_F, np.finfo(np.float32).tiny)).astype(np.float32)

@@ -1,1 +1,1 @@
-"""Hugging Face folders: what a dense model is, slices of its tensors, and writing one back."""
+"""Read the shape and slices of a dense model in a Hugging Face folder, and write such folders."""

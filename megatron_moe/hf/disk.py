@@ -1,4 +1,4 @@
-"""What was written is on the disk. Needs no torch, so that what only reads a run does not wait."""
+"""Sync files to disk. Imports no torch, so that commands that only read a run start fast."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def fsync(path: Path) -> None:
-    """Have a file or folder on the disk itself before this returns."""
+    """Flush a file or folder to disk before returning."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,6 +1,6 @@
-"""The files of a safetensors folder and what their headers promise, checked before a byte is read.
+"""Read and check the headers of a safetensors folder, before any tensor is read.
 
-Nothing of a folder is executed or unpickled; ``pytorch_model.bin`` is refused.
+Nothing in a folder is executed or unpickled; ``pytorch_model.bin`` is rejected.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-"""What a weight may be stored as, in the words of the safetensors header."""
+"""Supported dtypes of weights, keyed by their names in the safetensors header."""
 
 _MOST_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _MOST_LISTED = 20
@@ -33,7 +33,7 @@ _MOST_LISTED = 20
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where one tensor lies."""
+    """Shape, dtype and location of one tensor."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -43,15 +43,15 @@ class TensorInfo:
 
     @property
     def num_bytes(self) -> int:
-        """Size in the file."""
+        """Size of the tensor in the file, in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def read_headers(folder: Path) -> dict[str, TensorInfo]:
-    """Every tensor of the folder, by name.
+    """Return every tensor of the folder, by name.
 
     Raises:
-        CheckpointError: Files that are missing, cut off, outside the folder, or not safetensors.
+        CheckpointError: A file is missing, truncated, outside the folder, or not safetensors.
     """
     if (folder / SINGLE_FILE).exists() or not (folder / INDEX_FILE).exists():
         return _read_header(_weights_file(folder))
@@ -64,16 +64,16 @@ def _weights_file(folder: Path) -> Path:
         return path
     if any(folder.glob("pytorch_model*.bin*")):
         raise CheckpointError(
-            f"{folder} holds its weights as pickles (pytorch_model*.bin), which can run code when "
-            "they are opened: only safetensors are read.\n"
-            "  convert them, if you trust where they come from:\n"
+            f"{folder} stores its weights as pickles (pytorch_model*.bin), which can run code when "
+            "they are opened: only safetensors are supported.\n"
+            "  if you trust their source, convert them:\n"
             "    from transformers import AutoModelForCausalLM, AutoTokenizer\n"
             f"    folder, out = {str(folder)!r}, {str(folder) + '-safetensors'!r}\n"
             '    AutoModelForCausalLM.from_pretrained(folder, dtype="auto").save_pretrained(out)\n'
             "    AutoTokenizer.from_pretrained(folder).save_pretrained(out)"
         )
     raise CheckpointError(
-        f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}: it holds "
+        f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}: it contains "
         f"{', '.join(sorted(path.name for path in folder.iterdir()))}"
     )
 
@@ -83,17 +83,17 @@ def _read_shards(folder: Path) -> dict[str, TensorInfo]:
     files = sorted(set(file_of.values()))
     if absent := [file for file in files if not (folder / file).is_file()]:
         raise CheckpointError(
-            f"{folder} lacks files that its {INDEX_FILE} names.\n"
+            f"{folder} lacks files that its {INDEX_FILE} lists.\n"
             + "\n".join(listing(f"of {len(files)} missing", absent))
             + "\n  finish the download or copy of the folder"
         )
     headers = {file: _read_header(folder / file) for file in files}
-    # A tensor that lies in a shard but not in the index is kept: check_tensors judges it.
+    # Keep tensors that are in a shard but not in the index: check_tensors reports them.
     tensors = {name: info for header in headers.values() for name, info in header.items()}
     for name, file in file_of.items():
         if name not in headers[file]:
             raise CheckpointError(
-                f"{name} must be in {file}, because {INDEX_FILE} says so, but it is not there.\n"
+                f"{name} must be in {file} according to {INDEX_FILE}, but it is missing there.\n"
                 f"  file: {folder / file}"
             )
         tensors[name] = headers[file][name]
@@ -110,19 +110,19 @@ def _read_index(path: Path) -> dict[str, str]:
             f"found {type(error).__name__}: {error}"
         ) from error
     for name, file in entries:
-        # By name, not by where it leads: in the cache of the Hub, files are links to ../../blobs.
+        # Check the name, not the link target: the Hub's cache has links to ../../blobs.
         if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
             raise CheckpointError(
-                f"{path} names the file {file!r} for {name}: it must lie in the folder of the index"
+                f"{path} lists the file {file!r} for {name}: it must be in the index's folder"
             )
     return dict(entries)
 
 
 def _read_header(path: Path) -> dict[str, TensorInfo]:
-    """Every tensor of one safetensors file, after checks that make each of them readable.
+    """Return every tensor of one safetensors file, after checking that each can be read.
 
-    The layout is that of https://github.com/huggingface/safetensors#format: eight bytes of header
-    length, the header as JSON, then the tensors without gaps.
+    The format is https://github.com/huggingface/safetensors#format: eight bytes of header length,
+    the header as JSON, then the tensors without gaps.
     """
     entries, start, file_bytes = _parse_header(path)
     _check_dtypes(path, entries)
@@ -134,14 +134,14 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
         end += info.num_bytes
     if end != file_bytes:
         raise CheckpointError(
-            f"{path} is {'cut off' if end > file_bytes else 'too long'}: its header promises "
+            f"{path} is {'truncated' if end > file_bytes else 'too long'}: its header requires "
             f"{end} bytes, but it has {file_bytes}.\n  download or copy the file again"
         )
     return tensors
 
 
 def _parse_header(path: Path) -> tuple[dict[str, Any], int, int]:
-    """The entries of the header, the byte at which the tensors begin, and the size of the file."""
+    """Return the header's entries, the byte where the tensors begin, and the size of the file."""
     try:
         file_bytes = path.stat().st_size
         with path.open("rb") as file:
@@ -175,12 +175,12 @@ def _tensor_info(path: Path, name: str, entry: dict[str, Any], start: int) -> Te
 
 
 def _check_dtypes(path: Path, entries: Mapping[str, Any]) -> None:
-    found = {n: e.get("dtype") if isinstance(e, dict) else e for n, e in entries.items()}
-    refused = [f"{name} is {dtype}" for name, dtype in found.items() if str(dtype) not in DTYPES]
-    if refused:
+    dtypes = {n: e.get("dtype") if isinstance(e, dict) else e for n, e in entries.items()}
+    unsupported = [f"{name} is {dt}" for name, dt in dtypes.items() if str(dt) not in DTYPES]
+    if unsupported:
         raise CheckpointError(
-            f"{path} holds tensors that are not plain weights: expected {', '.join(DTYPES)}.\n"
-            + "\n".join(listing("found", refused))
+            f"{path} contains tensors of unsupported dtypes: expected {', '.join(DTYPES)}.\n"
+            + "\n".join(listing("found", unsupported))
             + "\n  a quantized checkpoint must be dequantized to bf16 first"
         )
 
@@ -190,7 +190,10 @@ def _bad_header(path: Path, found: str) -> CheckpointError:
 
 
 def listing(title: str, lines: Iterable[str]) -> list[str]:
-    """Lines of an error message: how many, then the first of them, indented; none for none."""
+    """Format a list for an error message: a count, then the first lines, indented.
+
+    Return no lines if ``lines`` is empty.
+    """
     lines = list(lines)
     if not lines:
         return []

@@ -1,12 +1,14 @@
-"""THE name table: Hugging Face tensors <-> Megatron-Core parameters.
+"""Map Hugging Face tensors to Megatron-Core parameters and back: the only name table.
 
-Read left to right by upcycling, right to left by export, and by the checks of both. A row says what
-one Megatron parameter is made of and how tensor-parallel ranks share it; ``parallel/shards.py``
-turns a row into slices. Names of both layer specs stand side by side: torch-native (CPU) first,
-Transformer Engine second where it fuses a norm into the linear layer behind it.
+Upcycling reads it from Hugging Face to Megatron-Core, export in reverse, and both check against
+it. A row lists the Hugging Face tensors of one Megatron parameter, and how tensor-parallel ranks
+shard it; ``parallel/shards.py`` turns a row into slices. Rows list the names of both layer specs:
+torch-native (CPU) first, then Transformer Engine if it fuses a norm into the following linear
+layer.
 
-Templates hold ``{layer}`` (global on the Hugging Face side, local to the pipeline chunk on
-Megatron's) and ``{expert}`` (global there, local to the ep rank here).
+Templates contain ``{layer}`` (global in Hugging Face names, local to the pipeline chunk in
+Megatron names) and ``{expert}`` (global in Hugging Face names, local to the ep rank in Megatron
+names).
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from megatron_moe.hf.spec import DenseSpec
 
 
 class Sharding(Enum):
-    """How the ranks of a tensor-parallel group share one parameter."""
+    """Sharding of one parameter over the ranks of a tensor-parallel group."""
 
     WHOLE = "every rank holds all of it"
     VOCABULARY = "rows, after padding the vocabulary to equal parts"
@@ -32,7 +34,7 @@ class Sharding(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One Megatron parameter and the Hugging Face tensors it is made of."""
+    """One Megatron parameter and the Hugging Face tensors it consists of."""
 
     role: str
     megatron: tuple[str, ...]
@@ -105,19 +107,19 @@ MOE_NAMES: dict[Architecture, dict[str, tuple[str, ...]]] = {
     },
     "Qwen3MoeForCausalLM": _QWEN_MOE,
 }
-"""What the rows of the MoE layers are called in each architecture; all others keep their names."""
+"""Hugging Face names of the MoE layers' rows in each architecture; other rows keep their names."""
 # fmt: on
 
 ROW_OF_ROLE = {row.role: row for row in ROWS}
 GATE_ROLES = frozenset({"router_noise", "router_output"})
-"""Rows of the noisy gate, which no Hugging Face architecture has."""
+"""Rows of the noisy gate, which has no equivalent in any Hugging Face architecture."""
 MOE_ROLES = GATE_ROLES | {"router", "expert_fc1", "expert_fc2", "shared_fc1", "shared_fc2"}
-"""Rows that a dense model does not have."""
+"""Rows that exist only in MoE models."""
 
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """A Megatron parameter name, read: which row, which layer and expert of this rank."""
+    """A parsed Megatron parameter name: its row, and the layer and expert of this rank."""
 
     row: Row
     layer: int | None
@@ -135,21 +137,21 @@ _PATTERNS = [(_pattern(template), row) for row in ROWS for template in row.megat
 
 
 def match(parameter: str) -> Match | None:
-    """The row that ``parameter``, a Megatron-Core name, belongs to; None if no row knows it.
+    """Parse ``parameter``, a Megatron-Core name; return None if it matches no row.
 
-    >>> found = match("decoder.layers.3.mlp.experts.linear_fc1.weight12")
-    >>> found.row.role, found.layer, found.expert
+    >>> result = match("decoder.layers.3.mlp.experts.linear_fc1.weight12")
+    >>> result.row.role, result.layer, result.expert
     ('expert_fc1', 3, 12)
     """
     for pattern, row in _PATTERNS:
-        if found := pattern.fullmatch(parameter):
-            groups = {key: int(value) for key, value in found.groupdict().items()}
+        if parsed := pattern.fullmatch(parameter):
+            groups = {key: int(value) for key, value in parsed.groupdict().items()}
             return Match(row, groups.get("layer"), groups.get("expert"))
     return None
 
 
 def dense_tensors(spec: DenseSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every tensor that a dense folder of this shape must hold."""
+    """Yield name and shape of every tensor that a dense folder of this shape must contain."""
     for row in ROWS:
         if row.role in MOE_ROLES or not has_row(row.role, spec):
             continue
@@ -160,7 +162,7 @@ def dense_tensors(spec: DenseSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def has_row(role: str, spec: DenseSpec) -> bool:
-    """Whether a model of this shape has the row at all."""
+    """Return whether a model of this shape has the row."""
     match role:
         case "qkv_bias":
             return spec.qkv_bias
@@ -173,7 +175,7 @@ def has_row(role: str, spec: DenseSpec) -> bool:
 
 
 def dense_shapes(role: str, spec: DenseSpec) -> tuple[tuple[int, ...], ...]:
-    """Shapes of the row's Hugging Face tensors, in the order of ``Row.hf``."""
+    """Return the shapes of the row's Hugging Face tensors, in the order of ``Row.hf``."""
     hidden, ffn, head = spec.hidden_size, spec.ffn_hidden_size, spec.kv_channels
     queries, keys = spec.num_attention_heads * head, spec.num_query_groups * head
     shapes: dict[str, tuple[tuple[int, ...], ...]] = {

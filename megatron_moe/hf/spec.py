@@ -1,8 +1,8 @@
-"""What a dense Hugging Face model is: the numbers of its ``config.json``, and nothing else.
+"""Read the shape of a dense Hugging Face model from its ``config.json``.
 
-No torch and no transformers here: ``plan`` reads a folder that holds only a ``config.json``. What
-is missing there has the value that transformers 5 would give it, family by family; what would make
-the model compute something else than this package builds is refused, with all reasons at once.
+Needs neither torch nor transformers: ``plan`` reads a folder that has only a ``config.json``.
+Missing keys get the defaults of transformers 5 for the model's family. A configuration that would
+make the model compute anything else than this package builds is rejected, with all reasons at once.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FAMILY_OF_ARCHITECTURE: dict[str, Family] = {
     "Qwen3ForCausalLM": "qwen3",
 }
 
-# What transformers 5 takes when config.json lacks a key; only where families differ.
+# Defaults of transformers 5 for keys missing in config.json, where families differ.
 _DEFAULTS: dict[Family, dict[str, Any]] = {
     "llama": {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
     "mistral": {
@@ -52,7 +52,7 @@ _DEFAULTS: dict[Family, dict[str, Any]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeScaling:
-    """Llama 3.1's stretching of the rotary frequencies (``rope_type: llama3``)."""
+    """Scaling of the rotary frequencies as in Llama 3.1 (``rope_type: llama3``)."""
 
     factor: float
     low_freq_factor: float
@@ -62,7 +62,7 @@ class RopeScaling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DenseSpec:
-    """Shape of a dense Llama-family model, in Megatron-Core's names."""
+    """Shape of a dense Llama-family model, with Megatron-Core's names."""
 
     family: Family
     num_layers: int
@@ -78,21 +78,21 @@ class DenseSpec:
     rotary_base: float
     rope_scaling: RopeScaling | None
     tied_embeddings: bool
-    """The output layer is the embedding, transposed."""
+    """Whether the output layer shares the embedding's weights."""
     qkv_bias: bool
     qk_layernorm: bool
     initializer_range: float
     eos_token_id: int | None
-    """The first, where config.json lists several."""
+    """Id of the end of text; the first if config.json lists several."""
     bos_token_id: int | None
 
 
 def read_spec(folder: Path) -> DenseSpec:
-    """The dense model that ``folder/config.json`` promises.
+    """Read the shape of the dense model from ``folder/config.json``.
 
     Raises:
-        CheckpointError: No readable config.json, or a model that this package cannot reproduce
-            exactly; all reasons are listed.
+        CheckpointError: config.json cannot be read, or this package cannot reproduce the model
+            exactly; the message lists all reasons.
     """
     path = folder / "config.json"
     try:
@@ -108,7 +108,7 @@ def read_spec(folder: Path) -> DenseSpec:
 
 
 def spec_from_config(config: Mapping[str, Any], *, where: str = "config.json") -> DenseSpec:
-    """The same from the parsed ``config.json``; ``where`` opens the error messages."""
+    """Convert a parsed ``config.json``; error messages start with ``where``. See `read_spec`."""
     family = _family(config) if isinstance(config, dict) else None
     if family is None:
         raise _refusal(where, [_other_architecture(config)])
@@ -142,7 +142,7 @@ def spec_from_config(config: Mapping[str, Any], *, where: str = "config.json") -
     )
 
 
-# ---- what is refused -----------------------------------------------------------------------------
+# ---- rejected models -----------------------------------------------------------------------------
 
 
 def _refusal(where: str, reasons: list[str]) -> CheckpointError:
@@ -154,21 +154,21 @@ def _refusal(where: str, reasons: list[str]) -> CheckpointError:
 
 def _family(config: Mapping[str, Any]) -> Family | None:
     architectures = config.get("architectures")
-    if not architectures:  # a config saved without its model; its type says as much
+    if not architectures:  # a config that was saved without a model; use its model_type
         return next((f for f in _DEFAULTS if f == config.get("model_type")), None)
     return FAMILY_OF_ARCHITECTURE.get(architectures[0]) if len(architectures) == 1 else None
 
 
 def _other_architecture(config: object) -> str:
-    found = config.get("architectures") if isinstance(config, dict) else type(config).__name__
+    name = config.get("architectures") if isinstance(config, dict) else type(config).__name__
     return (
-        f"architectures is {found}: supported are {', '.join(FAMILY_OF_ARCHITECTURE)}, "
-        "whose layers are RMSNorm, rotary attention and SwiGLU"
+        f"architectures is {name}: supported are {', '.join(FAMILY_OF_ARCHITECTURE)}, "
+        "which use RMSNorm, rotary attention and SwiGLU"
     )
 
 
 def _bad_numbers(config: Mapping[str, Any]) -> list[str]:
-    """Sizes that are missing, are no numbers, or do not fit each other."""
+    """Return reasons for sizes that are missing, not numbers, or inconsistent."""
     integers = (
         "num_hidden_layers",
         "hidden_size",
@@ -214,7 +214,7 @@ def _misfits(config: Mapping[str, Any]) -> list[str]:
     if heads % groups:
         reasons.append(
             f"num_attention_heads ({heads}) must be divisible by num_key_value_heads ({groups}): "
-            "each group of queries shares one key"
+            "each group of query heads shares one key head"
         )
     if config.get("head_dim") is None and config["hidden_size"] % heads:
         reasons.append(
@@ -222,20 +222,23 @@ def _misfits(config: Mapping[str, Any]) -> list[str]:
             f"({heads}), because there is no head_dim"
         )
     elif _kv_channels(config) % 2:
-        reasons.append(f"head_dim is {_kv_channels(config)}: rotary attention turns pairs")
+        reasons.append(
+            f"head_dim is {_kv_channels(config)}: must be even, because rotary attention rotates "
+            "pairs"
+        )
     return reasons
 
 
 def _unsupported(config: Mapping[str, Any], family: Family) -> list[str]:
-    """What this package does not build, in words for the user."""
+    """Return reasons for features of the configuration that this package does not support."""
     reasons = []
     if (kind := config.get("model_type", family)) != family:
         reasons.append(f"model_type is {kind!r}, but architectures is {config['architectures'][0]}")
     if (act := config.get("hidden_act", "silu")) != "silu":
         reasons.append(f"hidden_act is {act!r}: experts are SwiGLU, so it must be 'silu'")
     if config.get("mlp_bias"):
-        reasons.append("mlp_bias is true: experts have no biases to put them in")
-    # transformers ignores the key for Qwen2, whose query, key and value always have biases.
+        reasons.append("mlp_bias is true: experts have no biases")
+    # transformers ignores the key for Qwen2, where query, key and value always have biases.
     if config.get("attention_bias") and family != "qwen2":
         reasons.append(
             "attention_bias is true: a bias of the attention's output projection is not supported"
@@ -255,18 +258,18 @@ def _unsupported_rope(config: Mapping[str, Any]) -> list[str]:
     if nested := [key for key, value in rope.items() if isinstance(value, dict)]:
         reasons.append(f"rope_parameters differ by layer type ({', '.join(nested)}): not supported")
     if (part := rope.get("partial_rotary_factor")) not in (None, 1):
-        reasons.append(f"partial_rotary_factor is {part}: only whole heads are rotated")
+        reasons.append(f"partial_rotary_factor is {part}: must be 1, heads are rotated as a whole")
     return reasons
 
 
 def _unsupported_windows(config: Mapping[str, Any], family: Family) -> list[str]:
-    """Layers that attend to fewer tokens than the model takes."""
+    """Return reasons for layers whose attention window is shorter than the context."""
     kinds = config.get("layer_types") or []
     if others := sorted({str(kind) for kind in kinds} - {"full_attention"}):
-        return [f"layer_types holds {', '.join(others)}: every layer must be full_attention"]
+        return [f"layer_types has {', '.join(others)}: every layer must be full_attention"]
     window, length = config.get("sliding_window"), config["max_position_embeddings"]
     match family:
-        case "llama":  # has no windows in transformers, whatever its config says
+        case "llama":  # transformers ignores sliding_window for Llama
             return []
         case "mistral":
             remedy = "sliding_window to null"
@@ -282,12 +285,12 @@ def _unsupported_windows(config: Mapping[str, Any], family: Family) -> list[str]
     if not window or window >= length:
         return []
     return [
-        f"sliding_window is {window}, shorter than max_position_embeddings ({length}): windowed "
-        f"attention is not supported; set {remedy} if you train on sequences within the window"
+        f"sliding_window is {window}, shorter than max_position_embeddings ({length}): sliding-"
+        f"window attention is not supported; set {remedy} if all sequences fit into the window"
     ]
 
 
-# ---- what several keys decide together -----------------------------------------------------------
+# ---- values that depend on several keys ----------------------------------------------------------
 
 _LLAMA3_KEYS = (
     "factor",
@@ -306,15 +309,15 @@ def _kv_channels(config: Mapping[str, Any]) -> int:
 
 
 def _rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Rotary settings in one place, as transformers 5 gathers them.
+    """Collect the rotary settings as transformers 5 does.
 
-    It writes ``rope_parameters``; version 4 wrote ``rope_theta`` and ``rope_scaling``, and where
-    both stand, the old one wins.
+    Version 5 writes ``rope_parameters``; version 4 wrote ``rope_theta`` and ``rope_scaling``. If
+    both are present, ``rope_scaling`` takes precedence.
     """
-    around = {"rope_theta": config.get("rope_theta", 10000.0)}
+    defaults = {"rope_theta": config.get("rope_theta", 10000.0)}
     if "partial_rotary_factor" in config:
-        around["partial_rotary_factor"] = config["partial_rotary_factor"]
-    return {**around, **(config.get("rope_scaling") or config.get("rope_parameters") or {})}
+        defaults["partial_rotary_factor"] = config["partial_rotary_factor"]
+    return {**defaults, **(config.get("rope_scaling") or config.get("rope_parameters") or {})}
 
 
 def _rope_type(rope: Mapping[str, Any]) -> str:

@@ -1,6 +1,6 @@
-"""A dense checkpoint that is asked and never read: how many bytes would a rank take from it?
+"""Count the bytes that a rank would read from a dense checkpoint, without reading them.
 
-A folder with only a ``config.json`` is enough, since that promises every tensor's shape.
+A folder with only a ``config.json`` is enough, because it determines every tensor's shape.
 """
 
 from __future__ import annotations
@@ -24,34 +24,34 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 
 @dataclass(slots=True)
 class UnreadCheckpoint(DenseCheckpoint):
-    """Counts the bytes of each selection in ``bytes_read`` and leaves the destination alone."""
+    """Count the bytes of each selection in ``bytes_read`` without changing the destination."""
 
     def _copy(self, name: str, info: TensorInfo, pairs: Sequence[tuple[Selected, Tensor]]) -> None:
         self.bytes_read += sum(into.numel() for _, into in pairs) * info.dtype.itemsize
 
 
 def open_unread(folder: Path) -> UnreadCheckpoint:
-    """The dense model in ``folder``: by its headers, or where it has none by its config.json.
+    """Open the dense model in ``folder`` by its headers, or by config.json if it has no weights.
 
     Raises:
-        CheckpointError: As `open_dense_checkpoint`, or a config.json that alone does not say what
-            a number is stored in.
+        CheckpointError: See `open_dense_checkpoint`. Also if there are no weights and config.json
+            has no supported dtype.
     """
     spec = read_spec(folder)
     if any((folder / file).exists() for file in (SINGLE_FILE, INDEX_FILE)):
         return UnreadCheckpoint(folder, spec, read_headers(folder))
     dtype = _stored_dtype(folder / "config.json")
-    nowhere = folder / SINGLE_FILE
-    promised = {name: TensorInfo(shape, dtype, nowhere, 0) for name, shape in dense_tensors(spec)}
-    return UnreadCheckpoint(folder, spec, promised)
+    absent = folder / SINGLE_FILE
+    tensors = {name: TensorInfo(shape, dtype, absent, 0) for name, shape in dense_tensors(spec)}
+    return UnreadCheckpoint(folder, spec, tensors)
 
 
 def _stored_dtype(path: Path) -> torch.dtype:
     config = json.loads(path.read_text(encoding="utf-8"))
-    name = config.get("dtype") or config.get("torch_dtype") or "float32"  # as transformers has it
+    name = config.get("dtype") or config.get("torch_dtype") or "float32"  # as in transformers
     if name not in _DTYPES:
         raise CheckpointError(
-            f"{path} has dtype {name!r}, and there are no safetensors to say otherwise: must be "
-            f"one of {', '.join(_DTYPES)}"
+            f"{path} has dtype {name!r}, and there are no safetensors to read it from: must be one "
+            f"of {', '.join(_DTYPES)}"
         )
     return _DTYPES[name]

@@ -1,4 +1,4 @@
-"""Numbers of a safetensors file: into memory, whole rows or some of them, each looked at once."""
+"""Copy values from a safetensors file into memory, and check that each is finite."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from megatron_moe.hf.header import TensorInfo
 from megatron_moe.hf.windows import Window
 
 _READ_BYTES = 2**20
-"""At once, so that what was read is still in the cache when it is looked at."""
+"""Bytes per read, small enough that they are still in the cache when they are checked."""
 _BITS = {2: (torch.int16, np.uint16), 4: (torch.int32, np.uint32), 8: (torch.int64, np.uint64)}
-"""Integers of a number's width: numpy, which has no bf16, moves and compares them."""
+"""Integer types by item size. numpy has no bf16, so values are moved and compared as integers."""
 _EXPONENT = {
     torch.float64: 0x7FF0_0000_0000_0000,
     torch.float32: 0x7F80_0000,
     torch.float16: 0x7C00,
     torch.bfloat16: 0x7F80,
 }
-"""Bits of infinity: those of each NaN lie above, those of every other number below."""
+"""Bits of infinity: NaNs have larger bits, all finite values have smaller ones."""
 
 
 def read_rows(name: str, info: TensorInfo, rows: slice | Tensor, into: Tensor) -> None:
-    """Consecutive rows straight into memory of the same dtype, and a look at every value.
+    """Read consecutive rows directly into memory of the same dtype, and check every value.
 
     Raises:
-        CheckpointError: The file cannot be read any more, or holds NaN or infinity there.
+        CheckpointError: The file can no longer be read, or these rows have NaN or infinity.
     """
     assert isinstance(rows, slice), rows
     row_values = math.prod(info.shape[1:])
@@ -40,50 +40,50 @@ def read_rows(name: str, info: TensorInfo, rows: slice | Tensor, into: Tensor) -
     values = into.view(-1)
     offset = info.offset + rows.start * row_values * info.dtype.itemsize
     try:
-        with info.file.open("rb") as file:  # buffered: a signal does not cut a read short
+        with info.file.open("rb") as file:  # buffered, so that signals do not shorten a read
             file.seek(offset)
             for start in range(0, len(values), step):
                 part = values[start : start + step]
                 if file.readinto(memoryview(part.view(torch.uint8).numpy())) != part.nbytes:
-                    raise OSError("it has become shorter")
+                    raise OSError("the file was truncated after it was opened")
                 first, last = start // row_values, (start + len(part) - 1) // row_values
                 check_finite(name, info, part, f"rows {rows.start + first} to {rows.start + last}")
     except OSError as error:
-        raise CheckpointError(f"cannot read {info.file} any more: {error}") from error
+        raise CheckpointError(f"can no longer read {info.file}: {error}") from error
 
 
 def mapped_rows(info: TensorInfo, window: Window) -> Tensor:
-    """The rows of a window as a view of the file, unmapped when the last view of it goes."""
+    """Memory-map the rows of a window; they are unmapped when the last view is deleted."""
     row_bytes = math.prod(info.shape[1:]) * info.dtype.itemsize
     start = info.offset + window.start * row_bytes
     page = start - start % mmap.ALLOCATIONGRANULARITY
     num_bytes = (window.stop - window.start) * row_bytes
     try:
         with info.file.open("rb") as file:
-            # A private copy, never written to: torch warns about memory that is read-only.
+            # A private copy that is never written: torch warns about read-only memory.
             mapped = mmap.mmap(
                 file.fileno(), start - page + num_bytes, access=mmap.ACCESS_COPY, offset=page
             )
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {info.file} any more: {error}") from error
+        raise CheckpointError(f"can no longer read {info.file}: {error}") from error
     shape = (window.stop - window.start, *info.shape[1:])
     count = num_bytes // info.dtype.itemsize
     return torch.frombuffer(mapped, dtype=info.dtype, count=count, offset=start - page).view(shape)
 
 
-def taken(
+def take(
     values: Tensor, rows: slice | Tensor, columns: slice | Tensor | None, out: Tensor | None
 ) -> Tensor:
-    """Rows and columns of a mapped window.
+    """Select rows and columns of a mapped window.
 
     Args:
-        values: The window.
-        rows: Which of it, in any order.
-        columns: The same of dimension 1; None takes all.
-        out: Memory of the same dtype to put them into, on CPU.
+        values: Rows of the window.
+        rows: Indices of dimension 0, in any order.
+        columns: Indices of dimension 1; None selects all.
+        out: CPU memory of the same dtype to write to, or None.
 
     Returns:
-        ``out``, or, without it, a view of the window where that is possible.
+        ``out``, or if it is None, a view of the window if possible and else a copy.
     """
     if isinstance(columns, slice) and columns == slice(0, values.shape[1]):
         columns = None
@@ -101,18 +101,18 @@ def taken(
 
 
 def _take(values: Tensor, indices: Tensor, dimension: int, out: Tensor | None = None) -> Tensor:
-    """As gather and index_select of torch, which take 1.4 to 2.2 times as long with bf16."""
+    """Select with numpy: torch's gather and index_select take 1.4 to 2.2 times as long in bf16."""
     into = None if out is None else _bits(out)
-    # Every index exists; "raise" would look again, and buffer what it takes.
-    found = np.take(_bits(values), indices.numpy(), dimension, into, mode="clip")
-    return torch.from_numpy(found).view(values.dtype) if out is None else out
+    # All indices were checked before; mode "raise" would check again and buffer its output.
+    result = np.take(_bits(values), indices.numpy(), dimension, into, mode="clip")
+    return torch.from_numpy(result).view(values.dtype) if out is None else out
 
 
 def check_finite(name: str, info: TensorInfo, values: Tensor, where: str) -> None:
-    """Refuse NaN and infinity: two looks for a largest integer, which cost less than a sum.
+    """Reject NaN and infinity with two integer max reductions, which cost less than a sum.
 
     Raises:
-        CheckpointError: Says how many there are, and where.
+        CheckpointError: Values are not finite; the message gives their number and location.
     """
     bits, infinity = _bits(values), _EXPONENT[values.dtype]
     unsigned = bits.view(_BITS[values.itemsize][1])
@@ -120,7 +120,7 @@ def check_finite(name: str, info: TensorInfo, values: Tensor, where: str) -> Non
     if bits.max(initial=0) >= infinity or unsigned.max(initial=0) >= negative:
         count = int((~values.isfinite()).sum())
         raise CheckpointError(
-            f"{name} must be finite, but holds {count} NaN or infinite values in "
+            f"{name} must be finite, but has {count} NaN or infinite values in "
             f"{where}.\n  file: {info.file}"
         )
 

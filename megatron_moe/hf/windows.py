@@ -1,7 +1,7 @@
-"""Windows of a safetensors file, and who takes which rows of each.
+"""Divide the reads of a tensor into windows of its file, and assign rows to selections.
 
-Several selections of one tensor pass through its file together, ascending, so that each byte is
-touched in one window only, whoever wants it and how often.
+Several selections of one tensor are read in one ascending pass through its file, so that each byte
+is touched in one window only, even if several selections contain it.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ WINDOW_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """What one selection takes of a window."""
+class Copy:
+    """Rows to copy from a window to the destination of one selection."""
 
-    of: int
-    """Which selection."""
-    take: slice | Tensor
-    """Rows wanted, counted from the first of the window."""
+    selection: int
+    """Index of the selection."""
+    rows: slice | Tensor
+    """Rows to copy, relative to the first row of the window."""
     into: slice | Tensor
     """Rows of the destination."""
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Consecutive rows of the file and who wants which of them."""
+    """Consecutive rows of the file and the copies to make from them."""
 
     start: int
     stop: int
-    parts: list[Part]
+    copies: list[Copy]
 
 
 class _Cursor:
-    """One selection on its way through the file, ascending."""
+    """Progress of one selection through the file, in ascending order."""
 
     def __init__(self, rows: slice | Tensor, *, most: int) -> None:
         self._most, self._done = most, 0
@@ -50,51 +50,55 @@ class _Cursor:
             # Ascending, so that each byte of the file is touched in one window only.
             self._order_M = rows.argsort(stable=True)
             self._rows_M, self._length = rows[self._order_M], len(rows)
-            self._as_wanted_M = rows
+            self._unsorted_M = rows
 
     @property
     def next(self) -> int | None:
-        """The first row that is still wanted."""
+        """First row that was not read yet, or None."""
         if self._done == self._length:
             return None
         return self._row(self._done)
 
-    def up_to(self, stop: int, *, of: int, start: int) -> tuple[int, Iterator[Part]]:
-        """One past the last wanted row below ``stop``, and the parts below it, none too large."""
+    def up_to(self, stop: int, *, selection: int, start: int) -> tuple[int, Iterator[Copy]]:
+        """Consume the rows below ``stop``.
+
+        Return the end of the last of them (exclusive), and the copies to make, each with at most
+        ``most`` rows.
+        """
         begin = self._done
         if self._rows_M is None:
             self._done = min(self._length, max(begin, stop - self._first))
         else:
             self._done = int(torch.searchsorted(self._rows_M, stop))
         last = self._row(self._done - 1) + 1 if self._done > begin else start
-        return last, self._parts(begin, self._done, of, start)
+        return last, self._copies(begin, self._done, selection, start)
 
     def _row(self, index: int) -> int:
         return self._first + index if self._rows_M is None else int(self._rows_M[index])
 
-    def _parts(self, begin: int, end: int, of: int, start: int) -> Iterator[Part]:
-        for low in range(begin, end, self._most):  # a row may be wanted many times
+    def _copies(self, begin: int, end: int, selection: int, start: int) -> Iterator[Copy]:
+        for low in range(begin, end, self._most):  # a row can be selected many times
             high = min(low + self._most, end)
             if self._rows_M is None:
                 first = self._first + low - start
-                yield Part(of, slice(first, first + high - low), slice(low, high))
-            elif end - begin == self._length:  # all in one window: they come as they are to lie
-                yield Part(of, self._as_wanted_M[low:high] - start, slice(low, high))
+                yield Copy(selection, slice(first, first + high - low), slice(low, high))
+            elif end - begin == self._length:  # all in one window: keep the destination's order
+                yield Copy(selection, self._unsorted_M[low:high] - start, slice(low, high))
             else:
-                yield Part(of, self._rows_M[low:high] - start, self._order_M[low:high])
+                yield Copy(selection, self._rows_M[low:high] - start, self._order_M[low:high])
 
 
 def windows(info: TensorInfo, selections: Sequence[slice | Tensor]) -> Iterator[Window]:
-    """Cut what is wanted into windows of at most ``WINDOW_BYTES`` of the file, ascending."""
+    """Divide the selected rows into windows of at most ``WINDOW_BYTES`` of the file, ascending."""
     if not selections:
         return
     most = max(1, WINDOW_BYTES // (math.prod(info.shape[1:]) * info.dtype.itemsize))
     cursors = [_Cursor(rows, most=most) for rows in selections]
-    while wanted := [row for cursor in cursors if (row := cursor.next) is not None]:
-        start = min(wanted)
-        stop, parts = start, list[Part]()
-        for of, cursor in enumerate(cursors):
-            end, found = cursor.up_to(start + most, of=of, start=start)
+    while pending := [row for cursor in cursors if (row := cursor.next) is not None]:
+        start = min(pending)
+        stop, copies = start, list[Copy]()
+        for selection, cursor in enumerate(cursors):
+            end, more = cursor.up_to(start + most, selection=selection, start=start)
             stop = max(stop, end)
-            parts += found
-        yield Window(start, stop, parts)
+            copies += more
+        yield Window(start, stop, copies)

@@ -1,14 +1,14 @@
-"""Write a Hugging Face folder tensor by tensor, without holding the model.
+"""Write a Hugging Face folder tensor by tensor, without holding the model in memory.
 
 Names, shapes and dtypes are announced first, so that every file has its header and its size before
-the first tensor comes, and tensors may come in any order::
+the first tensor is written, and tensors can be written in any order::
 
     announce -> .NAME.partial-1a2b3c4d/   model-00001-of-00002.safetensors  [header|..........]
     write    ->                                                             [header|...**.....]
     leave    -> all written? fsync, index, rename to NAME
 
-The folder appears complete under its name or not at all. What a ``kill -9`` leaves behind is a
-sibling with ``.partial-`` in its name, which may be deleted.
+The folder appears under its name only when it is complete. A ``kill -9`` leaves a sibling folder
+with ``.partial-`` in its name, which can be deleted.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from megatron_moe.hf.disk import fsync
 from megatron_moe.hf.header import DTYPES, INDEX_FILE, SINGLE_FILE
 
 _FLUSH_BYTES = 64 * 2**20
-"""So often the disk is set to work, beside what is put together meanwhile."""
+"""Bytes between background flushes, which overlap with gathering the next tensors."""
 _NAME_OF_DTYPE = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class _Slot:
-    """Where an announced tensor goes."""
+    """Location of an announced tensor."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -52,16 +52,16 @@ class _Slot:
 
 
 class FolderWriter:
-    """A folder being written: ``with FolderWriter(folder, tensors) as writer: writer.write(...)``.
+    """Write a folder: ``with FolderWriter(folder, tensors) as writer: writer.write(...)``.
 
     Args:
-        folder: The name that the folder gets when it is complete; its parents are created.
-        tensors: Shape and dtype of every tensor to come. Files are filled in this order.
-        max_shard_bytes: Most bytes of tensors in one file, unless one tensor alone has more.
+        folder: Final path of the folder when it is complete; its parents are created.
+        tensors: Shape and dtype of every tensor. Files are filled in this order.
+        max_shard_bytes: Maximum size of a file's tensors, unless a single tensor is larger.
 
     Raises:
         CheckpointError: On entering: the folder exists and is not empty, or the disk is too small.
-            On leaving: some tensor was not written.
+            On leaving: a tensor was not written.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class FolderWriter:
     def __enter__(self) -> Self:
         if self.folder.exists() and not (self.folder.is_dir() and not any(self.folder.iterdir())):
             raise CheckpointError(
-                f"{self.folder} exists and is not an empty folder: nothing is overwritten.\n"
+                f"{self.folder} exists and is not an empty folder: it is not overwritten.\n"
                 "  choose another name, or remove it first"
             )
         self.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -101,10 +101,11 @@ class FolderWriter:
         return self
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Put one announced tensor, from any device, in its place.
+        """Write one announced tensor, from any device.
 
         Raises:
-            CheckpointError: Not announced, written before, or of another shape or dtype.
+            CheckpointError: The tensor was not announced, was already written, or has another
+                shape or dtype.
         """
         slot = self._slots.get(name)
         if slot is None or name not in self._awaited:
@@ -125,15 +126,15 @@ class FolderWriter:
             self._flushes.append(self._flusher.submit(fsync, self._partial / slot.file))
 
     def add_file(self, name: str, source: bytes | Path) -> None:
-        """Put a file next to the tensors: config.json, tokenizer.json, ...
+        """Add a file next to the tensors: config.json, tokenizer.json, ...
 
         Args:
             name: A file name, without folders.
             source: Its content, or a file to copy.
         """
-        assert Path(name).name == name, f"a file name without folders: {name}"
+        assert Path(name).name == name, f"must be a file name without folders: {name}"
         path = self._partial / name
-        assert not path.exists(), f"{name} is in {self.folder} already"
+        assert not path.exists(), f"{name} already exists in {self.folder}"
         if isinstance(source, Path):
             shutil.copyfile(source, path)
         else:
@@ -193,7 +194,7 @@ class FolderWriter:
 def _lay_out(
     tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]], max_shard_bytes: int
 ) -> tuple[dict[str, bytes], dict[str, _Slot]]:
-    """The header of every file, and the place of every tensor."""
+    """Return the header of every file, and the location of every tensor."""
     shards: list[list[str]] = [[]]
     room = max_shard_bytes
     for name, (shape, dtype) in tensors.items():
@@ -207,7 +208,7 @@ def _lay_out(
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         file = SINGLE_FILE if len(shards) == 1 else file
-        # Wide types first, as the safetensors library does: every tensor is then aligned.
+        # Wide dtypes first, as in the safetensors library, so that every tensor is aligned.
         names.sort(key=lambda name: -tensors[name][1].itemsize)
         headers[file], offsets = _header({name: tensors[name] for name in names})
         for name in names:
@@ -219,8 +220,8 @@ def _lay_out(
 def _header(
     tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
 ) -> tuple[bytes, dict[str, int]]:
-    """The bytes before the tensors of a file, and where each tensor begins behind them."""
-    # transformers 4 refuses a file that does not say which framework it is for.
+    """Return the header of a file, and the offset of each tensor after the header."""
+    # transformers 4 rejects a file without the format of its framework.
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offsets, end = {}, 0
     for name, (shape, dtype) in tensors.items():

@@ -1,1 +1,1 @@
-"""The model: Megatron-Core's GPTModel, built empty, filled online from the dense checkpoint."""
+"""The model: Megatron-Core's GPTModel, built empty and filled from the dense checkpoint."""

@@ -1,14 +1,16 @@
-"""Core attention of torch, exact under context parallelism, without Transformer Engine.
+"""Core attention with torch, exact under context parallelism, without Transformer Engine.
 
-Whole causal sequences are SDPA's. Under context parallelism and within documents the mask is dense
-on a CPU, and FlexAttention's blocks on CUDA, where SDPA has no fast kernel for a mask with GQA.
+Whole causal sequences use SDPA. Under context parallelism and within documents, the CPU uses SDPA
+with a dense mask, and CUDA uses FlexAttention's block mask, because SDPA has no fast CUDA kernel
+for a mask with GQA.
 
 Shape letters of this module:
 
-    S  sequence (s: this cp rank's part)   B  batch   H  heads   G  KV groups   C  head width
+    S  sequence (s: this cp rank's part)   B  batch   H  heads   G  KV groups   C  head dim
 
-Under context parallelism a rank holds the two runs of the sequence that `parallel.sequence.zigzag`
-gives it. Keys and values are gathered over cp and put back in order; queries stay where they are.
+Under context parallelism a rank holds two chunks of the sequence, as assigned by
+`parallel.sequence.zigzag`. Keys and values are gathered over cp and put back in order; queries stay
+local.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from megatron_moe.model.block_mask import (
 
 
 class SdpaAttention(torch.nn.Module):
-    """Causal attention of Megatron-Core's ``core_attention`` slot; it has no parameters."""
+    """Causal attention for Megatron-Core's ``core_attention`` slot; it has no parameters."""
 
     def __init__(
         self,
@@ -58,8 +60,8 @@ class SdpaAttention(torch.nn.Module):
     ) -> Tensor:
         """Attend causally: ``(s, B, H, C)`` to ``(s, B, H * C)``.
 
-        ``attention_mask`` is the place of each query in its document, ``(B, s)``: it then attends
-        to nothing before the document. None lets it attend to the whole sequence before it.
+        ``attention_mask`` is the offset of each query in its document, ``(B, s)``; a query then
+        attends to nothing before its document. With None it attends to all earlier tokens.
         """
         cp, rank = self.cp_group.size(), self.cp_group.rank()
         if cp > 1:
@@ -78,44 +80,44 @@ class SdpaAttention(torch.nn.Module):
 
 
 def _gather_in_order(part_sBGC: Tensor, group: ProcessGroup) -> Tensor:
-    """The whole sequence from every rank's two chunks; gradients go back to their ranks."""
+    """Gather the whole sequence from every rank's two chunks; gradients return to their ranks."""
     gathered = gather_from_sequence_parallel_region(part_sBGC.contiguous(), group=group)
     firsts, seconds = zip(*(p.chunk(2) for p in gathered.chunk(group.size())), strict=True)
     return torch.cat([*firsts, *reversed(seconds)])
 
 
-def _blocks(place_Bs: Tensor | None, key_BGSC: Tensor, cp: int, rank: int) -> Any:
-    """Return the mask of this rank's queries for CUDA."""
+def _blocks(offset_Bs: Tensor | None, key_BGSC: Tensor, cp: int, rank: int) -> Any:
+    """Return the block mask of this rank's queries, for CUDA."""
     length = key_BGSC.shape[2]
-    if place_Bs is None:
+    if offset_Bs is None:
         return causal_blocks(length, cp, rank, key_BGSC.device)
-    return document_blocks(place_Bs, length=length, cp=cp, rank=rank)
+    return document_blocks(offset_Bs, length=length, cp=cp, rank=rank)
 
 
-def _mask(place_Bs: Tensor | None, length: int, cp: int, rank: int) -> Tensor | None:
-    """Return the mask of this rank's queries; None for a whole causal sequence."""
-    if place_Bs is not None:
-        return document_mask(place_Bs, positions(length, cp, rank), length=length)
+def _mask(offset_Bs: Tensor | None, length: int, cp: int, rank: int) -> Tensor | None:
+    """Return the dense mask of this rank's queries, or None for a whole causal sequence."""
+    if offset_Bs is not None:
+        return document_mask(offset_Bs, positions(length, cp, rank), length=length)
     return causal_mask(length, cp, rank) if cp > 1 else None
 
 
-def document_mask(place_Bs: Tensor, position_s: Tensor, *, length: int) -> Tensor:
-    """Which of all keys each query may see: its document's up to itself, ``(B, 1, s, S)``.
+def document_mask(offset_Bs: Tensor, position_s: Tensor, *, length: int) -> Tensor:
+    """Return which keys each query may see: those of its document up to itself, ``(B, 1, s, S)``.
 
-    A query knows where its document begins: at its own position less its place in the document.
-    So cp ranks need nothing of each other.
+    The document of a query begins at its position minus its offset in the document, so cp ranks
+    need no data from each other.
 
     Args:
-        place_Bs: Place of each query in its document, from 0.
-        position_s: Place of each query in the sequence.
+        offset_Bs: Offset of each query in its document, from 0.
+        position_s: Position of each query in the sequence.
         length: ``S``.
     """
-    key_S = torch.arange(length, device=place_Bs.device)
-    begin_Bs1 = (position_s - place_Bs)[..., None]
+    key_S = torch.arange(length, device=offset_Bs.device)
+    begin_Bs1 = (position_s - offset_Bs)[..., None]
     return ((key_S >= begin_Bs1) & (key_S <= position_s[:, None]))[:, None]
 
 
 @functools.lru_cache(maxsize=4)
 def causal_mask(length: int, cp: int, rank: int) -> Tensor:
-    """Which of all keys each query of this rank may see: ``(s, S)``, True where it may."""
+    """Return which keys each query of this rank may see, ``(s, S)``."""
     return torch.arange(length) <= positions(length, cp, rank)[:, None]

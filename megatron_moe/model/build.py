@@ -1,4 +1,4 @@
-"""This rank's part of the model, with parameters that hold nothing yet."""
+"""Build this rank's part of the model, with uninitialized parameters."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from megatron_moe.runtime.engine import Engine
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One model chunk of a pipeline rank and the global ids of its layers."""
+    """One model chunk of a pipeline rank, and the global ids of its layers."""
 
     module: GPTModel
     layers: range
@@ -35,7 +35,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What one rank holds: its chunks, and what Megatron-Core was told about all of them."""
+    """Model chunks of one rank, and Megatron-Core's configuration of the whole model."""
 
     chunks: tuple[Chunk, ...]
     transformer: TransformerConfig
@@ -45,7 +45,7 @@ class Model:
 
     @property
     def modules(self) -> list[GPTModel]:
-        """The chunks as Megatron-Core's schedules want them."""
+        """The chunks' modules, as Megatron-Core's schedules expect them."""
         return [chunk.module for chunk in self.chunks]
 
 
@@ -58,15 +58,15 @@ def build_model(
     rank: int,
     engine: Engine,
 ) -> Model:
-    """Build this rank's chunks; every parameter is allocated and none is set.
+    """Build this rank's chunks; parameters are allocated but not initialized.
 
     Args:
-        config: The run.
+        config: The run's configuration.
         spec: Shape of the dense model.
-        layout: Who holds what.
+        layout: Parallel layout of the run.
         groups: This rank's process groups.
         rank: This rank.
-        engine: Whose layers to take, and on which device.
+        engine: Implementation of the layers, and their device.
     """
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
     transformer = transformer_config(config, spec, engine=engine)
@@ -80,7 +80,7 @@ def build_model(
         spec_of_layers: Any = block_spec(
             transformer, layers, router=router, engine=engine, vp_stage=vp_stage
         )
-        rotary_base: Any = spec.rotary_base  # Megatron-Core says int and means a number
+        rotary_base: Any = spec.rotary_base  # declared int by Megatron-Core, but any number works
         module = GPTModel(
             config=transformer,
             transformer_layer_spec=spec_of_layers,
@@ -95,7 +95,8 @@ def build_model(
             vp_stage=vp_stage,
         )
         # Megatron-Core allocates routers and torch-native norms on the CPU and expects a move.
-        module.to(torch.cuda.current_device())
+        if not transformer.init_model_with_meta_device:
+            module.to(torch.cuda.current_device())
         lay_out_experts([module])
         if spec.rope_scaling is not None:
             rotary = module.rotary_pos_emb
@@ -106,11 +107,11 @@ def build_model(
 
 
 def llama3_frequencies(frequency_C: Tensor, scaling: RopeScaling) -> Tensor:
-    """Rotary frequencies as Llama 3.1 stretches them, with all four numbers of the checkpoint.
+    """Return rotary frequencies scaled as in Llama 3.1, with all four numbers of the checkpoint.
 
-    Waves shorter than ``original / high_freq_factor`` stay, waves longer than
-    ``original / low_freq_factor`` are slowed by ``factor``, and those between are mixed.
-    Megatron-Core's own version fixes three of the numbers.
+    Wavelengths below ``original / high_freq_factor`` are kept, frequencies of wavelengths above
+    ``original / low_freq_factor`` are divided by ``factor``, and those between are interpolated.
+    Megatron-Core's own version hard-codes three of the numbers.
     """
     original = scaling.original_max_position_embeddings
     turns_C = original * frequency_C / (2 * math.pi)  # full turns within the original context

@@ -1,8 +1,8 @@
-"""Expert capacity: which of the chosen tokens an expert takes when it cannot take all.
+"""Expert capacity: select the tokens that an expert keeps if it cannot process all of them.
 
-Megatron-Core drops among the tokens of one rank, and by position in the order of `torch.topk` among
-equals, which is none. Here dropping is a function of the tokens alone, and may be decided over the
-whole sequences of a micro-batch, so that it is the same under every tp and cp.
+Megatron-Core drops among the tokens of one rank, and by position in the order of `torch.topk`,
+which is undefined for ties. Here dropping depends on the tokens alone, and may be decided over the
+whole sequences of a micro-batch, so that the result is the same under every tp and cp.
 
 Shape letters of this module:
 
@@ -25,16 +25,16 @@ from megatron_moe.config.run import Moe
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """How many tokens an expert takes, and which; a ``Moe`` section's settings."""
+    """Number and selection of the tokens that an expert keeps; settings of a ``Moe`` section."""
 
     factor: float
-    """In Megatron-Core's formula, ceil(tokens * K / E * factor)."""
+    """Factor in Megatron-Core's formula ceil(tokens * K / E * factor)."""
     policy: str
     scope: str
     pad: bool
 
     def tokens(self, num_tokens: int, *, num_experts: int, topk: int) -> int:
-        """Tokens an expert takes of ``num_tokens``.
+        """Return how many of ``num_tokens`` tokens an expert keeps.
 
         >>> Capacity(1.25, "probs", "rank", False).tokens(64, num_experts=8, topk=2)
         20
@@ -43,7 +43,7 @@ class Capacity:
 
 
 def capacity_of(moe: Moe) -> Capacity | None:
-    """What the settings say; None: nothing is dropped."""
+    """Return the capacity that the settings define; None if no token is dropped."""
     factor = moe.megatron_capacity_factor
     if factor is None:
         return None
@@ -56,13 +56,13 @@ def capacity_of(moe: Moe) -> Capacity | None:
 
 
 def kept_choices(probs_TE: Tensor, chosen_TE: Tensor, limit: int, *, policy: str) -> Tensor:
-    """The choices that fit: at most ``limit`` an expert, ``(T, E)`` bool.
+    """Return the choices that fit, at most ``limit`` per expert, ``(T, E)`` bool.
 
     Args:
-        probs_TE: Weights of the choices, zero where there is none.
-        chosen_TE: The choices.
-        limit: Tokens an expert takes.
-        policy: ``position``: the first; ``probs``: the most probable, the first among equals.
+        probs_TE: Weights of the choices, zero elsewhere.
+        chosen_TE: Choices of the router.
+        limit: Number of tokens that an expert keeps.
+        policy: ``position`` keeps the first; ``probs`` the most probable, and the first in a tie.
     """
     if limit >= len(chosen_TE):
         return chosen_TE
@@ -76,24 +76,24 @@ def kept_choices(probs_TE: Tensor, chosen_TE: Tensor, limit: int, *, policy: str
 def kept_over_ranks(
     probs_TE: Tensor,
     chosen_TE: Tensor,
-    place_T: Tensor,
+    index_T: Tensor,
     limit: int,
     *,
     policy: str,
     group: ProcessGroup,
 ) -> Tensor:
-    """`kept_choices` among the tokens of all ranks of ``group``; returns this rank's.
+    """Apply `kept_choices` to the tokens of all ranks of ``group``; return this rank's rows.
 
     Args:
-        probs_TE: As there, of this rank's tokens.
-        chosen_TE: As there.
-        place_T: Place of each of this rank's tokens among the ``A`` of the group.
-        limit: Tokens an expert takes of all ``A``.
-        policy: As there.
-        group: The ranks that share the micro-batch's sequences (tp x cp).
+        probs_TE: As in `kept_choices`, for this rank's tokens.
+        chosen_TE: As in `kept_choices`.
+        index_T: Index of each of this rank's tokens among the ``A`` tokens of the group.
+        limit: Number of tokens that an expert keeps of all ``A``.
+        policy: As in `kept_choices`.
+        group: Ranks that share the micro-batch's sequences (tp x cp).
     """
     packed_TX = torch.cat(
-        [probs_TE.float(), chosen_TE.float(), place_T[:, None].to(torch.float32)], dim=1
+        [probs_TE.float(), chosen_TE.float(), index_T[:, None].to(torch.float32)], dim=1
     )
     parts = [torch.empty_like(packed_TX) for _ in range(group.size())]
     dist.all_gather(parts, packed_TX.contiguous(), group=group)
@@ -101,10 +101,10 @@ def kept_over_ranks(
     experts = probs_TE.shape[1]
     all_AX = all_AX[all_AX[:, -1].argsort()]
     kept_AE = kept_choices(all_AX[:, :experts], all_AX[:, experts:-1].bool(), limit, policy=policy)
-    return kept_AE[place_T]
+    return kept_AE[index_T]
 
 
 def padded(kept_TE: Tensor, limit: int) -> Tensor:
-    """The same choices and others, of weight zero, until every expert has exactly ``limit``."""
+    """Add choices of weight zero until every expert has exactly ``limit`` tokens."""
     filled_TE = kept_TE.int().topk(limit, dim=0, sorted=False).indices
     return torch.zeros_like(kept_TE).scatter_(0, filled_TE, True)

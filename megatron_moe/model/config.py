@@ -1,4 +1,4 @@
-"""``RunConfig`` and the dense model's shape, said as Megatron-Core's ``TransformerConfig``."""
+"""Translate ``RunConfig`` and the dense model's shape to Megatron-Core's ``TransformerConfig``."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def transformer_config(config: RunConfig, spec: DenseSpec, *, engine: Engine) -> TransformerConfig:
-    """Everything Megatron-Core's model and schedules are told.
+    """Return the configuration of Megatron-Core's model and schedules.
 
     Args:
-        config: The run; `rules.check` has passed it.
+        config: The run's configuration, already checked by `rules.check`.
         spec: Shape of the dense model.
-        engine: Decides which fused kernels are turned on.
+        engine: Determines which fused kernels are enabled.
     """
     return TransformerConfig(**transformer_settings(config, spec, engine=engine))
 
 
 def transformer_settings(config: RunConfig, spec: DenseSpec, *, engine: Engine) -> dict[str, Any]:
-    """The same as keyword arguments, which can be looked at where nothing can be built from them.
+    """Return the arguments of ``TransformerConfig``, without constructing it.
 
-    Without Transformer Engine, Megatron-Core refuses a configuration of fused kernels.
+    They can be inspected without Transformer Engine, in which case Megatron-Core would reject a
+    configuration with fused kernels.
     """
     dtype = DTYPES[config.train.precision]
     return dict(
@@ -46,11 +47,11 @@ def transformer_settings(config: RunConfig, spec: DenseSpec, *, engine: Engine) 
         pipeline_dtype=dtype,
         attention_dropout=0.0,
         hidden_dropout=0.0,
-        # Divide gradients by the tokens of the global batch: the same for every layout.
+        # Divide gradients by the tokens of the global batch, so that every layout agrees.
         calculate_per_token_loss=True,
-        # Every parameter is filled from the dense checkpoint: drawing numbers first is waste.
+        # Every parameter is filled from the dense checkpoint, so initialization is not needed.
         perform_initialization=False,
-        # Transformer Engine's modules ask this, not torch's default device.
+        # Transformer Engine's modules read this instead of torch's default device.
         init_model_with_meta_device=torch.get_default_device().type == "meta",
     )
 
@@ -75,7 +76,7 @@ def _dense_shape(spec: DenseSpec) -> dict[str, Any]:
 
 def _moe(moe: Moe, spec: DenseSpec) -> dict[str, Any]:
     layers = moe_layer_ids(moe, spec.num_layers)
-    own_loss = moe.moe_router_load_balancing_type == "cv_squared"  # the noisy router's
+    own_loss = moe.moe_router_load_balancing_type == "cv_squared"  # computed by the noisy router
     return {
         "num_moe_experts": moe.num_moe_experts,
         "moe_router_topk": moe.moe_router_topk,
@@ -103,7 +104,7 @@ def _moe(moe: Moe, spec: DenseSpec) -> dict[str, Any]:
 def _parallel(parallel: Parallel) -> dict[str, Any]:
     vpp = parallel.virtual_pipeline_parallel_size or 1
     return {
-        # A stage's output is freed once it is sent; the backward pass needs only its shape.
+        # A stage's output is freed once it is sent, because the backward pass needs only its shape.
         "deallocate_pipeline_outputs": True,
         "tensor_model_parallel_size": parallel.tensor_parallel_size,
         "context_parallel_size": parallel.context_parallel_size,
@@ -113,7 +114,7 @@ def _parallel(parallel: Parallel) -> dict[str, Any]:
         "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
         "sequence_parallel": parallel.tensor_parallel_size > 1,
         # Batched sends and receives between the same two ranks (pp 2, vpp > 1) are matched in the
-        # wrong order: gradients explode without an error. Single ones are right and overlap.
+        # wrong order, and gradients explode without an error. Single ones are correct and overlap.
         "batch_p2p_comm": vpp == 1,
         "overlap_p2p_comm": vpp > 1,
     }
@@ -121,15 +122,15 @@ def _parallel(parallel: Parallel) -> dict[str, Any]:
 
 _RECOMPUTED = {
     ("torch", "cpu"): {"selective": ["core_attn"], "moe": ["moe"]},
-    # No "layernorm": Megatron-Core recomputes norms only where Transformer Engine is installed. No
-    # "selective": torch-native experts always form their activations again.
+    # No "layernorm": Megatron-Core recomputes norms only with Transformer Engine. No "selective":
+    # torch-native experts always recompute their activations.
     ("torch", "cuda"): {"moe": ["moe"]},
     ("transformer_engine", "cuda"): {
         "selective": ["layernorm", "moe_act"],
         "moe": ["layernorm", "moe"],
     },
 }
-"""Modules that the backward pass computes again, by engine, device and `train.recompute`."""
+"""Modules that the backward pass recomputes, by engine, device and `train.recompute`."""
 
 
 def _recompute(what: str, engine: Engine) -> dict[str, Any]:
@@ -148,12 +149,12 @@ def _kernels(train: Train, engine: Engine) -> dict[str, Any]:
     if engine.is_torch:
         return {
             "use_cpu_initialization": not engine.on_cuda,
-            # `train.state` turns it on for models that have gradient buffers to add to.
+            # `train.state` enables it for models that have gradient buffers.
             "gradient_accumulation_fusion": False,
             "bias_activation_fusion": engine.on_cuda,  # Megatron-Core compiles it
             "moe_grouped_gemm": False,
         }
-    # Settings of fast MoE runs on H100, as Megatron-Core's MoE guide names them.
+    # Settings that Megatron-Core's MoE guide recommends for H100.
     return {
         "use_cpu_initialization": False,
         "gradient_accumulation_fusion": train.gradient_accumulation_fusion,
@@ -167,18 +168,18 @@ def _kernels(train: Train, engine: Engine) -> dict[str, Any]:
 
 
 def check_dispatcher(moe: Moe, engine: Engine) -> None:
-    """Refuse a dispatcher whose kernels are not there.
+    """Reject a dispatcher whose kernels are not installed.
 
     Raises:
-        ConfigError: Names what is missing.
+        ConfigError: The message names what is missing.
     """
     if moe.moe_token_dispatcher_type != "flex":
         return
-    # The package deep_ep holds both backends.
+    # The package deep_ep provides both backends.
     missing = "the package deep_ep" if engine.on_cuda else "a CUDA device"
     if not engine.on_cuda or find_spec("deep_ep") is None:
         raise ConfigError(
             f"moe.moe_token_dispatcher_type (flex) with moe.moe_flex_dispatcher_backend "
-            f"({moe.moe_flex_dispatcher_backend}) needs {missing}, which is not here.\n"
+            f"({moe.moe_flex_dispatcher_backend}) needs {missing}, which is not available.\n"
             "  set moe.moe_token_dispatcher_type=alltoall"
         )

@@ -1,12 +1,12 @@
-"""Cross entropy over a vocabulary of several tp ranks, without an fp32 copy of logits, for CUDA.
+"""Compute vocabulary-parallel cross entropy on CUDA without an fp32 copy of the logits.
 
 Shape letters of this module:
 
     N  tokens    V  this tp rank's part of the vocabulary
 
-Forward reads the logits once and keeps, of each token, the logarithm of the sum of exponentials.
-Backward overwrites the logits with their gradients. Both compute in fp32 inside compiled functions.
-On a CPU these would be several passes, so CPU runs use Megatron-Core's function.
+The forward pass reads the logits once and saves each token's log-sum-exp. The backward pass
+overwrites the logits with their gradients. Both compute in fp32 inside compiled functions. On a CPU
+these would take several passes, so CPU runs use Megatron-Core's function.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ def cross_entropy(
 ) -> Tensor:
     """Return each token's loss in fp32, ``(N,)``, the same on every tp rank.
 
-    Its backward needs the logits' memory, so nothing else may read them, and it runs once.
+    The backward pass reuses the logits' memory, so it can run only once, and nothing else may read
+    the logits after it.
 
     Args:
         logits_NV: This tp rank's logits; contiguous.
-        label_N: Tokens of the whole vocabulary.
-        real: Columns that are tokens; those after them pad the vocabulary and count for nothing.
-        tp_group: Ranks that share the vocabulary, in its order.
+        label_N: Token ids of the whole vocabulary.
+        real: Number of columns that are tokens; later columns pad the vocabulary and are ignored.
+        tp_group: Ranks that share the vocabulary, in order.
     """
     return _CrossEntropy.apply(logits_NV, label_N, real, tp_group)
 
@@ -48,7 +49,9 @@ class _CrossEntropy(torch.autograd.Function):
         if tp_group.size() > 1:
             shared_N = most_N.clone()
             dist.all_reduce(shared_N, op=dist.ReduceOp.MAX, group=tp_group)
-        sums_2N = torch.stack([sum_N * (most_N - shared_N).exp(), taken(logits_NV, column_N)])
+        sums_2N = torch.stack(
+            [sum_N * (most_N - shared_N).exp(), label_logits(logits_NV, column_N)]
+        )
         if tp_group.size() > 1:
             dist.all_reduce(sums_2N, group=tp_group)
         log_sum_N = sums_2N[0].log() + shared_N
@@ -67,7 +70,7 @@ class _CrossEntropy(torch.autograd.Function):
 def largest_and_sum(logits_NV: Tensor, real: int) -> tuple[Tensor, Tensor]:
     """Return each token's largest logit, and the sum of exponentials relative to it, in fp32.
 
-    A rank without real columns has -inf and zero.
+    A rank without real columns returns -inf and zero.
     """
     if not real:
         zero_N = logits_NV.new_zeros(len(logits_NV), dtype=torch.float32)
@@ -82,19 +85,19 @@ def _largest_and_sum(logits_NV: Tensor, real: int) -> tuple[Tensor, Tensor]:
     return most_N, (wide_NV - most_N[:, None]).exp().sum(dim=1)
 
 
-def taken(logits_NV: Tensor, column_N: Tensor) -> Tensor:
-    """Return each token's logit in its column, in fp32; zero where another rank has the column."""
+def label_logits(logits_NV: Tensor, column_N: Tensor) -> Tensor:
+    """Return the logit of each token's label in fp32; zero if another rank holds that column."""
     width = logits_NV.shape[1]
-    mine_N = (column_N >= 0) & (column_N < width)
+    local_N = (column_N >= 0) & (column_N < width)
     logit_N1 = logits_NV.gather(1, column_N.clamp(0, width - 1)[:, None])
-    return torch.where(mine_N, logit_N1[:, 0].float(), 0)
+    return torch.where(local_N, logit_N1[:, 0].float(), 0)
 
 
 @compiled_on_cuda
 def overwrite_with_gradients(
     logits_NV: Tensor, column_N: Tensor, log_sum_N: Tensor, grad_N: Tensor, real: int
 ) -> None:
-    """Put ``(softmax - onehot) * grad`` where the logits were; zero in columns that pad."""
+    """Overwrite the logits with ``(softmax - onehot) * grad``; zero in padding columns."""
     column_V = torch.arange(logits_NV.shape[1], device=logits_NV.device)
     softmax_NV = (logits_NV.float() - log_sum_N[:, None]).exp()
     chosen_NV = (column_V == column_N[:, None]).float()

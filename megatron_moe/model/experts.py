@@ -1,9 +1,9 @@
-"""The experts of one rank without Transformer Engine: a loop over expert weights.
+"""Apply the experts of one rank without Transformer Engine, in a loop over their weights.
 
 Shape letters of this module:
 
-    T  tokens sent to this rank's experts, in the order of the experts
-    R  rows of one expert's products: its tokens, rounded up in bf16 on a CPU
+    T  tokens sent to this rank's experts, ordered by expert
+    R  rows of one expert's products: its tokens, rounded up for bf16 on a CPU
     D  hidden_size              M  neurons of one expert on this etp rank
 """
 
@@ -23,10 +23,10 @@ from megatron_moe.runtime.gradients import add_product
 
 
 class LoopExperts(SequentialMLP):
-    """Megatron-Core's SequentialMLP with its parameters and checkpoint names, and a lean forward.
+    """Megatron-Core's SequentialMLP: same parameters and checkpoint names, but a faster forward.
 
-    The parallel linear layers of each expert hold the weights but are not called: an expert's
-    tokens are already gathered over etp by the dispatcher, so what is left is two matrix products.
+    The parallel linear layers of each expert hold the weights but are not called: the dispatcher
+    has already gathered an expert's tokens over etp, so only two matrix products remain.
     """
 
     def forward(
@@ -35,7 +35,7 @@ class LoopExperts(SequentialMLP):
         tokens_per_expert: Tensor,
         permuted_probs: Tensor,
     ) -> tuple[Tensor, None]:
-        """Apply each expert to its run of tokens, weighted: ``(T, D)`` to ``(T, D)``."""
+        """Apply each expert to its tokens, and weight the result: ``(T, D)`` to ``(T, D)``."""
         experts: Any = self.local_experts
         await_weights(experts)
         out_TD = apply_experts(
@@ -49,9 +49,9 @@ class LoopExperts(SequentialMLP):
 
 
 def await_weights(experts: Iterable[Any]) -> None:
-    """Run the hooks by which data parallelism finishes an overlapped gather of parameters.
+    """Run the hooks that wait for data parallelism's overlapped gather of parameters.
 
-    It hangs them on the linear layers, which would run them if they were called.
+    They are registered on the linear layers, which would run them if they were called.
     """
     for expert in experts:
         for linear in (expert.linear_fc1, expert.linear_fc2):
@@ -66,43 +66,43 @@ def apply_experts(
     fc1s_2MD: Sequence[Tensor],
     fc2s_DM: Sequence[Tensor],
 ) -> Tensor:
-    """``down(silu(gate x) * up x * prob)`` of each token's expert: ``(T, D)``.
+    """Return ``down(silu(gate x) * up x * prob)`` with each token's expert, ``(T, D)``.
 
-    An expert without tokens gets a gradient of zero and not none: data parallelism waits for one
-    from every rank.
+    An expert without tokens gets a gradient of zero instead of None, because data parallelism waits
+    for a gradient from every rank.
 
     Args:
-        x_TD: Tokens, those of the first expert first.
-        prob_T: Routing weights; they go in before the last product.
-        counts: Tokens of each expert.
-        fc1s_2MD: Each expert's gate above its up.
-        fc2s_DM: Each expert's down.
+        x_TD: Tokens, ordered by expert.
+        prob_T: Routing weights, applied before the last product.
+        counts: Number of tokens of each expert.
+        fc1s_2MD: Gate and up projections of each expert, concatenated.
+        fc2s_DM: Down projection of each expert.
     """
     return _Experts.apply(x_TD, prob_T, counts, *fc1s_2MD, *fc2s_DM)
 
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """The tokens of one expert among all, and how many rows its products have."""
+    """Range of one expert's tokens, and the number of rows of its products."""
 
     start: int
     count: int
     rows: int
 
     def take(self, all_T: Tensor) -> Tensor:
-        """This expert's rows; those after its tokens are the next expert's, or zero at the end."""
+        """Return this expert's rows; extra rows are the next expert's, or zeros at the end."""
         rows = all_T[self.start : self.start + self.rows]
         missing = self.rows - len(rows)
         return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows
 
     def weights(self, prob_T: Tensor, dtype: torch.dtype) -> Tensor:
-        """``(R, 1)``; zero for the rows of others, so that nothing of them goes into a sum."""
+        """Return weights, ``(R, 1)``; zero for extra rows, so that sums exclude them."""
         prob_R1 = prob_T.new_zeros(self.rows, 1, dtype=dtype)
         prob_R1[: self.count, 0] = prob_T[self.start : self.start + self.count]
         return prob_R1
 
     def put_product(self, all_TD: Tensor, left: Tensor, right: Tensor) -> None:
-        """``left @ right`` into this expert's rows, runs in order: the next overwrites the rest."""
+        """Write ``left @ right`` to this expert's rows; the next expert overwrites extra rows."""
         if self.start + self.rows <= len(all_TD):
             torch.mm(left, right, out=all_TD[self.start : self.start + self.rows])
         else:
@@ -110,11 +110,11 @@ class _Run:
 
 
 def _runs(counts: Sequence[int], x_TD: Tensor) -> Iterator[_Run]:
-    """Each expert's run of tokens.
+    """Yield each expert's run of tokens.
 
-    oneDNN, which multiplies bf16 on CPU, compiles a kernel for every shape it has not seen, and
-    counts of tokens are new in every step: that took four times as long as the products. So bf16
-    rows come in at most 8 sizes between two powers of two (docs/performance.md).
+    oneDNN, which multiplies bf16 on CPU, compiles a kernel for every new shape, and token counts
+    change at every step: compilation took four times as long as the products. So the number of bf16
+    rows is rounded to at most 8 sizes between two powers of two (docs/performance.md).
     """
     rounded = x_TD.dtype == torch.bfloat16 and not x_TD.is_cuda
     for start, count in zip(accumulate(counts, initial=0), counts, strict=False):
@@ -123,10 +123,10 @@ def _runs(counts: Sequence[int], x_TD: Tensor) -> Iterator[_Run]:
 
 
 class _Experts(torch.autograd.Function):
-    """Keeps what the first product gave and nothing after it: 2 M numbers a token in place of 5 M.
+    """Save only the result of the first product: 2 M numbers per token instead of 5 M.
 
-    The gradient of a weight that data parallelism has a buffer for goes there at once, not through
-    a tensor of its own that is added later.
+    If data parallelism has a buffer for a weight's gradient, the gradient is accumulated there
+    directly, without a separate tensor.
     """
 
     @staticmethod
@@ -166,7 +166,7 @@ class _Experts(torch.autograd.Function):
 def _swiglu_backward(
     h_R2M: Tensor, prob_R1: Tensor, grad_RM: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """From the gradient of the weighted activations, which it overwrites.
+    """Compute gradients from that of the weighted activations, which is overwritten.
 
     Returns:
         The weighted activations, the gradient of ``h_R2M``, and that of the routing weights.
@@ -184,10 +184,10 @@ def _swiglu_backward(
 
 
 def _weight_grad(weight: Tensor, out_grad_RO: Tensor, in_RI: Tensor) -> Tensor:
-    """Gradient of ``F.linear(in, weight)``; where it was added to main_grad, a tensor of its shape.
+    """Return the gradient of ``F.linear(in, weight)``, or a placeholder if main_grad holds it.
 
-    Megatron-Core's data parallelism knows the latter by the mark and reads nothing of it, as after
-    its own fused accumulation on CUDA.
+    The flag on the weight tells Megatron-Core's data parallelism not to read the placeholder, as
+    after its own fused accumulation on CUDA.
     """
     main_grad: Tensor | None = getattr(weight, "main_grad", None)
     if main_grad is None:

@@ -1,12 +1,12 @@
-"""The experts of one rank on CUDA: one grouped product for all experts in place of a loop.
+"""Apply the experts of one rank on CUDA, with one grouped product instead of a loop.
 
 Shape letters of this module:
 
-    T  tokens sent to this rank's experts, in the order of the experts
+    T  tokens sent to this rank's experts, ordered by expert
     D  hidden_size      M  neurons of one expert on this etp rank      E  experts of this rank
 
-The number of tokens of each expert stays on the device, so nothing waits for the GPU here. The
-weights of all experts are one view (`stacking`), and so are their gradients.
+The token counts stay on the device, so nothing here waits for the GPU. The weights of all experts
+are one view (`stacking`), and so are their gradients.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from megatron_moe.runtime.gradients import begin_products
 
 @dataclass(frozen=True, slots=True)
 class ExpertKernel:
-    """How a layer's experts are multiplied, and why, for the log."""
+    """Kernel for the products of a layer's experts, and the reason for the choice, for the log."""
 
     name: Literal["grouped_mm", "loop"]
     reason: str
@@ -40,12 +40,12 @@ def expert_kernel(
 
     Args:
         capability: Compute capability of the CUDA device; None on a CPU.
-        dtype: Of the weights and tokens.
-        sizes: hidden_size and neurons of one expert on this etp rank.
+        dtype: Dtype of the weights and tokens.
+        sizes: hidden_size, and the number of neurons of one expert on this etp rank.
         stackable: Whether the weights of a layer's experts are one view.
     """
     if capability is None:
-        return ExpertKernel("loop", "a CPU has no kernel for grouped products")
+        return ExpertKernel("loop", "there is no CPU kernel for grouped products")
     device = f"compute capability {capability[0]}.{capability[1]}"
     if capability[0] not in (9, 10):
         return ExpertKernel("loop", f"torch has no kernel for grouped products on {device}")
@@ -54,7 +54,9 @@ def expert_kernel(
     if any(size * dtype.itemsize % ALIGNMENT_BYTES for size in sizes):
         return ExpertKernel("loop", f"rows of {tuple(sizes)} elements are not 16-byte aligned")
     if not stackable:
-        return ExpertKernel("loop", "the weights of the experts do not lie at equal distances")
+        return ExpertKernel(
+            "loop", "the weights of the experts are not at equal distances in memory"
+        )
     return ExpertKernel("grouped_mm", f"bf16 on {device}, weights in one view")
 
 
@@ -65,10 +67,10 @@ def kernel_in(modules: Iterable[torch.nn.Module]) -> ExpertKernel | None:
 
 
 class GroupedExperts(LoopExperts):
-    """`LoopExperts` whose weights lie such that one grouped product multiplies all of them.
+    """`LoopExperts` with weights laid out in memory for one grouped product.
 
-    Names of parameters, checkpoints and results are those of `LoopExperts`, which remains for
-    devices, dtypes and memory layouts that `expert_kernel` refuses.
+    Parameter names, checkpoints and results are those of `LoopExperts`, which is the fallback for
+    devices, dtypes and memory layouts that `expert_kernel` does not support.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -76,7 +78,7 @@ class GroupedExperts(LoopExperts):
         self.local_experts = BackToFront(list(self.local_experts))
 
     def weights(self) -> tuple[list[Any], list[Any]]:
-        """Return the experts' first and second weights, ``(2M, D)`` and ``(D, M)`` each."""
+        """Return the lists of the experts' first and second weights, ``(2M, D)`` and ``(D, M)``."""
         experts: Any = self.local_experts
         return (
             [expert.linear_fc1.weight for expert in experts],
@@ -84,12 +86,12 @@ class GroupedExperts(LoopExperts):
         )
 
     def lay_out(self) -> None:
-        """Move the weights together, for passes before or without data parallelism's buffer."""
+        """Move the weights into one storage, for passes without data parallelism's buffer."""
         for weights in self.weights():
             lay_out(weights)
 
     def kernel(self) -> ExpertKernel:
-        """Return the kernel that the next pass takes, and the reason."""
+        """Return the kernel that the next pass will use, and the reason."""
         fc1s_2MD, fc2s_DM = self.weights()
         weight = fc2s_DM[0]
         return expert_kernel(
@@ -105,7 +107,7 @@ class GroupedExperts(LoopExperts):
         tokens_per_expert: Tensor,
         permuted_probs: Tensor,
     ) -> tuple[Tensor, None]:
-        """Apply each expert to its run of tokens, weighted: ``(T, D)`` to ``(T, D)``."""
+        """Apply each expert to its tokens, and weight the result: ``(T, D)`` to ``(T, D)``."""
         if self.kernel().name == "loop":
             return super().forward(permuted_local_hidden_states, tokens_per_expert, permuted_probs)
         await_weights(self.local_experts)
@@ -117,10 +119,10 @@ class GroupedExperts(LoopExperts):
 
 
 def lay_out_experts(modules: Iterable[torch.nn.Module]) -> None:
-    """Move the weights of every layer's experts together, so that they can be multiplied as one.
+    """Move the weights of each layer's experts into one storage, for grouped products.
 
-    Call it once on models that have their device, before data parallelism or an evaluation. It
-    holds a second copy of one layer's weights at a time.
+    Call it once when the model is on its device, before data parallelism or an evaluation. It holds
+    a second copy of one layer's weights at a time.
     """
     for module in modules:
         for layer in module.modules():
@@ -135,21 +137,21 @@ def grouped_experts(
     fc1s_2MD: Sequence[Tensor],
     fc2s_DM: Sequence[Tensor],
 ) -> Tensor:
-    """``down(silu(gate x) * up x * prob)`` of each token's expert, as `experts.apply_experts`.
+    """Return ``down(silu(gate x) * up x * prob)`` with each token's expert, like `apply_experts`.
 
     Args:
-        x_TD: Tokens, those of the first expert first.
-        prob_T: Routing weights; they are applied before the last product.
-        count_E: Tokens of each expert, on any device. Their sum must be T.
-        fc1s_2MD: Each expert's gate above its up; `stacked` must accept them.
-        fc2s_DM: Each expert's down; likewise.
+        x_TD: Tokens, ordered by expert.
+        prob_T: Routing weights, applied before the last product.
+        count_E: Number of tokens of each expert, on any device. Their sum must be T.
+        fc1s_2MD: Gate and up projections of each expert, concatenated; `stacked` must accept them.
+        fc2s_DM: Down projection of each expert; `stacked` must accept them.
     """
     count_E = count_E.to(x_TD.device, non_blocking=True)
     return _GroupedExperts.apply(x_TD, prob_T, count_E, *fc1s_2MD, *fc2s_DM)
 
 
 class _GroupedExperts(torch.autograd.Function):
-    """Keeps the tokens and what the first product gave, as the loop does."""
+    """Save the tokens and the result of the first product, like the loop."""
 
     @staticmethod
     def forward(
@@ -183,7 +185,7 @@ def _stack(weights: Sequence[Tensor]) -> Tensor:
 
 
 def _grouped(left_TI: Tensor, right_EIO: Tensor, end_E: Tensor) -> Tensor:
-    """Multiply each expert's rows by its matrix, ``(T, O)``; no rows at all are no call."""
+    """Multiply each expert's rows by its matrix, ``(T, O)``; skip the call if there are no rows."""
     if not len(left_TI):
         return left_TI.new_empty(0, right_EIO.shape[2])
     return F.grouped_mm(left_TI, right_EIO, offs=end_E)
@@ -200,7 +202,7 @@ def swiglu(h_T2M: Tensor, prob_T: Tensor) -> Tensor:
 def swiglu_backward(
     h_T2M: Tensor, prob_T: Tensor, grad_TM: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return `swiglu` again, and the gradients of ``h_T2M`` and ``prob_T``, given its own."""
+    """Recompute `swiglu`; return its result and the gradients of ``h_T2M`` and ``prob_T``."""
     gate_TM, up_TM = h_T2M.float().chunk(2, dim=-1)
     prob_T1, grad_TM = prob_T.float()[:, None], grad_TM.float()
     sigmoid_TM = gate_TM.sigmoid()
@@ -219,8 +221,8 @@ def _weight_grads(
 ) -> list[Tensor]:
     """Return the gradients of the experts' weights, or add them to ``main_grad``.
 
-    In the latter case each is a view of one tensor that nobody reads: data parallelism only asserts
-    that there is a gradient.
+    In the latter case each result is a view of one tensor that nothing reads: data parallelism only
+    asserts that a gradient exists.
     """
     if len(in_TI):
         grad_EOI = F.grouped_mm(out_grad_TO.t(), in_TI, offs=end_E)
@@ -251,10 +253,10 @@ def _add(main_grads: Sequence[Any], grad_EOI: Tensor, used_E11: Tensor) -> None:
 
 @compiled_on_cuda
 def _accumulate(main_EOI: Tensor, grad_EOI: Tensor, used_E11: Tensor, first: bool) -> None:
-    """Add the gradients in one pass, or overwrite with them.
+    """Add the gradients to the buffer in one pass, or overwrite it.
 
-    An expert without tokens counts as zero, whatever its product holds: the kernel for compute
-    capability 10.0 leaves memory as it was (pytorch/pytorch#172439).
+    Gradients of experts without tokens are set to zero: the kernel for compute capability 10.0
+    leaves their memory uninitialized (pytorch/pytorch#172439).
     """
     grad_EOI = torch.where(used_E11, grad_EOI, 0).to(main_EOI.dtype)
     main_EOI.copy_(grad_EOI if first else main_EOI + grad_EOI)

@@ -1,8 +1,8 @@
-"""Per-token cross entropy over a vocabulary that tp ranks share and padding rounds up.
+"""Compute per-token cross entropy over a padded vocabulary that is sharded over tp.
 
 Shape letters of this module:
 
-    S  sequence of this cp rank    B  micro-batch    V  this tp rank's part of the vocabulary
+    S  sequence length on this cp rank    B  micro-batch    V  this tp rank's part of the vocabulary
     N  tokens, S * B
 """
 
@@ -20,13 +20,13 @@ from megatron_moe.model.cross_entropy import cross_entropy
 
 
 def make_output_processor(*, vocab_size: int, tp_group: ProcessGroup) -> Callable[..., Tensor]:
-    """What GPTModel does with the last hidden states: logits, and with labels the token losses.
+    """Return the function that GPTModel applies to the last hidden states, for logits or losses.
 
-    Rows that pad the vocabulary are no tokens: their logits are -inf, so neither the loss nor its
-    gradient depends on how many there are, that is, on tp.
+    Rows that pad the vocabulary are not tokens: their logits are -inf, so neither the loss nor its
+    gradient depends on the padding, and therefore on tp.
 
     Args:
-        vocab_size: Tokens that exist.
+        vocab_size: Size of the vocabulary without padding.
         tp_group: Ranks that share the vocabulary.
     """
     rank = tp_group.rank()
@@ -39,7 +39,7 @@ def make_output_processor(*, vocab_size: int, tp_group: ProcessGroup) -> Callabl
         labels: Tensor | None,
         **_: Any,
     ) -> Tensor:
-        """``(B, S)`` losses in fp32 with labels, this tp rank's ``(B, S, V)`` logits without."""
+        """Return fp32 losses ``(B, S)`` if there are labels, else logits ``(B, S, V)``."""
         logits_SBV, _bias = output_layer(hidden_states, weight=output_weight)
         width = logits_SBV.shape[-1]
         real = min(max(vocab_size - rank * width, 0), width)

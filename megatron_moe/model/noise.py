@@ -1,7 +1,7 @@
-"""Normal numbers that are a function of what they are for: the same under every layout.
+"""Draw normal numbers as a function of seed, layer, token and expert, under any layout.
 
-A counter-based generator, like Philox, of which each number is a hash of its coordinates: no state,
-no order, and a rank draws the numbers of its own tokens only.
+This is a counter-based generator like Philox: each number is a hash of its coordinates. It has no
+state and no order, and a rank draws only the numbers of its own tokens.
 
 Shape letters of this module:
 
@@ -22,14 +22,14 @@ _STEP, _FIRST, _SECOND = -7046029254386353131, -4658895280553007687, -7723592293
 def normal_numbers(
     *, seed: int, layer: int, samples_B: Tensor, positions_s: Tensor, num_experts: int
 ) -> Tensor:
-    """Standard normal numbers, fp32, one for each token and expert.
+    """Return standard normal numbers in fp32, ``(s, B, E)``.
 
     Args:
-        seed: The run's.
+        seed: Seed of the run.
         layer: Global layer id.
-        samples_B: Number of each sample in the run.
-        positions_s: Place of each token in its sample.
-        num_experts: Numbers of one token.
+        samples_B: Index of each sample in the run.
+        positions_s: Position of each token in its sample.
+        num_experts: E.
     """
     experts_E = torch.arange(num_experts, device=samples_B.device)
     start = torch.tensor(seed, device=samples_B.device)
@@ -40,7 +40,7 @@ def normal_numbers(
 
 
 def _hash(x: Tensor) -> Tensor:
-    """splitmix64 of 64-bit integers."""
+    """Apply splitmix64 to 64-bit integers."""
     x = x + _STEP
     x = (x ^ _shifted(x, 30)) * _FIRST
     x = (x ^ _shifted(x, 27)) * _SECOND
@@ -48,12 +48,12 @@ def _hash(x: Tensor) -> Tensor:
 
 
 def _shifted(x: Tensor, bits: int) -> Tensor:
-    """``x`` as an unsigned number, shifted right: torch's shift drags the sign along."""
+    """Shift ``x`` right as an unsigned integer; torch's own shift extends the sign."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _unit(x: Tensor) -> Tensor:
-    """Of the upper 53 bits a number in (0, 1), fp64."""
+    """Convert the upper 53 bits to an fp64 number in (0, 1)."""
     return (_shifted(x, 11).double() + 0.5) * 2.0**-53
 
 

@@ -1,8 +1,9 @@
-"""The noisy top-k gate (arXiv 1701.06538) as LLaMA-MoE has it, and its balance loss.
+"""Noisy top-k gate (arXiv 1701.06538) with the balance loss of LLaMA-MoE.
 
-logits = x W + normal * (softplus(x W_noise) + 0.01), with noise in training alone; W_noise starts
-at zero. Balance: CV^2(importance) + CV^2(load), where importance is what the tokens' weights sum to
-and load the expected number of tokens, smooth in the logits (LLaMA-MoE, arXiv 2406.16554, 3.3).
+logits = x W + normal * (softplus(x W_noise) + 0.01), with noise only in training; W_noise starts at
+zero. The balance loss is CV^2(importance) + CV^2(load), where importance is the sum of the tokens'
+weights and load is the expected number of tokens, a smooth function of the logits (LLaMA-MoE,
+arXiv 2406.16554, 3.3).
 
 Shape letters of this module:
 
@@ -33,7 +34,7 @@ LEAST_STD = 1e-2
 
 
 def router_of(config: RunConfig) -> Callable[..., CountingRouter]:
-    """Makes the routers that a run asks for, as Megatron-Core's TopKRouter is made."""
+    """Return the factory of a run's routers, with the arguments of Megatron-Core's TopKRouter."""
     moe, capacity = config.moe, capacity_of(config.moe)
     if moe.router_gate == "linear":
         return partial(CountingRouter, capacity=capacity)
@@ -48,20 +49,20 @@ def router_of(config: RunConfig) -> Callable[..., CountingRouter]:
 
 
 def set_samples(module: torch.nn.Module, samples_B: Tensor) -> None:
-    """Tell the routers of ``module`` which samples of the run its next forward pass is of."""
+    """Set the indices of the samples that the next forward pass of ``module`` processes."""
     for router in module.modules():
         if isinstance(router, NoisyRouter):
             router.samples_B = samples_B
 
 
 class NoisyRouter(CountingRouter):
-    """CountingRouter whose choices are made under noise while it trains.
+    """CountingRouter with noisy choices during training.
 
     Args:
-        network: ``linear``; or ``mlp``, Linear(D, E), tanh, Linear(E, E).
+        network: ``linear``, or ``mlp`` for Linear(D, E), tanh, Linear(E, E).
         balance: Coefficient of the CV^2 loss; 0 leaves balancing to Megatron-Core's losses.
-        seed: Of the noise.
-        **others: What `CountingRouter` takes.
+        seed: Seed of the noise.
+        **others: Arguments of `CountingRouter`.
     """
 
     def __init__(self, *, network: str, balance: float, seed: int, **others: Any) -> None:
@@ -75,12 +76,12 @@ class NoisyRouter(CountingRouter):
 
     def _parameter(self, width: int) -> torch.nn.Parameter:
         parameter = torch.nn.Parameter(self.weight.new_empty(len(self.weight), width))
-        # As of the router's own weight: under sequence parallelism its gradient is summed over tp.
+        # As for the router's weight: its gradient is summed over tp if sequence-parallel.
         setattr(parameter, "sequence_parallel", self.config.sequence_parallel)  # noqa: B010
         return parameter
 
     def gating(self, input: Tensor) -> Tensor:
-        """Logits of each token, ``(s, B, D)`` to ``(s, B, E)``; noisy while training."""
+        """Return the logits of each token, ``(s, B, D)`` to ``(s, B, E)``; noisy in training."""
         clean_sBE = super().gating(input)
         if self.output_weight is not None:
             clean_sBE = F.linear(clean_sBE.tanh(), self.output_weight.to(clean_sBE.dtype))
@@ -103,10 +104,10 @@ class NoisyRouter(CountingRouter):
         return self.layer_number - 1
 
     def _samples_of_this_pass(self) -> Tensor:
-        """Those announced; where a layer is computed again, those of its first pass.
+        """Return the samples of this pass; for a recomputed layer, those of its first pass.
 
-        A first pass that will be computed again builds no graph, and passes are computed again in
-        the order in which they were made, by every pipeline schedule.
+        A first pass that will be recomputed builds no graph, and every pipeline schedule recomputes
+        passes in their original order.
         """
         if not torch.is_grad_enabled():
             self._waiting.append(self.samples_B)
@@ -114,7 +115,7 @@ class NoisyRouter(CountingRouter):
         return self._waiting.popleft() if self._waiting else self.samples_B
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Weights and choices, as in the base class; the balance loss rides on the weights."""
+        """Return weights and choices as the base class; attach the balance loss to weights."""
         probs_TE, map_TE = super().routing(logits, padding_mask=padding_mask)
         if self._balance and self.training and torch.is_grad_enabled():
             noisy_TE = logits.flatten(0, 1)
@@ -122,7 +123,7 @@ class NoisyRouter(CountingRouter):
             group = self.tp_cp_group
             sums_2E = reduce_from_tensor_model_parallel_region(sums_2E, group)
             loss = squared_variation(sums_2E).sum()
-            # Every rank holds the whole loss; what is logged is summed over them.
+            # Every rank has the whole loss, and logged values are summed over ranks.
             get_moe_metrics_tracker().record(
                 "load_balancing_loss", loss / group.size(), self._layer() + 1,
                 self.config.num_layers, reduce_group=group,
@@ -134,33 +135,33 @@ class NoisyRouter(CountingRouter):
         return probs_TE, map_TE
 
     def _expected_load(self, noisy_TE: Tensor) -> Tensor:
-        """Sum over tokens of the probability that noise drawn anew keeps an expert in the best K.
+        """Sum over tokens the probability that an expert is in the top K when its noise is redrawn.
 
-        An expert is in when its logit is above the K-th best of the others: of the noisy logits
-        that is the K-th where the expert is not in, and the next where it is.
+        An expert is in the top K if its logit exceeds the K-th best of the others. Among all noisy
+        logits that is the K-th best if the expert is not in the top K, and the next if it is.
         """
         clean_TE, std_TE = self._clean_TE.float(), self._std_TE.float()
         if self.topk == clean_TE.shape[1]:
             return torch.full_like(clean_TE[0], len(clean_TE))
         best_TK = noisy_TE.float().topk(self.topk + 1, dim=-1).values
         inside_TE = noisy_TE.float() > best_TK[:, self.topk, None]
-        bar_TE = torch.where(
+        threshold_TE = torch.where(
             inside_TE, best_TK[:, self.topk, None], best_TK[:, self.topk - 1, None]
         )
-        return torch.special.ndtr((clean_TE - bar_TE) / std_TE).sum(dim=0)
+        return torch.special.ndtr((clean_TE - threshold_TE) / std_TE).sum(dim=0)
 
 
 def squared_variation(values_XE: Tensor) -> Tensor:
-    """Squared coefficient of variation of each row: its variance over its squared mean."""
+    """Return each row's squared coefficient of variation: variance over squared mean."""
     return values_XE.var(dim=-1) / (values_XE.mean(dim=-1) ** 2 + 1e-10)
 
 
 def fill_gate(role: str, parameter: Tensor) -> None:
-    """The noisy gate's own weights at the start: no learnt noise, and an output layer that passes.
+    """Initialize the noisy gate's extra weights: zero noise, and an identity output layer.
 
     Args:
         role: ``router_noise`` or ``router_output``.
-        parameter: What to fill.
+        parameter: Parameter to fill in place.
     """
     parameter.zero_()
     if role == "router_output":

@@ -1,6 +1,6 @@
-"""RMSNorm without Transformer Engine that works under sequence parallelism.
+"""RMSNorm without Transformer Engine, with support for sequence parallelism.
 
-Shape letters: D hidden_size or head width; ``...`` whatever comes before it.
+Shape letters: D hidden_size or head dim; ``...`` any leading axes.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from torch import Tensor
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm whose weight tells Megatron-Core to sum its gradient over tp.
+    """torch's RMSNorm with a weight whose gradient Megatron-Core sums over tp.
 
-    Under sequence parallelism each tp rank normalises other tokens, so the weight's gradient is a
-    sum over ranks; Megatron-Core looks for the ``sequence_parallel`` mark to form it.
+    With sequence parallelism each tp rank normalizes different tokens, so the weight's gradient is
+    a sum over ranks; Megatron-Core computes it for weights with the flag ``sequence_parallel``.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
@@ -24,14 +24,14 @@ class RMSNorm(torch.nn.RMSNorm):
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x / rms(x) * weight`` along the last axis, computed in fp32 at least."""
-        if x.is_cuda:  # one kernel, which keeps what the function below keeps
+        """Return ``x / rms(x) * weight`` along the last axis, computed in at least fp32."""
+        if x.is_cuda:  # one kernel that saves the same tensors as the function below
             return super().forward(x)
         return _RMSNorm.apply(x, self.weight, self.eps)
 
 
 class _RMSNorm(torch.autograd.Function):
-    """On CPU torch composes this of single operations and keeps what most of them made."""
+    """RMSNorm for CPUs, where torch composes it of many operations and saves their results."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:

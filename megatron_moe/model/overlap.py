@@ -1,4 +1,4 @@
-"""Tensor-parallel communication beside the products it feeds: Transformer Engine's user buffers."""
+"""Overlap tensor-parallel communication with matrix products: Transformer Engine's user buffers."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from megatron_moe.model.config import DTYPES
 def start_tp_overlap(config: RunConfig, spec: DenseSpec) -> None:
     """Allocate the buffers that `train.tp_comm_overlap` needs, before a model is built.
 
-    On CUDA alone. They hold one micro-batch's activations, ``(S * B / cp, D)``, and Transformer
-    Engine takes exactly as many: passes of another shape run inside `without_tp_overlap`, or in a
-    model built without the setting. Linear layers of attention and of dense FFNs use them, experts
-    do not.
+    CUDA only. The buffers hold one micro-batch's activations, ``(S * B / cp, D)``, and Transformer
+    Engine requires exactly this shape: passes of another shape must run inside
+    `without_tp_overlap`, or in a model built without the setting. Linear layers of attention and of
+    dense FFNs use the buffers; experts do not.
     """
     if not config.train.tp_comm_overlap:
         return
@@ -37,21 +37,21 @@ def start_tp_overlap(config: RunConfig, spec: DenseSpec) -> None:
 
 @contextlib.contextmanager
 def without_tp_overlap(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
-    """Let ``modules`` gather and scatter without buffers for the length of a ``with`` block.
+    """Disable the buffers of ``modules`` inside a ``with`` block.
 
-    Transformer Engine's linear layers decide at every forward pass, by attributes named ub_*.
+    Transformer Engine's linear layers check attributes named ub_* at every forward pass.
     """
-    off: list[tuple[torch.nn.Module, str]] = [
+    disabled: list[tuple[torch.nn.Module, str]] = [
         (layer, name)
         for module in modules
         for layer in module.modules()
         for name, value in vars(layer).items()
         if name.startswith(("ub_overlap_", "ub_bulk_")) and value is True
     ]
-    for layer, name in off:
+    for layer, name in disabled:
         setattr(layer, name, False)
     try:
         yield
     finally:
-        for layer, name in off:
+        for layer, name in disabled:
             setattr(layer, name, True)

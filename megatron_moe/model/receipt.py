@@ -1,4 +1,4 @@
-"""The receipt of an upcycling: what was read, by whom, at what cost, and how well it came out."""
+"""Receipt of an upcycling: bytes read, time and memory of each rank, and the verification."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from megatron_moe.model.verify import Agreement
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankReceipt:
-    """What upcycling took on one rank."""
+    """Cost of upcycling on one rank."""
 
     rank: int
     parameters: int
     parameter_bytes: int
     bytes_read: int
     held_bytes_before: int
-    """Memory held before the model was built."""
+    """Memory in use before the model was built."""
     peak_bytes: int
-    """Most memory held from then until every parameter was filled."""
+    """Peak memory from then until every parameter was filled."""
     seconds: float
 
 
 def rank_receipt(
     filled: Filled, *, held_bytes_before: int, peak_bytes: int, seconds: float
 ) -> RankReceipt:
-    """This rank's line."""
+    """Build the receipt of this rank."""
     return RankReceipt(
         rank=dist.get_rank(),
         parameters=filled.parameters,
@@ -44,7 +44,7 @@ def rank_receipt(
 
 
 def gather_receipt(
-    mine: RankReceipt,
+    own: RankReceipt,
     *,
     tensors_used: int,
     source_bytes: int,
@@ -53,9 +53,9 @@ def gather_receipt(
     agreement: Agreement | None,
     against_dense: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """The receipt of the whole run, on every rank, as receipt.json holds it."""
-    ranks: list[RankReceipt] = [mine] * dist.get_world_size()
-    dist.all_gather_object(ranks, mine)
+    """Return the receipt of the whole run on every rank, in the format of receipt.json."""
+    ranks: list[RankReceipt] = [own] * dist.get_world_size()
+    dist.all_gather_object(ranks, own)
     return {
         "method": method,
         "plan_hash": plan_hash,
@@ -70,7 +70,7 @@ def gather_receipt(
 
 
 def write_receipt(receipt: dict[str, Any], run_dir: Path) -> None:
-    """Put receipt.json in its place in one step."""
+    """Write receipt.json atomically."""
     staged = run_dir / ".receipt.partial"
     staged.write_text(json.dumps(receipt, indent=2) + "\n")
     staged.replace(run_dir / "receipt.json")

@@ -1,8 +1,8 @@
-"""Change the values of filled experts in place: scales, neurons drawn anew, noise, router rows.
+"""Change the values of filled experts in place: scales, reinitialized neurons, noise, router rows.
 
-What depends on more than one rank holds (the mean of an expert that etp ranks share, the mean row
-of an expert that ep rank 3 has) is summed as integers: fixed-point sums are the same in any order,
-so the weights are the same bits under every layout. All of it is one sum over the world.
+Values that depend on several ranks (the mean of an expert that etp ranks share, the mean row of an
+expert that ep rank 3 holds) are summed as integers. Fixed-point sums do not depend on the order, so
+the weights have the same bits under every layout. All of it is one sum over the world.
 
 Shape letters of this module:
 
@@ -26,14 +26,14 @@ from megatron_moe.parallel.layout import ParallelLayout
 from megatron_moe.parallel.shards import ShardIndex
 
 FIXED_POINT = 2**28
-"""Steps of one unit: 2**28 weights of size 8 fill 63 bits, and a step is 1e-7 of a weight of
-0.03."""
+"""Fixed-point steps per unit: 2**28 weights of size 8 fill 63 bits, and a step is 1e-7 of a weight
+of 0.03."""
 ROWS_AT_ONCE = 512
 
 
 @dataclass(frozen=True, slots=True)
 class LocalExpert:
-    """One expert of one layer as this rank holds it."""
+    """This rank's shard of one expert of one layer."""
 
     expert: int
     fc1_2mD: Tensor
@@ -42,12 +42,12 @@ class LocalExpert:
 
     @property
     def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Views of gate, up and down with a row for each neuron of this rank."""
+        """Views of gate, up and down with one row per neuron of this rank."""
         gate_mD, up_mD = self.fc1_2mD.chunk(2)
         return gate_mD, up_mD, self.fc2_Dm.T
 
     def neurons(self, size: int) -> slice:
-        """Which of the expert's ``size`` neurons this rank holds."""
+        """Return which of the expert's ``size`` neurons this rank holds."""
         return self.part.slice_of(size)
 
 
@@ -65,9 +65,9 @@ class LocalLayer:
 def reshape_values(
     layers: list[LocalLayer], recipe: Recipe, *, layout: ParallelLayout, rank: int
 ) -> None:
-    """Do what the plan wants done to the values of the filled ``layers`` of this rank.
+    """Apply the plan's changes of values to the filled ``layers`` of this rank.
 
-    Every rank of the world calls it, also one without MoE layers.
+    Every rank of the world must call it, even one without MoE layers.
     """
     counts_once = layout.experts.coords(rank)["edp"] == 0
     if recipe.reinit_ratio:
@@ -96,14 +96,14 @@ def _world_sums(
     *,
     counts_once: bool,
 ) -> Tensor:
-    """Sum of ``measure`` over the parts of each expert, ``(L, E, *shape)``, in float64."""
+    """Sum ``measure`` over the shards of each expert, ``(L, E, *shape)``, in float64."""
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     size = (len(recipe.moe_layers), recipe.num_experts, *shape)
     sums = torch.zeros(size, dtype=torch.int64, device=device)
     for local in layers if counts_once else ():
         for expert in local.experts:
-            at = recipe.moe_layers.index(local.layer)
-            sums[at, expert.expert] = measure(local, expert)
+            index = recipe.moe_layers.index(local.layer)
+            sums[index, expert.expert] = measure(local, expert)
     dist.all_reduce(sums)
     return sums.double() / FIXED_POINT
 
@@ -112,17 +112,17 @@ def _fixed(values: Tensor) -> Tensor:
     return (values.double() * FIXED_POINT).round().long()
 
 
-def _fresh(local: LocalLayer, expert: LocalExpert) -> Tensor:
-    """Which of this rank's neurons are drawn anew, as indices."""
+def _reinitialized(local: LocalLayer, expert: LocalExpert) -> Tensor:
+    """Return the indices of this rank's neurons that are reinitialized."""
     assert local.plan.reinit_EM is not None
     mask_M = local.plan.reinit_EM[expert.expert]
     return torch.from_numpy(mask_M[expert.neurons(len(mask_M))].nonzero()[0])
 
 
 def _moments(local: LocalLayer, expert: LocalExpert) -> Tensor:
-    """Sum and sum of squares of the neurons to be drawn anew, of gate, up and down: ``(3, 2)``."""
+    """Return sum and sum of squares of the neurons to reinitialize, by matrix: ``(3, 2)``."""
     sums = torch.zeros(3, 2, dtype=torch.int64)
-    for rows in _fresh(local, expert).split(ROWS_AT_ONCE):
+    for rows in _reinitialized(local, expert).split(ROWS_AT_ONCE):
         for i, matrix_mD in enumerate(expert.matrices):
             values = matrix_mD[rows].double()
             sums[i, 0] += _fixed(values).sum()
@@ -131,14 +131,14 @@ def _moments(local: LocalLayer, expert: LocalExpert) -> Tensor:
 
 
 def _gate_rows(local: LocalLayer, expert: LocalExpert) -> Tensor:
-    """Sum of the expert's rows of gate, ``(D,)``."""
+    """Return the sum of the expert's gate rows, ``(D,)``."""
     gate_mD = expert.matrices[0]
     sums = [_fixed(rows_mD).sum(dim=0) for rows_mD in gate_mD.split(ROWS_AT_ONCE)]
     return torch.stack(sums).sum(dim=0)
 
 
 def _redraw(local: LocalLayer, recipe: Recipe, moments: Tensor) -> None:
-    """Overwrite neurons with normal numbers of the mean and std they had together."""
+    """Overwrite neurons with normal numbers of their joint mean and standard deviation."""
     assert local.plan.reinit_EM is not None
     for expert in local.experts:
         mask_M = local.plan.reinit_EM[expert.expert]
@@ -162,16 +162,16 @@ def _add_noise(local: LocalLayer, expert: LocalExpert, recipe: Recipe) -> None:
 def _drawn(
     local: LocalLayer, expert: LocalExpert, recipe: Recipe, use: Use, matrix: int
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Runs of this rank's neurons: which of the expert's, where they are, normal numbers."""
-    mine = expert.neurons(recipe.expert_ffn_hidden_size)
+    """Yield runs of this rank's neurons: their range in the expert, the target, normal numbers."""
+    own = expert.neurons(recipe.expert_ffn_hidden_size)
     matrix_mD = expert.matrices[matrix]
     key = (use, expert.expert, matrix)
-    for start in range(mine.start // BLOCK_NEURONS * BLOCK_NEURONS, mine.stop, BLOCK_NEURONS):
-        run = slice(max(start, mine.start), min(start + BLOCK_NEURONS, mine.stop))
+    for start in range(own.start // BLOCK_NEURONS * BLOCK_NEURONS, own.stop, BLOCK_NEURONS):
+        run = slice(max(start, own.start), min(start + BLOCK_NEURONS, own.stop))
         drawn_mD = normal_rows(
             recipe.seed, local.layer, *key, neurons=run, width=recipe.hidden_size
         )
-        into_mD = matrix_mD[run.start - mine.start : run.stop - mine.start]
+        into_mD = matrix_mD[run.start - own.start : run.stop - own.start]
         yield run, into_mD, torch.from_numpy(drawn_mD).to(into_mD.device)
 
 

@@ -1,4 +1,4 @@
-"""Megatron-Core's top-k router, watched, and with a capacity that does not depend on the layout.
+"""Megatron-Core's top-k router with statistics, and a capacity that is independent of the layout.
 
 Shape letters of this module:
 
@@ -21,12 +21,12 @@ from megatron_moe.model.capacity import Capacity, kept_choices, kept_over_ranks,
 from megatron_moe.parallel.sequence import zigzag
 
 Observer = Callable[[Tensor, Tensor, Tensor], None]
-"""Told of a pass over T tokens, each ``(T, E)``: every expert's share of a token's score, all of
-them together one; which were chosen; and which of these no capacity limit dropped."""
+"""Called in each pass over T tokens with three tensors ``(T, E)``: every expert's share of a
+token's score (shares sum to 1), the chosen experts, and the choices that were not dropped."""
 
 
 def set_output_scales(modules: Iterable[torch.nn.Module], plan: ExpertPlan) -> None:
-    """Tell every router of ``modules`` by how much the plan scales its layer's routed output."""
+    """Set the plan's factor of the routed output in every router of ``modules``."""
     for module in modules:
         for router in module.modules():
             if isinstance(router, CountingRouter):
@@ -35,7 +35,7 @@ def set_output_scales(modules: Iterable[torch.nn.Module], plan: ExpertPlan) -> N
 
 
 def expert_biases(modules: Iterable[torch.nn.Module]) -> list[tuple[Tensor, Tensor]]:
-    """Every router's bias and a copy of it: gradients that are finished move the biases too."""
+    """Return every router's bias and a copy, as finalizing gradients updates the biases too."""
     return [
         (router.expert_bias, router.expert_bias.clone())
         for module in modules
@@ -45,22 +45,22 @@ def expert_biases(modules: Iterable[torch.nn.Module]) -> list[tuple[Tensor, Tens
 
 
 class CountingRouter(TopKRouter):
-    """TopKRouter that drops by `Capacity` and adds up what it did in training.
+    """TopKRouter that drops tokens by `Capacity` and accumulates statistics during training.
 
-    Choices and losses are Megatron-Core's and not changed; tokens that an expert has no room for
-    are dropped here. Only passes that build a graph are counted, so evaluation does not count and a
-    recomputed layer counts once.
+    Choices and losses are Megatron-Core's and unchanged; tokens that exceed an expert's capacity
+    are dropped here. Only passes that build a graph are counted, so evaluation is not counted and a
+    recomputed layer is counted once.
 
     Args:
-        capacity: None drops nothing.
-        **megatron: What Megatron-Core's router takes.
+        capacity: Capacity of the experts; None drops no tokens.
+        **megatron: Arguments of Megatron-Core's router.
     """
 
     output_scale: float = 1.0
-    """Factor of the combine weights, and so of the routed experts' output."""
+    """Factor of the combine weights, and therefore of the routed experts' output."""
 
     observe: Observer | None = None
-    """Called in every pass; it must change nothing."""
+    """Called in every pass; it must not change its arguments."""
 
     _counts_4E: Tensor | None = None
 
@@ -68,13 +68,13 @@ class CountingRouter(TopKRouter):
         super().__init__(**megatron)
         self.capacity = capacity
         self._tp, self._cp = megatron["pg_collection"].tp, megatron["pg_collection"].cp
-        # The dispatcher must know of the capacity (the shared configuration says it), and
-        # Megatron-Core's router must not drop on its own.
+        # The dispatcher reads the capacity from the shared configuration, but Megatron-Core's
+        # router must not drop tokens itself.
         self.config = copy(self.config)
         self.config.moe_expert_capacity_factor = None
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Weights and choices of each token, dropped ones left out: both ``(T, E)``."""
+        """Return weights and choices of each token without dropped ones, both ``(T, E)``."""
         probs_TE, chosen_TE = super().routing(logits, padding_mask=padding_mask)
         map_TE = chosen_TE
         if self.capacity is not None:
@@ -100,7 +100,7 @@ class CountingRouter(TopKRouter):
         weights_TE = probs_TE.detach()
         if whole and group.size() > 1:
             kept_TE = kept_over_ranks(
-                weights_TE, chosen_TE, self._places(tokens // batch, batch), limit,
+                weights_TE, chosen_TE, self._token_indices(tokens // batch, batch), limit,
                 policy=capacity.policy, group=group,
             )  # fmt: skip
         else:
@@ -109,23 +109,23 @@ class CountingRouter(TopKRouter):
         return (padded(kept_TE, limit) if capacity.pad else kept_TE), probs_TE
 
     def positions(self, length: int) -> Tensor:
-        """Places in the sequence of this rank's ``length`` positions."""
+        """Return the positions in the sequence of this rank's ``length`` positions."""
         tp, cp = self._tp, self._cp
         whole_S = torch.arange(length * tp.size() * cp.size())
-        of_cp = zigzag(whole_S, dim=0, cp_rank=cp.rank(), cp_size=cp.size())
-        return of_cp.chunk(tp.size())[tp.rank()]
+        cp_part = zigzag(whole_S, dim=0, cp_rank=cp.rank(), cp_size=cp.size())
+        return cp_part.chunk(tp.size())[tp.rank()]
 
-    def _places(self, length: int, batch: int) -> Tensor:
-        """Places of this rank's tokens, ordered by position and then sequence: ``(T,)``."""
+    def _token_indices(self, length: int, batch: int) -> Tensor:
+        """Return indices of this rank's tokens, ordered by position, then by sequence: ``(T,)``."""
         position_s = self.positions(length)
-        place_sB = position_s[:, None] * batch + torch.arange(batch)
-        return place_sB.flatten().to(self.weight.device)
+        index_sB = position_s[:, None] * batch + torch.arange(batch)
+        return index_sB.flatten().to(self.weight.device)
 
     @torch.no_grad()
     def _count(self, logits_TE: Tensor, chosen_TE: Tensor, probs_TE: Tensor) -> None:
-        """Add up this pass in float64, in few kernels: every layer and micro-batch pays for them.
+        """Add the statistics of this pass in float64, with few kernels: this runs in every layer.
 
-        All four numbers of a token and expert are written into one tensor, and summed at once.
+        All four numbers of a token and expert are written into one tensor and summed at once.
         """
         numbers_4TE = torch.empty(4, *logits_TE.shape, dtype=torch.float64, device=logits_TE.device)
         chosen, score, log_share, kept = numbers_4TE
@@ -138,19 +138,19 @@ class CountingRouter(TopKRouter):
         self._counts_4E = counts_4E if self._counts_4E is None else self._counts_4E.add_(counts_4E)
 
     def _log_scores(self, logits_TE: Tensor) -> Tensor:
-        """Logarithm of every expert's share of a token, all of them together one; float64."""
+        """Return the log of every expert's share of a token's score, in float64."""
         if self.score_function == "softmax":
             return logits_TE.log_softmax(dim=-1, dtype=torch.float64)
         log_TE = torch.nn.functional.logsigmoid(logits_TE.double())
         return log_TE - log_TE.logsumexp(dim=-1, keepdim=True)
 
     def take_counts(self) -> Tensor:
-        """Return what was counted, ``(4, E)`` in float64 on the router's device, and start anew.
+        """Return and reset the statistics, ``(4, E)`` in float64 on the router's device.
 
         Returns:
-            Sums over tokens, by expert: tokens that chose it, before any was dropped; its score,
-            all E of a token together one; score times log(score), whose sum over experts is minus
-            the entropy (nats); and tokens that chose it and were kept.
+            Sums over tokens, per expert: tokens that chose it, before any were dropped; its share
+            of the score (shares sum to 1 per token); share times log(share), whose sum over experts
+            is minus the entropy (nats); and tokens that chose it and were kept.
         """
         counts_4E, self._counts_4E = self._counts_4E, None
         if counts_4E is None:

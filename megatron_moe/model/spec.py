@@ -1,7 +1,7 @@
-"""Layer specs: Megatron-Core's modules put together.
+"""Build layer specs from Megatron-Core's modules.
 
-Torch-native or Transformer Engine's, by the run's engine. Both write checkpoints under the same
-keys (those of Transformer Engine), so that a run can move between them.
+The run's engine selects torch-native or Transformer Engine modules. Both write checkpoints under
+the same keys (those of Transformer Engine), so that a run can switch between them.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ def block_spec(
     engine: Engine,
     vp_stage: int | None,
 ) -> TransformerBlockSubmodules:
-    """The layers of one model chunk.
+    """Return the layer specs of one model chunk.
 
     Args:
-        config: Says which layers are MoE (``moe_layer_freq``).
+        config: Configuration; ``moe_layer_freq`` selects the MoE layers.
         layers: Global ids of the chunk's layers.
-        router: Makes a layer's router, as Megatron-Core's TopKRouter is made.
-        engine: Whose layers to take.
-        vp_stage: Which of the pipeline rank's chunks this is; None when it has one.
+        router: Factory of a layer's router, with the arguments of Megatron-Core's TopKRouter.
+        engine: Implementation of the layers.
+        vp_stage: Index of this chunk on its pipeline rank; None if there is only one.
     """
     if not engine.is_torch:
-        return _routed_by(
+        return _with_router(
             router,
             get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage),
         )
@@ -61,9 +61,9 @@ def block_spec(
 
 
 def _layer(config: TransformerConfig, router: Any, engine: Engine) -> ModuleSpec:
-    """One layer; MoE where it has a router."""
+    """Return the spec of one layer, which is a MoE layer if ``router`` is not None."""
     qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
-    # Slots whose types Megatron-Core declares more narrowly than it uses them.
+    # Megatron-Core declares narrower types for these slots than it accepts.
     core_attention: Any = SdpaAttention
     bias_dropout_add: Any = get_bias_dropout_add
     keys = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
@@ -107,8 +107,8 @@ def _moe_mlp(router: Any, engine: Engine) -> partial[MoELayer]:
     return partial(MoELayer, submodules=submodules)
 
 
-def _routed_by(router: Any, block: TransformerBlockSubmodules) -> TransformerBlockSubmodules:
-    """The same block with this router in its MoE layers."""
+def _with_router(router: Any, block: TransformerBlockSubmodules) -> TransformerBlockSubmodules:
+    """Replace the router in the block's MoE layers."""
     layers: Any = block.layer_specs
     for layer in layers:
         mlp = layer.submodules.mlp

@@ -1,11 +1,11 @@
-"""Views of equal tensors of one storage as one tensor, without a copy.
+"""View tensors of the same shape in one storage as one tensor, without a copy.
 
 Shape letters: E tensors.
 
-A layer's experts are separate parameters, because checkpoints, upcycling and the optimizer know
-them by name. A grouped product needs the weights of all of them in one tensor. Megatron-Core's data
-parallelism lays parameters out in reverse order of ``module.parameters()``; experts that are
-registered last to first (`BackToFront`) therefore lie first to last, at equal distances::
+A layer's experts are separate parameters, because checkpoints, upcycling and the optimizer identify
+them by name, but a grouped product needs all their weights in one tensor. Megatron-Core's data
+parallelism lays parameters out in reverse order of ``module.parameters()``, so experts that are
+registered last to first (`BackToFront`) are in memory first to last, at equal distances::
 
     buffer    fc2 of 0 | fc1 of 0 | fc2 of 1 | fc1 of 1 | ...
               <- one expert's size -> the stride of both views
@@ -23,7 +23,7 @@ ALIGNMENT_BYTES = 16
 
 
 class BackToFront(torch.nn.ModuleList):
-    """A list whose modules are registered last to first; indices, names and iteration stay."""
+    """A ModuleList that registers modules last to first, with the usual indices and names."""
 
     def __init__(self, modules: Sequence[torch.nn.Module]) -> None:
         super().__init__(modules)
@@ -34,11 +34,11 @@ class BackToFront(torch.nn.ModuleList):
 
 
 def stacked(tensors: Sequence[Tensor]) -> Tensor | None:
-    """Return ``(E, *shape)``, a view of all tensors, or None if their memory allows none.
+    """Return a view of all tensors, ``(E, *shape)``, or None if their memory does not allow it.
 
     Args:
-        tensors: Contiguous and of one shape and dtype. They must lie in one storage at equal
-            ascending distances, each start aligned to `ALIGNMENT_BYTES`.
+        tensors: Contiguous tensors of one shape and dtype. They must be in one storage at equal
+            ascending distances, each aligned to `ALIGNMENT_BYTES`.
     """
     first = tensors[0]
     itemsize, storage = first.element_size(), first.untyped_storage()
@@ -47,7 +47,7 @@ def stacked(tensors: Sequence[Tensor]) -> Tensor | None:
     step = starts[1] - starts[0] if len(starts) > 1 else _round_up(size, ALIGNMENT_BYTES)
     if starts != [starts[0] + index * step for index in range(len(starts))] or step < size:
         return None
-    # Memory inside this storage is no other storage's, so one look at its end is enough.
+    # Memory inside this storage belongs to no other storage, so checking its end is enough.
     if starts[-1] + size > storage.data_ptr() + storage.nbytes():
         return None
     if starts[0] % ALIGNMENT_BYTES or step % ALIGNMENT_BYTES or step % itemsize:
@@ -64,8 +64,8 @@ def _round_up(value: int, unit: int) -> int:
 def lay_out(parameters: Sequence[torch.nn.Parameter]) -> None:
     """Move parameters of one shape and dtype into one new storage, so that they can be stacked.
 
-    Call it on a device's final parameters, before data parallelism and the optimizer see them. It
-    holds a second copy of these parameters while it runs.
+    Call it when the parameters are on their final device, before data parallelism and the optimizer
+    use them. It holds a second copy of these parameters while it runs.
     """
     whole = torch.stack([parameter.data for parameter in parameters])
     for parameter, row in zip(parameters, whole.unbind(), strict=True):

@@ -1,13 +1,13 @@
 """Online upcycling: fill this rank's parameters from the dense checkpoint, in place.
 
-For every local parameter, the name table says what it is made of, the plan which neurons an expert
-takes, and ``parallel/shards.py`` which slices are this rank's. These slices are read straight into
-the parameter. There is no dense model, no full tensor, no second copy and no broadcast. Loading is
-total: each parameter is filled exactly once by one rule, and over all ranks each tensor of the
-checkpoint is used, or the run stops and lists what is missing.
+For every local parameter, the name table gives its source tensors, the plan gives the neurons that
+an expert takes, and ``parallel/shards.py`` gives this rank's slices. These slices are read directly
+into the parameter. There is no dense model, no full tensor, no second copy and no broadcast. Each
+parameter is filled exactly once by one rule, and the ranks together use each tensor of the
+checkpoint; otherwise the run stops and lists what is missing.
 
-Where a plan also changes values (scales, neurons drawn anew, noise, router rows that are means of
-weights), `model/reshape.py` does it afterwards, in place.
+If a plan also changes values (scales, reinitialized neurons, noise, router rows that are means of
+weights), `model/reshape.py` does so afterwards, in place.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from megatron_moe.errors import CheckpointError
 from megatron_moe.experts.plan import ExpertPlan, LayerPlan
 from megatron_moe.hf.names import GATE_ROLES, ROW_OF_ROLE, Match, dense_tensors, match
-from megatron_moe.hf.reader import DenseCheckpoint, Wanted
+from megatron_moe.hf.reader import DenseCheckpoint, ReadRequest
 from megatron_moe.hf.windows import WINDOW_BYTES
 from megatron_moe.model.build import Chunk, Model
 from megatron_moe.model.noisy_router import fill_gate
@@ -34,53 +34,53 @@ from megatron_moe.parallel.shards import Piece, ShardIndex, pieces
 
 @dataclass(frozen=True, slots=True)
 class Filled:
-    """What upcycling did on this rank."""
+    """Summary of the upcycling on this rank."""
 
     parameters: int
     """Local parameters, each filled exactly once."""
     parameter_bytes: int
     bytes_read: int
-    """Bytes asked of the checkpoint; slices that several experts share are read once."""
+    """Bytes read from the checkpoint; slices that several experts share are read once."""
     sources: frozenset[tuple[int, str]]
-    """Tensors this rank read from, each with the number of its checkpoint."""
+    """Tensors that this rank read, each with the index of its checkpoint."""
 
 
 @dataclass(slots=True)
 class _Filler:
-    """Reads pieces into parameters, each distinct piece of a layer once, in one pass a tensor."""
+    """Read pieces into parameters: each distinct piece of a layer once, in one pass per tensor."""
 
     checkpoints: Sequence[DenseCheckpoint]
     sources: set[tuple[int, str]] = field(default_factory=set)
     seen: dict[tuple, Tensor] = field(default_factory=dict)
-    wanted: dict[tuple[int, str], list[Wanted]] = field(default_factory=dict)
-    """By checkpoint and tensor, what `read` is to read."""
-    again: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    """Targets, and what holds their numbers once it is read."""
+    wanted: dict[tuple[int, str], list[ReadRequest]] = field(default_factory=dict)
+    """Pieces for `read` to read, by checkpoint and tensor."""
+    copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """Targets, and the tensors to copy them from after reading."""
 
     def fill(self, parameter: Tensor, parts: list[Piece], *, source: int | None) -> None:
-        """Want it from checkpoint ``source``, or, None, the average of all, which is read now."""
+        """Schedule reads from checkpoint ``source``; if None, read the average of all now."""
         for piece in parts:
             target, key = parameter[piece.into], (source, *piece.key)
             if (holder := self.seen.get(key)) is not None:
-                self.again.append((target, holder))
+                self.copies.append((target, holder))
                 continue
             self.seen[key] = target
             if source is None and len(self.checkpoints) > 1:
                 self._average(piece, target)
             else:
                 wanted = self.wanted.setdefault((source or 0, piece.source), [])
-                wanted.append(Wanted(target, piece.rows, piece.columns))
+                wanted.append(ReadRequest(target, piece.rows, piece.columns))
 
     def read(self) -> None:
-        """Fill what is wanted."""
+        """Read all scheduled pieces."""
         for (source, name), wanted in self.wanted.items():
             self.checkpoints[source].read_all_into(name, wanted)
             self.sources.add((source, name))
-        for target, holder in self.again:
+        for target, holder in self.copies:
             target.copy_(holder)
         self.seen.clear()
         self.wanted.clear()
-        self.again.clear()
+        self.copies.clear()
 
     def _read(self, source: int, piece: Piece, target: Tensor) -> None:
         self.checkpoints[source].read_into(
@@ -89,7 +89,7 @@ class _Filler:
         self.sources.add((source, piece.source))
 
     def _average(self, piece: Piece, target: Tensor) -> None:
-        """The mean over checkpoints in fp32, a window at a time; rows are consecutive here."""
+        """Read the mean over checkpoints in fp32, window by window; rows must be consecutive."""
         assert not isinstance(piece.rows, np.ndarray), piece
         first = piece.rows.start if piece.rows is not None else 0
         step = max(1, WINDOW_BYTES // (4 * target[0].numel()))
@@ -113,18 +113,18 @@ def upcycle(
     rank: int,
     mix_with: Sequence[DenseCheckpoint] = (),
 ) -> Filled:
-    """Fill every parameter of ``model`` on this rank, and change what the plan wants changed.
+    """Fill every parameter of ``model`` on this rank, and apply the plan's changes of values.
 
     Args:
-        model: Freshly built; its parameters hold nothing.
-        dense: The checkpoint; its tensors were checked against its config.
-        plan: Which neurons go to which expert.
-        layout: Who holds what.
+        model: Newly built model with uninitialized parameters.
+        dense: Dense checkpoint whose tensors were checked against its config.
+        plan: Assignment of neurons to experts.
+        layout: Parallel layout of the run.
         rank: This rank.
-        mix_with: The other checkpoints of a plan with several sources.
+        mix_with: Other checkpoints of a plan with several sources.
 
     Raises:
-        CheckpointError: A parameter that no rule fills, or NaN or Inf in a tensor.
+        CheckpointError: No rule fills a parameter, or a tensor holds NaN or infinity.
     """
     filled, layers = fill(model, [dense, *mix_with], plan, layout=layout, rank=rank)
     reshape_values(layers, plan.recipe, layout=layout, rank=rank)
@@ -140,10 +140,10 @@ def fill(
     layout: ParallelLayout,
     rank: int,
 ) -> tuple[Filled, list[LocalLayer]]:
-    """The first half of `upcycle`: all that is read. No rank needs another for it.
+    """Read all parameters: the first half of `upcycle`, without communication between ranks.
 
     Returns:
-        What was done, and this rank's MoE layers for `reshape_values`.
+        A summary, and this rank's MoE layers for `reshape_values`.
     """
     assert len(checkpoints) == plan.recipe.num_sources, (len(checkpoints), plan.recipe)
     filler = _Filler(checkpoints)
@@ -151,23 +151,23 @@ def fill(
     local_layers: list[LocalLayer] = []
     for chunk in model.chunks:
         for layer, parameters in _by_layer(chunk):
-            place = _Place(checkpoints[0], layer, plan, layout, rank)
-            for parameter, found in parameters:
-                place.fill(parameter, found, filler)
+            local = _LayerSource(checkpoints[0], layer, plan, layout, rank)
+            for parameter, matched in parameters:
+                local.fill(parameter, matched, filler)
                 count += 1
                 size += parameter.numel() * parameter.element_size()
             filler.read()
-            if place.layer_plan is not None:
-                local_layers.append(place.local_layer(parameters))
+            if local.layer_plan is not None:
+                local_layers.append(local.local_layer(parameters))
     read = _bytes_read(checkpoints) - before
     return Filled(count, size, read, frozenset(filler.sources)), local_layers
 
 
 def check_coverage(filled: Filled, dense: DenseCheckpoint, *, num_sources: int = 1) -> int:
-    """How many tensors the ranks used together: all of them, of every source.
+    """Return the number of tensors that the ranks used together, which must be all of them.
 
     Raises:
-        CheckpointError: Some tensor of the dense model reached no rank; on every rank.
+        CheckpointError: On every rank, if no rank used some tensor of the dense model.
     """
     gathered: list[frozenset[tuple[int, str]]] = [frozenset()] * dist.get_world_size()
     dist.all_gather_object(gathered, filled.sources)
@@ -175,7 +175,7 @@ def check_coverage(filled: Filled, dense: DenseCheckpoint, *, num_sources: int =
     used = frozenset().union(*gathered)
     if unused := sorted(expected - used):
         listed = "\n".join(f"    {name}" for _, name in unused)
-        raise CheckpointError(f"{len(unused)} tensors of the checkpoint reached no rank:\n{listed}")
+        raise CheckpointError(f"{len(unused)} tensors of the checkpoint were not used:\n{listed}")
     return len(used)
 
 
@@ -184,16 +184,16 @@ def _bytes_read(checkpoints: Sequence[DenseCheckpoint]) -> int:
 
 
 def _by_layer(chunk: Chunk) -> Iterator[tuple[int | None, list[tuple[Tensor, Match]]]]:
-    """The chunk's parameters with their rules, layer after layer; None is outside the layers."""
+    """Yield the chunk's parameters with their rules by layer; None is outside the layers."""
     groups: dict[int | None, list[tuple[Tensor, Match]]] = {}
     unknown = []
     for name, parameter in chunk.module.named_parameters():
-        found = match(name)
-        if found is None:
+        matched = match(name)
+        if matched is None:
             unknown.append(name)
             continue
-        layer = None if found.layer is None else chunk.layers[found.layer]
-        groups.setdefault(layer, []).append((parameter, found))
+        layer = None if matched.layer is None else chunk.layers[matched.layer]
+        groups.setdefault(layer, []).append((parameter, matched))
     if unknown:
         listed = "\n".join(f"    {name}" for name in unknown)
         raise CheckpointError(
@@ -202,8 +202,8 @@ def _by_layer(chunk: Chunk) -> Iterator[tuple[int | None, list[tuple[Tensor, Mat
     yield from groups.items()
 
 
-class _Place:
-    """One layer of the model on one rank (None: what is outside the layers)."""
+class _LayerSource:
+    """Sources of the parameters of one layer on one rank (None: outside the layers)."""
 
     def __init__(
         self,
@@ -221,9 +221,9 @@ class _Place:
         self.tp = ShardIndex(layout.attention.coords(rank)["tp"], layout.attention.size("tp"))
         self.etp = ShardIndex(layout.experts.coords(rank)["etp"], layout.experts.size("etp"))
 
-    def fill(self, parameter: Tensor, found: Match, filler: _Filler) -> None:
-        """Fill one parameter with what the dense model has for it."""
-        row, part, neurons, source = found.row, self.tp, None, None
+    def fill(self, parameter: Tensor, matched: Match, filler: _Filler) -> None:
+        """Fill one parameter from the dense model, or schedule its reads."""
+        row, part, neurons, source = matched.row, self.tp, None, None
         if row.role == "router":
             assert self.layer_plan is not None
             if self.layer_plan.router_ED is not None:
@@ -232,9 +232,9 @@ class _Place:
         if row.role in GATE_ROLES:
             fill_gate(row.role, parameter)
             return
-        if found.expert is not None:
+        if matched.expert is not None:
             assert self.layer_plan is not None
-            expert, part = self.experts[found.expert], self.etp
+            expert, part = self.experts[matched.expert], self.etp
             neurons = self.layer_plan.neurons_EM[expert]
             source = int(self.layer_plan.source_E[expert])
         elif row.role in ("shared_fc1", "shared_fc2"):
@@ -244,14 +244,14 @@ class _Place:
             row = ROW_OF_ROLE["embedding"]  # the last stage's copy
         parts = pieces(row, layer=self.layer, part=part, spec=self.dense.spec, neurons_M=neurons)
         if row.role in ("embedding", "output"):
-            parameter[parts[-1].into.stop if parts else 0 :].zero_()  # what pads the vocabulary
+            parameter[parts[-1].into.stop if parts else 0 :].zero_()  # padding of the vocabulary
         filler.fill(parameter, parts, source=source)
 
     def local_layer(self, parameters: list[tuple[Tensor, Match]]) -> LocalLayer:
-        """The layer's experts as `reshape_values` wants them, once they are filled."""
+        """Return the filled experts of the layer for `reshape_values`."""
         assert self.layer is not None
         assert self.layer_plan is not None
-        by_role = {(found.row.role, found.expert): tensor for tensor, found in parameters}
+        by_role = {(m.row.role, m.expert): tensor for tensor, m in parameters}
         experts = [
             LocalExpert(expert, by_role["expert_fc1", i], by_role["expert_fc2", i], self.etp)
             for i, expert in enumerate(self.experts)

@@ -1,4 +1,4 @@
-"""Does the upcycled model say what the dense model said? Logits of both on real text, compared.
+"""Compare the logits of the upcycled model and the dense model on real text.
 
 Shape letters of this module:
 
@@ -27,16 +27,16 @@ MAX_TOKENS = 512
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """How far the MoE's logits are from the dense model's."""
+    """Difference between the logits of the MoE and of the dense model."""
 
     max_logit_error: float
     argmax_agreement: float
-    """Fraction of positions at which both predict the same next token."""
+    """Fraction of positions at which both models predict the same next token."""
     tokens: int
 
 
 def verify_length(seq_length: int, *, tp: int, cp: int) -> int:
-    """Tokens to compare: as many as `MAX_TOKENS` that every layout can share."""
+    """Return the number of tokens to compare: at most about `MAX_TOKENS`, divisible by 2 cp tp."""
     unit = 2 * cp * tp
     return min(seq_length, max(unit, MAX_TOKENS // unit * unit))
 
@@ -47,11 +47,11 @@ def compare_with_dense(
 ) -> Agreement:
     """Run both models on ``tokens_S``; every rank returns the same numbers.
 
-    Rank 0 holds the dense model for a moment, as `transformers` loads it, in the precision of the
-    run. Only its logits reach the other ranks.
+    Rank 0 temporarily loads the dense model with `transformers`, in the precision of the run. Only
+    its logits are sent to the other ranks.
     """
     parameter = next(model.modules[0].parameters())
-    mine_sv = _moe_logits(model, tokens_S, groups)
+    own_sv = _moe_logits(model, tokens_S, groups)
     vocab_size = model.spec.vocab_size
     dense_SV = torch.empty(len(tokens_S), vocab_size, device=parameter.device)
     if dist.get_rank() == 0:
@@ -59,15 +59,15 @@ def compare_with_dense(
     dist.broadcast(dense_SV, src=0)
     worst = torch.zeros(1, device=parameter.device)
     agreed = torch.zeros(2, device=parameter.device)
-    if mine_sv is not None:
+    if own_sv is not None:
         width = padded_vocabulary(vocab_size, groups.tp.size())
         columns = ShardIndex(groups.tp.rank(), groups.tp.size()).slice_of(width)
         expected_sV = _part_of(dense_SV, groups.cp)
         real = max(min(columns.stop, vocab_size) - columns.start, 0)
         expected_sv = expected_sV[:, columns.start : columns.start + real]
         if real:
-            worst[0] = (mine_sv[:, :real].float() - expected_sv).abs().max()
-        same_s = _argmax(mine_sv, columns.start, groups.tp) == expected_sV.argmax(dim=-1)
+            worst[0] = (own_sv[:, :real].float() - expected_sv).abs().max()
+        same_s = _argmax(own_sv, columns.start, groups.tp) == expected_sV.argmax(dim=-1)
         agreed[0], agreed[1] = same_s.sum(), len(same_s)
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
     dist.all_reduce(agreed)
@@ -75,7 +75,7 @@ def compare_with_dense(
 
 
 def _moe_logits(model: Model, tokens_S: Tensor, groups: ProcessGroupCollection) -> Tensor | None:
-    """This rank's part of the logits, ``(s, v)``; None on ranks before the last stage."""
+    """Return this rank's part of the logits, ``(s, v)``; None on ranks before the last stage."""
     process = make_output_processor(vocab_size=model.spec.vocab_size, tp_group=groups.tp)
     device = next(model.modules[0].parameters()).device
     positions_S = torch.arange(len(tokens_S))
@@ -124,7 +124,7 @@ def _part_of(x_S: Tensor, cp_group: dist.ProcessGroup) -> Tensor:
 
 
 def _argmax(logits_sv: Tensor, first: int, tp_group: dist.ProcessGroup) -> Tensor:
-    """Most likely token over all tp ranks' parts, ``(s,)``; ties go to the lowest id."""
+    """Return the most likely token over all tp ranks, ``(s,)``; ties go to the lowest id."""
     value_s, index_s = logits_sv.float().max(dim=-1)
     best = torch.stack([value_s, (index_s + first).float()])
     gathered = [torch.empty_like(best) for _ in range(tp_group.size())]

@@ -26,27 +26,34 @@ def check(config: RunConfig, spec: DenseSpec, world_size: int) -> None:
 
 
 def legal_layout(config: RunConfig, spec: DenseSpec, world_size: int) -> list[str]:
-    """Return a line with the nearest legal layout, or nothing if the layout is legal.
+    """Return a line with the nearest layout that keeps all layout rules, or none if not needed."""
+    before, nearest = config.parallel, nearest_legal(config, spec, world_size)
+    if nearest is None:
+        return [f"  no layout of {world_size} ranks is legal with the other settings"]
+    if nearest is before:
+        return []
+    return [f"  nearest legal layout of {world_size} ranks: {changes(before, nearest)}"]
 
-    Only layout rules count, because another layout cannot satisfy the other rules.
+
+def nearest_legal(config: RunConfig, spec: DenseSpec, world_size: int) -> Parallel | None:
+    """Return the nearest layout that keeps all rules of layouts; None if there is none.
+
+    The configured layout itself is returned if it is legal. Rules that look at no degree are left
+    out, because another layout does not help them.
     """
 
     def broken(parallel: Parallel) -> bool:
         case = Case(config.model_copy(update={"parallel": parallel}), spec, world_size)
         return any(True for rule in LAYOUT_RULES for _ in rule(case))
 
-    current = config.parallel
-    if not broken(current):
-        return []
-    nearest = nearest_layout(
-        current,
+    if not broken(config.parallel):
+        return config.parallel
+    return nearest_layout(
+        config.parallel,
         world_size=world_size,
         num_layers=spec.num_layers,
         is_legal=lambda parallel: not broken(parallel),
     )
-    if nearest is None:
-        return [f"  no layout of {world_size} ranks is legal with the other settings"]
-    return [f"  nearest legal layout of {world_size} ranks: {changes(current, nearest)}"]
 
 
 def violations(config: RunConfig, spec: DenseSpec, world_size: int) -> list[str]:

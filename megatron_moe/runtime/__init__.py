@@ -1,4 +1,4 @@
-"""Where a run computes: CUDA as Megatron-Core means it, or the CPU that `cpu.install` makes fit."""
+"""Run on CUDA as Megatron-Core does, or on the CPU after `cpu.install` has patched torch."""
 
 from megatron_moe.runtime import environment
 

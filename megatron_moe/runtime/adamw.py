@@ -1,7 +1,8 @@
 """torch's fused AdamW with the state layout of Apex's and Transformer Engine's FusedAdam.
 
-Megatron-Core's distributed optimizer saves and reshards one step count per parameter group, as
-those two keep it; torch's AdamW keeps one per parameter, which does not load under another layout.
+Like those two, it keeps one step count per parameter group, which is what Megatron-Core's
+distributed optimizer saves and reshards. torch's AdamW keeps one count per parameter, which cannot
+be loaded under another layout.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from torch import Tensor
 
 
 class FusedAdamW(torch.optim.Optimizer):
-    """Decoupled weight decay Adam in one fused pass over parameter, gradient and both moments."""
+    """Adam with decoupled weight decay, in one fused pass over parameter, gradient and moments."""
 
-    # torch keeps these from being compiled, and imports its compiler for that: 2 s on every rank.
+    # torch wraps these to disable compilation, which imports its compiler: 2 s on every rank.
     add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
     load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
     state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
@@ -32,15 +33,16 @@ class FusedAdamW(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         **fused_adam_options: object,
     ) -> None:
-        # What else Megatron passes steers CUDA kernels and master weights it does not ask us for.
+        # The other options that Megatron-Core passes are for CUDA kernels and master weights, which
+        # it does not use here.
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**defaults, "bias_correction": True})
         self._divide_by: float | None = None
 
     def clip(self, *, max_norm: float, total_norm: float) -> None:
-        """Let the next step scale gradients to ``max_norm`` in its own pass over them.
+        """Make the next step scale gradients to ``max_norm`` within its own pass over them.
 
-        Megatron-Core's clipping is a pass over all of them, and a copy, before it.
+        Megatron-Core's clipping would be an extra pass over all gradients, and a copy, before it.
         """
         divisor = (total_norm + 1e-6) / max_norm
         self._divide_by = divisor if divisor > 1 else None
@@ -49,8 +51,8 @@ class FusedAdamW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Apply one update to every parameter that has a gradient."""
         for group in self.param_groups:
-            # Counted also where this rank holds nothing of the group: the count is saved as one
-            # number for all ranks.
+            # Count steps even if this rank holds no parameter of the group: the count is saved as
+            # one number for all ranks.
             group["step"] = group.get("step", 0) + 1
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
@@ -86,7 +88,7 @@ class FusedAdamW(torch.optim.Optimizer):
 def _scalar(value: float, device: torch.device) -> Tensor:
     """Return an fp32 scalar on the parameters' device.
 
-    The CUDA kernel reads it there and does not check where it is. A fill, unlike a copy from the
-    host, does not wait for the GPU.
+    The CUDA kernel reads it there without a device check. A fill, unlike a copy from the host, does
+    not wait for the GPU.
     """
     return torch.full((), float(value), dtype=torch.float32, device=device)

@@ -1,8 +1,8 @@
-"""Compile elementwise functions on CUDA, and only there.
+"""Compile elementwise functions, on CUDA only.
 
 Eager torch reads and writes whole tensors in every operation; a compiled function does so once. The
-compiler is imported at the first call with a CUDA tensor: its import takes seconds, which CPU runs
-must not pay.
+compiler is imported at the first call with a CUDA tensor, because importing it takes seconds that
+CPU runs do not need to spend.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 def compiled_on_cuda[F: Callable[..., Any]](function: F) -> F:
     """Return ``function``, compiled by ``torch.compile`` if its first argument is a CUDA tensor.
 
-    A dimension that changes between calls, such as the number of tokens, is compiled as a symbol
-    after its first change, so a function is compiled twice and not once per size. A tensor without
-    elements is left to eager torch: the compiler would make a kernel for this size alone.
+    A dimension that changes between calls, such as the number of tokens, becomes symbolic after its
+    first change, so a function is compiled twice and not once per size. Empty tensors use eager
+    torch: the compiler would build a kernel for that size alone.
     """
     compiled: list[Callable[..., Any]] = []
 

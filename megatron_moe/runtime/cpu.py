@@ -1,19 +1,19 @@
-"""What Megatron-Core 0.19 hard-codes to CUDA, and what it becomes on a machine without a GPU.
+"""Replace what Megatron-Core 0.19 hard-codes to CUDA, so that it runs without a GPU.
 
-Not a mock: model, schedules, dispatcher, optimizer and checkpoints are Megatron-Core's own and
-compute for real, on CPU tensors over gloo. Only the names that cannot work here are replaced,
-once, before Megatron-Core is first imported, and never in a process that runs on CUDA. GPUs of the
-machine are hidden::
+This is not a mock: model, schedules, dispatcher, optimizer and checkpoints are Megatron-Core's own
+and compute real results, on CPU tensors over gloo. Only names that cannot work on a CPU are
+replaced, once, before Megatron-Core is first imported, and never in a process that runs on CUDA.
+The machine's GPUs are hidden. Replacements::
 
     torch.cuda.current_device() and "cuda" literals      the CPU
-    streams and events                                   objects that wait for nothing
+    streams and events                                   objects that do nothing
     torch.cuda RNG state                                 the CPU generator's
-    Tensor.type() == "torch.cuda.FloatTensor"            true: Megatron asks this to sort parameters
+    Tensor.type() == "torch.cuda.FloatTensor"            true: Megatron-Core groups parameters by it
     all_to_all_single with sizes in a tensor             sizes in a list of int
     all_gather and reduce_scatter of unequal parts       padded to the largest part
-    both, in one tensor, of a group of one rank          nothing, where gloo copies the whole twice
-    Megatron-Core's decorator torch.compile              nothing: 4 s to import a compiler
-    what runs without Apex and Transformer Engine        `torch_engine.py`
+    both as one tensor, in a group of one rank           at most one copy (gloo makes two)
+    Megatron-Core's decorator torch.compile              no compilation: saves 4 s of imports
+    functions of Apex and Transformer Engine             `torch_engine.py`
 """
 
 from __future__ import annotations
@@ -38,24 +38,24 @@ _installed = False
 
 
 def install() -> None:
-    """Make Megatron-Core run on CPU and gloo in this process; calling it again does nothing."""
+    """Patch this process so that Megatron-Core runs on CPU and gloo; a second call does nothing."""
     global _installed
     if _installed:
         return
     _installed = True
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron-Core asserts it for tp
-    # Hide GPUs, in child processes too: what torch asks below its Python names is not replaced.
+    # Hide GPUs, in child processes too, because calls below torch's Python API are not replaced.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     _replace_cuda_queries()
     _replace_cuda_literals()
     _replace_collectives()
-    _silence_remarks()
+    _silence_warnings()
     _import_megatron_quietly()
     install_torch_engine(cuda=False)
 
 
 class _Inert:
-    """A CUDA stream or event where there is nothing to wait for."""
+    """A CUDA stream or event that does nothing."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         pass
@@ -83,7 +83,7 @@ def _replace_cuda_queries() -> None:
     replacements: dict[str, Any] = {
         "current_device": lambda: CPU,
         "device_count": lambda: 1,
-        "is_available": lambda: False,  # device_count must not answer for it
+        "is_available": lambda: False,  # must not be derived from device_count
         "set_device": lambda device: None,
         "synchronize": lambda *args: None,
         "empty_cache": lambda: None,
@@ -108,8 +108,8 @@ _FACTORIES = ("tensor", "empty", "zeros", "ones", "full", "arange", "empty_like"
 
 
 def _replace_cuda_literals() -> None:
-    # ``with torch.device("meta")`` knows the factories by identity, from when it is first asked:
-    # ask now, or it would know our wrappers only and let the real ones pass.
+    # ``with torch.device("meta")`` recognizes factories by identity and caches them at its first
+    # use. Fill the cache now, or it would hold only our wrappers and miss the real factories.
     torch.utils._device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
@@ -124,7 +124,7 @@ def _replace_cuda_literals() -> None:
     def tensor_type(self: Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs:
             return type_name(self, *args, **kwargs)
-        return f"torch.cuda.{type_name(self).rpartition('.')[2]}"  # of the meta device too
+        return f"torch.cuda.{type_name(self).rpartition('.')[2]}"  # also for the meta device
 
     Tensor.to = tensor_to
     Tensor.type = tensor_type
@@ -192,12 +192,12 @@ def _replace_collectives() -> None:
     dist.all_to_all_single = all_to_all_single_of_ints
     dist.all_gather = all_gather_padded
     dist.reduce_scatter = reduce_scatter_padded
-    dist.all_gather_into_tensor = _unless_alone(dist.all_gather_into_tensor)
-    dist.reduce_scatter_tensor = _unless_alone(dist.reduce_scatter_tensor)
+    dist.all_gather_into_tensor = _copy_if_alone(dist.all_gather_into_tensor)
+    dist.reduce_scatter_tensor = _copy_if_alone(dist.reduce_scatter_tensor)
 
 
-def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
-    """The collective, but for a group of one rank, whose output is its input."""
+def _copy_if_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a collective so that a group of one rank only copies its input to its output."""
 
     @functools.wraps(collective)
     def wrapped(output: Tensor, input: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -221,12 +221,12 @@ def _pad_rows(tensor: Tensor, length: int) -> Tensor:
     return padded
 
 
-def _silence_remarks() -> None:
-    """Leave out what Megatron-Core 0.19 makes torch 2.14 say, step after step."""
+def _silence_warnings() -> None:
+    """Suppress warnings that torch 2.14 repeats at every step of Megatron-Core 0.19."""
     for name in (
         "torch.utils.cpp_extension",
         "megatron.core.distributed",
-        "megatron.core.tensor_parallel.random",  # the CPU's RNG is the one it calls the GPU's
+        "megatron.core.tensor_parallel.random",  # warns about the CPU's RNG
     ):
         logging.getLogger(name).setLevel(logging.ERROR)
     for message in (
@@ -241,7 +241,7 @@ def _silence_remarks() -> None:
 
 
 def _import_megatron_quietly() -> None:
-    """Import Megatron-Core without its remarks on Apex and Transformer Engine not being here."""
+    """Import Megatron-Core without its warnings that Apex and Transformer Engine are missing."""
     with warnings.catch_warnings(), _uncompiled():
         warnings.simplefilter("ignore")
         import megatron.core.models.gpt.gpt_layer_specs
@@ -250,7 +250,7 @@ def _import_megatron_quietly() -> None:
 
 @contextlib.contextmanager
 def _uncompiled() -> Iterator[None]:
-    """``@torch.compile`` leaves a function as it is, and does not import a compiler for it."""
+    """Make ``@torch.compile`` return functions unchanged, without importing the compiler."""
     compiled = torch.compile
     torch.compile = lambda function: function
     try:

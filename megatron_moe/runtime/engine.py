@@ -1,10 +1,10 @@
-"""Which implementation of the layers a run uses, apart from the device it runs on.
+"""Choose the implementation of the layers that a run uses, separately from its device.
 
 ========================  ======  =====================================================
 engine                    device  layers
 ========================  ======  =====================================================
-torch                     cpu     torch's operations and ours; every test runs on them
-torch                     cuda    the same modules, with the kernels torch has for CUDA
+torch                     cpu     torch-native modules; every test runs on them
+torch                     cuda    the same modules with torch's CUDA kernels
 transformer_engine        cuda    Transformer Engine's modules and fused kernels
 ========================  ======  =====================================================
 
@@ -46,12 +46,12 @@ LEAST_CAPABILITY = (8, 0)
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """An implementation of the layers on a kind of device."""
+    """An implementation of the layers on a device type."""
 
     name: EngineName
     device: Device
     reason: str = ""
-    """Why it was chosen, for the log."""
+    """Reason for the choice, for the log."""
 
     @property
     def on_cuda(self) -> bool:
@@ -76,46 +76,46 @@ def choose_engine(
 
     Args:
         wanted: ``run.engine``.
-        device: What the run computes on.
-        problem: Says why Transformer Engine cannot be used, or returns None if it can. Called only
-            if the answer matters.
+        device: Device type of the run.
+        problem: Returns why Transformer Engine cannot be used, or None if it can. Called only if
+            the answer matters.
 
     Raises:
-        ConfigError: Transformer Engine is wanted and cannot be used.
+        ConfigError: Transformer Engine is requested but cannot be used.
     """
     if device == "cpu":
         if wanted == "transformer_engine":
             raise ConfigError(
-                "run.engine (transformer_engine) needs run.device to be cuda, but this run uses "
-                "the CPU: Transformer Engine has no kernels for it.\n"
+                "run.engine (transformer_engine) requires run.device=cuda, but this run uses the "
+                "CPU: Transformer Engine has no CPU kernels.\n"
                 "  set run.engine=torch or run.engine=auto"
             )
         return Engine("torch", "cpu", "the run is on the CPU")
     if wanted == "torch":
-        return Engine("torch", "cuda", "run.engine asks for it")
-    why_not = problem()
-    if why_not is None:
+        return Engine("torch", "cuda", "requested by run.engine")
+    obstacle = problem()
+    if obstacle is None:
         version = installed_version()
-        reason = "run.engine asks for it" if wanted == "transformer_engine" else "it is installed"
+        reason = "requested by run.engine" if wanted == "transformer_engine" else "installed"
         return Engine("transformer_engine", "cuda", f"version {version}; {reason}")
     if wanted == "transformer_engine":
         raise ConfigError(
-            f"run.engine (transformer_engine) cannot be used: {why_not}.\n"
-            f"  install a version {TRANSFORMER_ENGINE_VERSIONS} (docs/gpu.md says how), or set "
-            "run.engine=torch, which needs nothing more than torch"
+            f"run.engine (transformer_engine) cannot be used: {obstacle}.\n"
+            f"  install a version {TRANSFORMER_ENGINE_VERSIONS} (see docs/gpu.md), or set "
+            "run.engine=torch, which needs only torch"
         )
-    return Engine("torch", "cuda", why_not)
+    return Engine("torch", "cuda", obstacle)
 
 
 def engine_of(wanted: WantedEngine, world: World) -> Engine:
-    """Choose the layers on a rank that has joined its job, and make Megatron-Core ready for them.
+    """Choose the layers on a rank that has joined its job, and patch Megatron-Core for them.
 
     Args:
         wanted: ``run.engine``.
-        world: This rank's place in the joined job.
+        world: This rank's position in the job.
 
     Raises:
-        ConfigError: Transformer Engine is wanted and cannot be used, or ranks choose differently.
+        ConfigError: Transformer Engine is requested but cannot be used, or ranks differ.
     """
     if world.device.type == "cpu":
         return engine_here(wanted, "cpu")
@@ -124,8 +124,8 @@ def engine_of(wanted: WantedEngine, world: World) -> Engine:
     if len(set(choices)) > 1:
         lines = [f"  rank {rank}: {choice}" for rank, choice in enumerate(choices)]
         raise ConfigError(
-            f"run.engine ({wanted}) must mean the same on every rank, but ranks differ: their "
-            "machines have different versions of Transformer Engine.\n"
+            f"run.engine ({wanted}) must resolve to the same engine on every rank: the machines "
+            "have different versions of Transformer Engine.\n"
             + "\n".join(lines)
             + "\n  set run.engine=torch, or install the same packages on every machine"
         )
@@ -137,21 +137,21 @@ def engine_of(wanted: WantedEngine, world: World) -> Engine:
 
 
 def engine_here(wanted: WantedEngine, device: Device) -> Engine:
-    """Choose the layers in a process that will use them; Transformer Engine is imported."""
+    """Choose the layers in a process that will use them; this may import Transformer Engine."""
     return choose_engine(wanted, device=device, problem=lambda: problem_with(_import_here))
 
 
 def engine_before_forking(wanted: WantedEngine, device: Device) -> Engine:
-    """Choose the layers in a process that forks the ranks, which must not touch the GPU itself.
+    """Choose the layers in a process that forks the ranks and must not touch the GPU itself.
 
-    Importing Transformer Engine may initialize CUDA, after which forked processes cannot use it. So
-    another process tries the import.
+    Importing Transformer Engine may initialize CUDA, after which forked processes cannot use it, so
+    the import is tried in another process.
     """
     return choose_engine(wanted, device=device, problem=lambda: problem_with(_import_in_child))
 
 
 def installed_version() -> str | None:
-    """Return the installed version of Transformer Engine's PyTorch part; nothing is imported."""
+    """Return the installed version of Transformer Engine for PyTorch, without importing it."""
     if find_spec("transformer_engine") is None or find_spec("transformer_engine_torch") is None:
         return None
     try:
@@ -161,10 +161,10 @@ def installed_version() -> str | None:
 
 
 def problem_with(try_import: Callable[[], str | None]) -> str | None:
-    """Say why Transformer Engine cannot be used, or return None if it can.
+    """Return why Transformer Engine cannot be used, or None if it can.
 
     Args:
-        try_import: Imports it somewhere and returns the error's text, or None.
+        try_import: Tries the import and returns the error's text, or None.
     """
     version = installed_version()
     if version is None:
@@ -175,13 +175,17 @@ def problem_with(try_import: Callable[[], str | None]) -> str | None:
             f"{TRANSFORMER_ENGINE_VERSIONS}"
         )
     error = try_import()
-    return None if error is None else f"Transformer Engine {version} does not import ({error})"
+    return None if error is None else f"Transformer Engine {version} cannot be imported ({error})"
 
 
 def _import_here() -> str | None:
     try:
         importlib.import_module("transformer_engine.pytorch")
-    except (ImportError, OSError, RuntimeError) as error:  # OSError: a library that does not load
+    except (
+        ImportError,
+        OSError,
+        RuntimeError,
+    ) as error:  # OSError: a shared library failed to load
         return f"{type(error).__name__}: {error}".splitlines()[0]
     return None
 

@@ -1,7 +1,7 @@
-"""Environment variables of a process: settings for CUDA, and folders that caches may write to.
+"""Set environment variables of a process: settings for CUDA, and writable cache folders.
 
-Set when the package `device` is imported, before torch reads them, so that a command started by
-hand has the same as one from `launch/`. What is already set stays.
+This happens when the package `runtime` is imported, before torch reads the variables, so that a
+command started by hand has the same settings as one from `launch/`. Existing values are kept.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from collections.abc import Mapping
 from pathlib import Path
 
 CUDA = {
-    # One hardware queue: kernels start in the order they were issued, so a tensor or context
-    # parallel transfer launched before a product runs under it. The overlap settings rely on it.
+    # One hardware queue: kernels start in launch order, so a tensor or context parallel transfer
+    # that is launched before a matrix product overlaps with it. The overlap settings rely on this.
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-    # Experts get another number of tokens every step; growing segments instead of hunting for a
-    # block of the right size keeps that from fragmenting the memory.
+    # Experts get a different number of tokens at every step. Segments that grow, instead of a
+    # search for a block of the right size, keep this from fragmenting the memory.
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
-    # NVLink SHARP takes GPU memory for every communicator, folding makes many of them, and the
-    # all-to-all of the experts cannot use it.
+    # NVLink SHARP allocates GPU memory for every communicator. Parallel folding creates many of
+    # them, and the all-to-all of the experts cannot use it.
     "NCCL_NVLS_ENABLE": "0",
-    # Libraries ask whether there is a GPU before ranks are forked. Asked of the driver, the answer
-    # would leave CUDA unusable in them ("Cannot re-initialize CUDA in forked subprocess"); NVML's
-    # does not. Our own question (gpus.visible_gpus) does not depend on NVML.
+    # Libraries check for a GPU before ranks are forked. A check through the driver would make CUDA
+    # unusable in the ranks ("Cannot re-initialize CUDA in forked subprocess"); one through NVML
+    # does not. Our own check (gpus.visible_gpus) does not depend on NVML.
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
 }
 
@@ -35,13 +35,13 @@ CACHES = {
     "MPLCONFIGDIR": "matplotlib",
     "XDG_CACHE_HOME": "cache",
 }
-"""Variable that a library reads, and our folder for it."""
+"""Maps the variable that a library reads to our cache folder for it."""
 
 
 def prepare() -> None:
-    """Set what is missing."""
+    """Set the variables that are not set yet."""
     settings = dict(CUDA)
-    if "PYTORCH_ALLOC_CONF" in os.environ:  # torch's newer name for the same
+    if "PYTORCH_ALLOC_CONF" in os.environ:  # torch's newer name of the variable
         del settings["PYTORCH_CUDA_ALLOC_CONF"]
     if not has_home():
         settings |= cache_folders(Path(tempfile.gettempdir()) / f"megatron-moe-{os.getuid()}")
@@ -50,17 +50,17 @@ def prepare() -> None:
 
 
 def has_home() -> bool:
-    """Return whether this user has a name and a home that takes files.
+    """Return whether this user has a name and a writable home.
 
-    Containers run with any user id: one that the system does not know has the home ``/`` and no
-    name, which torch's compiler asks for where it is given no folder.
+    Containers may run with any user id. A user id that is unknown to the system has the home ``/``
+    and no name, but torch's compiler needs a name if it is given no cache folder.
     """
     home = os.path.expanduser("~")
     return os.access(home, os.W_OK | os.X_OK) and user_name() != _numbered()
 
 
 def user_name() -> str:
-    """Return this user's name, or ``uid N`` where the system knows none."""
+    """Return this user's name, or ``uid N`` if the system knows none."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):  # Python 3.12, and 3.13
@@ -72,8 +72,8 @@ def _numbered() -> str:
 
 
 def cache_folders(root: Path) -> Mapping[str, str]:
-    """Return the variables that let caches write below ``root``, a folder of this user's own."""
+    """Return variables that place caches below ``root``, a folder that this user owns."""
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if root.stat().st_uid != os.getuid():  # made by another user: do not run what lies there
+    if root.stat().st_uid != os.getuid():  # owned by another user: do not execute files from there
         root = Path(tempfile.mkdtemp(prefix=f"{root.name}-"))
     return {variable: str(root / folder) for variable, folder in CACHES.items()}

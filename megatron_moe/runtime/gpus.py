@@ -1,4 +1,4 @@
-"""Which GPUs this process sees, and which of them a rank takes: one each, never a shared one."""
+"""Count visible GPUs, and assign one GPU to each rank; ranks never share a GPU."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from megatron_moe.errors import ConfigError
 
 
 def visible_gpus() -> int:
-    """Count the CUDA devices that torch sees, and leave CUDA uninitialized in this process.
+    """Count the CUDA devices that torch sees, without initializing CUDA in this process.
 
-    A child is asked, because ranks are forked afterwards. torch counts through NVML, but where
-    there is none (some containers, MIG) it initializes the driver, which no forked rank can use.
+    A child process counts, because ranks are forked later. torch counts through NVML, but without
+    NVML (some containers, MIG) it initializes the driver, and forked ranks could not use CUDA.
     """
     if torch.cuda.is_initialized():
         return torch.cuda.device_count()
@@ -25,14 +25,16 @@ def visible_gpus() -> int:
             count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         finally:
             os._exit(count)
-    return max(0, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))  # killed: no GPU
+    return max(
+        0, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    )  # a killed child counts as no GPU
 
 
 def gpu_of(local_rank: int, *, gpus: int) -> int:
-    """Return the index of the GPU that a rank takes among the ``gpus`` that it sees.
+    """Return the index of a rank's GPU among the ``gpus`` that it sees.
 
-    A launcher may show every rank its own GPU alone (SLURM's --gpus-per-task=1), so a single GPU
-    is taken whatever the local rank is. `claim_gpu` then finds out whether it is shared.
+    A launcher may show each rank only its own GPU (SLURM's --gpus-per-task=1), so a single GPU is
+    used for any local rank. `claim_gpu` then detects whether it is shared.
 
     Raises:
         ConfigError: There is no GPU for this rank.
@@ -42,21 +44,21 @@ def gpu_of(local_rank: int, *, gpus: int) -> int:
     if gpus == 1:
         return 0
     raise ConfigError(
-        f"run.device (cuda) needs a GPU for every rank, but local rank {local_rank} sees {gpus}: "
-        f"indices start at 0.\n  start at most {gpus} ranks on this machine, or set run.device=cpu"
+        f"run.device (cuda) needs a GPU for every rank, but local rank {local_rank} sees {gpus} "
+        f"(ranks start at 0).\n  start at most {gpus} ranks on this machine, or set run.device=cpu"
     )
 
 
 def claim_gpu(store: dist.Store, *, rank: int, uuid: str) -> None:
-    """Take a GPU for this rank; ``store`` is the one where all ranks of the job meet.
+    """Claim a GPU for this rank in ``store``, the store that all ranks of the job share.
 
     Raises:
-        ConfigError: Another rank has taken it: NCCL would refuse the two later, without a name.
+        ConfigError: Another rank has claimed it. NCCL would fail later, without naming the ranks.
     """
     owner = store.compare_set(f"gpu/{uuid}", "", str(rank)).decode()
     if owner != str(rank):
         raise ConfigError(
-            f"run.device (cuda) needs a GPU for every rank, but ranks {owner} and {rank} see the "
-            f"same one only (GPU-{uuid}).\n  start one rank a GPU, show each rank another GPU "
+            f"run.device (cuda) needs a GPU for every rank, but ranks {owner} and {rank} "
+            f"share one (GPU-{uuid}).\n  start one rank per GPU, give each rank its own GPU "
             "(CUDA_VISIBLE_DEVICES, srun --gpus-per-task=1), or set run.device=cpu"
         )

@@ -1,8 +1,8 @@
-"""Gradients of weights, added to data parallelism's fp32 buffers by the products themselves.
+"""Accumulate weight gradients into data parallelism's fp32 buffers within the matrix products.
 
-On CUDA Apex has a kernel for it, whose name the last function here takes on a CPU. What Apex has
-not: the first product of a step overwrites, so its buffer need be neither zeroed nor read, which
-are two passes over as many bytes as all gradients have.
+Apex has a CUDA kernel for this; the last function here replaces it under the same name. Unlike
+Apex, the first product of a step overwrites its buffer, so the buffer is neither zeroed nor read,
+which saves two passes over the bytes of all gradients.
 
 Shape letters: R rows (tokens), I inputs, O outputs.
 """
@@ -30,7 +30,7 @@ def add_product(main_grad: Tensor, out_grad_RO: Tensor, in_RI: Tensor) -> None:
 
 
 def begin_products(main_grad: Tensor) -> bool:
-    """Mark a buffer as one that products write to. Return whether the next one must overwrite."""
+    """Mark a buffer as written by products; return whether the next product must overwrite it."""
     first = getattr(main_grad, "stale", False)
     setattr(main_grad, "stale", False)  # noqa: B010 - Tensor has no such attribute
     setattr(main_grad, "has_products", True)  # noqa: B010
@@ -38,10 +38,10 @@ def begin_products(main_grad: Tensor) -> bool:
 
 
 def add_widened(main_grad: Tensor, out_grad_RO: Tensor, in_RI: Tensor, *, first: bool) -> None:
-    """Add a product of bf16 to an fp32 buffer in one CUDA kernel; a first one overwrites.
+    """Add a product of bf16 matrices to an fp32 buffer in one CUDA kernel; overwrite if ``first``.
 
-    cuBLAS adds to and writes fp32, so no bf16 product is rounded, written and read. torch has these
-    overloads on CUDA alone.
+    cuBLAS accumulates and writes fp32, so no product is rounded to bf16, written and read again.
+    torch has these overloads only on CUDA.
     """
     if not len(in_RI):
         if first:
@@ -55,9 +55,10 @@ def add_widened(main_grad: Tensor, out_grad_RO: Tensor, in_RI: Tensor, *, first:
 
 
 def reset(self: Any) -> None:
-    """Begin a step: zero what is added to, and only mark what a product will overwrite.
+    """Begin a step: zero buffers that are added to, but only mark those that products overwrite.
 
-    In place of ``_ParamAndGradBuffer.reset``. Products are known from the step before.
+    This replaces ``_ParamAndGradBuffer.reset``. The buffers that products write to are known from
+    the previous step.
     """
     for main_grad in (param.main_grad for param in self.param_index_map):
         if getattr(main_grad, "has_products", False):
@@ -69,7 +70,7 @@ def reset(self: Any) -> None:
 
 
 def zero_stale(params: Any) -> None:
-    """Zero what no product came to, before anything reads it."""
+    """Zero buffers that no product has overwritten, before anything reads them."""
     for param in params:
         if getattr(param.main_grad, "stale", False):
             param.main_grad.zero_()
@@ -77,5 +78,5 @@ def zero_stale(params: Any) -> None:
 
 
 def wgrad_gemm_accum_fp32(in_RI: Tensor, out_grad_RO: Tensor, main_grad: Tensor) -> None:
-    """What Megatron-Core's linear layers call of Apex's ``fused_weight_gradient_mlp_cuda``."""
+    """Replace the function of ``fused_weight_gradient_mlp_cuda`` that Megatron-Core calls."""
     add_product(main_grad, out_grad_RO, in_RI)

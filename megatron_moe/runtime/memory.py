@@ -1,4 +1,4 @@
-"""How much memory this rank has held at most: device memory on CUDA, resident memory on CPU."""
+"""Measure this rank's memory: device memory on CUDA, resident memory on CPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _CLEAR = Path("/proc/self/clear_refs")
 
 
 def peak_bytes() -> int:
-    """Most memory held since `reset_peak`; on systems without /proc, what is held now."""
+    """Return the peak memory in bytes since `reset_peak`; without /proc, the current memory."""
     if _on_cuda():
         return torch.cuda.max_memory_allocated()
     if _STATUS.exists():
@@ -23,12 +23,12 @@ def peak_bytes() -> int:
 
 
 def held_bytes() -> int:
-    """Memory held now."""
+    """Return the current memory in bytes."""
     return torch.cuda.memory_allocated() if _on_cuda() else psutil.Process().memory_info().rss
 
 
 def reset_peak() -> None:
-    """Start `peak_bytes` anew at what is held now."""
+    """Reset `peak_bytes` to the current memory."""
     if _on_cuda():
         torch.cuda.reset_peak_memory_stats()
     elif _CLEAR.exists():
@@ -36,5 +36,5 @@ def reset_peak() -> None:
 
 
 def _on_cuda() -> bool:
-    # Whether CUDA is available is asked second: the question alone may initialize the driver.
+    # The order matters: is_available alone may initialize the driver.
     return torch.cuda.is_initialized() and torch.cuda.is_available()

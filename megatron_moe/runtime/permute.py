@@ -1,13 +1,13 @@
-"""Tokens to the order of the experts and back on CUDA, by reading rows only.
+"""Permute tokens to the order of the experts and back on CUDA, without atomics.
 
 Shape letters of this module:
 
-    T  tokens   E  num_moe_experts   K  experts of a token   D  hidden_size
-    P  T * K rows, in the order of the experts
+    T  tokens   E  num_moe_experts   K  experts per token   D  hidden_size
+    P  T * K rows, ordered by expert
 
-Megatron-Core's functions without Transformer Engine add rows to zeros with atomics, in bf16 and in
-any order: forward when tokens come back, backward when they go. If no token is dropped, each has K
-rows, whose places are known; so both are a read of K rows and a sum in fp32.
+Without Transformer Engine, Megatron-Core's functions add rows to zeros with atomics, in bf16 and in
+any order: in the forward pass of unpermute and the backward pass of permute. If no token is
+dropped, each token has K rows at known indices, so both become a read of K rows and a sum in fp32.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megatron_moe.runtime.compiled import compiled_on_cuda
 
 
 def install() -> None:
-    """Put these functions in the place of Megatron-Core's, and leave token counts on the device."""
+    """Replace Megatron-Core's functions by these, and leave token counts on the device."""
     token_dispatcher.permute = permute
     token_dispatcher.unpermute = unpermute
     dispatcher = token_dispatcher.MoEAlltoAllTokenDispatcher
@@ -31,12 +31,12 @@ def install() -> None:
 
 
 def _unless_alone(copy_to_host: Any) -> Any:
-    """Skip the copy of counts to the host, and the wait for it, if no rank exchanges tokens."""
+    """Skip the copy of counts to the host, and its synchronization, if no ranks exchange tokens."""
 
     @functools.wraps(copy_to_host)
     def wrapped(self: Any, point: str, tokens_per_expert: Tensor | None = None) -> Any:
         alone = self.ep_size == 1 and self.tp_size == 1
-        if alone and isinstance(self.num_out_tokens, int):  # else the host must know this number
+        if alone and isinstance(self.num_out_tokens, int):  # else the host needs the counts
             return tokens_per_expert
         return copy_to_host(self, point, tokens_per_expert)
 
@@ -52,19 +52,19 @@ def permute(
     drop_and_pad: bool = False,
     **others: Any,
 ) -> tuple[Any, ...]:
-    """Do what ``moe_utils.permute`` does; if tokens may be dropped, call it.
+    """Compute the result of ``moe_utils.permute``; call that function if tokens may be dropped.
 
-    Megatron-Core's dispatcher knows the number of rows without looking, as an int, if none is.
+    If no token is dropped, Megatron-Core's dispatcher passes the number of rows as an int.
     """
-    whole = isinstance(num_out_tokens, int) and len(tokens) > 0
-    if not whole or probs is None or fused or drop_and_pad:
+    keeps_all = isinstance(num_out_tokens, int) and len(tokens) > 0
+    if not keeps_all or probs is None or fused or drop_and_pad:
         return moe_utils.permute(
             tokens, routing_map, probs, num_out_tokens, fused, drop_and_pad, **others
         )
-    source_P, place_TK = routes(routing_map, num_out_tokens // len(tokens))
+    source_P, rows_TK = routes(routing_map, num_out_tokens // len(tokens))
     row_P = source_P % len(tokens)
-    setattr(row_P, "place_TK", place_TK)  # noqa: B010 - the dispatcher hands it to unpermute
-    out_PD, prob_P = _Permute.apply(tokens, probs, source_P, row_P, place_TK)
+    setattr(row_P, "rows_TK", rows_TK)  # noqa: B010 - the dispatcher passes it to unpermute
+    out_PD, prob_P = _Permute.apply(tokens, probs, source_P, row_P, rows_TK)
     return out_PD, prob_P, row_P, None, others.get("tokens_per_expert")
 
 
@@ -75,20 +75,20 @@ def unpermute(
     probs: Tensor | None = None,
     **others: Any,
 ) -> Tensor:
-    """Do what ``moe_utils.unpermute`` does, for rows that `permute` has put in order."""
-    place_TK = getattr(sorted_indices, "place_TK", None)
-    if place_TK is None or probs is not None:
+    """Compute the result of ``moe_utils.unpermute`` for rows that `permute` has ordered."""
+    rows_TK = getattr(sorted_indices, "rows_TK", None)
+    if rows_TK is None or probs is not None:
         return moe_utils.unpermute(
             permuted_tokens, sorted_indices, restore_shape, probs=probs, **others
         )
-    return _Unpermute.apply(permuted_tokens, sorted_indices, place_TK)
+    return _Unpermute.apply(permuted_tokens, sorted_indices, rows_TK)
 
 
 def routes(routing_map_TE: Tensor, topk: int) -> tuple[Tensor, Tensor]:
-    """Return where each row comes from and where each token's rows are, without a wait.
+    """Return the source of each row and the rows of each token, without a synchronization.
 
     Args:
-        routing_map_TE: True where a token chose an expert: ``topk`` times a token.
+        routing_map_TE: True if a token chose an expert: ``topk`` entries per token.
         topk: K.
 
     Returns:
@@ -106,7 +106,7 @@ def routes(routing_map_TE: Tensor, topk: int) -> tuple[Tensor, Tensor]:
 
 
 def _scattered(value_TE: Tensor, to_TE: Tensor, chosen_TE: Tensor, size: int) -> Tensor:
-    """Put the chosen values where they belong, and all others behind the end."""
+    """Scatter the chosen values to their indices, and drop all others."""
     to_TE = torch.where(chosen_TE, to_TE, size)
     return value_TE.new_empty(size + 1).scatter_(0, to_TE.flatten(), value_TE.flatten())[:size]
 
@@ -114,19 +114,19 @@ def _scattered(value_TE: Tensor, to_TE: Tensor, chosen_TE: Tensor, size: int) ->
 class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, prob_TE: Tensor, source_P: Tensor, row_P: Tensor, place_TK: Tensor
+        ctx: Any, x_TD: Tensor, prob_TE: Tensor, source_P: Tensor, row_P: Tensor, rows_TK: Tensor
     ) -> tuple[Tensor, Tensor]:
         ctx.shape = prob_TE.shape
-        ctx.save_for_backward(source_P, place_TK)
+        ctx.save_for_backward(source_P, rows_TK)
         return x_TD.index_select(0, row_P), prob_TE.T.flatten().index_select(0, source_P)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        source_P, place_TK = ctx.saved_tensors
+        source_P, rows_TK = ctx.saved_tensors
         tokens, experts = ctx.shape
         prob_grad = grads[1].new_zeros(experts * tokens).scatter_(0, source_P, grads[1])
         return (
-            sum_of_rows(grads[0], place_TK),
+            sum_of_rows(grads[0], rows_TK),
             prob_grad.view(experts, tokens).T,
             None,
             None,
@@ -136,9 +136,9 @@ class _Permute(torch.autograd.Function):
 
 class _Unpermute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_PD: Tensor, row_P: Tensor, place_TK: Tensor) -> Tensor:
+    def forward(ctx: Any, x_PD: Tensor, row_P: Tensor, rows_TK: Tensor) -> Tensor:
         ctx.save_for_backward(row_P)
-        return sum_of_rows(x_PD, place_TK)
+        return sum_of_rows(x_PD, rows_TK)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -147,7 +147,7 @@ class _Unpermute(torch.autograd.Function):
 
 
 @compiled_on_cuda
-def sum_of_rows(x_PD: Tensor, place_TK: Tensor) -> Tensor:
-    """Return the sum of each token's K rows, ``(T, D)``, in fp32 at least and rounded once."""
+def sum_of_rows(x_PD: Tensor, rows_TK: Tensor) -> Tensor:
+    """Return the sum of each token's K rows, ``(T, D)``, in at least fp32 and rounded once."""
     wide = torch.promote_types(x_PD.dtype, torch.float32)
-    return x_PD[place_TK].sum(dim=1, dtype=wide).to(x_PD.dtype)
+    return x_PD[rows_TK].sum(dim=1, dtype=wide).to(x_PD.dtype)

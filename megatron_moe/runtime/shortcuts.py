@@ -1,8 +1,9 @@
-"""What Megatron-Core 0.19 does in many passes without Transformer Engine, in few: same results.
+"""Compute with few passes what Megatron-Core 0.19 computes with many without Transformer Engine.
 
-Imported once Megatron-Core is; `install_torch_engine` puts these in its place.
+The results are the same. This module is imported after Megatron-Core; `install_torch_engine`
+replaces Megatron-Core's functions by these.
 
-Shape letters: S sequence, B micro-batch, H heads, C head width, c half of it.
+Shape letters: S sequence, B micro-batch, H heads, C head dimension, c half of it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from megatron_moe.runtime.compiled import compiled_on_cuda
 
-_rotate_any_way = rope_utils._apply_rotary_pos_emb_bshd
+_megatron_rotate = rope_utils._apply_rotary_pos_emb_bshd
 
 
 def sort_chunks(
@@ -26,7 +27,7 @@ def sort_chunks(
     probs: Tensor | None = None,
     fused: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Chunks of tokens by expert; where one rank sends, they are in order and nothing is copied."""
+    """Sort chunks of tokens by expert; return them without a copy if they are sorted already."""
     if sorted_idxs.tolist() == list(range(len(sorted_idxs))):
         return input, probs
     return sort_chunks_by_idxs(input, split_sizes, sorted_idxs, probs, fused)
@@ -40,29 +41,29 @@ def rotate(
     mscale: float = 1.0,
     **deprecated: Any,
 ) -> Tensor:
-    """Rotary embedding of whole heads, ``(S, B, H, C)``; three passes, and only angles kept.
+    """Apply rotary embedding to whole heads, ``(S, B, H, C)``, in three passes; save only angles.
 
-    What no Llama asks for goes Megatron-Core's way: interleaved halves, a part of the head.
+    Variants that no Llama model uses call Megatron-Core: interleaved halves, partial rotation.
     """
     interleaved = rotary_interleaved or mla_rotary_interleaved
     if interleaved or mscale != 1.0 or deprecated or freqs.shape[-1] != t.shape[-1]:
-        return _rotate_any_way(
+        return _megatron_rotate(
             t, freqs, rotary_interleaved, mla_rotary_interleaved, mscale, **deprecated
         )
     return _Rotation.apply(t, *_cos_and_sin(freqs, t.dtype))
 
 
 def _cos_and_sin(freqs: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Both of the angles, kept with them: all layers turn queries and keys by the same."""
-    kept = getattr(freqs, "cos_and_sin", None)
-    if kept is None or kept[0].dtype != dtype:
-        kept = freqs.cos().to(dtype), freqs.sin().to(dtype)
-        setattr(freqs, "cos_and_sin", kept)  # noqa: B010 - Tensor has no such attribute
-    return kept
+    """Return cosine and sine of the angles, cached on ``freqs``, because all layers share them."""
+    cached = getattr(freqs, "cos_and_sin", None)
+    if cached is None or cached[0].dtype != dtype:
+        cached = freqs.cos().to(dtype), freqs.sin().to(dtype)
+        setattr(freqs, "cos_and_sin", cached)  # noqa: B010 - Tensor has no such attribute
+    return cached
 
 
 class _Rotation(torch.autograd.Function):
-    """A rotation by the angles; its gradient is one by as much the other way."""
+    """Rotation by the angles; its backward pass rotates by the negative angles."""
 
     @staticmethod
     def forward(ctx: Any, t_SBHC: Tensor, cos_S11C: Tensor, sin_S11C: Tensor) -> Tensor:
@@ -78,7 +79,7 @@ class _Rotation(torch.autograd.Function):
 @compiled_on_cuda
 def _rotated(t_SBHC: Tensor, cos_S11C: Tensor, sin_S11C: Tensor) -> Tensor:
     first_SBHc, second_SBHc = t_SBHC.chunk(2, dim=-1)
-    sin_S11c = sin_S11C.chunk(2, dim=-1)[0]  # both halves turn by the same angles
+    sin_S11c = sin_S11C.chunk(2, dim=-1)[0]  # both halves have the same angles
     out_SBHC = t_SBHC * cos_S11C
     out_first_SBHc, out_second_SBHc = out_SBHC.chunk(2, dim=-1)
     out_first_SBHc.addcmul_(second_SBHc, sin_S11c, value=-1)
@@ -92,10 +93,10 @@ _ROW = 4096
 def l2_norm(
     chunk_size: int, noop_flag: Tensor, tensor_lists: list[list[Tensor]], *_: object
 ) -> tuple[Tensor, None]:
-    """Norm of all tensors together, as Apex's ``multi_tensor_l2norm``.
+    """Return the joint norm of all tensors, like Apex's ``multi_tensor_l2norm``.
 
-    On CUDA one kernel takes many tensors; Megatron-Core's own function waits for the GPU at each.
-    On a CPU by rows, because torch takes the norm of a long vector on one thread.
+    On CUDA one kernel handles many tensors; Megatron-Core's own function waits for the GPU at each
+    tensor. On a CPU the norm is computed by rows, because torch uses one thread for a long vector.
     """
     if tensor_lists[0] and tensor_lists[0][0].is_cuda:
         return norm_of_norms(tensor_lists[0]), None
@@ -104,7 +105,7 @@ def l2_norm(
 
 
 def norm_of_norms(tensors: list[Tensor]) -> Tensor:
-    """Return the fp32 norm of all tensors together, ``(1,)``."""
+    """Return the joint fp32 norm of all tensors, ``(1,)``."""
     norms = torch._foreach_norm([tensor.detach() for tensor in tensors], dtype=torch.float32)
     return torch.linalg.vector_norm(torch.stack(norms)).view(1)
 

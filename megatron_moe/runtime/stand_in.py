@@ -1,15 +1,15 @@
-"""One process that stands for any rank of any world: no peers, no GPU, no memory.
+"""Simulate any rank of any world in one process, without peers, a GPU or memory for tensors.
 
 Model, optimizer and process groups are Megatron-Core's real ones, as that rank would build them.
-Only what they rest on is empty: groups are of torch's fake backend, which joins without peers, and
-tensors of the meta device, which have a shape and no numbers::
+Only the layers below are fake: groups use torch's fake backend, which joins without peers, and
+tensors are on the meta device, which have a shape but no data::
 
-    with standing_for(rank, world_size=512):
+    with simulated_rank(rank, world_size=512):
         layout, groups = create_groups(...)
         with META:
             model = build_model(...)
 
-Where Transformer Engine is installed, its modules are built too, on a machine without a driver.
+If Transformer Engine is installed, its modules are built too, even without a GPU driver.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from megatron_moe.runtime.engine import installed_version
 
 META = torch.device("meta")
 
-# What Megatron-Core and Transformer Engine ask of a GPU before they build anything for it.
+# GPU properties that Megatron-Core and Transformer Engine query before they build modules.
 _H100 = SimpleNamespace(
     name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132,
     total_memory=80 * 2**30, warp_size=32,
@@ -35,11 +35,11 @@ _H100 = SimpleNamespace(
 
 
 @contextlib.contextmanager
-def standing_for(rank: int, *, world_size: int) -> Iterator[None]:
-    """Stand for ``rank`` of a job of ``world_size`` ranks for the length of a ``with`` block.
+def simulated_rank(rank: int, *, world_size: int) -> Iterator[None]:
+    """Simulate ``rank`` of a job of ``world_size`` ranks inside a ``with`` block.
 
-    The process must not have joined another job. It stays adapted to run without a GPU, as by
-    `cpu.install`, so a process that is to train on CUDA must not have stood in before.
+    The process must not have joined another job. It stays patched by `cpu.install` to run without a
+    GPU, so a process that has simulated a rank cannot train on CUDA afterwards.
     """
     cpu.install()
     from megatron.core import parallel_state
@@ -65,7 +65,7 @@ def standing_for(rank: int, *, world_size: int) -> Iterator[None]:
 
 
 def _create_group(ranks: list[int] | None = None, *_: object, **__: object) -> object:
-    """A group without NCCL's options, of which the fake backend knows none."""
+    """Create a group without NCCL's options, which the fake backend does not support."""
     return dist.new_group(ranks)
 
 

@@ -1,14 +1,14 @@
-"""Replace what Megatron-Core takes from Apex or Transformer Engine, or does slowly, by torch.
+"""Replace functions that Megatron-Core takes from Apex or Transformer Engine, or that are slow.
 
 ::
 
     Apex's or Transformer Engine's FusedAdam             `FusedAdamW`, with the same state layout
-    Apex's product that adds to a buffer of gradients    `gradients`
+    Apex's product that adds to a gradient buffer        `gradients`
     the norm of all gradients                            `shortcuts.l2_norm`
     rotary embedding, sorting of chunks                  `shortcuts`
-    tokens to the order of the experts and back          `permute`, on CUDA
+    permutation of tokens by expert, and back            `permute`, on CUDA
 
-Megatron-Core must be imported before.
+Megatron-Core must be imported first.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def install_torch_engine(*, cuda: bool) -> None:
     """Replace these functions of Megatron-Core in this process; a second call does nothing.
 
     Args:
-        cuda: Also replace what only pays off, or only differs, on CUDA.
+        cuda: Also replace functions whose replacement is faster or different only on CUDA.
     """
     global _installed
     if _installed:
@@ -56,10 +56,10 @@ def install_torch_engine(*, cuda: bool) -> None:
 
 
 def install_for_transformer_engine() -> None:
-    """Replace Apex's kernel where Apex is not installed.
+    """Replace Apex's kernel if Apex is not installed.
 
     Transformer Engine's linear layers add gradients to their buffers themselves, but the output
-    layer is Megatron-Core's and asks for Apex.
+    layer is Megatron-Core's and requires Apex.
     """
     if find_spec("fused_weight_gradient_mlp_cuda") is None:
         _add_gradients_in_products()

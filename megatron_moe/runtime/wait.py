@@ -1,4 +1,4 @@
-"""Wait until a device has done what it was asked to do, and time what it does meanwhile."""
+"""Wait for a device to finish its work, and measure the time of each stage."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ def waiter(device: torch.device) -> Callable[[], object]:
 
 
 def _nothing() -> None:
-    """Return at once: a CPU has finished its work when the call that asked for it returns."""
+    """Do nothing: on a CPU the work is finished when the call returns."""
 
 
 class StageClock:
     """Measure the time between stages of one rank's work without waiting for the device.
 
-    On a CPU these are readings of the wall clock. On CUDA the host runs ahead of the device, so a
-    host clock would book a stage's kernels to whichever stage waits for them first. There each
-    boundary is an event on the current stream: recording one takes microseconds and waits for
-    nothing, and only `seconds` waits, for the last event. A stage's time then includes what the
-    GPU idled in it.
+    On a CPU this reads the wall clock. On CUDA the host runs ahead of the device, so a host clock
+    would attribute a stage's kernels to whichever stage waits for them first. There each boundary
+    is an event on the current stream: recording one takes microseconds and does not wait; only
+    `seconds` waits, for the last event. A stage's time then includes the GPU's idle time in it.
 
     Args:
         device: The device that this rank computes on.
@@ -36,12 +35,12 @@ class StageClock:
         self._boundaries: list[tuple[str, Any]] = []
 
     def start(self, stage: str) -> None:
-        """Forget what was measured; ``stage`` begins now."""
+        """Discard all measurements, and begin ``stage``."""
         self._boundaries.clear()
         self.enter(stage)
 
     def enter(self, stage: str) -> None:
-        """End the stage that runs, and begin ``stage``."""
+        """End the current stage, and begin ``stage``."""
         self._boundaries.append((stage, self._now()))
 
     def seconds(self) -> dict[str, float]:

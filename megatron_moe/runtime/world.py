@@ -1,4 +1,4 @@
-"""Joining a job: from torchrun, from SLURM, or as local ranks that this process forks itself."""
+"""Join a job: from torchrun, from SLURM, or as local ranks that this process forks."""
 
 from __future__ import annotations
 
@@ -32,29 +32,29 @@ from megatron_moe.runtime import cpu
 from megatron_moe.runtime.gpus import claim_gpu, gpu_of, visible_gpus
 
 TIMEOUT = timedelta(hours=2)
-"""How long a collective waits; the watch (guard.hang_seconds) speaks long before."""
+"""Timeout of a collective; the watch (guard.hang_seconds) ends a stuck job long before."""
 PR_SET_PDEATHSIG = 1
-PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 NOTICE_SECONDS = 15.0
-"""How long local ranks may go on when one has failed, to say what they know and end."""
-AGAIN = "  run the same command again to go on from the newest checkpoint"
+"""Seconds that the other local ranks have to report and exit after one has failed."""
+RESUME_HINT = "  run the same command to resume from the newest checkpoint"
 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """This process's place in the job."""
+    """Position of this process in a job that it has joined."""
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
     address: str
-    """Where the other ranks reach rank 0's machine."""
+    """Address at which the other ranks reach rank 0."""
     reports: Path | None = None
-    """Folder where local ranks leave what went wrong, for the process that started them."""
+    """Folder where local ranks write their errors, for the process that started them."""
 
-    def last_words(self, error: UserError) -> None:
-        """Tell the operator why this rank ends, when it cannot raise any more."""
+    def report_error(self, error: UserError) -> None:
+        """Report why this rank ends, for use when it cannot raise any more."""
         if self.reports is not None:
             _report(self.reports, self.rank, error)
         else:
@@ -62,8 +62,8 @@ class World:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where a process was told to stand, before it joins."""
+class RankPosition:
+    """Position that the launcher assigned to a process, before it joins the job."""
 
     rank: int
     size: int
@@ -73,7 +73,7 @@ class Place:
 
     @property
     def address(self) -> str:
-        """Where the other ranks reach rank 0's machine."""
+        """Address at which the other ranks reach rank 0."""
         if self.init_method.startswith("file:"):
             return "127.0.0.1"
         url = urlsplit(self.init_method)
@@ -86,11 +86,11 @@ def resolve_device(
     """Return the device that the run will use.
 
     Args:
-        wanted: The setting. ``auto`` takes the CPU, and says so, where ranks outnumber GPUs.
-        ranks: Ranks that this process will start on this machine; 1 where a launcher starts them.
+        wanted: The setting. ``auto`` uses the CPU if ranks outnumber GPUs, and logs that.
+        ranks: Ranks that this process will start on this machine; 1 if a launcher starts them.
 
     Raises:
-        ConfigError: CUDA is wanted, and there is none, or not a GPU for each rank.
+        ConfigError: CUDA is requested, but there is no GPU, or not one for each rank.
     """
     if wanted == "cpu":
         return "cpu"
@@ -99,35 +99,39 @@ def resolve_device(
         return "cuda"
     if wanted == "cuda" and not gpus:
         raise ConfigError(
-            "run.device (cuda) needs a CUDA device, and torch sees none.\n"
-            "  set run.device=cpu to run the same training on CPU and gloo"
+            "run.device (cuda) needs a CUDA device, but torch finds none.\n"
+            "  set run.device=cpu to train on CPU with gloo"
         )
     if wanted == "cuda":
         raise ConfigError(
-            f"run.device (cuda) needs a GPU for every rank: torch sees {gpus} for --ranks {ranks}."
-            f"\n  set --ranks {gpus}, or run.device=cpu to run the same training on CPU and gloo"
+            f"run.device (cuda) needs a GPU for every rank, but torch finds {gpus} for --ranks "
+            f"{ranks}.\n  set --ranks {gpus}, or run.device=cpu to train on CPU with gloo"
         )
     if gpus:
-        console.print(f"run.device (auto) takes the CPU: {ranks} ranks do not fit on {gpus} GPU(s)")
+        console.print(
+            f"Using the CPU (run.device=auto): {ranks} ranks need more than {gpus} GPU(s)"
+        )
     return "cpu"
 
 
-def place_from_environment() -> Place | None:
-    """Where torchrun or SLURM put this process; None when it was started by hand."""
+def position_from_environment() -> RankPosition | None:
+    """Return the position that torchrun or SLURM assigned; None if the process has no launcher."""
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:  # torchrun
         local_rank, local_size = int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
-        return Place(int(env["RANK"]), int(env["WORLD_SIZE"]), local_rank, local_size, "env://")
+        return RankPosition(
+            int(env["RANK"]), int(env["WORLD_SIZE"]), local_rank, local_size, "env://"
+        )
     if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:  # srun, a task per rank
         if "MASTER_ADDR" not in env:
             raise ConfigError(
-                "SLURM started this job, but MASTER_ADDR is not set: it is where ranks meet.\n"
+                "SLURM started this job, but MASTER_ADDR is not set: ranks connect to that host.\n"
                 "  export MASTER_ADDR=<first host of the job>, as launch/slurm.sbatch does"
             )
         address = f"tcp://{env['MASTER_ADDR']}:{env.get('MASTER_PORT', '29500')}"
         local_size = int(env.get("SLURM_NTASKS_PER_NODE", 1))
         local_rank = int(env["SLURM_LOCALID"])
-        return Place(
+        return RankPosition(
             int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), local_rank, local_size, address
         )
     return None
@@ -135,43 +139,52 @@ def place_from_environment() -> Place | None:
 
 @contextlib.contextmanager
 def joined(
-    place: Place, device: Literal["cpu", "cuda"], reports: Path | None = None
+    position: RankPosition, device: Literal["cpu", "cuda"], reports: Path | None = None
 ) -> Iterator[World]:
-    """Join the job at ``place`` for the length of a ``with`` block."""
-    quiet_megatron(place.rank)
+    """Join the job at ``position`` inside a ``with`` block."""
+    quiet_megatron(position.rank)
     if device == "cuda":
-        where = _take_gpu(place)
+        local_device = _select_gpu(position)
     else:
         cpu.install()
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_size))
-        where = cpu.CPU
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // position.local_size))
+        local_device = cpu.CPU
     dist.init_process_group(
         "nccl" if device == "cuda" else "gloo",
-        init_method=place.init_method,
-        rank=place.rank,
-        world_size=place.size,
+        init_method=position.init_method,
+        rank=position.rank,
+        world_size=position.size,
         timeout=TIMEOUT,
-        # No device_id: with one, torch makes every subgroup's communicator at once (hundreds of
-        # splits of the world), and all unbatched sends and receives of a pipeline group take turns
-        # on one communicator. Without, each pair of stages gets its own at its first transfer.
+        # No device_id: with one, torch creates all subgroups' communicators eagerly (hundreds of
+        # splits of the world), and all unbatched sends and receives of a pipeline group share one
+        # communicator in turn. Without it, each pair of stages gets its own at its first transfer.
     )
     if device == "cuda":
-        # torch asks for the device_id that is left out on purpose; the current device is right.
+        # torch warns that device_id is missing, which is intended; the current device is right.
         warnings.filterwarnings("ignore", r"barrier\(\): using the device under current context")
     try:
         if device == "cuda":
-            uuid = str(torch.cuda.get_device_properties(where).uuid)
-            claim_gpu(distributed_c10d._get_default_store(), rank=place.rank, uuid=uuid)
-        yield World(place.rank, place.size, place.local_rank, where, place.address, reports)
+            uuid = str(torch.cuda.get_device_properties(local_device).uuid)
+            claim_gpu(distributed_c10d._get_default_store(), rank=position.rank, uuid=uuid)
+        yield World(
+            position.rank,
+            position.size,
+            position.local_rank,
+            local_device,
+            position.address,
+            reports,
+        )
     finally:
         dist.destroy_process_group()
 
 
-def _take_gpu(place: Place) -> torch.device:
+def _select_gpu(position: RankPosition) -> torch.device:
     """Make this rank's GPU the current device, before a communicator or an allocation needs one."""
-    index = gpu_of(place.local_rank, gpus=torch.cuda.device_count())
+    index = gpu_of(position.local_rank, gpus=torch.cuda.device_count())
     torch.cuda.set_device(index)
-    if "OMP_NUM_THREADS" not in os.environ:  # ranks share the cores; host threads feed the GPU
+    if (
+        "OMP_NUM_THREADS" not in os.environ
+    ):  # ranks share the cores, and the host only launches kernels
         torch.set_num_threads(1)
     return torch.device("cuda", index)
 
@@ -181,15 +194,15 @@ def run_local_ranks(
 ) -> None:
     """Fork ``ranks`` processes on this machine, join them and run ``fn`` on each.
 
-    Forking shares the interpreter and everything imported so far, so ranks start in a second.
-    SIGTERM, SIGUSR1 and SIGUSR2 are passed on to the ranks; when this process is killed, they are.
+    Forking shares the interpreter and all imported modules, so ranks start within a second.
+    SIGTERM, SIGUSR1 and SIGUSR2 are forwarded to the ranks; if this process is killed, so are they.
 
     Raises:
-        UserError: What a rank raised, once however many ranks raised it.
-        Exception: The traceback of the first rank that failed otherwise; the others are ended.
+        UserError: The error that ranks raised, once even if several ranks raised it.
+        Exception: The traceback of the first rank that failed otherwise; the others are killed.
     """
     if device == "cpu":
-        cpu.install()  # once, here: the forked ranks inherit the imports
+        cpu.install()  # once, here, because forked ranks inherit the imports
     context = mp.get_context("fork")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -198,7 +211,7 @@ def run_local_ranks(
             for rank in range(ranks)
         ]
         try:
-            with _passing_on_signals(processes):
+            with _forwarded_signals(processes):
                 for process in processes:
                     process.start()
                 _wait(processes)
@@ -214,15 +227,15 @@ def run_local_ranks(
 
 
 @contextlib.contextmanager
-def _passing_on_signals(processes: Sequence[BaseProcess]) -> Iterator[None]:
-    """What is told to this process is told to the ranks."""
+def _forwarded_signals(processes: Sequence[BaseProcess]) -> Iterator[None]:
+    """Forward signals of this process to the ranks inside a ``with`` block."""
 
-    def pass_on(number: int, _: object) -> None:
+    def forward(number: int, _: object) -> None:
         for process in processes:
             if process.pid is not None and process.is_alive():
                 os.kill(process.pid, number)
 
-    before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
+    before = {number: signal.signal(number, forward) for number in FORWARDED_SIGNALS}
     try:
         yield
     finally:
@@ -231,7 +244,7 @@ def _passing_on_signals(processes: Sequence[BaseProcess]) -> Iterator[None]:
 
 
 def _wait(processes: Sequence[BaseProcess]) -> None:
-    """Until all have ended; when one has failed, the others have a while to notice."""
+    """Wait until all processes have ended; after a failure, for at most ``NOTICE_SECONDS``."""
     deadline = float("inf")
     while alive := [process for process in processes if process.is_alive()]:
         left = deadline - time.monotonic()
@@ -249,14 +262,14 @@ def _local_rank(
     device: Literal["cpu", "cuda"],
     folder: Path,
 ) -> None:
-    if sys.platform == "linux":  # a rank does not outlive the process that started it
+    if sys.platform == "linux":  # a rank must not outlive its parent
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    for number in PASSED_ON:  # until training listens; a rank that only starts may simply end
+    for number in FORWARDED_SIGNALS:  # training handles them later; until then a rank may just end
         signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, who ends us
-    place = Place(rank, ranks, rank, ranks, (folder / "rendezvous").as_uri())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends the ranks
+    position = RankPosition(rank, ranks, rank, ranks, (folder / "rendezvous").as_uri())
     try:
-        with joined(place, device, folder) as world:
+        with joined(position, device, folder) as world:
             fn(world)
     except UserError as error:
         _report(folder, rank, error)
@@ -271,30 +284,32 @@ def _report(folder: Path, rank: int, error: UserError) -> None:
 
 
 def _problem(folder: Path, exit_codes: list[int | None]) -> Exception | None:
-    """The error that says best what went wrong: a cause before what followed from it."""
+    """Return the error to raise, if any: causes take precedence over their consequences."""
     if not any(exit_codes):
         return None
     for kind in (errors.ConfigError, errors.CheckpointError, errors.DataError, errors.UserError):
-        if told := _messages(folder, kind.__name__):
-            return kind("\n".join(told))
+        if messages := _messages(folder, kind.__name__):
+            return kind("\n".join(messages))
     bugs = sorted(folder.glob("bug-*"))
     if bugs:
         return RuntimeError(f"rank {int(bugs[0].name[4:])} failed:\n\n{bugs[0].read_text()}")
-    killed = [_end(rank, code) for rank, code in enumerate(exit_codes) if code not in (0, 1)]
-    told = _messages(folder, "JobError")
-    return errors.JobError("\n".join([*told, *killed, AGAIN]))
+    killed = [
+        _exit_message(rank, code) for rank, code in enumerate(exit_codes) if code not in (0, 1)
+    ]
+    messages = _messages(folder, "JobError")
+    return errors.JobError("\n".join([*messages, *killed, RESUME_HINT]))
 
 
 def _messages(folder: Path, kind: str) -> list[str]:
-    """What ranks told in errors of this kind, each message once."""
+    """Return the messages of the ranks' errors of this kind, without duplicates."""
     return list(dict.fromkeys(p.read_text() for p in sorted(folder.glob(f"{kind}-*"))))
 
 
-def _end(rank: int, exit_code: int | None) -> str:
+def _exit_message(rank: int, exit_code: int | None) -> str:
     if exit_code == -signal.SIGKILL:
-        return f"rank {rank} was killed (SIGKILL): by hand, or by the system, out of memory"
+        return f"rank {rank} was killed (SIGKILL), by a user or by the out-of-memory killer"
     if exit_code is None:
-        return f"rank {rank} did not end and was killed"
+        return f"rank {rank} did not exit and was killed"
     if exit_code < 0:
-        return f"rank {rank} ended by {signal.Signals(-exit_code).name}"
-    return f"rank {rank} ended with exit code {exit_code}"
+        return f"rank {rank} was ended by {signal.Signals(-exit_code).name}"
+    return f"rank {rank} exited with code {exit_code}"

@@ -1,1 +1,1 @@
-"""What a run starts from."""
+"""Dense models that a run starts from."""

@@ -1,14 +1,14 @@
-"""A dense model that Megatron-Core trained, read as if it were a Hugging Face folder.
+"""Read a dense model that Megatron-Core trained as if it were a Hugging Face folder.
 
-``dense.path`` holds config.json and the tokenizer as ever, and instead of safetensors the files of
-a ``torch_dist`` checkpoint. Each Hugging Face tensor is some rows of one of its global tensors::
+``dense.path`` holds config.json and the tokenizer as usual, but the files of a ``torch_dist``
+checkpoint instead of safetensors. Each Hugging Face tensor consists of rows of a global tensor::
 
-    qkv   | q q k v | q q k v | ..      query groups in turn        k_proj = every 4th head
+    qkv   | q q k v | q q k v | ..      query groups, one by one   k_proj = every 4th head
     fc1   | gate ......... | up ....... |                           up_proj = the second half
 
-Rows are copied out of the mapped chunks (what one rank wrote each), so of the files only the rows
-that a rank takes are read. Those chunks of the last tensors stay mapped, because the experts of a
-layer take from the same.
+Rows are copied from memory-mapped chunks (a chunk is what one rank wrote), so only the rows that a
+rank needs are read from the files. The chunks of the last tensors stay mapped, because all experts
+of a layer read from the same tensors.
 """
 
 from __future__ import annotations
@@ -32,54 +32,55 @@ from megatron_moe.hf.spec import DenseSpec, read_spec
 
 INDEX = ".metadata"
 KEPT_TENSORS = 2
-"""Whose chunks stay mapped: fc1 and fc2 of one layer."""
+"""Number of tensors whose chunks stay memory-mapped: fc1 and fc2 of one layer."""
 
 
 def open_dense(folder: Path) -> DenseCheckpoint:
-    """The dense model in ``folder``: safetensors, or a distributed checkpoint of Megatron-Core.
+    """Open the dense model in ``folder``: safetensors, or Megatron-Core's distributed checkpoint.
 
     Raises:
-        CheckpointError: As `open_dense_checkpoint`, or both kinds in one folder.
+        CheckpointError: As in `open_dense_checkpoint`, or the folder holds both formats.
     """
     if not (folder / INDEX).exists():
         return open_dense_checkpoint(folder)
     if any((folder / file).exists() for file in (SINGLE_FILE, INDEX_FILE)):
         raise CheckpointError(
-            f"{folder} holds safetensors and a distributed checkpoint ({INDEX}): it must be one "
-            "model.\n  move one of them to a folder of its own, with config.json and the tokenizer"
+            f"{folder} must hold one model, but it holds safetensors and a distributed checkpoint "
+            f"({INDEX}).\n"
+            "  move one of them to its own folder, with config.json and the tokenizer"
         )
     spec, source = read_spec(folder), GlobalTensors(folder)
-    places = dict(_places(spec, source))
-    tensors = {name: place.info(folder / INDEX) for name, place in places.items()}
-    return DistributedDense(folder, spec, tensors, source=source, places=places)
+    locations = dict(_locations(spec, source))
+    tensors = {name: location.info(folder / INDEX) for name, location in locations.items()}
+    return DistributedDense(folder, spec, tensors, source=source, locations=locations)
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether there is anything that `open_dense` may open."""
+    """Return whether ``folder`` holds weights that `open_dense` may be able to open."""
     return any((folder / file).exists() for file in (INDEX, SINGLE_FILE, INDEX_FILE))
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
-    """Where the rows of a Hugging Face tensor lie in a global tensor."""
+class _Location:
+    """Location of the rows of a Hugging Face tensor in a global tensor."""
 
     key: str
     layer: int | None
-    """Index of the first axis, where the layers of the model are one tensor."""
+    """Index into the first axis, if all layers of the model are one tensor."""
     shape: tuple[int, ...]
     dtype: torch.dtype
     start: int = 0
-    """Row of the global tensor that holds row 0."""
+    """Row of the global tensor that corresponds to row 0."""
     run: int | None = None
-    """Rows that follow each other; None: all of them."""
+    """Number of consecutive rows per run; None if all rows are consecutive."""
     stride: int = 0
-    """From the start of one run to that of the next."""
+    """Rows from the start of one run to the start of the next."""
 
     def info(self, file: Path) -> TensorInfo:
         return TensorInfo(self.shape, self.dtype, file, 0)
 
     def rows(self, wanted: slice | Tensor) -> Tensor:
-        """Rows of the global tensor."""
+        """Convert rows of the Hugging Face tensor to rows of the global tensor."""
         if isinstance(wanted, slice):
             wanted = torch.arange(wanted.start, wanted.stop)
         if self.run is None:
@@ -89,16 +90,16 @@ class _Place:
 
 @dataclass(slots=True, kw_only=True)
 class DistributedDense(DenseCheckpoint):
-    """A dense checkpoint whose slices come out of the chunks of global tensors."""
+    """A dense checkpoint that reads slices from the chunks of global tensors."""
 
     source: GlobalTensors
-    places: Mapping[str, _Place]
+    locations: Mapping[str, _Location]
     _kept: dict[tuple[str, int | None], dict[tuple[int, ...], MappedTensor]] = field(
         default_factory=dict, init=False
     )
 
     def fingerprint(self) -> str:
-        """A hash that tells dense models apart: their tensors and the first bytes of each file."""
+        """Return a hash that identifies the model: its tensors and the first bytes of each file."""
         digest = hashlib.sha256()
         for name, info in sorted(self.tensors.items()):
             digest.update(f"{name} {info.dtype} {info.shape}".encode())
@@ -112,95 +113,98 @@ class DistributedDense(DenseCheckpoint):
             self._copy_one(name, selection, into)
 
     def _copy_one(self, name: str, selection: Selected, into: Tensor) -> None:
-        place = self.places[name]
-        rows_R, filled = place.rows(selection.rows), 0
-        for chunk in self.source.chunks(place.key, index=place.layer):
+        location = self.locations[name]
+        rows_R, filled = location.rows(selection.rows), 0
+        for chunk in self.source.chunks(location.key, index=location.layer):
             first, size = (chunk.offsets, chunk.sizes)
-            skip = 0 if place.layer is None else 1
+            skip = 0 if location.layer is None else 1
             here_R = (rows_R >= first[skip]) & (rows_R < first[skip] + size[skip])
             if not here_R.any():
                 continue
-            whole = len(first) == skip + 1 or size[skip + 1] == self._width(place)
+            whole = len(first) == skip + 1 or size[skip + 1] == self._width(location)
             target = here_R.nonzero()[:, 0]
             if whole:
-                values = self._chunk(place, chunk).rows(rows_R[here_R] - first[skip])
+                values = self._chunk(location, chunk).rows(rows_R[here_R] - first[skip])
                 values = values if selection.columns is None else values[:, selection.columns]
                 into.index_copy_(0, target.to(into.device), values.to(into.device, into.dtype))
                 filled += values.numel()
                 continue
-            columns_C = _listed(selection.columns, self._width(place))
+            columns_C = _column_indices(selection.columns, self._width(location))
             left, right = first[skip + 1], first[skip + 1] + size[skip + 1]
             here_C = (columns_C >= left) & (columns_C < right)
             if here_C.any():
-                values = self._chunk(place, chunk).rows(rows_R[here_R] - first[skip])
+                values = self._chunk(location, chunk).rows(rows_R[here_R] - first[skip])
                 values = values[:, columns_C[here_C] - left].to(into.device, into.dtype)
                 at_C = here_C.nonzero()[:, 0]
                 into[target.to(into.device)[:, None], at_C.to(into.device)] = values
                 filled += values.numel()
         if filled != into.numel():
             raise CheckpointError(
-                f"{place.key} in {self.folder} has {filled} of {into.numel()} numbers of {name}"
+                f"{location.key} in {self.folder} has only {filled} of "
+                f"{into.numel()} elements of {name}"
             )
         if not into.isfinite().all():
             raise CheckpointError(
-                f"{name} must be finite, but {place.key} in {self.folder} holds NaN or infinite "
+                f"{name} must be finite, but {location.key} in {self.folder} holds NaN or infinite "
                 "values"
             )
-        self.bytes_read += into.numel() * place.dtype.itemsize
+        self.bytes_read += into.numel() * location.dtype.itemsize
 
-    def _width(self, place: _Place) -> int:
-        return place.shape[1] if len(place.shape) == 2 else 1
+    def _width(self, location: _Location) -> int:
+        return location.shape[1] if len(location.shape) == 2 else 1
 
-    def _chunk(self, place: _Place, chunk: ChunkStorageMetadata) -> MappedTensor:
-        """The chunk's numbers, of the one layer that is asked for."""
-        tensor = (place.key, place.layer)
+    def _chunk(self, location: _Location, chunk: ChunkStorageMetadata) -> MappedTensor:
+        """Map a chunk, or only the part of it that belongs to this layer, and keep it mapped."""
+        tensor = (location.key, location.layer)
         if tensor not in self._kept:
             while len(self._kept) >= KEPT_TENSORS:
                 del self._kept[next(iter(self._kept))]
             self._kept[tensor] = {}
         kept, offsets = self._kept[tensor], tuple(chunk.offsets)
         if offsets not in kept:
-            values = self.source.mapped(place.key, chunk)
-            kept[offsets] = values if place.layer is None else values.at(place.layer - offsets[0])
+            values = self.source.mapped(location.key, chunk)
+            kept[offsets] = (
+                values if location.layer is None else values.at(location.layer - offsets[0])
+            )
         return kept[offsets]
 
 
-def _listed(columns: slice | Tensor | None, width: int) -> Tensor:
+def _column_indices(columns: slice | Tensor | None, width: int) -> Tensor:
     if columns is None:
         return torch.arange(width)
     return torch.arange(width)[columns] if isinstance(columns, slice) else columns
 
 
-def _places(spec: DenseSpec, source: GlobalTensors) -> list[tuple[str, _Place]]:
-    """Every Hugging Face tensor that the checkpoint holds, by name."""
-    found, problems = [], []
+def _locations(spec: DenseSpec, source: GlobalTensors) -> list[tuple[str, _Location]]:
+    """Return the location of every Hugging Face tensor in the checkpoint, with its name."""
+    locations, problems = [], []
     for row in ROWS:
         if row.role in MOE_ROLES or not has_row(row.role, spec):
             continue
         for layer in range(spec.num_layers) if "{layer}" in row.hf[0] else (None,):
             located = _locate(row, layer, source)
             if located is None:
-                continue  # check_tensors tells what is missing
+                continue  # check_tensors reports missing tensors
             key, index = located
             size, dtype = source.shape_and_dtype(key)
             size = size if index is None else size[1:]
             if not _fits(row, size, spec):
                 expected = _fused_shape(row, spec)
-                problems.append(f"    {key} is {size}, but config.json promises {expected}")
+                problems.append(f"    {key} has shape {size}, but config.json requires {expected}")
                 continue
             for part, template in enumerate(row.hf):
-                place = _part(row, part, spec, _Place(key, index, (), dtype))
-                found.append((template.format(layer=layer), place))
+                location = _part(row, part, spec, _Location(key, index, (), dtype))
+                locations.append((template.format(layer=layer), location))
     if problems:
         raise CheckpointError(
-            f"{source.folder} does not hold the tensors that its config.json promises.\n"
+            f"{source.folder} must hold the tensors that its config.json describes.\n"
             + "\n".join(problems)
         )
-    return found
+    return locations
 
 
 def _locate(row: Row, layer: int | None, source: GlobalTensors) -> tuple[str, int | None] | None:
-    """Global tensor of a row, and the index of its layer where all layers are one tensor."""
+    """Return the key of a row's global tensor, and the layer index if all layers are one tensor."""
     for template in row.megatron:
         if (key := template.format(layer=layer)) in source:
             return key, None
@@ -222,8 +226,8 @@ def _fits(row: Row, size: tuple[int, ...], spec: DenseSpec) -> bool:
     return size == expected
 
 
-def _part(row: Row, part: int, spec: DenseSpec, whole: _Place) -> _Place:
-    """The rows of part ``part`` of a fused tensor."""
+def _part(row: Row, part: int, spec: DenseSpec, whole: _Location) -> _Location:
+    """Return the location of part ``part`` of a fused tensor."""
     shapes = dense_shapes(row.role, spec)
     shape = shapes[part]
     if row.sharding is Sharding.QKV:
@@ -231,4 +235,4 @@ def _part(row: Row, part: int, spec: DenseSpec, whole: _Place) -> _Place:
         start, run, stride = sum(runs[:part]), runs[part], sum(runs)
     else:
         start, run, stride = sum(s[0] for s in shapes[:part]), None, 0
-    return _Place(whole.key, whole.layer, shape, whole.dtype, start, run, stride)
+    return _Location(whole.key, whole.layer, shape, whole.dtype, start, run, stride)

@@ -1,1 +1,1 @@
-"""Training: one step, its numbers, and the loop with its hooks."""
+"""Training: one step, its metrics, and the loop with its hooks."""

@@ -1,4 +1,4 @@
-"""Collect garbage at chosen steps, the same on every rank, and not in the middle of one."""
+"""Run Python's garbage collector at fixed steps, at the same time on every rank."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ import gc
 from collections.abc import Iterator
 
 INTERVAL = 50
-"""Steps between collections. Python's own collector runs whenever a rank has made enough objects,
-on another rank at another moment, and the others wait for it each time. A collection of what steps
-leave takes milliseconds, and they leave no tensors (a test looks), so a rarer one would gain
-nothing and a more frequent one would only cost."""
+"""Steps between collections. Python's automatic collector runs whenever a rank has allocated enough
+objects, so at a different time on each rank, and the other ranks wait each time. Collecting the
+garbage of these steps takes milliseconds, and it holds no tensors (a test checks this), so a longer
+interval would gain nothing and a shorter one would only cost time."""
 
 
 @contextlib.contextmanager
-def collected_by_hand() -> Iterator[None]:
-    """Switch Python's collector off for the length of a ``with`` block.
+def manual_collection() -> Iterator[None]:
+    """Disable Python's automatic garbage collector inside a ``with`` block.
 
-    What lives when the block begins (modules, the model) is left out of collections in it.
+    Objects that exist when the block begins (modules, the model) are frozen: collections inside the
+    block skip them.
     """
     was_enabled = gc.isenabled()
     gc.collect()

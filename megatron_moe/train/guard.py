@@ -1,7 +1,7 @@
-"""What a run survives: signals, steps whose numbers are not finite, loss spikes.
+"""Handle signals, steps with non-finite numbers and loss spikes.
 
-What ranks decide here they decide alike: a signal that reached any rank counts for all of them at
-the next step boundary, and losses and gradient norms are the same numbers everywhere.
+All ranks reach the same decision: a signal that any rank received takes effect on all of them at
+the next step boundary, and losses and gradient norms are the same numbers on every rank.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from megatron_moe.train.verdict import STAGES
 from megatron_moe.train.watch import Watch
 
 SPIKE_WINDOW = 16
-"""Steps whose mean loss a spike is measured against; no spike is seen before there are as many."""
+"""Number of previous steps whose mean loss is the baseline; before that, no spike is detected."""
 
-Fate = Literal["keep", "skip", "roll back"]
-"""What becomes of a step: its update is made, or is not, or those before it are undone too."""
+Decision = Literal["keep", "skip", "roll back"]
+"""Action for a step: apply its update, skip the update, or also undo the steps before it."""
 
 
 class Signals:
-    """Notes SIGTERM, SIGUSR1 and SIGUSR2 instead of dying of them, while ``with`` is open."""
+    """Record SIGTERM, SIGUSR1 and SIGUSR2 instead of exiting, inside a ``with`` block."""
 
     STOP = (signal.SIGTERM, signal.SIGUSR1)
     REPORT = signal.SIGUSR2
 
     def __init__(self) -> None:
         self.stop: str | None = None
-        """Name of the signal that asked this rank to save and end."""
+        """Name of the signal that asked this rank to save and stop."""
         self.report = False
-        """Whether this rank was asked how long its stages take."""
+        """Whether a signal asked this rank for a table of stage times."""
 
     def __enter__(self) -> Self:
         self._before = {
@@ -64,14 +64,14 @@ class Signals:
             self.stop = signal.Signals(number).name
 
     def agree(self) -> tuple[bool, bool]:
-        """Whether any rank was asked to stop, and whether any was asked for a report."""
+        """Return whether any rank was asked to stop, and whether any was asked for a report."""
         stop, report = any_rank(self.stop is not None, self.report)
         self.report = False
         return stop, report
 
 
-class Judge:
-    """Decides over each step by its loss and gradient norm, before the weights are changed."""
+class StepGuard:
+    """Decide about each step from its loss and gradient norm, before the weights change."""
 
     def __init__(self, config: GuardConfig) -> None:
         self._config = config
@@ -79,11 +79,11 @@ class Judge:
         self._roll_backs = 0
         self._losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
 
-    def __call__(self, *, step: int, loss: float, grad_norm: float) -> Fate:
-        """What becomes of the step.
+    def __call__(self, *, step: int, loss: float, grad_norm: float) -> Decision:
+        """Return whether to keep the step, skip it or roll back.
 
         Raises:
-            JobError: Too many steps in a row were skipped, or the loss spikes again and again.
+            JobError: Too many consecutive steps were skipped, or the loss keeps spiking.
         """
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self._skipped.append(step)
@@ -95,9 +95,9 @@ class Judge:
             self._roll_backs += 1
             if self._roll_backs > self._config.max_skipped_steps:
                 raise JobError(
-                    f"the loss of step {step} ({loss:.4f}) spikes again after "
-                    f"{self._roll_backs - 1} roll-backs: other batches do not help.\n"
-                    "  lower optimizer.lr, or look at the data"
+                    f"the loss of step {step} ({loss:.4f}) spiked again after "
+                    f"{self._roll_backs - 1} roll-backs: skipping batches does not help.\n"
+                    "  lower optimizer.lr, or check the data"
                 )
             self._losses.clear()
             return "roll back"
@@ -113,45 +113,46 @@ class Judge:
 
 def _not_finite(steps: list[int], loss: float, grad_norm: float) -> str:
     return (
-        f"{len(steps)} steps in a row ({steps[0]} to {steps[-1]}) had no finite loss or gradient; "
-        f"the last: loss {loss}, gradient norm {grad_norm}. The weights are those before step "
-        f"{steps[0]}; guard.max_skipped_steps ({len(steps) - 1}) is how many are skipped.\n"
-        "  look at the data of these steps, lower optimizer.lr, or go back to an older checkpoint "
-        "by its name in checkpoints/latest"
+        f"{len(steps)} consecutive steps ({steps[0]} to {steps[-1]}) had a non-finite loss or "
+        f"gradient; guard.max_skipped_steps ({len(steps) - 1}) limits how many are skipped. Last "
+        f"step: loss {loss}, gradient norm {grad_norm}. The weights are those before step "
+        f"{steps[0]}.\n"
+        "  check the data of these steps, lower optimizer.lr, or write the name of an older "
+        "checkpoint into checkpoints/latest to resume from it"
     )
 
 
 def stage_table(seconds: dict[str, float], cpu_seconds: float) -> str:
-    """Seconds of every rank in each stage of the last step, one line a rank; all ranks call it.
+    """Return a table of each rank's seconds in each stage of the last step, one line per rank.
 
-    Seconds are the device's: of the wall clock on CPU, between events of the stream on CUDA
-    (runtime/wait.py). A rank that waits for others spends wall time and no CPU time, so on CPU the
-    straggler is the rank with the most CPU seconds, which the last line names. On CUDA that line
-    names the rank whose host works most, and says nothing about its GPU.
+    All ranks must call it. On CPU the seconds are wall time; on CUDA they are the time between
+    events of the stream (runtime/wait.py). A rank that waits for others spends wall time but no CPU
+    time, so on CPU the straggler is the rank with the most CPU seconds, which the last line names.
+    On CUDA that line names the rank with the busiest host, and says nothing about its GPU.
     """
-    mine: dict[str, Any] = {"host": socket.gethostname(), "cpu": cpu_seconds, **seconds}
-    every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, mine)
-    stages = [stage for stage in STAGES if any(stage in one for one in every)]
+    own: dict[str, Any] = {"host": socket.gethostname(), "cpu": cpu_seconds, **seconds}
+    all_ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(all_ranks, own)
+    stages = [stage for stage in STAGES if any(stage in row for row in all_ranks)]
     lines = ["  ".join([f"{'rank':>5}", *(f"{name:>9}" for name in [*stages, "CPU"]), "host"])]
-    for rank, one in enumerate(every):
-        numbers = [one.get(stage, 0.0) for stage in stages] + [one["cpu"]]
-        lines.append("  ".join([f"{rank:>5}", *(f"{n:>9.3f}" for n in numbers), one["host"]]))
-    busiest = max(range(len(every)), key=lambda rank: every[rank]["cpu"])
+    for rank, row in enumerate(all_ranks):
+        numbers = [row.get(stage, 0.0) for stage in stages] + [row["cpu"]]
+        lines.append("  ".join([f"{rank:>5}", *(f"{n:>9.3f}" for n in numbers), row["host"]]))
+    busiest = max(range(len(all_ranks)), key=lambda rank: all_ranks[rank]["cpu"])
     return "\n".join([*lines, f"most CPU seconds: rank {busiest}"])
 
 
 class Boundary:
-    """What is asked of a run from outside, looked at between two steps."""
+    """Check between two steps for requests from outside the run."""
 
     def __init__(self, signals: Signals, watch: Watch, say: Callable[[str], None]) -> None:
         self._signals, self._watch, self._say = signals, watch, say
         self._cpu_start = time.process_time()
         self.stopped = False
-        """Whether the step just taken is the last of this process."""
+        """Whether this process stops after the step just taken."""
 
     def stopping(self) -> bool:
-        """Whether any rank was told to save and end; and, where asked, a table of the last step."""
+        """Return whether any rank was asked to stop; log the stage times if requested."""
         self.stopped, report = self._signals.agree()
         if report:
             self._say(stage_table(self._watch.seconds(), time.process_time() - self._cpu_start))

@@ -1,7 +1,7 @@
-"""One job a run folder: a lock that its owner's death releases.
+"""Allow one job per run folder, with a lock that is released when its owner exits.
 
-The lock is the system's (flock), held by rank 0's process. It ends with that process, however it
-ends, so a dead job leaves nothing that must be removed; the file's text only says who to ask.
+Rank 0's process holds a system lock (flock). The system releases it when that process ends, however
+it ends, so a dead job leaves nothing to clean up. The text in the file only identifies the owner.
 """
 
 from __future__ import annotations
@@ -24,45 +24,45 @@ from megatron_moe.runtime.environment import user_name
 
 @contextlib.contextmanager
 def only_job(run_dir: Path) -> Iterator[None]:
-    """Hold the run folder for this job; all ranks enter together.
+    """Lock the run folder for this job; all ranks must enter together.
 
     Raises:
-        ConfigError: On every rank, when another job holds it; the owner is named.
+        ConfigError: On every rank, if another job holds the lock; the message names the owner.
     """
-    told: list[str | None] = [None]
+    problem: list[str | None] = [None]
     with contextlib.ExitStack() as stack:
         if dist.get_rank() == 0:
-            told = [_take(stack.enter_context((run_dir / "lock").open("a+")), run_dir)]
-        dist.broadcast_object_list(told, src=0)
-        if told[0] is not None:
-            raise ConfigError(told[0])
+            problem = [_lock(stack.enter_context((run_dir / "lock").open("a+")), run_dir)]
+        dist.broadcast_object_list(problem, src=0)
+        if problem[0] is not None:
+            raise ConfigError(problem[0])
         yield
 
 
-def _take(file: TextIO, run_dir: Path) -> str | None:
-    """Lock the file and write who we are, or say whose it is."""
+def _lock(file: TextIO, run_dir: Path) -> str | None:
+    """Lock the file and write this job's identity into it; return the problem if that fails."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
         return (
-            f"run.dir ({run_dir}) belongs to a job that is running, {_owner(file.read())}: two "
-            "jobs would overwrite each other's checkpoints.\n"
-            "  end that job, wait for it, or set another run.dir"
+            f"run.dir ({run_dir}) is in use by a running job, {_owner(file.read())}: two jobs "
+            "would overwrite each other's checkpoints.\n"
+            "  stop that job, wait for it to end, or set another run.dir"
         )
     except OSError as error:
         return (
-            f"run.dir ({run_dir}) lies on a file system that gives no lock ({error}), so two jobs "
-            "could overwrite each other's checkpoints unnoticed.\n"
+            f"run.dir ({run_dir}) must be on a file system that supports locks ({error}): without "
+            "one, two jobs could overwrite each other's checkpoints.\n"
             "  set a run.dir on a file system with flock (on Lustre: mounted with -o flock)"
         )
     file.truncate(0)
-    file.write(json.dumps(_me()) + "\n")
+    file.write(json.dumps(_identity()) + "\n")
     file.flush()
     return None
 
 
-def _me() -> dict[str, str | int | None]:
+def _identity() -> dict[str, str | int | None]:
     return {
         "process": os.getpid(),
         "host": socket.gethostname(),
@@ -81,4 +81,4 @@ def _owner(text: str) -> str:
             f"since {owner['since']}"
         )
     except (ValueError, KeyError):
-        return "which has not said yet who it is"
+        return "which has not identified itself yet"

@@ -1,4 +1,4 @@
-"""The training loop: steps, and what happens between them, in the order it happens."""
+"""The training loop: take steps and run the hooks between them, in order."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Numbers = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Hook:
-    """Something done after a step: every ``interval`` steps and after the last one."""
+    """A function to run every ``interval`` steps and after the last step."""
 
     interval: int
     run: Callable[[Numbers], None]
     when_stopped: bool = True
-    """Whether the step after which the run was told to stop counts as the last."""
+    """Whether a step after which the run is asked to stop counts as the last one."""
 
 
 def run_loop(
@@ -34,19 +34,19 @@ def run_loop(
     keeps: Callable[[StepResult], bool],
     stopping: Callable[[], bool],
 ) -> None:
-    """Take steps until ``steps`` are taken, or the run is told to stop.
+    """Take steps until ``steps`` are done or the run is asked to stop.
 
     Args:
-        state: Where training is; ``take_step`` advances it.
-        steps: Steps of the whole run, those before a resume included.
-        take_step: One optimizer step.
-        wait: Returns once the device has done that step. Without it, the time of the update would
-            belong to no step: on CUDA the call returns while kernels still run. It adds no wait of
-            its own, since the numbers that follow are read from the device anyway.
-        describe: The step's numbers, from its result and its seconds.
-        hooks: Called in this order with the step's numbers, to which they may add.
-        keeps: Whether the step happened; where it says no, it has set ``state`` back.
-        stopping: Asked after every step: whether it was the last one of this process.
+        state: Training state; ``take_step`` advances it.
+        steps: Steps of the whole run, including those before a resume.
+        take_step: Takes one optimizer step.
+        wait: Returns when the device has finished the step. Without it, the time of the update
+            would be counted for no step: on CUDA ``take_step`` returns while kernels still run. It
+            adds no extra wait, because the step's numbers are then read from the device anyway.
+        describe: Returns the step's numbers, given its result and its seconds.
+        hooks: Called in this order with the step's numbers; they may add to them.
+        keeps: Returns whether the step counts; if not, it has already restored ``state``.
+        stopping: Called after every step; returns whether this process stops after it.
     """
     stopped = False
     while state.step < steps and not stopped:

@@ -1,4 +1,4 @@
-"""Every number that leaves a run: its name, unit and reduction, here and nowhere else.
+"""Define every metric of a run: its name, unit and reduction.
 
 ========================================  ========================================================
 loss/lm                                   nats per token over the global batch
@@ -6,29 +6,29 @@ loss/load_balancing                       before its coefficient, mean of MoE la
                                           0 with cv_squared
 loss/router_z                             before its coefficient, mean of MoE layers and tokens
 loss/validation                           nats per token over held-out text, mean of domains
-loss/validation/DOMAIN                    the same of each domain, where there are several
-perplexity/validation                     exp of it; of each domain, where there are several
-bits_per_byte/validation                  bits per byte of held-out text, where there is a
-                                          tokenizer; of each domain, where there are several
-mixing/weight/DOMAIN                      share of the samples to come
+loss/validation/DOMAIN                    the same for each domain, if there are several
+perplexity/validation                     exp of it; for each domain if there are several
+bits_per_byte/validation                  bits per byte of held-out text, if there is a
+                                          tokenizer; for each domain if there are several
+mixing/weight/DOMAIN                      share of the future samples
 mixing/share/DOMAIN                       share of the samples so far
-mixing/epochs/DOMAIN                      how often its text has been read so far
+mixing/epochs/DOMAIN                      number of times its text has been read
 grad_norm                                 before clipping, over all parameters
-skipped                                   1 where the step changed no weights, else 0
-learning_rate                             of the step just taken
+skipped                                   1 if the step changed no weights, else 0
+learning_rate                             learning rate of this step
 router/load_imbalance                     busiest expert's tokens / mean, mean of MoE layers
 router/entropy                            nats, of the softmax over all experts, mean of tokens
 router/drop_rate                          choices dropped by capacity / all choices
-router/*_by_layer                         each of these three as a list over MoE layers
-router/load_by_expert                     an expert's tokens / mean, a list over experts in one over
-                                          MoE layers; about a hundred times in a run
+router/*_by_layer                         each of these three, as a list over MoE layers
+router/load_by_expert                     an expert's tokens / mean, a list over MoE layers of lists
+                                          over experts; about a hundred times per run
 throughput/tokens_per_second_per_gpu      tokens of the global batch / seconds / ranks
 throughput/tflops_per_gpu                 model FLOPs (planner/flops.py: full attention, no padding)
-throughput/mfu                            the same / the peak that the log names at start
+throughput/mfu                            the same / the peak that the log states at start
 memory/peak_gib                           maximum over ranks; resident memory on CPU
-time/step_seconds                         wall time of the step, the slowest rank's
-time/data_seconds                         of it, waiting for data, the slowest rank's
-tokens/seen                               since the run began
+time/step_seconds                         wall time of the step on the slowest rank
+time/data_seconds                         of which waiting for data, on the slowest rank
+tokens/seen                               tokens since the start of the run
 ========================================  ========================================================
 """
 
@@ -53,7 +53,7 @@ from megatron_moe.train.step import StepResult
 
 GIB = 2**30
 EXPERT_LOAD_RECORDS = 100
-"""About how often a run tells the load of every expert, which is long."""
+"""Approximate number of steps that record the load of every expert, which is a long list."""
 Numbers = dict[str, Any]
 
 
@@ -69,7 +69,7 @@ def step_numbers(
     peak_flops: float,
     config: RunConfig,
 ) -> Numbers:
-    """The line of metrics.jsonl of one step; the same on every rank."""
+    """Return one step's line of metrics.jsonl; it is the same on every rank."""
     slowest, waited, most_bytes = _max_over_ranks(seconds, data_seconds, peak_bytes())
     ranks = dist.get_world_size()
     sequences = config.train.global_batch_size
@@ -83,7 +83,7 @@ def step_numbers(
         "loss/load_balancing": result.load_balancing_loss,
         **({"loss/router_z": result.router_z_loss} if config.moe.moe_z_loss_coeff else {}),
         "grad_norm": result.grad_norm,
-        "skipped": float(result.fate != "keep"),
+        "skipped": float(result.decision != "keep"),
         "learning_rate": learning_rate,
         "router/load_imbalance": float(imbalance_L.mean()),
         "router/entropy": float(result.entropy_L.mean()),
@@ -103,9 +103,10 @@ def step_numbers(
 
 
 def expert_loads(chosen_LE: Tensor, step: int, *, steps: int) -> Numbers:
-    """Load of every expert over the mean, in the first step, the last, and a hundred between.
+    """Return each expert's load over the mean, at the first, the last and about a hundred steps.
 
-    32 layers of 128 experts are 25 kB, too much for each of 100,000 steps.
+    Return an empty dict at all other steps: for 32 layers of 128 experts the list takes 25 kB, too
+    much for each of 100,000 steps.
     """
     if step not in (1, steps) and step % max(1, steps // EXPERT_LOAD_RECORDS):
         return {}
@@ -114,7 +115,7 @@ def expert_loads(chosen_LE: Tensor, step: int, *, steps: int) -> Numbers:
 
 
 def mixture_numbers(blend: BlendState, num_chunks: Mapping[str, int]) -> Numbers:
-    """Weights and consumption of each domain; nothing where there is only one."""
+    """Return the weight and consumption of each domain; empty if there is only one domain."""
     numbers: Numbers = {}
     if len(blend.domains) > 1:
         for name, weight, consumed in zip(
@@ -129,12 +130,12 @@ def mixture_numbers(blend: BlendState, num_chunks: Mapping[str, int]) -> Numbers
 def held_out_numbers(
     losses: Mapping[str, float], sizes: Mapping[str, HeldOut], *, several: bool
 ) -> Numbers:
-    """What follows from the losses on held-out text; where there are several, domain by domain."""
+    """Return the metrics derived from held-out losses, per domain if there are ``several``."""
     numbers: Numbers = {}
     for domain, loss in losses.items():
-        place = f"validation/{domain}" if several else "validation"
+        suffix = f"validation/{domain}" if several else "validation"
         figures = sizes[domain].figures(loss)
-        numbers |= {f"{name}/{place}": figures[name] for name in ("perplexity", "bits_per_byte")}
+        numbers |= {f"{name}/{suffix}": figures[name] for name in ("perplexity", "bits_per_byte")}
     return {name: value for name, value in numbers.items() if value is not None}
 
 
@@ -150,10 +151,10 @@ def _rounded(values_L: Tensor) -> list[float]:
 
 
 class MetricsWriter:
-    """Appends to metrics.jsonl and, where asked for, to TensorBoard and Weights & Biases.
+    """Append to metrics.jsonl and, if configured, to TensorBoard and Weights & Biases.
 
-    Open it on one rank. A run that resumes drops the lines of steps it will take again; one that
-    starts anew (``resumed_step=0``) drops them all, for it writes the line of step 0 again too.
+    Create it on one rank only. A resumed run drops the lines of steps that it will take again; a
+    new run (``resumed_step=0``) drops all lines, because it writes the line of step 0 again too.
     """
 
     def __init__(self, config: RunConfig, *, resumed_step: int) -> None:
@@ -176,13 +177,13 @@ class MetricsWriter:
                 resume="allow",
             )
 
-    def go_back(self, step: int) -> None:
-        """Drop the lines after ``step``: these steps are taken again."""
+    def roll_back(self, step: int) -> None:
+        """Drop the lines after ``step``, because these steps are taken again."""
         self._file.close()
         self._file = _reopen(self._path, step)
 
     def write(self, numbers: Mapping[str, Any]) -> None:
-        """One object; it is on disk when this returns."""
+        """Write one line and flush it to the file before returning."""
         self._file.write(json.dumps(_finite(numbers), allow_nan=False) + "\n")
         self._file.flush()
         step = numbers["step"]
@@ -194,7 +195,7 @@ class MetricsWriter:
             self._wandb.log(scalars, step=step)
 
     def close(self) -> None:
-        """Flush everything."""
+        """Flush and close all outputs."""
         self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
@@ -203,7 +204,7 @@ class MetricsWriter:
 
 
 def _finite(numbers: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN and no infinity: null stands for them."""
+    """Replace NaN and infinity by None (null), because JSON has neither."""
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in numbers.items()
@@ -221,7 +222,7 @@ def _reopen(path: Path, resumed_step: int) -> TextIO:
 
 
 def _step_of(line: str) -> float:
-    """The step of a line; a line cut short by a crash belongs to no step and goes."""
+    """Return the step of a line, or infinity if a crash cut it short, so that it is dropped."""
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError):

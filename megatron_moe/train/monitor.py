@@ -1,9 +1,9 @@
-"""Rank 0's thread that hears of every rank, and tells all the others when one is lost.
+"""Monitor all ranks from a thread of rank 0, and notify the others when one is lost.
 
-Every rank keeps one connection open and sends lines of JSON: where it is, at least once a second;
-``failed``, when it raised; ``bye``, when it is done. A connection that ends without ``bye`` is a
-process that ended: the system closes it the moment a rank is killed, so nothing waits for a
-timeout. What remains for timeouts are ranks that stand still and machines that vanish.
+Every rank keeps one connection open and sends lines of JSON: its stage and step at least once a
+second, ``failed`` when it raised, and ``bye`` when it is done. A connection that closes without
+``bye`` means that the process ended: the system closes the connection as soon as a rank is killed,
+so no timeout is needed. Timeouts are only for ranks that hang and machines that disappear.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ TICK_SECONDS = 1.0
 
 @dataclass(slots=True)
 class _Rank:
-    """The monitor's end of one rank's connection."""
+    """Last report of one rank, and when it arrived."""
 
     report: Report
-    heard: float
+    received_at: float
 
 
 class Monitor:
-    """Listens from when it is made until ``close``.
+    """Listen to all ranks from construction until ``close``.
 
     Args:
         server: A listening socket.
-        token: What a connection must begin with; others are not of this job.
-        hang_seconds: How long no rank may get on, or one say nothing.
+        token: Token that the first message must contain; connections without it are closed.
+        hang_seconds: Upper bound for the time in which no rank makes progress, or one is silent.
     """
 
     def __init__(self, server: socket.socket, *, token: str, hang_seconds: float) -> None:
@@ -51,7 +51,7 @@ class Monitor:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop listening; ranks that still listen are told that this is no failure."""
+        """Stop listening, and notify ranks that still listen that this is not a failure."""
         self._closing.set()
         self._thread.join()
 
@@ -66,7 +66,7 @@ class Monitor:
                     self._read(connection)
             if time.monotonic() >= next_tick:
                 next_tick = time.monotonic() + TICK_SECONDS
-                self._judge()
+                self._check()
         self._send({"bye": True})
         for connection in [self._server, *self._unread]:
             connection.close()
@@ -85,30 +85,30 @@ class Monitor:
         if not received:
             lost = self._drop(connection)
             if lost is not None:
-                self._tell(died(lost.report))
+                self._send_verdict(died(lost.report))
             return
         *lines, self._unread[connection] = (self._unread[connection] + received).split(b"\n")
         for line in lines:
-            self._hear(connection, json.loads(line))
+            self._handle(connection, json.loads(line))
 
-    def _hear(self, connection: socket.socket, said: dict[str, Any]) -> None:
+    def _handle(self, connection: socket.socket, message: dict[str, Any]) -> None:
         if connection not in self._unread:
             return
-        stranger = connection not in self._ranks and said.pop("token", None) != self._token
-        if stranger or "bye" in said:
+        stranger = connection not in self._ranks and message.pop("token", None) != self._token
+        if stranger or "bye" in message:
             self._drop(connection)
-        elif "failed" in said:
+        elif "failed" in message:
             lost = self._drop(connection)
             if lost is not None:
-                self._tell(failed(lost.report, said["failed"]))
+                self._send_verdict(failed(lost.report, message["failed"]))
         else:
-            now, report = time.monotonic(), Report(**said)
+            now, report = time.monotonic(), Report(**message)
             known = self._ranks.get(connection)
             if known is None or report.moves != known.report.moves:
                 self._moved = now
             self._ranks[connection] = _Rank(report, now)
-            if report.rank == 0:  # so that the others know where it was, should it be lost
-                self._send({"rank_0": said})
+            if report.rank == 0:  # so that the others know its last stage if it is lost
+                self._send({"rank_0": message})
 
     def _drop(self, connection: socket.socket) -> _Rank | None:
         self._selector.unregister(connection)
@@ -116,19 +116,19 @@ class Monitor:
         connection.close()
         return self._ranks.pop(connection, None)
 
-    def _judge(self) -> None:
+    def _check(self) -> None:
         now = time.monotonic()
-        quiet = [rank for rank in self._ranks.values() if now - rank.heard > self._limit]
+        quiet = [rank for rank in self._ranks.values() if now - rank.received_at > self._limit]
         if quiet:
-            self._tell(silent(quiet[0].report, self._limit))
+            self._send_verdict(silent(quiet[0].report, self._limit))
         elif self._ranks and now - self._moved > self._limit:
             reports = {rank.report.rank: rank.report for rank in self._ranks.values()}
-            self._tell(hung(reports, self._limit))
+            self._send_verdict(hung(reports, self._limit))
 
-    def _tell(self, verdict: str) -> None:
+    def _send_verdict(self, verdict: str) -> None:
         self._send({"verdict": verdict})
 
     def _send(self, message: dict[str, Any]) -> None:
         for connection in self._unread:
-            with contextlib.suppress(OSError):  # a rank that is gone is noticed by its silence
+            with contextlib.suppress(OSError):  # a lost rank is detected by its silence
                 connection.sendall(json.dumps(message).encode() + b"\n")

@@ -1,4 +1,4 @@
-"""The dense matrix-product peak that MFU divides by: a data sheet's on a GPU, measured on a CPU."""
+"""Peak of dense matrix products, the denominator of MFU: from data sheets, or measured."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from megatron_moe.planner.hardware import GPUS
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """FLOP/s of one rank's device, and where the number comes from."""
+    """Peak FLOP/s of one rank's device, and the source of that number."""
 
     flops_per_second: float
     source: str
 
 
-# By the name that the driver gives, because parts of one generation differ: NVIDIA data sheets,
-# bf16 without sparsity. The planner's table is of the SXM parts. A card that is not here is
-# measured.
+# Keyed by the name that the driver reports, because cards of one generation differ. Values are from
+# NVIDIA data sheets, bf16 without sparsity. The planner's table holds the SXM parts. A card that is
+# not listed here is measured.
 DATA_SHEETS: tuple[tuple[str, float], ...] = (
-    (r"\bA100\b", GPUS["a100"].peak_flops),  # SXM and PCIe alike
+    (r"\bA100\b", GPUS["a100"].peak_flops),  # both SXM and PCIe
     (r"\bH100 PCIe\b", 756e12),
     (r"\bH100 NVL\b", 835.5e12),
     (r"\bH100\b.*\bHBM3\b", GPUS["h100"].peak_flops),  # "H100 80GB HBM3" is the SXM5 part
@@ -34,7 +34,7 @@ DATA_SHEETS: tuple[tuple[str, float], ...] = (
 
 
 def device_peak(device: torch.device, dtype: torch.dtype) -> Peak:
-    """Return what a large matrix product reaches: a data sheet's, or measured in about a second."""
+    """Return the peak from the card's data sheet, or measure it, which takes about a second."""
     if device.type == "cuda" and dtype is torch.bfloat16:
         device_name = torch.cuda.get_device_name(device)
         for pattern, flops_per_second in DATA_SHEETS:
@@ -53,7 +53,7 @@ def _measured(device: torch.device, dtype: torch.dtype) -> Peak:
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    flops = 2 * size**3 / min(seconds)  # a peak is what was reached, not what is usual
+    flops = 2 * size**3 / min(seconds)  # the fastest run, because this is a peak and not a mean
     threads = f", {torch.get_num_threads()} thread(s)" if device.type == "cpu" else ""
     name = str(dtype).removeprefix("torch.")
     return Peak(flops, f"measured at start: {size}^3 {name} matrix product{threads}")

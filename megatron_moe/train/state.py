@@ -1,4 +1,4 @@
-"""What training changes: weights, optimizer, schedule and the place in the data."""
+"""Training state: weights, optimizer, schedule and position in the data."""
 
 from __future__ import annotations
 
@@ -27,24 +27,25 @@ from megatron_moe.runtime.engine import Engine
 
 @dataclass(slots=True)
 class TrainState:
-    """One rank's state; everything here is saved and restored together."""
+    """Training state of one rank; all of it is saved and restored together."""
 
     model: Model
     wrapped: list[DistributedDataParallel]
-    """The model's chunks inside mixed precision and data parallelism."""
+    """The model's chunks, wrapped for mixed precision and data parallelism."""
     optimizer: MegatronOptimizer
     schedule: OptimizerParamScheduler
     blend: BlendState
-    """The place in each domain of the data, and the weights they are drawn by."""
+    """Position in each domain of the data, and the domains' sampling weights."""
     step: int = 0
     """Optimizer steps taken."""
     samples: int = 0
-    """Sequences consumed: the place in the data, whatever the layout."""
+    """Sequences consumed: the position in the data, independent of the layout."""
 
     def gather_weights(self) -> None:
-        """Make the weights whole on every rank of dp, for whoever reads them before a forward pass.
+        """Gather updated weights on every dp rank, for code that reads them outside a forward pass.
 
-        An overlapped gather leaves that to the next one; before it, most are those of a step ago.
+        With an overlapped gather, the next forward pass gathers them; until then most weights are
+        those before the last update.
         """
         for chunk in self.wrapped:
             if chunk.ddp_config.overlap_param_gather:
@@ -52,7 +53,7 @@ class TrainState:
 
     @property
     def learning_rate(self) -> float:
-        """What the last step used: the schedule has moved on already."""
+        """Learning rate of the last step; the schedule itself has already advanced past it."""
         at_last_step = copy(self.schedule)
         at_last_step.num_steps = max(self.step - 1, 0)
         return float(at_last_step.get_lr(self.optimizer.param_groups[0]))
@@ -61,8 +62,8 @@ class TrainState:
 def make_state(config: RunConfig, model: Model, groups: ProcessGroupCollection) -> TrainState:
     """Wrap a filled model for training.
 
-    The optimizer copies fp32 master weights out of the parameters, so the parameters must hold
-    their values (or be restored, with the optimizer, afterwards).
+    The optimizer copies fp32 master weights from the parameters, so the parameters must hold
+    their values already (or be restored afterwards, together with the optimizer).
     """
     transformer, engine = model.transformer, model.engine
     ddp = DistributedDataParallelConfig(
@@ -89,7 +90,7 @@ def make_state(config: RunConfig, model: Model, groups: ProcessGroupCollection) 
     )
     _gather_weights_once(optimizer)
     transformer.finalize_model_grads_func = _finalize
-    if ddp.overlap_grad_reduce:  # during the backward pass of the last micro-batch only
+    if ddp.overlap_grad_reduce:  # only during the backward pass of the last micro-batch
         no_sync: Any = [chunk.no_sync for chunk in wrapped]
         transformer.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
     blend = start_blend(starting_weights(config.data))
@@ -97,9 +98,10 @@ def make_state(config: RunConfig, model: Model, groups: ProcessGroupCollection) 
 
 
 def _add_gradients_in_products(module: torch.nn.Module) -> None:
-    """Let Megatron-Core's linear layers add gradients to their buffers (runtime/gradients.py).
+    """Make Megatron-Core's linear layers add gradients to their buffers (runtime/gradients.py).
 
-    Set here and not in the model's configuration, which models without buffers share.
+    This is set here and not in the model's configuration, because models without gradient buffers
+    use that configuration too.
     """
     for linear in module.modules():
         if hasattr(linear, "gradient_accumulation_fusion"):
@@ -107,17 +109,17 @@ def _add_gradients_in_products(module: torch.nn.Module) -> None:
 
 
 def _finalize(chunks: list[Any], _num_tokens: Any, **groups: Any) -> None:
-    """Megatron-Core's, without its pass over all gradients that divides them by the tokens.
+    """Call Megatron-Core's function, but skip its pass that divides all gradients by the tokens.
 
-    `train.step` has divided the loss.
+    `train.step` has already divided the loss.
     """
     finalize_model_grads(chunks, None, **groups)
 
 
 def _gather_weights_once(optimizer: Any) -> None:
-    """Let the last of the chained optimizers gather updated weights over dp, for all of them.
+    """Make only the last of the chained optimizers gather updated weights over dp, for all of them.
 
-    Dense and expert parameters have an optimizer each, and each would gather both after its step.
+    Dense and expert parameters have separate optimizers, and each would gather both after its step.
     """
     sharded = [part for part in optimizer.chained_optimizers if hasattr(part, "model_chunks")]
     for part in sharded[:-1]:
@@ -125,7 +127,7 @@ def _gather_weights_once(optimizer: Any) -> None:
 
 
 def optimizer_config(config: RunConfig, engine: Engine) -> OptimizerConfig:
-    """AdamW with LLaMA's betas (arXiv 2302.13971, section 2.3), sharded over data parallelism."""
+    """Return AdamW with LLaMA's betas (arXiv 2302.13971, section 2.3), sharded over dp."""
     bf16 = config.train.precision == "bf16"
     return OptimizerConfig(
         optimizer="adam",
@@ -144,7 +146,7 @@ def optimizer_config(config: RunConfig, engine: Engine) -> OptimizerConfig:
 
 
 def _overlaps_gather(config: RunConfig, engine: Engine) -> bool:
-    """Return whether a forward pass starts before all weights are gathered.
+    """Return whether the gather of weights overlaps with the forward pass.
 
     Each module then waits for its own weights; `model.experts` waits for those of its experts.
     """
@@ -153,9 +155,9 @@ def _overlaps_gather(config: RunConfig, engine: Engine) -> bool:
 
 
 def make_schedule(config: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """Linear warm-up to ``lr``, then cosine decay to ``min_lr`` at the last step."""
+    """Return linear warm-up to ``lr``, then cosine decay to ``min_lr`` at the last step."""
     settings = config.optimizer
-    steps = config.train.steps or settings.warmup_steps + 1  # a run of no steps has a schedule too
+    steps = config.train.steps or settings.warmup_steps + 1  # a run of 0 steps needs a schedule too
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

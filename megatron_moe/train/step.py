@@ -1,8 +1,8 @@
-"""One optimizer step, and one pass without: Megatron-Core's schedules over our batches.
+"""Take one optimizer step, or one evaluation pass, with Megatron-Core's schedules.
 
 Shape letters of this module:
 
-    B  micro_batch_size   S  sequence of this cp rank   L  layers   E  num_moe_experts
+    B  micro_batch_size   S  sequence length on this cp rank   L  layers   E  num_moe_experts
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from megatron_moe.model.noisy_router import set_samples
 from megatron_moe.model.router import CountingRouter, expert_biases
 from megatron_moe.runtime.adamw import FusedAdamW
 from megatron_moe.runtime.engine import Engine
-from megatron_moe.train.guard import Fate, Judge
+from megatron_moe.train.guard import Decision, StepGuard
 from megatron_moe.train.state import TrainState
 
 Mark = Callable[[str], None]
-"""Told which stage of a step begins (train/verdict.py names them)."""
+"""Called when a stage of a step begins, with its name (see ``STAGES`` in train/verdict.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,20 +44,20 @@ class StepResult:
     lm_loss: float
     """Cross entropy, nats per token, over the tokens of the global batch."""
     load_balancing_loss: float
-    """Of the configured kind, before its coefficient, mean over MoE layers; 1 is perfect balance.
-    Where the kind is of the global batch, or there is none, it is taken over the global batch."""
+    """Loss of the configured type before its coefficient, mean over MoE layers; 1 is perfect
+    balance. With the global-batch type, or none, it is computed over the global batch."""
     router_z_loss: float
     """Mean over tokens and MoE layers of the squared log-sum-exp of the router's logits, before its
-    coefficient; 0 where it has none."""
+    coefficient; 0 if the coefficient is not set."""
     grad_norm: float
     chosen_LE: Tensor
-    """Tokens that chose each expert, before any was dropped, by MoE layer."""
+    """Tokens that chose each expert, before any were dropped, by MoE layer."""
     kept_L: Tensor
-    """Choices that no capacity limit dropped."""
+    """Choices that the capacity limit did not drop."""
     entropy_L: Tensor
     """Mean over tokens of the entropy of the router's softmax over all experts, nats."""
-    fate: Fate = "keep"
-    """Whether the step changed the weights."""
+    decision: Decision = "keep"
+    """Whether the weights were updated."""
 
 
 def train_step(
@@ -66,12 +66,12 @@ def train_step(
     config: RunConfig,
     groups: ProcessGroupCollection,
     *,
-    judge: Judge,
+    guard: StepGuard,
     at: Mark,
 ) -> StepResult:
-    """Forward and backward over this rank's micro-batches, then one update of the weights.
+    """Run forward and backward passes over this rank's micro-batches, then update the weights.
 
-    ``judge`` may refuse the update; the step counts all the same, for the schedule and the data.
+    ``guard`` may reject the update; the schedule and the position in the data advance anyway.
     """
     for chunk in state.wrapped:
         chunk.zero_grad_buffer()
@@ -83,14 +83,14 @@ def train_step(
     )
     at("optimizer")
     optimizer: Any = state.optimizer
-    # Before the gradient norm, whose value the host waits for: then the device has these kernels
-    # to work on meanwhile, and the totals are there when the host reads them.
+    # This comes before the gradient norm, whose value the host waits for: the device runs these
+    # kernels meanwhile, and the totals are ready when the host reads them.
     totals = _total_over_ranks(state.model, losses, len(batches))
     optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())
     result = _result(totals, state.model, grad_norm, groups)
-    fate = judge(step=state.step + 1, loss=result.lm_loss, grad_norm=grad_norm)
-    if fate == "keep":
+    decision = guard(step=state.step + 1, loss=result.lm_loss, grad_norm=grad_norm)
+    if decision == "keep":
         _update(optimizer, grad_norm)
     else:
         for bias_E, before_E in biases:
@@ -98,13 +98,13 @@ def train_step(
     state.schedule.step(increment=1)
     state.step += 1
     state.samples += config.train.global_batch_size
-    return replace(result, fate=fate)
+    return replace(result, decision=decision)
 
 
 def _weigh_tokens(model: Model, batches: list[Batch], groups: ProcessGroupCollection) -> None:
-    """Let every token of the global batch weigh as much: what is differentiated is their mean.
+    """Set the loss scale to 1 / tokens of the global batch, so that the mean is differentiated.
 
-    Megatron-Core divides the gradients instead, when all are there: a pass over all of them.
+    Megatron-Core would instead divide all gradients at the end, in an extra pass over them.
     """
     tokens = torch.stack([batch.loss_mask_BS.sum() for batch in batches]).sum()
     tokens = tokens.to(_device(model), torch.int32)
@@ -114,7 +114,7 @@ def _weigh_tokens(model: Model, batches: list[Batch], groups: ProcessGroupCollec
 
 
 def _update(optimizer: Any, grad_norm: float) -> None:
-    """Clip by the norm that is known and step; `optimizer.step` would take it once more."""
+    """Clip by the given norm and step; `optimizer.step` would compute the norm a second time."""
     for part in optimizer.chained_optimizers:
         limit = {"max_norm": part.config.clip_grad, "total_norm": grad_norm}
         parameters = [] if part.is_stub_optimizer else part.get_parameters()
@@ -133,10 +133,10 @@ def mean_loss(
     model: Model,
     groups: ProcessGroupCollection,
 ) -> float:
-    """Cross entropy in nats per token over the ranks' batches; changes nothing."""
+    """Return the cross entropy in nats per token over the batches of all ranks; nothing changes."""
     if len(modules) > 1:  # the interleaved schedule runs micro-batches in rounds of pp
-        nothing = replace(batches[-1], loss_mask_BS=torch.zeros_like(batches[-1].loss_mask_BS))
-        batches = [*batches, *[nothing] * (-len(batches) % groups.pp.size())]
+        empty = replace(batches[-1], loss_mask_BS=torch.zeros_like(batches[-1].loss_mask_BS))
+        batches = [*batches, *[empty] * (-len(batches) % groups.pp.size())]
     for module in modules:
         module.eval()
     losses = run_schedule(modules, batches, config, model, groups, forward_only=True)
@@ -157,16 +157,16 @@ def run_schedule(
     forward_only: bool,
     at: Mark | None = None,
 ) -> list[Tensor]:
-    """Take the micro-batches through the pipeline.
+    """Run the micro-batches through the pipeline.
 
     Returns:
-        On the last stage, for each micro-batch, the sum of its losses and its number of tokens,
-        on this dp and cp rank; elsewhere an empty list.
+        On the last stage, the sum of losses and the number of tokens of each micro-batch on this dp
+        and cp rank; an empty list on other stages.
     """
     process = make_output_processor(vocab_size=model.spec.vocab_size, tp_group=groups.tp)
     iterators = [iter(batches) for _ in modules]  # each chunk of a pipeline rank sees all of them
     return get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, process, model, config, at or _unmarked),
+        forward_step_func=partial(_forward_step, process, model, config, at or _ignore_stage),
         data_iterator=iterators if len(modules) > 1 else iterators[0],
         model=modules if len(modules) > 1 else modules[0],
         num_microbatches=len(batches),
@@ -176,8 +176,8 @@ def run_schedule(
     )
 
 
-def _unmarked(stage: str) -> None:
-    """Where nobody follows."""
+def _ignore_stage(stage: str) -> None:
+    """Do nothing: the default for callers that do not track stages."""
 
 
 def _forward_step(
@@ -203,15 +203,16 @@ def _forward_step(
         labels=batch.labels_BS,
         output_processor=process,
     )
-    if output.requires_grad:  # called when the gradient of the output is there
+    if output.requires_grad:  # called when the gradient of the output is ready
         output.register_hook(lambda _: at("backward"))
     return output, partial(_loss, batch.loss_mask_BS)
 
 
 def _documents(position_ids_BS: Tensor, engine: Engine) -> dict[str, Any]:
-    """Return what keeps attention within documents: `SdpaAttention`'s mask, or bounds.
+    """Return arguments that keep attention within documents: `SdpaAttention`'s mask, or bounds.
 
-    Transformer Engine takes bounds, of one row that no cp rank shares; the rules refuse others.
+    Transformer Engine takes bounds of a single row without context parallelism; the rules reject
+    other configurations.
     """
     if engine.is_torch:
         return {"attention_mask": position_ids_BS}
@@ -228,10 +229,10 @@ def _documents(position_ids_BS: Tensor, engine: Engine) -> dict[str, Any]:
 
 
 def _loss(loss_mask_BS: Tensor, losses_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum that is differentiated, its number of tokens, and both for the report.
+    """Return the sum of losses to differentiate, its number of tokens, and both for the metrics.
 
-    `_weigh_tokens` divides by the tokens of the whole global batch, so a step does not depend on
-    how the batch is cut into micro-batches, dp and cp ranks.
+    `_weigh_tokens` divides by the tokens of the global batch, so a step does not depend on how the
+    batch is split into micro-batches and over dp and cp ranks.
     """
     total = (losses_BS.float() * loss_mask_BS).sum()
     tokens = loss_mask_BS.sum()
@@ -239,7 +240,7 @@ def _loss(loss_mask_BS: Tensor, losses_BS: Tensor) -> tuple[Tensor, Tensor, Tens
 
 
 def _sum_losses(losses: list[Tensor], model: Model) -> Tensor:
-    """Sum of losses and of tokens of this rank, ``(2,)``, zero where another rank counts them."""
+    """Return this rank's sums of losses and tokens, ``(2,)``; zero if another rank counts them."""
     if not losses or model.tp_rank:
         return torch.zeros(2, dtype=torch.float64, device=_device(model))
     return torch.stack(losses).double().sum(dim=0)
@@ -248,8 +249,8 @@ def _sum_losses(losses: list[Tensor], model: Model) -> Tensor:
 def _total_over_ranks(model: Model, losses: list[Tensor], num_micro_batches: int) -> Tensor:
     """Sum the ranks' numbers of a step in one collective, ``(2 + 4 L + 2 L E,)``, on the device.
 
-    Losses exist on the last stage and a layer's numbers on its stage; tokens are split over dp, cp
-    and, under sequence parallelism, tp: so every number is a plain sum over all ranks.
+    The last stage holds the losses, and each stage the numbers of its layers. Tokens are split over
+    dp, cp and, with sequence parallelism, tp. So every number is a plain sum over all ranks.
     """
     num_layers, num_experts = _moe_shape(model)
     zeros_4E = torch.zeros(4, num_experts, dtype=torch.float64, device=_device(model))
@@ -270,7 +271,7 @@ def _total_over_ranks(model: Model, losses: list[Tensor], num_micro_batches: int
 def _result(
     totals: Tensor, model: Model, grad_norm: float, groups: ProcessGroupCollection
 ) -> StepResult:
-    """Turn the totals into the numbers of the step; copies them to the host, in one piece."""
+    """Compute the step's numbers from the totals, which are copied to the host in one transfer."""
     num_layers, num_experts = _moe_shape(model)
     sizes = [2, 2 * num_layers, 2 * num_layers, 2 * num_layers * num_experts]
     loss_and_tokens, tracked, narrow, wide = totals.cpu().split(sizes)
@@ -279,7 +280,7 @@ def _result(
     chosen_LE, scores_LE = wide.view(num_layers, 2, num_experts).unbind(dim=1)
     moe = chosen_LE.sum(dim=1) > 0
     tokens_L = chosen_LE[moe].sum(dim=1) / model.transformer.moe_router_topk
-    if not balance_L.any():  # none of a micro-batch's own: that of the global batch
+    if not balance_L.any():  # not tracked per micro-batch: use the global batch
         share_LE = chosen_LE[moe] / chosen_LE[moe].sum(dim=1, keepdim=True)
         mean_LE = scores_LE[moe] / tokens_L[:, None]
         balance = float((share_LE * mean_LE).sum(dim=1).mean()) * num_experts
@@ -303,9 +304,9 @@ def _moe_shape(model: Model) -> tuple[int, int]:
 
 
 def _tracked_losses(num_layers: int, device: torch.device) -> Tensor:
-    """This rank's sums of Megatron-Core's balancing and z-losses, ``(2, L)``, and start anew.
+    """Return and reset this rank's sums of Megatron-Core's balancing and z-losses, ``(2, L)``.
 
-    The balancing loss of the global batch is left out: Megatron-Core takes it over the
+    The balancing loss of the global batch is omitted: Megatron-Core computes it over the
     micro-batches so far, whose number depends on the layout.
     """
     tracker = get_moe_metrics_tracker()

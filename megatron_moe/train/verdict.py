@@ -1,7 +1,7 @@
-"""What ranks report of themselves, and who is to blame when the job stands still. Pure.
+"""Reports of the ranks, and pure functions that name the rank that failed or hangs.
 
-A rank that waits for others looks as stuck as the one they wait for. The one to blame is the
-furthest behind; of several there, those that are not inside a collective.
+A rank that waits for others looks as stuck as the rank they wait for. The culprit is the rank that
+is furthest behind; if several are equally far behind, those that are not inside a collective.
 """
 
 from __future__ import annotations
@@ -10,64 +10,65 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 STAGES = ("load", "data", "forward", "backward", "optimizer", "report", "validate", "save")
-"""What a rank is doing, in the order of a step."""
+"""Stages of a rank, in the order of a step."""
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Where one rank's training thread is."""
+    """Current stage, step and line of one rank's training thread."""
 
     rank: int
     step: int
-    """The step that is being taken, counted from 1; 0 while the model is loaded."""
+    """Current step, counted from 1; 0 while the model is loaded."""
     stage: str
     moves: int = 0
-    """Grows with every stage the rank enters: whether it gets on."""
+    """Number of stages entered so far; if it does not grow, the rank makes no progress."""
     where: str = ""
-    """The line of Python it executes."""
+    """Line of Python that the thread executes."""
     waiting: bool = False
     """Whether that line waits for other ranks."""
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         """Stage and step in words.
 
-        >>> Report(rank=3, step=7, stage="backward").place
-        'backward of step 7'
+        >>> Report(rank=3, step=7, stage="backward").location
+        'the backward stage of step 7'
         """
-        return f"{self.stage} of step {self.step}" if self.step else self.stage
+        return f"the {self.stage} stage" + (f" of step {self.step}" if self.step else "")
 
 
 def died(report: Report) -> str:
-    """The verdict on a rank whose connection ended without a word."""
+    """Return the message for a rank whose connection closed without ``bye``."""
     return (
-        f"rank {report.rank} died in {report.place}: killed, out of memory, or its machine is gone"
+        f"rank {report.rank} died in {report.location}: killed, out of memory, or its machine is "
+        "gone"
     )
 
 
 def failed(report: Report, reason: str) -> str:
-    """The verdict on a rank that raised."""
-    return f"rank {report.rank} failed in {report.place}: {reason}"
+    """Return the message for a rank that raised."""
+    return f"rank {report.rank} failed in {report.location}: {reason}"
 
 
 def silent(report: Report, seconds: float) -> str:
-    """The verdict on a rank that lives, as far as one can see, but says nothing."""
+    """Return the message for a rank whose connection is open but silent."""
     return (
-        f"rank {report.rank} has been silent for {seconds:.0f} s, last heard of in {report.place}: "
-        "it is stopped, or its machine is cut off"
+        f"rank {report.rank} has been silent for {seconds:.0f} s; its last report was from "
+        f"{report.location}. The process is stopped, or its machine is unreachable"
     )
 
 
 def hung(reports: Mapping[int, Report], seconds: float) -> str:
-    """The verdict when no rank has got on for so long: who holds the others up, and where."""
+    """Return the message for a job without progress for ``seconds``: which rank is stuck, where."""
     behind = min(_progress(report) for report in reports.values())
     last = [report for report in reports.values() if _progress(report) == behind]
-    blamed = [report for report in last if not report.waiting] or last
-    places = "; ".join(
-        f"rank {report.rank} hangs in {report.place} at {report.where}"
-        for report in sorted(blamed, key=lambda report: report.rank)
+    stuck = [report for report in last if not report.waiting] or last
+    locations = "; ".join(
+        f"rank {report.rank} is stuck in {report.location} at {report.where}"
+        for report in sorted(stuck, key=lambda report: report.rank)
     )
-    return f"no rank has got on for {seconds:.0f} s: {places}"
+    return f"no rank has made progress for {seconds:.0f} s: {locations}"
 
 
 def _progress(report: Report) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Does a thread wait for other ranks? Read from the line of Python that it executes."""
+"""Detect from a thread's stack frame whether it waits for other ranks."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _CONVERTS = re.compile(r"(float|int|bool)\(")
 def waits_for_ranks(frame: FrameType, *, cuda: bool) -> bool:
     """Return whether the innermost frame of a thread waits for other ranks.
 
-    On a CPU that is a call inside torch's collectives. On CUDA collectives return at once, and a
-    rank waits where it next needs a number from the device: in a copy to the host, or when it
-    synchronizes. A rank that is stuck anywhere else is then the one that the others wait for.
+    On a CPU, a waiting thread is inside one of torch's collectives. On CUDA collectives return
+    immediately, and a rank waits when it next needs a number from the device: in a copy to the
+    host or in a synchronization. A rank that is stuck anywhere else is the one the others wait for.
 
     Args:
         frame: Innermost frame of the thread.
@@ -36,7 +36,7 @@ def waits_for_ranks(frame: FrameType, *, cuda: bool) -> bool:
 
 
 def _call_of(frame: FrameType) -> str:
-    """Return the source of the expression that the frame evaluates, or "" where it has none."""
+    """Return the source of the expression that the frame evaluates, or "" if it is unknown."""
     positions = frame.f_code.co_positions()
     first, last, begin, end = next(itertools.islice(positions, frame.f_lasti // 2, None))
     if first is None or last is None or begin is None or end is None:
@@ -46,7 +46,7 @@ def _call_of(frame: FrameType) -> str:
     ]
     if not lines[-1]:
         return ""
-    # Columns count bytes of UTF-8.
+    # Column offsets count UTF-8 bytes.
     encoded = [line.encode() for line in lines]
     encoded[-1] = encoded[-1][:end]
     encoded[0] = encoded[0][begin:]

@@ -1,8 +1,8 @@
-"""A rank's end of the watch: says where this rank is, and ends it when another is lost.
+"""Report this rank's progress to rank 0, and end this rank when another one is lost.
 
-A thread beside training, because a rank that waits for a lost one sits inside a collective and does
-nothing any more: on a verdict it gives the training thread a moment to come out by itself (gloo
-raises when a connection breaks), then tells what happened and ends the process.
+This runs in background threads, because a rank that waits for a lost one is blocked inside a
+collective. On a verdict, the training thread gets a moment to leave by itself (gloo raises when a
+connection breaks); after that, the process prints the verdict and exits.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ from megatron_moe.train.verdict import Report, died, silent
 from megatron_moe.train.waiting import waits_for_ranks
 
 GRACE_SECONDS = 5.0
-"""How long the training thread may take to come out by itself."""
+"""Seconds that the training thread has to leave a collective by itself."""
 REPORTS_PER_SECOND = 500
-"""Of all ranks together, so that rank 0 has time for its own work."""
+"""Upper bound over all ranks together, so that rank 0 has time for its own work."""
 
 Observe = Callable[[str, int], None]
-"""Called as this rank enters a stage of a step."""
+"""Called with stage and step when this rank enters a stage."""
 
 
 def unobserved(stage: str, step: int) -> None:
-    """Nobody looks."""
+    """Do nothing: the default for jobs without an observer."""
 
 
 class Watch:
-    """One a rank, around all it does; the ``with`` block is entered by all ranks together.
+    """Watch one rank inside a ``with`` block, which all ranks must enter together.
 
     Args:
-        world: This rank's place.
+        world: This rank's position in the job.
         hang_seconds: See ``guard.hang_seconds``.
-        observe: Called at every stage this rank enters, on the training thread.
+        observe: Called on the training thread at every stage that this rank enters.
     """
 
     def __init__(self, world: World, *, hang_seconds: float, observe: Observe) -> None:
@@ -59,38 +59,38 @@ class Watch:
         self._moved, self._ending = threading.Event(), threading.Event()
         self._rank_0 = Report(rank=0, step=0, stage="load")
         self._verdict: str | None = None
-        self._judged = threading.Event()
+        self._verdict_set = threading.Event()
         self._clock = StageClock(world.device)
         self._clock.start("load")
         self.step = 0
-        """The step that is being taken, counted from 1; 0 before the first."""
+        """Current step, counted from 1; 0 before the first."""
 
     def at(self, stage: str) -> None:
-        """This rank enters ``stage`` of `step`."""
+        """Record that this rank enters ``stage`` of `step`."""
         self._clock.enter(stage)
         self._report = Report(self._world.rank, self.step, stage, self._report.moves + 1)
         self._moved.set()
         self._observe(stage, self.step)
 
     def seconds(self) -> dict[str, float]:
-        """Return the time of this rank in each stage, on its device, since `reset_seconds`."""
+        """Return the device seconds of this rank in each stage since `reset_seconds`."""
         return self._clock.seconds()
 
     def reset_seconds(self) -> None:
-        """Count the time in stages from here on."""
+        """Start counting the time in stages from zero."""
         self._clock.start(self._report.stage)
 
     def __enter__(self) -> Self:
-        self._monitor, address, self._token = self._meet()
+        self._monitor, address, self._token = self._open_port()
         self._socket = socket.create_connection(address, timeout=60)
         self._socket.settimeout(TICK_SECONDS)
-        # A forked helper must not keep this rank's connection alive when the rank is dead.
+        # A forked child must not keep this rank's connection open after the rank has died.
         os.register_at_fork(after_in_child=self._socket.close)
         self._threads = [
-            threading.Thread(target=self._speak, name="watch-speak", daemon=True),
+            threading.Thread(target=self._send_reports, name="watch-send", daemon=True),
             threading.Thread(target=self._listen, name="watch-listen", daemon=True),
         ]
-        self._say({"token": self._token, **asdict(self._report)})
+        self._send({"token": self._token, **asdict(self._report)})
         for thread in self._threads:
             thread.start()
         return self
@@ -101,48 +101,48 @@ class Watch:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        last_word: dict[str, Any] = {"bye": True}
+        last_message: dict[str, Any] = {"bye": True}
         if isinstance(error, Exception):
-            # What breaks when another rank dies is a RuntimeError of the backend; anything else is
-            # this rank's own, and the others hear of it at once.
+            # When another rank dies, the backend raises a RuntimeError; any other error is this
+            # rank's own, and the others are notified immediately.
             if type(error) is RuntimeError or isinstance(error, dist.DistError):
-                self._judged.wait(GRACE_SECONDS)
+                self._verdict_set.wait(GRACE_SECONDS)
             if self._verdict is None:
-                last_word = {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
+                last_message = {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
         self._ending.set()
         self._moved.set()
-        self._say(last_word)
+        self._send(last_message)
         for thread in self._threads:
             thread.join()
         self._socket.close()
         if self._monitor is not None:
             self._monitor.close()
-        own = isinstance(error, UserError)  # what all ranks refuse, each says for itself
+        own = isinstance(error, UserError)  # raised on all ranks alike: keep the original error
         if self._verdict is not None and isinstance(error, Exception) and not own:
             raise JobError(self._verdict) from error
 
-    def _meet(self) -> tuple[Monitor | None, tuple[str, int], str]:
-        """Rank 0 opens a port and every rank learns of it."""
-        monitor, where = None, [None, None]
+    def _open_port(self) -> tuple[Monitor | None, tuple[str, int], str]:
+        """Open a port on rank 0 and broadcast it; return the monitor, the address and the token."""
+        monitor, endpoint = None, [None, None]
         if self._world.rank == 0:
             local = self._world.address == "127.0.0.1"
             server = socket.create_server((self._world.address if local else "", 0), backlog=4096)
-            where = [server.getsockname()[1], secrets.token_hex(16)]
-            monitor = Monitor(server, token=str(where[1]), hang_seconds=self._limit)
-        dist.broadcast_object_list(where, src=0)
-        port, token = where
+            endpoint = [server.getsockname()[1], secrets.token_hex(16)]
+            monitor = Monitor(server, token=str(endpoint[1]), hang_seconds=self._limit)
+        dist.broadcast_object_list(endpoint, src=0)
+        port, token = endpoint
         assert isinstance(port, int)
         return monitor, (self._world.address, port), str(token)
 
-    def _speak(self) -> None:
+    def _send_reports(self) -> None:
         while not self._ending.is_set():
-            self._say(asdict(self._located()))
+            self._send(asdict(self._located()))
             self._moved.wait(TICK_SECONDS)
             self._moved.clear()
             self._ending.wait(self._pause)
 
     def _located(self) -> Report:
-        """The report, with the line of Python that the training thread executes."""
+        """Return the report with the line of Python that the training thread executes."""
         report = self._report
         frame = sys._current_frames().get(self._training_thread)
         waiting, where, innermost = False, "", True
@@ -158,38 +158,38 @@ class Watch:
         return Report(report.rank, report.step, report.stage, report.moves, where, waiting)
 
     def _listen(self) -> None:
-        """Hear rank 0 until it hangs up: on our last word, or because it is lost."""
-        unread, heard = b"", time.monotonic()
+        """Read messages of rank 0 until it closes the connection or is lost."""
+        unread, received_at = b"", time.monotonic()
         while True:
             try:
                 received = self._socket.recv(65536)
             except TimeoutError:
                 if self._ending.is_set():
                     return None
-                if time.monotonic() - heard > self._limit:
-                    return self._judge(silent(self._rank_0, self._limit))
+                if time.monotonic() - received_at > self._limit:
+                    return self._leave(silent(self._rank_0, self._limit))
                 continue
             except OSError:
                 received = b""
-            heard = time.monotonic()
+            received_at = time.monotonic()
             if not received:
-                return None if self._ending.is_set() else self._judge(died(self._rank_0))
+                return None if self._ending.is_set() else self._leave(died(self._rank_0))
             *lines, unread = (unread + received).split(b"\n")
             for message in map(json.loads, lines):
                 if "bye" in message:
                     return None
                 if "verdict" in message:
-                    return self._judge(message["verdict"])
+                    return self._leave(message["verdict"])
                 self._rank_0 = Report(**message["rank_0"])
 
-    def _judge(self, verdict: str) -> None:
-        """Another rank is lost: leave, through the training thread if it still can."""
+    def _leave(self, verdict: str) -> None:
+        """End this process because another rank is lost, via the training thread if possible."""
         self._verdict = verdict
-        self._judged.set()
+        self._verdict_set.set()
         if not self._ending.wait(GRACE_SECONDS):
-            self._world.last_words(JobError(verdict))
+            self._world.report_error(JobError(verdict))
             os._exit(1)
 
-    def _say(self, message: dict[str, Any]) -> None:
-        with contextlib.suppress(OSError):  # rank 0 is gone; the listening thread knows
+    def _send(self, message: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError):  # rank 0 is lost; the listening thread handles it
             self._socket.sendall(json.dumps(message).encode() + b"\n")

@@ -128,7 +128,7 @@ def expected_together(ids: np.ndarray) -> torch.Tensor:
 def made(world: World, config: RunConfig, inputs: dict[str, Any]) -> Any:
     """Return the collector, the data feed, and the constructed model of this rank."""
     from megatron_moe.analyze.collect import Collector
-    from megatron_moe.data.feed import Feed, Seat
+    from megatron_moe.data.feed import DataRank, Feed
     from megatron_moe.data.texts import Texts, open_text
     from megatron_moe.experts.plan import make_expert_plan
     from megatron_moe.hf.reader import open_dense_checkpoint
@@ -148,7 +148,7 @@ def made(world: World, config: RunConfig, inputs: dict[str, Any]) -> Any:
     texts = {n: open_text(inputs["root"] / n, config, vocab_size=vocab_size) for n in TEXTS}
     feed = Feed(
         Texts(training={}, validation=texts, references=None, remarks=[]),
-        config, Seat.of(groups),
+        config, DataRank.of(groups),
     )  # fmt: skip
     collector = Collector(model, model.modules, config, groups, layers=range(LAYERS))
     return collector, feed, model.modules, (model, groups)

@@ -33,19 +33,20 @@ SWEEP = ROOT / "configs" / "sweeps" / "llama3-8b-e8t2-table2-128.yaml"
 EP2 = {"expert_parallel_size": 2}
 
 
-def measured(settings: dict[str, Any], out: Path, **wish: Any) -> StepsRecord:
+def measured(settings: dict[str, Any], out: Path, **options: Any) -> StepsRecord:
     """The record of two ranks, through its file."""
     config = build(RunConfig, settings)
-    run_on_ranks(_measure, config, out, wish, world_size=2)
+    run_on_ranks(_measure, config, out, options, world_size=2)
     record = read_record(out)
     assert isinstance(record, StepsRecord)
     return record
 
 
-def _measure(world: World, config: RunConfig, out: Path, wish: dict[str, Any]) -> None:
-    from megatron_moe.commands.bench import Wish, bench
+def _measure(world: World, config: RunConfig, out: Path, options: dict[str, Any]) -> None:
+    from megatron_moe.bench.steps import BenchOptions
+    from megatron_moe.commands.bench import bench
 
-    record = bench(config, world, Wish(**wish))
+    record = bench(config, world, BenchOptions(**options))
     if world.rank == 0:
         write_record(record, out)
 
@@ -129,9 +130,9 @@ def _watch(world: World, config: RunConfig) -> None:
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
     from megatron_moe.bench.phases import Stopwatch, watched
-    from megatron_moe.commands.bench import Bench, Wish
+    from megatron_moe.bench.steps import Bench, BenchOptions
 
-    it = Bench(config, world, Wish(random=True))
+    it = Bench(config, world, BenchOptions(random=True))
     layers = [
         layer
         for module in it.state.model.modules
@@ -226,4 +227,4 @@ def test_a_broken_record_is_named(tmp_path: Path):
 def test_nothing_or_two_things_to_do_is_refused():
     told = command()
     assert told.returncode == 2
-    assert "bench does one thing" in told.stderr
+    assert "bench needs one of" in told.stderr

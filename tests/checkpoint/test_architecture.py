@@ -1,4 +1,4 @@
-"""Which Hugging Face architecture a trained model becomes, and under which names it is stored."""
+"""Tests of the Hugging Face architecture chosen for an export, and of tensor names."""
 
 import subprocess
 import sys
@@ -82,7 +82,7 @@ def test_a_shared_expert_with_norms_on_q_and_k_is_refused():
 
 
 def test_an_export_imports_nothing_of_megatron_core():
-    """Its import takes seconds and prints what is not installed, which is no news to an export."""
+    """Importing it takes seconds and prints warnings that do not matter to an export."""
     code = (
         "import sys, megatron_moe.commands.export; "
         "sys.exit([name for name in sys.modules if name.startswith('megatron.')] or 0)"
@@ -113,7 +113,7 @@ def test_keys_are_transformer_engines(role: str, moe_layer: bool, key: str):
 @pytest.mark.distributed
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_keys_are_those_megatron_saves(tmp_path: Path, family: str):
-    """Every key of a mixed model's sharded state is a key we read, and the other way round."""
+    """The keys of a mixed model's sharded state are exactly the keys that we read."""
     run_on_ranks(check_keys, save_dense(tmp_path, family), world_size=1)
 
 
@@ -136,7 +136,8 @@ def check_keys(world: World, folder: Path) -> None:
     saved = {entry.key for entry in state.values() if hasattr(entry, "key")}
     read = set()
     for name, _ in model.modules[0].named_parameters():
-        found = match(name)
-        read.add(checkpoint_key(found.row, layer=found.layer, moe_layer=found.layer in moe_layers))
+        result = match(name)
+        moe_layer = result.layer in moe_layers
+        read.add(checkpoint_key(result.row, layer=result.layer, moe_layer=moe_layer))
     extra = {key for key in saved if key.endswith("_extra_state")}
     assert read == saved - extra

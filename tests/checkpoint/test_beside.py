@@ -1,4 +1,4 @@
-"""What is saved beside training is the state of its step, whatever training does meanwhile."""
+"""Tests that a background save stores the state of its step, not that of later steps."""
 
 import time
 from pathlib import Path
@@ -24,7 +24,7 @@ def settings(tmp_path: Path) -> dict[str, Any]:
         tmp_path / "run",
         save_dense(tmp_path / "dense"),
         write_tokens(tmp_path / "tokens"),
-        # Whose biases move before the optimizer does.
+        # Expert biases change before the optimizer updates the weights.
         moe={
             "num_moe_experts": 4,
             "moe_router_score_function": "sigmoid",
@@ -46,10 +46,10 @@ def saved(settings: dict[str, Any], run: Path, step: int) -> dict[str, Tensor]:
     return tensors
 
 
-def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert found.keys() == wanted.keys()
-    for key, tensor in found.items():
-        assert torch.equal(tensor, wanted[key]), key
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for key, tensor in actual.items():
+        assert torch.equal(tensor, expected[key]), key
 
 
 def test_no_update_overtakes_the_copies(
@@ -61,11 +61,11 @@ def test_no_update_overtakes_the_copies(
 
     def slow_copy(boxes: Any, which: Any) -> Any:
         if which is not sharded._only_small:
-            time.sleep(1)  # so that an update that does not wait comes first
+            time.sleep(1)  # so that an update without a wait would come first
         return copy(boxes, which)
 
     monkeypatch.setattr(sharded, "_copied_to_host", slow_copy)
-    monkeypatch.setattr(sharded, "_SMALL_BYTES", 1024)  # the model is small as a whole
+    monkeypatch.setattr(sharded, "_SMALL_BYTES", 1024)  # because the whole model is small
     settings["checkpoint"]["async_save"] = True
     assert_same(saved(settings, tmp_path / "async", step=2), wanted)
 
@@ -73,8 +73,8 @@ def test_no_update_overtakes_the_copies(
 def test_weights_are_gathered_before_they_are_saved(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """With the overlapped gather of CUDA, which a next forward pass would complete."""
+    """Use the overlapped gather of CUDA, which would wait for the next forward pass."""
     settings["train"]["steps"] = 1
     wanted = saved(settings, tmp_path / "gathered", step=1)
-    monkeypatch.setattr(train_state, "_gathers_beside", lambda config, cuda: True)
+    monkeypatch.setattr(train_state, "_overlaps_gather", lambda config, engine: True)
     assert_same(saved(settings, tmp_path / "overlapped", step=1), wanted)

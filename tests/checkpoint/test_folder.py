@@ -1,4 +1,4 @@
-"""Checkpoint folders: complete or not there, newest by name, old ones gone, damage named."""
+"""Tests of checkpoint folders: publishing, finding the newest, pruning, error messages."""
 
 import json
 import shutil
@@ -62,7 +62,7 @@ def dense(tmp_path: Path) -> Path:
 
 
 def save(run: Path, step: int, dense: Path) -> Path:
-    """A save as `sharded.save` does it, with one file in place of the tensors."""
+    """Save like `Saver.save`, but with one file in place of the tensors."""
     final = step_folder(run, step)
     partial = start_folder(final)
     (partial / "tensors.distcp").write_text(f"tensors of {step}")
@@ -97,7 +97,7 @@ def test_a_checkpoint_carries_what_export_needs_and_no_weights(tmp_path: Path, d
 
 
 def test_an_unpublished_save_counts_for_nothing(tmp_path: Path, dense: Path):
-    """The job is killed after everything is written but before the rename."""
+    """Simulate a kill after all files are written but before the rename."""
     kept = save(tmp_path, 10, dense)
     partial = start_folder(step_folder(tmp_path, 20))
     describe(partial, progress(20), dump(CONFIG), dense)
@@ -142,14 +142,16 @@ def test_a_kill_between_rename_and_latest_keeps_the_older(tmp_path: Path, dense:
 def test_prune_keeps_the_newest(tmp_path: Path, dense: Path, steps, keep: int, left):
     for step in steps:
         save(tmp_path, step, dense)
-    gone = prune(tmp_path, keep)
-    assert {p.name for p in gone} == {step_folder(tmp_path, s).name for s in set(steps) - set(left)}
+    removed = prune(tmp_path, keep)
+    assert {p.name for p in removed} == {
+        step_folder(tmp_path, s).name for s in set(steps) - set(left)
+    }
     assert saved_steps(tmp_path) == sorted(step_folder(tmp_path, s).name for s in left)
     assert newest(tmp_path) == step_folder(tmp_path, left[-1])
 
 
 def test_prune_never_takes_the_checkpoint_that_latest_names(tmp_path: Path, dense: Path):
-    """The operator went back to step 10 by naming it in latest; 20 and 30 are another future."""
+    """The operator wrote step 10 into latest; steps 20 and 30 are an abandoned timeline."""
     for step in (10, 20, 30):
         save(tmp_path, step, dense)
     (tmp_path / "checkpoints" / "latest").write_text("step_00000010\n")
@@ -176,14 +178,14 @@ def test_a_latest_that_names_a_missing_folder_says_what_to_do(tmp_path: Path, de
         CheckpointError, match=r"names step_00000010, but .* is not a complete"
     ) as e:
         newest(tmp_path)
-    assert "\n  name another in" in str(e.value)
+    assert "\n  write another name into" in str(e.value)
 
 
 @pytest.mark.parametrize("name", ["../../other/checkpoints/step_00000010", "/etc", "", "step_1"])
 def test_a_latest_that_leaves_its_folder_is_refused(tmp_path: Path, dense: Path, name: str):
     save(tmp_path, 10, dense)
     (tmp_path / "checkpoints" / "latest").write_text(name + "\n")
-    with pytest.raises(CheckpointError, match=r"latest names '.*', which is no checkpoint beside"):
+    with pytest.raises(CheckpointError, match=r"latest names '.*', which is not a checkpoint"):
         newest(tmp_path)
 
 
@@ -233,11 +235,11 @@ def test_a_run_is_read_where_it_lies_and_with_other_settings(tmp_path: Path, den
     run = tmp_path / "run"
     save(run, 3, dense)
     shutil.move(run, tmp_path / "moved run")
-    found, config = run_of(tmp_path / "moved run", ["parallel.expert_parallel_size=2"])
-    assert found == step_folder(tmp_path / "moved run", 3)
+    checkpoint, config = run_of(tmp_path / "moved run", ["parallel.expert_parallel_size=2"])
+    assert checkpoint == step_folder(tmp_path / "moved run", 3)
     assert config.run.dir == tmp_path / "moved run"
     assert config.parallel.expert_parallel_size == 2
-    assert config.dense.path == found / "dense"  # the configured one is not there
-    assert run_of(found, [f"dense.path={dense}"])[1].dense.path == dense
+    assert config.dense.path == checkpoint / "dense"  # the configured one is missing
+    assert run_of(checkpoint, [f"dense.path={dense}"])[1].dense.path == dense
     with pytest.raises(ConfigError, match="not a setting"):
-        run_of(found, ["parallel.epp=2"])
+        run_of(checkpoint, ["parallel.epp=2"])

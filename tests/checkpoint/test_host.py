@@ -1,4 +1,4 @@
-"""Copies through buffers, with a device that copies late: only when it is waited for."""
+"""Tests of buffered copies, with a fake device that copies only when it is waited for."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ SIZE = 8
 
 
 class LateBuffer:
-    """A buffer whose fill happens when it is emptied; notes how many are under way."""
+    """A buffer that performs its copy when it is emptied, and counts copies in progress."""
 
     under_way = 0
     most = 0

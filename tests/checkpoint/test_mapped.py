@@ -1,4 +1,4 @@
-"""A tensor mapped inside a file is what torch loads from there, and no more of it is touched."""
+"""Tests that mapped tensors equal those that torch loads, and that only used rows are read."""
 
 import io
 from pathlib import Path
@@ -13,7 +13,7 @@ ROWS_R = torch.tensor([4, 0, 3])
 
 
 def write(path: Path, tensor: Tensor, *, before: int) -> int:
-    """Save ``tensor`` after so many other bytes; returns its length."""
+    """Save ``tensor`` after ``before`` other bytes; return its length in bytes."""
     saved = io.BytesIO()
     torch.save(tensor, saved)
     path.write_bytes(b"x" * before + saved.getvalue() + b"y" * 7)
@@ -54,15 +54,15 @@ def test_layers_in_one_tensor(tmp_path: Path, shape: tuple[int, ...]):
 
 
 def test_what_is_not_taken_is_not_read(tmp_path: Path):
-    """A row that is changed in the file after it was mapped is found changed when it is taken."""
+    """A row that changes in the file after the mapping is read with its new values."""
     tensor = torch.randn(1000, 1000)
     path = tmp_path / "file"
     length = write(path, tensor, before=0)
     raw = bytearray(path.read_bytes())
-    place = raw.index(tensor[500].numpy().tobytes())
+    offset = raw.index(tensor[500].numpy().tobytes())
     mapped = map_tensor(path, offset=0, length=length)
     with path.open("r+b") as file:
-        file.seek(place)
+        file.seek(offset)
         file.write(bytes(4000))
     assert not mapped.rows(torch.tensor([500])).any()
     assert torch.equal(mapped.rows(torch.tensor([499, 501])), tensor[[499, 501]])

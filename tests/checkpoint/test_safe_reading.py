@@ -1,7 +1,7 @@
-"""Nothing in a checkpoint folder is executed, whoever wrote it: on resuming and on exporting.
+"""Tests that resume and export never execute code from a checkpoint folder.
 
-Each pickle below creates a file when it is loaded as torch and Megatron-Core load it; a control
-shows that it would.
+Each pickle below creates a file if it is loaded the way torch and Megatron-Core load it; a control
+test shows that it would.
 """
 
 import io
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.distributed
 
 
 class Payload:
-    """Runs ``os.system`` when it is unpickled without care."""
+    """Run ``os.system`` when unpickled without restrictions."""
 
     def __init__(self, evidence: Path) -> None:
         self.evidence = evidence
@@ -36,7 +36,7 @@ class Payload:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """Settings of a run of two steps that has checkpoints of both."""
+    """Return the settings of a two-step run that has checkpoints of both steps."""
     root = tmp_path_factory.mktemp("unpickle")
     dense, tokens = save_dense(root / "dense"), write_tokens(root / "tokens")
     settings = tree(
@@ -49,7 +49,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 @pytest.fixture
 def copy(run: dict, tmp_path: Path) -> dict:
-    """The same run in a folder of its own, with one step to go."""
+    """Copy the run into its own folder, with one step left to train."""
     shutil.copytree(run["run"]["dir"], tmp_path / "run")
     (tmp_path / "run" / "checkpoints" / "latest").write_text("step_00000001\n")
     return {**run, "run": {**run["run"], "dir": str(tmp_path / "run")}}
@@ -72,7 +72,7 @@ def in_the_index_beside_what_belongs_there(folder: Path, payload: Payload) -> No
 
 
 def in_a_tensor(folder: Path, payload: Payload) -> None:
-    """In place of one of the pickles that hold numbers, at the end of its file."""
+    """Replace one of the pickled tensors by the payload, at the end of its file."""
     metadata = pickle.loads((folder / ".metadata").read_bytes())
     where = next(w for i, w in metadata.storage_data.items() if "experts" in i.fqn)
     buffer = io.BytesIO()
@@ -86,7 +86,7 @@ def in_a_tensor(folder: Path, payload: Payload) -> None:
 PLACES = [in_the_index, in_the_index_beside_what_belongs_there, in_a_tensor]
 
 
-REFUSED = r"system has no place in an index|[Ww]eights.only"
+REFUSED = r"system is not allowed in an index|[Ww]eights.only"
 
 
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: place.__name__)
@@ -109,7 +109,7 @@ def test_exporting_runs_nothing(copy: dict, tmp_path: Path, place: Callable):
 
 
 def test_pickles_that_are_not_part_of_a_checkpoint_are_not_opened(copy: dict, tmp_path: Path):
-    """Megatron-Core would load common.pt; no command of ours does."""
+    """Megatron-Core would load common.pt; none of our commands do."""
     payload = Payload(tmp_path / "evidence")
     torch.save(payload, newest_of(copy) / "common.pt")
     export_checkpoint(newest_of(copy), tmp_path / "hf")
@@ -129,9 +129,9 @@ def test_an_index_that_points_out_of_its_folder_is_refused(copy: dict, tmp_path:
     for elsewhere in ("../other/__0_0.distcp", "/etc/passwd", ".."):
         where.relative_path = elsewhere
         (folder / ".metadata").write_bytes(pickle.dumps(metadata))
-        with pytest.raises(CheckpointError, match="points out of its folder: " + elsewhere):
+        with pytest.raises(CheckpointError, match="points outside its folder: " + elsewhere):
             SafeReader(folder).read_metadata()
-    with pytest.raises(CheckpointError, match="points out of its folder"):
+    with pytest.raises(CheckpointError, match="points outside its folder"):
         run_training(copy, world_size=2)
 
 

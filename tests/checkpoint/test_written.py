@@ -1,4 +1,4 @@
-"""Files of a checkpoint lie on the disk with the user's umask, and before they count."""
+"""Tests that checkpoint files follow the umask and are fsynced before they are published."""
 
 import os
 import stat
@@ -36,7 +36,7 @@ def test_the_users_umask_decides_who_reads_a_run(settings: dict, umask: int):
 def test_everything_is_on_the_disk_before_it_counts(
     settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """What a power cut between any two system calls leaves is a whole checkpoint or none."""
+    """A power cut between any two system calls leaves a complete checkpoint or none."""
     log = tmp_path / "log"
     fsync, rename, replace = os.fsync, Path.rename, Path.replace
 

@@ -1,4 +1,4 @@
-"""Real tokenizers, trained in seconds on Python's own library."""
+"""Real tokenizers, trained in seconds on Python's standard library."""
 
 import json
 import sysconfig
@@ -9,21 +9,21 @@ from hypothesis import HealthCheck, settings
 from sentencepiece import SentencePieceTrainer
 from tiny import TOKENIZER_SIZE, save_tokenizer
 
-# A busy machine is slow at times; that says nothing about the property.
+# A busy machine can be slow, which is no reason to fail a property test.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session")
 def library_files() -> list[Path]:
-    """Some 0.7 MB of Python that every machine with Python has."""
+    """About 0.7 MB of Python code that is part of every Python installation."""
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     return sorted(stdlib.glob("*.py"))[:40]
 
 
 @pytest.fixture(scope="session")
 def bpe_folder(tmp_path_factory: pytest.TempPathFactory, library_files: list[Path]) -> Path:
-    """A dense folder's tokenizer as Hugging Face writes it: byte-level BPE."""
+    """Folder with a byte-level BPE tokenizer, as Hugging Face writes it."""
     return save_tokenizer(tmp_path_factory.mktemp("bpe"), library_files)
 
 
@@ -31,7 +31,7 @@ def bpe_folder(tmp_path_factory: pytest.TempPathFactory, library_files: list[Pat
 def sentencepiece_folder(
     tmp_path_factory: pytest.TempPathFactory, library_files: list[Path]
 ) -> Path:
-    """A dense folder as Llama 2 was released: tokenizer.model and nothing else of a tokenizer."""
+    """Dense folder as Llama 2 was released: tokenizer.model is its only tokenizer file."""
     folder = tmp_path_factory.mktemp("sentencepiece")
     SentencePieceTrainer.Train(
         input=",".join(str(path) for path in library_files[:10]),

@@ -1,4 +1,4 @@
-"""The table of docs/data.md: each bad input through the real command, and what it says."""
+"""Run the real command on each bad input in the table of docs/data.md, and check its message."""
 
 import json
 import re
@@ -16,14 +16,14 @@ from megatron_moe.data.tokens import prepare_tokens
 PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
 LINE = b'{"text": "some words"}\n'
 TEXTS = {
-    "empty file": ("a.txt", b"", r"a\.txt holds no text"),
-    "binary file": ("a.txt", b"\x7fELF\n\x00\x01", r"a\.txt:2: a zero byte: this is a binary file"),
+    "empty file": ("a.txt", b"", r"a\.txt contains no text"),
+    "binary file": ("a.txt", b"\x7fELF\n\x00\x01", r"a\.txt:2: zero byte: this is a binary file"),
     "invalid UTF-8 in a text": ("a.txt", b"ab\nc\xff", r"a\.txt:2: not UTF-8"),
     "invalid UTF-8 in a line": ("a.jsonl", LINE + b'{"text": "\xff"}\n', r"a\.jsonl:2: not UTF-8"),
     "wrong key": ("a.jsonl", b'{"txt": "x"}\n', r"a\.jsonl:1: has no key 'text', only 'txt'"),
 }
 SETTINGS = {
-    "missing file of a domain": (["data.domains.b.path=nowhere"], "there is no text at nowhere"),
+    "missing file of a domain": (["data.domains.b.path=nowhere"], "nowhere does not exist"),
     "missing domain of a preset": (["data.domains.a.weight=null", "data.domains.b.weight=null",
                                     "data.mixing.weights=llama"], r"missing \['arxiv', 'books'"),
     "weight 0": (["data.domains.a.weight=0", "data.domains.b.weight=1"],
@@ -55,14 +55,14 @@ def config(tmp_path: Path, dense: Path) -> Path:
 
 
 def refusal(config: Path, *overrides: str, monkeypatch, capsys) -> str:
-    """What the command says before it ends with code 2, without a traceback."""
+    """Return the command's stderr; it must end with exit code 2 and without a traceback."""
     monkeypatch.setattr(sys, "argv", ["megatron-moe", "train", str(config), *overrides])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 2
-    told = capsys.readouterr().err
-    assert "Traceback" not in told
-    return told
+    stderr = capsys.readouterr().err
+    assert "Traceback" not in stderr
+    return stderr
 
 
 @pytest.mark.distributed
@@ -72,10 +72,10 @@ def test_a_bad_text_is_refused_with_its_place(
 ):
     name, content, message = TEXTS[case]
     (tmp_path / name).write_bytes(content)
-    told = refusal(
+    stderr = refusal(
         config, f"data.domains.b.path={tmp_path / name}", monkeypatch=monkeypatch, capsys=capsys
     )
-    assert re.search(message, told), told
+    assert re.search(message, stderr), stderr
     assert f"| {case} |" in PAGE
 
 
@@ -83,8 +83,8 @@ def test_a_bad_text_is_refused_with_its_place(
 @pytest.mark.parametrize("case", SETTINGS)
 def test_a_bad_mixture_is_refused(config: Path, case: str, monkeypatch, capsys):
     overrides, message = SETTINGS[case]
-    told = refusal(config, *overrides, monkeypatch=monkeypatch, capsys=capsys)
-    assert re.search(message, told), told
+    stderr = refusal(config, *overrides, monkeypatch=monkeypatch, capsys=capsys)
+    assert re.search(message, stderr), stderr
     assert f"| {case} |" in PAGE
 
 
@@ -94,14 +94,14 @@ def test_a_vocabulary_larger_than_the_models_is_refused(
 ):
     small = save_dense(tmp_path / "small", vocab_size=TOKENIZER_SIZE - 1)
     save_tokenizer(small, library_files)
-    told = refusal(config, f"dense.path={small}", monkeypatch=monkeypatch, capsys=capsys)
-    assert "has ids up to 599, but the model's vocab_size is 599: id 599 has no row" in told
+    stderr = refusal(config, f"dense.path={small}", monkeypatch=monkeypatch, capsys=capsys)
+    assert "has ids up to 599, but the model's vocab_size is 599: id 599 has no row" in stderr
     assert "| vocabulary larger than the model's |" in PAGE
 
 
 @pytest.mark.parametrize("length", [2_000_000, pytest.param(50_000_000, marks=pytest.mark.slow)])
 def test_one_long_document_is_a_document(dense: Path, tmp_path: Path, length: int):
-    """It is read and tokenized in blocks, and comes out whole."""
+    """Reading and tokenizing in blocks must keep a long document whole."""
     words = "in the middle of a long document there are words "
     (tmp_path / "long.txt").write_text(text := words * (length // len(words)))
     prefix = prepare_tokens(

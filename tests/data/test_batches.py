@@ -1,4 +1,4 @@
-"""Which sample is where: the same for any layout, every chunk once an epoch, nothing lost."""
+"""Samples are the same for any layout, and every chunk is read exactly once per epoch."""
 
 import megatron.core.utils
 import numpy as np
@@ -48,8 +48,8 @@ def test_every_place_of_a_permutation_is_taken_once(size: int, seed: int, epoch:
 
 
 def test_permutations_look_random():
-    # Over many seeds each element lands on each place equally often: chi-square with 6 * 6
-    # degrees of freedom stays below its 99.9% point, 67.98.
+    # Over many seeds each element must occur at each position equally often: chi-square with
+    # 6 * 6 degrees of freedom stays below its 99.9% quantile, 67.98.
     size, draws = 7, 3000
     counts = np.zeros((size, size))
     for seed in range(draws):
@@ -70,7 +70,7 @@ def test_neighbours_are_torn_apart_and_epochs_differ():
 
 
 def test_the_order_of_a_seed_never_changes():
-    # A run that resumes under a newer version of anything must go on where it was.
+    # A run must resume at the same position under newer versions of all libraries.
     orders = {
         (0, 0): [1, 9, 8, 5, 6, 0, 7, 3, 2, 4],
         (0, 1): [6, 1, 7, 5, 3, 9, 4, 8, 0, 2],
@@ -169,17 +169,17 @@ def test_context_parallel_runs_are_megatrons(
     )
     seen = []
     for cp_rank in range(cp_size):
-        ours = slice_for_context_parallel(batch, cp_rank=cp_rank, cp_size=cp_size)
+        sliced = slice_for_context_parallel(batch, cp_rank=cp_rank, cp_size=cp_size)
         monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: cp_size)
         monkeypatch.setattr(torch.distributed, "get_rank", lambda group, rank=cp_rank: rank)
-        theirs = megatron.core.utils.get_batch_on_this_cp_rank(
+        expected = megatron.core.utils.get_batch_on_this_cp_rank(
             {"tokens": batch.tokens_BS, "position_ids": batch.position_ids_BS, "cu_seqlens": None},
             is_hybrid_cp=False,
         )
-        assert torch.equal(ours.tokens_BS, theirs["tokens"])
-        assert torch.equal(ours.position_ids_BS, theirs["position_ids"])
-        assert torch.equal(ours.labels_BS, ours.tokens_BS + 1)
-        seen += ours.tokens_BS[0].tolist()
+        assert torch.equal(sliced.tokens_BS, expected["tokens"])
+        assert torch.equal(sliced.position_ids_BS, expected["position_ids"])
+        assert torch.equal(sliced.labels_BS, sliced.tokens_BS + 1)
+        seen += sliced.tokens_BS[0].tolist()
     assert sorted(seen) == batch.tokens_BS[0].tolist()
 
 
@@ -192,12 +192,12 @@ def test_a_sequence_that_context_parallelism_cannot_cut_is_refused(samples: Samp
 
 
 def test_batches_for_a_gpu_are_pinned_after_they_are_sliced(monkeypatch: pytest.MonkeyPatch):
-    """A copy that does not make the host wait needs pinned memory, and slicing makes new memory."""
+    """Non-blocking copies need pinned memory; slicing allocates new memory, so pin after it."""
     from types import SimpleNamespace
     from typing import Any
 
     from megatron_moe.data import feed as feed_module
-    from megatron_moe.data.feed import Feed, Seat
+    from megatron_moe.data.feed import DataRank, Feed
 
     pinned: list[int] = []
 
@@ -214,8 +214,8 @@ def test_batches_for_a_gpu_are_pinned_after_they_are_sliced(monkeypatch: pytest.
     config: Any = SimpleNamespace(train=train, run=SimpleNamespace(seed=0))
     texts: Any = SimpleNamespace(training={})
     blend: Any = SimpleNamespace(position=0)
-    seat = Seat(dp_rank=0, dp_size=1, cp_rank=0, cp_size=2)
-    Feed(texts, config, seat).next_step(blend)
+    data_rank = DataRank(dp_rank=0, dp_size=1, cp_rank=0, cp_size=2)
+    Feed(texts, config, data_rank).next_step(blend)
     assert pinned == []
-    Feed(texts, config, seat, pin=True).next_step(blend)
+    Feed(texts, config, data_rank, pin=True).next_step(blend)
     assert pinned == [4] * 4

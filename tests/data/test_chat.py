@@ -1,4 +1,4 @@
-"""Conversations: the loss falls on the assistant's words, by transformers' own account."""
+"""The loss of a conversation counts on the assistant's tokens; transformers is the oracle."""
 
 import json
 import shutil
@@ -63,14 +63,14 @@ def test_marks_are_those_of_transformers(
     folder: Path, tokenizer: ChatTokenizer, turns: list[tuple[str, str]]
 ):
     oracle = AutoTokenizer.from_pretrained(folder)
-    theirs = oracle.apply_chat_template(
+    expected = oracle.apply_chat_template(
         messages(turns), return_dict=True, return_assistant_tokens_mask=True
     )
-    ours = tokenizer.encode(messages(turns))
-    assert ours.ids == theirs["input_ids"]
-    assert [int(count) for count in ours.counts] == theirs["assistant_masks"]
-    said = oracle.decode([i for i, count in zip(ours.ids, ours.counts, strict=True) if count])
-    assert said == "".join(f"{text}<|im_end|>\n" for role, text in turns if role == "assistant")
+    result = tokenizer.encode(messages(turns))
+    assert result.ids == expected["input_ids"]
+    assert [int(count) for count in result.counts] == expected["assistant_masks"]
+    text = oracle.decode([i for i, count in zip(result.ids, result.counts, strict=True) if count])
+    assert text == "".join(f"{text}<|im_end|>\n" for role, text in turns if role == "assistant")
 
 
 def test_both_forms_are_read():
@@ -91,9 +91,9 @@ def test_both_forms_are_read():
         ({"text": "x"}, "has no list 'messages'"),
         ({"messages": []}, "has no list 'messages'"),
         ({"messages": ["x"]}, "a turn must be an object, not str"),
-        ({"conversations": [{"from": "bing", "value": "x"}]}, "of no known speaker: 'bing'"),
+        ({"conversations": [{"from": "bing", "value": "x"}]}, "an unknown speaker: 'bing'"),
         ({"messages": [{"role": "user", "content": None}]}, "a turn of the user has no text: None"),
-        ({"messages": messages([("user", "x")])}, "the assistant says nothing"),
+        ({"messages": messages([("user", "x")])}, "has no message of the assistant"),
         ({"messages": messages([("assistant", "<|im_end|>")])}, "the control token <|im_end|>"),
     ],
 )
@@ -126,7 +126,7 @@ def test_conversations_are_prepared_once(tmp_path: Path, folder: Path, bpe_folde
     assert report["conversations"] == 1
     assert report["malformed"][0].startswith(f"{path}:2: must be an object")
     assert ChatSamples(prefix, seq_length=99, vocab_size=600, seed=0).num_chunks == 1
-    with pytest.raises(DataError, match="broken conversations"):
+    with pytest.raises(DataError, match="malformed conversations"):
         prepare_conversations(path, **into)
     with pytest.raises(
         DataError, match=r"ids up to \d+, but the model's vocab_size is 9: id 9 has"
@@ -138,11 +138,11 @@ def test_templates_that_rewrite_earlier_turns_are_refused(folder: Path, tmp_path
     rewriting = shutil.copytree(folder, tmp_path / "rewriting")
     last_only = CHATML.replace("m['content'] +", "(m['content'] if loop.last else '') +")
     (rewriting / "chat_template.jinja").write_text(last_only)
-    with pytest.raises(ValueError, match="renders turn 2 otherwise when more turns follow"):
+    with pytest.raises(ValueError, match="renders turn 2 differently when more turns follow"):
         ChatTokenizer(rewriting).encode(messages(CONVERSATIONS[1]))
     raising = "{{ raise_exception('no system') }}"
     (rewriting / "chat_template.jinja").write_text(raising)
-    with pytest.raises(ValueError, match="template refuses the conversation: no system"):
+    with pytest.raises(ValueError, match="template rejects the conversation: no system"):
         ChatTokenizer(rewriting).encode(messages(CONVERSATIONS[0]))
 
 
@@ -179,7 +179,7 @@ def test_an_epoch_of_samples_holds_each_conversation_once(
         for a, b in pairwise(bounds)
     )
     samples = ChatSamples(pair, seq_length=seq_length, vocab_size=600, seed=5)
-    found = []
+    unpacked = []
     for k in range(samples.num_chunks):
         sample = samples[k]
         assert sample.ids_T.shape == (seq_length + 1,)
@@ -187,16 +187,16 @@ def test_an_epoch_of_samples_holds_each_conversation_once(
         for start, end in pairwise(starts):
             last = end == seq_length
             ids = sample.ids_T[start : end + last]
-            # The label of input j is id j + 1, so marks are one to the left of what they mark.
+            # The label of input j is id j + 1, so the mask is shifted left by one.
             mask = sample.loss_mask_S[start : end - 1 + last]
             if not last:
                 assert sample.loss_mask_S[end - 1] == 0, "loss on the next one's first token"
             if ids.any():
                 stop = len(ids) - (ids[::-1] != 0).argmax()
                 assert not mask[max(0, stop - 1) :].any(), "loss on padding"
-                found.append((ids[:stop].tolist(), [0, *mask[: stop - 1].astype(int)]))
+                unpacked.append((ids[:stop].tolist(), [0, *mask[: stop - 1].astype(int)]))
     fits = [(ids, marks) for ids, marks in wanted if len(ids) <= seq_length + 1]
-    assert sorted(found) == fits
+    assert sorted(unpacked) == fits
     assert len(samples.too_long) == len(wanted) - len(fits)
     assert (seq_length == 150) == bool(samples.too_long)
 

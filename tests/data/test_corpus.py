@@ -1,4 +1,4 @@
-"""Tokenizing a corpus: the same tokens however many processes, formats and kills it took."""
+"""Tokenizing a corpus gives the same tokens for any number of workers, format and kills."""
 
 import gzip
 import json
@@ -14,7 +14,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_moe.data import corpus
 from megatron_moe.data.corpus import tokenize_files
-from megatron_moe.data.documents import Place, find_files, read_blocks, split_pieces
+from megatron_moe.data.documents import ReadPosition, find_files, read_blocks, split_pieces
 from megatron_moe.data.encode import Encoded, Rules
 from megatron_moe.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_moe.errors import DataError
@@ -27,7 +27,7 @@ def tokenizer(bpe_folder: Path) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def texts(library_files: list[Path]) -> list[str]:
-    """Functions and classes of Python's library, with some of them twice."""
+    """Functions and classes of Python's standard library, some of them twice."""
     whole = "".join(file.read_text() for file in library_files[:12])
     parts = [part for part in whole.split("\n\n\n") if part]
     return parts + random.Random(0).sample(parts, 40)
@@ -39,7 +39,7 @@ def jsonl(path: Path, texts: list[str], key: str = "text") -> Path:
 
 
 def documents(prefix: Path) -> list[list[int]]:
-    """The documents that Megatron-Core reads, their sequences joined."""
+    """Return the documents that Megatron-Core reads, with their sequences joined."""
     dataset = IndexedDataset(str(prefix))
     bounds = dataset.document_indices.tolist()
     return [[t for s in range(a, b) for t in dataset[s].tolist()] for a, b in pairwise(bounds)]
@@ -75,7 +75,7 @@ def _gzip(path: Path, texts: list[str]) -> Path:
 def _zstd(path: Path, texts: list[str]) -> Path:
     zstandard = pytest.importorskip("zstandard")
     lines = jsonl(path / "a.jsonl", texts).read_bytes().splitlines(keepends=True)
-    # Two frames, as `cat a.zst b.zst` makes them.
+    # Two frames, like the output of `cat a.zst b.zst`.
     frames = [zstandard.compress(b"".join(part)) for part in (lines[:9], lines[9:])]
     (path / "a.jsonl.zst").write_bytes(b"".join(frames))
     return path / "a.jsonl.zst"
@@ -112,8 +112,8 @@ def test_every_format_gives_the_same_documents(
     path = write(tmp_path, texts)
     tokenize_files([path], tmp_path / "out", tokenizer)
     assert documents(tmp_path / "out") == expected(texts, tokenizer)
-    # A reader that begins where any block ended reads the rest, and nothing else.
-    blocks = list(read_blocks([path], text_key="text", start=Place()))
+    # A reader that starts at the end of any block must read exactly the rest.
+    blocks = list(read_blocks([path], text_key="text", start=ReadPosition()))
     assert len(blocks) > 2
     for i, block in enumerate(blocks):
         rest = read_blocks([path], text_key="text", start=block.after)
@@ -129,7 +129,7 @@ def test_a_folder_is_its_files_in_order(tmp_path: Path, tokenizer: Tokenizer):
     tokenize_files([tmp_path / "in"], tmp_path / "out", tokenizer)
     texts = ["zero", "one", "two", "three\n\nparagraphs"]
     assert documents(tmp_path / "out") == expected(texts, tokenizer)
-    with pytest.raises(DataError, match=r"there is no text at .*nowhere"):
+    with pytest.raises(DataError, match=r"nowhere does not exist"):
         find_files([tmp_path / "nowhere"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"no .jsonl, .* in .*empty"):
@@ -151,11 +151,11 @@ def test_pieces_of_a_text_have_the_ids_of_the_whole(
 
 
 class Killed(BaseException):
-    """What a test raises in place of a signal."""
+    """Raised by tests in place of a signal."""
 
 
 def dying_after(monkeypatch: pytest.MonkeyPatch, num_blocks: int) -> None:
-    """Make the next run die in the middle of writing block ``num_blocks``."""
+    """Make the next run die while writing block ``num_blocks``."""
     take, left = TAKE, [num_blocks]
 
     def take_or_die(self: corpus._Job, encoded: Encoded) -> None:
@@ -246,7 +246,7 @@ def test_exact_duplicates_and_lengths_are_filtered_and_counted(
     monkeypatch.setattr("megatron_moe.data.documents.BLOCK_SIZE", 20_000)
     path = jsonl(tmp_path / "a.jsonl", [*texts, ""])
     lengths = [len(row) - 1 for row in expected(texts, tokenizer)]
-    # The limits are lengths that occur: both still belong.
+    # The limits are lengths that occur, and both are inclusive.
     shortest, longest = sorted(lengths)[20], sorted(lengths)[-20]
     rules = Rules(drop_duplicates=True, min_tokens=shortest, max_tokens=longest)
     report = tokenize_files([path], tmp_path / "out", tokenizer, rules=rules, workers=2)
@@ -314,7 +314,7 @@ def test_a_long_document_is_one_sequence(
 def test_what_exists_is_not_overwritten(tmp_path: Path, tokenizer: Tokenizer):
     path = jsonl(tmp_path / "a.jsonl", ["text"])
     tokenize_files([path], tmp_path / "out", tokenizer)
-    with pytest.raises(DataError, match=r"out.idx exists already"):
+    with pytest.raises(DataError, match=r"out.idx already exists"):
         tokenize_files([path], tmp_path / "out", tokenizer)
 
 

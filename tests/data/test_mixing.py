@@ -1,4 +1,4 @@
-"""Weights: published ones add up, and the rules move them as their papers say."""
+"""Published mixture weights sum to 1, and the update rules follow their papers."""
 
 import math
 
@@ -39,13 +39,13 @@ def test_presets_are_shares_of_the_seven_domains(preset: str):
 
 
 def test_an_update_by_hand():
-    # Two domains, the first 1 nat worse than its reference, the second better than its own.
-    moved = updated_weights([0.5, 0.5], [3.0, 1.0], [2.0, 1.5], rule="sheared_llama", floor=0.01)
+    # Two domains: the first is 1 nat above its reference, the second is below its reference.
+    updated = updated_weights([0.5, 0.5], [3.0, 1.0], [2.0, 1.5], rule="sheared_llama", floor=0.01)
     e = math.e
-    assert moved == pytest.approx([0.99 * e / (e + 1) + 0.005, 0.99 / (e + 1) + 0.005])
-    moved = updated_weights([0.5, 0.5], [3.0, 1.0], [2.0, 1.5], rule="doremi", floor=0.01)
+    assert updated == pytest.approx([0.99 * e / (e + 1) + 0.005, 0.99 / (e + 1) + 0.005])
+    updated = updated_weights([0.5, 0.5], [3.0, 1.0], [2.0, 1.5], rule="doremi", floor=0.01)
     up, down = math.e, math.exp(-0.5)
-    assert moved == pytest.approx(
+    assert updated == pytest.approx(
         [0.99 * up / (up + down) + 0.005, 0.99 * down / (up + down) + 0.005]
     )
 
@@ -54,19 +54,19 @@ def test_an_update_at_the_reference_stands_still():
     losses = list(LLAMA_2_7B_LOSSES.values())
     weights = list(preset_weights("sheared", SLIMPAJAMA).values())
     for rule in ("sheared_llama", "doremi"):
-        moved = updated_weights(weights, losses, losses, rule=rule)
-        assert moved == pytest.approx([(1 - 1e-4) * w + 1e-4 / 7 for w in weights], abs=1e-12)
+        updated = updated_weights(weights, losses, losses, rule=rule)
+        assert updated == pytest.approx([(1 - 1e-4) * w + 1e-4 / 7 for w in weights], abs=1e-12)
 
 
 @given(DOMAINS, st.sampled_from(["sheared_llama", "doremi"]))
 def test_updates_stay_shares_and_favour_the_worst(drawn, rule):
     weights, losses, references = drawn
-    moved = updated_weights(weights, losses, references, rule=rule)
-    assert math.fsum(moved) == pytest.approx(1, abs=1e-12)
-    assert min(moved) >= 1e-4 / len(moved) * (1 - 1e-9)
+    updated = updated_weights(weights, losses, references, rule=rule)
+    assert math.fsum(updated) == pytest.approx(1, abs=1e-12)
+    assert min(updated) >= 1e-4 / len(updated) * (1 - 1e-9)
     excess = [loss - reference for loss, reference in zip(losses, references, strict=True)]
     worst = max(range(len(excess)), key=excess.__getitem__)
-    # Before the floor the worst domain gains against every other.
+    # Without the floor the worst domain gains relative to every other.
     free = updated_weights(weights, losses, references, rule=rule, floor=0.0)
     for i in range(len(free)):
         assert free[worst] * weights[i] >= free[i] * weights[worst] * (1 - 1e-9)
@@ -82,8 +82,8 @@ def test_the_sheared_rule_ignores_how_much_better_a_domain_is(drawn):
 
 
 def test_large_losses_do_not_overflow_and_broken_ones_are_refused():
-    moved = updated_weights([0.5, 0.5], [2000.0, 1.0], [1.0, 1.0], rule="sheared_llama")
-    assert moved == pytest.approx([1 - 5e-5, 5e-5])
+    updated = updated_weights([0.5, 0.5], [2000.0, 1.0], [1.0, 1.0], rule="sheared_llama")
+    assert updated == pytest.approx([1 - 5e-5, 5e-5])
     with pytest.raises(DataError, match=r"cannot update the mixture: losses .*nan"):
         updated_weights([0.5, 0.5], [math.nan, 1.0], [1.0, 1.0], rule="sheared_llama")
 

@@ -1,4 +1,4 @@
-"""Packing: no document lost, doubled or cut, and its bounds are found again."""
+"""Packing keeps every document whole and exactly once, and its bounds can be recovered."""
 
 import torch
 from hypothesis import given

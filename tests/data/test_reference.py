@@ -1,4 +1,4 @@
-"""Reference losses: the dense model's on each domain, and a file that remembers whose they are."""
+"""Reference losses of the dense model, and the file that ties them to a tokenizer."""
 
 import json
 from itertools import pairwise
@@ -22,13 +22,13 @@ LENGTH = 100
 
 @pytest.mark.parametrize("reset_attention", [False, True])
 def test_losses_are_those_of_the_dense_model(tmp_path: Path, reset_attention: bool):
-    """The oracle takes the documents one by one: none of them sees the one before."""
+    """The oracle runs the documents one by one, so that none can attend to the one before."""
     dense = save_dense(tmp_path / "dense")
     stream = TokenStream(write_tokens(tmp_path / "tokens", length=70), vocab_size=257)
     samples = Samples(stream, seq_length=LENGTH, seed=0, reset_positions=reset_attention)
     data = {"validation_samples": 3, "reset_attention": reset_attention}
     config = build(RunConfig, tree(tmp_path / "run", dense, tmp_path / "tokens", data=data))
-    found = dense_losses(config, {"a": samples}, device=torch.device("cpu"))
+    result = dense_losses(config, {"a": samples}, device=torch.device("cpu"))
 
     model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
     losses = []
@@ -44,7 +44,7 @@ def test_losses_are_those_of_the_dense_model(tmp_path: Path, reset_attention: bo
                     logits, ids_T[start + 1 : end + 1], reduction="none"
                 )
             )
-    assert found == {"a": pytest.approx(torch.cat(losses).mean().item(), rel=1e-6)}
+    assert result == {"a": pytest.approx(torch.cat(losses).mean().item(), rel=1e-6)}
 
 
 def test_a_file_goes_with_its_tokenizer(tmp_path: Path):
@@ -67,7 +67,7 @@ def test_reference_losses_come_from_a_file(tmp_path: Path):
     with pytest.raises(DataError, match="has no loss for a"):
         read_reference_losses(path, ["a"], tokenizer="t")
     path.write_text("[1]")
-    with pytest.raises(DataError, match="must hold an object"):
+    with pytest.raises(DataError, match="must contain an object"):
         read_reference_losses(path, ["a"], tokenizer="t")
     with pytest.raises(DataError, match="cannot read the reference losses"):
         read_reference_losses(tmp_path / "none", ["a"], tokenizer="t")

@@ -1,4 +1,4 @@
-"""The tokenizer we call gives the ids of the library that wrote it, and refuses what cannot fit."""
+"""Tokenizers give the ids of the library that wrote them, and bad ones are rejected."""
 
 import shutil
 from pathlib import Path
@@ -19,23 +19,23 @@ TEXTS = [
 
 
 def test_ids_are_those_of_transformers(bpe_folder: Path):
-    ours = load_tokenizer(bpe_folder)
-    theirs = AutoTokenizer.from_pretrained(bpe_folder)
+    tokenizer = load_tokenizer(bpe_folder)
+    oracle = AutoTokenizer.from_pretrained(bpe_folder)
     for text in TEXTS:
-        assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
-        assert ours.decode(ours.encode(text)) == text
-    assert ours.encode_batch(TEXTS) == [ours.encode(text) for text in TEXTS]
-    assert (ours.eos_id, ours.vocab_size) == (theirs.eos_token_id, len(theirs))
+        assert tokenizer.encode(text) == oracle(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode_batch(TEXTS) == [tokenizer.encode(text) for text in TEXTS]
+    assert (tokenizer.eos_id, tokenizer.vocab_size) == (oracle.eos_token_id, len(oracle))
 
 
 def test_ids_are_those_of_sentencepiece(sentencepiece_folder: Path):
-    ours = load_tokenizer(sentencepiece_folder)
-    theirs = SentencePieceProcessor(model_file=str(sentencepiece_folder / "tokenizer.model"))
+    tokenizer = load_tokenizer(sentencepiece_folder)
+    oracle = SentencePieceProcessor(model_file=str(sentencepiece_folder / "tokenizer.model"))
     for text in TEXTS:
-        assert ours.encode(text) == theirs.encode(text)
-        assert ours.decode(ours.encode(text)) == text
-    assert ours.encode_batch(TEXTS) == [ours.encode(text) for text in TEXTS]
-    assert (ours.eos_id, ours.vocab_size) == (theirs.eos_id(), len(theirs))
+        assert tokenizer.encode(text) == oracle.encode(text)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode_batch(TEXTS) == [tokenizer.encode(text) for text in TEXTS]
+    assert (tokenizer.eos_id, tokenizer.vocab_size) == (oracle.eos_id(), len(oracle))
 
 
 def test_a_special_token_in_the_text_does_not_end_the_document(
@@ -81,5 +81,5 @@ def test_what_is_no_tokenizer_is_said_so(tmp_path: Path, files: dict[str, str], 
 def test_a_tokenizer_without_an_end_is_refused(bpe_folder: Path, tmp_path: Path):
     shutil.copy(bpe_folder / "tokenizer.json", tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{}")
-    with pytest.raises(DataError, match="names no eos_token"):
+    with pytest.raises(DataError, match="has no eos_token"):
         load_tokenizer(tmp_path)

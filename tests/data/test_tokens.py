@@ -1,4 +1,4 @@
-"""Text in its three forms becomes a token file that Megatron-Core reads, once and completely."""
+"""Text in any of its three forms is tokenized once and completely, for Megatron-Core to read."""
 
 import json
 import os
@@ -68,7 +68,7 @@ def test_a_pair_of_megatron_is_used_as_it_is(tmp_path: Path, bpe_folder: Path):
         assert prepare(path, bpe_folder) == prefix
     stream = TokenStream(prefix, vocab_size=7)
     assert stream.read(5, 4).tolist() == [5, 6, 0, 1]
-    with pytest.raises(DataError, match=r"holds id 6, .*vocab_size is 6"):
+    with pytest.raises(DataError, match=r"contains id 6, .*vocab_size is 6"):
         TokenStream(prefix, vocab_size=6)
 
 
@@ -84,19 +84,20 @@ def test_tokens_are_made_once_and_again_after_a_change(tmp_path: Path, bpe_folde
 
 def test_jobs_that_race_leave_one_whole_pair(tmp_path: Path, bpe_folder: Path):
     path = jsonl(tmp_path / "text.jsonl", TEXTS * 50)
-    found: list[Path] = []
+    prefixes: list[Path] = []
     jobs = [
-        threading.Thread(target=lambda: found.append(prepare(path, bpe_folder))) for _ in range(4)
+        threading.Thread(target=lambda: prefixes.append(prepare(path, bpe_folder)))
+        for _ in range(4)
     ]
     for job in jobs:
         job.start()
     for job in jobs:
         job.join()
-    assert len(found) == 4
-    assert len(set(found)) == 1
+    assert len(prefixes) == 4
+    assert len(set(prefixes)) == 1
     names = {file.name for file in (tmp_path / "cache").iterdir()}
-    assert names == {f"{found[0].name}{suffix}" for suffix in (".bin", ".idx", ".json")}
-    assert len(IndexedDataset(str(found[0]))) == 150
+    assert names == {f"{prefixes[0].name}{suffix}" for suffix in (".bin", ".idx", ".json")}
+    assert len(IndexedDataset(str(prefixes[0]))) == 150
 
 
 def test_a_failure_leaves_nothing_behind(tmp_path: Path, bpe_folder: Path):
@@ -116,11 +117,11 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, bpe_folder: Path):
         ("a.jsonl", b'{"text": 3}\n', r"a.jsonl:1: 'text' must be a string, not int"),
         ("a.jsonl", b'["x"]\n', r"a.jsonl:1: must be an object with the key 'text', not list"),
         ("a.jsonl", b'{"text": "\xff"}\n', r"a.jsonl:1: not UTF-8 at byte 10"),
-        ("a.jsonl", b'{"text": ""}\n', r"a.jsonl holds no text: 1 empty"),
-        ("a.txt", b"", r"a.txt holds no text"),
+        ("a.jsonl", b'{"text": ""}\n', r"a.jsonl contains no text: 1 empty"),
+        ("a.txt", b"", r"a.txt contains no text"),
         ("a.txt", b"a\nb\xff\n", r"a.txt:2: not UTF-8: invalid start byte"),
         ("a.txt", b"a\nb\xe6\xbc", r"a.txt:2: not UTF-8: the file ends inside a character"),
-        ("a.txt", b"\x7fELF\n\x00", r"a.txt:2: a zero byte: this is a binary file"),
+        ("a.txt", b"\x7fELF\n\x00", r"a.txt:2: zero byte: this is a binary file"),
     ],
 )
 def test_bad_text_is_refused_with_its_place(
@@ -133,7 +134,7 @@ def test_bad_text_is_refused_with_its_place(
 
 
 def test_a_missing_path_and_a_folder_without_text_are_refused(tmp_path: Path, bpe_folder: Path):
-    with pytest.raises(DataError, match=r"there is no text at .*nothing"):
+    with pytest.raises(DataError, match=r"nothing does not exist"):
         prepare(tmp_path / "nothing", bpe_folder)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"no .jsonl, .parquet, .arrow or .txt file"):
@@ -184,7 +185,7 @@ def test_a_broken_pair_is_refused(tmp_path: Path, bpe_folder: Path):
     for broken, message in (
         (b"hello", "does not begin with MMIDIDX"),
         (whole_index[:20], "does not begin with MMIDIDX"),
-        (whole_index[:-5], rf"has {len(whole_index) - 5} bytes, .* promises {len(whole_index)}"),
+        (whole_index[:-5], rf"has {len(whole_index) - 5} bytes, .* requires {len(whole_index)}"),
         (whole_index[:17] + b"\x07" + whole_index[18:], "tokens of type code 7"),
     ):
         index.write_bytes(broken)
@@ -200,7 +201,7 @@ def test_a_broken_pair_is_refused(tmp_path: Path, bpe_folder: Path):
     st.floats(0.01, 0.99),
 )
 def test_a_split_loses_no_document_and_cuts_none(lengths: list[list[int]], fraction: float):
-    """Documents of several sequences each; tokens count up, so a token is its own position."""
+    """Documents have several sequences; token ids count up, so each id is its own position."""
     with tempfile.TemporaryDirectory() as folder:
         prefix, token, starts = Path(folder) / "pair", 0, []
         builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
@@ -215,9 +216,9 @@ def test_a_split_loses_no_document_and_cuts_none(lengths: list[list[int]], fract
             prefix, vocab_size=token, validation_fraction=fraction
         )
         target = token * (1 - fraction)
-        wanted = min(starts[1:], key=lambda start: abs(start - target))
-        assert training.read(0, training.num_tokens).tolist() == list(range(wanted))
-        assert validation.read(0, validation.num_tokens).tolist() == list(range(wanted, token))
+        cut = min(starts[1:], key=lambda start: abs(start - target))
+        assert training.read(0, training.num_tokens).tolist() == list(range(cut))
+        assert validation.read(0, validation.num_tokens).tolist() == list(range(cut, token))
         assert training.num_documents + validation.num_documents == len(lengths)
 
 

@@ -74,20 +74,20 @@ def test_importance_is_what_transformers_says(folder: Path, tmp_path: Path, layo
 
 
 def measure(world: World, config: RunConfig, out: Path) -> None:
-    from megatron_moe.construct import command
-    from megatron_moe.construct.measure import Measuring, world_sum
+    from megatron_moe.commands import construct as command
+    from megatron_moe.construct.measure import Measurement, world_sum
 
-    kept: list[Measuring] = []
+    kept: list[Measurement] = []
     solved = command._solved
 
-    def keep(plan: Any, measuring: Measuring, *rest: Any) -> Any:
+    def keep(plan: Any, measuring: Measurement, *rest: Any) -> Any:
         kept.append(measuring)
         return solved(plan, measuring, *rest)
 
     command._solved = keep
     config.run.dir.mkdir(parents=True, exist_ok=True)
     command.construct(config, world)
-    found = kept[0].found
+    found = kept[0].sums
     inputs = world_sum(found.inputs.get(0, torch.zeros(64, 32)))
     if world.size > 1 and config.parallel.pipeline_parallel_size == 1:
         assert 0 in found.inputs

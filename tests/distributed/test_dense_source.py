@@ -41,7 +41,7 @@ def test_it_upcycles_to_the_same_bits(tmp_path: Path, layers: str):
     assert apart == (layers == "one-tensor-a-layer")
     both = shutil.copytree(saved, tmp_path / "both")
     shutil.copy(hf / "model.safetensors", both)
-    with pytest.raises(CheckpointError, match="must be one model"):
+    with pytest.raises(CheckpointError, match="must hold one model"):
         open_dense(both)
     for name in ("tp2-ep2-etp2", "pp2"):
         world_size, parallel = LAYOUTS[name]

@@ -1,4 +1,4 @@
-"""One run, judged by several tests; and a harness that starts quickly."""
+"""Fixtures: one run that several tests evaluate, and a harness that starts quickly."""
 
 import sys
 from functools import partial
@@ -17,7 +17,7 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Judged:
 
 @pytest.fixture
 def local_tasks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The harness reads its 15,000 files of tasks at each start: 20 s that tell nothing here."""
+    """Skip the harness's own tasks: reading 15,000 files takes 20 s at every start."""
     from lm_eval import tasks
 
     alone = partial(tasks.TaskManager, include_defaults=False)

@@ -1,4 +1,4 @@
-"""`evaluate --tasks`: the harness on a local task, against log-likelihoods computed by hand."""
+"""`evaluate --tasks`: compare the harness on a local task with log-likelihoods by hand."""
 
 import json
 from pathlib import Path
@@ -49,12 +49,12 @@ def test_a_checkpoint_scores_as_by_hand(judged: Judged, questions: list[Question
 
     export_checkpoint(judged.run, tmp_path / "hf")
     by_hand = likelihoods(tmp_path / "hf", questions)
-    for ours, expected in zip(logged_likelihoods(logged), by_hand, strict=True):
-        assert ours == pytest.approx(expected, rel=1e-5)  # fp32, in batches of another shape
+    for score, expected in zip(logged_likelihoods(logged), by_hand, strict=True):
+        assert score == pytest.approx(expected, rel=1e-5)  # fp32, in batches of another shape
     record = json.loads((judged.run / "evaluation" / "tasks-goes_on-step-000002.json").read_text())
     assert record["step"] == 2
-    found = {score["metric"]: score["value"] for score in record["scores"]}
-    assert found == scores_by_hand(questions, by_hand)
+    scores = {score["metric"]: score["value"] for score in record["scores"]}
+    assert scores == scores_by_hand(questions, by_hand)
     assert "goes_on" in result.stdout
 
 
@@ -66,19 +66,23 @@ def test_a_task_of_a_hub_that_is_not_there(
     (tasks / "goes_on.yaml").write_text(text)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    told = refused(judged.dense, "--tasks", "goes_on", "--include_path", tasks)
-    assert told.startswith("the data of goes_on is on a hub that cannot be reached: ")
-    assert "--include_path DIR" in told
+    message = refused(judged.dense, "--tasks", "goes_on", "--include_path", tasks)
+    assert message.startswith("cannot download the data of goes_on, because its hub cannot be ")
+    assert "--include_path DIR" in message
 
 
 def test_what_the_harness_refuses_is_said(judged: Judged):
-    assert "does not take --limits 3: " in refused(judged.dense, "--tasks", "sciq", "--limits", "3")
+    assert "does not accept --limits 3: " in refused(
+        judged.dense, "--tasks", "sciq", "--limits", "3"
+    )
     assert "Tasks not found: no_such_task" in refused(judged.dense, "--tasks", "no_such_task")
-    assert "--num_fewshot (1) is for tasks; a suite brings its own" in refused(
+    assert "--num_fewshot (1) cannot be used with a suite" in refused(
         judged.dense, "--tasks", "llama-moe", "--num_fewshot", "1"
     )
-    assert "--ranks is not for --tasks" in refused(judged.dense, "--tasks", "sciq", "--ranks", 2)
-    assert "those of lm-eval need --tasks" in refused(judged.run, "--limit", "2")
+    assert "--ranks cannot be combined with --tasks" in refused(
+        judged.dense, "--tasks", "sciq", "--ranks", 2
+    )
+    assert "options require --tasks" in refused(judged.run, "--limit", "2")
 
 
 def test_suites_name_tasks_that_the_harness_has():

@@ -1,7 +1,8 @@
-"""`evaluate` says what transformers says of the same text, under every layout.
+"""`evaluate` gives the losses of transformers on the same text, under every layout.
 
-The oracle shares nothing with it: the documents' tokens by transformers, cut by hand; losses in
-float64, of the dense folder and of the exported checkpoint; bytes of what the tokens decode to.
+The oracle shares no code with it: transformers tokenizes the documents, which are cut by hand;
+losses of the dense folder and the exported checkpoint are in float64; bytes are counted in the
+decoded text.
 """
 
 import json
@@ -25,14 +26,14 @@ pytestmark = pytest.mark.distributed
 
 
 def evaluated(run: Path, *words: str) -> dict[str, Any]:
-    """What the command writes and prints as JSON."""
+    """Run the command with --json and return the results that it writes."""
     result = CliRunner().invoke(app, ["evaluate", str(run), "--json", *words])
     assert result.exception is None, result.exception
     return json.loads((run / "evaluation" / "step-000002.json").read_text())
 
 
 def labels(judged: Judged, domain: str) -> list[torch.Tensor]:
-    """Inputs and labels of the judged sequences, ``(S + 1,)`` each."""
+    """Return inputs and labels of the evaluated sequences, ``(S + 1,)`` each."""
     tokenizer = AutoTokenizer.from_pretrained(judged.dense)
     ids = [
         i
@@ -48,7 +49,7 @@ def loss_by_hand(folder: Path, judged: Judged, domain: str) -> float:
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=torch.float64,
-        experts_implementation="eager",  # grouped_mm knows no float64
+        experts_implementation="eager",  # grouped_mm does not support float64
     ).eval()
     losses = [
         torch.nn.functional.cross_entropy(model(ids_T[None, :-1]).logits[0], ids_T[1:])
@@ -59,10 +60,10 @@ def loss_by_hand(folder: Path, judged: Judged, domain: str) -> float:
 
 def bytes_by_hand(judged: Judged, domain: str) -> int:
     tokenizer = AutoTokenizer.from_pretrained(judged.dense)
-    said = torch.cat([ids_T[1:] for ids_T in labels(judged, domain)])
-    text = tokenizer.decode(said, skip_special_tokens=True)
-    assert "\ufffd" not in text, "the cut goes through a letter: bytes of the text are not known"
-    assert len(text.encode()) > len(text), "no letter of several bytes: a count of letters would do"
+    label_ids = torch.cat([ids_T[1:] for ids_T in labels(judged, domain)])
+    text = tokenizer.decode(label_ids, skip_special_tokens=True)
+    assert "\ufffd" not in text, "the text is cut inside a character: its bytes are unknown"
+    assert len(text.encode()) > len(text), "needs a multi-byte character to tell bytes from letters"
     return len(text.encode())
 
 
@@ -84,16 +85,16 @@ def by_hand(judged: Judged, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 def test_figures_are_those_of_transformers(judged: Judged, by_hand: dict[str, Any], layout: str):
     world_size, parallel = LAYOUTS[layout]
     words = [f"parallel.{name}={size}" for name, size in parallel.items()]
-    found = evaluated(judged.run, *words, "--ranks", str(world_size))
-    assert (found["schema"], found["kind"], found["step"]) == (1, "evaluation", 2)
-    assert found["seq_length"] == SEQ_LENGTH
+    result = evaluated(judged.run, *words, "--ranks", str(world_size))
+    assert (result["schema"], result["kind"], result["step"]) == (1, "evaluation", 2)
+    assert result["seq_length"] == SEQ_LENGTH
     tokens = SAMPLES * SEQ_LENGTH
     for domain, expected in by_hand.items():
         losses = dict.fromkeys(("dense", "step_0"), expected["dense"])
         for model, loss in {**losses, "domains": expected["now"]}.items():
-            figures = found[model][domain]
+            figures = result[model][domain]
             assert (figures["tokens"], figures["bytes"]) == (tokens, expected["bytes"])
-            # fp32 against fp64, losses near 7.
+            # fp32 compared to fp64, with losses near 7.
             assert figures["loss"] == pytest.approx(loss, abs=2e-5), (model, domain)
             assert figures["perplexity"] == pytest.approx(math.exp(loss), rel=2e-5)
             bits = loss * tokens / math.log(2)
@@ -105,29 +106,27 @@ def test_the_training_loop_says_the_same(judged: Judged, by_hand: dict[str, Any]
     first, *_, last = read_metrics(judged.run)
     for line, model in ((first, "dense"), (last, "now")):
         for domain, expected in by_hand.items():
-            loss, place = expected[model], f"validation/{domain}"
+            loss, key = expected[model], f"validation/{domain}"
             bits = loss * SAMPLES * SEQ_LENGTH / math.log(2)
-            assert line[f"perplexity/{place}"] == pytest.approx(math.exp(loss), rel=2e-5)
-            assert line[f"bits_per_byte/{place}"] == pytest.approx(
-                bits / expected["bytes"], rel=1e-5
-            )
+            assert line[f"perplexity/{key}"] == pytest.approx(math.exp(loss), rel=2e-5)
+            assert line[f"bits_per_byte/{key}"] == pytest.approx(bits / expected["bytes"], rel=1e-5)
 
 
 def test_without_the_dense_weights_the_checkpoint_is_judged_alone(
     judged: Judged, by_hand: dict[str, Any], tmp_path: Path
 ):
-    """The run has moved, too; shape and tokenizer come from the checkpoint itself."""
+    """The run was also moved; shape and tokenizer come from the checkpoint itself."""
     run = shutil.copytree(judged.run, tmp_path / "moved")
-    found = evaluated(run, f"dense.path={tmp_path / 'gone'}")
-    assert (found["dense"], found["step_0"]) == (None, None)
+    result = evaluated(run, f"dense.path={tmp_path / 'gone'}")
+    assert (result["dense"], result["step_0"]) == (None, None)
     for domain, expected in by_hand.items():
-        assert found["domains"][domain]["loss"] == pytest.approx(expected["now"], abs=2e-5)
-        assert found["domains"][domain]["bytes"] == expected["bytes"]
-    (remark,) = found["remarks"]
+        assert result["domains"][domain]["loss"] == pytest.approx(expected["now"], abs=2e-5)
+        assert result["domains"][domain]["bytes"] == expected["bytes"]
+    (remark,) = result["remarks"]
     assert "the weights of the dense model are not in" in remark
 
 
 def test_nothing_held_out_is_said(judged: Judged):
     words = ["evaluate", str(judged.run), f"data.path={judged.text}", "data.domains=null"]
     result = CliRunner().invoke(app, words)
-    assert "no text is held out" in str(result.exception)
+    assert "the run has no held-out text" in str(result.exception)

@@ -1,4 +1,4 @@
-"""The harness on real weights: as by hand, and the same for the dense model and its copies."""
+"""The harness on real weights gives the scores by hand, for the dense model and its copies."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ QUESTIONS = 8
 
 
 def scored(source: Path, tasks: Path, logged: Path, results: Path) -> Any:
-    """Scores and log-likelihoods of a model."""
+    """Return scores and log-likelihoods of a model."""
     options = ["--include_path", tasks, "--log_samples", "--output_path", logged]
     words = ["evaluate", source, "--tasks", "goes_on", *options]
     result = CliRunner().invoke(app, list(map(str, words)))
@@ -55,8 +55,8 @@ def test_the_dense_model_and_its_copies_score_as_by_hand(tmp_path: Path):
     print(f"scores {expected} of {len(questions)} questions; chance is 0.25")
     assert expected["acc"] > 0.5, "no better than chance: any order of the choices would pass"
     for source, results in ((dense, dense / "evaluation"), (run, run / "evaluation")):
-        scores, found = scored(source, tasks, tmp_path / f"logged-{source.name}", results)
+        scores, logged = scored(source, tasks, tmp_path / f"logged-{source.name}", results)
         assert scores == expected, source
-        for ours, theirs in zip(found, by_hand, strict=True):
-            # Sums of some ten logs in fp32, by products of other shapes; choices are 0.4 apart.
-            assert ours == pytest.approx(theirs, abs=2e-3)
+        for score, reference in zip(logged, by_hand, strict=True):
+            # fp32 sums of about ten logs, from matmuls of other shapes; choices are 0.4 apart.
+            assert score == pytest.approx(reference, abs=2e-3)

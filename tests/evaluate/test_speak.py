@@ -1,4 +1,4 @@
-"""`generate`: what transformers would say token by token, and the same again for the same seed."""
+"""`generate` equals greedy decoding by hand with transformers, and is reproducible by seed."""
 
 import json
 from pathlib import Path
@@ -21,9 +21,9 @@ def generated(source: Path, *words: str) -> list[str]:
     options = ["--new-tokens", str(NEW_TOKENS), "--json"]
     result = CliRunner().invoke(app, ["generate", str(source), *PROMPTS, *options, *words])
     assert result.exception is None, result.exception
-    found = json.loads(result.stdout)
-    assert [one["prompt"] for one in found] == PROMPTS
-    return [one["text"] for one in found]
+    completions = json.loads(result.stdout)
+    assert [completion["prompt"] for completion in completions] == PROMPTS
+    return [completion["text"] for completion in completions]
 
 
 @torch.no_grad()
@@ -43,9 +43,9 @@ def test_a_run_and_its_export_say_the_same(judged: Judged, tmp_path: Path):
     expected = [likeliest(tmp_path / "hf", prompt) for prompt in PROMPTS]
     assert generated(judged.run) == expected
     assert generated(tmp_path / "hf") == expected
-    drawn = generated(tmp_path / "hf", "--temperature", "2", "--seed", "3")
-    assert generated(tmp_path / "hf", "--temperature", "2", "--seed", "3") == drawn != expected
-    assert generated(tmp_path / "hf", "--temperature", "2", "--seed", "4") != drawn
+    sampled = generated(tmp_path / "hf", "--temperature", "2", "--seed", "3")
+    assert generated(tmp_path / "hf", "--temperature", "2", "--seed", "3") == sampled != expected
+    assert generated(tmp_path / "hf", "--temperature", "2", "--seed", "4") != sampled
 
 
 def test_neither_a_run_nor_an_export(tmp_path: Path):

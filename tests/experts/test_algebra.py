@@ -1,4 +1,4 @@
-"""Float64 algebra: what the experts of a plan compute, against the dense layer they are made of.
+"""Compare the experts of a plan with the dense layer they are made of, in float64.
 
 Shape letters: T tokens, D hidden_size, F dense neurons, M neurons of an expert, E experts, K top-k.
 """
@@ -24,10 +24,10 @@ SPEC = spec_from_config(
     }
 )  # fmt: skip
 LAYER = 1
-drawn = torch.Generator().manual_seed(0)
-GATE_FD, UP_FD = (torch.randn(F, D, generator=drawn, dtype=torch.float64) for _ in range(2))
-DOWN_DF = torch.randn(D, F, generator=drawn, dtype=torch.float64)
-X_TD = torch.randn(T, D, generator=drawn, dtype=torch.float64)
+RNG = torch.Generator().manual_seed(0)
+GATE_FD, UP_FD = (torch.randn(F, D, generator=RNG, dtype=torch.float64) for _ in range(2))
+DOWN_DF = torch.randn(D, F, generator=RNG, dtype=torch.float64)
+X_TD = torch.randn(T, D, generator=RNG, dtype=torch.float64)
 
 
 def swiglu(neurons, scales=(1.0, 1.0, 1.0)) -> Tensor:
@@ -42,7 +42,7 @@ DENSE_TD = swiglu(range(F))
 
 
 def moe_output(layer: LayerPlan, *, topk: int, order: str) -> Tensor:
-    """The MoE layer as Megatron-Core computes it, expert by expert."""
+    """Compute the MoE layer like Megatron-Core, expert by expert."""
     logits_TE = X_TD @ torch.from_numpy(layer.router_ED).double().T
     weights_TE = weights_of(logits_TE, topk=topk, order=order)
     out_TD = swiglu(layer.shared_S)
@@ -89,7 +89,7 @@ def test_granular_exact_is_the_dense_layer(granularity, replicas, topk, at):
 
 @pytest.mark.parametrize("granularity", [2, 4])
 def test_granular_with_probabilities_of_all_is_dense_for_a_uniform_router(granularity):
-    """R G G / K restores magnitude when each of the N probabilities is 1 / N."""
+    """The factor R G G / K restores the magnitude if each of the N probabilities is 1 / N."""
     experts = 2 * granularity
     plan = make(
         experts, F // granularity, topk=granularity, method="granular", order="softmax_topk",
@@ -100,7 +100,7 @@ def test_granular_with_probabilities_of_all_is_dense_for_a_uniform_router(granul
 
 
 def test_the_papers_cube_root_is_not_exact():
-    """It multiplies the argument of SiLU too: the reason why exact is the default."""
+    """The cube root also scales the argument of SiLU, which is why exact is the default."""
     plan = make(4, F // 2, method="granular", scale="paper")
     output = moe_output(plan.layer(LAYER), topk=2, order="topk_softmax")
     assert (output - DENSE_TD).abs().max() > 0.1

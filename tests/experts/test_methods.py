@@ -1,4 +1,4 @@
-"""Properties of every method: sizes, ranges, coverage, and that nothing but the key decides.
+"""Properties of every method: sizes, ranges, coverage, and that results depend only on the key.
 
 Shape letters: E experts, F dense neurons, M neurons of an expert, S shared neurons, C clusters.
 """
@@ -37,9 +37,9 @@ def recipe(method="copy", *, experts=4, size=12, dense=48, **more) -> Recipe:
 )  # fmt: skip
 def test_a_random_split_is_a_partition(experts, size, shared, seed, layer):
     dense = experts * size + shared
-    asked = recipe("split_random", experts=experts, size=size, dense=dense, seed=seed,
+    recipe_ = recipe("split_random", experts=experts, size=size, dense=dense, seed=seed,
                    shared_size=shared)  # fmt: skip
-    part, again = split.random(asked, layer), split.random(asked, layer)
+    part, again = split.random(recipe_, layer), split.random(recipe_, layer)
     assert part.neurons_EM.shape == (experts, size)
     assert sorted([*part.neurons_EM.ravel(), *part.shared_S]) == list(range(dense))
     assert (np.diff(part.neurons_EM, axis=1) > 0).all()
@@ -62,9 +62,9 @@ def test_qwen_uses_each_copy_once_and_discards_the_rest(experts, size, seed, lay
 @QUICK
 @given(shards=st.integers(1, 8), replicas=st.integers(1, 4), seed=st.none() | SEEDS)
 def test_granular_holds_the_dense_layer_once_a_replica(shards, replicas, seed):
-    asked = recipe("granular", experts=shards * replicas, size=6, dense=6 * shards,
+    recipe_ = recipe("granular", experts=shards * replicas, size=6, dense=6 * shards,
                    permutation_seed=seed)  # fmt: skip
-    neurons_EM = replicate.granular(asked, 3)
+    neurons_EM = replicate.granular(recipe_, 3)
     for replica in neurons_EM.reshape(replicas, -1):
         assert sorted(replica) == list(range(6 * shards))
     assert (neurons_EM[:shards] == neurons_EM[-shards:]).all()
@@ -81,9 +81,9 @@ def test_sharing_takes_the_most_important(seed, shared, size):
         assert left.max(initial=0) <= row_F[neurons_M].min()
     inter = share.sharing_inter(importance_EF, size=size, shared=shared)
     assert len(set(inter.shared_S)) == shared
-    wanted_F = np.bincount(inner.neurons_EM.ravel(), minlength=24)
+    counts_F = np.bincount(inner.neurons_EM.ravel(), minlength=24)
     if shared:
-        assert np.delete(wanted_F, inter.shared_S).max() <= wanted_F[inter.shared_S].min()
+        assert np.delete(counts_F, inter.shared_S).max() <= counts_F[inter.shared_S].min()
     for row_F, neurons_M in zip(importance_EF, inter.neurons_EM, strict=True):
         assert not set(neurons_M) & set(inter.shared_S)
         left = np.delete(row_F, [*neurons_M, *inter.shared_S])
@@ -101,8 +101,8 @@ def test_weaver_shares_the_even_and_groups_the_alike():
     even = np.full((4, 8), 3.0)
     special = np.kron(np.eye(4), np.ones((1, 6))) + 0.01
     activity_CF = np.concatenate([special, even], axis=1)
-    asked = recipe("weaver", experts=4, size=6, dense=32, shared_size=8)
-    part = share.weaver(asked, 0, activity_CF)
+    recipe_ = recipe("weaver", experts=4, size=6, dense=32, shared_size=8)
+    part = share.weaver(recipe_, 0, activity_CF)
     assert part.shared_S.tolist() == list(range(24, 32))
     assert sorted(map(tuple, part.neurons_EM)) == [tuple(range(6 * i, 6 * i + 6)) for i in range(4)]
 
@@ -121,24 +121,24 @@ def test_an_assignment_is_the_cheapest_of_all(seed):
 @QUICK
 @given(seed=SEEDS, clusters=st.integers(1, 6), each=st.integers(1, 9))
 def test_clusters_are_of_exactly_one_size(seed, clusters, each):
-    drawn = np.random.default_rng(seed)
-    points_XD = drawn.standard_normal((clusters * each, 5)).astype(np.float32)
-    found = balanced_kmeans(points_XD, clusters, generator(seed, 0, Use.CLUSTERS))
-    assert np.bincount(found, minlength=clusters).tolist() == [each] * clusters
+    rng = np.random.default_rng(seed)
+    points_XD = rng.standard_normal((clusters * each, 5)).astype(np.float32)
+    cluster_X = balanced_kmeans(points_XD, clusters, generator(seed, 0, Use.CLUSTERS))
+    assert np.bincount(cluster_X, minlength=clusters).tolist() == [each] * clusters
 
 
 def test_clusters_that_are_there_are_found():
-    drawn = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     truth_X = np.repeat(np.arange(4), 50)
-    points_XD = (np.eye(4)[truth_X] + 0.1 * drawn.standard_normal((200, 4))).astype(np.float32)
-    found_X = balanced_kmeans(points_XD, 4, generator(0, 0, Use.CLUSTERS))
+    points_XD = (np.eye(4)[truth_X] + 0.1 * rng.standard_normal((200, 4))).astype(np.float32)
+    cluster_X = balanced_kmeans(points_XD, 4, generator(0, 0, Use.CLUSTERS))
     for cluster in range(4):
-        assert len(set(truth_X[found_X == cluster])) == 1
+        assert len(set(truth_X[cluster_X == cluster])) == 1
 
 
 def test_clustering_equal_points_ends():
-    found_X = balanced_kmeans(np.ones((12, 3), dtype=np.float32), 3, np.random.default_rng(0))
-    assert np.bincount(found_X).tolist() == [4, 4, 4]
+    cluster_X = balanced_kmeans(np.ones((12, 3), dtype=np.float32), 3, np.random.default_rng(0))
+    assert np.bincount(cluster_X).tolist() == [4, 4, 4]
 
 
 @QUICK
@@ -159,13 +159,13 @@ def test_so_many_neurons_are_drawn_anew(ratio: float):
     assert layer.reinit_EM is not None
     assert (layer.reinit_EM.sum(axis=1) == round(48 * ratio)).all()
     if ratio < 1:
-        assert len({mask.tobytes() for mask in layer.reinit_EM}) == 4, "each expert its own"
+        assert len({mask.tobytes() for mask in layer.reinit_EM}) == 4, "experts must differ"
 
 
 def rows(init: str, **more) -> np.ndarray:
-    found = router.router_rows(recipe(router_init=init, hidden_size=4096, **more), 1)
-    assert found is not None
-    return found
+    rows_ED = router.router_rows(recipe(router_init=init, hidden_size=4096, **more), 1)
+    assert rows_ED is not None
+    return rows_ED
 
 
 def test_uniform_rows_have_the_std_asked_for_and_no_tails():

@@ -1,4 +1,4 @@
-"""A plan is a function of (method, seed, layer), and its hash says which function."""
+"""A plan is a function of (method, seed, layer), and its hash identifies it."""
 
 from dataclasses import fields, replace
 
@@ -61,9 +61,9 @@ def test_the_same_settings_give_the_same_plan():
     one, other = make(), make()
     assert one.hash == other.hash
     for layer in one.recipe.moe_layers:
-        ours, theirs = one.layer(layer), other.layer(layer)
-        np.testing.assert_array_equal(ours.neurons_EM, theirs.neurons_EM)
-        np.testing.assert_array_equal(ours.router_ED, theirs.router_ED)
+        first, second = one.layer(layer), other.layer(layer)
+        np.testing.assert_array_equal(first.neurons_EM, second.neurons_EM)
+        np.testing.assert_array_equal(first.router_ED, second.router_ED)
 
 
 def test_a_layer_does_not_depend_on_which_layers_were_asked_before():
@@ -82,7 +82,7 @@ def test_seeds_layers_and_experts_draw_different_rows():
     rows = np.concatenate(routers)
     assert len(np.unique(rows[:, 0])) == len(rows)
     correlation = np.corrcoef(rows) - np.eye(len(rows))
-    assert np.abs(correlation).max() < 0.2, "1024 numbers each: noise is 0.03"
+    assert np.abs(correlation).max() < 0.2, "the noise of 1024 numbers per row is 0.03"
 
 
 @pytest.mark.parametrize("std", [0.02, 0.5])
@@ -120,7 +120,7 @@ def test_the_hash_changes_with_every_table():
 
 
 def test_the_hash_is_the_same_in_every_version():
-    """Checkpoints hold it: a change here makes every older run refuse to resume."""
+    """Checkpoints store the hash: if it changed, no older run could resume."""
     assert make().hash == "4253b36c627b6d2f9cd90aa69d5dbf31a3cd188824755026de3837e8b5373d33"
 
 

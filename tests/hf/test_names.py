@@ -1,4 +1,4 @@
-"""The name table against the folders transformers writes, and against itself."""
+"""Check the name table against folders written by transformers, and for consistency."""
 
 import itertools
 from pathlib import Path
@@ -43,7 +43,7 @@ TEMPLATES = [
     pytest.param(row.role, template, id=template) for row in ROWS for template in row.megatron
 ]
 
-# No sizes are equal, so that a swapped name shows in the shape.
+# All sizes differ, so that a swapped name changes a shape.
 MOE_SHAPE = {
     "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 6, "vocab_size": 67, "moe_intermediate_size": 20, "num_experts": 3,
@@ -101,7 +101,7 @@ def test_moe_names_are_those_transformers_writes(tmp_path: Path, architecture: s
     }
     assert len(named) == len(dict(named))
     assert dict(named) == routed
-    # What is not of the experts keeps the names it had in the dense model.
+    # Tensors outside the experts keep their names of the dense model.
     others = {name for name in on_disk if name not in routed and "_expert_gate" not in name}
     roles = {row.role for row in ROWS} - EXPERT_ROLES - {"fc1", "fc2"}
     roles -= {"qkv_bias"} if architecture != "Qwen2MoeForCausalLM" else set()
@@ -116,11 +116,11 @@ def test_moe_names_are_those_transformers_writes(tmp_path: Path, architecture: s
 
 @pytest.mark.parametrize(("role", "template"), TEMPLATES)
 def test_match_inverts_every_template(role: str, template: str):
-    found = match(template.format(layer=12, expert=345))
-    assert found is not None
-    assert found.row is ROW_OF_ROLE[role]
-    assert found.layer == (12 if "{layer}" in template else None)
-    assert found.expert == (345 if "{expert}" in template else None)
+    result = match(template.format(layer=12, expert=345))
+    assert result is not None
+    assert result.row is ROW_OF_ROLE[role]
+    assert result.layer == (12 if "{layer}" in template else None)
+    assert result.expert == (345 if "{expert}" in template else None)
 
 
 FUSED = [  # role, its parts in the order in which Megatron-Core stacks them
@@ -133,7 +133,7 @@ FUSED = [  # role, its parts in the order in which Megatron-Core stacks them
 
 @pytest.mark.parametrize(("role", "parts"), [pytest.param(*row, id=row[0]) for row in FUSED])
 def test_fused_rows_name_their_parts_in_megatrons_order(role: str, parts: tuple[str, ...]):
-    """Gate and up, key and value have the same shapes: no other test here would see a swap."""
+    """Gate and up, key and value have equal shapes: no other test here would detect a swap."""
     assert ROW_OF_ROLE[role].hf == tuple(f"model.layers.{{layer}}.{part}" for part in parts)
 
 
@@ -207,15 +207,15 @@ def check_built_names(world: World, folder: Path, spec: DenseSpec) -> None:
     )
     layout, groups = create_groups(Parallel(), seed=0)
     model = build_model(config, spec, layout=layout, groups=groups, rank=0, engine=TORCH_ON_CPU)
-    found = [match(name) for name, _ in model.modules[0].named_parameters()]
-    assert all(found)
-    places = [(f.row.role, f.layer, f.expert) for f in found if f]
-    assert len(places) == len(set(places))
-    assert set(places) == set(expected_places(spec, moe_layers={1, 2}, experts=3))
+    matches = [match(name) for name, _ in model.modules[0].named_parameters()]
+    assert all(matches)
+    parameters = [(m.row.role, m.layer, m.expert) for m in matches if m]
+    assert len(parameters) == len(set(parameters))
+    assert set(parameters) == set(expected_parameters(spec, moe_layers={1, 2}, experts=3))
 
 
-def expected_places(spec: DenseSpec, *, moe_layers: set[int], experts: int):
-    """Every (role, layer, expert) that a model of this shape has on one rank."""
+def expected_parameters(spec: DenseSpec, *, moe_layers: set[int], experts: int):
+    """Yield every (role, layer, expert) that a model of this shape has on one rank."""
     for row in ROWS:
         if not has_row(row.role, spec) or row.role in GATE_ROLES:
             continue

@@ -1,4 +1,4 @@
-"""Slices of safetensors files: equal to indexing, counted, bounded in memory, refused by name."""
+"""Slices of safetensors files equal indexing, are counted and bounded in memory, or rejected."""
 
 import ctypes
 import json
@@ -37,7 +37,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
 @pytest.fixture(autouse=True)
 def _small_windows(monkeypatch: pytest.MonkeyPatch):
-    """Every read of a test takes several windows."""
+    """Make every read of a test use several windows."""
     monkeypatch.setattr(windows, "WINDOW_BYTES", 100)
 
 
@@ -73,7 +73,7 @@ def with_header(path: Path, header: bytes, tensors: bytes = b"", length: int | N
     return path
 
 
-# ---- what is read --------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------
 
 SELECTIONS = {
     "all": (None, None),
@@ -91,7 +91,7 @@ SELECTIONS = {
 
 
 def index(full: Tensor, rows: object, columns: object) -> Tensor:
-    """The oracle: torch's own indexing, one dimension at a time."""
+    """Index with torch, one dimension at a time: the oracle."""
     rows = torch.from_numpy(rows).long() if isinstance(rows, np.ndarray) else rows
     columns = torch.from_numpy(columns).long() if isinstance(columns, np.ndarray) else columns
     full = full if rows is None else full[rows]
@@ -103,10 +103,10 @@ def index(full: Tensor, rows: object, columns: object) -> Tensor:
 def test_a_slice_is_what_indexing_gives(tmp_path: Path, rows, columns, dtype: torch.dtype):
     full = torch.randn(23, 11).to(dtype)
     dense = open_dense_checkpoint(folder_of(tmp_path, {"other": torch.ones(3), "w": full}))
-    found = dense.read("w", rows=rows, columns=columns)
+    result = dense.read("w", rows=rows, columns=columns)
     expected = index(full, rows, columns)
-    assert found.dtype == dtype
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert result.dtype == dtype
+    torch.testing.assert_close(result, expected, rtol=0, atol=0)
     assert dense.bytes_read == expected.numel() * dtype.itemsize
 
 
@@ -151,7 +151,7 @@ def test_any_slice_of_any_tensor_fills_any_view(
 def test_what_several_want_of_a_tensor_is_read_in_one_pass(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Rows in 8 parts at random, columns likewise, an overlap, and all: no row is mapped twice."""
+    """Random rows in 8 parts, random columns, an overlap, and all: no row is mapped twice."""
     full = torch.randn(200, 24)
     dense = open_dense_checkpoint(folder_of(tmp_path, {"w": full}))
     monkeypatch.setattr(windows, "WINDOW_BYTES", 16 * 24 * 4)
@@ -164,22 +164,22 @@ def test_what_several_want_of_a_tensor_is_read_in_one_pass(
 
     monkeypatch.setattr(reader, "mapped_rows", spy)
     rows, columns = torch.randperm(200).chunk(8), torch.randperm(24).chunk(8)
-    asked = [
+    selections = [
         *((part, None) for part in rows),
         *((None, part) for part in columns),
         (slice(30, 90), slice(2, 5)),
         (None, None),
         (torch.tensor([7, 7, 199]), None),
     ]
-    wanted = [reader.Wanted(torch.empty_like(index(full, *one)), *one) for one in asked]
-    dense.read_all_into("w", wanted)
-    for one in wanted:
-        assert torch.equal(one.destination, index(full, one.rows, one.columns))
+    requests = [reader.ReadRequest(torch.empty_like(index(full, *s)), *s) for s in selections]
+    dense.read_all_into("w", requests)
+    for request in requests:
+        assert torch.equal(request.destination, index(full, request.rows, request.columns))
     assert mapped == list(range(200))
 
 
 def test_tensors_that_no_machine_word_is_aligned_to_are_read(tmp_path: Path):
-    # Headers of old files end anywhere; ours is 1 byte longer than a multiple of eight.
+    # Headers of old files have any length; this one is 1 byte longer than a multiple of eight.
     values = torch.randn(5, 3)
     header = b'{"w":{"dtype":"F32","shape":[5,3],"data_offsets":[0,60]}}'
     header += b" " * (1 - len(header) % 8)
@@ -214,19 +214,19 @@ M_MMAP_THRESHOLD = -3
 
 
 def peak_growth(work: Callable[[], None], warm_up: Callable[[], None]) -> int:
-    """Bytes by which the peak resident memory of a forked child grows while it does ``work``.
+    """Return the growth in bytes of a forked child's peak resident memory during ``work``.
 
-    ``warm_up`` runs the same code on other data, so that the code itself is resident before.
+    ``warm_up`` runs the same code on other data first, so that the code itself is resident.
     """
     receive, send = os.pipe()
     child = os.fork()
     if child == 0:
-        torch.set_num_threads(1)  # the threads of the parent are not here
-        # Freed buffers go back to the system at once: what the allocator hoards, depending on what
-        # earlier tests freed, is not the reader's.
+        torch.set_num_threads(1)  # the parent's threads do not exist in the child
+        # Return freed buffers to the system at once: memory that the allocator keeps depends on
+        # earlier tests, and must not count for the reader.
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**18)
         warm_up()
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts from what is resident now
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak to the current size
         before = resident("VmRSS")
         work()
         os.write(send, str(resident("VmHWM") - before).encode())
@@ -271,10 +271,10 @@ def test_beyond_its_destination_a_read_is_resident_with_some_windows(
         assert destination.sum() == destination.numel()
 
     growth = peak_growth(lambda: read_an_eighth(dense), warm_up=lambda: read_an_eighth(other))
-    assert growth < 2 * window, "one window mapped, or gathered from the file"
+    assert growth < 2 * window, "one window, mapped or gathered from the file"
 
 
-# ---- what is refused -----------------------------------------------------------------------------
+# ---- rejected files ------------------------------------------------------------------------------
 
 
 def refused(work: Callable[[], object]) -> str:
@@ -299,8 +299,8 @@ BAD_FILES = {
     "shape_of_text": (entry(shape=("a",)), b"\0" * 8, None, "found w: {"),
     "offset_infinite": (entry(offsets=(0, float("inf"))), b"\0" * 8, None, "found w: {"),
     "a_gap": (entry(offsets=(4, 12)), b"\0" * 12, None, "w begins at byte"),
-    "cut_off": (entry(), b"\0" * 7, None, "is cut off: its header promises"),
-    "too_long": (entry(), b"\0" * 9, None, "is too long: its header promises"),
+    "cut_off": (entry(), b"\0" * 7, None, "is truncated: its header requires"),
+    "too_long": (entry(), b"\0" * 9, None, "is too long: its header requires"),
     "entry_of_text": (b'{"w": "x"}', b"", None, "w is x"),
     "quantized": (entry("I8", (8,)), b"\0" * 8, None, "w is I8\n  a quantized checkpoint must be"),
     "float8": (entry("F8_E4M3", (8,)), b"\0" * 8, None, "expected F64, F32, F16, BF16"),
@@ -350,7 +350,7 @@ def test_values_that_are_not_finite_are_refused_where_they_are_read(
     dense.read("w", rows=slice(0, 20))
     dense.read("w", columns=np.array([0, 5, 9]))
     message = refused(lambda: dense.read("w", rows=np.array([0, 20])))
-    assert "w must be finite, but holds 1 NaN or infinite values in rows" in message
+    assert "w must be finite, but has 1 NaN or infinite values in rows" in message
     assert f"file: {tmp_path / 'model.safetensors'}" in message
     refused(lambda: dense.read("w", columns=slice(4, 5)))
 
@@ -368,7 +368,7 @@ def test_an_index_cannot_name_a_file_outside_its_folder(tmp_path: Path, file: st
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CONFIG))
     message = refused(lambda: open_dense_checkpoint(with_index(folder, {"w": file})))
-    assert f"names the file {file!r} for w: it must lie in the folder of the index" in message
+    assert f"lists the file {file!r} for w: it must be in the index's folder" in message
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"weight_map": 3}', "{}"])
@@ -383,7 +383,7 @@ def test_shards_and_tensors_that_an_index_promises_must_be_there(tmp_path: Path)
     folder = sharded(tmp_path, {"one": {"a": torch.ones(2)}, "two": {"b": torch.ones(2)}})
     with_index(folder, {"a": "one", "b": "one"})
     message = refused(lambda: open_dense_checkpoint(folder))
-    assert "b must be in one, because" in message
+    assert "b must be in one according to" in message
     assert f"file: {folder / 'one'}" in message
     with_index(folder, {"a": "one", "b": "two", "c": "three", "d": "four"})
     assert "2 of 4 missing:\n    four\n    three" in refused(lambda: open_dense_checkpoint(folder))
@@ -392,11 +392,11 @@ def test_shards_and_tensors_that_an_index_promises_must_be_there(tmp_path: Path)
 def test_a_tensor_outside_the_index_is_not_overlooked(tmp_path: Path):
     folder = sharded(tmp_path, {"one": {"a": torch.ones(2), "b": torch.ones(3)}})
     dense = open_dense_checkpoint(with_index(folder, {"a": "one"}))
-    assert "1 not part of such a model:\n    b" in refused(lambda: dense.check_tensors({"a": (2,)}))
+    assert "1 unexpected:\n    b" in refused(lambda: dense.check_tensors({"a": (2,)}))
 
 
 class Trap:
-    """Leaves a trace when it is unpickled."""
+    """Object that creates a file when it is unpickled."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -409,7 +409,7 @@ def test_pickles_are_refused_unopened_with_the_way_to_convert_them(tmp_path: Pat
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     torch.save(Trap(tmp_path / "opened"), tmp_path / "pytorch_model.bin")
     message = refused(lambda: open_dense_checkpoint(tmp_path))
-    assert "which can run code when they are opened: only safetensors are read" in message
+    assert "which can run code when they are opened: only safetensors are supported" in message
     assert "AutoModelForCausalLM.from_pretrained(folder" in message
     assert not (tmp_path / "opened").exists()
 
@@ -425,16 +425,16 @@ def test_a_folder_without_weights_says_what_it_holds(tmp_path: Path):
 def test_a_file_that_shrinks_after_it_was_opened_is_refused(tmp_path: Path):
     dense = open_dense_checkpoint(folder_of(tmp_path, {"w": torch.ones(9000, 4)}))
     os.truncate(tmp_path / "model.safetensors", 5000)
-    assert "any more" in refused(lambda: dense.read("w", rows=slice(8000, 9000)))
+    assert "can no longer read" in refused(lambda: dense.read("w", rows=slice(8000, 9000)))
 
 
 @pytest.mark.parametrize(
     ("selection", "reason"),
     [
-        ({"rows": slice(2, 7)}, "w is (6, 4), but rows 2 to 6 are asked for"),
-        ({"rows": np.array([-1, 2])}, "w is (6, 4), but rows -1 to 2 are asked for"),
-        ({"columns": torch.tensor([4])}, "w is (6, 4), but columns 4 to 4 are asked for"),
-        ({"columns": slice(0, 5)}, "w is (6, 4), but columns 0 to 4 are asked for"),
+        ({"rows": slice(2, 7)}, "w is (6, 4), but rows 2 to 6 were requested"),
+        ({"rows": np.array([-1, 2])}, "w is (6, 4), but rows -1 to 2 were requested"),
+        ({"columns": torch.tensor([4])}, "w is (6, 4), but columns 4 to 4 were requested"),
+        ({"columns": slice(0, 5)}, "w is (6, 4), but columns 0 to 4 were requested"),
     ],
 )
 def test_indices_that_a_tensor_lacks_are_refused(tmp_path: Path, selection: dict, reason: str):
@@ -447,27 +447,27 @@ def test_a_selection_that_fits_no_dimension_is_refused(tmp_path: Path):
     dense = open_dense_checkpoint(folder_of(tmp_path, tensors))
     assert "must have 2 dim" in refused(lambda: dense.read("flat", columns=slice(0, 1)))
     assert "must have 1 or 2 dimensions" in refused(lambda: dense.read("cube"))
-    assert "holds no tensor cubes" in refused(lambda: dense.read("cubes"))
+    assert "has no tensor cubes" in refused(lambda: dense.read("cubes"))
     for mistake in (slice(0, 4, 2), np.ones(6, dtype=bool), np.array([[0]])):
         with pytest.raises(AssertionError):
             dense.read("flat", rows=mistake)
 
 
-# ---- the tensors a model must have ---------------------------------------------------------------
+# ---- required tensors ----------------------------------------------------------------------------
 
 
 def test_all_that_is_missing_extra_or_misshapen_comes_in_one_error(tmp_path: Path):
     dense = dense_with(tmp_path, {"a": torch.ones(2, 3), "x": torch.ones(1), "y": torch.ones(1)})
     message = refused(lambda: dense.check_tensors({"a": (3, 2), "b": (1,)}))
     assert message == (
-        f"{tmp_path} does not hold the tensors that its config.json promises.\n"
+        f"{tmp_path} does not contain the tensors that its config.json requires.\n"
         "  1 missing:\n"
         "    b\n"
-        "  2 not part of such a model:\n"
+        "  2 unexpected:\n"
         "    x\n"
         "    y\n"
-        "  1 of another shape:\n"
-        "    a is (2, 3), but config.json promises (3, 2)\n"
+        "  1 of the wrong shape:\n"
+        "    a is (2, 3), but config.json requires (3, 2)\n"
         f"      file: {tmp_path / 'model.safetensors'}"
     )
     assert dense.bytes_read == 0
@@ -476,7 +476,7 @@ def test_all_that_is_missing_extra_or_misshapen_comes_in_one_error(tmp_path: Pat
 def test_long_lists_are_cut_with_their_count(tmp_path: Path):
     dense = dense_with(tmp_path, {f"t{i:03}": torch.ones(1) for i in range(150)})
     message = refused(lambda: dense.check_tensors({}))
-    assert "150 not part of such a model:" in message
+    assert "150 unexpected:" in message
     assert message.endswith("    t019\n    and 130 more")
 
 
@@ -506,12 +506,12 @@ def test_models_of_another_shape_are_not_mixed(tmp_path: Path):
     assert [other.folder for other in open_mixed(dense, [same])] == [same]
     wider = whole_folder(tmp_path / "wider", intermediate_size=8)
     assert refused(lambda: open_mixed(dense, [same, wider])) == (
-        f"{wider} (upcycle.mix_with) and {dense.folder} (dense.path) must be models of one shape, "
+        f"{wider} (upcycle.mix_with) and {dense.folder} (dense.path) must have the same shape, "
         "because their weights are averaged, but differ in\n    ffn_hidden_size: 8 and 6"
     )
 
 
 def whole_folder(path: Path, **config: object) -> Path:
-    """A folder that holds every tensor of its configuration."""
+    """Write a folder with every tensor of its configuration."""
     shapes = dense_tensors(spec_from_config(CONFIG | config))
     return folder_of(path, {name: torch.ones(shape) for name, shape in shapes}, **config)

@@ -1,4 +1,4 @@
-"""The numbers of a config.json, against the config classes of transformers."""
+"""Compare the numbers read from a config.json with the config classes of transformers."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ SMALL = {
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **SMALL}
 QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **SMALL}
 
-# name, config as the classes of transformers 5 take it
+# name, config of transformers 5
 MODELS = {
     "llama1": LlamaConfig(**SMALL | {"num_key_value_heads": None}, bos_token_id=0, eos_token_id=1),
     "llama2": LlamaConfig(**SMALL),
@@ -64,8 +64,8 @@ MODELS = {
 }
 
 
-def as_transformers_says(config: PreTrainedConfig) -> DenseSpec:
-    """The same numbers by way of transformers: the oracle."""
+def spec_from_transformers(config: PreTrainedConfig) -> DenseSpec:
+    """Build the spec from a config class of transformers: the oracle."""
     rope = config.rope_parameters
     eos = config.eos_token_id
     head_dim = getattr(config, "head_dim", None)
@@ -97,7 +97,7 @@ def as_transformers_says(config: PreTrainedConfig) -> DenseSpec:
 
 
 def written_by_version_4(config: dict) -> dict:
-    """The same model, as transformers 4 spelled it."""
+    """Rewrite a config.json with the keys of transformers 4."""
     rope = dict(config.pop("rope_parameters"))
     config["rope_theta"] = rope.pop("rope_theta")
     config["rope_scaling"] = rope if rope["rope_type"] != "default" else None
@@ -115,8 +115,8 @@ def test_every_number_is_that_of_transformers(
     path = tmp_path / "config.json"
     if version == 4:
         path.write_text(json.dumps(written_by_version_4(json.loads(path.read_text()))))
-    assert read_spec(tmp_path) == as_transformers_says(AutoConfig.from_pretrained(tmp_path))
-    assert read_spec(tmp_path) == as_transformers_says(config)
+    assert read_spec(tmp_path) == spec_from_transformers(AutoConfig.from_pretrained(tmp_path))
+    assert read_spec(tmp_path) == spec_from_transformers(config)
 
 
 WINDOWED = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}
@@ -142,10 +142,10 @@ REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers
 )
 def test_what_is_missing_is_what_transformers_assumes(family: str, more: dict, tmp_path: Path):
     config = {"model_type": family, **{key: SMALL[key] for key in REQUIRED}, **more}
-    config["num_attention_heads"] = 32  # divides by what Mistral and Qwen assume
+    config["num_attention_heads"] = 32  # divisible by the default groups of Mistral and Qwen
     config["hidden_size"] = 256
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert read_spec(tmp_path) == as_transformers_says(AutoConfig.from_pretrained(tmp_path))
+    assert read_spec(tmp_path) == spec_from_transformers(AutoConfig.from_pretrained(tmp_path))
 
 
 REFUSED = [
@@ -163,12 +163,12 @@ REFUSED = [
     ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "differ by layer type"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
     ({"rope_parameters": {"partial_rotary_factor": 0.25}}, "partial_rotary_factor is 0.25"),
-    ({"layer_types": ["full_attention", "sliding_attention"]}, "holds sliding_attention"),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has sliding_attention"),
     ({"hidden_size": "48"}, "hidden_size is '48': must be a positive integer"),
     ({"vocab_size": 0}, "vocab_size is 0: must be a positive integer"),
     ({"num_key_value_heads": 4}, "num_attention_heads (6) must be divisible by num_key_value_"),
     ({"num_attention_heads": 10}, "hidden_size (48) must be divisible by num_attention_heads (10)"),
-    ({"head_dim": 7}, "head_dim is 7: rotary attention turns pairs"),
+    ({"head_dim": 7}, "head_dim is 7: must be even, because rotary attention"),
     ({"rms_norm_eps": None}, "rms_norm_eps is None: must be a positive number"),
     ({"rope_theta": -1}, "rope_theta is -1: must be a positive number"),
 ]

@@ -1,4 +1,4 @@
-"""What is looked at and taken as integers is what torch sees and takes as numbers."""
+"""Checking and selecting values as integers gives the same results as torch on floats."""
 
 from itertools import product
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 
 from megatron_moe.errors import CheckpointError
 from megatron_moe.hf.header import DTYPES, TensorInfo
-from megatron_moe.hf.values import check_finite, taken
+from megatron_moe.hf.values import check_finite, take
 
 FLOATS = list(DTYPES.values())
 ROWS = [slice(0, 8), slice(2, 7), torch.tensor([5, 0, 5, 7])]
@@ -22,7 +22,7 @@ def check(values: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_every_finite_number_passes_and_no_other(dtype: torch.dtype):
-    """Both signs, of NaN too, whose sign is a bit like any other."""
+    """Check both signs, also of NaN, which has a sign bit like any other value."""
     limits = torch.finfo(dtype)
     check(torch.tensor([[limits.max, limits.min, 0.0], [-0.0, limits.tiny, -1.0]], dtype=dtype))
     check(torch.empty(0, 3, dtype=dtype))
@@ -31,19 +31,19 @@ def test_every_finite_number_passes_and_no_other(dtype: torch.dtype):
             wrong = torch.tensor(float(number)).copysign(torch.tensor(sign)).to(dtype)
             values = torch.zeros(2, 6, dtype=dtype)
             values[1, 2] = wrong
-            with pytest.raises(CheckpointError, match=r"holds 1 NaN or infinite .* rows 0 to 1"):
+            with pytest.raises(CheckpointError, match=r"has 1 NaN or infinite .* rows 0 to 1"):
                 check(values[:, 1:4])
             check(values[:, 3:])
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize(("rows", "columns"), list(product(ROWS, COLUMNS)))
-def test_taken_is_what_indexing_gives(dtype, rows, columns):
+def test_take_is_what_indexing_gives(dtype, rows, columns):
     values = torch.arange(48).reshape(8, 6).to(dtype)
     expected = values[rows] if columns is None else values[rows][:, columns]
-    assert torch.equal(taken(values, rows, columns, None), expected)
+    assert torch.equal(take(values, rows, columns, None), expected)
     around = torch.zeros(len(expected), 10, dtype=dtype)
     out = around[:, 3 : 3 + expected.shape[1]]  # a part of a parameter's rows
-    assert taken(values, rows, columns, out) is out
+    assert take(values, rows, columns, out) is out
     assert torch.equal(around[:, 3 : 3 + expected.shape[1]], expected)
     assert around.count_nonzero() == expected.count_nonzero()

@@ -1,4 +1,4 @@
-"""A streamed folder: what safetensors and transformers read back, complete or absent."""
+"""safetensors and transformers can read a streamed folder; it is complete or absent."""
 
 import json
 from pathlib import Path

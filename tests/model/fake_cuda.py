@@ -1,4 +1,4 @@
-"""Run the CUDA branches of the torch engine on tensors that have a device and no memory.
+"""Run the CUDA branches of the torch engine on fake tensors, which have a device but no memory.
 
 A script, because the adapter for CPUs that tests install turns CUDA into the CPU. Fake tensors
 refuse what this checks for: operands on two devices, and anything that reads a value on the host,
@@ -28,16 +28,16 @@ ALONE = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
 
 
 class Context:
-    """What autograd hands to a function; its engine does not run without a GPU."""
+    """Context of an autograd function, whose engine does not run without a GPU."""
 
     def save_for_backward(self, *tensors: Tensor) -> None:
-        """Keep these."""
+        """Save these tensors."""
         self.saved_tensors = tensors
 
 
 @torch.no_grad()
 def both_ways(function: Any, *arguments: Any) -> None:
-    """Forward, and backward from gradients of one."""
+    """Run forward, then backward from gradients of one."""
     context = Context()
     out = function.forward(context, *arguments)
     outputs = out if isinstance(out, tuple) else (out,)
@@ -49,16 +49,16 @@ def both_ways(function: Any, *arguments: Any) -> None:
 
 
 def bf16(*shape: int) -> Tensor:
-    """A tensor of the model's dtype."""
+    """Return a tensor of the model's dtype."""
     return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
 
 
 def check_experts() -> None:
-    """Permute, multiply and return, with the counts on the device."""
+    """Permute, multiply and unpermute tokens, with the counts on the device."""
     chosen_TE, prob_TE = torch.zeros(T, E, device="cuda") > 0, torch.rand(T, E, device="cuda")
-    source_P, place_TK = permute.routes(chosen_TE, K)
-    both_ways(permute._Permute, bf16(T, D), prob_TE, source_P, source_P % T, place_TK)
-    both_ways(permute._Unpermute, bf16(T * K, D), source_P % T, place_TK)
+    source_P, rows_TK = permute.routes(chosen_TE, K)
+    both_ways(permute._Permute, bf16(T, D), prob_TE, source_P, source_P % T, rows_TK)
+    both_ways(permute._Unpermute, bf16(T * K, D), source_P % T, rows_TK)
     weights = [bf16(2 * M, D) for _ in range(E)] + [bf16(D, M) for _ in range(E)]
     count_E = chosen_TE.sum(dim=0)
     grouped_experts.stacked = torch.stack  # fake tensors have no addresses
@@ -70,11 +70,11 @@ def check_experts() -> None:
 
 
 def check_the_rest() -> None:
-    """Masks, loss, norm, rotation, gradients' norm and the update."""
+    """Run masks, loss, norm, rotary embedding, gradient norm and optimizer update."""
     cuda = torch.device("cuda")
-    place_Bs = torch.zeros(2, 512, dtype=torch.long, device=cuda)
+    offset_Bs = torch.zeros(2, 512, dtype=torch.long, device=cuda)
     position_s = block_mask.positions(1024, 2, 1, cuda)
-    begin_Bs = position_s - place_Bs
+    begin_Bs = position_s - offset_Bs
     mask_mod = block_mask.within_documents(begin_Bs, position_s)
     documents = block_mask._block_mask(begin_Bs, position_s, mask_mod, length=1024)
     for mask in (documents, block_mask.causal_blocks(1024, 2, 1, cuda)):
@@ -104,5 +104,5 @@ if __name__ == "__main__":
         check_the_rest()
         try:
             torch.zeros(2, device="cuda").tolist()
-        except Exception as error:  # so that a passing check means something
+        except Exception as error:  # a control: reading a value must fail
             print(type(error).__name__)

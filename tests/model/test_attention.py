@@ -1,4 +1,4 @@
-"""Core attention against softmax written out in float64, and cp ranks against one.
+"""Tests of core attention against explicit float64 softmax, and of cp ranks against one rank.
 
 Shape letters: S sequence, B batch, H heads, G KV groups, C head width.
 """
@@ -32,7 +32,7 @@ def random_qkv(length: int, batch: int, heads: int, groups: int, width: int) -> 
 
 
 def by_hand(q_SBHC: Tensor, k_SBGC: Tensor, v_SBGC: Tensor, scale: float) -> Tensor:
-    """Query by query and head by head; head h looks at group h // (H / G)."""
+    """Compute attention per query and head; head h uses group h // (H / G)."""
     length, batch, heads, width = q_SBHC.shape
     per_group = heads // k_SBGC.shape[2]
     out_SBHC = torch.empty_like(q_SBHC)
@@ -70,15 +70,15 @@ def check_context_parallel(world: World) -> None:
     expected = attention()(*whole, None)
     expected.backward(upstream)
 
-    mine = zigzag_positions(16, world)
-    parts = [x[mine].clone().requires_grad_() for x in qkv]
+    own = zigzag_positions(16, world)
+    parts = [x[own].clone().requires_grad_() for x in qkv]
     out = attention(dist.group.WORLD)(*parts, None)
-    out.backward(upstream[mine])
+    out.backward(upstream[own])
 
     exact = {"rtol": 1e-12, "atol": 1e-12}
-    torch.testing.assert_close(out, expected[mine], **exact)
+    torch.testing.assert_close(out, expected[own], **exact)
     for name, part, full in zip("qkv", parts, whole, strict=True):
-        torch.testing.assert_close(part.grad, full.grad[mine], **exact, msg=lambda m, n=name: n + m)
+        torch.testing.assert_close(part.grad, full.grad[own], **exact, msg=lambda m, n=name: n + m)
 
 
 LENGTHS = (5, 1, 7, 3)
@@ -86,10 +86,10 @@ PLACES = torch.tensor([i for length in LENGTHS for i in range(length)])
 
 
 def test_documents_are_as_if_alone():
-    """Two rows, cut into documents at different places, against each document by itself."""
+    """Compare two rows, split into documents at different positions, with each document alone."""
     qkv = random_qkv(16, 2, 6, 2, 4)
-    places_BS = torch.stack([PLACES, torch.arange(16)])
-    out = attention()(*qkv, places_BS)
+    offsets_BS = torch.stack([PLACES, torch.arange(16)])
+    out = attention()(*qkv, offsets_BS)
     alone = [
         attention()(*(x[:, :1] for x in documents), None)
         for documents in zip(*(x.split(LENGTHS) for x in qkv), strict=True)
@@ -107,15 +107,15 @@ def test_documents_on_context_parallel_ranks_are_those_of_one_rank():
 
 def check_documents(world: World) -> None:
     qkv = random_qkv(16, 2, 6, 2, 4)
-    places_BS = torch.stack([PLACES, torch.arange(16) % 6])
-    expected = attention()(*qkv, places_BS)
-    mine = zigzag_positions(16, world)
-    out = attention(dist.group.WORLD)(*(x[mine] for x in qkv), places_BS[:, mine])
-    torch.testing.assert_close(out, expected[mine], rtol=1e-12, atol=1e-12)
+    offsets_BS = torch.stack([PLACES, torch.arange(16) % 6])
+    expected = attention()(*qkv, offsets_BS)
+    own = zigzag_positions(16, world)
+    out = attention(dist.group.WORLD)(*(x[own] for x in qkv), offsets_BS[:, own])
+    torch.testing.assert_close(out, expected[own], rtol=1e-12, atol=1e-12)
 
 
 def zigzag_positions(length: int, world: World) -> list[int]:
-    """Rank r of cp holds chunks r and 2 cp - 1 - r."""
+    """Return the positions of a rank: rank r of cp holds chunks r and 2 cp - 1 - r."""
     size = length // (2 * world.size)
     last = 2 * world.size - 1 - world.rank
     return [

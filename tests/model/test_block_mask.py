@@ -1,4 +1,4 @@
-"""FlexAttention's masks against the dense masks of the CPU, pair by pair and block by block.
+"""Tests of FlexAttention's masks against the CPU's dense masks, pair by pair and by block.
 
 Shape letters: S sequence, s queries of a cp rank, B batch, H heads, G KV groups, C head width.
 """
@@ -20,7 +20,7 @@ RANKS = [
     pytest.param(cp, rank, id=f"cp{cp}-rank{rank}") for cp in (1, 2, 4) for rank in {0, 1, cp - 1}
     if rank < cp
 ]  # fmt: skip
-LENGTHS = [512, 1000, 2048]  # 1000 leaves a part of a block; a cp rank's runs are part blocks
+LENGTHS = [512, 1000, 2048]  # 1000 has a partial block, as do the chunks of a cp rank
 
 
 def places(*documents: int) -> Tensor:
@@ -28,7 +28,7 @@ def places(*documents: int) -> Tensor:
 
 
 def documents(length: int) -> Tensor:
-    """Two rows: short and long documents, and a whole one."""
+    """Return two rows: one of short and long documents, and one of a single document."""
     lengths = [3, 1, BLOCK - 4, 200, 2 * BLOCK + 7]
     packed = places(*lengths, length)[:length]
     return torch.stack([packed, torch.arange(length)])
@@ -45,9 +45,9 @@ def test_causal_blocks_are_the_dense_mask(length: int, cp: int, rank: int):
 @pytest.mark.parametrize(("cp", "rank"), RANKS)
 def test_document_blocks_are_the_dense_mask(length: int, cp: int, rank: int):
     mine_s = positions(length, cp, rank)
-    place_Bs = documents(length)[:, mine_s]
-    dense_B1sS = document_mask(place_Bs, mine_s, length=length)
-    check(document_blocks(place_Bs, length=length, cp=cp, rank=rank), dense_B1sS, exact=False)
+    offset_Bs = documents(length)[:, mine_s]
+    dense_B1sS = document_mask(offset_Bs, mine_s, length=length)
+    check(document_blocks(offset_Bs, length=length, cp=cp, rank=rank), dense_B1sS, exact=False)
 
 
 def check(mask: flex.BlockMask, dense_B1sS: Tensor, *, exact: bool) -> None:
@@ -61,7 +61,7 @@ def check(mask: flex.BlockMask, dense_B1sS: Tensor, *, exact: bool) -> None:
     assert not (some & ~read).any(), "a block that holds something to see is left out"
     if exact:
         assert torch.equal(some, read)
-    # Beyond the last query nothing is read, so a full block may hang over there.
+    # Rows beyond the last query are not read, so a full block may extend past it.
     full = F.pad(dense_B1sS, (0, -keys % BLOCK)).unflatten(3, (-1, BLOCK)).all(4)
     rows = torch.stack([part.all(2) for part in full.split(BLOCK, dim=2)], dim=2)
     assert mask.full_kv_num_blocks is not None
@@ -69,34 +69,34 @@ def check(mask: flex.BlockMask, dense_B1sS: Tensor, *, exact: bool) -> None:
 
 
 def test_blocks_are_those_torch_finds_in_the_whole_mask():
-    """Numbers and indices of partial and full blocks, by query and by key."""
+    """Compare numbers and indices of partial and full blocks, by query and by key."""
     position_s = positions(1024, 2, 1)
-    mine = causal_blocks(1024, 2, 1, CPU)
+    ours = causal_blocks(1024, 2, 1, CPU)
     torchs = flex.create_block_mask(
-        mine.mask_mod, 1, None, len(position_s), 1024, device="cpu", BLOCK_SIZE=BLOCK
+        ours.mask_mod, 1, None, len(position_s), 1024, device="cpu", BLOCK_SIZE=BLOCK
     )
     for name in ("kv", "full_kv", "q", "full_q"):
         for part in (f"{name}_num_blocks", f"{name}_indices"):
-            assert torch.equal(getattr(mine, part), getattr(torchs, part)), part
+            assert torch.equal(getattr(ours, part), getattr(torchs, part)), part
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("packed", [False, True], ids=["causal", "documents"])
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (6, 2)], ids=["mha", "gqa"])
 def test_attention_by_blocks_is_attention_by_the_dense_mask(packed: bool, heads: int, groups: int):
-    """In a process of its own: FlexAttention's backward makes threads that forks cannot inherit."""
+    """Run in a separate process: FlexAttention's backward starts threads that break forks."""
     run_on_ranks(check_attention, packed, heads, groups, world_size=1)
 
 
 def check_attention(world: World, packed: bool, heads: int, groups: int) -> None:
-    """Values and gradients. torch has the eager backward on a CPU but refuses to run it."""
+    """Compare values and gradients. torch has an eager CPU backward but refuses to run it."""
     flex._validate_device = lambda *_: None
     length, cp, rank = 512, 2, 1
     mine_s = positions(length, cp, rank)
     if packed:
-        place_Bs = documents(length)[:, mine_s]
-        mask = document_blocks(place_Bs, length=length, cp=cp, rank=rank)
-        dense = document_mask(place_Bs, mine_s, length=length)
+        offset_Bs = documents(length)[:, mine_s]
+        mask = document_blocks(offset_Bs, length=length, cp=cp, rank=rank)
+        dense = document_mask(offset_Bs, mine_s, length=length)
     else:
         mask, dense = causal_blocks(length, cp, rank, CPU), causal_mask(length, cp, rank)
     generator = torch.Generator().manual_seed(0)
@@ -113,29 +113,29 @@ def check_attention(world: World, packed: bool, heads: int, groups: int) -> None
     ):
         assert isinstance(out, Tensor)
         results.append((out, *torch.autograd.grad(out, qkv, out_grad)))
-    for found, wanted in zip(*results, strict=True):  # float64 both, summed in another order
-        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+    for actual, wanted in zip(*results, strict=True):  # both float64, summed in a different order
+        torch.testing.assert_close(actual, wanted, rtol=1e-10, atol=1e-10)
 
 
 def test_a_document_mask_is_made_once_for_all_layers(monkeypatch: pytest.MonkeyPatch):
     made = []
     make = masks._block_mask
     monkeypatch.setattr(masks, "_block_mask", lambda *a, **k: made.append(1) or make(*a, **k))
-    place_Bs = documents(256)
+    offset_Bs = documents(256)
     shape = {"length": 256, "cp": 1, "rank": 0}
-    first = document_blocks(place_Bs, **shape)
-    assert document_blocks(place_Bs, **shape) is first
-    assert document_blocks(place_Bs.detach(), **shape) is first, "a recomputed layer"
+    first = document_blocks(offset_Bs, **shape)
+    assert document_blocks(offset_Bs, **shape) is first
+    assert document_blocks(offset_Bs.detach(), **shape) is first, "a recomputed layer"
     assert len(made) == 1
-    assert document_blocks(place_Bs.clone(), **shape) is not first
-    place_Bs[0, 0] = 0  # a change in place, which callers must not make, is seen
-    assert document_blocks(place_Bs, **shape) is not first
+    assert document_blocks(offset_Bs.clone(), **shape) is not first
+    offset_Bs[0, 0] = 0  # a change in place, which callers must not make, is detected
+    assert document_blocks(offset_Bs, **shape) is not first
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_new_documents_do_not_compile_attention_again():
-    """In a process of its own, because of the compiler's threads. A CPU compiles the forward."""
+    """Run in a separate process because of the compiler's threads. A CPU compiles the forward."""
     run_on_ranks(check_compiled, world_size=1)
 
 
@@ -149,10 +149,10 @@ def check_compiled(world: World) -> None:
     query = torch.randn(2, 6, len(mine_s), 16, generator=generator)
     key, value = torch.randn(2, 2, 2, 512, 16, generator=generator)
     for lengths in ((100, 30, 382), (512,), (1, 200, 311)):
-        place_Bs = places(*lengths)[mine_s].expand(2, -1).contiguous()
-        mask = document_blocks(place_Bs, length=512, cp=2, rank=1)
-        found = compiled(query, key, value, block_mask=mask, enable_gqa=True)
-        dense = document_mask(place_Bs, mine_s, length=512)
+        offset_Bs = places(*lengths)[mine_s].expand(2, -1).contiguous()
+        mask = document_blocks(offset_Bs, length=512, cp=2, rank=1)
+        actual = compiled(query, key, value, block_mask=mask, enable_gqa=True)
+        dense = document_mask(offset_Bs, mine_s, length=512)
         wanted = F.scaled_dot_product_attention(query, key, value, attn_mask=dense, enable_gqa=True)
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)  # fp32
+        torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-5)  # fp32
     assert counter.frame_count == 1

@@ -1,4 +1,4 @@
-"""Which choices are dropped: counted by hand, against Megatron-Core's, and over ranks.
+"""Tests of dropped choices: by hand, against Megatron-Core, and over ranks.
 
 Shape letters: T tokens, E experts, K moe_router_topk.
 """
@@ -18,7 +18,7 @@ from megatron_moe.config.run import Moe
 from megatron_moe.model.capacity import Capacity, capacity_of, kept_choices, kept_over_ranks, padded
 from megatron_moe.runtime.world import World
 
-# Tokens 0 to 5 choose expert 0 with these weights, tokens 0 and 5 expert 1 too.
+# Tokens 0 to 5 choose expert 0 with these weights; tokens 0 and 5 also choose expert 1.
 PROBS_TE = torch.tensor(
     [[0.3, 0.7], [0.9, 0.0], [0.5, 0.0], [0.9, 0.0], [0.1, 0.0], [0.6, 0.4]]
 )  # fmt: skip
@@ -31,7 +31,7 @@ CHOSEN_TE = PROBS_TE > 0
         ("position", 2, [0, 1], [0, 5]),
         ("position", 1, [0], [0]),
         ("probs", 2, [1, 3], [0, 5]),
-        ("probs", 1, [1], [0]),  # 1 and 3 are equal: the first stays
+        ("probs", 1, [1], [0]),  # 1 and 3 are tied: the first is kept
         ("probs", 3, [1, 3, 5], [0, 5]),
         ("probs", 6, [0, 1, 2, 3, 4, 5], [0, 5]),
         ("position", 9, [0, 1, 2, 3, 4, 5], [0, 5]),
@@ -56,7 +56,7 @@ def random_choices(tokens: int, experts: int, topk: int, seed: int) -> tuple[Ten
        st.sampled_from([0.25, 0.5, 1.0, 1.5]))  # fmt: skip
 def test_by_weight_we_keep_what_megatron_keeps(tokens, experts, topk, seed, factor):
     if topk == 1:
-        topk = 2  # one choice has weight 1 everywhere: all are equal, and Megatron's order is none
+        topk = 2  # one choice always has weight 1: all tie, and Megatron's order is undefined
     probs_TE, chosen_TE = random_choices(tokens, experts, topk, seed)
     capacity = Capacity(factor, "probs", "rank", False)
     limit = capacity.tokens(tokens, num_experts=experts, topk=topk)
@@ -78,7 +78,7 @@ def test_both_formulas_are_as_they_are_written(tokens, experts, topk, factor):
         capacity = capacity_of(moe)
         assert capacity is not None
         limit = capacity.tokens(tokens, num_experts=experts, topk=topk)
-        # Quarters and powers of two: the fraction is exact, and so must its ceiling be.
+        # Quarters and powers of two: the fraction is exact, so its ceiling must be exact.
         assert limit == math.ceil(Fraction(counted, experts) * Fraction(factor))
 
 
@@ -101,10 +101,10 @@ def check_over_ranks(world: World, policy: str) -> None:
     probs_TE, chosen_TE = random_choices(64, 4, 2, seed=3)
     expected_TE = kept_choices(probs_TE, chosen_TE, 20, policy=policy)
     assert 0 < expected_TE.sum() < chosen_TE.sum(), "some are dropped, or nothing is tested"
-    place_T = torch.randperm(64, generator=torch.Generator().manual_seed(1)).chunk(4)[world.rank]
+    index_T = torch.randperm(64, generator=torch.Generator().manual_seed(1)).chunk(4)[world.rank]
     group = dist.group.WORLD
     assert group is not None
     kept_TE = kept_over_ranks(
-        probs_TE[place_T], chosen_TE[place_T], place_T, 20, policy=policy, group=group
+        probs_TE[index_T], chosen_TE[index_T], index_T, 20, policy=policy, group=group
     )
-    assert torch.equal(kept_TE, expected_TE[place_T])
+    assert torch.equal(kept_TE, expected_TE[index_T])

@@ -1,4 +1,4 @@
-"""Settings as Megatron-Core is told them, and kernels that are not there refused by name."""
+"""Tests of Megatron-Core's settings, and of errors for missing kernels."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ REFUSED = "by a rule, so it is never asked for"
 ENGINES = [TORCH_ON_CPU, TORCH_ON_CUDA, TRANSFORMER_ENGINE]
 
 
-def told(engine: Engine, **train: Any) -> dict[str, Any]:
+def settings_of(engine: Engine, **train: Any) -> dict[str, Any]:
     tree = {"run": {"dir": "run"}, "dense": {"path": "dense"}, "moe": {"num_moe_experts": 4},
             "data": {"path": "text"}, "train": {"steps": 1, **train}}  # fmt: skip
     return transformer_settings(build(RunConfig, tree), SPEC, engine=engine)
@@ -55,7 +55,7 @@ def test_recomputed_modules_follow_the_engine(what: str, modules: list):
     for engine, expected in zip(ENGINES, modules, strict=True):
         if expected == REFUSED:
             continue
-        settings = told(engine, recompute=what)
+        settings = settings_of(engine, recompute=what)
         granularity = {"none": None, "moe": "selective"}.get(what, what)
         assert settings.get("recompute_granularity") == granularity
         assert settings.get("recompute_modules") == expected
@@ -69,22 +69,22 @@ FUSIONS_OF_TRANSFORMER_ENGINE = (
 
 @pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: f"{engine.name}-{engine.device}")
 def test_fusions_are_those_the_engine_has(engine: Engine):
-    settings = told(engine)
+    settings = settings_of(engine)
     for name in FUSIONS_OF_TRANSFORMER_ENGINE:
         assert settings.get(name, False) == (not engine.is_torch), name
     assert settings["use_cpu_initialization"] == (not engine.on_cuda)
-    assert settings["bias_activation_fusion"] == engine.on_cuda  # Megatron-Core compiles its own
-    if engine.is_torch:  # Megatron-Core refuses the others where they are not installed
+    assert settings["bias_activation_fusion"] == engine.on_cuda  # compiled by Megatron-Core
+    if engine.is_torch:  # Megatron-Core rejects the others if they are not installed
         TransformerConfig(**settings)
 
 
 def test_gradients_are_added_in_place_unless_the_setting_is_off():
-    off = told(TRANSFORMER_ENGINE, gradient_accumulation_fusion=False)
+    off = settings_of(TRANSFORMER_ENGINE, gradient_accumulation_fusion=False)
     assert not off["gradient_accumulation_fusion"]
 
 
 def test_tp_overlap_is_a_setting_of_transformer_engine():
-    assert told(TRANSFORMER_ENGINE, tp_comm_overlap=True)["tp_comm_overlap"]
-    assert not told(TRANSFORMER_ENGINE)["tp_comm_overlap"]
+    assert settings_of(TRANSFORMER_ENGINE, tp_comm_overlap=True)["tp_comm_overlap"]
+    assert not settings_of(TRANSFORMER_ENGINE)["tp_comm_overlap"]
     for engine in (TORCH_ON_CPU, TORCH_ON_CUDA):
-        assert "tp_comm_overlap" not in told(engine, tp_comm_overlap=True)
+        assert "tp_comm_overlap" not in settings_of(engine, tp_comm_overlap=True)

@@ -1,4 +1,4 @@
-"""The CUDA branches of the torch engine keep to the device and never wait for the GPU."""
+"""Tests that the torch engine's CUDA branches stay on the device and never wait for the GPU."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ import pytest
 
 @pytest.mark.slow
 def test_no_cuda_branch_reads_a_value_or_mixes_devices():
-    """`fake_cuda` says how, and ends with the error that such a read makes."""
+    """See `fake_cuda`, which ends with a control that such a read raises an error."""
     script = Path(__file__).with_name("fake_cuda.py")
     done = subprocess.run(
         [sys.executable, str(script)], capture_output=True, text=True, timeout=300, check=False

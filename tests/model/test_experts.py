@@ -1,4 +1,4 @@
-"""A rank's experts against float64 algebra and Megatron-Core's own SequentialMLP.
+"""Tests of a rank's experts against float64 algebra and Megatron-Core's SequentialMLP.
 
 Shape letters: T tokens, D hidden_size, M neurons of one expert.
 """
@@ -26,12 +26,12 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
 
 
 def swiglu(x_TD: Tensor, prob_T: Tensor, fc1_2MD: Tensor, fc2_DM: Tensor) -> Tensor:
-    """One expert and all tokens."""
+    """Apply one expert to all tokens."""
     return apply_experts(x_TD, prob_T, [len(x_TD)], [fc1_2MD], [fc2_DM])
 
 
 def by_hand(x_TD: Tensor, prob_T: Tensor, fc1_2MD: Tensor, fc2_DM: Tensor) -> Tensor:
-    """Neuron by neuron: ``prob * sum(down * silu(gate x) * up x)``."""
+    """Compute ``prob * sum(down * silu(gate x) * up x)`` neuron by neuron."""
     out_TD = torch.zeros_like(x_TD)
     size = len(fc1_2MD) // 2
     for m in range(size):
@@ -42,7 +42,7 @@ def by_hand(x_TD: Tensor, prob_T: Tensor, fc1_2MD: Tensor, fc2_DM: Tensor) -> Te
 
 
 def experts(count: int) -> SimpleNamespace:
-    """What `LoopExperts.forward` looks at: weights and hooks. The layers are never called."""
+    """Weights and hooks that `LoopExperts.forward` reads. The layers are never called."""
 
     def linear(*shape: int, seed: int) -> SimpleNamespace:
         weight = random(*shape, seed=seed).requires_grad_()
@@ -79,7 +79,7 @@ def test_each_expert_takes_its_run_of_tokens(counts: tuple[int, ...]):
 
 
 def test_a_gather_of_weights_is_finished_before_they_are_read():
-    """By the hooks that data parallelism has put on the layers, each run once."""
+    """Each hook that data parallelism registers on the layers runs once."""
     these, awaited = experts(2), []
     for expert in these.local_experts:
         for linear in (expert.linear_fc1, expert.linear_fc2):
@@ -97,7 +97,7 @@ def test_a_gather_of_weights_is_finished_before_they_are_read():
 
 @pytest.mark.parametrize("counts", [(0, 9), (0, 0)], ids=["one-empty", "all-empty"])
 def test_an_expert_without_tokens_has_a_gradient_of_zero(counts: tuple[int, ...]):
-    """None would leave this rank out of the collectives that the others enter."""
+    """With None this rank would miss the collectives that the others enter."""
     these = experts(2)
     tokens = sum(counts)
     out, _ = LoopExperts.forward(
@@ -119,20 +119,20 @@ def test_fp32_routing_weights_do_not_change_the_models_precision(dtype: torch.dt
 
 @pytest.mark.parametrize("counts", [(40, 1, 0, 90), (33, 31, 64, 3), (40, 9, 5, 0)], ids=str)
 def test_rows_that_bf16_rounds_up_leave_no_trace(counts: tuple[int, ...]):
-    """A bf16 expert multiplies some of the next one's tokens too; what comes out is its own."""
+    """A bf16 expert also multiplies some of the next one's tokens; they must not affect results."""
     tokens = sum(counts)
     x_TD, prob_T, out_grad_TD = random(tokens, D), random(tokens, seed=1), random(tokens, D, seed=2)
     fc1s = [random(2 * M, D, seed=2 * e) for e in range(4)]
     fc2s = [random(D, M, seed=2 * e + 1) for e in range(4)]
     results = []
-    for dtype in (torch.bfloat16, torch.float64):  # of the same numbers, those of bf16
+    for dtype in (torch.bfloat16, torch.float64):  # the same numbers, representable in bf16
         values = [v.bfloat16().to(dtype).requires_grad_() for v in (x_TD, prob_T, *fc1s, *fc2s)]
         out_TD = apply_experts(values[0], values[1], counts, values[2:6], values[6:])
         grads = torch.autograd.grad(out_TD, values, out_grad_TD.bfloat16().to(dtype))
         results.append([out_TD, *grads])
-    for found, exact in zip(*results, strict=True):  # bf16 keeps 8 bits: a few roundings of 2^-9
+    for actual, exact in zip(*results, strict=True):  # bf16 has 8 bits: a few roundings of 2^-9
         scale = float(exact.detach().abs().max()) if exact.numel() else 1.0
-        torch.testing.assert_close(found.double(), exact, rtol=0, atol=0.02 * scale + 1e-30)
+        torch.testing.assert_close(actual.double(), exact, rtol=0, atol=0.02 * scale + 1e-30)
 
 
 def test_its_gradients_are_those_of_finite_differences():
@@ -152,17 +152,17 @@ def test_weight_gradients_are_added_where_data_parallelism_keeps_them(dtype: tor
     for weight, buffer in zip(values[2:], buffers, strict=True):
         weight.main_grad = buffer  # type: ignore[attr-defined]
     for _ in range(2):
-        found = torch.autograd.grad(swiglu(*values), values, out_grad_TD)
+        actual = torch.autograd.grad(swiglu(*values), values, out_grad_TD)
     for weight, buffer, gradient in zip(values[2:], buffers, wanted[2:], strict=True):
         assert weight.grad_added_to_main_grad  # type: ignore[attr-defined]
         torch.testing.assert_close(buffer, 1 + 2 * gradient.double(), rtol=1e-12, atol=1e-12)
-    for gradient, again in zip(wanted[:2], found[:2], strict=True):
+    for gradient, again in zip(wanted[:2], actual[:2], strict=True):
         assert torch.equal(gradient, again)
 
 
 @pytest.mark.distributed
 def test_the_lean_forward_is_megatrons(tmp_path: Path):
-    """Output and every gradient of Megatron-Core's SequentialMLP with the same weights."""
+    """Compare output and gradients with Megatron-Core's SequentialMLP and the same weights."""
     run_on_ranks(check_against_megatron, save_dense(tmp_path), world_size=1)
 
 
@@ -196,5 +196,5 @@ def check_against_megatron(world: World, folder: Path) -> None:
         out_TD.backward(random(9, spec.hidden_size, seed=52).float())
         gradients = [x_TD.grad, prob_T.grad, *(p.grad.clone() for p in ours.parameters())]
         results.append([out_TD.detach(), *gradients])
-    for mine, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Grouped products of a rank's experts against the loop and float64, and the memory they need.
+"""Tests of grouped expert products against the loop and float64, and of their memory layout.
 
 torch computes grouped products on a CPU as well, so everything but the kernel itself runs here.
 
@@ -46,7 +46,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def inputs(counts: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
-    """Tokens, routing weights, then the first and the second weights; all are bf16 numbers."""
+    """Return tokens, routing weights, first and second weights; all representable in bf16."""
     tokens, experts = sum(counts), len(counts)
     weights = [random(2 * M, D, seed=2 * e) / 4 for e in range(experts)]
     weights += [random(D, M, seed=2 * e + 1) / 5 for e in range(experts)]
@@ -58,7 +58,7 @@ def inputs(counts: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
 
 
 def run(apply, counts: tuple[int, ...], values: list[Tensor], out_grad_TD: Tensor) -> list[Tensor]:
-    """Output and gradients of tokens, routing weights and weights."""
+    """Return the output and the gradients of tokens, routing weights and weights."""
     experts = len(counts)
     out_TD = apply(values[0], values[1], counts, values[2 : 2 + experts], values[2 + experts :])
     grads = torch.autograd.grad(out_TD, values, out_grad_TD.to(values[0].dtype))
@@ -71,8 +71,8 @@ def grouped(x_TD, prob_T, counts, fc1s, fc2s) -> Tensor:
 
 @pytest.mark.parametrize("counts", COUNTS)
 @pytest.mark.parametrize(
-    # fp32: sums in another order. bf16 keeps 8 bits: a few roundings of 2^-9, and the largest
-    # value sets the scale.
+    # fp32: sums in a different order. bf16 has 8 bits: a few roundings of 2^-9 relative to the
+    # largest value.
     ("dtype", "tolerance"),
     [(torch.float32, 2e-6), (torch.bfloat16, 0.02)],
     ids=["fp32", "bf16"],
@@ -81,22 +81,22 @@ def test_grouped_products_are_the_loops_and_float64s(
     counts: tuple[int, ...], dtype: torch.dtype, tolerance: float
 ):
     out_grad_TD = random(sum(counts), D, seed=92).bfloat16()
-    found = run(grouped, counts, inputs(counts, dtype), out_grad_TD)
+    actual = run(grouped, counts, inputs(counts, dtype), out_grad_TD)
     loop = run(apply_experts, counts, inputs(counts, dtype), out_grad_TD)
     exact = run(apply_experts, counts, inputs(counts, torch.float64), out_grad_TD)
-    for mine, loops, wanted in zip(found, loop, exact, strict=True):
+    for own, loops, wanted in zip(actual, loop, exact, strict=True):
         scale = float(wanted.abs().max()) if wanted.numel() else 1.0
-        assert mine.dtype == dtype
+        assert own.dtype == dtype
         for other in (loops, wanted):
             torch.testing.assert_close(
-                mine.double(), other.double(), rtol=0, atol=tolerance * scale + 1e-30
+                own.double(), other.double(), rtol=0, atol=tolerance * scale + 1e-30
             )
 
 
 @pytest.mark.parametrize("one_storage", [True, False])
 @pytest.mark.parametrize("counts", COUNTS)
 def test_weight_gradients_are_added_to_main_grad(counts: tuple[int, ...], one_storage: bool):
-    """Two steps of two micro-batches. The first product of the second step overwrites."""
+    """Run two steps of two micro-batches. The first product of the second step overwrites."""
     values = inputs(counts, torch.bfloat16)
     out_grad_TD = random(sum(counts), D, seed=92).bfloat16()
     wanted = run(grouped, counts, values, out_grad_TD)[3:]
@@ -118,7 +118,7 @@ def test_weight_gradients_are_added_to_main_grad(counts: tuple[int, ...], one_st
 
 
 def test_an_expert_without_tokens_counts_as_zero_whatever_its_product_holds():
-    """As on compute capability 10.0, where the kernel leaves the memory of empty groups."""
+    """Simulate compute capability 10.0, whose kernel does not write empty groups."""
     main_grad, product = torch.ones(2, 1, 2), torch.tensor([[[1.0, 2.0]], [[torch.nan] * 2]])
     used_E11 = torch.tensor([True, False])[:, None, None]
     grouped_experts._accumulate(main_grad, product, used_E11, False)
@@ -128,7 +128,7 @@ def test_an_expert_without_tokens_counts_as_zero_whatever_its_product_holds():
 
 
 def test_what_autograd_gets_for_main_grad_is_one_small_tensor():
-    """Autograd keeps a gradient it may have; a copy of each would be as large as all weights."""
+    """Autograd may keep a gradient; a copy of each would be as large as all weights."""
     values = inputs((3, 4, 5), torch.bfloat16)
     for weight in values[2:]:
         weight.main_grad = torch.zeros(weight.shape)
@@ -142,9 +142,9 @@ def test_swiglus_gradients_are_autograds():
     grad_TM = random(5, M, seed=2)
     out_TM = swiglu(h_T2M, prob_T)
     wanted = torch.autograd.grad(out_TM, (h_T2M, prob_T), grad_TM)
-    act_TM, *found = swiglu_backward(h_T2M.detach(), prob_T.detach(), grad_TM)
-    for mine, autograds in zip((act_TM, *found), (out_TM, *wanted), strict=True):
-        torch.testing.assert_close(mine, autograds, rtol=1e-5, atol=1e-6)  # fp32
+    act_TM, *actual = swiglu_backward(h_T2M.detach(), prob_T.detach(), grad_TM)
+    for own, autograds in zip((act_TM, *actual), (out_TM, *wanted), strict=True):
+        torch.testing.assert_close(own, autograds, rtol=1e-5, atol=1e-6)  # fp32
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_swiglus_gradients_are_autograds():
     [
         ({}, "grouped_mm", "bf16 on compute capability 9.0"),
         ({"capability": (10, 3)}, "grouped_mm", "10.3"),
-        ({"capability": None}, "loop", "a CPU"),
+        ({"capability": None}, "loop", "no CPU kernel"),
         ({"capability": (8, 0)}, "loop", "compute capability 8.0"),
         ({"capability": (12, 0)}, "loop", "compute capability 12.0"),
         ({"dtype": torch.float32}, "loop", "not torch.float32"),
@@ -186,11 +186,11 @@ def test_tensors_at_equal_distances_are_one_view():
 
 
 def test_equal_distances_across_storages_are_no_view():
-    """Allocators place equal tensors at equal distances."""
+    """Allocators may place separate tensors at equal distances."""
     buffer = torch.arange(64.0)
     halves = []
     for start in (0, 32):
-        storage = buffer[start : start + 32].numpy()  # memory of one block, in two storages
+        storage = buffer[start : start + 32].numpy()  # one block of memory, in two storages
         halves.append(torch.from_numpy(storage))
     assert halves[1].data_ptr() - halves[0].data_ptr() == 128
     assert stacked(halves) is None
@@ -208,7 +208,7 @@ def test_modules_registered_back_to_front_keep_names_and_order():
 
 @pytest.mark.slow
 def test_compiled_functions_are_the_eager_ones():
-    """On a CPU the compiler makes C++ of the same graph that becomes a kernel on CUDA."""
+    """On a CPU the compiler generates C++ from the graph that becomes a kernel on CUDA."""
     h_T2M, prob_T, grad_TM = random(7, 2 * M).bfloat16(), random(7), random(7, M).bfloat16()
     for function, arguments in (
         (swiglu, (h_T2M, prob_T)),
@@ -221,10 +221,10 @@ def test_compiled_functions_are_the_eager_ones():
     used_E11 = torch.tensor([True, False, True])[:, None, None]
     accumulate = grouped_experts._accumulate
     for first in (False, True):
-        mine, wanted = main.clone(), main.clone()
-        torch.compile(accumulate.__wrapped__)(mine, product, used_E11, first)
+        own, wanted = main.clone(), main.clone()
+        torch.compile(accumulate.__wrapped__)(own, product, used_E11, first)
         accumulate(wanted, product, used_E11, first)
-        assert torch.equal(mine, wanted)
+        assert torch.equal(own, wanted)
 
 
 @pytest.mark.distributed
@@ -285,17 +285,17 @@ def check_buffers(world: World, folder: Path, distributed_optimizer: bool) -> No
             assert view is not None
             assert torch.equal(view, torch.stack(weights))
             assert stacked([weight.main_grad for weight in weights]) is not None
-        assert layer.kernel() == ExpertKernel("loop", "a CPU has no kernel for grouped products")
+        assert layer.kernel() == ExpertKernel("loop", "there is no CPU kernel for grouped products")
     check_a_pass(plain, layers)
     gradients.zero_stale(ours.parameters())
 
 
 def check_a_pass(plain: torch.nn.Module, layers: list[GroupedExperts]) -> None:
-    """Output and main_grad of the first layer, beside the loop with gradients of its own."""
+    """Compare the first layer's output and main_grad with the loop and separate gradients."""
     counts = (3, 0, 5, 1, 0, 0, 7, 2, 1, 1, 0, 4)
-    (theirs, *_) = [m for m in plain.modules() if type(m) is LoopExperts]
+    (loop_layer, *_) = [m for m in plain.modules() if type(m) is LoopExperts]
     x_TD, prob_T = random(sum(counts), 64).bfloat16(), random(sum(counts), seed=1).sigmoid()
-    wanted_TD, _ = theirs(x_TD, torch.tensor(counts), prob_T)
+    wanted_TD, _ = loop_layer(x_TD, torch.tensor(counts), prob_T)
     wanted_TD.float().sum().backward()
     out_TD = grouped(x_TD, prob_T, counts, *layers[0].weights())
     out_TD.float().sum().backward()
@@ -303,7 +303,7 @@ def check_a_pass(plain: torch.nn.Module, layers: list[GroupedExperts]) -> None:
         out_TD, wanted_TD, rtol=0.02, atol=0.02 * float(wanted_TD.abs().max())
     )
     for name, parameter in layers[0].named_parameters():
-        wanted = theirs.get_parameter(name).grad.float()
+        wanted = loop_layer.get_parameter(name).grad.float()
         torch.testing.assert_close(
             parameter.main_grad, wanted, rtol=0.02, atol=0.02 * float(wanted.abs().max()) + 1e-30
         )
@@ -314,7 +314,7 @@ def check_a_pass(plain: torch.nn.Module, layers: list[GroupedExperts]) -> None:
 def test_a_run_goes_on_with_grouped_products(
     tmp_path: Path, before: str, after: str, monkeypatch: pytest.MonkeyPatch
 ):
-    """A checkpoint of a run with the loop, resumed with grouped products, in fp32 on a CPU.
+    """Resume a run that used the loop with grouped products, in fp32 on a CPU.
 
     Weights are one view in data parallelism's buffers, or the run ends.
     """
@@ -336,9 +336,9 @@ def test_a_run_goes_on_with_grouped_products(
 
     monkeypatch.setattr(grouped_experts, "expert_kernel", kernel)
     monkeypatch.setattr(spec, "LoopExperts", GroupedExperts)
-    found = run_training(settings(after, "grouped"), world_size=layout(after)[0])
+    actual = run_training(settings(after, "grouped"), world_size=layout(after)[0])
 
-    assert [line["step"] for line in found] == [0, 1, 2, 3, 4]
-    for mine, loops in zip(found[3:], wanted[3:], strict=True):  # as between layouts
-        assert mine["loss/lm"] == pytest.approx(loops["loss/lm"], rel=1e-5)
-        assert mine["grad_norm"] == pytest.approx(loops["grad_norm"], rel=1e-4)
+    assert [line["step"] for line in actual] == [0, 1, 2, 3, 4]
+    for own, loops in zip(actual[3:], wanted[3:], strict=True):  # tolerance as between layouts
+        assert own["loss/lm"] == pytest.approx(loops["loss/lm"], rel=1e-5)
+        assert own["grad_norm"] == pytest.approx(loops["grad_norm"], rel=1e-4)

@@ -1,4 +1,4 @@
-"""Token losses and gradients against torch's cross entropy over the vocabulary that exists.
+"""Tests of token losses and gradients against torch's cross entropy without padding.
 
 Shape letters: S sequence, B batch, D hidden_size, V vocabulary.
 """
@@ -36,7 +36,7 @@ def check_loss(world: World, vocab_size: int) -> None:
     first = world.rank * width
     real = max(min(vocab_size - first, width), 0)
     hidden_SBD = torch.randn(S, B, D, generator=generator)
-    # Rows that pad are the largest: whoever counts them sees it.
+    # Padding rows are the largest, so counting them would show.
     weight_VD = torch.randn(width * world.size, D, generator=generator) * 3
     weight_VD[vocab_size:] = 100.0
     labels_BS = torch.randint(0, vocab_size, (B, S), generator=generator)
@@ -70,7 +70,7 @@ def check_loss(world: World, vocab_size: int) -> None:
     torch.testing.assert_close(losses_BS, expected_BS, **close)
     torch.testing.assert_close(weight.grad[:real], full_weight.grad[first : first + real], **close)
     assert not weight.grad[real:].any(), "rows that pad learn nothing"
-    dist.all_reduce(hidden.grad)  # what the column-parallel output layer does in its backward
+    dist.all_reduce(hidden.grad)  # as in the backward pass of the column-parallel output layer
     torch.testing.assert_close(hidden.grad, full_hidden.grad, **close)
 
     mine_BSV = run(None)

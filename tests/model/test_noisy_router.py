@@ -1,4 +1,4 @@
-"""The noisy gate: its noise is normal and one token's own, its loss is the paper's.
+"""Tests of the noisy gate: its noise is normal and independent of the layout, its loss correct.
 
 Shape letters: T tokens, E experts, K moe_router_topk.
 """
@@ -31,7 +31,7 @@ def test_noise_is_standard_normal():
     assert neighbours.mean().abs() < error
 
 
-def test_noise_belongs_to_the_token_and_not_to_who_asks():
+def test_noise_depends_on_the_token_and_not_on_the_rank():
     whole = numbers([5, 6, 7, 8], [0, 1, 2, 3])
     part = numbers([7], [3, 1])
     assert torch.equal(part[:, 0], whole[[3, 1], 2])
@@ -41,7 +41,7 @@ def test_noise_belongs_to_the_token_and_not_to_who_asks():
 
 
 def test_expected_load_is_how_often_fresh_noise_chooses_the_expert():
-    """Against drawing the noise of one expert 20,000 times while the others keep theirs."""
+    """Compare with 20,000 draws of one expert's noise while the others' noise is fixed."""
     router = NoisyRouter.__new__(NoisyRouter)
     torch.nn.Module.__init__(router)
     router.topk = 2

@@ -1,4 +1,4 @@
-"""RMSNorm against torch's own, its gradients against finite differences."""
+"""Tests of RMSNorm against torch, and of its gradients against finite differences."""
 
 from types import SimpleNamespace
 
@@ -28,17 +28,17 @@ def test_gradients_are_those_of_finite_differences():
 
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])
 def test_values_and_gradients_are_torchs(dtype: torch.dtype, close: float):
-    """In bf16 to a few roundings of 2^-9; torch rounds at other places."""
+    """bf16 agrees to a few roundings of 2^-9, because torch rounds at different points."""
     ours, x = norm(dtype), torch.randn(5, 16).to(dtype).requires_grad_()
     out_grad = torch.randn(5, 16).to(dtype)
-    found = ours(x)
+    actual = ours(x)
     wanted = torch.nn.functional.rms_norm(x, (16,), ours.weight, 1e-3)
-    assert found.dtype == dtype
-    torch.testing.assert_close(found, wanted, rtol=close, atol=close)
+    assert actual.dtype == dtype
+    torch.testing.assert_close(actual, wanted, rtol=close, atol=close)
     inputs = (x, ours.weight)
-    for mine, torchs in zip(
-        torch.autograd.grad(found, inputs, out_grad),
+    for own, torchs in zip(
+        torch.autograd.grad(actual, inputs, out_grad),
         torch.autograd.grad(wanted, inputs, out_grad),
         strict=True,
     ):
-        torch.testing.assert_close(mine, torchs, rtol=close, atol=4 * close)
+        torch.testing.assert_close(own, torchs, rtol=close, atol=4 * close)

@@ -1,4 +1,4 @@
-"""Buffers of tensor-parallel overlap are for training's micro-batches, and for no other pass."""
+"""Tests that only training's micro-batches use the buffers of tensor-parallel overlap."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from megatron_moe.model.overlap import without_tp_overlap
 
 
 class Linear(torch.nn.Module):
-    """Has the attributes that Transformer Engine's linear layers decide by."""
+    """A layer with the attributes that Transformer Engine's linear layers check."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Neurons drawn anew have the statistics of those they replace, and the others stay.
+"""Tests that reinitialized neurons keep the statistics of those they replace; others stay.
 
 Shape letters: M neurons of an expert, m of them on one etp rank, D hidden_size, E experts.
 """
@@ -26,7 +26,7 @@ PLAN = make_expert_plan(SPEC, Moe(num_moe_experts=2), Upcycle(method="drop", rei
 
 
 def test_redrawn_neurons_keep_mean_and_std(tmp_path: Path):
-    """The experts are cut by etp 2: the mean and std are of both halves together."""
+    """Experts are sharded with etp 2: mean and std are those of both halves together."""
     run_on_ranks(redraw, tmp_path, world_size=2)
     halves = [np.load(tmp_path / f"{rank}.npz") for rank in (0, 1)]
     mask_EM = PLAN.layer(0).reinit_EM
@@ -43,14 +43,14 @@ def test_redrawn_neurons_keep_mean_and_std(tmp_path: Path):
             for fresh_mD in (
                 half[key][part] for half, part in zip(halves, mask_M.reshape(2, -1), strict=True)
             ):
-                # Of n draws the mean is off by std / sqrt(n), the std by std / sqrt(2 n).
+                # With n draws the mean errs by std / sqrt(n), the std by std / sqrt(2 n).
                 error = std / fresh_mD.size**0.5
                 assert abs(fresh_mD.mean() - mean) < 4 * error
                 assert abs(fresh_mD.std() - std) < 4 * error / 2**0.5
 
 
 def dense(name: str) -> torch.Tensor:
-    """A matrix with a row for each neuron; the halves differ, so one alone would be wrong."""
+    """Return a matrix with a row per neuron; its halves differ, so using one would be wrong."""
     mean, std = STATISTICS[name]
     drawn = torch.Generator().manual_seed(len(name))
     normal_MD = torch.randn(NEURONS, HIDDEN, generator=drawn)
@@ -71,9 +71,9 @@ def redraw(world: World, out: Path) -> None:
     ]
     local = LocalLayer(0, PLAN.layer(0), experts, torch.zeros(2, HIDDEN))
     reshape_values([local], PLAN.recipe, layout=layout, rank=world.rank)
-    found = {
+    arrays = {
         f"{name}.{expert.expert}": matrix.numpy()
         for expert in experts
         for name, matrix in zip(STATISTICS, expert.matrices, strict=True)
     }
-    np.savez(out / f"{world.rank}.npz", **found)
+    np.savez(out / f"{world.rank}.npz", **arrays)

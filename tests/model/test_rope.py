@@ -1,4 +1,4 @@
-"""Llama 3.1's rotary frequencies against transformers' own."""
+"""Tests of Llama 3.1's rotary frequencies against transformers."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What the router counts, on logits whose counts are known.
+"""Tests of the router's statistics on logits with known counts.
 
 Shape letters: T tokens, E experts, K moe_router_topk.
 """
@@ -30,7 +30,7 @@ SPEC = spec_from_config(
     }
 )
 
-# Two best experts a token: (0, 1) four times, (2, 0) twice, (1, 0) once; nobody wants expert 3.
+# Top-2 experts: (0, 1) for four tokens, (2, 0) for two, (1, 0) for one; expert 3 for none.
 LOGITS_TE = torch.tensor(
     [[3.0, 2.0, 1.0, 0.0]] * 4 + [[2.0, 0.0, 3.0, -1.0]] * 2 + [[1.0, 5.0, 0.0, 0.5]]
 )
@@ -66,7 +66,7 @@ def route(router: Any, logits_TE: Tensor = LOGITS_TE) -> tuple[Tensor, Tensor]:
 
 
 def entropy(logits_TE: Tensor) -> float:
-    """Summed over tokens, in nats, with plain floats."""
+    """Sum the entropy over tokens, in nats, with Python floats."""
     total = 0.0
     for row in logits_TE.tolist():
         weights = [math.exp(x) for x in row]
@@ -91,7 +91,7 @@ def check_counts(world: World) -> None:
 
 
 def test_counting_takes_few_kernels():
-    """A pass is counted in each layer and micro-batch, so launches add up."""
+    """Statistics run in each layer and micro-batch, so kernel launches add up."""
     run_on_ranks(check_kernels, world_size=1)
 
 
@@ -106,7 +106,7 @@ def check_kernels(world: World) -> None:
             return func(*args, **(kwargs or {}))
 
     router = make_router()
-    probs_TE, map_TE = route(router)  # the first pass; the next ones add to it
+    probs_TE, map_TE = route(router)  # first pass; later passes add to it
     with Calls():
         router._count(LOGITS_TE, map_TE, probs_TE.detach())
     free = ("aten.empty", "aten.unbind", "aten.select", "aten.detach")
@@ -144,12 +144,12 @@ def check_only_training(world: World) -> None:
 
 
 @pytest.mark.parametrize("pad", [False, True], ids=["as-many-as-came", "padded"])
-def test_a_capacity_drops_choices_but_not_from_the_count_of_wishes(pad: bool):
+def test_a_capacity_drops_choices_but_not_from_the_counts_before_dropping(pad: bool):
     run_on_ranks(check_capacity, pad, world_size=1)
 
 
 def check_capacity(world: World, pad: bool) -> None:
-    # Capacity ceil(7 * 2 / 4 * 1) = 4: expert 0 turns away 3 of 7, expert 1 turns away 1 of 5.
+    # Capacity ceil(7 * 2 / 4 * 1) = 4: expert 0 drops 3 of 7, expert 1 drops 1 of 5.
     router = make_router(moe_expert_capacity_factor=1.0, moe_pad_expert_input_to_capacity=pad)
     probs_TE, map_TE = route(router)
     assert map_TE.sum(dim=0).tolist() == ([4, 4, 4, 4] if pad else [4, 4, 2, 0])
@@ -169,10 +169,10 @@ def check_routing(world: World, order: str) -> None:
 
     router = make_router(router_order=order)
     probs_TE, map_TE = route(router)
-    theirs = TopKRouter.routing(router, LOGITS_TE[:, None].clone().requires_grad_())
-    assert torch.equal(probs_TE, theirs[0])
-    assert torch.equal(map_TE, theirs[1])
-    # Mixtral's weights are a softmax over the chosen; the other order's do not sum to one.
+    megatrons = TopKRouter.routing(router, LOGITS_TE[:, None].clone().requires_grad_())
+    assert torch.equal(probs_TE, megatrons[0])
+    assert torch.equal(map_TE, megatrons[1])
+    # Mixtral's weights are a softmax over the chosen experts; others do not sum to one.
     softmax_E = LOGITS_TE[0].softmax(dim=0)
     expected = softmax_E[:2] / (softmax_E[:2].sum() if order == "topk_softmax" else 1.0)
     torch.testing.assert_close(probs_TE[0], torch.tensor([*expected.tolist(), 0.0, 0.0]))

@@ -23,11 +23,23 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> chaos.Stage:
 @pytest.mark.parametrize(
     ("fault", "message", "steps_again"),
     [
-        (faults.kill(1, "backward"), r"^JobError: rank 1 died in backward of step 5: killed", 1),
-        (faults.kill(0, "load", 0), r"^JobError: rank 0 died in load: killed", 0),
+        (
+            faults.kill(1, "backward"),
+            r"^JobError: rank 1 died in the backward stage of step 5: ",
+            1,
+        ),
+        (faults.kill(0, "load", 0), r"^JobError: rank 0 died in the load stage: killed", 0),
         (faults.kill_half_written(1, async_save=True), r"^JobError: rank 1 died in ", None),
-        (faults.hanging(1), r"no rank has got on for 4 s: rank 1 hangs in data of step 5 at ", 1),
-        (faults.told(signal.SIGTERM), r"^stopped by a signal after step \d+; the same command", 0),
+        (
+            faults.hanging(1),
+            r"no rank has made progress for 4 s: rank 1 is stuck in the data stage of step 5 at ",
+            1,
+        ),
+        (
+            faults.told(signal.SIGTERM),
+            r"^Stopped by a signal after step \d+\. Run the same command",
+            0,
+        ),
         (faults.truncated_shard(), r"(?s)^CheckpointError: cannot load .*\n  write step_", None),
     ],
     ids=lambda value: value.name.replace(" ", "-") if isinstance(value, faults.Fault) else "",
@@ -42,8 +54,8 @@ def test_a_run_survives(
     assert outcome.ended_seconds < 60
 
 
-def test_the_second_job_on_a_folder_is_told_who_the_first_is(stage: chaos.Stage):
+def test_the_second_job_on_a_folder_gets_an_error_that_names_the_first(stage: chaos.Stage):
     fault = faults.second_job(lambda run_dir: stage.job(run_dir, log_name="second").message)
     outcome = chaos.inject(stage, fault)
-    assert "belongs to a job that is running, process " in outcome.message
-    assert "\n  end that job, wait for it, or set another run.dir" in outcome.message
+    assert "is in use by a running job, process " in outcome.message
+    assert "\n  stop that job, wait for it to end, or set another run.dir" in outcome.message

@@ -203,17 +203,17 @@ REFUSALS = [
      "  set data.domains.NAME.validation_path, or data.validation_fraction"),
     ("weight-0", domains(a=0, b=1), 1,
      "weight of domain 'a' (0.0) must be positive\n"
-     "  leave out a domain that is not to be drawn"),
+     "  remove domains that should not be sampled"),
     ("no-weight", domains(a=None, b=1), 1,
      "data.domains.a must have a weight: data.mixing.weights is given"),
     ("sum", domains(a=3, b=1), 1,
      "weights of the domains sum to 4, and must sum to 1: they are shares of samples.\n"
-     "  in these proportions: a: 0.75, b: 0.25"),
+     "  with these proportions: a: 0.75, b: 0.25"),
     ("missing-domain", domains(a=None) | {"data.mixing": {"weights": "llama"}}, 1,
      "mixture 'llama' is for the domains commoncrawl, c4, github, wikipedia, books, arxiv, "
      "stackexchange: missing ['arxiv', 'books', 'c4', 'commoncrawl', 'github', 'stackexchange', "
      "'wikipedia'], without a weight ['a'].\n"
-     "  rename the domains, or give weights of your own"),
+     "  rename the domains, or set data.domains.*.weight"),
     ("two-weights", domains(a=1) | {"data.mixing": {"weights": "llama"}}, 1,
      "data.domains.a.weight is set, but data.mixing.weights is llama, which brings its own.\n"
      "  leave out one of the two"),

@@ -1,4 +1,4 @@
-"""The fused AdamW against torch's own, and the state layout that Megatron-Core saves."""
+"""Tests of the fused AdamW against torch's AdamW, and of the state that Megatron-Core saves."""
 
 import copy
 from typing import Any
@@ -32,38 +32,40 @@ def groups(params: list[torch.nn.Parameter]) -> list[dict]:
 
 @pytest.mark.parametrize("norm", [50.0, 0.5], ids=["longer", "shorter"])
 def test_clipping_in_the_step_is_clipping_before_it(norm: float):
-    """Of the next step only."""
-    mine, theirs = parameters(), parameters()
+    """Clipping applies to the next step only."""
+    our_params, torch_params = parameters(), parameters()
     ours, torchs = (FusedAdamW(groups(p), lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
-                    for p in (mine, theirs))  # fmt: skip
+                    for p in (our_params, torch_params))  # fmt: skip
     for step in range(2):
-        set_gradients(mine, step)
-        set_gradients(theirs, step)
+        set_gradients(our_params, step)
+        set_gradients(torch_params, step)
         if step == 0:
             ours.clip(max_norm=1.0, total_norm=norm)
-            for p in theirs:
+            for p in torch_params:
                 assert p.grad is not None
                 p.grad.mul_(min(1.0, 1.0 / (norm + 1e-6)))
         ours.step()
         torchs.step()
-        for a, b in zip(mine, theirs, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)  # a division, not a product
+        for a, b in zip(our_params, torch_params, strict=True):
+            torch.testing.assert_close(
+                a, b, rtol=1e-6, atol=1e-7
+            )  # divides by the norm instead of multiplying
 
 
 @pytest.mark.parametrize("betas", [(0.9, 0.95), (0.9, 0.999)], ids=str)
 @pytest.mark.parametrize("eps", [1e-8, 1e-3])
 def test_every_step_is_torchs(betas: tuple[float, float], eps: float):
-    mine, theirs = parameters(), parameters()
+    our_params, torch_params = parameters(), parameters()
     settings = {"lr": 1e-2, "betas": betas, "eps": eps}
-    ours = FusedAdamW(groups(mine), **settings)
-    torchs = torch.optim.AdamW(groups(theirs), **settings)
+    ours = FusedAdamW(groups(our_params), **settings)
+    torchs = torch.optim.AdamW(groups(torch_params), **settings)
     for step in range(STEPS):
-        for params, optimizer in ((mine, ours), (theirs, torchs)):
+        for params, optimizer in ((our_params, ours), (torch_params, torchs)):
             set_gradients(params, step)
             for group in optimizer.param_groups:
                 group["lr"] *= 0.9  # as the schedule does
             optimizer.step()
-        for p, q in zip(mine, theirs, strict=True):
+        for p, q in zip(our_params, torch_params, strict=True):
             torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
             for name in ("exp_avg", "exp_avg_sq"):
                 torch.testing.assert_close(
@@ -75,7 +77,7 @@ def test_every_step_is_torchs(betas: tuple[float, float], eps: float):
 def test_the_kernels_scalars_are_on_the_parameters_device(
     device: str, monkeypatch: pytest.MonkeyPatch
 ):
-    """One step count a group. The CUDA kernel reads these and checks nothing."""
+    """There is one step count per group. The CUDA kernel reads it without a device check."""
     calls = []
 
     def kernel(
@@ -111,22 +113,22 @@ def test_one_step_by_hand():
     optimizer = FusedAdamW([p], lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.5)
     p.grad = torch.tensor([-3.0], dtype=torch.float64)
     optimizer.step()
-    # Corrected moments of the first step are g and g^2: the step is lr * sign(g), after decay.
+    # The corrected moments of the first step are g and g^2, so it is lr * sign(g), after decay.
     assert p.item() == pytest.approx(2.0 * (1 - 0.1 * 0.5) + 0.1, abs=1e-8)
 
 
 def test_the_step_is_counted_once_a_group_also_without_gradients():
-    """The count is saved as one number for all ranks, and some rank may hold none of a group."""
-    mine = parameters()
-    optimizer = FusedAdamW(groups(mine), lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
-    before = [p.detach().clone() for p in mine]
+    """The count is saved once for all ranks, and a rank may hold no parameter of a group."""
+    our_params = parameters()
+    optimizer = FusedAdamW(groups(our_params), lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
+    before = [p.detach().clone() for p in our_params]
     for _ in range(3):
-        set_gradients(mine[:2], 0)
+        set_gradients(our_params[:2], 0)
         optimizer.step()
     assert [group["step"] for group in optimizer.param_groups] == [3, 3]
-    assert all(set(optimizer.state[p]) == {"exp_avg", "exp_avg_sq"} for p in mine[:2])
-    assert not any(optimizer.state[p] for p in mine[2:])
-    assert all(torch.equal(p, b) for p, b in zip(mine[2:], before[2:], strict=True))
+    assert all(set(optimizer.state[p]) == {"exp_avg", "exp_avg_sq"} for p in our_params[:2])
+    assert not any(optimizer.state[p] for p in our_params[2:])
+    assert all(torch.equal(p, b) for p, b in zip(our_params[2:], before[2:], strict=True))
 
 
 def test_a_loaded_state_goes_on_to_the_last_bit():

@@ -1,4 +1,4 @@
-"""Which layers a run uses, why, and what is refused before ranks start."""
+"""Tests of the engine: which layers a run uses and why, and its error messages."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from megatron_moe.runtime.engine import (
     engine_of,
     problem_with,
 )
-from megatron_moe.runtime.stand_in import standing_for
+from megatron_moe.runtime.stand_in import simulated_rank
 from megatron_moe.runtime.world import World
 
 ABSENT = "Transformer Engine is not installed"
@@ -31,13 +31,13 @@ ABSENT = "Transformer Engine is not installed"
         ("auto", "cpu", None, "torch", "the run is on the CPU"),
         ("torch", "cpu", None, "torch", "the run is on the CPU"),
         ("auto", "cuda", ABSENT, "torch", ABSENT),
-        ("auto", "cuda", None, "transformer_engine", "version 2.20.2; it is installed"),
-        ("torch", "cuda", None, "torch", "run.engine asks for it"),
+        ("auto", "cuda", None, "transformer_engine", "version 2.20.2; installed"),
+        ("torch", "cuda", None, "torch", "requested by run.engine"),
         ("transformer_engine", "cuda", None, "transformer_engine",
-         "version 2.20.2; run.engine asks for it"),
+         "version 2.20.2; requested by run.engine"),
     ],
 )  # fmt: skip
-def test_the_engine_follows_device_wish_and_installation(
+def test_the_engine_follows_device_setting_and_installation(
     monkeypatch: pytest.MonkeyPatch, wanted, device, problem, name: str, reason: str
 ):
     monkeypatch.setattr(engine_module, "installed_version", lambda: "2.20.2")
@@ -57,8 +57,8 @@ def test_an_engine_without_kernels_for_the_device_is_refused():
     with pytest.raises(ConfigError) as caught:
         choose_engine("transformer_engine", device="cpu", problem=lambda: None)
     assert str(caught.value) == (
-        "run.engine (transformer_engine) needs run.device to be cuda, but this run uses the CPU: "
-        "Transformer Engine has no kernels for it.\n  set run.engine=torch or run.engine=auto"
+        "run.engine (transformer_engine) requires run.device=cuda, but this run uses the CPU: "
+        "Transformer Engine has no CPU kernels.\n  set run.engine=torch or run.engine=auto"
     )
 
 
@@ -67,7 +67,7 @@ def test_an_engine_without_kernels_for_the_device_is_refused():
     [
         (None, None, ABSENT),
         ("1.13.0", None, "Transformer Engine 1.13.0 is outside the supported versions <3,>=2.20"),
-        ("2.20.2", "ImportError: libcudnn.so.9", "Transformer Engine 2.20.2 does not import "
+        ("2.20.2", "ImportError: libcudnn.so.9", "Transformer Engine 2.20.2 cannot be imported "
          "(ImportError: libcudnn.so.9)"),
         ("2.20.2", None, None),
         ("2.21.0.dev0+abc", None, None),
@@ -82,15 +82,15 @@ def test_each_problem_is_named(monkeypatch: pytest.MonkeyPatch, version, error, 
         choose_engine("transformer_engine", device="cuda", problem=lambda: problem)
     assert str(caught.value) == (
         f"run.engine (transformer_engine) cannot be used: {problem}.\n"
-        "  install a version <3,>=2.20 (docs/gpu.md says how), or set run.engine=torch, which "
-        "needs nothing more than torch"
+        "  install a version <3,>=2.20 (see docs/gpu.md), or set run.engine=torch, which "
+        "needs only torch"
     )
 
 
 def test_an_import_that_fails_is_tried_in_another_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """A package that breaks while it loads, as one built for another torch does."""
+    """The package fails while it loads, like one that was built for another torch version."""
     package = tmp_path / "transformer_engine"
     package.mkdir()
     (package / "__init__.py").touch()
@@ -104,12 +104,12 @@ def test_an_import_that_fails_is_tried_in_another_process(
     engine = engine_before_forking("auto", "cuda")
     assert engine.is_torch
     assert engine.reason == (
-        "Transformer Engine 2.20.2 does not import (ImportError: undefined symbol: _ZN3c10)"
+        "Transformer Engine 2.20.2 cannot be imported (ImportError: undefined symbol: _ZN3c10)"
     )
 
 
 def test_ranks_that_would_differ_are_refused(monkeypatch: pytest.MonkeyPatch):
-    """As on two machines of which one has no Transformer Engine; devices are the CPU's here."""
+    """Simulate two machines of which one has no Transformer Engine."""
 
     def on_rank(world: World) -> None:
         versions = {0: ABSENT, 1: None}
@@ -121,7 +121,9 @@ def test_ranks_that_would_differ_are_refused(monkeypatch: pytest.MonkeyPatch):
             ),
         )
         pretended = World(world.rank, 2, world.rank, torch.device("cuda"), world.address)
-        with pytest.raises(ConfigError, match="must mean the same on every rank") as caught:
+        with pytest.raises(
+            ConfigError, match="must resolve to the same engine on every rank"
+        ) as caught:
             engine_of("auto", pretended)
         assert f"rank 0: torch ({ABSENT})" in str(caught.value)
         assert "rank 1: transformer_engine (version None" in str(caught.value)
@@ -131,7 +133,7 @@ def test_ranks_that_would_differ_are_refused(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("gate", ["linear", "noisy_mlp"])
 def test_all_parameters_are_on_the_device(tmp_path: Path, gate: str):
-    """torch.cuda answers "meta" here; what Megatron-Core leaves on the CPU would stay there."""
+    """The current device is "meta" here, so parameters left on the CPU are detected."""
     from megatron_moe.hf.spec import read_spec
     from megatron_moe.model.build import build_model
     from megatron_moe.parallel.groups import create_groups
@@ -141,7 +143,7 @@ def test_all_parameters_are_on_the_device(tmp_path: Path, gate: str):
                     moe={"num_moe_experts": 4, "router_gate": gate,
                          "moe_layers": [1]}, train={"precision": "bf16"})  # fmt: skip
     config = build(RunConfig, settings)
-    with standing_for(0, world_size=1):
+    with simulated_rank(0, world_size=1):
         layout, groups = create_groups(config.parallel, seed=0)
         model = build_model(
             config, read_spec(folder), layout=layout, groups=groups, rank=0, engine=TORCH_ON_CUDA

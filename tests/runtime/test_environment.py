@@ -1,4 +1,4 @@
-"""Variables that the program sets by itself, and user ids that the system does not know."""
+"""Tests of the environment variables that the program sets, and of unknown user ids."""
 
 import json
 import os
@@ -18,21 +18,21 @@ import json, os, sys
 from megatron_moe.runtime import environment
 assert "torch" not in sys.modules, "torch would have read the variables before they are set"
 os.setgroups([])
-os.setresuid({uid}, {uid}, {uid})  # after the imports: others may not read this checkout
+os.setresuid({uid}, {uid}, {uid})  # after imports: others may not read this checkout
 environment.prepare()
 print(json.dumps({{"user": environment.user_name(), **os.environ}}))
 """
 
 
 def environment_of(uid: int, **env: str) -> dict[str, str]:
-    """Variables in a process of that user after `environment.prepare`."""
-    found = subprocess.run(
+    """Return the variables of a process of that user after `environment.prepare`."""
+    result = subprocess.run(
         [sys.executable, "-c", SHOW.format(uid=uid)],
         env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), **env},
         cwd="/", capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert found.returncode == 0, found.stderr
-    return json.loads(found.stdout)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
 
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
@@ -40,43 +40,43 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become
 
 @needs_root
 def test_a_command_by_hand_has_the_settings_of_cuda():
-    found = environment_of(0, HOME="/root", NCCL_NVLS_ENABLE="1")
-    settings = environment.CUDA | {"NCCL_NVLS_ENABLE": "1"}  # what is set stays
-    assert found.items() >= settings.items()
-    assert not found.keys() & environment.CACHES.keys(), "root has a home"
+    result = environment_of(0, HOME="/root", NCCL_NVLS_ENABLE="1")
+    settings = environment.CUDA | {"NCCL_NVLS_ENABLE": "1"}  # existing values are kept
+    assert result.items() >= settings.items()
+    assert not result.keys() & environment.CACHES.keys(), "root has a home"
     newer = environment_of(0, HOME="/root", PYTORCH_ALLOC_CONF="expandable_segments:False")
     assert "PYTORCH_CUDA_ALLOC_CONF" not in newer
 
 
 @needs_root
 def test_any_user_id_has_a_name_and_folders_for_caches():
-    """As `docker run --user 12345` starts it: no name, and the home is the root folder."""
-    temporary = Path(tempfile.mkdtemp(dir="/tmp"))  # tmp_path is for one user only
+    """Simulate `docker run --user 12345`: no user name, and the home is the root folder."""
+    temporary = Path(tempfile.mkdtemp(dir="/tmp"))  # tmp_path belongs to one user only
     temporary.chmod(0o777)
     try:
-        found = environment_of(12345, HOME="/", TMPDIR=str(temporary), HF_HOME="/models")
+        result = environment_of(12345, HOME="/", TMPDIR=str(temporary), HF_HOME="/models")
         own = temporary / "megatron-moe-12345"
         assert own.stat().st_uid == 12345
     finally:
         shutil.rmtree(temporary)
-    assert found["user"] == "uid 12345"
-    assert found["TRITON_CACHE_DIR"] == str(own / "triton")
-    assert found["TORCHINDUCTOR_CACHE_DIR"] == str(own / "inductor")
-    assert found["HF_HOME"] == "/models"
+    assert result["user"] == "uid 12345"
+    assert result["TRITON_CACHE_DIR"] == str(own / "triton")
+    assert result["TORCHINDUCTOR_CACHE_DIR"] == str(own / "inductor")
+    assert result["HF_HOME"] == "/models"
 
 
 @needs_root
 def test_a_folder_of_another_user_is_not_taken(tmp_path: Path):
-    """Compiled kernels are run from there."""
+    """Compiled kernels are executed from there."""
     (tmp_path / "megatron-moe-0").mkdir()
     os.chown(tmp_path / "megatron-moe-0", 12345, 12345)
-    found = environment.cache_folders(tmp_path / "megatron-moe-0")["TRITON_CACHE_DIR"]
-    assert Path(found).parent != tmp_path / "megatron-moe-0"
-    assert Path(found).parent.stat().st_uid == 0
+    result = environment.cache_folders(tmp_path / "megatron-moe-0")["TRITON_CACHE_DIR"]
+    assert Path(result).parent != tmp_path / "megatron-moe-0"
+    assert Path(result).parent.stat().st_uid == 0
 
 
 def test_a_user_without_a_name_has_a_number(monkeypatch: pytest.MonkeyPatch):
-    for error in (KeyError("getpwuid(): uid not found: 7"), OSError("No username set")):
+    for error in (KeyError("getpwuid(): uid not result: 7"), OSError("No username set")):
 
         def unknown(error: Exception = error) -> str:
             raise error

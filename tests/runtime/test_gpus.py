@@ -1,4 +1,4 @@
-"""Which GPU a rank takes, and that asking for GPUs leaves none initialized."""
+"""Tests that each rank gets its own GPU, and that counting GPUs does not initialize CUDA."""
 
 import os
 from pathlib import Path
@@ -12,7 +12,7 @@ from megatron_moe.runtime.gpus import claim_gpu, gpu_of, visible_gpus
 
 
 def test_gpus_are_counted_in_a_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Where there is no NVML, counting initializes the driver, and forked ranks are lost."""
+    """Without NVML, counting initializes the driver, and forked ranks could not use CUDA."""
 
     def count() -> int:
         (tmp_path / "asked").write_text(str(os.getpid()))
@@ -33,7 +33,7 @@ def test_a_driver_that_breaks_the_child_is_no_gpu(monkeypatch: pytest.MonkeyPatc
 
 
 def test_an_initialized_process_is_asked_itself(monkeypatch: pytest.MonkeyPatch):
-    """Its children could not answer: CUDA does not survive a fork."""
+    """Its children could not count: CUDA does not survive a fork."""
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 5)
     monkeypatch.setattr(os, "fork", lambda: pytest.fail("forked"))
@@ -58,6 +58,6 @@ def test_a_gpu_is_taken_once():
     store = dist.HashStore()
     claim_gpu(store, rank=0, uuid="a")
     claim_gpu(store, rank=1, uuid="b")
-    claim_gpu(store, rank=0, uuid="a")  # the same rank, joining again
-    with pytest.raises(ConfigError, match=r"ranks 1 and 2 see the same one only \(GPU-b\)"):
+    claim_gpu(store, rank=0, uuid="a")  # the same rank joins again
+    with pytest.raises(ConfigError, match=r"ranks 1 and 2 share one \(GPU-b\)"):
         claim_gpu(store, rank=2, uuid="b")

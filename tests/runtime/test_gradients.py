@@ -1,4 +1,4 @@
-"""Gradients that products write into data parallelism's buffers, against autograd's."""
+"""Tests of gradients that products write into data parallelism's buffers, against autograd."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ from megatron_moe.runtime.world import World
 def buffer_of(*sizes: tuple[int, ...]) -> Any:
     params = [torch.nn.Parameter(torch.zeros(size)) for size in sizes]
     for param in params:
-        param.main_grad = torch.full(param.shape, torch.nan)  # what a step ago left
+        param.main_grad = torch.full(param.shape, torch.nan)  # left over from the previous step
     return SimpleNamespace(param_index_map=dict.fromkeys(params), extra_main_grads=[])
 
 
@@ -39,7 +39,7 @@ def test_the_first_product_of_a_step_overwrites_and_the_others_add(dtype: torch.
             inputs = torch.randn(rows, 4, generator=generator).to(dtype)
             gradients.add_product(main_grad, out_grad, inputs)
             exact += out_grad.double().t() @ inputs.double()
-        # A sum of seven products of numbers that dtype holds, rounded to it twice at most.
+        # A sum of seven products of numbers in dtype, rounded to dtype at most twice.
         torch.testing.assert_close(
             main_grad.double(), exact, rtol=0, atol=8 * torch.finfo(dtype).eps
         )
@@ -47,7 +47,7 @@ def test_the_first_product_of_a_step_overwrites_and_the_others_add(dtype: torch.
 
 @pytest.mark.distributed
 def test_cuda_adds_bf16_products_to_fp32_in_one_operation():
-    """In a process of its own, where a CPU gets the two overloads that torch has on CUDA alone."""
+    """Run in a separate process that defines torch's two CUDA-only overloads for the CPU."""
     run_on_ranks(check_widened, world_size=1)
 
 
@@ -107,7 +107,7 @@ def test_what_no_product_came_to_is_zero():
 @pytest.mark.distributed
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_steps_gradients_are_autograds(tmp_path: Path, tied: bool):
-    """Those in the buffers, in two steps of two micro-batches, beside a backward pass of torch."""
+    """Compare the buffers in two steps of two micro-batches with a backward pass of torch."""
     dense = save_dense(tmp_path / "dense", tie_word_embeddings=tied)
     config = build(
         RunConfig,
@@ -125,7 +125,7 @@ def test_a_steps_gradients_are_autograds(tmp_path: Path, tied: bool):
 def compare(world: World, config: RunConfig) -> None:
     from megatron_moe.bench.build import make_supply, make_timed_state
     from megatron_moe.parallel.groups import create_groups
-    from megatron_moe.train.guard import Judge
+    from megatron_moe.train.guard import StepGuard
     from megatron_moe.train.step import train_step
 
     layout, groups = create_groups(config.parallel, seed=0)
@@ -133,23 +133,23 @@ def compare(world: World, config: RunConfig) -> None:
     batches = make_supply(config, state.model.spec, groups, random=True)(state)
     assert len(batches) == 2
     (wrapped,) = state.wrapped
-    for _ in range(2):  # the second begins with buffers that are marked and not zeroed
+    for _ in range(2):  # the second step starts with marked buffers, not zeroed ones
         wanted = autograds(wrapped.module, batches)
-        found: dict[str, Tensor] = {}
+        actual: dict[str, Tensor] = {}
 
-        def keep(stage: str, found: dict[str, Tensor] = found) -> None:
+        def keep(stage: str, actual: dict[str, Tensor] = actual) -> None:
             if stage == "optimizer":
                 for name, param in wrapped.module.named_parameters():
-                    found[name] = param.main_grad.clone()
+                    actual[name] = param.main_grad.clone()
 
-        train_step(state, batches, config, groups, judge=Judge(config.guard), at=keep)
-        assert found.keys() == wanted.keys()
-        for name, gradient in found.items():  # fp32 sums in another order
+        train_step(state, batches, config, groups, guard=StepGuard(config.guard), at=keep)
+        assert actual.keys() == wanted.keys()
+        for name, gradient in actual.items():  # fp32 sums in a different order
             torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-7)
 
 
 def autograds(module: Any, batches: list[Any]) -> dict[str, Tensor]:
-    """Of the mean over all tokens, with nothing of data parallelism near."""
+    """Return gradients of the mean over all tokens, without data parallelism."""
     from megatron_moe.model.loss import make_output_processor
 
     process = make_output_processor(vocab_size=module.vocab_size, tp_group=module.pg_collection.tp)
@@ -171,7 +171,7 @@ def autograds(module: Any, batches: list[Any]) -> dict[str, Tensor]:
 
 @contextmanager
 def without_buffers(module: torch.nn.Module) -> Iterator[None]:
-    """Products give gradients and add to nothing."""
+    """Make products return gradients instead of adding to buffers."""
     main_grads = {param: param.main_grad for param in module.parameters()}
     linears = [m for m in module.modules() if hasattr(m, "gradient_accumulation_fusion")]
     for param in main_grads:

@@ -1,4 +1,4 @@
-"""What starting costs: ranks share their imports, and train without a compiler on CPU."""
+"""Tests of the start-up cost: ranks share imports, and CPU runs never import a compiler."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from training_runs import tree, write_tokens
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_ranks_import_once_and_no_compiler(tmp_path, precision):
-    """They were 9 of the 15 s that a tiny run on four ranks took to its first step."""
+    """These imports took 9 of the 15 s before the first step of a tiny run on four ranks."""
     dense, tokens = save_dense(tmp_path / "dense"), write_tokens(tmp_path / "tokens")
     train = {"steps": 2, "precision": precision}
     settings = tmp_path / "run.yaml"

@@ -1,4 +1,4 @@
-"""Tokens to the order of the experts and back, against Megatron-Core's functions.
+"""Tests of token permutation and its inverse, against Megatron-Core's functions.
 
 Shape letters: T tokens, E experts, K experts of a token, D hidden_size.
 """
@@ -24,10 +24,10 @@ T, E, D = 13, 6, 8
 
 
 def routing(topk: int) -> tuple[Tensor, Tensor]:
-    """Which experts each token chose, ``(T, E)``, and its weights, zero for the others."""
+    """Return the experts that each token chose, ``(T, E)``, and its weights, zero for others."""
     generator = torch.Generator().manual_seed(0)
     scores_TE = torch.rand(T, E, generator=generator, dtype=torch.float64)
-    scores_TE[:, 2] = 0  # an expert that nobody chooses
+    scores_TE[:, 2] = 0  # an expert that no token chooses
     map_TE = torch.zeros(T, E, dtype=torch.bool)
     map_TE.scatter_(1, scores_TE.topk(topk, dim=1).indices, True)
     return map_TE, scores_TE * map_TE
@@ -36,7 +36,7 @@ def routing(topk: int) -> tuple[Tensor, Tensor]:
 def there_and_back(
     module: Any, topk: int, dtype: torch.dtype, num_out_tokens: Any = None
 ) -> list[Tensor]:
-    """All that goes through both functions, and gradients."""
+    """Return the outputs of both functions and all gradients."""
     map_TE, probs_TE = routing(topk)
     generator = torch.Generator().manual_seed(1)
     x_TD, out_grad_TD = torch.randn(2, T, D, generator=generator, dtype=torch.float64).to(dtype)
@@ -58,42 +58,42 @@ def there_and_back(
 
 @pytest.mark.parametrize("topk", [1, 2, 5])
 def test_there_and_back_is_megatrons(topk: int):
-    found, wanted = (there_and_back(m, topk, torch.float64) for m in (permute, moe_utils))
-    for mine, megatrons in zip(found[:3], wanted[:3], strict=True):
-        assert torch.equal(mine, megatrons)
-    for mine, megatrons in zip(found[3:], wanted[3:], strict=True):  # sums in another order
-        torch.testing.assert_close(mine, megatrons, rtol=1e-14, atol=1e-14)
+    actual, wanted = (there_and_back(m, topk, torch.float64) for m in (permute, moe_utils))
+    for ours, megatrons in zip(actual[:3], wanted[:3], strict=True):
+        assert torch.equal(ours, megatrons)
+    for ours, megatrons in zip(actual[3:], wanted[3:], strict=True):  # sums in a different order
+        torch.testing.assert_close(ours, megatrons, rtol=1e-14, atol=1e-14)
 
 
 def test_sums_in_bf16_are_rounded_once():
     *_, out_TD, x_grad_TD, _ = there_and_back(permute, 5, torch.bfloat16)
     *_, exact_TD, exact_grad_TD, _ = there_and_back(permute, 5, torch.float64)
     assert out_TD.dtype == x_grad_TD.dtype == torch.bfloat16
-    # The values that are added differ from the exact ones by a rounding, 2^-9, each.
-    for mine, exact in ((out_TD, exact_TD), (x_grad_TD, exact_grad_TD)):
+    # Each added value differs from the exact one by at most one rounding, 2^-9.
+    for ours, exact in ((out_TD, exact_TD), (x_grad_TD, exact_grad_TD)):
         scale = 5 * float(exact.detach().abs().max())
-        torch.testing.assert_close(mine.double(), exact, rtol=0, atol=scale * 2**-8)
+        torch.testing.assert_close(ours.double(), exact, rtol=0, atol=scale * 2**-8)
 
 
 @pytest.mark.parametrize("rows", [2 * T, T])
 def test_a_number_of_rows_that_was_counted_goes_megatrons_way(rows: int):
-    """The dispatcher counts, into a tensor, where a limit may drop tokens, even if none did."""
+    """If a limit may drop tokens, the dispatcher counts into a tensor, even if none are dropped."""
     counted = torch.tensor(rows)
-    found, wanted = (
+    actual, wanted = (
         there_and_back(m, 2, torch.float64, num_out_tokens=counted) for m in (permute, moe_utils)
     )
-    for mine, megatrons in zip(found, wanted, strict=True):
-        assert torch.equal(mine, megatrons)
-    assert not hasattr(found[2], "place_TK")
+    for ours, megatrons in zip(actual, wanted, strict=True):
+        assert torch.equal(ours, megatrons)
+    assert not hasattr(actual[2], "rows_TK")
 
 
 def test_padding_to_a_capacity_goes_megatrons_way():
     map_TE, probs_TE = routing(2)
     x_TD = torch.randn(T, D, dtype=torch.float64)
     options = {"probs": probs_TE, "num_out_tokens": 4 * E, "drop_and_pad": True}
-    found, wanted = (m.permute(x_TD, map_TE, **options) for m in (permute, moe_utils))
-    assert torch.equal(found[0], wanted[0])
-    assert not hasattr(found[2], "place_TK")
+    actual, wanted = (m.permute(x_TD, map_TE, **options) for m in (permute, moe_utils))
+    assert torch.equal(actual[0], wanted[0])
+    assert not hasattr(actual[2], "rows_TK")
 
 
 @pytest.mark.parametrize(
@@ -120,9 +120,9 @@ def test_counts_stay_on_the_device_if_the_host_needs_none(
 @pytest.mark.slow
 def test_a_compiled_sum_of_rows_is_the_eager_one():
     x_PD = torch.randn(2 * T, D, generator=torch.Generator().manual_seed(0)).bfloat16()
-    _, place_TK = permute.routes(routing(2)[0], 2)
-    found = torch.compile(permute.sum_of_rows.__wrapped__)(x_PD, place_TK)
-    assert torch.equal(found, permute.sum_of_rows(x_PD, place_TK))
+    _, rows_TK = permute.routes(routing(2)[0], 2)
+    actual = torch.compile(permute.sum_of_rows.__wrapped__)(x_PD, rows_TK)
+    assert torch.equal(actual, permute.sum_of_rows(x_PD, rows_TK))
 
 
 @pytest.mark.distributed
@@ -146,7 +146,7 @@ def test_a_model_computes_the_same_with_them(tmp_path: Path, ep: int):
 def compare(world: World, config: RunConfig) -> None:
     from megatron_moe.bench.build import make_supply, make_timed_state
     from megatron_moe.parallel.groups import create_groups
-    from megatron_moe.train.guard import Judge
+    from megatron_moe.train.guard import StepGuard
     from megatron_moe.train.step import train_step
 
     layout, groups = create_groups(config.parallel, seed=0)
@@ -157,8 +157,8 @@ def compare(world: World, config: RunConfig) -> None:
         state = make_timed_state(config, world, layout, groups, random=True, balanced=False)
         batches = make_supply(config, state.model.spec, groups, random=True)(state)
         result = train_step(
-            state, batches, config, groups, judge=Judge(config.guard), at=lambda _: None
+            state, batches, config, groups, guard=StepGuard(config.guard), at=lambda _: None
         )
         results.append((result.lm_loss, result.grad_norm))
-    for mine, megatrons in zip(*results, strict=True):
-        assert mine == pytest.approx(megatrons, rel=1e-5)  # fp32 sums in another order
+    for ours, megatrons in zip(*results, strict=True):
+        assert ours == pytest.approx(megatrons, rel=1e-5)  # fp32 sums in a different order

@@ -1,4 +1,4 @@
-"""Stage times: of the wall clock on CPU, of events on the stream on CUDA."""
+"""Tests of stage times: from the wall clock on CPU, from stream events on CUDA."""
 
 from types import SimpleNamespace
 
@@ -10,7 +10,7 @@ from megatron_moe.runtime.wait import StageClock, waiter
 
 @pytest.fixture
 def device_clock(monkeypatch: pytest.MonkeyPatch):
-    """A device whose stream is at ``now`` seconds; the host's clock stands still."""
+    """Fake a device whose stream is at ``now`` seconds, while the host's clock stands still."""
     clock = SimpleNamespace(now=0.0, waits=0)
 
     class Event:
@@ -35,7 +35,7 @@ def test_on_cuda_a_stage_takes_what_its_kernels_take(device_clock: SimpleNamespa
     stages = StageClock(torch.device("cuda", 0))
     stages.start("data")
     for stage, seconds in [("forward", 1.0), ("backward", 2.0), ("forward", 3.0), ("report", 4.0)]:
-        device_clock.now += seconds  # of the stage before
+        device_clock.now += seconds  # device time of the previous stage
         stages.enter(stage)
     assert device_clock.waits == 0, "entering a stage waited for the device"
     assert stages.seconds() == {"data": 1.0, "forward": 6.0, "backward": 3.0}

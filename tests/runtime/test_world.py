@@ -1,4 +1,4 @@
-"""Where a process stands, and what becomes of local ranks that fail."""
+"""Tests of joining a job: rank positions, devices, and local ranks that fail."""
 
 import logging
 import os
@@ -16,9 +16,9 @@ import torch.distributed as dist
 from megatron_moe.errors import ConfigError, JobError, UserError
 from megatron_moe.runtime import world as world_module
 from megatron_moe.runtime.world import (
-    Place,
+    RankPosition,
     World,
-    place_from_environment,
+    position_from_environment,
     resolve_device,
     run_local_ranks,
 )
@@ -32,7 +32,7 @@ SLURM = {
 
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch):
-    """Sets exactly these of the variables that place a process."""
+    """Set the given launcher variables and unset all others."""
     for name in [*TORCHRUN, *SLURM, "MASTER_PORT"]:
         monkeypatch.delenv(name, raising=False)
 
@@ -44,29 +44,35 @@ def environment(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize(
-    ("variables", "place"),
+    ("variables", "position"),
     [
         pytest.param({}, None, id="by-hand"),
-        pytest.param(TORCHRUN, Place(5, 16, 1, 4, "env://"), id="torchrun"),
+        pytest.param(TORCHRUN, RankPosition(5, 16, 1, 4, "env://"), id="torchrun"),
         pytest.param(
-            {"RANK": "0", "WORLD_SIZE": "1"}, Place(0, 1, 0, 1, "env://"), id="rank-and-size-only"
+            {"RANK": "0", "WORLD_SIZE": "1"},
+            RankPosition(0, 1, 0, 1, "env://"),
+            id="rank-and-size-only",
         ),
-        pytest.param(SLURM, Place(9, 16, 1, 8, "tcp://node0:29500"), id="slurm"),
+        pytest.param(SLURM, RankPosition(9, 16, 1, 8, "tcp://node0:29500"), id="slurm"),
         pytest.param(
-            SLURM | {"MASTER_PORT": "1234"}, Place(9, 16, 1, 8, "tcp://node0:1234"), id="slurm-port"
+            SLURM | {"MASTER_PORT": "1234"},
+            RankPosition(9, 16, 1, 8, "tcp://node0:1234"),
+            id="slurm-port",
         ),
-        pytest.param(SLURM | TORCHRUN, Place(5, 16, 1, 4, "env://"), id="torchrun-inside-slurm"),
+        pytest.param(
+            SLURM | TORCHRUN, RankPosition(5, 16, 1, 4, "env://"), id="torchrun-inside-slurm"
+        ),
         pytest.param(SLURM | {"SLURM_NTASKS": "1"}, None, id="slurm-one-task"),
         pytest.param({"RANK": "0"}, None, id="half-of-torchrun"),
     ],
 )
-def test_the_environment_says_where_a_process_stands(environment, variables, place):
+def test_the_environment_says_where_a_process_stands(environment, variables, position):
     environment(variables)
-    assert place_from_environment() == place
+    assert position_from_environment() == position
 
 
 def test_the_cpu_hides_gpus_from_this_process_and_its_children():
-    """So the suite, the demo and device=cpu do the same on a machine with GPUs as without."""
+    """The tests, the demo and device=cpu behave the same with and without GPUs."""
     asked = "import torch; print(torch.cuda.device_count())"
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
     assert subprocess.check_output([sys.executable, "-c", asked], text=True).strip() == "0"
@@ -93,13 +99,13 @@ def test_ranks_do_not_share_a_gpu(
     assert resolve_device("auto", ranks=2) == "cuda"
     assert capsys.readouterr().out == ""
     assert resolve_device("auto", ranks=4) == "cpu"
-    said = "run.device (auto) takes the CPU: 4 ranks do not fit on 2 GPU(s)\n"
-    assert capsys.readouterr().out == said
+    message = "Using the CPU (run.device=auto): 4 ranks need more than 2 GPU(s)\n"
+    assert capsys.readouterr().out == message
     with pytest.raises(ConfigError) as caught:
         resolve_device("cuda", ranks=4)
     assert str(caught.value) == (
-        "run.device (cuda) needs a GPU for every rank: torch sees 2 for --ranks 4.\n"
-        "  set --ranks 2, or run.device=cpu to run the same training on CPU and gloo"
+        "run.device (cuda) needs a GPU for every rank, but torch finds 2 for --ranks 4.\n"
+        "  set --ranks 2, or run.device=cpu to train on CPU with gloo"
     )
     assert resolve_device("cpu", ranks=4) == "cpu"
 
@@ -107,10 +113,10 @@ def test_ranks_do_not_share_a_gpu(
 @pytest.mark.distributed
 def test_ranks_join_one_world(tmp_path: Path):
     def run(world: World) -> None:
-        mine = torch.tensor([10.0**world.rank])
-        dist.all_reduce(mine)
+        total = torch.tensor([10.0**world.rank])
+        dist.all_reduce(total)
         assert (world.rank, world.size) == (dist.get_rank(), dist.get_world_size())
-        (tmp_path / str(world.rank)).write_text(f"{mine.item():.0f} {world.local_rank}")
+        (tmp_path / str(world.rank)).write_text(f"{total.item():.0f} {world.local_rank}")
 
     run_local_ranks(run, ranks=3, device="cpu")
     assert [(tmp_path / str(r)).read_text() for r in range(3)] == ["111 0", "111 1", "111 2"]
@@ -118,7 +124,7 @@ def test_ranks_join_one_world(tmp_path: Path):
 
 @pytest.mark.distributed
 def test_megatron_warns_on_one_rank_alone(capfd: pytest.CaptureFixture[str]):
-    def run(world: World) -> None:  # shows what pytest would keep to itself
+    def run(world: World) -> None:  # print warnings that pytest would capture
         warnings.showwarning = lambda message, *_: os.write(2, f"{message}\n".encode())
         logging.getLogger("megatron.core").addHandler(logging.StreamHandler(sys.__stderr__))
         for module in ("megatron.core.transformer.transformer_config", "ours"):
@@ -126,10 +132,10 @@ def test_megatron_warns_on_one_rank_alone(capfd: pytest.CaptureFixture[str]):
         logging.getLogger("megatron.core.models").warning("megatron logs")
 
     run_local_ranks(run, ranks=3, device="cpu")
-    said = capfd.readouterr().err
-    assert said.count("megatron.core.transformer.transformer_config warns") == 1
-    assert said.count("ours warns") == 3
-    assert said.count("megatron logs") == 1
+    output = capfd.readouterr().err
+    assert output.count("megatron.core.transformer.transformer_config warns") == 1
+    assert output.count("ours warns") == 3
+    assert output.count("megatron logs") == 1
 
 
 @pytest.mark.distributed
@@ -165,7 +171,7 @@ def test_a_rank_that_fails_ends_the_others(
     expected = {
         "user-error": (UserError, "^only rank 1 saw it$"),
         "bug": (RuntimeError, "(?s)rank 1 failed:.*Traceback.*a bug of rank 1"),
-        "killed": (JobError, "rank 1 ended with exit code 3"),
+        "killed": (JobError, "rank 1 exited with code 3"),
     }
     start = time.monotonic()
     with pytest.raises(expected[kind][0], match=expected[kind][1]) as caught:
@@ -178,7 +184,7 @@ def test_a_rank_that_fails_ends_the_others(
 
 
 class Joining:
-    """Stands in for CUDA and torch.distributed while `joined` is entered; notes what it calls."""
+    """Replace CUDA and torch.distributed while `joined` runs, and record its calls."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[tuple[str, object]] = []
@@ -200,9 +206,9 @@ class Joining:
 def test_a_gpu_is_current_before_the_job_is_joined_and_not_bound_to_it(
     monkeypatch: pytest.MonkeyPatch,
 ):
-    """A device_id would make communicators eagerly and let unbatched transfers take turns."""
+    """A device_id would create communicators eagerly and serialize unbatched transfers."""
     joining = Joining(monkeypatch)
-    with world_module.joined(Place(5, 16, 1, 4, "tcp://node0:1"), "cuda") as world:
+    with world_module.joined(RankPosition(5, 16, 1, 4, "tcp://node0:1"), "cuda") as world:
         assert world.device == torch.device("cuda", 1)
     (first, index), (second, kwargs) = joining.calls
     assert (first, index, second) == ("set_device", 1, "init")

@@ -30,7 +30,7 @@ from megatron_moe.model.upcycle import Filled, upcycle
 from megatron_moe.parallel.groups import create_groups
 from megatron_moe.rules.check import check
 from megatron_moe.runtime.engine import TORCH_ON_CPU, TRANSFORMER_ENGINE
-from megatron_moe.runtime.stand_in import META, standing_for
+from megatron_moe.runtime.stand_in import META, simulated_rank
 
 pytestmark = pytest.mark.te
 
@@ -100,7 +100,7 @@ def both(
 ) -> tuple[Built, Built]:
     """This rank with Transformer Engine's layers and with the torch-native ones."""
     plan = make_expert_plan(dense.spec, config.moe, config.upcycle)
-    with standing_for(rank, world_size=world_size):
+    with simulated_rank(rank, world_size=world_size):
         layout, groups = create_groups(config.parallel, seed=0)
         built = []
         for engine in (TRANSFORMER_ENGINE, TORCH_ON_CPU):

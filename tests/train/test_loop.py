@@ -1,4 +1,4 @@
-"""The loop: how many steps, and which hook runs after which, in what order."""
+"""Tests of the training loop: number of steps, and when and in which order hooks run."""
 
 from types import SimpleNamespace
 
@@ -15,7 +15,7 @@ def run(
     stop_after: int | None = None,
     goes_back: dict[int, int] | None = None,
 ) -> list[tuple[str, int]]:
-    """Everything that happened, as (what, step)."""
+    """Run the loop and return all events as (name, step)."""
     back = dict(goes_back or {})
     state, seen = SimpleNamespace(step=done), []
 
@@ -113,7 +113,7 @@ def test_a_hook_adds_to_the_numbers_that_later_hooks_see():
 def test_the_seconds_are_those_of_the_step_alone(monkeypatch: pytest.MonkeyPatch):
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr("time.perf_counter", lambda: clock.now)
-    state, told = SimpleNamespace(step=0), []
+    state, measured = SimpleNamespace(step=0), []
 
     def take(seconds: float) -> None:
         clock.now += seconds
@@ -123,15 +123,15 @@ def test_the_seconds_are_those_of_the_step_alone(monkeypatch: pytest.MonkeyPatch
         take(2.5)
 
     def describe(result: None, seconds: float) -> dict:
-        told.append(seconds)
+        measured.append(seconds)
         take(1.0)
         return {}
 
-    # The host is done after 2.5 s, and the device 0.5 s later.
+    # The host finishes after 2.5 s, the device 0.5 s later.
     run_loop(state, steps=3, take_step=take_step, wait=lambda: take(0.5), describe=describe,
              hooks=[Hook(1, lambda numbers: take(7.0))],
              keeps=lambda result: True, stopping=lambda: False)  # fmt: skip
-    assert told == [3.0, 3.0, 3.0]
+    assert measured == [3.0, 3.0, 3.0]
 
 
 def test_a_run_that_is_stopped_saves_and_does_not_validate():

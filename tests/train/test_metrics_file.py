@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line a step, each step once, whatever crashed in between."""
+"""Tests of metrics.jsonl: one line per step, each step once, even after crashes."""
 
 import json
 from pathlib import Path
@@ -68,7 +68,7 @@ def test_a_whole_last_line_without_its_newline_stays_a_line(tmp_path: Path):
 
 
 def test_a_run_that_never_saved_starts_its_file_anew(tmp_path: Path):
-    """Killed before its first checkpoint, it upcycles again: step 0 is written again too."""
+    """A run killed before its first checkpoint upcycles again, so it writes step 0 again too."""
     write_steps(tmp_path, range(3), resumed_step=0)
     write_steps(tmp_path, range(3), resumed_step=0, run="b")
     assert steps_of(tmp_path) == [(0, "b"), (1, "b"), (2, "b")]
@@ -94,16 +94,16 @@ def test_tensorboard_gets_the_scalars_and_no_lists(tmp_path: Path):
     assert [(e.step, e.value) for e in events.Scalars("loss/lm")] == [(1, 4.0), (2, 2.0)]
 
 
-def test_loads_are_told_by_layer_and_expert_over_their_mean():
+def test_loads_are_recorded_by_layer_and_expert_over_their_mean():
     chosen_LE = torch.tensor([[4.0, 0.0, 2.0, 2.0], [1.0, 1.0, 1.0, 5.0]])
-    told = expert_loads(chosen_LE, 1, steps=9)["router/load_by_expert"]
-    assert told == [[2.0, 0.0, 1.0, 1.0], [0.5, 0.5, 0.5, 2.5]]
+    loads = expert_loads(chosen_LE, 1, steps=9)["router/load_by_expert"]
+    assert loads == [[2.0, 0.0, 1.0, 1.0], [0.5, 0.5, 0.5, 2.5]]
 
 
 @pytest.mark.parametrize(
-    ("steps", "told"),
+    ("steps", "recorded"),
     [(5, [1, 2, 3, 4, 5]), (250, [1, *range(2, 251, 2)]), (1001, [1, *range(10, 1001, 10), 1001])],
 )
-def test_loads_are_told_about_a_hundred_times_in_a_run(steps: int, told: list[int]):
+def test_loads_are_recorded_about_a_hundred_times_in_a_run(steps: int, recorded: list[int]):
     balanced_LE = torch.ones(1, 2)
-    assert [s for s in range(1, steps + 1) if expert_loads(balanced_LE, s, steps=steps)] == told
+    assert [s for s in range(1, steps + 1) if expert_loads(balanced_LE, s, steps=steps)] == recorded

@@ -1,4 +1,4 @@
-"""MFU's denominator, by the names that drivers give to cards."""
+"""Tests of the peak that MFU is relative to, for the device names that drivers report."""
 
 import pytest
 import torch
@@ -20,10 +20,10 @@ GPU = torch.device("cuda", 0)
 def test_a_known_card_has_its_data_sheets_peak(
     name: str, teraflops: float, monkeypatch: pytest.MonkeyPatch
 ):
-    """Half of the data sheets' figures with sparsity."""
+    """The expected values are half of the data sheets' figures with sparsity."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    found = device_peak(GPU, torch.bfloat16)
-    assert found == Peak(teraflops * 1e12, f"{name} data sheet, bf16 dense")
+    result = device_peak(GPU, torch.bfloat16)
+    assert result == Peak(teraflops * 1e12, f"{name} data sheet, bf16 dense")
 
 
 @pytest.mark.parametrize(

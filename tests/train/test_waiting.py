@@ -1,4 +1,4 @@
-"""Who waits: threads that are blocked in C, where a tensor of a device would block them."""
+"""Tests of waiting ranks: threads blocked in C, like in a call that reads a CUDA tensor."""
 
 import sys
 import threading
@@ -50,7 +50,7 @@ def sleeps() -> None:
 
 @contextmanager
 def blocked(function: Callable[[], None]) -> Iterator[tuple[int, FrameType]]:
-    """A thread inside ``function``: its id and its innermost frame."""
+    """Block a thread inside ``function``; yield its id and its innermost frame."""
     with LOCK:
         thread = threading.Thread(target=function)
         thread.start()
@@ -81,7 +81,7 @@ def test_on_cuda_a_rank_waits_where_it_reads_from_the_device(
 @pytest.mark.parametrize("kind", ["cuda", "cpu"])
 def test_the_watch_reports_it(kind: str):
     world = World(0, 1, 0, torch.device(kind), "127.0.0.1")
-    watch = Watch.__new__(Watch)  # without a clock on the device, which is not there
+    watch = Watch.__new__(Watch)  # skips the stage clock, because the device does not exist
     watch._world = world
     cpu = World(0, 1, 0, torch.device("cpu"), "127.0.0.1")
     watch._report = Watch(cpu, hang_seconds=1, observe=unobserved)._report

@@ -44,7 +44,7 @@ def _memory_folder(session: Session) -> Iterator[Path]:
 def _fill(session: Session, config: RunConfig, folder: Path, world: World) -> None:
     from safetensors.torch import load_file
 
-    from megatron_moe.commands.bench import Bench, Wish
+    from megatron_moe.bench.steps import Bench, BenchOptions
     from megatron_moe.experts.plan import make_expert_plan
     from megatron_moe.hf.reader import open_dense_checkpoint
     from megatron_moe.model.upcycle import upcycle
@@ -52,7 +52,7 @@ def _fill(session: Session, config: RunConfig, folder: Path, world: World) -> No
 
     device = world.device
     _write_dense(folder, config.dense.path, device)
-    model = Bench(config, world, Wish(random=True)).state.model
+    model = Bench(config, world, BenchOptions(random=True)).state.model
     dense = open_dense_checkpoint(folder)
     plan = make_expert_plan(dense.spec, config.moe, config.upcycle)
     layout = fold(config.parallel, world_size=1)

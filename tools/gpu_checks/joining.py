@@ -128,11 +128,11 @@ def _place_all(session: Session, configs: dict[str, RunConfig], world: World) ->
 
 
 def _place(session: Session, name: str, config: RunConfig, world: World) -> None:
-    from megatron_moe.commands.bench import Bench, Wish
+    from megatron_moe.bench.steps import Bench, BenchOptions
     from megatron_moe.parallel.groups import destroy_groups
 
     try:
-        bench = Bench(config, world, Wish())
+        bench = Bench(config, world, BenchOptions())
         module = bench.state.model.modules[0]
         tensors = [*module.named_parameters(), *module.named_buffers()]
         elsewhere = [key for key, tensor in tensors if tensor.device != world.device]

@@ -120,11 +120,11 @@ def _write_digests(
 @contextmanager
 def _upcycled(config: RunConfig, world: World) -> Iterator[Any]:
     """Yield the training state of `megatron_moe.bench`, filled from the dense checkpoint."""
-    from megatron_moe.commands.bench import Bench, Wish
+    from megatron_moe.bench.steps import Bench, BenchOptions
     from megatron_moe.parallel.groups import destroy_groups
 
     try:
-        yield Bench(config, world, Wish())
+        yield Bench(config, world, BenchOptions())
     finally:
         destroy_groups()
 

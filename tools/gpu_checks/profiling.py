@@ -45,9 +45,9 @@ def profile_step(session: Session) -> None:
 
 
 def _profile(session: Session, config: RunConfig, world: World) -> None:
-    from megatron_moe.commands.bench import Bench, Wish
+    from megatron_moe.bench.steps import Bench, BenchOptions
 
-    bench = Bench(config, world, Wish(random=True, routing="balanced"))
+    bench = Bench(config, world, BenchOptions(random=True, routing="balanced"))
     for _ in range(2):
         bench.timed_step()
     _logged_time(session, bench, world.device)

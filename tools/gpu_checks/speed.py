@@ -99,9 +99,9 @@ def _plan(config: RunConfig, gpu: str) -> Any:
 def _time_ours(session: Session, label: str, config: RunConfig, gpu: str, world: World) -> None:
     """Time steps by `megatron_moe.bench`, first with natural routing and then with balanced."""
     from megatron_moe.bench.build import force_balance
-    from megatron_moe.commands.bench import Bench, Wish
+    from megatron_moe.bench.steps import Bench, BenchOptions
 
-    bench = Bench(config, world, Wish(random=True))
+    bench = Bench(config, world, BenchOptions(random=True))
     plan, highest = _plan(config, gpu), 0.0
     for routing in ("natural", "balanced"):
         if routing == "balanced":

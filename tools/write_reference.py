@@ -1,0 +1,182 @@
+"""Write the pages of docs/ that are generated from the code: settings and architecture.
+
+    python tools/write_reference.py
+
+docs/settings.md lists every setting of ``config/run.py``; docs/architecture.md lists every module
+of the package with the first sentence of its docstring. A test checks that both are current.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from pydantic import BaseModel  # noqa: E402
+from pydantic.fields import FieldInfo  # noqa: E402
+from pydantic_core import PydanticUndefined  # noqa: E402
+
+from megatron_moe.config.run import Domain, RunConfig  # noqa: E402
+
+SETTINGS, ARCHITECTURE = ROOT / "docs/settings.md", ROOT / "docs/architecture.md"
+
+HEAD_OF_SETTINGS = """# Settings
+
+A run is configured by one YAML file; `key.path=value` arguments override it. An unknown key is an
+error that suggests the right one. Settings that Megatron-Core has under the same name keep its
+meaning. `megatron-moe schema > run.schema.json` writes the same as a JSON schema for editors.
+
+This page is generated from `megatron_moe/config/run.py` by `python tools/write_reference.py`.
+"""
+
+HEAD_OF_ARCHITECTURE = """# Architecture
+
+The package reads in the order in which data flows, and imports point one way: a folder may import
+folders above it in this list, never below (`tests/test_import_order.py`). Four ideas carry it:
+
+1. **An `ExpertPlan` is small; weights are sliced, never converted.** Every construction method is
+   the same object: which source neurons each expert takes, factors, router rows.
+2. **`parallel/shards.py` alone knows which slice of which tensor a rank holds.** Upcycling walks
+   the local parameters and reads exactly their rows or columns. There is no model object of the
+   source, no full tensor and no broadcast.
+3. **One name table** (`hf/names.py`) maps Hugging Face to Megatron-Core, in both directions.
+4. **The trainer is the same program on CPU/gloo and on CUDA/NCCL**, so CI proves every layout.
+
+This page is generated from the docstrings of the modules by `python tools/write_reference.py`.
+"""
+
+FOLDERS = {
+    "": "errors and logging",
+    "runtime": "where ranks run: devices, engines, joining a job",
+    "config": "settings, and how they are loaded",
+    "hf": "Hugging Face folders: names, headers, reading, writing",
+    "experts": "which source neurons each expert takes",
+    "parallel": "layouts, and who holds what",
+    "rules": "every rule a configuration must keep",
+    "planner": "parameters, memory, FLOPs, time, search: arithmetic only",
+    "model": "Megatron-Core's model, built empty and filled by upcycling",
+    "data": "text to batches",
+    "train": "steps, the loop, and what a run survives",
+    "checkpoint": "saving, restoring, resharding",
+    "source": "what a run starts from besides a Hugging Face folder",
+    "construct": "measuring the dense model, for methods that need it",
+    "evaluate": "losses and tasks",
+    "analyze": "where tokens go, and what experts became",
+    "report": "a run on one HTML page",
+    "bench": "timed steps and collectives",
+    "commands": "one story a command",
+    "cli": "the command line",
+}
+"""Folders of the package in the order of imports, with what each is for."""
+
+
+def settings_page() -> str:
+    """Return docs/settings.md."""
+    sections = [_section(name, field) for name, field in RunConfig.model_fields.items()]
+    return HEAD_OF_SETTINGS + "".join(sections)
+
+
+def _section(name: str, field: FieldInfo) -> str:
+    model: Any = field.annotation
+    text = f"\n## {name}\n\n{_text(model.__doc__)}\n\n{_table(name, model)}"
+    if name == "data":
+        text += f"\n### data.domains.NAME\n\n{_text(Domain.__doc__)}\n\n"
+        text += _table("data.domains.NAME", Domain)
+    return text
+
+
+def _table(prefix: str, model: type[BaseModel]) -> str:
+    rows = ["| setting | type | default | meaning |\n| --- | --- | --- | --- |\n"]
+    nested = ""
+    for name, field in model.model_fields.items():
+        kind: Any = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            nested += f"\n### {prefix}.{name}\n\n{_text(kind.__doc__)}\n\n"
+            nested += _table(f"{prefix}.{name}", kind)
+            continue
+        cells = (f"`{prefix}.{name}`", _type(kind), _default(field), _text(field.description))
+        rows.append(f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |\n")
+    return "".join(rows) + nested
+
+
+def _type(kind: Any) -> str:
+    """Return a type as a reader of YAML would say it."""
+    arguments = get_args(kind)
+    if kind is type(None):
+        return "null"
+    if get_origin(kind) is dict:
+        return "mapping of names to sections"
+    if get_origin(kind) is list:
+        return f"list of {_type(arguments[0])}"
+    if hasattr(kind, "__metadata__"):
+        return _type(arguments[0])
+    if arguments and all(isinstance(argument, str) for argument in arguments):
+        return ", ".join(f"`{argument}`" for argument in arguments)
+    if arguments:
+        return " or ".join(_type(argument) for argument in arguments)
+    names = {"int": "integer", "float": "number", "bool": "true or false", "Path": "path",
+             "str": "text"}  # fmt: skip
+    return names[kind.__name__]
+
+
+def _default(field: FieldInfo) -> str:
+    if field.default is PydanticUndefined:
+        return "required"
+    if field.default is None:
+        return "null"
+    value = str(field.default).lower() if isinstance(field.default, bool) else field.default
+    return f"`{value}`"
+
+
+def _text(text: str | None) -> str:
+    """Return a docstring in one line; lines of a list in it are kept apart."""
+    lines = [line.strip() for line in (text or "").strip().splitlines()]
+    paragraphs = "\n".join(lines).split("\n\n")
+    joined = [" ".join(paragraphs[0].splitlines())]
+    joined += ["<br>".join(_items(paragraph)) for paragraph in paragraphs[1:]]
+    return "<br><br>".join(joined)
+
+
+def _items(paragraph: str) -> list[str]:
+    """Return a list of ``name   meaning`` lines, with continued lines joined."""
+    items: list[str] = []
+    for line in paragraph.splitlines():
+        name, gap, meaning = line.partition("  ")
+        if gap:
+            items.append(f"`{name}`: {meaning.strip()}")
+        elif items:
+            items[-1] += f" {line}"
+        else:
+            items.append(line)
+    return items
+
+
+def architecture_page() -> str:
+    """Return docs/architecture.md."""
+    text = HEAD_OF_ARCHITECTURE
+    for folder, purpose in FOLDERS.items():
+        here = ROOT / "megatron_moe" / folder
+        files = sorted(path for path in here.glob("*.py") if path.name != "__init__.py")
+        title = f"`{folder}/`" if folder else "`megatron_moe/`"
+        text += f"\n## {title}: {purpose}\n\n| file | what it does |\n| --- | --- |\n"
+        text += "".join(f"| `{path.name}` | {_summary(path)} |\n" for path in files)
+    return text
+
+
+def _summary(path: Path) -> str:
+    docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
+    return " ".join(docstring.split("\n\n")[0].split()).replace("|", "&#124;")
+
+
+def main() -> None:
+    """Write both pages."""
+    SETTINGS.write_text(settings_page())
+    ARCHITECTURE.write_text(architecture_page())
+
+
+if __name__ == "__main__":
+    main()
