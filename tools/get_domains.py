@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Get seven domains of real text in the shape of SlimPajama's, to try mixtures on.
+"""Get seven domains of real text like SlimPajama's, for experiments with mixtures.
 
-From package registries (pip, npm, apt-get), as stand-ins that are as unlike each other as the real
-domains are::
+The texts come from package registries (pip, npm, apt-get) and differ from each other as much as the
+real domains do::
 
     commoncrawl     advertising and newsletters by mail, 2002 (SpamAssassin's corpus, npm)
     c4              addresses on the State of the Union, 1790 to 2021 (npm)
@@ -12,8 +12,8 @@ domains are::
     arxiv           LaTeX of manuals and vignettes on number theory and statistics (Debian)
     stackexchange   technical mailing lists, 2002 (npm), and the FAQs of Perl and Debian (Debian)
 
-Or out of local files, e.g. shards of SlimPajama itself: whatever says which domain it is of.
-Mail belongs to those who wrote it: build this where you use it, and publish none of it.
+Alternatively, texts come from local files that name their domain, such as shards of SlimPajama.
+The authors of mails hold the copyright: build this data where you use it, and do not publish it.
 """
 
 from __future__ import annotations
@@ -59,24 +59,24 @@ SOURCES = {
         "of the senders of each mail; Artistic or GPL (FAQs)",
     ),
 }
-"""Where each domain is from, and its licence."""
+"""Source and license of each domain."""
 
 SET_NAMES = {
     "RedPajamaCommonCrawl": "commoncrawl", "RedPajamaC4": "c4", "RedPajamaGithub": "github",
     "RedPajamaWikipedia": "wikipedia", "RedPajamaBook": "books", "RedPajamaArXiv": "arxiv",
     "RedPajamaStackExchange": "stackexchange",
 }  # fmt: skip
-"""How SlimPajama's ``meta.redpajama_set_name`` calls the domains."""
+"""Domains by SlimPajama's ``meta.redpajama_set_name``."""
 
 RECORD = "manifest.json"
 SHORTEST = 200
-"""Characters below which a text is a stub."""
+"""Minimum number of characters; shorter texts are skipped as stubs."""
 PART = 20_000
-"""Characters of one document: a book is cut at ends of lines, so that text can be held out."""
+"""Characters of one document: books are split at line ends, so that text can be held out."""
 DOMAIN_BYTES = 4_000_000
 
 Texts = Iterable[tuple[str, str]]
-"""Pairs of where a text is from, and the text."""
+"""Pairs of source and text."""
 
 EXAMPLES = """\
 examples:
@@ -89,7 +89,7 @@ Then in the configuration, for each domain:
 
 
 def main() -> None:
-    """Parse the arguments, get the text, and print an error of the user's without a traceback."""
+    """Parse the arguments, get the text, and print user errors without a traceback."""
     args = _parser().parse_args()
     try:
         get_domains(args.out, local=args.local, cache=args.cache)
@@ -98,17 +98,17 @@ def main() -> None:
 
 
 def get_domains(out: Path, *, local: Path | None, cache: Path) -> None:
-    """Make ``out`` a folder with a JSONL file a domain, unless it already is that one.
+    """Create the folder ``out`` with one JSONL file per domain, unless it is complete already.
 
     Args:
-        out: The folder to make.
-        local: Take what is there instead of what registries have.
-        cache: Where downloaded packages are kept.
+        out: The folder to create.
+        local: Folder of local texts to use instead of registries.
+        cache: Folder for downloaded packages.
     """
     out = out.absolute()
     request = {"local": None if local is None else str(local.absolute())}
     if is_complete(out, record=RECORD, request=request):
-        print(f"{out} is complete; nothing to do")
+        print(f"{out} is already complete; nothing to do")
         return
     with complete_or_absent(out) as staging, tempfile.TemporaryDirectory() as scratch:
         domains = _from_registries(Path(scratch), cache) if local is None else _from_local(local)
@@ -143,22 +143,22 @@ def _from_registries(scratch: Path, cache: Path) -> dict[str, Texts]:
 
 
 def _from_local(folder: Path) -> dict[str, Texts]:
-    """Texts by the domain that a record, its file or its folder names."""
-    found: dict[str, list[tuple[str, str]]] = {}
+    """Return texts by the domain that their record, file or folder names."""
+    texts: dict[str, list[tuple[str, str]]] = {}
     for path in find_files([folder]):
         for block in read_blocks([path], text_key="text", start=ReadPosition()):
             for number, record in enumerate(block.records, start=block.first_line):
                 entry = json.loads(record) if isinstance(record, bytes) else {"text": record}
                 domain, text = _domain_of(entry, path), entry.get("text")
                 if domain is not None and isinstance(text, str):
-                    found.setdefault(domain, []).append((f"{path}:{number}", text))
-    if missing := [name for name in SLIMPAJAMA if name not in found]:
+                    texts.setdefault(domain, []).append((f"{path}:{number}", text))
+    if missing := [name for name in SLIMPAJAMA if name not in texts]:
         raise UserError(
             f"{folder} has no text of {', '.join(missing)}.\n"
-            "  A record names its domain by meta.redpajama_set_name, as SlimPajama's do, or its\n"
-            f"  file or folder is named {', '.join(SLIMPAJAMA)}"
+            "  Name the domain of a record in meta.redpajama_set_name, as in SlimPajama, or name\n"
+            f"  its file or folder {', '.join(SLIMPAJAMA)}"
         )
-    return {name: found[name] for name in SLIMPAJAMA}
+    return {name: texts[name] for name in SLIMPAJAMA}
 
 
 def _domain_of(entry: dict, path: Path) -> str | None:
@@ -169,7 +169,7 @@ def _domain_of(entry: dict, path: Path) -> str | None:
 
 
 def _write(path: Path, texts: Texts) -> dict[str, int]:
-    """Texts in the order of their hashes, up to ``DOMAIN_BYTES``, each once and in parts."""
+    """Write up to ``DOMAIN_BYTES`` of texts in hash order, deduplicated and split into parts."""
     by_digest = {hashlib.sha256(text.encode()).digest(): (source, text) for source, text in texts}
     count = {"documents": 0, "text_bytes": 0}
     with path.open("w", encoding="utf-8") as file:
@@ -184,7 +184,7 @@ def _write(path: Path, texts: Texts) -> dict[str, int]:
 
 
 def parts(text: str) -> Iterator[str]:
-    """``text`` in parts of at least ``PART`` characters that end with a line; no stubs."""
+    """Split ``text`` at line ends into parts of at least ``PART`` characters, without stubs."""
     held, length = [], 0
     for line in text.splitlines(keepends=True):
         held.append(line)
@@ -203,7 +203,7 @@ def _mails(folder: Path, *kinds: str) -> Iterator[tuple[str, str]]:
 
 
 def mail_text(message: Message) -> str:
-    """Subject and body without markup and addresses."""
+    """Return the subject and body of a mail without markup and addresses."""
     bodies = [_body(part) for part in message.walk() if part.get_content_type().startswith("text/")]
     text = "\n\n".join([str(message.get("Subject", "")), *bodies])
     return re.sub(r"[\w.+-]+@[\w-]+\.[\w.-]+", "<address>", text)
@@ -220,7 +220,7 @@ def _body(part: Message) -> str:
 
 
 class _Words(HTMLParser):
-    """Text between tags."""
+    """Collects the text between tags."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -263,15 +263,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder to make")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder to create")
     parser.add_argument(
-        "--local", metavar="FOLDER", type=Path, help="take text from here; download nothing"
+        "--local", metavar="FOLDER", type=Path, help="use text from this folder; download nothing"
     )
     parser.add_argument(
         "--cache",
         type=Path,
         default=default_cache(),
-        help="where downloaded packages are kept (default: %(default)s)",
+        help="folder for downloaded packages (default: %(default)s)",
     )
     return parser
 

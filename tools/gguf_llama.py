@@ -1,12 +1,12 @@
-"""A Llama in llama.cpp's GGUF format, dequantised into a Hugging Face folder.
+"""Convert a Llama in llama.cpp's GGUF format to a dequantized Hugging Face folder.
 
     GGUF metadata    ->  config.json, generation_config.json
-    GGUF tensors     ->  model.safetensors, fp32: what the quantised blocks stand for, exactly
+    GGUF tensors     ->  model.safetensors, fp32: the exact values of the quantized blocks
     GGUF vocabulary  ->  tokenizer.json, tokenizer_config.json, chat_template.jinja
 
-Agrees with transformers' own loader (``gguf_file=``) to 0.0 on every tensor. It stands beside it
-because that one needs accelerate and, as of 5.23, forgets that the tokenizer splits digits.
-Only the ``llama`` architecture with a byte-level BPE tokenizer is read; the rest is refused.
+All tensors equal those of transformers' own loader (``gguf_file=``) exactly. This module exists
+because that loader needs accelerate and, as of 5.23, does not make the tokenizer split digits.
+Only the ``llama`` architecture with a byte-level BPE tokenizer is supported.
 
 Shape letters: H heads (query or KV), D hidden_size, P half a head, the rotary pairs.
 """
@@ -46,16 +46,16 @@ _LAYER = {
 }
 # fmt: on
 
-# How llama.cpp names the ways to cut text before BPE; both mean GPT-2's pattern, after each digit
-# was cut off on its own (llama.cpp, src/llama-vocab.cpp, LLAMA_VOCAB_PRE_TYPE_SMOLLM).
+# llama.cpp's names of pre-tokenizers. Both split off each digit, and then apply GPT-2's pattern
+# (llama.cpp, src/llama-vocab.cpp, LLAMA_VOCAB_PRE_TYPE_SMOLLM).
 _DIGITS_THEN_GPT2 = ("smollm", "starcoder")
 
 
 def convert(gguf_path: Path, folder: Path) -> None:
-    """Write a Hugging Face folder that ``from_pretrained`` loads without a network.
+    """Write a Hugging Face folder that ``from_pretrained`` can load without a network.
 
     Raises:
-        CheckpointError: Not a Llama, or a tensor or a tokenizer that is not known here.
+        CheckpointError: The model is not a Llama, or a tensor or the tokenizer is not supported.
     """
     reader = GGUFReader(gguf_path)
     metadata = {key: field.contents() for key, field in reader.fields.items()}
@@ -64,14 +64,14 @@ def convert(gguf_path: Path, folder: Path) -> None:
     config = hf_config(metadata, tied="output.weight" not in {t.name for t in reader.tensors})
     tensors = _tensors(reader, config)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "model.safetensors").chmod(0o644)  # save_file makes it the owner's alone
+    (folder / "model.safetensors").chmod(0o644)  # save_file makes it readable only by the owner
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", _special_ids(metadata))
     _write_tokenizer(metadata, folder)
 
 
 def hf_config(metadata: Metadata, *, tied: bool) -> dict[str, Any]:
-    """The ``config.json`` that says what the metadata says."""
+    """Return the ``config.json`` for the metadata."""
     hidden, heads = metadata["llama.embedding_length"], metadata["llama.attention.head_count"]
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -99,11 +99,11 @@ def hf_config(metadata: Metadata, *, tied: bool) -> dict[str, Any]:
 
 
 def unpermute(weight: np.ndarray, *, num_heads: int) -> np.ndarray:
-    """Rows of a q or k projection in Hugging Face's order.
+    """Return the rows of a q or k projection in Hugging Face's order.
 
-    Rotary turns pairs of a head's rows. llama.cpp stores each pair side by side, ``(H, P, 2, D)``;
-    Hugging Face stores all first halves, then all second halves, ``(H, 2, P, D)``. A wrong order
-    does not crash: the model only gets worse.
+    Rotary embedding rotates pairs of a head's rows. llama.cpp stores the rows of a pair next to
+    each other, ``(H, P, 2, D)``; Hugging Face stores all first halves, then all second halves,
+    ``(H, 2, P, D)``. A wrong order raises no error; it only makes the model worse.
     """
     rows, D = weight.shape
     pairs_HP2D = weight.reshape(num_heads, rows // num_heads // 2, 2, D)
@@ -131,7 +131,7 @@ def _tensors(reader: GGUFReader, config: Mapping[str, Any]) -> dict[str, np.ndar
 
 
 def _names(num_layers: int, *, tied: bool) -> dict[str, str]:
-    """GGUF name to Hugging Face name, for every tensor that the model must have."""
+    """Map GGUF names to Hugging Face names, for all tensors that the model must have."""
     names = {ours: theirs for ours, theirs in _MODEL.items() if not (tied and "lm_head" in theirs)}
     for layer in range(num_layers):
         names |= {f"blk.{layer}.{ours}": f"model.layers.{layer}.{_LAYER[ours]}" for ours in _LAYER}
@@ -185,5 +185,5 @@ def _special_ids(metadata: Metadata) -> dict[str, int]:
 
 
 def _shortest(value: float) -> float:
-    """The decimal number that was stored in 32 bits: 1e-5, not 9.999999747378752e-06."""
+    """Return the shortest decimal of a 32-bit float: 1e-5, not 9.999999747378752e-06."""
     return float(str(np.float32(value)))

@@ -1,10 +1,9 @@
-"""A loop over experts or torch's grouped_mm? Forward and backward, side by side.
+"""Compare the time of a loop over experts with torch's grouped_mm, forward and backward.
 
     python tools/measure_experts.py
 
-Each round times both, one after the other, so that what else the machine does falls on both; the
-table has medians and their ratio. model/experts.py is a loop because of what this printed
-(docs/performance.md).
+Each round times both in turn, so that other load on the machine affects both; the table has medians
+and their ratio. model/experts.py uses a loop because of these results (docs/performance.md).
 
 Shape letters: E experts, T tokens, D hidden_size, M neurons of one expert.
 """
@@ -46,7 +45,7 @@ def main() -> None:
 
 
 def measure(E: int, T: int, D: int, M: int, dtype: torch.dtype) -> tuple[float, float]:
-    """Median milliseconds of forward and backward: loop, grouped_mm."""
+    """Return the median milliseconds of forward and backward for the loop and grouped_mm."""
     torch.manual_seed(0)
     fc1 = [torch.randn(2 * M, D).mul(0.02).to(dtype).requires_grad_() for _ in range(E)]
     fc2 = [torch.randn(D, M).mul(0.02).to(dtype).requires_grad_() for _ in range(E)]
@@ -72,7 +71,7 @@ def measure(E: int, T: int, D: int, M: int, dtype: torch.dtype) -> tuple[float, 
 
 
 def timed(forward: Callable[[], Tensor]) -> float:
-    """Milliseconds of one forward and backward."""
+    """Return the milliseconds of one forward and backward pass."""
     start = time.perf_counter()
     out = forward()
     out.backward(torch.ones_like(out))

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""A mixture that moves, on seven real domains: docs/mixing.svg and docs/mixing.json.
+"""Train with an adaptive mixture of seven real domains; write docs/mixing.svg and docs/mixing.json.
 
-As in Sheared LLaMA, in small: SmolLM2-135M loses its middle layers, becomes 2 experts top-2, and is
-trained on; weights follow how far each domain still is from the loss of the whole model. Some
-minutes on 2 cores; everything it needs is made below runs/ once.
+This is a small version of Sheared LLaMA: the middle layers of SmolLM2-135M are removed, the rest is
+upcycled to 2 experts, top-2, and trained; the weight of a domain follows the excess of its loss
+over that of the whole model. It takes some minutes on 2 cores; inputs are created once, below
+runs/.
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ DENSE, CUT, DOMAINS = (ROOT / "runs" / p for p in ("models/smollm2-135m", "model
 RUN = ROOT / "runs" / "mixing"
 REFERENCE = ROOT / "runs" / "mixing-reference.json"
 KEPT = (*range(6), *range(24, 30))
-"""Layers of 30 that stay."""
+"""Layers to keep, of 30."""
 SEQ_LENGTH, BATCH, STEPS, STEPS_BETWEEN = 128, 2, 48, 6
 COLORS = ("#1b9e77", "#d95f02", "#7570b3", "#e7298a", "#66a61e", "#e6ab02", "#555555")
 
 
 def main() -> None:
-    """Make the inputs, train, and write the plot and its numbers."""
+    """Create the inputs, train, and write the plot and its numbers."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs", help="where the files go")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs", help="output folder")
     out: Path = parser.parse_args().out
     _run([sys.executable, "tools/get_dense.py", str(DENSE)])
     _run([sys.executable, "tools/get_domains.py", str(DOMAINS)])
@@ -57,7 +58,7 @@ def main() -> None:
 
 
 def settings() -> dict[str, Any]:
-    """The run's configuration."""
+    """Return the run's configuration."""
     weights = PRESETS["sheared"]
     return {
         "run": {"dir": str(RUN), "device": "cpu"},
@@ -88,7 +89,7 @@ def settings() -> dict[str, Any]:
 
 
 def cut_layers(dense: Path, out: Path) -> None:
-    """Write ``dense`` with the layers ``KEPT`` alone."""
+    """Write ``dense`` with only the layers ``KEPT``."""
     model: Any = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
     model.model.layers = torch.nn.ModuleList(model.model.layers[layer] for layer in KEPT)
     model.config.num_hidden_layers = len(KEPT)
@@ -100,7 +101,7 @@ def cut_layers(dense: Path, out: Path) -> None:
 
 
 def collect(metrics: Path) -> dict[str, Any]:
-    """Losses and weights at the start and at each update, and what they were reckoned from."""
+    """Return losses and weights at the start and at each update, and the inputs of the updates."""
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     judged = [line for line in lines if "loss/validation" in line]
     mixing = settings()["data"]["mixing"]
@@ -126,7 +127,7 @@ def collect(metrics: Path) -> dict[str, Any]:
 
 
 def plot(numbers: dict[str, Any]) -> str:
-    """Weights above, losses less their reference below, over tokens, as SVG."""
+    """Plot weights (above) and losses minus their reference (below) over tokens, as SVG."""
     tokens = numbers["tokens"]
     weights = {n: [numbers["start"][n], *numbers["weights"][n]] for n in SLIMPAJAMA}
     excess = {n: [x - numbers["reference"][n] for x in numbers["losses"][n]] for n in SLIMPAJAMA}
@@ -157,7 +158,7 @@ def _panel(rows: dict[str, list[float]], tokens: list[int], *, top: int, title: 
             f'<text x="{left - 5}" y="{y(value) + 4}" text-anchor="end">{value:.2f}</text>'
         )
     ends = sorted(rows, key=lambda name: -rows[name][-1])
-    for place, name in enumerate(ends):
+    for position, name in enumerate(ends):
         color = COLORS[SLIMPAJAMA.index(name)]
         points = " ".join(
             f"{left + width * t / tokens[-1]:.1f},{y(v)}"
@@ -165,7 +166,7 @@ def _panel(rows: dict[str, list[float]], tokens: list[int], *, top: int, title: 
         )
         parts.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2"/>')
         parts.append(
-            f'<text x="{left + width + 10}" y="{top + 14 + 24 * place}" fill="{color}">'
+            f'<text x="{left + width + 10}" y="{top + 14 + 24 * position}" fill="{color}">'
             f"{name} {rows[name][0]:.3f} to {rows[name][-1]:.3f}</text>"
         )
     return parts

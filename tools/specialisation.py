@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Do deeper layers specialise more? docs/specialisation.json and docs/specialisation.svg.
+"""Measure expert specialization by depth; write docs/specialisation.json and .svg.
 
-A small Llama of random weights, its FFNs split into 8 experts of which a token takes 2, is trained
-on seven real domains in equal shares; then its routers are followed on held-out text, as they were
-before the first step and as they are after the last. Everything it needs is made below runs/ once;
-killed, the same command goes on where it was.
+A small Llama with random weights, whose FFNs are split into 8 experts, top-2, is trained on seven
+real domains with equal weights. Its routers are then analyzed on held-out text, before the first
+step and after the last. Inputs are created once, below runs/; after an interruption, run the same
+command to resume.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ RUN = ROOT / "runs" / "specialisation"
 SEQ_LENGTH, BATCH, STEPS = 256, 8, 60
 VOCABULARY, LAYERS, HIDDEN, FFN, EXPERTS = 2048, 12, 128, 512, 8
 SAMPLES = 16
-"""Held-out sequences of each domain that are looked at."""
+"""Held-out sequences of each domain to analyze."""
 SHOWN = 4
-"""Layers whose experts are drawn, from the first to the last."""
+"""Number of layers whose experts are drawn, evenly spaced from the first to the last."""
 BEFORE, AFTER = "#888888", "#d95f02"
 
 
 def main() -> None:
-    """Make the inputs, train, analyze, and write the picture and its numbers."""
+    """Create the inputs, train, analyze, and write the picture and its numbers."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs", help="where the files go")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs", help="output folder")
     out: Path = parser.parse_args().out
     _run([sys.executable, "tools/get_domains.py", str(DOMAINS)])
     if not (DENSE / "config.json").exists():
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def make_dense(folder: Path) -> None:
-    """A Llama of random weights, and a tokenizer trained on the beginning of each domain."""
+    """Create a Llama with random weights, and a tokenizer trained on the start of each domain."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -89,7 +89,7 @@ def make_dense(folder: Path) -> None:
 
 
 def settings() -> dict[str, Any]:
-    """The run's configuration."""
+    """Return the run's configuration."""
     return {
         "run": {"dir": str(RUN), "device": "cpu"},
         "dense": {"path": str(DENSE)},
@@ -113,19 +113,19 @@ def settings() -> dict[str, Any]:
 
 
 def collect(analyses: list[Analysis]) -> dict[str, Any]:
-    """What the page and the picture show."""
+    """Return the numbers for the page and the picture."""
     after = analyses[-1]
     return {
         "date": date.today().isoformat(),
         "trained_tokens": after.step * BATCH * SEQ_LENGTH,
         "tokens": after.tokens,
         "layers": after.layers,
-        "steps": {str(found.step): _of_step(found) for found in analyses},
+        "steps": {str(analysis.step): _of_step(analysis) for analysis in analyses},
     }
 
 
-def _of_step(found: Analysis) -> dict[str, Any]:
-    counts_ZHLE = np.array([found.counts_of_halves[name] for name in found.domains])
+def _of_step(analysis: Analysis) -> dict[str, Any]:
+    counts_ZHLE = np.array([analysis.counts_of_halves[name] for name in analysis.domains])
     counts_ZLE = counts_ZHLE.sum(axis=1)
     halves_2L = [between_others(distances(counts_ZHLE[:, half])) for half in (0, 1)]
     rows = {
@@ -133,24 +133,24 @@ def _of_step(found: Analysis) -> dict[str, Any]:
         "apart_first_half": halves_2L[0],
         "apart_second_half": halves_2L[1],
         "floor": distance_of_halves(counts_ZHLE).mean(axis=0),
-        "max_over_mean": np.mean([found.max_over_mean[n] for n in found.domains], axis=0),
-        "confidence": np.mean([found.confidence[n] for n in found.domains], axis=0),
-        "to_dense": np.mean(found.similarity.to_dense or [], axis=1),
+        "max_over_mean": np.mean([analysis.max_over_mean[n] for n in analysis.domains], axis=0),
+        "confidence": np.mean([analysis.confidence[n] for n in analysis.domains], axis=0),
+        "to_dense": np.mean(analysis.similarity.to_dense or [], axis=1),
     }
     return {
         **{name: [round(float(x), 5) for x in row] for name, row in rows.items()},
         "trend": {name: trend(rows[name]) for name in list(rows)[:5]},
-        "loss": {name: round(loss, 4) for name, loss in found.loss.items()},
-        "distances": found.distances.mean,
+        "loss": {name: round(loss, 4) for name, loss in analysis.loss.items()},
+        "distances": analysis.distances.mean,
         "shares": {
-            str(found.layers[row]): shares(counts_ZLE[:, row]).round(4).tolist()
-            for row in np.linspace(0, len(found.layers) - 1, SHOWN).round().astype(int)
+            str(analysis.layers[row]): shares(counts_ZLE[:, row]).round(4).tolist()
+            for row in np.linspace(0, len(analysis.layers) - 1, SHOWN).round().astype(int)
         },
     }
 
 
 def trend(values_L: Any) -> dict[str, float]:
-    """How a number goes with depth: rank correlation, and means of the first and last third."""
+    """Return how values change with depth: rank correlation, means of the first and last third."""
     values_L = np.asarray(values_L)
     third = len(values_L) // 3
     ranks_L = values_L.argsort().argsort()
@@ -162,7 +162,7 @@ def trend(values_L: Any) -> dict[str, float]:
 
 
 def plot(numbers: dict[str, Any]) -> str:
-    """Distance of domains and load by layer, then the experts of some layers, as SVG."""
+    """Plot distances of domains and loads by layer, then the experts of some layers, as SVG."""
     first, last = numbers["steps"]
     rows = numbers["steps"]
     apart = [(BEFORE, rows[first], f"step {first}"), (AFTER, rows[last], f"step {last}")]

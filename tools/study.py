@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Which way of building experts is best, tried in small: docs/study.json, docs/study.md, plots.
+"""Compare construction methods on small models; write docs/study.json, docs/study.md and plots.
 
     text --> a small dense model, pre-trained --> every method, 3 seeds, the same tokens each
-    SmolLM2-135M --> every method and rescale, judged before the first step
+    SmolLM2-135M --> every method and rescale, evaluated before the first step
 
-About an hour on 2 cores, two runs at a time; killed, the same command goes on. What a run leaves
-is a small file in runs/study/results, and docs/ is written from those that are there.
+It takes about an hour on 2 cores, with two runs at a time; after an interruption, run the same
+command to resume. Each run writes a small file to runs/study/results, from which docs/ is written.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-# Two runs side by side, a thread each; and what forks must not have made threads.
+# Two runs at a time, with one thread each; a process that forks must not have started threads.
 os.environ |= {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
@@ -53,15 +53,17 @@ BRANCHES = {
     "prose": ("commoncrawl", "c4", "wikipedia", "books"),
     "technical": ("github", "arxiv", "stackexchange"),
 }
-"""Branch-Train-MiX: copies of the dense model that went on apart, on these domains."""
+"""Branch-Train-MiX: domains on which separate copies of the dense model are trained."""
 SEEDS = (0, 1, 2)
 
 
 def main() -> None:
-    """Do what is not done yet, and write the pages."""
+    """Run all jobs without a result, and write the pages."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs", help="where the pages go")
-    parser.add_argument("--minutes", type=float, help="start nothing new after this long")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "docs", help="output folder of the pages"
+    )
+    parser.add_argument("--minutes", type=float, help="start no job after this many minutes")
     parser.add_argument("--pages", action="store_true", help="only write the pages")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -77,7 +79,7 @@ def main() -> None:
 
 
 def prepare() -> None:
-    """Text and weights that others made, in forked processes: this one must not make threads."""
+    """Get text and weights, in forked processes, because this process must not start threads."""
     cache, logs = default_cache(), HERE / "logs"
     steps = (
         [
@@ -107,7 +109,7 @@ def _random_job(seed: int) -> Job:
 
 
 def jobs() -> list[Job]:
-    """Everything that computes, in order of preference."""
+    """Return all training and evaluation jobs, in order of preference."""
     papers, others = (
         [
             _trained_job(case, seed)

@@ -1,8 +1,8 @@
-"""What the study builds: every method, cut so that those compared cost a token the same.
+"""Define the cases of the study: all methods, in sizes with equal cost per token if compared.
 
-F is the dense FFN's intermediate_size; 8 experts of which a token passes 2, but for the dense one.
+F is the dense FFN's intermediate_size. All cases but the dense one have 8 experts, top-2.
 
-    shape   neurons of an expert   shared   a token passes
+    shape   neurons of an expert   shared   per token
     dense   F (one expert)                  F
     whole   F                               2 F
     half    F / 2                           F
@@ -23,28 +23,28 @@ EXPERTS, TOPK = 8, 2
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One way of building the model that is trained on."""
+    """One way to construct a model."""
 
     name: str
     shape: Shape
     upcycle: dict[str, Any]
     order: Literal["topk_softmax", "softmax_topk"] = "topk_softmax"
     start: Start = "trained"
-    """Which dense model: the trained one, or one of random weights."""
+    """The dense model to start from: the trained one, or one with random weights."""
 
     @property
     def measured(self) -> bool:
-        """Whether `construct` comes first."""
+        """Whether the case needs `construct` first."""
         methods = ("sharing_inner", "sharing_inter", "weaver")
         return self.upcycle["method"] in methods or "calibrated" in self.upcycle.values()
 
     @property
     def file_name(self) -> str:
-        """Its name in a path."""
+        """The case's name for use in paths."""
         return self.name.replace(", ", "--").replace("/", "-").replace(" ", "-")
 
     def moe(self, dense_size: int) -> dict[str, Any]:
-        """Section moe of the configuration, for a dense FFN of ``dense_size`` neurons."""
+        """Return section moe of the configuration, for a dense FFN of ``dense_size`` neurons."""
         sizes: dict[Shape, dict[str, Any]] = {
             "dense": {"num_moe_experts": 1, "moe_router_topk": 1},
             "whole": {},
@@ -69,7 +69,7 @@ def _rescaled(name: str, shape: Shape, method: str, *rescales: str) -> list[Case
 _COPY = {"method": "copy"}
 _GRANULAR = {"method": "granular"}
 DENSE = Case("dense", "dense", _COPY, order="softmax_topk")
-"""A mixture of one expert, which it weighs by one: the dense model, by the same trainer."""
+"""An MoE with one expert of weight one: the dense model, trained with the same code."""
 
 _PAPERS = (
     *_rescaled("split_random", "parts", "split_random", "N/K", "none"),
@@ -95,9 +95,9 @@ _OTHERS = (
     Case("mix", "whole", {"method": "mix"}),
 )  # fmt: skip
 FIRST = tuple(case.name for case in _PAPERS)
-"""What the papers' figures need: trained before the others, all seeds."""
+"""Cases for the papers' figures, which are trained before the others, with all seeds."""
 TRAINED = (*_PAPERS, *_OTHERS)
-"""What is trained on. mix: with branches of the dense model as sources."""
+"""Cases that are trained. mix uses branches of the dense model as sources."""
 
 _ALL = ("none", "N/K", "N", "calibrated")
 AT_STEP_0 = (
@@ -121,4 +121,4 @@ AT_STEP_0 = (
          {**_COPY, "rescale": "N/K"}, order="softmax_topk"),
     Case("drop, none", "whole", {"method": "drop"}),
 )  # fmt: skip
-"""What is built from SmolLM2 and not trained."""
+"""Cases that are constructed from SmolLM2 and not trained."""

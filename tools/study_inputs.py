@@ -1,8 +1,8 @@
-"""What the study starts from: text cut in three, a tokenizer, small models that know nothing yet.
+"""Create the inputs of the study: text in three parts, a tokenizer, and small random models.
 
-pretrain   every second document of a domain: what the dense model learns from
-continue   the others: what is trained on afterwards, and, of it, held out
-probe      the first of the latter, in SmolLM2's tokens
+pretrain   every second document of a domain: training text of the dense model
+continue   the other documents: training text of the MoEs, part of it held out
+probe      the first of these, in SmolLM2's tokens
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ SHAPE: dict[str, Any] = {
 }
 PROBE_BYTES = 150_000
 TOKENIZER_BYTES = 400_000
-"""Of each domain."""
+"""Bytes of text per domain for training the tokenizer."""
 
 
 def write_texts(domains: Path, out: Path) -> None:
-    """``out``/{pretrain,continue,probe}/DOMAIN.jsonl and the tokenizer, ``out``/tokenizer."""
+    """Write ``out``/{pretrain,continue,probe}/DOMAIN.jsonl and the tokenizer ``out``/tokenizer."""
     with complete_or_absent(out) as staging:
         for name in SLIMPAJAMA:
             lines = _lines(domains / f"{name}.jsonl")
@@ -57,7 +57,7 @@ def write_texts(domains: Path, out: Path) -> None:
 
 
 def write_tokens(texts: Path, part: str, tokenizer: Path, out: Path) -> None:
-    """``out``/DOMAIN.bin and .idx of one of the parts."""
+    """Write ``out``/DOMAIN.bin and .idx of one part."""
     with complete_or_absent(out) as staging:
         for name in SLIMPAJAMA:
             tokenize_files(
@@ -66,7 +66,7 @@ def write_tokens(texts: Path, part: str, tokenizer: Path, out: Path) -> None:
 
 
 def random_dense(tokenizer: Path, out: Path, *, seed: int) -> None:
-    """A small Llama as it is before it has learned anything."""
+    """Write a small Llama with random weights."""
     torch.manual_seed(seed)
     with complete_or_absent(out) as staging:
         LlamaForCausalLM(LlamaConfig(**SHAPE)).float().save_pretrained(staging)
@@ -74,9 +74,9 @@ def random_dense(tokenizer: Path, out: Path, *, seed: int) -> None:
 
 
 def dense_of_one_expert(run: Path, like: Path, out: Path) -> None:
-    """Write a trained mixture of one expert, top-1, as the dense model that it is.
+    """Write a trained MoE with one expert as the equivalent dense model.
 
-    Its router has nothing to choose and weighs its expert by one.
+    Its router always selects the single expert with weight one.
     """
     exported = run / "hf"
     shutil.rmtree(exported, ignore_errors=True)
@@ -97,7 +97,7 @@ def dense_of_one_expert(run: Path, like: Path, out: Path) -> None:
 
 
 def _lines(path: Path) -> list[str]:
-    # Not splitlines: it also cuts at characters that JSON leaves as they are.
+    # Not splitlines, which also splits at characters that JSON does not escape.
     return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
 
 

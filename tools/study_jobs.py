@@ -1,8 +1,8 @@
-"""Jobs that leave a file each: several side by side, what is there already is not done again.
+"""Run jobs in parallel; each writes a result file, and jobs with a result are skipped.
 
-A worker takes the first job whose needs lie there, so the order of the list is the order of
-preference. Jobs are forked from one process that has imported everything: a job of ten seconds does
-not wait ten more for Python.
+A worker takes the first job whose needs exist, so the order of the list is the order of preference.
+Jobs are forked from one process that has imported everything, so that a job of ten seconds does not
+spend ten more on imports.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ WAITING, TAKEN, FAILED = range(3)
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One piece of work, done when its file is there."""
+    """A unit of work that is done when its result file exists."""
 
     name: str
     result: Path
-    """Written last, and in one step."""
+    """Result file or folder, written last and atomically."""
     work: Callable[[], None]
     needs: tuple[Path, ...] = ()
 
 
 def do_all(jobs: Sequence[Job], *, workers: int, logs: Path, until: float | None = None) -> None:
-    """Do every job whose result is not there; what a job prints goes to ``logs``/NAME.log.
+    """Run all jobs without a result; the output of a job goes to ``logs``/NAME.log.
 
     Args:
-        jobs: In order of preference.
-        workers: How many run side by side.
-        logs: Folder of the jobs' output.
-        until: No job starts after this time (of ``time.time``); None: until all are done.
+        jobs: Jobs in order of preference.
+        workers: Number of jobs to run in parallel.
+        logs: Folder for the jobs' output.
+        until: No job starts after this time (of ``time.time``); None runs all jobs.
 
     Raises:
-        UserError: Jobs failed; which, and where they say why.
+        UserError: Some jobs failed; the message names their logs.
     """
     logs.mkdir(parents=True, exist_ok=True)
     context = get_context("fork")
@@ -58,13 +58,13 @@ def do_all(jobs: Sequence[Job], *, workers: int, logs: Path, until: float | None
         process.join()
     failed = [job.name for job, state in zip(jobs, states[:], strict=True) if state == FAILED]
     if failed:
-        told = ", ".join(str(logs / f"{name}.log") for name in failed)
-        raise UserError(f"{len(failed)} jobs of the study failed; they say why in {told}")
+        files = ", ".join(str(logs / f"{name}.log") for name in failed)
+        raise UserError(f"{len(failed)} jobs of the study failed; see {files}")
 
 
 def _work(jobs: list[Job], states: Any, logs: Path, until: float | None) -> None:
     while (index := _take(jobs, states, until)) is not None:
-        if index < 0:  # what is left needs what another worker is at
+        if index < 0:  # the remaining jobs need the result of a running one
             time.sleep(1)
             continue
         job, start = jobs[index], time.monotonic()
@@ -72,16 +72,16 @@ def _work(jobs: list[Job], states: Any, logs: Path, until: float | None) -> None
         with _output_to(logs / f"{job.name}.log"):
             try:
                 job.work()
-            except Exception:  # the log says it, and the other jobs go on
+            except Exception:  # logged; the other jobs continue
                 traceback.print_exc()
                 failed = True
         states[index] = FAILED if failed or not job.result.exists() else TAKEN
-        verdict = "FAILED" if states[index] == FAILED else "done"
-        print(f"{job.name}: {verdict}, {time.monotonic() - start:.0f} s", flush=True)
+        status = "FAILED" if states[index] == FAILED else "done"
+        print(f"{job.name}: {status}, {time.monotonic() - start:.0f} s", flush=True)
 
 
 def _take(jobs: list[Job], states: Any, until: float | None) -> int | None:
-    """Number of the job to do now; -1: none yet; None: none any more."""
+    """Return the index of the next job, -1 if none is ready yet, or None if none is left."""
     with states.get_lock():
         left = [
             index
@@ -102,14 +102,14 @@ def _take(jobs: list[Job], states: Any, until: float | None) -> int | None:
 
 @contextmanager
 def _output_to(path: Path) -> Iterator[None]:
-    """What this process and its children print goes to ``path``."""
-    kept = os.dup(1), os.dup(2)
+    """Redirect the output of this process and its children to ``path``."""
+    saved = os.dup(1), os.dup(2)
     with path.open("w", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
         for number in (1, 2):
             os.dup2(file.fileno(), number)
         try:
             yield
         finally:
-            for number, before in zip((1, 2), kept, strict=True):
+            for number, before in zip((1, 2), saved, strict=True):
                 os.dup2(before, number)
                 os.close(before)

@@ -1,8 +1,8 @@
-"""docs/study.json from the results of the runs, and docs/study.md from docs/study.json.
+"""Write docs/study.json from the results of the runs, and docs/study.md from docs/study.json.
 
-Every figure of the page is worked out of the JSON, the verdicts too: a difference counts when all
-seeds agree on its sign, and is told with its smallest and largest value over the seeds. Two cases
-are compared seed by seed: the same seed is the same order of the same text.
+All figures and verdicts of the page are computed from the JSON. A difference counts if all seeds
+agree on its sign, and is shown with its minimum and maximum over the seeds. Two cases are compared
+seed by seed: the same seed means the same text in the same order.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from megatron_moe.errors import UserError
 Numbers = dict[str, Any]
 Row = list[str]
 START, HALF, END = 0, 1, 2
-"""Places in a run's held-out losses."""
+"""Indices into a run's held-out losses."""
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What a paper says, and which cases show whether it is so here."""
+    """A claim of a paper, and the two cases that test it."""
 
     text: str
     claim: str
@@ -77,19 +77,19 @@ QUESTIONS = (
 
 
 def gathered(results: Path, *, held_out_tokens: int) -> Numbers:
-    """What the runs left, in the order of the cases.
+    """Collect the results of the runs, in the order of the cases.
 
     Args:
         results: Folder of the runs' results.
-        held_out_tokens: What a trained model is judged on.
+        held_out_tokens: Number of tokens on which a trained model is evaluated.
 
     Raises:
-        UserError: Nothing to write a page of.
+        UserError: There are no results.
     """
     trained = [json.loads(path.read_text()) for path in (results / "trained").glob("*.json")]
     at_step_0 = [json.loads(path.read_text()) for path in (results / "step0").glob("*.json")]
     if not trained or not at_step_0:
-        raise UserError(f"{results} holds no results yet.\n  run make study")
+        raise UserError(f"{results} contains no results yet.\n  run make study")
     first = [case.name for case in TRAINED]
     second = [case.name for case in AT_STEP_0]
     return {
@@ -100,7 +100,7 @@ def gathered(results: Path, *, held_out_tokens: int) -> Numbers:
         "held_out_tokens": held_out_tokens,
         "dense": json.loads((results / "dense.json").read_text()),
         "trained": sorted(trained, key=lambda run: (first.index(run["case"]), run["seed"])),
-        "step0": sorted(at_step_0, key=lambda found: second.index(found["case"])),
+        "step0": sorted(at_step_0, key=lambda result: second.index(result["case"])),
     }
 
 
@@ -113,14 +113,14 @@ def _commit() -> str:
 
 
 def write_pages(numbers: Numbers, out: Path) -> None:
-    """study.json, study.md and the plots in ``out``."""
+    """Write study.json, study.md and the plots to ``out``."""
     (out / "study.json").write_text(to_json(numbers))
     (out / "study.md").write_text(page(numbers))
     (out / "study.svg").write_text(plots(numbers))
 
 
 def to_json(numbers: Numbers) -> str:
-    """One line a run, so that a diff shows which run changed."""
+    """Format the numbers with one line per run, so that a diff shows which run changed."""
     parts = []
     for key, value in numbers.items():
         if isinstance(value, list):
@@ -132,7 +132,7 @@ def to_json(numbers: Numbers) -> str:
 
 
 def page(numbers: Numbers) -> str:
-    """docs/study.md."""
+    """Return the text of docs/study.md."""
     template = (Path(__file__).parent / "study_page.md").read_text()
     dense = numbers["dense"]["validation"]
     trained, seeds = numbers["trained"], {run["seed"] for run in numbers["trained"]}
@@ -164,7 +164,7 @@ def page(numbers: Numbers) -> str:
 
 
 def of_case(numbers: Numbers, case: str) -> dict[int, list[float]]:
-    """Held-out losses at start, half way and end, by seed."""
+    """Return the held-out losses at start, half way and end, by seed."""
     return {
         run["seed"]: [loss for _, loss in run["validation"]]
         for run in numbers["trained"]
@@ -173,30 +173,30 @@ def of_case(numbers: Numbers, case: str) -> dict[int, list[float]]:
 
 
 def differences(numbers: Numbers, question: Question) -> list[float]:
-    """Of each seed that both cases have: loss of ``better`` less that of ``worse``."""
+    """Return the loss of ``better`` minus that of ``worse`` for each seed that both have."""
     first, second = of_case(numbers, question.better), of_case(numbers, question.worse)
     at = question.at
     return [first[seed][at] - second[seed][at] for seed in sorted(first.keys() & second.keys())]
 
 
-def verdict(found: list[float]) -> str:
-    """What the seeds say of a claim that the differences are below zero."""
-    if not found:
+def verdict(values: list[float]) -> str:
+    """Return whether the seeds confirm the claim that the differences are below zero."""
+    if not values:
         return "not run"
-    if len(found) < 3:
+    if len(values) < 3:
         return "too few seeds"
-    if max(found) < 0:
+    if max(values) < 0:
         return "so"
-    return "the reverse" if min(found) > 0 else "undecided: seeds disagree"
+    return "the reverse" if min(values) > 0 else "undecided: seeds disagree"
 
 
 def _verdicts(numbers: Numbers) -> Iterator[Row]:
     when = {START: "step 0", END: "end"}
     for question in QUESTIONS:
-        found = differences(numbers, question)
+        values = differences(numbers, question)
         yield [
             question.text, question.claim, question.better, question.worse,
-            f"{spread(found, sign=True)} ({when[question.at]})", verdict(found),
+            f"{spread(values, sign=True)} ({when[question.at]})", verdict(values),
         ]  # fmt: skip
 
 
@@ -206,12 +206,12 @@ _PASSES = {"dense": "F", "whole": "2 F", "half": "F", "parts": "F / 4", "shared"
 def _trained_rows(numbers: Numbers) -> Iterator[Row]:
     for case in TRAINED:
         if losses := list(of_case(numbers, case.name).values()):
-            columns = [spread([run[place] for run in losses]) for place in (START, HALF, END)]
+            columns = [spread([run[index] for run in losses]) for index in (START, HALF, END)]
             yield [case.name, _PASSES[case.shape], str(len(losses)), *columns]
 
 
 def spread(values: list[float], *, sign: bool = False) -> str:
-    """Mean, smallest and largest."""
+    """Format the mean, minimum and maximum."""
     if not values:
         return "-"
     form = "{:+.3f}" if sign else "{:.3f}"
@@ -223,16 +223,16 @@ _RESCALES = ("none", "N/K", "N", "calibrated")
 
 
 def _rescales(numbers: Numbers) -> Iterator[Row]:
-    losses = {found["case"]: found["loss"] for found in numbers["step0"]}
+    losses = {result["case"]: result["loss"] for result in numbers["step0"]}
     names = [case.name.rpartition(", ")[0] for case in AT_STEP_0 if case.measured]
     for name in dict.fromkeys(["split_random", "split_clustered", *names]):
-        found = [losses.get(f"{name}, {rescale}") for rescale in _RESCALES]
-        if any(found):
-            yield [name, *("-" if loss is None else f"{loss:.3f}" for loss in found)]
+        row = [losses.get(f"{name}, {rescale}") for rescale in _RESCALES]
+        if any(row):
+            yield [name, *("-" if loss is None else f"{loss:.3f}" for loss in row)]
 
 
 def _others(numbers: Numbers) -> Iterator[Row]:
-    losses = {found["case"]: found["loss"] for found in numbers["step0"]}
+    losses = {result["case"]: result["loss"] for result in numbers["step0"]}
     for case in AT_STEP_0:
         if case.shape not in ("parts", "shared") and case.name in losses:
             loss = losses[case.name]

@@ -1,4 +1,4 @@
-"""docs/study.svg: training losses of cases that belong together, mean and spread of seeds."""
+"""Draw docs/study.svg: training losses of related cases, with mean and range over seeds."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ PANELS = (
       "mix")),
 )  # fmt: skip
 WINDOW = 3
-"""Steps that a point of a curve is the mean of."""
+"""Number of steps averaged in a point of a curve."""
 WIDTH, HEIGHT, PANEL = 760, 1040, 250
 
 
 def plots(numbers: dict[str, Any]) -> str:
-    """One panel a question, below each other."""
+    """Return the SVG with one panel per question."""
     panels = [
         line
-        for place, (title, cases) in enumerate(PANELS)
-        for line in _panel(title, _curves(numbers, cases), top=30 + PANEL * place)
+        for index, (title, cases) in enumerate(PANELS)
+        for line in _panel(title, _curves(numbers, cases), top=30 + PANEL * index)
     ]
     tokens = numbers["trained"][0]["validation"][-1][0]
     return "\n".join([
@@ -46,15 +46,15 @@ def plots(numbers: dict[str, Any]) -> str:
 
 
 def _curves(numbers: dict[str, Any], cases: Sequence[str]) -> dict[str, NDArray[np.float64]]:
-    """By case, smoothed training losses, ``(seeds, points)``."""
-    found = {}
+    """Return smoothed training losses ``(seeds, points)`` by case."""
+    curves = {}
     for case in cases:
         runs = [run["training"] for run in numbers["trained"] if run["case"] == case]
         if runs:
             losses = np.asarray(runs, dtype=np.float64)
             points = losses[0].size // WINDOW
-            found[case] = losses[:, : points * WINDOW].reshape(len(runs), points, WINDOW).mean(2)
-    return found
+            curves[case] = losses[:, : points * WINDOW].reshape(len(runs), points, WINDOW).mean(2)
+    return curves
 
 
 def _panel(title: str, curves: dict[str, NDArray[np.float64]], *, top: int) -> Iterator[str]:
@@ -78,7 +78,7 @@ def _panel(title: str, curves: dict[str, NDArray[np.float64]], *, top: int) -> I
             f'<text x="{left - 5}" y="{y(value) + 4}" text-anchor="end">{value:.2f}</text>'
         )
     ends = sorted(curves, key=lambda case: -curves[case][:, -1].mean())
-    for place, case in enumerate(ends):
+    for position, case in enumerate(ends):
         curve, color = curves[case], _color(list(curves).index(case))
         points = curve[0].size
         mean, lowest, highest = curve.mean(0), curve.min(0), curve.max(0)
@@ -90,7 +90,7 @@ def _panel(title: str, curves: dict[str, NDArray[np.float64]], *, top: int) -> I
             f'<polyline points="{_joined(line)}" fill="none" stroke="{color}" stroke-width="1.5"/>'
         )
         yield (
-            f'<text x="{left + width + 10}" y="{top + 12 + 20 * place}" fill="{color}">{case}: '
+            f'<text x="{left + width + 10}" y="{top + 12 + 20 * position}" fill="{color}">{case}: '
             f"{mean[-1]:.3f}</text>"
         )
 

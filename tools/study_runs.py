@@ -1,7 +1,7 @@
-"""Runs of the study: the project's own train and construct, one thread each, and what they leave.
+"""Run the project's train and construct commands for the study, with one thread each.
 
-Shapes of a result: ``validation`` is a list of pairs (tokens, loss), ``training`` the loss of every
-step, ``domains`` the losses at the end by domain; all in nats per token.
+A result has ``validation``, a list of pairs (tokens, loss), ``training``, the loss of each step,
+and ``domains``, the final losses by domain; all losses are in nats per token.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from megatron_moe.runtime.world import World, run_local_ranks
 SEQ_LENGTH, BATCH = 128, 16
 STEP_TOKENS = SEQ_LENGTH * BATCH
 HELD_OUT = 8
-"""Sequences of each domain."""
+"""Held-out sequences of each domain."""
 
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """How long and how fast one kind of run learns."""
+    """Number of steps and learning rate of a kind of run."""
 
     steps: int
     lr: float
@@ -46,14 +46,14 @@ class Training:
 
 PRETRAIN = Training(steps=700, lr=3e-3, warmup_steps=40)
 CONTINUE = Training(steps=40, lr=1e-3, warmup_steps=4)
-"""The dense model's own learning rate has decayed to a tenth; LLaMA-MoE too warms up again."""
+"""The dense model's learning rate has decayed to a tenth; like LLaMA-MoE, warm up again."""
 
 
 def settings(
     case: Case, run_dir: Path, dense: Path, tokens: Path, how: Training, *, seed: int,
     mix_with: Sequence[Path] = (), domains: Sequence[str] = SLIMPAJAMA,
 ) -> dict[str, Any]:  # fmt: skip
-    """The configuration of one run, as YAML would hold it."""
+    """Return the configuration of one run as in its YAML file."""
     upcycle: dict[str, Any] = {**case.upcycle, "seed": seed, "verify": "never"}
     if mix_with:
         upcycle["mix_with"] = [str(path) for path in mix_with]
@@ -82,16 +82,16 @@ def settings(
 
 
 def train_case(tree: dict[str, Any], result: Path, *, about: dict[str, Any]) -> None:
-    """Construct where needed, train, and write ``result``; checkpoints go."""
+    """Construct if needed, train, write ``result`` and delete the checkpoints."""
     run_dir, start = Path(tree["run"]["dir"]), time.monotonic()
     train_run(tree)
-    found = {**about, **collect(run_dir / "metrics.jsonl"), "seconds": time.monotonic() - start}
+    values = {**about, **collect(run_dir / "metrics.jsonl"), "seconds": time.monotonic() - start}
     shutil.rmtree(run_dir / "checkpoints")
-    write_result(result, found)
+    write_result(result, values)
 
 
 def train_run(tree: dict[str, Any]) -> None:
-    """Construct where needed, and train; a run that was killed goes on."""
+    """Construct if needed, and train; an interrupted run is resumed."""
     config = build(RunConfig, tree)
     check(config, read_spec(config.dense.path), 1)
     config.run.dir.mkdir(parents=True, exist_ok=True)
@@ -100,29 +100,29 @@ def train_run(tree: dict[str, Any]) -> None:
         on_one_thread(partial(construct, config))
     on_one_thread(partial(train, config))
     last = newest(config.run.dir)
-    if last is None or read_progress(last).step < config.train.steps:  # told to stop, it returns
+    if last is None or read_progress(last).step < config.train.steps:  # it returns if asked to stop
         raise JobError(f"{config.run.dir} was stopped before its last step")
 
 
-def on_one_thread(story: Callable[[World], None]) -> None:
-    """Run a story on one rank that leaves the other core alone."""
+def on_one_thread(work: Callable[[World], None]) -> None:
+    """Run ``work`` on one rank with one thread."""
 
-    def told(world: World) -> None:
+    def run(world: World) -> None:
         torch.set_num_threads(1)
-        story(world)
+        work(world)
 
-    run_local_ranks(told, ranks=1, device="cpu")
+    run_local_ranks(run, ranks=1, device="cpu")
 
 
 def dense_run(
     run_dir: Path, dense: Path, tokens: Path, how: Training, domains: Sequence[str] = SLIMPAJAMA
 ) -> dict[str, Any]:
-    """The configuration of a dense model's training."""
+    """Return the configuration for training a dense model."""
     return settings(DENSE, run_dir, dense, tokens, how, seed=0, domains=domains)
 
 
 def collect(metrics: Path) -> dict[str, Any]:
-    """Losses of a finished run."""
+    """Collect the losses of a finished run."""
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     judged = [line for line in lines if "loss/validation" in line]
     prefix = "loss/validation/"
@@ -140,7 +140,7 @@ def collect(metrics: Path) -> dict[str, Any]:
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
-    """Write a result in one step."""
+    """Write a result atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_suffix(".partial")
     staged.write_text(json.dumps(result) + "\n")

@@ -1,6 +1,6 @@
-"""Losses of MoEs that SmolLM2 was just made into, before any step, by method and rescale.
+"""Evaluate MoEs constructed from SmolLM2 before any training step, by method and rescale.
 
-The dense model is measured once, and every plan is solved from that.
+The dense model is measured once, and all plans are solved from these measurements.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from megatron_moe.source.dense import open_dense
 from megatron_moe.train.step import mean_loss
 
 SAMPLES, HIDDEN_STATES = 40, 1280
-"""Sequences that are measured, and inputs of a layer that are kept."""
+"""Number of sequences to measure, and of layer inputs to keep."""
 HELD_OUT = 4
-"""Sequences of each domain that a model is judged on."""
+"""Held-out sequences of each domain for evaluation."""
 SEED = 0
 
 
 def config_of(case: Case, run_dir: Path, dense: Path, tokens: Path) -> RunConfig:
-    """The configuration; nothing of its schedule is used."""
+    """Return the configuration of a case; its schedule is not used."""
     tree = settings(case, run_dir, dense, tokens, PRETRAIN, seed=SEED)
     tree["measure"] = {"samples": SAMPLES, "hidden_states": HIDDEN_STATES, "interval": 10}
     tree["data"] |= {"validation_fraction": 0.3, "validation_samples": HELD_OUT}
@@ -57,7 +57,7 @@ def config_of(case: Case, run_dir: Path, dense: Path, tokens: Path) -> RunConfig
 
 
 def measure(config: RunConfig, out: Path) -> None:
-    """Importance, activity and inputs of every layer to ``out``/LAYER.npz."""
+    """Write importance, activity and inputs of each layer to ``out``/LAYER.npz."""
     on_one_thread(partial(_measure, config, out))
 
 
@@ -89,7 +89,7 @@ def _measure(config: RunConfig, out: Path, world: World) -> None:
 
 
 def judge(case: Case, config: RunConfig, measured: Path, result: Path) -> None:
-    """Build the case and write its losses on held-out text."""
+    """Construct the case and write its held-out losses."""
     on_one_thread(partial(_judge, case, config, measured, result))
 
 

@@ -47,7 +47,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> chaos.Stage:
 def test_a_run_survives(
     stage: chaos.Stage, fault: faults.Fault, message: str, steps_again: int | None
 ):
-    outcome = chaos.meet(stage, fault)
+    outcome = chaos.inject(stage, fault)
     assert re.search(message, outcome.message), outcome.message
     assert steps_again is None or outcome.steps_again == steps_again
     assert outcome.ended_seconds is not None
@@ -56,6 +56,6 @@ def test_a_run_survives(
 
 def test_the_second_job_on_a_folder_gets_an_error_that_names_the_first(stage: chaos.Stage):
     fault = faults.second_job(lambda run_dir: stage.job(run_dir, log_name="second").message)
-    outcome = chaos.meet(stage, fault)
+    outcome = chaos.inject(stage, fault)
     assert "is in use by a running job, process " in outcome.message
     assert "\n  stop that job, wait for it to end, or set another run.dir" in outcome.message

@@ -1,4 +1,4 @@
-"""The tools are scripts: their folder is on the path when one runs, so it is here too."""
+"""Put the tools' folder on the import path, as when a tool runs as a script."""
 
 import sys
 from pathlib import Path

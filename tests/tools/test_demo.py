@@ -1,4 +1,4 @@
-"""The demo's arithmetic and its verdict; the whole of it is `make demo`."""
+"""Test the demo's arithmetic and checks; `make demo` runs the whole demo."""
 
 import io
 import json
@@ -66,7 +66,7 @@ def test_numbers_that_agree_pass():
         ({"dense": 2.8002}, "losses of step 0 and the dense model differ: 2.800000 and 2.800200"),
         ({"exported": 2.4998}, "the trainer and the export differ"),
         ({"other": replace(OTHER, losses={0: 2.81})}, "step 0 of both layouts differ"),
-        ({"other": replace(OTHER, logit_error=0.5)}, "upcycling moved a logit by 5.0e-01"),
+        ({"other": replace(OTHER, logit_error=0.5)}, "upcycling changed a logit by 5.0e-01"),
         (
             {"trained": replace(GOOD, losses={0: 2.8, 24: 2.9}), "exported": 2.9},
             "24 steps did not lower the loss",

@@ -1,4 +1,4 @@
-"""Output folders are complete or absent, and never mixed or overwritten."""
+"""Test that output folders are complete or absent, and never mixed or overwritten."""
 
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def test_another_request_is_refused_with_both(tmp_path: Path):
 
 def test_a_folder_of_somebody_else_is_refused_and_kept(tmp_path: Path):
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(UserError, match="not made by this tool"):
+    with pytest.raises(UserError, match="not created by this tool"):
         is_complete(tmp_path, record="record.json", request={})
     assert (tmp_path / "thesis.tex").exists()
 

@@ -1,4 +1,4 @@
-"""get_dense on folders and hub names; the default model has test_smollm2.py."""
+"""Test get_dense with folders and hub names; test_smollm2.py tests the default model."""
 
 import json
 import subprocess
@@ -66,7 +66,7 @@ def test_the_second_run_does_nothing_and_another_source_is_refused(
     get(tmp_path, origin)
     assert "nothing to do" in capsys.readouterr().out
     assert out.stat().st_mtime_ns == before
-    with pytest.raises(UserError, match="was made for another request"):
+    with pytest.raises(UserError, match="was created for another request"):
         get(tmp_path, "someone/else")
 
 
@@ -116,6 +116,6 @@ def test_an_unreachable_hub_is_a_message_with_the_way_out(tmp_path: Path):
     result = subprocess.run(command, env=offline, capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert "UserError: cannot get someone/model from the Hugging Face hub" in result.stderr
-    assert "leave --from out to get SmolLM2-135M" in result.stderr
+    assert "remove --from to get SmolLM2-135M" in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""get_domains: seven domains or an error; whole lines, no addresses, nothing but what we know."""
+"""Test get_domains: seven domains or an error, whole lines, no addresses, checked downloads."""
 
 import email
 import hashlib
@@ -42,7 +42,7 @@ def test_shards_of_slimpajama_become_domains(tmp_path: Path):
     assert tuple(manifest["domains"]) == SLIMPAJAMA
     assert manifest["domains"]["c4"]["documents"] == 3
     get_domains.get_domains(tmp_path / "out", local=shards, cache=tmp_path)  # does nothing
-    with pytest.raises(UserError, match="was made for another request"):
+    with pytest.raises(UserError, match="was created for another request"):
         get_domains.get_domains(tmp_path / "out", local=tmp_path, cache=tmp_path)
 
 
@@ -89,7 +89,7 @@ def test_another_archive_under_the_same_name_is_refused(tmp_path: Path):
         "@scope/thing@1.0", sha256=known, to=tmp_path / "out", cache=tmp_path
     )
     assert folder.is_dir()
-    with pytest.raises(UserError, match="is not the archive we know"):
+    with pytest.raises(UserError, match="is not the expected archive"):
         registries.npm_package("@scope/thing@1.0", sha256="0", to=tmp_path / "x", cache=tmp_path)
     assert not archive.exists()
 

@@ -1,4 +1,4 @@
-"""get_text: whole documents on one side, the same every time, and no encyclopedia unannounced."""
+"""Test get_text: whole documents, a deterministic split, and a notice without the encyclopedia."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ ARTICLES = {
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache that holds a wheel of our own making under the name of the real one."""
+    """Return a cache with a fake wheel under the name of the real one."""
     content = json.dumps(ARTICLES).encode()
     file = get_text.WheelFile(
         package=WIKI.package,

@@ -1,4 +1,4 @@
-"""A tiny GGUF, written as llama.cpp writes one, comes back as the model it was made from."""
+"""Test that a tiny GGUF, written like llama.cpp's, is converted to the original model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,7 @@ GGUF_NAME = {
 
 
 def permute(weight: np.ndarray, num_heads: int) -> np.ndarray:
-    """llama.cpp's own line (convert_hf_to_gguf.py, LlamaModel.permute)."""
+    """Permute rows as llama.cpp does (convert_hf_to_gguf.py, LlamaModel.permute)."""
     shape = weight.shape
     weight = weight.reshape(num_heads, 2, shape[0] // num_heads // 2, *shape[1:])
     return weight.swapaxes(1, 2).reshape(shape)

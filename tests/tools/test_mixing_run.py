@@ -1,4 +1,4 @@
-"""The run of docs/data.md: its weights are what the update rule makes of its losses."""
+"""Test that the weights of the run in docs/data.md follow from its losses by the update rule."""
 
 import json
 import math

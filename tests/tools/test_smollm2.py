@@ -1,4 +1,4 @@
-"""The default model, downloaded: weights, tokenizer and losses against independent oracles."""
+"""Test the downloaded default model: weights, tokenizer and losses against independent oracles."""
 
 import re
 from pathlib import Path
@@ -49,13 +49,13 @@ def test_weights_are_those_of_transformers_own_loader(dense: Path, gguf: Path):
 
 @pytest.fixture(scope="module")
 def tokenizers(dense: Path, gguf: Path) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
-    """Ours, and the one transformers makes of the GGUF."""
+    """Return our tokenizer, and the one that transformers reads from the GGUF."""
     theirs = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     return AutoTokenizer.from_pretrained(dense), theirs
 
 
 def test_tokens_are_those_of_the_gguf_but_for_spaces_before_a_digit(tokenizers, articles):
-    """Transformers 5.23 drops the digit splitting of the GGUF; llama.cpp and we apply it."""
+    """Check digits: transformers 5.23 ignores the GGUF's digit splitting; llama.cpp applies it."""
     ours, theirs = tokenizers
     for text in articles:
         if re.search(r"\s\s\d", text) is None:

@@ -1,4 +1,4 @@
-"""docs/specialisation.md: its picture and its trends are of the numbers beside it."""
+"""Test that the picture and trends of docs/specialisation.md follow from its numbers."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The page is what its numbers say; jobs do what is not done, once, after what they need."""
+"""Test that the page follows from its numbers, and that jobs run once, after what they need."""
 
 import json
 from functools import partial
