@@ -183,7 +183,7 @@ def test_every_step_and_other_texts_from_the_command_line(run: Path, capfd):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{step}", "--all-steps"], "is one checkpoint of it"),
+        (["{step}", "--all-steps"], "is a single checkpoint"),
         (["{run}", "--set", "far"], "not of the form NAME=FILE"),
         (["{run}", "--set", "left={run}"], "which the run's domains are named too"),
         (["{run}", "data.validation_fraction=null"], "holds no text out"),

@@ -154,7 +154,7 @@ def test_weights_that_stay_are_those_of_the_configuration(inputs: dict[str, Path
     lines = run_training(first, world_size=1)
     assert column(lines[1:], "mixing/weight") == [(0.5, 0.3, 0.2)] * 2 + [(0.2, 0.3, 0.5)]
     told = " ".join(capfd.readouterr().out.split())
-    assert "drawn by new weights from here on; before: {'code': 0.5" in told
+    assert "Domain weights changed on resume. Previous weights: {'code': 0.5" in told
 
 
 def test_one_text_tells_no_mixture(inputs: dict[str, Path]):
