@@ -187,6 +187,10 @@ def test_json_of_the_command(yaml_file: Path):
         (("--dry-run", "--ranks", 4), "--world-size 4"),
         (("--world-size", 8), "require --dry-run"),
         (("--dry-run", "--world-size", 3), "train.global_batch_size"),
+        (
+            ("run.device=cpu", "run.engine=transformer_engine", "--dry-run", "--world-size", 4),
+            "run.engine (transformer_engine) requires run.device=cuda",
+        ),
     ],
 )
 def test_refusals(yaml_file: Path, arguments: tuple, words: str):
@@ -194,6 +198,16 @@ def test_refusals(yaml_file: Path, arguments: tuple, words: str):
     assert told.returncode == 2
     assert words in told.stderr
     assert "Traceback" not in told.stderr
+
+
+def test_recomputation_of_another_engine_does_not_stop_the_dry_run(yaml_file: Path):
+    """As on a laptop, which builds torch-native layers for a configuration of H100s."""
+    told = command(
+        yaml_file, "run.device=auto", "train.recompute=selective", "--dry-run", "--world-size", 4,
+        "--json",
+    )  # fmt: skip
+    assert told.returncode == 0, told.stderr
+    assert "torch-native" in json.loads(told.stdout)["layer_spec"]
 
 
 def test_a_rank_that_is_not_there(yaml_file: Path):

@@ -37,6 +37,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from gpu_checks.session import Session  # noqa: E402
 from gpu_checks.table import CHECKS, PREPARE, Check  # noqa: E402
 
+from megatron_moe.runtime.gpus import visible_gpus  # noqa: E402
+
 COLUMNS = {"check": 10, "what": 44, "expected": 38, "measured": 46, "verdict": 8}
 """Names of the table's columns and their width in characters."""
 REHEARSAL_PATIENCE = 5
@@ -57,7 +59,7 @@ class CheckRun:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the checks; returns 1 if one failed, 0 otherwise (a missed target is no failure)."""
+    """Run the checks. Return 1 if one failed, 2 without a GPU, else 0; a missed target is 0."""
     args = _parser().parse_args(arguments)
     if args.wheels:
         from gpu_checks.wheels import missing_wheels
@@ -67,6 +69,9 @@ def main(arguments: list[str] | None = None) -> int:
     if args.child:
         run_child(args.child, Session(args.name, args.folder, args.rehearse))
         return 0
+    if not args.rehearse and not visible_gpus():
+        print("gpu_check: torch sees no CUDA device. Use --rehearse to run small on the CPU.")
+        return 2
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as name:
         names, folder = args.checks or list(CHECKS), Path(name)
         record = run_checks(names, folder, rehearse=args.rehearse, out=args.json)

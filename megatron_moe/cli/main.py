@@ -143,7 +143,7 @@ def export(
     """
     from megatron_moe.commands.export import export_checkpoint
 
-    export_checkpoint(source, out)
+    print(f"Wrote {out} ({export_checkpoint(source, out)})")
 
 
 @app.command()

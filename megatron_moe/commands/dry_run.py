@@ -31,10 +31,10 @@ from megatron_moe.planner.memory import ModelState, RankMemory, model_state, ran
 from megatron_moe.planner.shape import upcycled_shape
 from megatron_moe.planner.workload import Degrees, degrees_of, workload_of
 from megatron_moe.runtime.engine import (
-    TORCH_ON_CPU,
     TORCH_ON_CUDA,
     TRANSFORMER_ENGINE,
     Engine,
+    choose_engine,
     installed_version,
 )
 from megatron_moe.runtime.stand_in import META, simulated_rank
@@ -104,6 +104,7 @@ def dry_run(config: RunConfig, *, rank: int, world_size: int) -> DryRun:
     if rank >= world_size:
         raise ConfigError(f"--rank ({rank}) must be less than --world-size ({world_size})")
     engine = built_engine(config)
+    config = _buildable(config, engine)
     folders = [config.dense.path, *config.upcycle.mix_with]
     dense = [open_unread(folder) for folder in folders]  # 1. headers, or the promise of config.json
     spec = dense[0].spec
@@ -240,10 +241,22 @@ def built_engine(config: RunConfig) -> Engine:
     where it is installed; the torch-native ones have the same parameters.
     """
     if config.run.device == "cpu":
-        return TORCH_ON_CPU
+        return choose_engine(config.run.engine, device="cpu", problem=lambda: None)
     if config.run.engine == "torch" or installed_version() is None:
         return TORCH_ON_CUDA
     return TRANSFORMER_ENGINE
+
+
+def _buildable(config: RunConfig, engine: Engine) -> RunConfig:
+    """Return the configuration without recomputation that only another engine has.
+
+    A machine without Transformer Engine builds its layers by the torch engine, and recomputation
+    changes no parameter.
+    """
+    if not engine.is_torch or config.train.recompute != "selective":
+        return config
+    train = config.train.model_copy(update={"recompute": "none"})
+    return config.model_copy(update={"train": train})
 
 
 def _layer_spec(config: RunConfig) -> str:
@@ -255,7 +268,8 @@ def _layer_spec(config: RunConfig) -> str:
     if config.run.engine == "torch":
         return "torch-native (run.engine is torch)"
     return (
-        "torch-native, because Transformer Engine is not installed here; its parameters are equal"
+        "torch-native, because Transformer Engine is not installed here; its parameters are "
+        "equal, and activations are predicted for Transformer Engine"
     )
 
 

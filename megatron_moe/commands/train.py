@@ -75,6 +75,10 @@ def _train(job: Job) -> None:
         state = make_state(config, model, groups)
         restore(state, resume_from, config, groups, plan_hash=plan.hash)
         job.say(f"Resumed {resume_from} at step {state.step}")
+        if state.step >= config.train.steps:
+            job.say(
+                f"This run is finished: it has taken all {config.train.steps} steps (train.steps)."
+            )
         _take_configured_weights(job, state)
 
     if (kernel := kernel_in(state.model.modules)) is not None:

@@ -10,7 +10,7 @@ from megatron_moe.planner.check import CheckResult
 from megatron_moe.planner.count import ModelCounts
 from megatron_moe.planner.drawing import draw, spans
 from megatron_moe.planner.search import Candidate, SearchResult
-from megatron_moe.planner.workload import Degrees
+from megatron_moe.planner.workload import Degrees, Workload
 
 MEANING = {
     "gemm": "matrix products",
@@ -33,6 +33,7 @@ def search_report(result: SearchResult) -> RenderableType:
     """Format the best layouts, faster ones that do not fit, and the best layout's placement."""
     best = result.best[0]
     return Group(
+        _engine_line(best.work),
         _best_table(result),
         Text(
             f"{result.num_legal} legal settings; in {result.num_state_too_large} of them, weights, "
@@ -58,10 +59,21 @@ def check_report(result: CheckResult, *, gpus_per_node: int = 8) -> RenderableTy
     )
     return Group(
         *lines,
+        _engine_line(result.candidate.work),
         _parts_table(result.candidate),
         *(Text(f"faster: {advice}") for advice in result.advice),
         layout_report(result.candidate.degrees, gpus_per_node=gpus_per_node),
     )
+
+
+def _engine_line(work: Workload) -> Text:
+    """Name the engine that the figures are for."""
+    if work.engine == "torch":
+        return Text(
+            "engine: torch. Memory is predicted for it; times are those of Transformer Engine's "
+            "kernels, because the torch engine has not been measured"
+        )
+    return Text("engine: Transformer Engine. Where it is not installed, plan with run.engine=torch")
 
 
 def counts_report(counts: ModelCounts) -> RenderableType:

@@ -36,6 +36,12 @@ def test_a_rehearsal_runs_every_check(tmp_path, capfd, names: list[str]):
     assert len(names) == len(set(names))
 
 
+def test_a_machine_without_a_gpu_is_told_to_rehearse(monkeypatch, capsys):
+    monkeypatch.setattr(gpu_check, "visible_gpus", lambda: 0)
+    assert gpu_check.main([]) == 2
+    assert "torch sees no CUDA device. Use --rehearse" in capsys.readouterr().out
+
+
 def test_all_limits_fit_into_eight_minutes():
     assert sum(check.limit for check in (PREPARE, *CHECKS.values())) <= 480
 
@@ -76,6 +82,7 @@ def test_a_missed_target_is_no_failure(tmp_path, monkeypatch, capsys):
     (line,) = [json.loads(line) for line in session.results.read_text().splitlines()]
     assert line["verdict"] == "slow"
     monkeypatch.setattr(gpu_check, "run_checks", lambda *_, **__: {"results": [line]})
+    monkeypatch.setattr(gpu_check, "visible_gpus", lambda: 1)
     assert gpu_check.main([]) == 0
     assert "MFU: 40% (target >= 45%): MISSED" in capsys.readouterr().out
     monkeypatch.setattr(
@@ -86,7 +93,7 @@ def test_a_missed_target_is_no_failure(tmp_path, monkeypatch, capsys):
 
 def test_an_unknown_check_is_refused():
     with pytest.raises(SystemExit, match="no such check: sped; known: join"):
-        gpu_check.main(["sped"])
+        gpu_check.main(["sped", "--rehearse"])
 
 
 def test_the_backward_pass_counts_for_the_part_whose_forward_pass_it_belongs_to():
