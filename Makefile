@@ -38,7 +38,7 @@ OLDEST_INSTALLED := $(OLDEST_VENV)/.installed
 define SEE_PROJECT_PACKAGES
 packages='import sysconfig; print(sysconfig.get_path("purelib"))'; \
 project=$$($(PYTHON) -c "$$packages"); own=$$($(1) -c "$$packages"); \
-echo "$$project" > "$$own/project.pth" && ln -s "$$project/nvidia" "$$own/nvidia"
+printf '%s\n' "$$project" "$(CURDIR)" > "$$own/project.pth" && ln -s "$$project/nvidia" "$$own/nvidia"
 endef
 
 .PHONY: help install demo test test-gpu test-te test-oldest test-all golden check format clean chaos study bench docs

@@ -49,6 +49,15 @@ KINDS = {
 }
 """Methods of a process group: their kind, and which argument holds the bytes that count."""
 
+NAMES_BEFORE_2_14 = {
+    "all_gather_single": "_allgather_base",
+    "all_gather_single_coalesced": "allgather_into_tensor_coalesced",
+    "reduce_scatter_single": "_reduce_scatter_base",
+    "reduce_scatter_single_coalesced": "reduce_scatter_tensor_coalesced",
+    "all_to_all_single": "alltoall_base",
+}
+"""The same methods in older versions of torch; a method without an entry may not exist there."""
+
 AXES = {
     "tp": "tp", "cp": "cp", "pp": "pp", "dp_cp": "dp_cp", "dp": "dp", "ep": "ep", "expt_tp": "etp",
     "expt_dp": "edp", "tp_ep": "etp_ep", "embd": "embedding", "tp_cp": "tp_cp", "mp": "mp",
@@ -95,8 +104,14 @@ def counted(groups: ProcessGroupCollection) -> Iterator[Traffic]:
         return counting
 
     # As the class holds them: read as attributes, they would forget that they are methods.
-    originals = {name: vars(dist.ProcessGroup)[name] for name in KINDS}
-    for name, (kind, position) in KINDS.items():
+    methods = vars(dist.ProcessGroup)
+    kinds = {
+        name if name in methods else NAMES_BEFORE_2_14.get(name, name): kind
+        for name, kind in KINDS.items()
+    }
+    originals = {name: methods[name] for name in kinds if name in methods}
+    for name in originals:
+        kind, position = kinds[name]
         call = count(kind, position, getattr(dist.ProcessGroup, name))
         setattr(dist.ProcessGroup, name, call)
     try:

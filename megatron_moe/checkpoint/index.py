@@ -24,12 +24,16 @@ class SafeReader(FileSystemReader):
     ``.metadata`` is a pickle, and a pickle can call anything that can be imported.
     """
 
+    _index: Metadata | None = None
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Read the index of the checkpoint.
+        """Read the index of the checkpoint, once.
 
         Raises:
             CheckpointError: The index is missing, damaged, or refers to a disallowed type.
         """
+        if self._index is not None:
+            return self._index
         path = Path(self.path) / ".metadata"
         try:
             metadata = _Unpickler(io.BytesIO(path.read_bytes())).load()
@@ -43,6 +47,7 @@ class SafeReader(FileSystemReader):
                 or stored.relative_path == ".."
             ):
                 raise CheckpointError(f"{path} points outside its folder: {stored.relative_path}")
+        self._index = metadata
         return metadata
 
 

@@ -70,10 +70,10 @@ def read_boxes(boxes: Boxes, folder: Path, group: dist.ProcessGroup) -> None:
     Raises:
         CheckpointError: A tensor is missing, has another shape, or a file is damaged.
     """
+    reader = SafeReader(folder)
+    reader.read_metadata()  # here, because torch logs an error of it with a traceback, or drops it
     try:
-        dcp.load(
-            {}, storage_reader=SafeReader(folder), planner=_LoadPlanner(boxes), process_group=group
-        )
+        dcp.load({}, storage_reader=reader, planner=_LoadPlanner(boxes), process_group=group)
     except CheckpointException as error:
         raise CheckpointError(f"cannot load {folder}: {_reasons(error)}") from error
 
