@@ -56,7 +56,7 @@ NAMES_BEFORE_2_14 = {
     "reduce_scatter_single_coalesced": "reduce_scatter_tensor_coalesced",
     "all_to_all_single": "alltoall_base",
 }
-"""The same methods in older versions of torch; a method without an entry may not exist there."""
+"""Names of these methods before torch 2.14; one without an entry may not exist there."""
 
 AXES = {
     "tp": "tp", "cp": "cp", "pp": "pp", "dp_cp": "dp_cp", "dp": "dp", "ep": "ep", "expt_tp": "etp",
