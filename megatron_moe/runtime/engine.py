@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal
 
+import torch
 from packaging.specifiers import SpecifierSet
 
 from megatron_moe.errors import ConfigError
@@ -115,10 +116,12 @@ def engine_of(wanted: WantedEngine, world: World) -> Engine:
         world: This rank's position in the job.
 
     Raises:
-        ConfigError: Transformer Engine is requested but cannot be used, or ranks differ.
+        ConfigError: Transformer Engine is requested but cannot be used, ranks differ, or the GPU is
+            too old.
     """
     if world.device.type == "cpu":
         return engine_here(wanted, "cpu")
+    check_capability(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
     engine = engine_here(wanted, "cuda")
     choices = gathered(f"{engine.name} ({engine.reason})")
     if len(set(choices)) > 1:
@@ -134,6 +137,21 @@ def engine_of(wanted: WantedEngine, world: World) -> Engine:
     else:
         install_for_transformer_engine()
     return engine
+
+
+def check_capability(device_name: str, capability: tuple[int, int]) -> None:
+    """Refuse a GPU that is older than the kernels of both engines.
+
+    Raises:
+        ConfigError: The compute capability is below `LEAST_CAPABILITY`.
+    """
+    if capability < LEAST_CAPABILITY:
+        least, actual = (".".join(map(str, pair)) for pair in (LEAST_CAPABILITY, capability))
+        raise ConfigError(
+            f"run.device (cuda) requires a GPU of compute capability {least} or newer, but the "
+            f"{device_name} has {actual}: it has no bf16 matrix products and no flash attention.\n"
+            "  use a newer GPU (A100, H100, or later), or set run.device=cpu"
+        )
 
 
 def engine_here(wanted: WantedEngine, device: Device) -> Engine:
@@ -181,11 +199,7 @@ def problem_with(try_import: Callable[[], str | None]) -> str | None:
 def _import_here() -> str | None:
     try:
         importlib.import_module("transformer_engine.pytorch")
-    except (
-        ImportError,
-        OSError,
-        RuntimeError,
-    ) as error:  # OSError: a shared library failed to load
+    except (ImportError, OSError, RuntimeError) as error:  # OSError: a library fails to load
         return f"{type(error).__name__}: {error}".splitlines()[0]
     return None
 

@@ -14,6 +14,7 @@ from megatron_moe.errors import ConfigError
 from megatron_moe.runtime import engine as engine_module
 from megatron_moe.runtime.engine import (
     TORCH_ON_CUDA,
+    check_capability,
     choose_engine,
     engine_before_forking,
     engine_of,
@@ -120,6 +121,8 @@ def test_ranks_that_would_differ_are_refused(monkeypatch: pytest.MonkeyPatch):
                 wanted, device="cuda", problem=lambda: versions[world.rank]
             ),
         )
+        torch.cuda.get_device_name = lambda: "NVIDIA H100 80GB HBM3"
+        torch.cuda.get_device_capability = lambda: (9, 0)
         pretended = World(world.rank, 2, world.rank, torch.device("cuda"), world.address)
         with pytest.raises(
             ConfigError, match="must resolve to the same engine on every rank"
@@ -129,6 +132,31 @@ def test_ranks_that_would_differ_are_refused(monkeypatch: pytest.MonkeyPatch):
         assert "rank 1: transformer_engine (version None" in str(caught.value)
 
     run_on_ranks(on_rank, world_size=2)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (12, 0)])
+def test_a_gpu_of_ampere_or_newer_is_accepted(capability: tuple[int, int]):
+    check_capability("a GPU", capability)
+
+
+@pytest.mark.parametrize(
+    ("name", "capability"), [("Tesla T4", (7, 5)), ("Tesla V100", (7, 0)), ("Tesla P100", (6, 0))]
+)
+def test_an_older_gpu_is_refused(name: str, capability: tuple[int, int]):
+    with pytest.raises(ConfigError) as caught:
+        check_capability(name, capability)
+    assert str(caught.value) == (
+        "run.device (cuda) requires a GPU of compute capability 8.0 or newer, but the "
+        f"{name} has {capability[0]}.{capability[1]}: it has no bf16 matrix products and no flash "
+        "attention.\n  use a newer GPU (A100, H100, or later), or set run.device=cpu"
+    )
+
+
+def test_a_rank_on_an_older_gpu_ends_before_it_chooses_an_engine(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    with pytest.raises(ConfigError, match=r"the Tesla T4 has 7\.5"):
+        engine_of("torch", World(0, 1, 0, torch.device("cuda"), "127.0.0.1"))
 
 
 @pytest.mark.parametrize("gate", ["linear", "noisy_mlp"])
