@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What `make bench` runs: every benchmark after the other, then the tables of docs/performance.md.
+"""Run all benchmarks of `make bench` in turn, then write the tables of docs/performance.md.
 
 Nothing else should run on the machine. One that fails does not keep the others from running.
 """

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""How fast text becomes tokens and tokens become batches, and in how much memory.
+"""Measure speed and memory of tokenizing text and of making batches.
 
     tokenize    tokens/s of megatron-moe tokenize beside the tokenizer alone, 1 and N processes
     memory      peak memory of megatron-moe tokenize on 10 MB, 100 MB and 1 GB of the same text
@@ -113,7 +113,7 @@ _loaded: dict[Path, Any] = {}
 
 
 def _encode(folder: Path, texts: list[str]) -> None:
-    """As plain as it gets: batches of texts in, nothing kept."""
+    """Run the tokenizer alone: batches of texts in, nothing kept."""
     tokenizer = _loaded.setdefault(folder, None) or load_tokenizer(folder)
     _loaded[folder] = tokenizer
     for start in range(0, len(texts), 100):

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""How the cost of a step grows, one size at a time, at a fixed number of tokens; with plots.
+"""Measure and plot the cost of a step by one size at a time, at a fixed number of tokens.
 
     experts    8 to 128 of one width, two to a token: the products stay, the parameters grow
     sequence   512 to 8192 tokens of the same 8192: attention grows with the length

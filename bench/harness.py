@@ -1,4 +1,4 @@
-"""What every benchmark here shares: the machine it ran on, turns, spreads, results, progress."""
+"""Shared parts of the benchmarks: machine, turns, spreads, results, progress."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ GIB = 2**30
 
 
 def machine() -> dict[str, Any]:
-    """What a figure must be read with: cores, how busy they were, commit, versions, time."""
+    """Return the conditions of a measurement: cores, their load, commit, versions, time."""
     return {
         "time": datetime.now(UTC).isoformat(timespec="minutes"),
         "cores": os.cpu_count(),

@@ -132,7 +132,7 @@ def communication_table(cases: Cases) -> str:
 
 
 def startup_table(cases: Cases) -> str:
-    """What is waited for, with its target."""
+    """Return the table of start-up and save times, with their targets."""
     names = {"help": "`--help`", "plan": "`plan`, 128 GPUs", "first step": "first step, 4 ranks"}
     rows = [
         (f"{label}, s", cases[name]["seconds"], cases[name]["target"], cases[name])
@@ -211,7 +211,7 @@ def _load(case: dict[str, Any]) -> str:
 
 
 def _machine(cases: Cases) -> str:
-    """Where and by what the table was measured; cases may come from several runs."""
+    """Return a line with the conditions of the measurements; cases may come from several runs."""
     told = [case["machine"] for case in cases.values()]
     commits = ", ".join(sorted({str(one["commit"]) for one in told}))
     one = told[0]

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What an operator waits for: starting and saving.
+"""Measure the time to start a run and to save a checkpoint.
 
 Each is repeated, and whatever it is compared with comes in between:
 
@@ -33,7 +33,7 @@ from harness import ROOT, keep, machine, ratios, say, spread_of
 PROGRAM = [sys.executable, "-m", "megatron_moe"]
 TINY = {"layers": 4, "hidden": 64, "ffn": 96, "heads": 8, "kv_heads": 4, "vocab": 257}
 STATE = {"layers": 8, "hidden": 512, "ffn": 1024, "heads": 8, "kv_heads": 8, "vocab": 8192}
-"""Of the run that is saved: 8 experts, 117 M parameters, 1.3 GiB with fp32 moments."""
+"""Model of the saved run: 8 experts, 117 M parameters, 1.3 GiB with fp32 moments."""
 LLAMA3 = {"layers": 32, "hidden": 4096, "ffn": 14336, "heads": 32, "kv_heads": 8, "vocab": 128256}
 SCRATCH = ROOT / "runs" / "bench"
 MIB = 2**20

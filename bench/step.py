@@ -28,19 +28,19 @@ from step_cases import CASES, Case
 from workers import Worker
 
 SCRIPTS = {"peer": "step_peer.py", "ours": "step_ours.py", "ranks2": "step_ours.py"}
-"""Of each side."""
+"""Script of each side."""
 MODES = ("eager", "grouped_mm")
-"""Of the peer's experts. batched_mm copies an expert's weights for every token: left out."""
+"""Modes of the peer's experts, without batched_mm, which copies an expert's weights per token."""
 THREADS = 2
 CLOSE = {"fp32": 2e-3, "bf16": 3e-2}
-"""How far apart the first losses may be; at 9 nats, bf16 logits alone move them by 1e-2."""
+"""Tolerance of the first losses: at 9 nats, bf16 logits alone change them by 1e-2."""
 Begin = Callable[[str], None]
 """Lets a side build a case."""
 
 
 @dataclass(slots=True)
 class Turns:
-    """What each side took, round by round."""
+    """Seconds of each side, by round."""
 
     ours: list[float] = field(default_factory=list)
     peer: list[float] = field(default_factory=list)

@@ -17,7 +17,7 @@ from megatron_moe.planner.shape import upcycled_shape
 
 SMOLLM2 = ROOT / "runs" / "models" / "smollm2-135m"
 ADAMW = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "clip": 1.0}
-"""Of both sides; ours are `train.state.optimizer_config`."""
+"""Optimizer settings of both sides; ours are `train.state.optimizer_config`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,14 +35,14 @@ class Case:
     resident: bool = True
     """Both sides fit into memory at once; else they come one after the other, round after round."""
     layout: str = "ep2"
-    """Of two ranks."""
+    """Layout of the runs on two ranks."""
     target: float | None = None
-    """What the ratio to the peer should be; None where only our own MFU has a target."""
+    """Target of the ratio to the peer; None if only our own MFU has a target."""
     mfu_target: float | None = None
 
     @property
     def sides(self) -> tuple[str, ...]:
-        """Who takes turns."""
+        """Sides that take turns."""
         return ("ours",) if self.target is None else ("peer", "ours", "ranks2")
 
     def dense(self, folder: Path) -> Path:
@@ -53,7 +53,7 @@ class Case:
         return random_dense(folder / self.name, config_of(**self.sizes, **more))
 
     def config(self, dense: Path, folder: Path, ranks: int) -> RunConfig:
-        """What ours is told. No balancing loss: the peer is spared its own, which is dear."""
+        """Return our settings, without a balancing loss: the peer's is expensive and turned off."""
         degree = {"ep2": {"expert_parallel_size": 2}, "tp2": {"tensor_parallel_size": 2}}
         settings: dict[str, dict[str, Any]] = {
             "run": {"dir": str(folder / f"run-{ranks}"), "device": "cpu"},

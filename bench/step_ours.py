@@ -80,7 +80,7 @@ def _rank(config: RunConfig, pipes: Pipes, world: World) -> None:
 
 
 def product_flops(dtype: torch.dtype, size: int = 2048) -> float:
-    """What a large matrix product reaches just now, in operations a second; the best of five."""
+    """Return the FLOP/s of a large matrix product at this moment, the best of five."""
     a, b = torch.randn(size, size, dtype=dtype), torch.randn(size, size, dtype=dtype)
     out, seconds = torch.empty(size, size, dtype=dtype), []
     for _ in range(6):

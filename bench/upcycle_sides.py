@@ -82,7 +82,7 @@ def ours(config: RunConfig, rank: int) -> Measured:
 
 
 def copying(config: RunConfig, rank: int) -> Measured:
-    """As many bytes as the shard has, from the file's pages straight into the same parameters."""
+    """Copy the shard's number of bytes from the file's pages into the same parameters."""
     layout, groups = create_groups(config.parallel, seed=0)
     held, _ = _begin()
     dense = open_dense_checkpoint(config.dense.path)
@@ -233,7 +233,7 @@ def main() -> None:
 
 
 def measure(about: dict[str, Any], _: dict[str, Any]) -> Measured:
-    """What one side took."""
+    """Measure one side on its simulated rank."""
     with simulated_rank(about["rank"], world_size=about["world_size"]):
         return SIDES[about["side"]](settings(about), about["rank"])
 

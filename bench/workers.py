@@ -78,7 +78,7 @@ def take_pipes() -> Pipes:
 
 
 def subjects(pipes: Pipes) -> Iterator[dict[str, Any]]:
-    """What the worker is to measure; it says that one has ended when it is asked for the next."""
+    """Yield what to measure; asking for the next reports that the last one has ended."""
     told, answers = pipes
     while line := told.readline():
         yield json.loads(line)

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "megatron_moe"
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "megatron_moe"
 FILES = sorted(PACKAGE.rglob("*.py"))
+SCRIPTS = sorted(path for folder in ("tools", "bench") for path in (ROOT / folder).rglob("*.py"))
 
 FIRST_WORDS = ("Of", "Whose", "Where", "The same", "What", "How")
 """A docstring starts with a verb or names its subject, and not with one of these."""
@@ -34,7 +36,7 @@ NAMES = ("found", "told", "fate", "Fate", "Wish", "wish", "Seat", "seat")
 
 
 def relative(path: Path) -> str:
-    return path.relative_to(PACKAGE).as_posix()
+    return path.relative_to(ROOT).as_posix()
 
 
 def docstrings(tree: ast.AST) -> Iterator[tuple[int, str]]:
@@ -47,7 +49,7 @@ def docstrings(tree: ast.AST) -> Iterator[tuple[int, str]]:
                 yield child.lineno, value.value
 
 
-@pytest.mark.parametrize("path", FILES, ids=relative)
+@pytest.mark.parametrize("path", [*FILES, *SCRIPTS], ids=relative)
 def test_docstrings_begin_with_a_verb_or_a_subject(path: Path):
     starts = tuple(f"{word} " for word in FIRST_WORDS)
     wrong = [

@@ -49,13 +49,13 @@ LAST_LINES = 12
 
 @dataclass(frozen=True, slots=True)
 class CheckRun:
-    """What is left of a check that has ended."""
+    """Result of a check that has ended."""
 
     name: str
     seconds: float
     results: list[dict[str, Any]]
     last_lines: list[str]
-    """Of the child's output, if it failed."""
+    """Last lines of the child's output, if it failed."""
 
 
 def main(arguments: list[str] | None = None) -> int:

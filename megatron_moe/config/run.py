@@ -409,7 +409,7 @@ class Optimizer(Section):
 
 
 class Checkpoint(Section):
-    """When to save checkpoints, and how many to keep."""
+    """Interval between checkpoints, and their number."""
 
     interval: Count = 1000
     """Number of steps between checkpoints. The last step is always saved."""

@@ -28,7 +28,7 @@ LLAMA_1B = {
 """Shape of Llama-3.2-1B."""
 SMALL = {"layers": 2, "hidden": 64, "ffn": 128, "heads": 8, "kv_heads": 2, "vocab": 512,
          "tie_word_embeddings": True, "head_dim": 8}  # fmt: skip
-"""The same in a rehearsal."""
+"""Shape used in a rehearsal."""
 
 
 def prepare(session: Session) -> None:

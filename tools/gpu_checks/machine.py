@@ -1,4 +1,4 @@
-"""Where the checks run: commit, device and versions, as `megatron_moe.bench` records them."""
+"""Record the commit, device and versions of the checks, as `megatron_moe.bench` does."""
 
 from __future__ import annotations
 

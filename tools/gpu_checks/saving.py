@@ -24,7 +24,7 @@ from megatron_moe.runtime.world import World
 EXPORT_ERROR = 1e-4
 """Nats per token between the trainer's held-out loss and transformers' on the export, in fp32."""
 PINNED_GB_PER_SECOND = 20.0
-"""What PCIe 5 with 16 lanes should exceed by far: 63 GB/s on the data sheet."""
+"""Rate that PCIe 5 with 16 lanes should exceed by far: 63 GB/s on the data sheet."""
 
 
 def resume(session: Session) -> None:

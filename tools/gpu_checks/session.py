@@ -1,4 +1,4 @@
-"""What every check receives: the device, the sizes to use, and where results go.
+"""Context of every check: the device, the sizes to use, and the file of results.
 
 A result is one JSON line in a file, written as soon as it is known: what a check measured before it
 hung or died is kept, and a forked rank reports in the same way as its parent.
@@ -35,7 +35,7 @@ class Session:
 
     @property
     def device(self) -> Literal["cpu", "cuda"]:
-        """Where the check computes."""
+        """Device of the check."""
         return "cpu" if self.rehearse else "cuda"
 
     @property

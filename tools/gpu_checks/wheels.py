@@ -26,11 +26,11 @@ PRESENT = (
     "huggingface-hub", "regex", "packaging", "jinja2", "markupsafe", "typing-extensions", "sympy",
     "mpmath", "networkx", "fsspec", "filelock", "tqdm", "requests", "setuptools", "pip",
 )  # fmt: skip
-"""What a machine with torch and transformers has; their other requirements are listed again, for an
-installation may lack them and all of them together are small."""
+"""Packages that a machine with torch and transformers has. Their other requirements are listed all
+the same: an installation may lack them, and together they are small."""
 OPTIONAL = ("wandb", "lm-eval", "accelerate", "pyarrow", "zstandard", "ortools", "matplotlib",
             "tensorboard", "datasets")  # fmt: skip
-"""What the package imports when a feature is used that the checks do not use."""
+"""Packages that only features outside of the checks import."""
 
 
 def missing_wheels() -> list[str]:
