@@ -1,6 +1,7 @@
 """README and CONTRIBUTING say nothing that is not so: commands, settings, files, names."""
 
 import argparse
+import ast
 import importlib
 import re
 import shlex
@@ -142,3 +143,27 @@ def test_links_lead_to_files(page):
 @pytest.mark.parametrize("page", PAGES)
 def test_nothing_is_left_to_fill_in(page):
     assert not re.search(r"\b(TODO|TBD|FIXME|DEMO_\w+)\b", (ROOT / page).read_text())
+
+
+def messages() -> str:
+    """All texts of the package, with a mark where an f-string puts a value."""
+    texts = []
+    for path in (ROOT / "megatron_moe").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = [getattr(part, "value", None) for part in node.values]
+                texts.append("".join(p if isinstance(p, str) else "..." for p in parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    return "\n".join(texts)
+
+
+def test_troubleshooting_quotes_messages_that_exist():
+    """Of each quoted beginning, the pieces between values must be texts of the package."""
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    rows = re.findall(r"^\| (`.*?) \|", page, re.MULTILINE)
+    assert len(rows) >= 10
+    known = messages()
+    for quoted in (text for row in rows for text in re.findall(r"`([^`]+)`", row)):
+        for piece in re.split(r"\.\.\.|\bN\b|; |\([^)]*\)", quoted):
+            assert piece.strip() in known, (quoted, piece)
