@@ -113,7 +113,7 @@ def _config(folder: Path, parallel: dict[str, int], precision: str, *, padded: b
         RunConfig,
         {
             "run": {"dir": str(folder / "run"), "device": "cpu"},
-            "dense": {"path": str(folder / "dense")},
+            "source": {"path": str(folder / "dense")},
             "moe": moe,
             "parallel": parallel,
             "data": {"path": "none", "seq_length": 128},

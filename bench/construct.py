@@ -81,7 +81,7 @@ def _config(
 ) -> str:
     settings = {
         "run": {"dir": str(scratch / f"run-{upcycle['method']}"), "device": "cpu"},
-        "dense": {"path": str(dense)},
+        "source": {"path": str(dense)},
         "moe": moe,
         "upcycle": {**upcycle, "verify": "never"},
         "measure": {"samples": samples},

@@ -25,7 +25,7 @@ def main() -> None:
 
 
 def _cluster(config: RunConfig, world: World) -> None:
-    dense = open_dense_checkpoint(config.dense.path)
+    dense = open_dense_checkpoint(config.source.path)
     plan = make_expert_plan(dense.spec, config.moe, config.upcycle)
     tables = clustered_tables(plan, dense)
     assert len(tables) == dense.spec.num_layers, world.rank

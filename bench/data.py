@@ -170,7 +170,7 @@ def loader(domains: Path, tokenizer_folder: Path, scratch: Path) -> dict[str, An
         stream = TokenStream(prefix, vocab_size=tokenizer.vocab_size)
         training[name] = Samples(stream, seq_length=SEQ_LENGTH, seed=0)
     config = build(RunConfig, {
-        "run": {"dir": str(scratch)}, "dense": {"path": "dense"}, "moe": {"num_moe_experts": 8},
+        "run": {"dir": str(scratch)}, "source": {"path": "dense"}, "moe": {"num_moe_experts": 8},
         "data": {"path": "text", "seq_length": SEQ_LENGTH},
         "train": {"steps": 1, "global_batch_size": BATCH},
     })  # fmt: skip

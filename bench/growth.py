@@ -148,7 +148,7 @@ def _config(folder: Path, sizes: Sizes) -> RunConfig:
         RunConfig,
         {
             "run": {"dir": str(folder / "run"), "device": "cpu"},
-            "dense": {"path": str(folder / "dense")},
+            "source": {"path": str(folder / "dense")},
             "moe": {"num_moe_experts": sizes.experts},
             "parallel": {"expert_parallel_size": sizes.ranks},
             "data": {"path": "none", "seq_length": sizes.seq_length},

@@ -76,7 +76,7 @@ def plan(scratch: Path, rounds: int) -> dict[str, Any]:
     dense.mkdir()
     (dense / "config.json").write_text(json.dumps(config_of(**LLAMA3)))
     file = ROOT / "configs" / "h100" / "llama3-8b-e8t2-dropless-128.yaml"
-    command = [*PROGRAM, "plan", str(file), f"dense.path={dense}", "--gpus", "128"]
+    command = [*PROGRAM, "plan", str(file), f"source.path={dense}", "--gpus", "128"]
     return {**_timed("plan", command, rounds), "target": 2.0, "torch": _imports(command)}
 
 
@@ -284,7 +284,7 @@ def _settings(
 ) -> Path:
     settings = {
         "run": {"dir": str(run), "device": "cpu"},
-        "dense": {"path": str(dense)},
+        "source": {"path": str(dense)},
         "moe": {"num_moe_experts": 8},
         "upcycle": {"verify": "never"},
         "data": {"path": str(tokens), "seq_length": 64},

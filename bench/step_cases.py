@@ -57,7 +57,7 @@ class Case:
         degree = {"ep2": {"expert_parallel_size": 2}, "tp2": {"tensor_parallel_size": 2}}
         settings: dict[str, dict[str, Any]] = {
             "run": {"dir": str(folder / f"run-{ranks}"), "device": "cpu"},
-            "dense": {"path": str(dense)},
+            "source": {"path": str(dense)},
             "moe": {
                 "num_moe_experts": self.experts,
                 "moe_router_topk": self.topk,
@@ -85,7 +85,7 @@ class Case:
 
     def flops(self, config: RunConfig) -> int:
         """Matrix products of a step; of attention only the triangle that a causal model needs."""
-        shape = upcycled_shape(read_spec(config.dense.path), config.moe)
+        shape = upcycled_shape(read_spec(config.source.path), config.moe)
         forward = forward_flops(
             shape, sequence_length=self.seq_length, batch_size=self.batch, causal=True
         )

@@ -35,7 +35,7 @@ def main() -> None:
     for about in subjects(pipes):
         case, ranks = CASES[about["case"]], about["ranks"]
         config = case.config(Path(about["dense"]), Path(about["folder"]), ranks)
-        check(config, read_spec(config.dense.path), ranks)
+        check(config, read_spec(config.source.path), ranks)
         config.run.dir.mkdir(parents=True, exist_ok=True)
         run_local_ranks(partial(_rank, config, pipes), ranks=ranks, device="cpu")
 

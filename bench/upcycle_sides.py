@@ -46,7 +46,7 @@ def settings(about: dict[str, Any]) -> RunConfig:
         RunConfig,
         {
             "run": {"dir": "none", "device": "cpu"},
-            "dense": {"path": about["dense"]},
+            "source": {"path": about["dense"]},
             "data": {"path": "none", "seq_length": 512},
             "train": {"steps": 1, "precision": about.get("precision", "bf16")},
             "moe": about["moe"],
@@ -60,7 +60,7 @@ def ours(config: RunConfig, rank: int) -> Measured:
     """`model.upcycle.upcycle` into a model just built."""
     layout, groups = create_groups(config.parallel, seed=0)
     held, start = _begin()
-    dense = open_dense_checkpoint(config.dense.path)
+    dense = open_dense_checkpoint(config.source.path)
     plan = make_expert_plan(dense.spec, config.moe, config.upcycle)
     opened = time.perf_counter() - start
     model = _empty(config, dense.spec, layout, groups, rank)
@@ -85,7 +85,7 @@ def copying(config: RunConfig, rank: int) -> Measured:
     """Copy the shard's number of bytes from the file's pages into the same parameters."""
     layout, groups = create_groups(config.parallel, seed=0)
     held, _ = _begin()
-    dense = open_dense_checkpoint(config.dense.path)
+    dense = open_dense_checkpoint(config.source.path)
     model = _empty(config, dense.spec, layout, groups, rank)
     files = sorted({info.file for info in dense.tensors.values()})
     start, busy, total = time.perf_counter(), time.process_time(), 0
@@ -111,7 +111,7 @@ def transformers(config: RunConfig, rank: int) -> Measured:
     """The dense model by from_pretrained, a state dict of the whole MoE, the rank's part of it."""
     held, start = _begin()
     busy = time.process_time()
-    dense = LlamaForCausalLM.from_pretrained(config.dense.path, dtype=torch.bfloat16)
+    dense = LlamaForCausalLM.from_pretrained(config.source.path, dtype=torch.bfloat16)
     state: dict[str, torch.Tensor] = {}
     for name, tensor in dense.state_dict().items():
         before, found, after = name.partition(".mlp.")
@@ -141,11 +141,11 @@ def megatron(config: RunConfig, rank: int) -> Measured:
     from megatron.core.transformer.moe.upcycling_utils import upcycle_state_dict
 
     layout, groups = create_groups(config.parallel, seed=0)
-    checkpoint = open_dense_checkpoint(config.dense.path)
+    checkpoint = open_dense_checkpoint(config.source.path)
     held, start = _begin()
     busy = time.process_time()
     dense = _megatron_dense(config, checkpoint.spec, groups)
-    _fill_dense(dense, config.dense.path, checkpoint.spec)
+    _fill_dense(dense, config.source.path, checkpoint.spec)
     filled = time.perf_counter()
     model = _empty(config, checkpoint.spec, layout, groups, rank)
     state = upcycle_state_dict(model.modules, [dense])

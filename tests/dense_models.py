@@ -41,5 +41,5 @@ DENSE_MODELS = {
 def shipped(path: Path) -> tuple[RunConfig, DenseSpec, int]:
     """A file of configs/h100, its dense model, and the GPUs that its name says."""
     config = load(RunConfig, path)
-    spec = spec_from_config(DENSE_MODELS[config.dense.path.name])
+    spec = spec_from_config(DENSE_MODELS[config.source.path.name])
     return config, spec, int(path.stem.rpartition("-")[2])

@@ -55,7 +55,7 @@ def _settings(run: Path, dense: Path, steps: int, seed: int, experts: int) -> di
     domains = {name: {"path": "data/x", "weight": 1 / len(DOMAINS)} for name in DOMAINS}
     return {
         "run": {"dir": str(run), "device": "cpu", "seed": seed},
-        "dense": {"path": str(dense)},
+        "source": {"path": str(dense)},
         "moe": {"num_moe_experts": experts, "moe_router_topk": TOPK},
         "parallel": {
             "tensor_parallel_size": 2, "pipeline_parallel_size": 2, "expert_parallel_size": 4,

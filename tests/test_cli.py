@@ -37,7 +37,7 @@ def yaml_file(tmp_path: Path) -> Path:
     path = tmp_path / "run.yaml"
     path.write_text(
         f"run: {{dir: {tmp_path / 'run'}, device: cpu}}\n"
-        f"dense: {{path: {tmp_path / 'dense'}}}\n"
+        f"source: {{path: {tmp_path / 'dense'}}}\n"
         "moe: {num_moe_experts: 4}\n"
         f"data: {{path: {tmp_path / 'text.txt'}, seq_length: 64}}\n"
         "train: {steps: 0, global_batch_size: 4}\n"
@@ -130,7 +130,7 @@ def test_a_wrong_setting_is_refused(yaml_file, capsys, monkeypatch, overrides, m
 
 
 def test_a_missing_dense_folder_is_refused(yaml_file, capsys, monkeypatch, tmp_path):
-    told = refused(capsys, monkeypatch, "train", yaml_file, f"dense.path={tmp_path / 'nowhere'}")
+    told = refused(capsys, monkeypatch, "train", yaml_file, f"source.path={tmp_path / 'nowhere'}")
     path = tmp_path / "nowhere" / "config.json"
     assert told.startswith(f"CheckpointError: cannot read {path}: No such file or directory.\n  ")
     assert not (tmp_path / "run").exists(), "nothing is made before everything is checked"

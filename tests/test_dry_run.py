@@ -117,7 +117,7 @@ def test_bytes_read_are_those_of_real_ranks(tmp_path: Path, method: str, moe: di
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "config.json").write_text((dense / "config.json").read_text())
-    config = build(RunConfig, settings | {"dense": {"path": str(bare)}})
+    config = build(RunConfig, settings | {"source": {"path": str(bare)}})
 
     def check() -> None:
         for theirs in receipt["ranks"]:
@@ -139,9 +139,9 @@ def test_every_h100_configuration(tmp_path: Path):
     def check() -> None:
         for path in H100_FILES:
             config, spec, gpus = shipped(path)
-            folder = tmp_path / config.dense.path.name
+            folder = tmp_path / config.source.path.name
             config = config.model_copy(
-                update={"dense": config.dense.model_copy(update={"path": folder})}
+                update={"source": config.source.model_copy(update={"path": folder})}
             )
             found = dry_run(config, rank=0, world_size=gpus)
             agrees_with_the_planner(found, config, spec, world_size=gpus)

@@ -33,7 +33,7 @@ def tree(run_dir: Path, dense: Path, tokens: Path, **changes: dict[str, Any]) ->
     """A run's settings as YAML would hold them; ``changes`` are merged into the sections."""
     settings: dict[str, dict[str, Any]] = {
         "run": {"dir": str(run_dir), "device": "cpu"},
-        "dense": {"path": str(dense)},
+        "source": {"path": str(dense)},
         "moe": {"num_moe_experts": 4},
         "data": {"path": str(tokens), "seq_length": 32},
         "train": {"steps": 5, "global_batch_size": 4, "precision": "fp32"},
@@ -49,7 +49,7 @@ def tree(run_dir: Path, dense: Path, tokens: Path, **changes: dict[str, Any]) ->
 def run_training(settings: dict[str, Any], *, world_size: int) -> list[dict[str, Any]]:
     """Run ``megatron-moe train`` on forked ranks; returns the lines of metrics.jsonl."""
     config = build(RunConfig, settings)
-    check(config, read_spec(config.dense.path), world_size)
+    check(config, read_spec(config.source.path), world_size)
     config.run.dir.mkdir(parents=True, exist_ok=True)
     run_on_ranks(_train, config, world_size=world_size)
     return read_metrics(config.run.dir)

@@ -47,7 +47,7 @@ TABLE = ROOT / "docs" / "reliability.md"
 BEGIN, END = "<!-- table by make chaos -->\n", "<!-- end of table -->\n"
 CONFIG = """\
 run: {{dir: {run_dir}, device: cpu}}
-dense: {{path: {root}/dense}}
+source: {{path: {root}/dense}}
 moe: {{num_moe_experts: 4}}
 parallel: {{expert_parallel_size: 2}}
 data: {{path: {root}/tokens, seq_length: 32}}

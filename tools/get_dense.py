@@ -47,7 +47,7 @@ examples:
   python tools/get_dense.py dense/llama --from meta-llama/Llama-3.1-8B
   python tools/get_dense.py dense/llama --from /models/Llama-3.1-8B
 
-Then set the folder in the configuration:  dense.path: dense/smollm2
+Then set the folder in the configuration:  source.path: dense/smollm2
 If OUT is already complete for the same arguments, the command returns at once.
 """
 

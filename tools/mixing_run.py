@@ -22,7 +22,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from megatron_moe.checkpoint.folder import DENSE_FILES
+from megatron_moe.checkpoint.folder import SOURCE_FILES
 from megatron_moe.config.mixtures import PRESETS, SLIMPAJAMA
 
 ROOT = Path(__file__).parents[1]
@@ -48,7 +48,7 @@ def main() -> None:
     config.parent.mkdir(parents=True, exist_ok=True)
     config.write_text(yaml.safe_dump(settings(), sort_keys=False))
     tool = [sys.executable, "-m", "megatron_moe"]
-    whole = [f"dense.path={DENSE}"]
+    whole = [f"source.path={DENSE}"]
     _run([*tool, "reference-loss", str(config), "--out", str(REFERENCE), *whole])
     shutil.rmtree(RUN / "checkpoints", ignore_errors=True)
     _run([*tool, "train", str(config)])
@@ -62,7 +62,7 @@ def settings() -> dict[str, Any]:
     weights = PRESETS["sheared"]
     return {
         "run": {"dir": str(RUN), "device": "cpu"},
-        "dense": {"path": str(CUT)},
+        "source": {"path": str(CUT)},
         "moe": {"num_moe_experts": 2},
         "upcycle": {"verify": "never"},
         "data": {
@@ -94,7 +94,7 @@ def cut_layers(dense: Path, out: Path) -> None:
     model.model.layers = torch.nn.ModuleList(model.model.layers[layer] for layer in KEPT)
     model.config.num_hidden_layers = len(KEPT)
     model.save_pretrained(out)
-    for pattern in DENSE_FILES:
+    for pattern in SOURCE_FILES:
         for file in dense.glob(pattern):
             if not (out / file.name).exists():
                 shutil.copyfile(file, out / file.name)

@@ -92,7 +92,7 @@ def settings() -> dict[str, Any]:
     """Return the run's configuration."""
     return {
         "run": {"dir": str(RUN), "device": "cpu"},
-        "dense": {"path": str(DENSE)},
+        "source": {"path": str(DENSE)},
         "moe": {"num_moe_experts": EXPERTS, "moe_ffn_hidden_size": FFN // EXPERTS},
         "upcycle": {"method": "split_random", "verify": "never"},
         "data": {

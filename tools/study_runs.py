@@ -61,7 +61,7 @@ def settings(
         upcycle["plan"] = str(run_dir / "measured.safetensors")
     return {
         "run": {"dir": str(run_dir), "device": "cpu", "seed": seed},
-        "dense": {"path": str(dense)},
+        "source": {"path": str(dense)},
         "moe": case.moe(read_spec(dense).ffn_hidden_size),
         "upcycle": upcycle,
         "measure": {"samples": 32, "hidden_states": 1024, "interval": 1000},
@@ -93,7 +93,7 @@ def train_case(tree: dict[str, Any], result: Path, *, about: dict[str, Any]) -> 
 def train_run(tree: dict[str, Any]) -> None:
     """Construct if needed, and train; an interrupted run is resumed."""
     config = build(RunConfig, tree)
-    check(config, read_spec(config.dense.path), 1)
+    check(config, read_spec(config.source.path), 1)
     config.run.dir.mkdir(parents=True, exist_ok=True)
     plan = config.upcycle.plan
     if plan is not None and not plan.exists():

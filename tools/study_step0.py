@@ -51,7 +51,7 @@ def config_of(case: Case, run_dir: Path, dense: Path, tokens: Path) -> RunConfig
     tree["data"] |= {"validation_fraction": 0.3, "validation_samples": HELD_OUT}
     tree["train"] |= {"micro_batch_size": 1}
     config = build(RunConfig, tree)
-    check(config, read_spec(config.dense.path), 1)
+    check(config, read_spec(config.source.path), 1)
     config.run.dir.mkdir(parents=True, exist_ok=True)
     return config
 
@@ -63,7 +63,7 @@ def measure(config: RunConfig, out: Path) -> None:
 
 def _measure(config: RunConfig, out: Path, world: World) -> None:
     layout, groups = create_groups(config.parallel, seed=SEED)
-    dense = open_dense(config.dense.path)
+    dense = open_dense(config.source.path)
     as_dense = dense_config(config)
     model = build_model(
         as_dense, dense.spec, layout=layout, groups=groups, rank=world.rank, engine=TORCH_ON_CPU
@@ -96,7 +96,7 @@ def judge(case: Case, config: RunConfig, measured: Path, result: Path) -> None:
 def _judge(case: Case, config: RunConfig, measured: Path, result: Path, world: World) -> None:
     start = time.monotonic()
     layout, groups = create_groups(config.parallel, seed=SEED)
-    dense = open_dense(config.dense.path)
+    dense = open_dense(config.source.path)
     plan = _solved(
         make_expert_plan(dense.spec, config.moe, config.upcycle), config, dense, measured
     )

@@ -59,7 +59,7 @@ def make_timed_state(
         balanced: Let random numbers choose the experts instead of the router's logits.
     """
     engine = engine_of(config.run.engine, world)
-    spec = read_spec(config.dense.path)
+    spec = read_spec(config.source.path)
     if not engine.is_torch:
         start_tp_overlap(config, spec)
     model = build_model(config, spec, layout=layout, groups=groups, rank=world.rank, engine=engine)
@@ -75,7 +75,7 @@ def make_timed_state(
 def _fill_from_checkpoint(
     model: Model, config: RunConfig, layout: ParallelLayout, rank: int
 ) -> None:
-    dense = open_dense_checkpoint(config.dense.path)
+    dense = open_dense_checkpoint(config.source.path)
     dense.check_tensors(dict(dense_tensors(dense.spec)))
     plan = complete_plan(make_expert_plan(dense.spec, config.moe, config.upcycle), config, dense)
     set_output_scales(model.modules, plan)

@@ -5,7 +5,7 @@ run.dir/checkpoints/latest            name of the newest checkpoint, replaced at
 .../step_00000010/checkpoint.json     step, samples, position in each domain, plan hash, layout
 .../step_00000010/config.yaml         the run's resolved configuration
 .../step_00000010/plan.safetensors    tables of the plan, if its settings alone do not define it
-.../step_00000010/dense/              config.json and tokenizer of the dense model
+.../step_00000010/source/             config.json and tokenizer of the source (once: dense/)
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moe.config.load import load
-from megatron_moe.config.run import Dense, RunConfig
+from megatron_moe.config.run import RunConfig, Source
 from megatron_moe.errors import CheckpointError
 from megatron_moe.experts.file import PLAN_FILE, read_plan
 from megatron_moe.experts.plan import ExpertPlan, make_expert_plan
@@ -27,9 +27,9 @@ from megatron_moe.hf.disk import fsync
 from megatron_moe.hf.spec import DenseSpec
 
 _STEP = re.compile(r"step_(\d{8,})")
-DENSE_FILES = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",
+SOURCE_FILES = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",
                "added_tokens.json", "vocab.json", "merges.txt", "chat_template*")  # fmt: skip
-"""Files of a dense folder that an export needs: everything but the weights."""
+"""Files of a source folder that an export needs: everything but the weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +112,16 @@ def read_progress(folder: Path) -> Progress:
 
 def read_config(folder: Path) -> RunConfig:
     """Read the configuration of the run that wrote the checkpoint."""
-    return load(RunConfig, folder / "config.yaml")
+    return load(RunConfig, folder / "config.yaml", from_checkpoint=True)
+
+
+def source_copy(checkpoint: Path) -> Path:
+    """Return the checkpoint's folder with the source's config.json and tokenizer files.
+
+    Checkpoints of version 0.1 call it ``dense``.
+    """
+    old = checkpoint / "dense"
+    return old if old.is_dir() else checkpoint / "source"
 
 
 def run_of(source: Path, overrides: Iterable[str] = ()) -> tuple[Path, RunConfig]:
@@ -128,9 +137,10 @@ def run_of(source: Path, overrides: Iterable[str] = ()) -> tuple[Path, RunConfig
     """
     checkpoint = find_checkpoint(source).resolve()
     run_dir = f"run.dir={json.dumps(str(checkpoint.parents[1]))}"  # the run may have been moved
-    config = load(RunConfig, checkpoint / "config.yaml", [run_dir, *overrides])
-    if not (config.dense.path / "config.json").exists():  # the checkpoint has copies
-        config = config.model_copy(update={"dense": Dense(path=checkpoint / "dense")})
+    settings = [run_dir, *overrides]
+    config = load(RunConfig, checkpoint / "config.yaml", settings, from_checkpoint=True)
+    if not (config.source.path / "config.json").exists():  # the checkpoint has copies
+        config = config.model_copy(update={"source": Source(path=source_copy(checkpoint))})
     return checkpoint, config
 
 
@@ -166,13 +176,13 @@ def give_up(partial: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
 
 
-def describe(partial: Path, progress: Progress, config_yaml: str, dense_folder: Path) -> None:
+def describe(partial: Path, progress: Progress, config_yaml: str, source_folder: Path) -> None:
     """Write the small files of a checkpoint: everything but its tensors."""
     (partial / "config.yaml").write_text(config_yaml)
-    (partial / "dense").mkdir()
-    for pattern in DENSE_FILES:
-        for file in dense_folder.glob(pattern):
-            shutil.copyfile(file, partial / "dense" / file.name)
+    (partial / "source").mkdir()
+    for pattern in SOURCE_FILES:
+        for file in source_folder.glob(pattern):
+            shutil.copyfile(file, partial / "source" / file.name)
     if (plan := partial.parents[1] / PLAN_FILE).exists():
         shutil.copyfile(plan, partial / PLAN_FILE)
     (partial / "checkpoint.json").write_text(json.dumps(asdict(progress), indent=2) + "\n")

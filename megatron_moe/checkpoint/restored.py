@@ -51,7 +51,7 @@ def restored_model(config: RunConfig, world: World, checkpoint: Path) -> Restore
     engine = engine_of(config.run.engine, world)
     check_dispatcher(config.moe, engine)
     layout, groups = create_groups(config.parallel, seed=config.run.seed)
-    spec = read_spec(config.dense.path)
+    spec = read_spec(config.source.path)
     plan = plan_of(checkpoint, spec, config)
     model = build_model(config, spec, layout=layout, groups=groups, rank=world.rank, engine=engine)
     set_output_scales(model.modules, plan)

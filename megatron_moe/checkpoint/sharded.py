@@ -154,7 +154,7 @@ class Saver:
     def _publish(self, progress: Progress, partial: Path, final: Path) -> None:
         config = self._config
         write_format(partial)
-        folders.describe(partial, progress, dump(config), config.dense.path)
+        folders.describe(partial, progress, dump(config), config.source.path)
         folders.publish(partial, final)
         folders.prune(config.run.dir, config.checkpoint.keep)
 

@@ -87,7 +87,7 @@ def train(
     Example: megatron-moe train configs/demo.yaml train.steps=20 --ranks 4
     """
     config = load(RunConfig, config_file, overrides or [])
-    spec = read_spec(config.dense.path)
+    spec = read_spec(config.source.path)
     if dry:
         _dry_run(config, spec, ranks, world_size, rank or 0, as_json=as_json)
         return
@@ -214,7 +214,7 @@ def reference_loss(
     """Evaluate the dense model on each domain's held-out text, for an adaptive mixture.
 
     transformers loads the model on one device. A larger model with the same tokenizer can be the
-    reference instead: dense.path=models/larger.
+    reference instead: source.path=models/larger.
 
     Example: megatron-moe reference-loss configs/seven-domains.yaml --out runs/reference.json
     """
@@ -224,7 +224,7 @@ def reference_loss(
     mixing = Mixing(weights=config.data.mixing.weights)  # the file it names does not exist yet
     data = config.data.model_copy(update={"mixing": mixing})
     config = config.model_copy(update={"data": data, "parallel": Parallel()})
-    check(config, read_spec(config.dense.path), 1)
+    check(config, read_spec(config.source.path), 1)
     config.run.dir.mkdir(parents=True, exist_ok=True)
     device = resolve_device(config.run.device)
     run_local_ranks(partial(_reference_loss, config, out), ranks=1, device=device)
@@ -250,7 +250,7 @@ def construct(
     Example: megatron-moe construct configs/demo.yaml upcycle.plan=runs/plan.safetensors --ranks 4
     """
     config = load(RunConfig, config_file, overrides or [])
-    if result := list(measuring_violations(config, read_spec(config.dense.path))):
+    if result := list(measuring_violations(config, read_spec(config.source.path))):
         raise ConfigError("\n".join(result))
     on_ranks_at_hand(_construct, config, ranks, overrides=overrides or [])
 
@@ -368,7 +368,7 @@ def plan(
     from megatron_moe.planner.tables import check_report, search_report
 
     config = load(RunConfig, config_file, overrides or [])
-    spec = read_spec(config.dense.path)
+    spec = read_spec(config.source.path)
     if check_only:
         checked = check_layout(config, spec, gpus=gpus, gpu=gpu)
         show(checked.to_json() if as_json else check_report(checked), as_json=as_json)

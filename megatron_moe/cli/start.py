@@ -41,7 +41,7 @@ def on_ranks(
     choose = engine_here if position is not None else engine_before_forking
     engine = choose(config.run.engine, device)
     world_size = position.size if position is not None else ranks or 1
-    check(resolved(config, engine), read_spec(config.dense.path), world_size)
+    check(resolved(config, engine), read_spec(config.source.path), world_size)
     config.run.dir.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     joined_to(position, partial(story, config), ranks=ranks or 1, device=device)
@@ -63,7 +63,7 @@ def on_ranks_at_hand(
     position = position_of(ranks)
     world_size = position.size if position is not None else ranks or 1
     if not any(word.startswith("parallel.") for word in overrides):
-        parallel = nearest_legal(config, read_spec(config.dense.path), world_size)
+        parallel = nearest_legal(config, read_spec(config.source.path), world_size)
         if parallel is not None and parallel != config.parallel:
             if position is None or position.rank == 0:
                 change = changes(config.parallel, parallel)

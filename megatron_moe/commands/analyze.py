@@ -99,7 +99,7 @@ def _texts(config: RunConfig, sets: Mapping[str, Path], vocab_size: int) -> dict
 def _dense(config: RunConfig, say: Say) -> list[DenseCheckpoint] | None:
     """Open the dense source of the experts, if its weights still exist."""
     try:
-        dense = open_dense(config.dense.path)
+        dense = open_dense(config.source.path)
         return [dense, *open_mixed(dense, config.upcycle.mix_with)]
     except CheckpointError as error:
         say(f"experts are not compared with the dense weights: {str(error).splitlines()[0]}")

@@ -37,7 +37,7 @@ def construct(config: RunConfig, world: World) -> None:
     """
     assert config.upcycle.plan is not None
     layout, groups = create_groups(config.parallel, seed=config.run.seed)
-    dense = open_dense(config.dense.path)
+    dense = open_dense(config.source.path)
     dense.check_tensors(dict(dense_tensors(dense.spec)))
     plan = make_expert_plan(dense.spec, config.moe, config.upcycle)
     texts = open_texts(config, vocab_size=dense.spec.vocab_size)

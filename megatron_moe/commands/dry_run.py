@@ -105,7 +105,7 @@ def dry_run(config: RunConfig, *, rank: int, world_size: int) -> DryRun:
         raise ConfigError(f"--rank ({rank}) must be less than --world-size ({world_size})")
     engine = built_engine(config)
     config = _buildable(config, engine)
-    folders = [config.dense.path, *config.upcycle.mix_with]
+    folders = [config.source.path, *config.upcycle.mix_with]
     dense = [open_unread(folder) for folder in folders]  # 1. headers, or the promise of config.json
     spec = dense[0].spec
     plan = sized_plan(make_expert_plan(spec, config.moe, config.upcycle))  # 2. how many neurons

@@ -41,7 +41,7 @@ def evaluate(config: RunConfig, world: World, checkpoint: Path) -> Evaluation:
     Raises:
         ConfigError: The run has no held-out text.
     """
-    texts = open_texts(config, vocab_size=read_spec(config.dense.path).vocab_size)
+    texts = open_texts(config, vocab_size=read_spec(config.source.path).vocab_size)
     if not texts.validation:
         raise ConfigError(
             "the run has no held-out text to evaluate on.\n"
@@ -76,10 +76,10 @@ def evaluate(config: RunConfig, world: World, checkpoint: Path) -> Evaluation:
 
 
 def _dense(config: RunConfig) -> tuple[DenseCheckpoint | None, list[str]]:
-    if has_weights(config.dense.path):
-        return open_dense(config.dense.path), []
-    missing = f"dense, step 0: the weights of the dense model are not in {config.dense.path}"
-    return None, [f"{missing} (set dense.path=FOLDER to use another folder)"]
+    if has_weights(config.source.path):
+        return open_dense(config.source.path), []
+    missing = f"dense, step 0: the weights of the dense model are not in {config.source.path}"
+    return None, [f"{missing} (set source.path=FOLDER to use another folder)"]
 
 
 def _losses(config: RunConfig, restored: Restored, feed: Feed) -> dict[str, float]:
@@ -117,7 +117,7 @@ def _evaluation(
 ) -> Evaluation:
     sizes = feed.held_out_sizes if world.rank == 0 else {}
     if any(size.bytes is None for size in sizes.values()):
-        remarks.append(f"bits per byte: there is no tokenizer in {config.dense.path}")
+        remarks.append(f"bits per byte: there is no tokenizer in {config.source.path}")
 
     def figures(by_domain: dict[str, float]) -> dict[str, Figures]:
         return {

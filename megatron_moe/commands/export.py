@@ -56,7 +56,7 @@ def export_checkpoint(source: Path, out: Path) -> Architecture:
         CheckpointError: No checkpoint, no architecture that means the same, or ``out`` exists.
     """
     checkpoint = folders.find_checkpoint(source)
-    config, spec = folders.read_config(checkpoint), read_spec(checkpoint / "dense")
+    config, spec = folders.read_config(checkpoint), read_spec(folders.source_copy(checkpoint))
     architecture = architecture_for(spec, config.moe)
     entries = list(_entries(spec, config.moe, architecture))
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.train.precision]
@@ -76,9 +76,11 @@ def export_checkpoint(source: Path, out: Path) -> Architecture:
             fused = _folded(fused, _output_factor(entry, plan))
             for name, tensor in zip(entry.names, _cut(fused, entry, spec), strict=True):
                 writer.write(name, tensor)
-        hf_config = moe_config(spec, config, architecture, checkpoint / "dense" / "config.json")
+        hf_config = moe_config(
+            spec, config, architecture, folders.source_copy(checkpoint) / "config.json"
+        )
         writer.add_file("config.json", (json.dumps(hf_config, indent=2) + "\n").encode())
-        for file in sorted((checkpoint / "dense").iterdir()):
+        for file in sorted(folders.source_copy(checkpoint).iterdir()):
             if file.name != "config.json":
                 writer.add_file(file.name, file)
     return architecture

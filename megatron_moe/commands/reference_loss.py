@@ -19,7 +19,7 @@ def reference_loss(config: RunConfig, world: World, out: Path) -> None:
 
     Runs on one rank; the model must fit there whole.
     """
-    spec = read_spec(config.dense.path)
+    spec = read_spec(config.source.path)
     texts = open_texts(config, vocab_size=spec.vocab_size)
     if without := [name for name in texts.training if name not in texts.validation]:
         raise ConfigError(
@@ -32,8 +32,8 @@ def reference_loss(config: RunConfig, world: World, out: Path) -> None:
     write_reference_losses(
         out,
         losses,
-        dense=str(config.dense.path),
-        tokenizer=fingerprint_of(config.dense.path),
+        dense=str(config.source.path),
+        tokenizer=fingerprint_of(config.source.path),
         seq_length=config.data.seq_length,
         validation_samples=config.data.validation_samples,
     )

@@ -57,7 +57,7 @@ def train(config: RunConfig, world: World, observe: Observe = unobserved) -> Non
 def _train(job: Job) -> None:
     config, groups = job.config, job.groups
     job.watch.at("load")
-    dense = open_dense(config.dense.path)  # 1. read
+    dense = open_dense(config.source.path)  # 1. read
     if not job.engine.is_torch:
         start_tp_overlap(config, dense.spec)
     dense.check_tensors(dict(dense_tensors(dense.spec)))

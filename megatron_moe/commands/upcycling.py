@@ -36,7 +36,7 @@ def upcycled_model(job: Job, dense: DenseCheckpoint, plan: ExpertPlan, texts: Te
     distributed = isinstance(dense, DistributedDense)
     if distributed and config.upcycle.verify == "always":
         raise ConfigError(
-            f"upcycle.verify (always) needs a Hugging Face folder, but dense.path "
+            f"upcycle.verify (always) needs a Hugging Face folder, but source.path "
             f"({dense.folder}) is a distributed checkpoint, whose logits transformers cannot "
             "compute.\n  set upcycle.verify=auto: layers and losses are compared all the same"
         )
@@ -103,7 +103,7 @@ def _verify(job: Job, model: Model, texts: Texts) -> Agreement:
     config = job.config
     length = verify_length(config.data.seq_length, tp=job.groups.tp.size(), cp=job.groups.cp.size())
     tokens_S = torch.from_numpy(texts.first_sample().ids_T[:length].copy())
-    agreement = compare_with_dense(model, config.dense.path, tokens_S, groups=job.groups)
+    agreement = compare_with_dense(model, config.source.path, tokens_S, groups=job.groups)
     job.say(
         f"Compared with the dense model on {agreement.tokens} tokens: max logit error "
         f"{agreement.max_logit_error:.2e}, same next token at {agreement.argmax_agreement:.1%}"

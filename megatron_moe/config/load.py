@@ -31,26 +31,37 @@ _Loader.add_implicit_resolver(
 )
 
 
-def load(cls: type[Model], path: Path, overrides: Iterable[str] = ()) -> Model:
+RENAMED = {"dense": "source"}
+"""Sections that had another name in version 0.1, and their names now. A file that a user wrote is
+refused with the new name; a file of a checkpoint is read as it is."""
+
+
+def load(
+    cls: type[Model], path: Path, overrides: Iterable[str] = (), *, from_checkpoint: bool = False
+) -> Model:
     """Read ``path`` into an instance of ``cls``, the root section.
 
     Args:
         cls: The root configuration class, ``RunConfig`` everywhere outside tests.
         path: A YAML file.
         overrides: ``parallel.expert_parallel_size=4`` style arguments, applied in order.
+        from_checkpoint: Whether an older version may have written the file; renamed sections are
+            then read under their old names too.
 
     Raises:
         ConfigError: No such file, broken YAML, or any number of unknown keys, missing keys and
             values of a wrong type, listed together.
     """
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+        tree: Any = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not YAML: {error}") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must hold sections (run:, dense:, ...), not {tree!r}")
+        raise ConfigError(f"{path} must hold sections (run:, source:, ...), not {tree!r}")
+    if from_checkpoint:
+        tree = {RENAMED.get(name, name): section for name, section in tree.items()}
     for override in overrides:
         _apply(tree, override)
     return build(cls, tree)
@@ -97,6 +108,8 @@ def _explain(root: type[BaseModel], error: ErrorDetails) -> str:
     match error["type"]:
         case "extra_forbidden":
             fields = _section(root, parts[:-1]).model_fields
+            if name in RENAMED:
+                return f"{name} is not a section; it is called {RENAMED[name]} now"
             close = difflib.get_close_matches(parts[-1], fields, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(fields)}"
             return f"{name} is not a setting; {hint}"

@@ -60,8 +60,8 @@ class Run(Section):
     installed, otherwise torch. Both read and write the same checkpoints."""
 
 
-class Dense(Section):
-    """The dense model that the run starts from."""
+class Source(Section):
+    """The model that the run starts from."""
 
     path: Path
     """Hugging Face folder: config.json, safetensors files and tokenizer files. A dense torch_dist
@@ -187,7 +187,7 @@ class Upcycle(Section):
     the router or the scale is measured on text."""
 
     mix_with: list[Path] = []
-    """Dense checkpoints that method mix uses besides dense.path. Experts come from dense.path and
+    """Dense checkpoints that method mix uses besides source.path. Experts come from source.path and
     these in turn; all other weights are averaged."""
 
     seed: int = 0
@@ -457,7 +457,7 @@ class RunConfig(Section):
     """The whole configuration of a run, one section per stage."""
 
     run: Run
-    dense: Dense
+    source: Source
     moe: Moe
     upcycle: Upcycle = Upcycle()
     measure: Measure = Measure()

@@ -97,7 +97,7 @@ class Feed:
         return held_out_sizes(
             self.texts.validation,
             num_samples=self._config.data.validation_samples,
-            tokenizer_folder=self._config.dense.path,
+            tokenizer_folder=self._config.source.path,
         )
 
     def _slice_and_pin(self, batches: list[Batch]) -> list[Batch]:

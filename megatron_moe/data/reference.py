@@ -38,7 +38,7 @@ def dense_losses(
     from transformers import AutoModelForCausalLM  # imported here: slow, and most runs skip it
 
     model: Any = AutoModelForCausalLM.from_pretrained(
-        config.dense.path, dtype=DTYPES[config.train.precision], local_files_only=True
+        config.source.path, dtype=DTYPES[config.train.precision], local_files_only=True
     )
     model.to(device).eval()
     losses = {}

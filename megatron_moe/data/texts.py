@@ -63,7 +63,7 @@ def open_texts(config: RunConfig, *, vocab_size: int) -> Texts:
         references=None
         if references is None
         else read_reference_losses(
-            references, tuple(opened), tokenizer=fingerprint_of(config.dense.path)
+            references, tuple(opened), tokenizer=fingerprint_of(config.source.path)
         ),
         remarks=[f"{name}: {line}" for name, (_, _, lines) in opened.items() for line in lines],
     )
@@ -145,7 +145,7 @@ def _prepared(path: Path, config: RunConfig, vocab_size: int) -> Path:
     return _once(
         lambda: prepare(
             path,
-            dense_folder=config.dense.path,
+            dense_folder=config.source.path,
             vocab_size=vocab_size,
             cache_dir=config.run.dir / "tokens",
             max_malformed=config.data.max_malformed,

@@ -79,7 +79,7 @@ def read_plan(path: Path, plan: ExpertPlan, *, source: str | None) -> ExpertPlan
     if source is not None and header["source"] != source:
         raise CheckpointError(
             f"{path} was made from another dense model (fingerprint {header['source'][:12]}) than "
-            f"the one in dense.path ({source[:12]}).\n"
+            f"the one in source.path ({source[:12]}).\n"
             "  create it again with megatron-moe construct"
         )
     result = plan.with_tables(_tables(arrays))

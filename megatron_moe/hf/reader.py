@@ -256,7 +256,7 @@ def open_mixed(dense: DenseCheckpoint, folders: Sequence[Path]) -> list[DenseChe
             if value != expected[key] and key not in _MAY_DIFFER
         ]:
             raise CheckpointError(
-                f"{folder} (upcycle.mix_with) and {dense.folder} (dense.path) must have the same "
+                f"{folder} (upcycle.mix_with) and {dense.folder} (source.path) must have the same "
                 "shape, because their weights are averaged, but differ in\n"
                 + "\n".join(differences)
             )

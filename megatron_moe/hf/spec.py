@@ -100,7 +100,7 @@ def read_spec(folder: Path) -> DenseSpec:
     except OSError as error:
         raise CheckpointError(
             f"cannot read {path}: {error.strerror or error}.\n"
-            "  dense.path must be a Hugging Face folder: config.json, *.safetensors, tokenizer"
+            "  source.path must be a Hugging Face folder: config.json, *.safetensors, tokenizer"
         ) from error
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error

@@ -56,7 +56,7 @@ def count(path: Path, *, sequence_length: int | None = None) -> ModelCounts:
     if not path.exists():
         raise ConfigError(f"{path} is neither a Hugging Face folder nor a configuration file")
     config = load(RunConfig, path)
-    shape = upcycled_shape(read_spec(config.dense.path), config.moe)
+    shape = upcycled_shape(read_spec(config.source.path), config.moe)
     return count_shape(
         shape,
         sequence_length=sequence_length or config.data.seq_length,

@@ -213,7 +213,7 @@ def _config(
 ) -> RunConfig:
     tree = {
         "run": {"dir": "run"},
-        "dense": {"path": "dense"},
+        "source": {"path": "dense"},
         "moe": {
             "num_moe_experts": experts, "moe_router_topk": active, "moe_ffn_hidden_size": size,
             "moe_expert_capacity_factor": 1.0,

@@ -22,7 +22,7 @@ def sentence(run: RunFiles) -> str:
     moe, plan = run.config.moe, run.config.upcycle
     layers = run.moe_layers
     where = "" if layers is None else f" in {len(layers)} layers"
-    family = "a dense model" if run.spec is None else f"{run.spec.family}, {run.config.dense.path}"
+    family = "a dense model" if run.spec is None else f"{run.spec.family}, {run.config.source.path}"
     size = run.world_size
     ranks = "" if size is None else f", on {size} {'rank' if size == 1 else 'ranks'}"
     return (

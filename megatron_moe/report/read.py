@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moe.analyze.record import Analysis
-from megatron_moe.checkpoint.folder import newest, read_progress
+from megatron_moe.checkpoint.folder import newest, read_progress, source_copy
 from megatron_moe.config.load import load
 from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import ConfigError, UserError
@@ -81,7 +81,7 @@ def read_run(folder: Path) -> RunFiles:
             f"{folder} is not a run directory: it has no config.yaml.\n"
             "  pass the run.dir of a job that `megatron-moe train` started"
         )
-    config = load(RunConfig, folder / "config.yaml")
+    config = load(RunConfig, folder / "config.yaml", from_checkpoint=True)
     problems: list[str] = []
     receipt = _receipt(folder / "receipt.json", problems)
     checkpoint = _newest(folder, problems)
@@ -128,7 +128,7 @@ def _newest(folder: Path, problems: list[str]) -> Path | None:
 
 def _spec(config: RunConfig, checkpoint: Path | None) -> DenseSpec | None:
     """Read the shape from the checkpoint's copy of config.json, or else from the dense model."""
-    for folder in ([checkpoint / "dense"] if checkpoint else []) + [config.dense.path]:
+    for folder in ([source_copy(checkpoint)] if checkpoint else []) + [config.source.path]:
         if (folder / "config.json").exists():
             return read_spec(folder)
     return None

@@ -173,13 +173,13 @@ def _mix(case: _Case) -> Iterator[str]:
     if (case.upcycle.method == "mix") != (sources > 1):
         yield (
             f"upcycle.mix_with ({sources - 1} folders) {case.with_method}: method mix takes "
-            "experts from dense.path and at least one more dense model, other methods only from "
-            "dense.path.\n"
+            "experts from source.path and at least one more dense model, other methods only from "
+            "source.path.\n"
             "  set both or neither"
         )
     if sources > experts:
         yield (
-            f"upcycle.mix_with names {sources - 1} dense models besides dense.path, more than "
+            f"upcycle.mix_with names {sources - 1} dense models besides source.path, more than "
             f"moe.num_moe_experts ({experts}): each must provide an expert.\n"
             f"  set moe.num_moe_experts={sources} or more, or remove {sources - experts} of them"
         )

@@ -1,6 +1,6 @@
 """Read a dense model that Megatron-Core trained as if it were a Hugging Face folder.
 
-``dense.path`` holds config.json and the tokenizer as usual, but the files of a ``torch_dist``
+``source.path`` holds config.json and the tokenizer as usual, but the files of a ``torch_dist``
 checkpoint instead of safetensors. Each Hugging Face tensor consists of rows of a global tensor::
 
     qkv   | q q k v | q q k v | ..      query groups, one by one   k_proj = every 4th head

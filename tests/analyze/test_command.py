@@ -135,7 +135,7 @@ def test_the_checkpoints_experts_are_compared(run: Path, alone: Analysis):
     from megatron_moe.hf.spec import read_spec
 
     _, config = run_of(run)
-    plan = make_expert_plan(read_spec(config.dense.path), config.moe, config.upcycle)
+    plan = make_expert_plan(read_spec(config.source.path), config.moe, config.upcycle)
     key = "decoder.layers.3.mlp.experts.experts.linear_fc{}.weight"
     vectors = []
     with GlobalTensors(step_folder(run, 2)) as tensors:

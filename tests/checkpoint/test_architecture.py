@@ -10,7 +10,7 @@ from tiny import save_dense
 
 from megatron_moe.checkpoint.keys import checkpoint_key
 from megatron_moe.commands.export import architecture_for
-from megatron_moe.config.run import Data, Dense, Moe, Parallel, Run, RunConfig, Train
+from megatron_moe.config.run import Data, Moe, Parallel, Run, RunConfig, Source, Train
 from megatron_moe.errors import CheckpointError
 from megatron_moe.hf.names import ROW_OF_ROLE, match
 from megatron_moe.hf.spec import DenseSpec, read_spec, spec_from_config
@@ -124,7 +124,7 @@ def check_keys(world: World, folder: Path) -> None:
     moe_layers = [1, 2]
     config = RunConfig(
         run=Run(dir=folder),
-        dense=Dense(path=folder),
+        source=Source(path=folder),
         moe=Moe(num_moe_experts=3, moe_layers=moe_layers, moe_shared_expert_intermediate_size=16),
         data=Data(path=folder, seq_length=8),
         train=Train(steps=0, precision="fp32"),

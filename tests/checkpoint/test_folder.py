@@ -27,7 +27,7 @@ CONFIG = build(
     RunConfig,
     {
         "run": {"dir": "run"},
-        "dense": {"path": "dense"},
+        "source": {"path": "dense"},
         "moe": {"num_moe_experts": 4, "moe_layers": [0, 2]},
         "data": {"path": "text"},
         "train": {"steps": 3},
@@ -92,7 +92,7 @@ def test_what_is_published_is_newest_and_whole(tmp_path: Path, dense: Path):
 
 
 def test_a_checkpoint_carries_what_export_needs_and_no_weights(tmp_path: Path, dense: Path):
-    carried = {path.name for path in (save(tmp_path, 1, dense) / "dense").iterdir()}
+    carried = {path.name for path in (save(tmp_path, 1, dense) / "source").iterdir()}
     assert carried == {path.name for path in dense.iterdir()} - {"model.safetensors", "README.md"}
 
 
@@ -239,7 +239,16 @@ def test_a_run_is_read_where_it_lies_and_with_other_settings(tmp_path: Path, den
     assert checkpoint == step_folder(tmp_path / "moved run", 3)
     assert config.run.dir == tmp_path / "moved run"
     assert config.parallel.expert_parallel_size == 2
-    assert config.dense.path == checkpoint / "dense"  # the configured one is missing
-    assert run_of(checkpoint, [f"dense.path={dense}"])[1].dense.path == dense
+    assert config.source.path == checkpoint / "source"  # the configured one is missing
+    assert run_of(checkpoint, [f"source.path={dense}"])[1].source.path == dense
     with pytest.raises(ConfigError, match="not a setting"):
         run_of(checkpoint, ["parallel.epp=2"])
+
+
+def test_a_checkpoint_of_version_0_1_is_read(tmp_path: Path, dense: Path):
+    checkpoint = save(tmp_path / "run", 3, dense)
+    settings = (checkpoint / "config.yaml").read_text()
+    (checkpoint / "config.yaml").write_text(settings.replace("source:", "dense:"))
+    (checkpoint / "source").rename(checkpoint / "dense")
+    assert run_of(checkpoint)[1].source.path == checkpoint / "dense"
+    assert read_config(checkpoint) == CONFIG

@@ -8,7 +8,7 @@ from megatron_moe.errors import ConfigError
 
 MINIMAL = """
 run: {dir: runs/x}
-dense: {path: models/tiny}
+source: {path: models/tiny}
 moe: {num_moe_experts: 8}
 data: {path: text.jsonl}
 train: {steps: 10}
@@ -50,6 +50,7 @@ def test_a_dumped_configuration_loads_back_to_the_same(yaml_file: Path, tmp_path
         ("moe.router_order=softmax", "must be one of 'topk_softmax' or 'softmax_topk'"),
         ("moe.moe_layers=some", "moe.moe_layers is 'some'"),
         ("optimizer.lr=.nan", "optimizer.lr"),
+        ("dense.path=models/x", "dense is not a section; it is called source now"),
         ("run.seed", "not of the form key.path=value"),
         ("run.dir.x=1", "dir is a value, not a section"),
     ],

@@ -46,7 +46,7 @@ def config(tmp_path: Path, dense: Path) -> Path:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump({
         "run": {"dir": str(tmp_path / "run"), "device": "cpu"},
-        "dense": {"path": str(dense)}, "moe": {"num_moe_experts": 4},
+        "source": {"path": str(dense)}, "moe": {"num_moe_experts": 4},
         "data": {"domains": {n: {"path": str(text), "weight": 0.5} for n in "ab"},
                  "seq_length": 16},
         "train": {"steps": 0},
@@ -94,7 +94,7 @@ def test_a_vocabulary_larger_than_the_models_is_refused(
 ):
     small = save_dense(tmp_path / "small", vocab_size=TOKENIZER_SIZE - 1)
     save_tokenizer(small, library_files)
-    stderr = refusal(config, f"dense.path={small}", monkeypatch=monkeypatch, capsys=capsys)
+    stderr = refusal(config, f"source.path={small}", monkeypatch=monkeypatch, capsys=capsys)
     assert "has ids up to 599, but the model's vocab_size is 599: id 599 has no row" in stderr
     assert "| vocabulary larger than the model's |" in PAGE
 

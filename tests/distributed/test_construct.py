@@ -144,13 +144,13 @@ def test_train_builds_what_construct_planned(folder: Path, tmp_path: Path, metho
     changed = settings(folder, tmp_path, upcycle=upcycle)
     changed["moe"] = moe
     config = build(RunConfig, changed)
-    assert not list(measuring_violations(config, read_spec(config.dense.path)))
+    assert not list(measuring_violations(config, read_spec(config.source.path)))
     run_on_ranks(plan_only, config, world_size=2)
     assert not list(tmp_path.glob(".plan*")), "nothing is left of the measuring"
     (line,) = run_training(changed, world_size=2)
     assert line["step"] == 0
     receipt = json.loads((tmp_path / "receipt.json").read_text())
-    plan = make_expert_plan(read_spec(config.dense.path), config.moe, config.upcycle)
+    plan = make_expert_plan(read_spec(config.source.path), config.moe, config.upcycle)
     assert config.upcycle.plan is not None
     found = read_plan(config.upcycle.plan, plan, source=None)
     assert receipt["plan_hash"] == found.hash
@@ -173,7 +173,7 @@ def test_a_killed_measuring_goes_on(folder: Path, tmp_path: Path):
     run_on_ranks(plan_only, config, world_size=1)
     whole = build(RunConfig, settings(folder, tmp_path / "whole"))
     run_on_ranks(plan_only, whole, world_size=1)
-    plan = make_expert_plan(read_spec(config.dense.path), config.moe, config.upcycle)
+    plan = make_expert_plan(read_spec(config.source.path), config.moe, config.upcycle)
     assert config.upcycle.plan is not None
     assert whole.upcycle.plan is not None
     one = read_plan(config.upcycle.plan, plan, source=None)
@@ -216,7 +216,7 @@ def counting_activations(world: World, config: RunConfig) -> None:
 
 def test_a_plan_file_of_something_else_is_refused(folder: Path, tmp_path: Path):
     config = build(RunConfig, settings(folder, tmp_path))
-    plan = make_expert_plan(read_spec(config.dense.path), config.moe, config.upcycle)
+    plan = make_expert_plan(read_spec(config.source.path), config.moe, config.upcycle)
     path = tmp_path / "plan.safetensors"
     with pytest.raises(CheckpointError, match=r"no plan file .*\n.*megatron-moe construct"):
         read_plan(path, plan, source="abc")
@@ -226,7 +226,7 @@ def test_a_plan_file_of_something_else_is_refused(folder: Path, tmp_path: Path):
         read_plan(path, plan, source="xyz")
     other = config.upcycle.model_copy(update={"seed": 5})
     with pytest.raises(CheckpointError, match="seed: the file has 0, the configuration 5"):
-        read_plan(path, make_expert_plan(read_spec(config.dense.path), config.moe, other),
+        read_plan(path, make_expert_plan(read_spec(config.source.path), config.moe, other),
                   source="abc")  # fmt: skip
     path.write_bytes(b"not a plan")
     with pytest.raises(CheckpointError, match="is not a plan file"):

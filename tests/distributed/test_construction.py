@@ -22,12 +22,12 @@ from torch import Tensor
 from megatron_moe.commands.export import export_checkpoint
 from megatron_moe.config.run import (
     Data,
-    Dense,
     Method,
     Moe,
     Parallel,
     Run,
     RunConfig,
+    Source,
     Train,
     Upcycle,
 )
@@ -79,7 +79,7 @@ def run_config(run: Path, folders: list[Path], layout: str, moe: Moe, upcycle: U
     mixed = [folders[1]] if upcycle.mix_with else []
     return RunConfig(
         run=Run(dir=run),
-        dense=Dense(path=folders[0]),
+        source=Source(path=folders[0]),
         moe=moe,
         upcycle=upcycle.model_copy(update={"mix_with": mixed}),
         parallel=Parallel(**LAYOUTS[layout]),
@@ -147,7 +147,7 @@ def filled_model(config: RunConfig, layout: Any, groups: Any, rank: int) -> tupl
     from megatron_moe.model.router import set_output_scales
     from megatron_moe.model.upcycle import check_coverage, upcycle
 
-    dense = open_dense_checkpoint(config.dense.path)
+    dense = open_dense_checkpoint(config.source.path)
     mixed = open_mixed(dense, config.upcycle.mix_with)
     plan = make_plan(dense.spec, config.moe, config.upcycle, dense)
     model = build_model(
@@ -202,7 +202,7 @@ def test_every_method_is_exported():
 
 def expected_bytes(config: RunConfig, neurons: int) -> int:
     """All that is not FFN once, and of every layer's FFN this many neurons."""
-    dense = open_dense_checkpoint(config.dense.path)
+    dense = open_dense_checkpoint(config.source.path)
     spec = dense.spec
     neuron = 3 * spec.hidden_size * 4  # a row of gate and of up, a column of down, fp32
     skipped = spec.num_layers * (spec.ffn_hidden_size - neurons) * neuron

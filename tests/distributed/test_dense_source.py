@@ -76,7 +76,7 @@ def save(world: World, config: RunConfig, out: Path, apart: bool) -> None:
     from megatron_moe.parallel.groups import create_groups
 
     layout, groups = create_groups(config.parallel, seed=0)
-    (module,), _ = filled(dense_config(config), config.dense.path, layout, groups, world.rank)
+    (module,), _ = filled(dense_config(config), config.source.path, layout, groups, world.rank)
     # A model with experts somewhere keeps its layers apart; Megatron-Core's dense models need not.
     module.config.moe_layer_freq = 1
     module.config.num_moe_experts = None
@@ -89,7 +89,7 @@ def compare(world: World, config: RunConfig, distributed: Path) -> None:
 
     layout, groups = create_groups(config.parallel, seed=0)
     ours, ours_read = filled(config, distributed, layout, groups, world.rank)
-    theirs, theirs_read = filled(config, config.dense.path, layout, groups, world.rank)
+    theirs, theirs_read = filled(config, config.source.path, layout, groups, world.rank)
     assert ours_read == theirs_read  # no more of the chunks than of safetensors
     for module, other in zip(ours, theirs, strict=True):
         expected = dict(other.named_parameters())
@@ -103,7 +103,7 @@ def filled(config, folder, layout, groups, rank):
     from megatron_moe.model.upcycle import upcycle
 
     dense = open_dense(folder)
-    assert isinstance(dense, DistributedDense) == (folder != config.dense.path)
+    assert isinstance(dense, DistributedDense) == (folder != config.source.path)
     dense.check_tensors(dict(dense_tensors(dense.spec)))
     plan = make_expert_plan(dense.spec, config.moe, config.upcycle)
     model = build_model(

@@ -84,7 +84,7 @@ def check_logits(world: World, config: RunConfig, checkpoint: Path, exported: Pa
     from megatron_moe.parallel.groups import create_groups
     from megatron_moe.train.state import make_state
 
-    spec = read_spec(config.dense.path)
+    spec = read_spec(config.source.path)
     layout, groups = create_groups(config.parallel, seed=0)
     model = build_model(
         config, spec, layout=layout, groups=groups, rank=world.rank, engine=TORCH_ON_CPU
@@ -98,7 +98,7 @@ def check_logits(world: World, config: RunConfig, checkpoint: Path, exported: Pa
     tokens_S = torch.randint(0, spec.vocab_size, (32,))
     agreement = compare_with_dense(model, exported, tokens_S, groups=groups)
     assert agreement.max_logit_error <= 1e-4, agreement
-    dense = compare_with_dense(model, config.dense.path, tokens_S, groups=groups)
+    dense = compare_with_dense(model, config.source.path, tokens_S, groups=groups)
     assert dense.max_logit_error > 1e-2, "training changed nothing: the check above proves nothing"
 
 

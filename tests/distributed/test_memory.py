@@ -90,7 +90,7 @@ def upcycle_only(world: World, config: RunConfig) -> None:
     layout, groups = create_groups(config.parallel, seed=0)
     watch = Watch(world, hang_seconds=60, observe=unobserved)
     job = Job(config, world, TORCH_ON_CPU, layout, groups, watch, Signals())
-    opened = open_dense_checkpoint(config.dense.path)
+    opened = open_dense_checkpoint(config.source.path)
     plan = make_expert_plan(opened.spec, config.moe, config.upcycle)
     texts = open_texts(config, vocab_size=opened.spec.vocab_size)
     upcycled_model(job, opened, plan, texts)

@@ -12,7 +12,7 @@ from layouts import LAYOUTS
 from ranks import run_on_ranks
 from tiny import SHAPE, save_dense
 
-from megatron_moe.config.run import Data, Dense, Moe, Parallel, Run, RunConfig, Train, Upcycle
+from megatron_moe.config.run import Data, Moe, Parallel, Run, RunConfig, Source, Train, Upcycle
 from megatron_moe.experts.plan import make_expert_plan
 from megatron_moe.hf.names import dense_tensors
 from megatron_moe.hf.reader import open_dense_checkpoint
@@ -57,7 +57,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def run_config(folder: Path, parallel: dict[str, int], **moe: object) -> RunConfig:
     return RunConfig(
         run=Run(dir=folder / "run"),
-        dense=Dense(path=folder),
+        source=Source(path=folder),
         moe=Moe(num_moe_experts=4, **moe),
         parallel=Parallel(**parallel),
         data=Data(path=folder / "unused", seq_length=32),
@@ -112,7 +112,7 @@ def check_logits(world: World, config: RunConfig) -> None:
     from megatron_moe.model.verify import compare_with_dense
     from megatron_moe.parallel.groups import create_groups
 
-    dense = open_dense_checkpoint(config.dense.path)
+    dense = open_dense_checkpoint(config.source.path)
     dense.check_tensors(dict(dense_tensors(dense.spec)))
     plan = make_expert_plan(dense.spec, config.moe, config.upcycle)
     layout, groups = create_groups(config.parallel, seed=0)
@@ -128,6 +128,6 @@ def check_logits(world: World, config: RunConfig) -> None:
 
     torch.manual_seed(0)
     tokens_S = torch.randint(0, dense.spec.vocab_size, (32,))
-    agreement = compare_with_dense(model, config.dense.path, tokens_S, groups=groups)
+    agreement = compare_with_dense(model, config.source.path, tokens_S, groups=groups)
     assert agreement.max_logit_error <= TOLERANCE, agreement
     assert agreement.argmax_agreement == 1.0

@@ -125,7 +125,7 @@ def save_again(world: World, config: RunConfig, source: Path) -> None:
     from megatron_moe.train.state import make_state
 
     found, groups = create_groups(config.parallel, seed=0)
-    spec = read_spec(config.dense.path)
+    spec = read_spec(config.source.path)
     model = build_model(
         config, spec, layout=found, groups=groups, rank=world.rank, engine=TORCH_ON_CPU
     )

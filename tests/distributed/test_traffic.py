@@ -40,14 +40,14 @@ def test_bytes_of_a_step_are_the_formula(tmp_path: Path, layout: str, precision:
     config = build(
         RunConfig, tree(tmp_path / "run", tmp_path / "dense", tmp_path / "none", **settings)
     )
-    check(config, read_spec(config.dense.path), world_size)
+    check(config, read_spec(config.source.path), world_size)
     run_on_ranks(_count, config, tmp_path / "counted.json", world_size=world_size)
     counted = json.loads((tmp_path / "counted.json").read_text())
     # The numbers of the log: (2 + 4 L + 2 L E) of a step and three of its time, in fp64.
     numbers = 2 + 4 * LAYERS + 2 * LAYERS * EXPERTS + 3
     assert counted.pop("world all_reduce") == world_size * numbers * 8
     expected = step_traffic(
-        upcycled_shape(read_spec(config.dense.path), config.moe),
+        upcycled_shape(read_spec(config.source.path), config.moe),
         workload_of(config),
         degrees_of(config, gpus=world_size),
         padded_rows=_padded_rows(config),

@@ -117,7 +117,7 @@ def test_without_the_dense_weights_the_checkpoint_is_judged_alone(
 ):
     """The run was also moved; shape and tokenizer come from the checkpoint itself."""
     run = shutil.copytree(judged.run, tmp_path / "moved")
-    result = evaluated(run, f"dense.path={tmp_path / 'gone'}")
+    result = evaluated(run, f"source.path={tmp_path / 'gone'}")
     assert (result["dense"], result["step_0"]) == (None, None)
     for domain, expected in by_hand.items():
         assert result["domains"][domain]["loss"] == pytest.approx(expected["now"], abs=2e-5)

@@ -54,7 +54,7 @@ def both_models(config: RunConfig) -> tuple[Any, Any]:
     from megatron_moe.model.upcycle import upcycle
     from megatron_moe.parallel.groups import create_groups
 
-    dense = open_dense_checkpoint(config.dense.path)
+    dense = open_dense_checkpoint(config.source.path)
     plan = make_expert_plan(dense.spec, config.moe, config.upcycle)
     layout, groups = create_groups(config.parallel, seed=0)
     built = []

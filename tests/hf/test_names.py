@@ -16,7 +16,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from megatron_moe.config.run import Data, Dense, Moe, Parallel, Run, RunConfig, Train
+from megatron_moe.config.run import Data, Moe, Parallel, Run, RunConfig, Source, Train
 from megatron_moe.hf.names import (
     GATE_ROLES,
     MOE_NAMES,
@@ -200,7 +200,7 @@ def check_built_names(world: World, folder: Path, spec: DenseSpec) -> None:
 
     config = RunConfig(
         run=Run(dir=folder),
-        dense=Dense(path=folder),
+        source=Source(path=folder),
         moe=Moe(num_moe_experts=3, moe_layers=[1, 2], moe_shared_expert_intermediate_size=16),
         data=Data(path=folder, seq_length=8),
         train=Train(steps=0, precision="fp32"),

@@ -506,7 +506,7 @@ def test_models_of_another_shape_are_not_mixed(tmp_path: Path):
     assert [other.folder for other in open_mixed(dense, [same])] == [same]
     wider = whole_folder(tmp_path / "wider", intermediate_size=8)
     assert refused(lambda: open_mixed(dense, [same, wider])) == (
-        f"{wider} (upcycle.mix_with) and {dense.folder} (dense.path) must have the same shape, "
+        f"{wider} (upcycle.mix_with) and {dense.folder} (source.path) must have the same shape, "
         "because their weights are averaged, but differ in\n    ffn_hidden_size: 8 and 6"
     )
 

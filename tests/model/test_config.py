@@ -23,7 +23,7 @@ ENGINES = [TORCH_ON_CPU, TORCH_ON_CUDA, TRANSFORMER_ENGINE]
 
 
 def settings_of(engine: Engine, **train: Any) -> dict[str, Any]:
-    tree = {"run": {"dir": "run"}, "dense": {"path": "dense"}, "moe": {"num_moe_experts": 4},
+    tree = {"run": {"dir": "run"}, "source": {"path": "dense"}, "moe": {"num_moe_experts": 4},
             "data": {"path": "text"}, "train": {"steps": 1, **train}}  # fmt: skip
     return transformer_settings(build(RunConfig, tree), SPEC, engine=engine)
 

@@ -12,7 +12,7 @@ from ranks import run_on_ranks
 from tiny import save_dense
 from torch import Tensor
 
-from megatron_moe.config.run import Data, Dense, Moe, Parallel, Run, RunConfig, Train
+from megatron_moe.config.run import Data, Moe, Parallel, Run, RunConfig, Source, Train
 from megatron_moe.hf.spec import read_spec
 from megatron_moe.model.experts import LoopExperts, apply_experts
 from megatron_moe.runtime.engine import TORCH_ON_CPU
@@ -174,7 +174,7 @@ def check_against_megatron(world: World, folder: Path) -> None:
 
     config = RunConfig(
         run=Run(dir=folder),
-        dense=Dense(path=folder),
+        source=Source(path=folder),
         moe=Moe(num_moe_experts=3, moe_layers=[0]),
         data=Data(path=folder, seq_length=8),
         train=Train(steps=0, precision="fp32"),

@@ -16,7 +16,7 @@ from tiny import save_dense
 from torch import Tensor
 from training_runs import run_training, tree, write_tokens
 
-from megatron_moe.config.run import Data, Dense, Moe, Parallel, Run, RunConfig, Train
+from megatron_moe.config.run import Data, Moe, Parallel, Run, RunConfig, Source, Train
 from megatron_moe.hf.spec import read_spec
 from megatron_moe.model import grouped_experts, spec
 from megatron_moe.model.experts import LoopExperts, apply_experts
@@ -241,7 +241,7 @@ def check_buffers(world: World, folder: Path, distributed_optimizer: bool) -> No
 
     config = RunConfig(
         run=Run(dir=folder),
-        dense=Dense(path=folder),
+        source=Source(path=folder),
         moe=Moe(num_moe_experts=12, moe_layers=[0, 2]),
         data=Data(path=folder, seq_length=8),
         train=Train(steps=0, precision="bf16"),

@@ -12,7 +12,7 @@ import torch
 from ranks import run_on_ranks
 from torch import Tensor
 
-from megatron_moe.config.run import Data, Dense, Moe, Parallel, Run, RunConfig, Train
+from megatron_moe.config.run import Data, Moe, Parallel, Run, RunConfig, Source, Train
 from megatron_moe.hf.spec import spec_from_config
 from megatron_moe.runtime.engine import TORCH_ON_CPU
 from megatron_moe.runtime.world import World
@@ -45,7 +45,7 @@ def make_router(**moe: Any):
 
     config = RunConfig(
         run=Run(dir=Path("run")),
-        dense=Dense(path=Path("dense")),
+        source=Source(path=Path("dense")),
         moe=Moe(num_moe_experts=4, **moe),
         data=Data(path=Path("text"), seq_length=8),
         train=Train(steps=0, precision="fp32"),

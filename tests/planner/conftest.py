@@ -29,7 +29,7 @@ def run_config(*, gbs=256, seq_length=8192, moe=None, train=None, **parallel) ->
         RunConfig,
         {
             "run": {"dir": "run"},
-            "dense": {"path": "dense"},
+            "source": {"path": "dense"},
             "moe": {"num_moe_experts": 8, "moe_expert_capacity_factor": 1.0} | (moe or {}),
             "data": {"path": "text", "seq_length": seq_length},
             "train": {"steps": 1000, "global_batch_size": gbs} | (train or {}),

@@ -95,7 +95,9 @@ def test_count_of_a_folder_with_only_a_config(tmp_path, llama2_config):
 def test_count_of_a_run(tmp_path, make_config, llama3_config):
     (tmp_path / "config.json").write_text(json.dumps(llama3_config))
     config = make_config()
-    config = config.model_copy(update={"dense": config.dense.model_copy(update={"path": tmp_path})})
+    config = config.model_copy(
+        update={"source": config.source.model_copy(update={"path": tmp_path})}
+    )
     (tmp_path / "run.yaml").write_text(dump(config))
     counts = count(tmp_path / "run.yaml")
     assert f"{counts.total_parameters / 1e9:.1f}" == "47.5"

@@ -53,7 +53,7 @@ def test_planned_bytes_are_what_autograd_saves(tmp_path: Path, name: str, precis
 def check(world: World, config: RunConfig) -> None:
     from megatron_moe.hf.spec import read_spec
 
-    spec = read_spec(config.dense.path)
+    spec = read_spec(config.source.path)
     saved = measure(world, config, spec)
     shape, work = upcycled_shape(spec, config.moe), workload_of(config)
     degrees = degrees_of(config, gpus=world.size)

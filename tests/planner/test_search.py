@@ -111,8 +111,8 @@ def test_a_thousand_gpus_take_two_seconds(make_config, llama3_config, tmp_path):
     """Measure the CPU time of a whole process, with imports and output: load does not matter."""
     (tmp_path / "config.json").write_text(json.dumps(llama3_config))
     config = make_config(gbs=1024)
-    dense = config.dense.model_copy(update={"path": tmp_path})
-    (tmp_path / "run.yaml").write_text(dump(config.model_copy(update={"dense": dense})))
+    dense = config.source.model_copy(update={"path": tmp_path})
+    (tmp_path / "run.yaml").write_text(dump(config.model_copy(update={"source": dense})))
     program = (
         "import sys, pathlib; from rich import print\n"
         "from megatron_moe.config.load import load; from megatron_moe.config.run import RunConfig\n"
@@ -120,7 +120,7 @@ def test_a_thousand_gpus_take_two_seconds(make_config, llama3_config, tmp_path):
         "from megatron_moe.planner.search import search\n"
         "from megatron_moe.planner.tables import search_report\n"
         "config = load(RunConfig, pathlib.Path(sys.argv[1]))\n"
-        "print(search_report(search(config, read_spec(config.dense.path), gpus=1024)))\n"
+        "print(search_report(search(config, read_spec(config.source.path), gpus=1024)))\n"
         "assert 'torch' not in sys.modules\n"
     )
     before = resource.getrusage(resource.RUSAGE_CHILDREN)

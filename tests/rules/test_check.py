@@ -32,7 +32,7 @@ def make_config(changes: dict[str, Any] | None = None) -> RunConfig:
     """Return a legal configuration for one rank, with changes by ``section.key``."""
     tree: dict[str, dict[str, Any]] = {
         "run": {"dir": "run"},
-        "dense": {"path": "dense"},
+        "source": {"path": "dense"},
         "moe": {"num_moe_experts": 8},
         "parallel": {},
         "upcycle": {},

@@ -48,7 +48,7 @@ def layouts(draw: st.DrawFn) -> tuple[RunConfig, int]:
     world = draw(st.sampled_from([fitting, fitting, 2 * fitting, 8]))
     tree: dict[str, dict[str, Any]] = {
         "run": {"dir": "run", "device": "cpu"},
-        "dense": {"path": "dense"},
+        "source": {"path": "dense"},
         "moe": {"num_moe_experts": 8},
         "parallel": degrees,
         "data": {"path": "text", "seq_length": draw(st.sampled_from([48, 48, 50, 63]))},

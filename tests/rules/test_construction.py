@@ -24,7 +24,7 @@ def messages_for(moe: dict[str, Any], upcycle: dict[str, Any]) -> list[str]:
 
 def config(*, moe: dict[str, Any], **sections: dict[str, Any]) -> RunConfig:
     tree = {
-        "run": {"dir": "run"}, "dense": {"path": "dense"}, "data": {"path": "text"},
+        "run": {"dir": "run"}, "source": {"path": "dense"}, "data": {"path": "text"},
         "train": {"steps": 10}, "moe": {"num_moe_experts": 8, **moe}, **sections,
     }  # fmt: skip
     return build(RunConfig, tree)
@@ -83,10 +83,10 @@ REFUSALS = [
      "  set it, or set upcycle.method=sharing_inner to have none"),
     ("mix-alone", {}, {"method": "mix"},
      "upcycle.mix_with (0 folders) with upcycle.method (mix): method mix takes experts from "
-     "dense.path and at least one more dense model, other methods only from dense.path.\n"
+     "source.path and at least one more dense model, other methods only from source.path.\n"
      "  set both or neither"),
     ("mix-many", {"num_moe_experts": 2}, {"method": "mix", "mix_with": ["a", "b"]},
-     "upcycle.mix_with names 2 dense models besides dense.path, more than moe.num_moe_experts "
+     "upcycle.mix_with names 2 dense models besides source.path, more than moe.num_moe_experts "
      "(2): each must provide an expert.\n"
      "  set moe.num_moe_experts=3 or more, or remove 1 of them"),
     ("scale", {}, {"scale": "exact"},

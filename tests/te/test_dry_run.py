@@ -16,9 +16,9 @@ pytestmark = pytest.mark.te
 @pytest.mark.parametrize("path", H100_FILES, ids=lambda path: path.stem)
 def test_h100_configuration(tmp_path: Path, path: Path):
     config, spec, gpus = shipped(path)
-    (tmp_path / "config.json").write_text(json.dumps(DENSE_MODELS[config.dense.path.name]))
-    dense = config.dense.model_copy(update={"path": tmp_path})
-    config = config.model_copy(update={"dense": dense})
+    (tmp_path / "config.json").write_text(json.dumps(DENSE_MODELS[config.source.path.name]))
+    dense = config.source.model_copy(update={"path": tmp_path})
+    config = config.model_copy(update={"source": dense})
     for rank in (0, gpus - 1):
         found = dry_run(config, rank=rank, world_size=gpus)
         assert found.layer_spec == "Transformer Engine"

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_moe.config.run import Data, Dense, Log, Moe, Run, RunConfig, Train
+from megatron_moe.config.run import Data, Log, Moe, Run, RunConfig, Source, Train
 from megatron_moe.train.metrics import MetricsWriter, expert_loads
 
 
 def config(folder: Path, *, tensorboard: bool = False) -> RunConfig:
     return RunConfig(
         run=Run(dir=folder),
-        dense=Dense(path=folder),
+        source=Source(path=folder),
         moe=Moe(num_moe_experts=2),
         data=Data(path=folder),
         train=Train(steps=9),

@@ -51,7 +51,7 @@ def _fill(session: Session, config: RunConfig, folder: Path, world: World) -> No
     from megatron_moe.parallel.layout import fold
 
     device = world.device
-    _write_dense(folder, config.dense.path, device)
+    _write_dense(folder, config.source.path, device)
     model = Bench(config, world, BenchOptions(random=True)).state.model
     dense = open_dense_checkpoint(folder)
     plan = make_expert_plan(dense.spec, config.moe, config.upcycle)

@@ -56,7 +56,7 @@ def tiny_config(session: Session, folder: str, /, **changes: dict[str, Any]) -> 
     """
     settings: dict[str, dict[str, Any]] = {
         "run": {"dir": str(session.folder / folder), "device": session.device},
-        "dense": {"path": str(session.folder / "tiny")},
+        "source": {"path": str(session.folder / "tiny")},
         "moe": {"num_moe_experts": 4},
         "data": {"path": str(session.folder / "tokens"), "seq_length": 32},
         "train": {"steps": 10, "global_batch_size": 4, "precision": "fp32"},
@@ -82,7 +82,7 @@ def shape_config(session: Session, folder: str, /, **changes: dict[str, Any]) ->
     (dense / "config.json").write_text(json.dumps(config_of(**sizes)))
     settings: dict[str, dict[str, Any]] = {
         "run": {"dir": str(session.folder / folder), "device": session.device},
-        "dense": {"path": str(dense)},
+        "source": {"path": str(dense)},
         "moe": {"num_moe_experts": 4},
         "data": {"path": "none", "seq_length": session.size(4096, 64)},
         "train": {"steps": 1000, "global_batch_size": session.size(8, 2), "precision": "bf16"},
@@ -109,7 +109,7 @@ def legal(settings: dict[str, Any]) -> RunConfig:
     """
     config = build(RunConfig, settings)
     config = resolved(config, _engine(config.run.device))
-    check(config, read_spec(config.dense.path), 1)
+    check(config, read_spec(config.source.path), 1)
     config.run.dir.mkdir(parents=True, exist_ok=True)
     return config
 

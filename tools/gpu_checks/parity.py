@@ -90,7 +90,7 @@ def _compare_logits(session: Session, configs: dict[str, RunConfig], world: Worl
         with _upcycled(config, world) as bench:
             tokens_S = torch.randint(0, 257, (128,), generator=torch.Generator().manual_seed(0))
             found = compare_with_dense(
-                bench.state.model, config.dense.path, tokens_S, groups=bench.groups
+                bench.state.model, config.source.path, tokens_S, groups=bench.groups
             )
         limit = LOGIT_ERROR[precision]
         session.add(

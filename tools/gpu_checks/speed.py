@@ -91,7 +91,7 @@ def _plan(config: RunConfig, gpu: str) -> Any:
     from megatron_moe.planner.shape import upcycled_shape
     from megatron_moe.planner.workload import degrees_of, workload_of
 
-    shape = upcycled_shape(read_spec(config.dense.path), config.moe)
+    shape = upcycled_shape(read_spec(config.source.path), config.moe)
     machine = Machine(gpu_named(gpu), FITTED)
     return predict_candidate(shape, workload_of(config), degrees_of(config, gpus=1), machine)
 
@@ -144,7 +144,7 @@ def _causal_mfu(
     from megatron_moe.planner.hardware import gpu_named
     from megatron_moe.planner.shape import upcycled_shape
 
-    shape = upcycled_shape(read_spec(config.dense.path), config.moe)
+    shape = upcycled_shape(read_spec(config.source.path), config.moe)
     length = config.data.seq_length
     forward = forward_flops(shape, sequence_length=length, causal=True)
     flops, peak = training_flops(forward.model) / length, gpu_named(gpu).peak_flops
@@ -174,7 +174,7 @@ def _time_peer(session: Session, config: RunConfig, world: World) -> None:
 
 def _peer_step(config: RunConfig, device: torch.device) -> Callable[[], None]:
     """Return a function that takes one step: micro-batches of one sequence, then fused AdamW."""
-    model = _mixtral(config, read_spec(config.dense.path), device)
+    model = _mixtral(config, read_spec(config.source.path), device)
     model.set_experts_implementation("grouped_mm")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     length, vocabulary = config.data.seq_length, model.config.vocab_size
