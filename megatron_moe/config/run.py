@@ -161,6 +161,15 @@ class Moe(Section):
             return factor
         return factor / self.moe_router_topk
 
+    def expert_size(self, dense_size: int) -> int:
+        """Return the number of neurons of one expert (M), for a dense FFN of ``dense_size``."""
+        return self.moe_ffn_hidden_size or dense_size
+
+    @property
+    def shared_size(self) -> int:
+        """Number of neurons of the shared expert (S), 0 without one."""
+        return self.moe_shared_expert_intermediate_size or 0
+
 
 class Upcycle(Section):
     """Construction of experts from the dense FFN of F neurons."""

@@ -88,12 +88,12 @@ def make_recipe(spec: DenseSpec, moe: Moe, upcycle: Upcycle) -> Recipe:
         method=upcycle.method,
         seed=upcycle.seed,
         num_experts=moe.num_moe_experts,
-        expert_ffn_hidden_size=moe.moe_ffn_hidden_size or spec.ffn_hidden_size,
+        expert_ffn_hidden_size=moe.expert_size(spec.ffn_hidden_size),
         dense_ffn_hidden_size=spec.ffn_hidden_size,
         hidden_size=spec.hidden_size,
         router_init_std=upcycle.router_init_std,
         moe_layers=moe_layer_ids(moe, spec.num_layers),
-        shared_size=moe.moe_shared_expert_intermediate_size or 0,
+        shared_size=moe.shared_size,
         num_sources=1 + len(upcycle.mix_with),
         router_init=upcycle.router_init or _ROUTERS.get(upcycle.method, "normal"),
         weight_scales=(third,) * 3 if paper else (1.0, 1.0, factor if in_weights else 1.0),
@@ -122,7 +122,7 @@ def output_factor(spec: DenseSpec, moe: Moe, upcycle: Upcycle) -> tuple[float, b
     """
     experts, topk = moe.num_moe_experts, moe.moe_router_topk
     if upcycle.method == "granular":
-        granularity = spec.ffn_hidden_size / (moe.moe_ffn_hidden_size or spec.ffn_hidden_size)
+        granularity = spec.ffn_hidden_size / moe.expert_size(spec.ffn_hidden_size)
         choice = upcycle.scale or "exact"
         if choice in ("exact", "paper"):
             if moe.router_order == "topk_softmax":

@@ -90,8 +90,8 @@ def upcycled_shape(spec: DenseSpec, moe: Moe) -> MoeShape:
         moe_layers=frozenset(moe_layer_ids(moe, spec.num_layers)),
         num_moe_experts=moe.num_moe_experts,
         moe_router_topk=moe.moe_router_topk,
-        moe_ffn_hidden_size=moe.moe_ffn_hidden_size or spec.ffn_hidden_size,
-        shared_expert_size=moe.moe_shared_expert_intermediate_size or 0,
+        moe_ffn_hidden_size=moe.expert_size(spec.ffn_hidden_size),
+        shared_expert_size=moe.shared_size,
         router_gate=moe.router_gate,
         **_attention_of(spec),
     )

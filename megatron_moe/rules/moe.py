@@ -17,7 +17,7 @@ def construction(case: Case) -> Iterator[str]:
 def shared_expert(case: Case) -> Iterator[str]:
     """Check that tp divides the shared expert."""
     tp = case.config.parallel.tensor_parallel_size
-    size = case.config.moe.moe_shared_expert_intermediate_size or 0
+    size = case.config.moe.shared_size
     if size % tp:
         yield indivisible(
             "moe.moe_shared_expert_intermediate_size", size,
