@@ -31,6 +31,7 @@ Method = Literal[
     "weaver",
     "mix",
 ]
+RouterGate = Literal["linear", "noisy_linear", "noisy_mlp"]
 RouterInit = Literal["normal", "uniform", "zero", "gate_mean", "virtual_groups", "centroids"]
 
 
@@ -102,7 +103,7 @@ class Moe(Section):
     """sigmoid (DeepSeek-V3): score each expert independently and divide the scores of the K chosen
     experts by their sum."""
 
-    router_gate: Literal["linear", "noisy_linear", "noisy_mlp"] = "linear"
+    router_gate: RouterGate = "linear"
     """noisy_linear, noisy_mlp (LLaMA-MoE): add learned noise to the logits during training. The
     gate is one linear layer, or linear, tanh, linear."""
 

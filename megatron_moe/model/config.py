@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_moe.config.run import Moe, Parallel, RunConfig, Train
 from megatron_moe.errors import ConfigError
-from megatron_moe.experts.recipe import moe_layer_ids
+from megatron_moe.experts.resolve import moe_layer_ids
 from megatron_moe.hf.spec import DenseSpec
 from megatron_moe.runtime.engine import Engine
 

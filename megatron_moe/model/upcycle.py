@@ -26,8 +26,8 @@ from megatron_moe.hf.names import ROW_OF_ROLE, Match, Scope, Sharding, dense_ten
 from megatron_moe.hf.reader import DenseCheckpoint, ReadRequest
 from megatron_moe.hf.windows import WINDOW_BYTES
 from megatron_moe.model.build import Chunk, Model
-from megatron_moe.model.noisy_router import fill_gate
 from megatron_moe.model.reshape import LocalExpert, LocalLayer, reshape_values
+from megatron_moe.model.routers import GATE_VALUES
 from megatron_moe.parallel.layout import ParallelLayout, local_experts
 from megatron_moe.parallel.shards import Piece, ShardIndex, pieces
 
@@ -230,7 +230,7 @@ class _LayerSource:
                 parameter.copy_(torch.from_numpy(self.layer_plan.router_ED))
             return
         if row.scope is Scope.GATE:
-            fill_gate(row.role, parameter)
+            GATE_VALUES[row.role](parameter)
             return
         if matched.expert is not None:
             assert self.layer_plan is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_moe.experts.recipe import moe_layer_ids
+from megatron_moe.experts.resolve import moe_layer_ids
 from megatron_moe.rules.case import Case, indivisible
 from megatron_moe.rules.construction import construction_violations
 

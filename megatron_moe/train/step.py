@@ -26,9 +26,8 @@ from megatron_moe.data.batches import Batch
 from megatron_moe.data.packing import document_bounds
 from megatron_moe.model.build import Model
 from megatron_moe.model.loss import make_output_processor
-from megatron_moe.model.noisy_router import set_samples
-from megatron_moe.model.router import CountingRouter, expert_biases
-from megatron_moe.runtime.adamw import FusedAdamW
+from megatron_moe.model.routers import expert_biases, routers_in
+from megatron_moe.runtime.adamw import ClipsGradients
 from megatron_moe.runtime.engine import Engine
 from megatron_moe.train.guard import Decision, StepGuard
 from megatron_moe.train.state import TrainState
@@ -118,7 +117,7 @@ def _update(optimizer: Any, grad_norm: float) -> None:
     for part in optimizer.chained_optimizers:
         limit = {"max_norm": part.config.clip_grad, "total_norm": grad_norm}
         parameters = [] if part.is_stub_optimizer else part.get_parameters()
-        if isinstance(part.optimizer, FusedAdamW):
+        if isinstance(part.optimizer, ClipsGradients):
             part.optimizer.clip(**limit)
         elif parameters:
             clip_grad_by_total_norm_fp32(parameters, **limit)
@@ -191,8 +190,8 @@ def _forward_step(
     at("forward")
     device = _device(model)
     batch = next(batches).map(lambda x: x.to(device, non_blocking=True))
-    if config.moe.router_gate != "linear":
-        set_samples(module, batch.samples_B)
+    for router in routers_in(module):
+        router.start_pass(batch.samples_B)
     documents = (
         _documents(batch.position_ids_BS, model.engine) if config.data.reset_attention else {}
     )
@@ -255,11 +254,8 @@ def _total_over_ranks(model: Model, losses: list[Tensor], num_micro_batches: int
     num_layers, num_experts = _moe_shape(model)
     zeros_4E = torch.zeros(4, num_experts, dtype=torch.float64, device=_device(model))
     counts_L4E = [zeros_4E] * num_layers
-    for chunk in model.chunks:
-        for router in chunk.module.modules():
-            if isinstance(router, CountingRouter):
-                assert router.layer_number is not None
-                counts_L4E[router.layer_number - 1] = router.take_counts()
+    for router in routers_in(*(chunk.module for chunk in model.chunks)):
+        counts_L4E[router.layer] = router.take_counts()
     tracked_2L = _tracked_losses(num_layers, _device(model)) / num_micro_batches
     wide_L2E, narrow_L2E = torch.stack(counts_L4E).split(2, dim=1)
     numbers = [tracked_2L, narrow_L2E.sum(dim=2), wide_L2E]

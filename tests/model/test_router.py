@@ -40,7 +40,7 @@ CHOSEN_E = [7.0, 5.0, 2.0, 0.0]
 def make_router(**moe: Any):
     from megatron_moe.model.capacity import capacity_of
     from megatron_moe.model.config import transformer_config
-    from megatron_moe.model.router import CountingRouter
+    from megatron_moe.model.router import CapacityRouter
     from megatron_moe.parallel.groups import create_groups
 
     config = RunConfig(
@@ -51,7 +51,7 @@ def make_router(**moe: Any):
         train=Train(steps=0, precision="fp32"),
     )
     _, groups = create_groups(Parallel(), seed=0)
-    router = CountingRouter(
+    router = CapacityRouter(
         capacity=capacity_of(config.moe),
         config=transformer_config(config, SPEC, engine=TORCH_ON_CPU),
         pg_collection=groups,
@@ -108,7 +108,7 @@ def check_kernels(world: World) -> None:
     router = make_router()
     probs_TE, map_TE = route(router)  # first pass; later passes add to it
     with Calls():
-        router._count(LOGITS_TE, map_TE, probs_TE.detach())
+        router.statistics.add(router._log_shares(LOGITS_TE), map_TE, probs_TE.detach())
     free = ("aten.empty", "aten.unbind", "aten.select", "aten.detach")
     launched = [name for name in Calls.names if not name.startswith(free)]
     assert len(launched) <= 9, launched
