@@ -16,7 +16,6 @@ import json
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +23,8 @@ from torch import Tensor
 from megatron_moe.checkpoint import folder as folders
 from megatron_moe.checkpoint.global_tensors import GlobalTensors
 from megatron_moe.checkpoint.keys import checkpoint_key
-from megatron_moe.config.run import Moe, RunConfig
+from megatron_moe.commands.export_config import check_export, moe_config, read_source_config
+from megatron_moe.config.run import Moe
 from megatron_moe.errors import CheckpointError
 from megatron_moe.experts.plan import ExpertPlan, moe_layer_ids
 from megatron_moe.hf.names import (
@@ -57,6 +57,9 @@ def export_checkpoint(source: Path, out: Path) -> Architecture:
     checkpoint = folders.find_checkpoint(source)
     config, spec = folders.read_config(checkpoint), read_spec(folders.source_copy(checkpoint))
     architecture = architecture_for(spec, config.moe)
+    source_config = read_source_config(folders.source_copy(checkpoint))
+    hf_config = moe_config(spec, config, architecture, source_config)
+    check_export(hf_config, spec.family, source_config)
     entries = list(_entries(spec, config.moe, architecture))
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.train.precision]
     announced = {
@@ -75,9 +78,6 @@ def export_checkpoint(source: Path, out: Path) -> Architecture:
             fused = _folded(fused, _output_factor(entry, plan))
             for name, tensor in zip(entry.names, _cut(fused, entry, spec), strict=True):
                 writer.write(name, tensor)
-        hf_config = moe_config(
-            spec, config, architecture, folders.source_copy(checkpoint) / "config.json"
-        )
         writer.add_file("config.json", (json.dumps(hf_config, indent=2) + "\n").encode())
         for file in sorted(folders.source_copy(checkpoint).iterdir()):
             if file.name != "config.json":
@@ -234,56 +234,3 @@ def _cut(fused: Tensor, entry: _Entry, spec: DenseSpec) -> list[Tensor]:
             return [part.flatten(0, 1) for part in groups.split(sizes, dim=1)]
         case _:
             return [fused]
-
-
-def moe_config(
-    spec: DenseSpec, config: RunConfig, architecture: Architecture, dense_config: Path
-) -> dict[str, Any]:
-    """``config.json`` of the exported model: the dense model's, with its experts."""
-    moe = config.moe
-    size = moe.expert_size(spec.ffn_hidden_size)
-    dense = json.loads(dense_config.read_text())
-    kept = {key: value for key, value in dense.items() if key not in _DENSE_ONLY}
-    common = {
-        **kept,
-        "architectures": [architecture],
-        "head_dim": spec.kv_channels,
-        "num_experts_per_tok": moe.moe_router_topk,
-        "router_aux_loss_coef": moe.moe_aux_loss_coeff,
-        "output_router_logits": False,
-        "dtype": {"fp32": "float32", "bf16": "bfloat16"}[config.train.precision],
-        "sliding_window": None,
-    }
-    if architecture == "MixtralForCausalLM":
-        return {
-            **common,
-            "model_type": "mixtral",
-            "intermediate_size": size,
-            "num_local_experts": moe.num_moe_experts,
-        }
-    routed = set(moe_layer_ids(moe, spec.num_layers))
-    qwen = {
-        **common,
-        "model_type": "qwen2_moe" if architecture.startswith("Qwen2") else "qwen3_moe",
-        "num_experts": moe.num_moe_experts,
-        "moe_intermediate_size": size,
-        "norm_topk_prob": moe.router_order == "topk_softmax",
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [layer for layer in range(spec.num_layers) if layer not in routed],
-        "use_sliding_window": False,
-    }
-    if architecture == "Qwen2MoeForCausalLM":
-        # Qwen2-MoE always has a shared expert: one of no neurons adds exactly zero.
-        shared = moe.shared_size
-        qwen |= {"shared_expert_intermediate_size": shared, "qkv_bias": spec.qkv_bias}
-    return qwen
-
-
-_DENSE_ONLY = frozenset(
-    {
-        "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "mlp_bias",
-        "pretraining_tp", "sliding_window", "use_sliding_window", "max_window_layers",
-        "layer_types", "attention_bias",
-    }
-)  # fmt: skip
-"""Keys that say what kind of dense model it was, or that the MoE's config sets itself."""
