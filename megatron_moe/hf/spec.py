@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_moe.errors import CheckpointError
+from megatron_moe.hf.obtain import how_to_get
 
 Family = Literal["llama", "mistral", "qwen2", "qwen3"]
 
@@ -100,7 +101,8 @@ def read_spec(folder: Path) -> DenseSpec:
     except OSError as error:
         raise CheckpointError(
             f"cannot read {path}: {error.strerror or error}.\n"
-            "  source.path must be a Hugging Face folder: config.json, *.safetensors, tokenizer"
+            "  source.path must be a Hugging Face folder: config.json, *.safetensors, tokenizer\n"
+            + how_to_get(folder)
         ) from error
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
