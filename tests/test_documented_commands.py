@@ -118,7 +118,7 @@ def put_tiny_model_and_text(root: Path) -> None:
 
 
 def test_all_commands_run_on_a_tiny_model(clone: Clone):
-    """Commands that stand on both pages run once; `make` and downloads are left to the slow test."""
+    """A command on both pages runs once; `make` and downloads are left to the slow test."""
     put_tiny_model_and_text(clone.folder)
     ran: list[list[str]] = []
     for words in (words for page in PAGES for words in documented(page)):
