@@ -85,7 +85,7 @@ chaos: $(INSTALLED) ## kill, stop and starve training jobs; writes docs/reliabil
 	@$(PYTHON) tools/chaos.py
 
 study: $(INSTALLED) ## every method on real text, same tokens each; an hour; writes docs/study.md
-	@$(PYTHON) tools/study.py
+	@$(PYTHON) -m research.study
 
 bench: $(INSTALLED) ## speed beside peers, on an idle machine; writes the tables of docs/performance.md
 	@$(PYTHON) bench/all.py

@@ -3,6 +3,7 @@
 import argparse
 import ast
 import importlib
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -88,6 +89,8 @@ def test_a_command_names_what_exists(words):
         if "--tasks" in words:
             options |= harness_options()
         assert {word for word in words if word.startswith("--")} <= options
+    elif words[:2] == ["python", "-m"]:
+        assert importlib.util.find_spec(words[2]) is not None
     else:
         assert any((ROOT / word).is_file() for word in words), words
     for word in words[1:]:
