@@ -27,7 +27,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from megatron_moe.evaluate.speak import completions, load_model
+from megatron_moe.evaluate.speak import completions
+from megatron_moe.hf.load import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG, RUNS = "configs/demo.yaml", Path("runs")
