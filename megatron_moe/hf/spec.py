@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_moe.errors import CheckpointError
 from megatron_moe.hf.families import FAMILIES, FAMILY_OF_ARCHITECTURE, Family
+from megatron_moe.hf.obtain import how_to_get
 
 COMMON_DEFAULTS: dict[str, Any] = {"rms_norm_eps": 1e-6, "initializer_range": 0.02}
 """Defaults of transformers 5 for keys missing in config.json; `FamilyRow.defaults` has others."""
@@ -75,7 +76,8 @@ def read_spec(folder: Path) -> DenseSpec:
     except OSError as error:
         raise CheckpointError(
             f"cannot read {path}: {error.strerror or error}.\n"
-            "  source.path must be a Hugging Face folder: config.json, *.safetensors, tokenizer"
+            "  source.path must be a Hugging Face folder: config.json, *.safetensors, tokenizer\n"
+            + how_to_get(folder)
         ) from error
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error

@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from folders import complete_or_absent
-from study_cases import Case
-from study_runs import PRETRAIN, on_one_thread, settings, write_result
 
 from megatron_moe.config.judging import dense_config
 from megatron_moe.config.load import build
@@ -36,6 +34,8 @@ from megatron_moe.runtime.engine import TORCH_ON_CPU
 from megatron_moe.runtime.world import World
 from megatron_moe.source.dense import open_dense
 from megatron_moe.train.step import mean_loss
+from research.study.cases import Case
+from research.study.runs import PRETRAIN, on_one_thread, settings, write_result
 
 SAMPLES, HIDDEN_STATES = 40, 1280
 """Number of sequences to measure, and of layer inputs to keep."""
