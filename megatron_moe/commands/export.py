@@ -85,16 +85,20 @@ def export_checkpoint(source: Path, out: Path) -> Architecture:
     return architecture
 
 
+_LINEAR_AFTER_TRAINING = ("linear", "noisy_linear")
+"""Values of moe.router_gate that are one linear layer once training ends."""
+
+
 def architecture_for(spec: DenseSpec, moe: Moe) -> Architecture:
     """The Hugging Face architecture that computes what the trained model computes.
 
     Raises:
         CheckpointError: There is none; says why.
     """
-    if moe.router_gate == "noisy_mlp":
+    if moe.router_gate not in _LINEAR_AFTER_TRAINING:
         raise CheckpointError(
             f"no Hugging Face architecture means the same as a {spec.family} model with "
-            "moe.router_gate (noisy_mlp): all of them route by one linear layer.\n"
+            f"moe.router_gate ({moe.router_gate}): all of them route by one linear layer.\n"
             "  use moe.router_gate=noisy_linear, or keep the checkpoint"
         )
     if moe.moe_router_score_function == "sigmoid":

@@ -61,7 +61,7 @@ class MoeShape:
     def router_sizes(self) -> dict[str, int]:
         """Number of parameters of one router, by name."""
         rows, experts = self.num_moe_experts * self.hidden_size, self.num_moe_experts
-        noisy, mlp = self.router_gate != "linear", self.router_gate == "noisy_mlp"
+        noisy, mlp = self.router_gate.startswith("noisy_"), self.router_gate == "noisy_mlp"
         return {
             "weight": rows,
             "noise_weight": rows * noisy,

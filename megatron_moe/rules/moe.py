@@ -125,7 +125,7 @@ def router(case: Case) -> Iterator[str]:
             "(softmax) to be sigmoid: the bias is added to independent scores of experts.\n"
             "  set moe.moe_router_score_function=sigmoid"
         )
-    noisy = moe.router_gate != "linear"
+    noisy = moe.router_gate.startswith("noisy_")
     if noisy and sigmoid:
         yield (
             f"moe.router_gate ({moe.router_gate}) needs moe.moe_router_score_function (sigmoid) to "

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -27,9 +26,9 @@ from megatron_moe.data.packing import document_bounds
 from megatron_moe.model.build import Model
 from megatron_moe.model.loss import make_output_processor
 from megatron_moe.model.routers import expert_biases, routers_in
-from megatron_moe.runtime.adamw import ClipsGradients
 from megatron_moe.runtime.engine import Engine
 from megatron_moe.train.guard import Decision, StepGuard
+from megatron_moe.train.optimizers import clip_and_step
 from megatron_moe.train.state import TrainState
 
 Mark = Callable[[str], None]
@@ -90,7 +89,7 @@ def train_step(
     result = _result(totals, state.model, grad_norm, groups)
     decision = guard(step=state.step + 1, loss=result.lm_loss, grad_norm=grad_norm)
     if decision == "keep":
-        _update(optimizer, grad_norm)
+        clip_and_step(optimizer, grad_norm)
     else:
         for bias_E, before_E in biases:
             bias_E.copy_(before_E)
@@ -110,18 +109,6 @@ def _weigh_tokens(model: Model, batches: list[Batch], groups: ProcessGroupCollec
     dist.all_reduce(tokens, group=groups.dp_cp)
     mean_over = tokens.clamp(min=1)
     model.transformer.grad_scale_func = lambda loss: loss / mean_over
-
-
-def _update(optimizer: Any, grad_norm: float) -> None:
-    """Clip by the given norm and step; `optimizer.step` would compute the norm a second time."""
-    for part in optimizer.chained_optimizers:
-        limit = {"max_norm": part.config.clip_grad, "total_norm": grad_norm}
-        parameters = [] if part.is_stub_optimizer else part.get_parameters()
-        if isinstance(part.optimizer, ClipsGradients):
-            part.optimizer.clip(**limit)
-        elif parameters:
-            clip_grad_by_total_norm_fp32(parameters, **limit)
-    optimizer.step_with_ready_grads()
 
 
 @torch.no_grad()
