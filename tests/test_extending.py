@@ -14,7 +14,6 @@ from ranks import run_on_ranks
 from safetensors.torch import load_file, save_file
 from tiny import save_dense
 
-from megatron_moe.config.run import Parallel
 from megatron_moe.experts.methods import METHODS
 from megatron_moe.experts.partition import Evidence
 from megatron_moe.experts.plan import ExpertPlan
@@ -95,15 +94,13 @@ def test_a_new_router_routes_by_its_own_logits():
 
 def check_router(world: World, run_section: Callable[[str], dict[str, Any]]) -> None:
     from megatron_moe.model.routers import router_factory, routers_in
-    from megatron_moe.parallel.groups import create_groups
-    from tests.model.test_router import make_router
+    from tests.model.test_router import router_arguments
 
     router_class = run_section("A router")["CosineRouter"]
     moe = SimpleNamespace(router_gate="cosine", megatron_capacity_factor=None)
-    plain = make_router()
+    _, megatron = router_arguments()
     factory = router_factory(SimpleNamespace(moe=moe, run=None))  # pyright: ignore
-    _, groups = create_groups(Parallel(), seed=0)
-    router = factory(config=plain.config, pg_collection=groups)
+    router = factory(**megatron)
     assert isinstance(router, router_class)
     assert list(routers_in(torch.nn.Sequential(router))) == [router]
     x_sBD = torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(0))
