@@ -103,6 +103,7 @@ def check_router(world: World, run_section: Callable[[str], dict[str, Any]]) -> 
     router = factory(**megatron)
     assert isinstance(router, router_class)
     assert list(routers_in(torch.nn.Sequential(router))) == [router]
+    torch.nn.init.normal_(router.weight)
     x_sBD = torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(0))
     rows_ED = router.weight.detach().double()
     cosines = torch.nn.functional.cosine_similarity(x_sBD.double()[..., None, :], rows_ED, dim=-1)
