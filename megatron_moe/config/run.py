@@ -234,6 +234,19 @@ class Upcycle(Section):
     virtual_groups: random rows, each repeated so that all shards of a replica are chosen together.
     centroids: k-means centroids of the layer's inputs (needs a plan)."""
 
+    fit: list[Literal["router", "down"]] = []
+    """Parts of split experts that `megatron-moe construct` solves for on text (needs a plan).
+    router: a regression on what each expert would contribute. down: the least-squares solution for
+    the dense layer's output, over all experts of a layer at once."""
+
+    max_load: Annotated[float, Field(ge=1)] = 1.5
+    """Bound on the load of the busiest expert with fit router, in multiples of the mean. A higher
+    bound gives a lower loss before the first step, and experts that are used less evenly."""
+
+    fit_stream: Fraction = 0.0
+    """Share of the dense model's residual stream in the target of fit down. 0: the dense layer's
+    output on the same input. 1: what brings the stream back to the dense model's."""
+
     router_init_std: NonNegative = 0.02
     """Standard deviation of random router rows."""
 

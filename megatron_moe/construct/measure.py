@@ -136,13 +136,10 @@ class Measurement:
             yield list(range(first, first + stages))
 
     def _batches(self) -> list[Batch]:
-        cp, texts = self.groups.cp, self.texts
-        batches = []
+        cp, batches = self.groups.cp, []
         for sequence in self._sequences:
             index = sequence % self.config.measure.samples  # padding of the last round wraps around
-            text = texts[index % len(texts)]
-            sample = text.chunk(index // len(texts) % text.num_chunks)
-            batch = make_batch([sample])
+            batch = calibration_batch(self.texts, index)
             batches.append(slice_for_context_parallel(batch, cp_rank=cp.rank(), cp_size=cp.size()))
         return batches
 
@@ -208,6 +205,12 @@ class Measurement:
             clusters[0] = balanced_kmeans(points_ND, self.clusters, rng)
         dist.broadcast_object_list(clusters, src=0)
         return clusters[0]
+
+
+def calibration_batch(texts: list[Text], index: int) -> Batch:
+    """Return a sequence of the calibration text as a batch; domains take turns."""
+    text = texts[index % len(texts)]
+    return make_batch([text.chunk(index // len(texts) % text.num_chunks)])
 
 
 def world_sum(values: Tensor) -> Tensor:

@@ -82,7 +82,12 @@ METHODS: dict[Method, MethodRow] = {
 
 
 def needs(recipe: Recipe) -> Needs:
-    """Return what a plan of this recipe needs: its method, its router or its scale may measure."""
+    """Return what a plan of this recipe needs: its method, router, scale or fit may need text."""
+    return "text" if recipe.fit else measures(recipe)
+
+
+def measures(recipe: Recipe) -> Needs:
+    """Return what a plan of this recipe needs before anything is fitted."""
     if recipe.router_init == "centroids" or recipe.calibrated:
         return "text"
     return METHODS[recipe.method].needs
