@@ -22,7 +22,7 @@ from megatron_moe.construct.solve import LayerMeasurements, layer_table
 from megatron_moe.construct.stream import LayerStream
 from megatron_moe.data.texts import Texts, open_texts
 from megatron_moe.experts.file import write_plan
-from megatron_moe.experts.methods import measures
+from megatron_moe.experts.methods import METHODS, measures
 from megatron_moe.experts.plan import ExpertPlan, make_expert_plan
 from megatron_moe.experts.solved import solved_folder
 from megatron_moe.hf.names import dense_tensors
@@ -90,12 +90,14 @@ def _measured(
         groups,
         clusters=config.moe.num_moe_experts,
         seed=config.upcycle.seed,
+        by_cluster=METHODS[plan.recipe.method].by_cluster,
     )
     partial = PartialFiles(_partial_folder(config.upcycle.plan), _key(config, dense))
     with RoundProgress("measuring", rank=world.rank) as progress:
         cluster_N = measurement.run(partial, progress.show)
-    sizes = [int((cluster_N == c).sum()) for c in set(cluster_N.tolist())]
-    measured_on["sequences_by_cluster"] = sizes
+    if cluster_N is not None:
+        sizes = [int((cluster_N == c).sum()) for c in set(cluster_N.tolist())]
+        measured_on["sequences_by_cluster"] = sizes
     tables = _solved(plan, measurement, dense, config)
     partial.remove()
     destroy_groups()

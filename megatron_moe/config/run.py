@@ -25,6 +25,8 @@ Method = Literal[
     "granular",
     "split_random",
     "split_clustered",
+    "split_coactivation",
+    "split_coactivation",
     "sharing_inner",
     "sharing_inter",
     "qwen",
@@ -183,6 +185,8 @@ class Upcycle(Section):
     granular         one of G = F / M shards, in R = E / G replicas (virtual groups, 2410.07524)
     split_random     one part of a random partition (LLaMA-MoE, 2406.16554)
     split_clustered  one cluster of similar rows of up, all of equal size (LLaMA-MoE)
+    split_coactivation  one cluster of neurons that contribute to the same tokens; a shared expert
+                     gets those that most tokens use (needs a plan)
     sharing_inner    the M most important ones for one part of the text (LLaMA-MoE; needs a plan)
     sharing_inter    as sharing_inner, after the neurons that most experts want have moved to the
                      shared expert (LLaMA-MoE; needs a plan)

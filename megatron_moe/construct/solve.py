@@ -61,9 +61,19 @@ def _partition(
         up_FD=up_weights(dense, layer) if row.needs == "weights" else None,
         importance_CF=measured.importance_CF,
         activity_CF=measured.activity_CF,
+        contribution_HF=_contributions(measured, dense, layer) if not row.by_cluster else None,
     )
     part = row.partition(recipe, layer, evidence)
     return LayerTable(neurons_EM=part.neurons_EM, shared_S=part.shared_S)
+
+
+def _contributions(
+    measured: LayerMeasurements, dense: DenseCheckpoint, layer: int
+) -> NDArray[np.float32]:
+    """Return the norm of each neuron's contribution for each sampled input, ``(H, F)``."""
+    ffn = DenseFfn.read(dense, layer)
+    act_HF = ffn.activations(measured.inputs_TD)
+    return (act_HF.abs_() * ffn.down_DF.norm(dim=0)).numpy()
 
 
 def centroid_rows(recipe: Recipe, layer: int, inputs_TD: Tensor) -> NDArray[np.float32]:

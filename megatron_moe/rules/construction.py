@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from megatron_moe.config.run import Moe, RunConfig, Upcycle
 from megatron_moe.errors import nearest_multiples
-from megatron_moe.experts.methods import METHODS, MethodRow, measures, needs
+from megatron_moe.experts.methods import METHODS, MethodRow, needs
 from megatron_moe.experts.recipe import HELD_OUT_EVERY
 from megatron_moe.experts.resolve import make_recipe
 from megatron_moe.hf.spec import DenseSpec
@@ -83,7 +83,7 @@ def measuring_violations(config: RunConfig, spec: DenseSpec) -> Iterator[str]:
             f"every {HELD_OUT_EVERY}th sequence is left out of the fit, to choose its penalty.\n"
             f"  set measure.samples={HELD_OUT_EVERY} or more"
         )
-    if measures(recipe) == "text" and samples % experts:
+    if METHODS[recipe.method].by_cluster and samples % experts:
         yield (
             f"measure.samples ({samples}) must be divisible by moe.num_moe_experts ({experts}): "
             "the sequences are divided into one cluster of equal size per expert.\n"
