@@ -26,6 +26,7 @@ from megatron_moe.errors import ConfigError, UserError
 from megatron_moe.hf.spec import DenseSpec, read_spec
 from megatron_moe.rules.check import check
 from megatron_moe.rules.construction import measuring_violations
+from megatron_moe.rules.installed import require_packages
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -93,6 +94,7 @@ def train(
         return
     if world_size is not None or rank is not None or as_json:
         raise ConfigError("--world-size, --rank and --json require --dry-run")
+    require_packages(config)
     on_ranks(_train, config, ranks)
 
 
