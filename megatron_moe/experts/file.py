@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 from megatron_moe.errors import CheckpointError
 from megatron_moe.experts.plan import ExpertPlan, LayerTable
 from megatron_moe.experts.recipe import SCHEMA
+from megatron_moe.hf.disk import replacing
 
 PLAN_FILE = "plan.safetensors"
 _KEY = "megatron_moe.expert_plan"
@@ -46,10 +47,8 @@ def write_plan(
         "source": source,
         "measured_on": measured_on,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f".{path.name}.partial")
-    save_file(arrays, staged, metadata={_KEY: json.dumps(header)})
-    staged.replace(path)
+    with replacing(path) as staged:
+        save_file(arrays, staged, metadata={_KEY: json.dumps(header)})
 
 
 def read_plan(path: Path, plan: ExpertPlan, *, source: str | None) -> ExpertPlan:

@@ -19,6 +19,7 @@ from statistics import mean
 from typing import Any
 
 from megatron_moe.errors import UserError
+from megatron_moe.markdown import markdown_table
 from research.study.cases import AT_STEP_0, TRAINED
 from research.study.plot import plots
 
@@ -150,15 +151,19 @@ def page(numbers: Numbers) -> str:
         seeds=len(seeds),
         hours=f"{sum(run['seconds'] for run in trained + numbers['step0']) / 3600:.1f}",
         probe_tokens=f"{numbers['step0'][0]['tokens']:,}",
-        verdicts=_table(
+        verdicts=markdown_table(
             ["question", "who says so", "A", "B", "A - B, nats", "here"], _verdicts(numbers)
         ),
-        trained=_table(
+        trained=markdown_table(
             ["case", "a token passes", "seeds", "step 0", "half way", "end"],
             _trained_rows(numbers),
         ),
-        rescales=_table(["SmolLM2-135M", "none", "N/K", "N", "calibrated"], _rescales(numbers)),
-        others=_table(["SmolLM2-135M", "loss", "above the dense model's"], _others(numbers)),
+        rescales=markdown_table(
+            ["SmolLM2-135M", "none", "N/K", "N", "calibrated"], _rescales(numbers)
+        ),
+        others=markdown_table(
+            ["SmolLM2-135M", "loss", "above the dense model's"], _others(numbers)
+        ),
     )
 
 
@@ -236,8 +241,3 @@ def _others(numbers: Numbers) -> Iterator[Row]:
         if case.shape not in ("parts", "shared") and case.name in losses:
             loss = losses[case.name]
             yield [case.name, f"{loss:.3f}", f"{loss - losses['dense']:+.3f}"]
-
-
-def _table(head: Row, rows: Iterator[Row]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
