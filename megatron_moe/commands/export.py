@@ -27,6 +27,7 @@ from megatron_moe.checkpoint.keys import checkpoint_key
 from megatron_moe.config.run import Moe, RunConfig
 from megatron_moe.errors import CheckpointError
 from megatron_moe.experts.plan import ExpertPlan, moe_layer_ids
+from megatron_moe.hf.dtypes import OF_PRECISION
 from megatron_moe.hf.names import (
     GATE_ROLES,
     MOE_NAMES,
@@ -59,7 +60,7 @@ def export_checkpoint(source: Path, out: Path) -> Architecture:
     config, spec = folders.read_config(checkpoint), read_spec(folders.source_copy(checkpoint))
     architecture = architecture_for(spec, config.moe)
     entries = list(_entries(spec, config.moe, architecture))
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.train.precision]
+    dtype = OF_PRECISION[config.train.precision]
     announced = {
         name: (shape, dtype)
         for entry in entries

@@ -20,9 +20,9 @@ from megatron_moe.data.batches import Batch, validation_batches
 from megatron_moe.data.samples import Text
 from megatron_moe.errors import DataError
 from megatron_moe.hf.disk import write_text
+from megatron_moe.hf.dtypes import OF_PRECISION
 from megatron_moe.hf.load import load_model
 from megatron_moe.model.attention import document_mask
-from megatron_moe.model.config import DTYPES
 
 
 @torch.no_grad()
@@ -37,7 +37,8 @@ def dense_losses(
         texts: Held-out text of each domain.
         device: Device to compute on.
     """
-    model = load_model(config.source.path, device=device, dtype=DTYPES[config.train.precision])
+    dtype = OF_PRECISION[config.train.precision]
+    model = load_model(config.source.path, device=device, dtype=dtype)
     losses = {}
     for name, text in texts.items():
         batches = validation_batches(
