@@ -26,7 +26,7 @@ from megatron_moe.experts.plan import ExpertPlan, make_expert_plan
 from megatron_moe.hf.reader import DenseCheckpoint
 from megatron_moe.hf.spec import read_spec
 from megatron_moe.model.build import Model, build_model
-from megatron_moe.model.router import set_output_scales
+from megatron_moe.model.routers import set_output_scales
 from megatron_moe.model.upcycle import upcycle
 from megatron_moe.parallel.groups import create_groups
 from megatron_moe.rules.check import check
@@ -126,7 +126,7 @@ def _solved(
     plan: ExpertPlan, config: RunConfig, dense: DenseCheckpoint, measured: Path
 ) -> ExpertPlan:
     recipe = plan.recipe
-    if not (recipe.needs_measuring or recipe.needs_weights):
+    if plan.needs == "nothing":
         return plan
     tables = {}
     for layer in recipe.moe_layers:
