@@ -27,6 +27,7 @@ from megatron_moe.commands.export_config import check_export, moe_config, read_s
 from megatron_moe.config.run import Moe
 from megatron_moe.errors import CheckpointError
 from megatron_moe.experts.plan import ExpertPlan, moe_layer_ids
+from megatron_moe.hf.dtypes import OF_PRECISION
 from megatron_moe.hf.names import (
     MOE_NAMES,
     ROWS,
@@ -61,7 +62,7 @@ def export_checkpoint(source: Path, out: Path) -> Architecture:
     hf_config = moe_config(spec, config, architecture, source_config)
     check_export(hf_config, spec.family, source_config)
     entries = list(_entries(spec, config.moe, architecture))
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.train.precision]
+    dtype = OF_PRECISION[config.train.precision]
     announced = {
         name: (shape, dtype)
         for entry in entries
