@@ -156,6 +156,9 @@ def tokenize(
     tokenizer: Annotated[Path, typer.Option(help="Folder that holds the tokenizer's files.")],
     workers: Annotated[int, typer.Option(min=1, help="Number of processes.")] = 1,
     text_key: Annotated[str, typer.Option(help="Key or column that holds the text.")] = "text",
+    add_bos: Annotated[
+        bool, typer.Option("--add-bos", help="Begin documents with the begin-of-text token.")
+    ] = False,
     drop_duplicates: Annotated[
         bool, typer.Option("--drop-duplicates", help="Keep only the first of identical documents.")
     ] = False,
@@ -183,6 +186,7 @@ def tokenize(
 
     rules = Rules(
         text_key=text_key,
+        add_bos=add_bos,
         drop_duplicates=drop_duplicates,
         min_tokens=min_tokens,
         max_tokens=max_tokens,
@@ -202,7 +206,8 @@ def tokenize(
 def _counts_text(report: dict[str, Any], out: Path) -> str:
     lines = [f"{name.replace('_', ' ')}: {value:,}" for name, value in report["counts"].items()]
     speed = f"{report['seconds']:.1f} s, {report['tokens_per_second']:,.0f} tokens/s"
-    return "\n".join([f"{out}.bin, {out}.idx: {speed}", *lines, *report["malformed"]])
+    names = [f"not read because of its name: {file}" for file in report["left_out"]]
+    return "\n".join([f"{out}.bin, {out}.idx: {speed}", *lines, *report["malformed"], *names])
 
 
 @app.command("reference-loss")

@@ -63,7 +63,9 @@ def _train(job: Job) -> None:
     dense.check_tensors(dict(dense_tensors(dense.spec)))
     plan = make_expert_plan(dense.spec, config.moe, config.upcycle)
     plan = complete_plan(plan, config, dense)  # 2. which neurons each expert takes
-    texts = open_texts(config, vocab_size=dense.spec.vocab_size)  # 3. data
+    texts = open_texts(  # 3. data
+        config, vocab_size=dense.spec.vocab_size, on_progress=lambda: job.watch.at("load")
+    )
     _announce(job, dense, plan)
 
     resume_from = newest(config.run.dir)

@@ -343,6 +343,13 @@ class Data(Section):
     validation_samples: Count = 64
     """Number of sequences of each held-out text to evaluate, counted from its beginning."""
 
+    text_key: str = "text"
+    """Key of JSON lines, or column of tables, that holds the text. Requires kind text."""
+
+    add_bos: bool = False
+    """Begin each document with the tokenizer's begin-of-text token, as Llama was trained. Documents
+    always end with the end-of-text token. Requires kind text; a chat template adds its own."""
+
     max_malformed: NonNegativeInt = 0
     """Number of malformed lines or conversations per text to skip, count and show before the run
     fails."""
