@@ -23,6 +23,7 @@ from megatron_moe.cli.start import joined_to, on_ranks, on_ranks_at_hand, positi
 from megatron_moe.config.load import load
 from megatron_moe.config.run import Mixing, Parallel, RunConfig
 from megatron_moe.errors import ConfigError, UserError
+from megatron_moe.hf.disk import make_folder
 from megatron_moe.hf.spec import DenseSpec, read_spec
 from megatron_moe.rules.check import check
 from megatron_moe.rules.construction import measuring_violations
@@ -230,7 +231,7 @@ def reference_loss(
     data = config.data.model_copy(update={"mixing": mixing})
     config = config.model_copy(update={"data": data, "parallel": Parallel()})
     check(config, read_spec(config.source.path), 1)
-    config.run.dir.mkdir(parents=True, exist_ok=True)
+    make_folder(config.run.dir, "run.dir")
     device = resolve_device(config.run.device)
     run_local_ranks(partial(_reference_loss, config, out), ranks=1, device=device)
 

@@ -27,6 +27,7 @@ from megatron_moe.runtime.world import World
 from megatron_moe.source.dense import open_dense
 from megatron_moe.train.guard import Signals
 from megatron_moe.train.lock import only_job
+from megatron_moe.train.metrics import check_outputs
 from megatron_moe.train.state import TrainState, make_state
 from megatron_moe.train.watch import Observe, Watch, unobserved
 
@@ -43,6 +44,7 @@ def train(config: RunConfig, world: World, observe: Observe = unobserved) -> Non
         world: This rank's place in the joined job.
         observe: Called with the stage and the step whenever this rank enters a stage.
     """
+    check_outputs(config)
     engine = engine_of(config.run.engine, world)
     check_dispatcher(config.moe, engine)
     with (

@@ -8,6 +8,7 @@ unchanged.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -15,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from multiprocessing import get_context
@@ -211,9 +213,12 @@ def _encoded(
     # Forked workers inherit the tokenizer; spawned ones would import everything again. Freezing
     # keeps the inherited memory shared, which their garbage collector would otherwise write to.
     gc.freeze()
-    with ProcessPoolExecutor(
-        workers, mp_context=get_context("fork"), initializer=_start, initargs=(tokenizer, rules)
-    ) as pool:
+    with (
+        _explained(),
+        ProcessPoolExecutor(
+            workers, mp_context=get_context("fork"), initializer=_start, initargs=(tokenizer, rules)
+        ) as pool,
+    ):
         waiting: deque[tuple[Block, Future[Encoded]]] = deque()
         for block in blocks:
             waiting.append((block, pool.submit(_work, block)))
@@ -222,6 +227,18 @@ def _encoded(
                 yield done, future.result()
         for done, future in waiting:
             yield done, future.result()
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Raise `DataError` if a worker dies."""
+    try:
+        yield
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a tokenizing process was killed, by a user or by the out-of-memory killer.\n"
+            "  run the same command to resume, with fewer --workers if memory is short"
+        ) from error
 
 
 _worker: dict[str, Any] = {}

@@ -24,6 +24,7 @@ from megatron_moe.data.files import find_files
 from megatron_moe.data.stream import TokenStream
 from megatron_moe.data.tokenizer import check_vocabulary, load_tokenizer
 from megatron_moe.errors import DataError
+from megatron_moe.hf.disk import make_folder
 
 
 def prepare_tokens(
@@ -156,7 +157,7 @@ def _own_folder(cache_dir: Path, name: str) -> Iterator[Path]:
     A second job that tokenizes the same text at the same time gets a temporary folder instead.
     """
     folder = cache_dir / f".tokenizing-{name}"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "the folder for tokens")
     with contextlib.ExitStack() as stack:
         lock = stack.enter_context((folder / "lock").open("a"))
         try:

@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 from megatron_moe.errors import CheckpointError
 from megatron_moe.experts.plan import ExpertPlan, LayerTable
 from megatron_moe.experts.recipe import SCHEMA
+from megatron_moe.hf.disk import make_folder
 
 PLAN_FILE = "plan.safetensors"
 _KEY = "megatron_moe.expert_plan"
@@ -46,7 +47,7 @@ def write_plan(
         "source": source,
         "measured_on": measured_on,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent, "the folder of --out")
     staged = path.with_name(f".{path.name}.partial")
     save_file(arrays, staged, metadata={_KEY: json.dumps(header)})
     staged.replace(path)

@@ -114,9 +114,12 @@ def _dense_logits(
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    dense: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    # config.json may ask for an implementation that is not installed, or for tuples.
+    dense: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="sdpa"
+    )
     dense.to(device).eval()
-    return dense(tokens_S[None].to(device)).logits[0].float()
+    return dense(tokens_S[None].to(device), return_dict=True).logits[0].float()
 
 
 def _part_of(x_S: Tensor, cp_group: dist.ProcessGroup) -> Tensor:

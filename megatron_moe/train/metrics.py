@@ -35,8 +35,10 @@ tokens/seen                               tokens since the start of the run
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import math
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -48,6 +50,7 @@ from torch import Tensor
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.blend import BlendState
 from megatron_moe.data.held_out import HeldOut
+from megatron_moe.errors import ConfigError
 from megatron_moe.runtime.memory import peak_bytes
 from megatron_moe.train.step import StepResult
 
@@ -172,6 +175,7 @@ class MetricsWriter:
             wandb = importlib.import_module("wandb")
             self._wandb = wandb.init(
                 project=config.log.wandb_project,
+                id=_wandb_id(config.run.dir),
                 name=config.run.dir.name,
                 config=config.model_dump(mode="json"),
                 resume="allow",
@@ -201,6 +205,32 @@ class MetricsWriter:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def check_outputs(config: RunConfig) -> None:
+    """Check before the run that the packages for its metrics are installed.
+
+    Raises:
+        ConfigError: One of them is missing.
+    """
+    needed = {
+        f"log.wandb_project ({config.log.wandb_project})": config.log.wandb_project and "wandb",
+        "log.tensorboard (true)": config.log.tensorboard and "tensorboard",
+    }
+    for setting, package in needed.items():
+        if package and importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"{setting} needs the package {package}, which is not installed.\n"
+                f"  pip install {package}, or remove the setting"
+            )
+
+
+def _wandb_id(run_dir: Path) -> str:
+    """Return the id of the run at Weights & Biases, the same for every job that resumes it."""
+    path = run_dir / "wandb_id"
+    if not path.exists():
+        path.write_text(secrets.token_hex(8) + "\n")
+    return path.read_text().strip()
 
 
 def _finite(numbers: Mapping[str, Any]) -> dict[str, Any]:
