@@ -53,7 +53,7 @@ def environment(**changes: str) -> dict[str, str]:
 
 def finished(run_dir: Path) -> bool:
     latest = run_dir / "checkpoints" / "latest"
-    return latest.exists() and latest.read_text().strip() == "step_000002"
+    return latest.exists() and latest.read_text().strip() == "step_00000002"
 
 
 # ---- users and temporary folders -----------------------------------------------------------------
