@@ -167,7 +167,7 @@ def growth_table(cases: Cases) -> str:
                 case["must"], _load(case),
             ))  # fmt: skip
     head = ("size", "part", "seconds", "exponent", "last doubling", "must", "load before")
-    plots = " ".join(f"![{name}](../bench/results/growth-{name}.svg)" for name in cases)
+    plots = " ".join(f"![{name}](growth-{name}.svg)" for name in cases)
     return f"{_table(head, rows)}{_machine(cases)}\n{plots}\n"
 
 

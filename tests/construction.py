@@ -57,7 +57,7 @@ def make_plan(spec: DenseSpec, moe: Moe, upcycle: Upcycle, dense: DenseCheckpoin
     """The case's plan, with tables from drawn measurements where it needs them."""
     plan = make_expert_plan(spec, moe, upcycle)
     recipe = plan.recipe
-    if not (recipe.needs_measuring or recipe.needs_weights):
+    if plan.needs == "nothing":
         return plan
     return plan.with_tables({
         layer: layer_table(plan, layer, drawn_measurements(recipe, layer), dense, moe)

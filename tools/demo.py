@@ -27,12 +27,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from megatron_moe.evaluate.speak import completions, load_model
+from megatron_moe.evaluate.speak import completions
+from megatron_moe.hf.load import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG, RUNS = "configs/demo.yaml", Path("runs")
 DENSE, TEXT = RUNS / "models/smollm2-135m", RUNS / "text"
 RUN, OTHER = RUNS / "demo", RUNS / "demo-pp2"
+EXPORT = RUNS / "demo-hf"
 OTHER_LAYOUT = ("parallel.pipeline_parallel_size=2", "parallel.expert_parallel_size=2",
                 "train.steps=0", "optimizer.warmup_steps=0", f"run.dir={OTHER}")  # fmt: skip
 PROMPT = "The capital of France is"
@@ -85,19 +87,19 @@ def demo() -> None:
     run("tools/get_text.py", TEXT)
 
     heading("2. Upcycle it to 4 experts on 4 ranks (dp4 for attention, ep4 for experts) and train")
-    for old in (RUN, OTHER):
+    for old in (RUN, OTHER, EXPORT):
         shutil.rmtree(ROOT / old, ignore_errors=True)  # otherwise the command would resume it
     run("-m", "megatron_moe", "train", CONFIG, "--ranks", 4)
 
     heading("3. Export the newest checkpoint to a Hugging Face Mixtral folder")
-    run("-m", "megatron_moe", "export", RUN, "--out", RUN / "hf")
+    run("-m", "megatron_moe", "export", RUN, "--out", EXPORT)
 
     heading("4. Load both folders with transformers and score the same held-out tokens")
     tokens_NT = held_out_tokens()
     dense_loss = mean_loss(load(DENSE), tokens_NT)
-    moe = load(RUN / "hf")
+    moe = load(EXPORT)
     exported_loss = mean_loss(moe, tokens_NT)
-    (completion,) = completions(moe, ROOT / RUN / "hf", [PROMPT], new_tokens=NEW_TOKENS)
+    (completion,) = completions(moe, ROOT / EXPORT, [PROMPT], new_tokens=NEW_TOKENS)
     console.print(f"  [italic]{completion}[/italic]")
     del moe
 

@@ -147,7 +147,7 @@ def run_of(source: Path, overrides: Iterable[str] = ()) -> tuple[Path, RunConfig
 def plan_of(folder: Path, spec: DenseSpec, config: RunConfig) -> ExpertPlan:
     """Return the expert plan of the run, with its tables as stored in the checkpoint, if any."""
     plan = make_expert_plan(spec, config.moe, config.upcycle)
-    if plan.recipe.needs_measuring or plan.recipe.needs_weights:
+    if plan.needs != "nothing":
         return read_plan(folder / PLAN_FILE, plan, source=None)
     return plan
 

@@ -13,7 +13,7 @@ Shape letters of this module:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,15 +28,14 @@ from megatron_moe.config.run import Moe
 from megatron_moe.errors import CheckpointError
 from megatron_moe.experts.plan import ExpertPlan, moe_layer_ids
 from megatron_moe.hf.names import (
-    GATE_ROLES,
     MOE_NAMES,
-    MOE_ROLES,
     ROWS,
     Architecture,
     Row,
+    Scope,
     Sharding,
-    dense_shapes,
     has_row,
+    shapes_of,
 )
 from megatron_moe.hf.spec import DenseSpec, read_spec
 from megatron_moe.hf.writer import FolderWriter
@@ -86,16 +85,20 @@ def export_checkpoint(source: Path, out: Path) -> Architecture:
     return architecture
 
 
+_LINEAR_AFTER_TRAINING = ("linear", "noisy_linear")
+"""Values of moe.router_gate that are one linear layer once training ends."""
+
+
 def architecture_for(spec: DenseSpec, moe: Moe) -> Architecture:
     """The Hugging Face architecture that computes what the trained model computes.
 
     Raises:
         CheckpointError: There is none; says why.
     """
-    if moe.router_gate == "noisy_mlp":
+    if moe.router_gate not in _LINEAR_AFTER_TRAINING:
         raise CheckpointError(
             f"no Hugging Face architecture means the same as a {spec.family} model with "
-            "moe.router_gate (noisy_mlp): all of them route by one linear layer.\n"
+            f"moe.router_gate ({moe.router_gate}): all of them route by one linear layer.\n"
             "  use moe.router_gate=noisy_linear, or keep the checkpoint"
         )
     if moe.moe_router_score_function == "sigmoid":
@@ -152,66 +155,46 @@ class _Entry:
 def _entries(spec: DenseSpec, moe: Moe, architecture: Architecture) -> Iterator[_Entry]:
     routed = set(moe_layer_ids(moe, spec.num_layers))
     for row in ROWS:
-        # Noise is of training alone: what routes afterwards is the plain gate.
-        if not has_row(row.role, spec) or row.role in GATE_ROLES or _has_no_neurons(row, moe):
+        if not has_row(row, spec) or not _exported(row.scope, moe):
             continue
-        if "{layer}" not in row.megatron[0]:
-            yield _entry(row, row.hf, spec, moe, layer=None, moe_layer=False)
-            continue
-        moe_role = row.role in MOE_ROLES
-        names = MOE_NAMES[architecture][row.role] if moe_role else row.hf
-        for layer in range(spec.num_layers):
-            if moe_role and layer not in routed:
-                continue
-            if row.role in ("fc1", "fc2") and layer in routed:
-                continue
-            experts = range(moe.num_moe_experts) if row.role.startswith("expert") else (None,)
+        names = row.hf if row.scope.in_dense_model else MOE_NAMES[architecture][row.role]
+        experts = range(moe.num_moe_experts) if row.scope is Scope.EXPERT else (None,)
+        for layer in _layers(row.scope, routed, spec.num_layers):
             for expert in experts:
-                yield _entry(
-                    row, names, spec, moe, layer=layer, moe_layer=layer in routed, expert=expert
+                yield _Entry(
+                    key=checkpoint_key(row, layer=layer, moe_layer=layer in routed),
+                    layer=layer,
+                    expert=expert,
+                    row=row,
+                    names=tuple(name.format(layer=layer, expert=expert) for name in names),
+                    shapes=_hf_shapes(row, spec, moe),
                 )
 
 
-def _has_no_neurons(row: Row, moe: Moe) -> bool:
-    return row.role.startswith("shared") and not moe.moe_shared_expert_intermediate_size
+def _exported(scope: Scope, moe: Moe) -> bool:
+    """Return whether rows of this scope are part of an export.
+
+    The noise of a noisy gate is not: after training, the plain gate routes alone.
+    """
+    return scope is not Scope.GATE and (scope is not Scope.SHARED or bool(moe.shared_size))
 
 
-def _entry(
-    row: Row,
-    names: tuple[str, ...],
-    spec: DenseSpec,
-    moe: Moe,
-    *,
-    layer: int | None,
-    moe_layer: bool,
-    expert: int | None = None,
-) -> _Entry:
-    return _Entry(
-        key=checkpoint_key(row, layer=layer, moe_layer=moe_layer),
-        layer=layer,
-        expert=expert,
-        row=row,
-        names=tuple(name.format(layer=layer, expert=expert) for name in names),
-        shapes=_hf_shapes(row, spec, moe),
-    )
+def _layers(scope: Scope, routed: Set[int], num_layers: int) -> Iterable[int | None]:
+    """Return the ids of the layers in which rows of this scope exist; None for the model."""
+    match scope:
+        case Scope.MODEL:
+            return (None,)
+        case Scope.LAYER:
+            return range(num_layers)
+        case Scope.DENSE:
+            return [layer for layer in range(num_layers) if layer not in routed]
+        case _:
+            return sorted(routed)
 
 
 def _hf_shapes(row: Row, spec: DenseSpec, moe: Moe) -> tuple[tuple[int, ...], ...]:
-    hidden, size = spec.hidden_size, moe.moe_ffn_hidden_size or spec.ffn_hidden_size
-    shared = moe.moe_shared_expert_intermediate_size or 0
-    match row.role:
-        case "router":
-            return ((moe.num_moe_experts, hidden),)
-        case "expert_fc1":
-            return ((size, hidden), (size, hidden))
-        case "expert_fc2":
-            return ((hidden, size),)
-        case "shared_fc1":
-            return ((shared, hidden), (shared, hidden))
-        case "shared_fc2":
-            return ((hidden, shared),)
-        case role:
-            return dense_shapes(role, spec)
+    size = moe.expert_size(spec.ffn_hidden_size)
+    return shapes_of(row, spec, E=moe.num_moe_experts, M=size, S=moe.shared_size)
 
 
 def _fixed_zeros(
@@ -228,7 +211,7 @@ def _fixed_zeros(
     shapes = {
         "shared_expert_gate": (1, hidden),
     }
-    if not moe.moe_shared_expert_intermediate_size:
+    if not moe.shared_size:
         shapes |= {
             "shared_expert.gate_proj": (0, hidden),
             "shared_expert.up_proj": (0, hidden),

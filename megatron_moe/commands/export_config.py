@@ -76,7 +76,7 @@ def moe_config(
         "output_router_logits": False,
         "dtype": {"fp32": "float32", "bf16": "bfloat16"}[config.train.precision],
     }
-    size = moe.moe_ffn_hidden_size or spec.ffn_hidden_size
+    size = moe.expert_size(spec.ffn_hidden_size)
     if architecture == "MixtralForCausalLM":
         return {
             **result,
@@ -109,7 +109,7 @@ def _qwen(
         "max_window_layers": spec.num_layers,
         "layer_types": ["full_attention"] * spec.num_layers,
         # Qwen2-MoE always has a shared expert: one of no neurons adds exactly zero.
-        "shared_expert_intermediate_size": moe.moe_shared_expert_intermediate_size or 0,
+        "shared_expert_intermediate_size": moe.shared_size,
         "qkv_bias": spec.qkv_bias,
     }
 

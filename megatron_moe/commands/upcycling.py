@@ -21,7 +21,7 @@ from megatron_moe.hf.reader import DenseCheckpoint, open_mixed
 from megatron_moe.model.build import Model, build_model
 from megatron_moe.model.overlap import without_tp_overlap
 from megatron_moe.model.receipt import gather_receipt, rank_receipt, write_receipt
-from megatron_moe.model.router import set_output_scales
+from megatron_moe.model.routers import set_output_scales
 from megatron_moe.model.upcycle import check_coverage, upcycle
 from megatron_moe.model.verify import Agreement, compare_with_dense, verify_length
 from megatron_moe.runtime.memory import held_bytes, peak_bytes, reset_peak

@@ -41,6 +41,7 @@ Method = Literal[
     "weaver",
     "mix",
 ]
+RouterGate = Literal["linear", "noisy_linear", "noisy_mlp"]
 RouterInit = Literal["normal", "uniform", "zero", "gate_mean", "virtual_groups", "centroids"]
 
 
@@ -112,7 +113,7 @@ class Moe(Section):
     """sigmoid (DeepSeek-V3): score each expert independently and divide the scores of the K chosen
     experts by their sum."""
 
-    router_gate: Literal["linear", "noisy_linear", "noisy_mlp"] = "linear"
+    router_gate: RouterGate = "linear"
     """noisy_linear, noisy_mlp (LLaMA-MoE): add learned noise to the logits during training. The
     gate is one linear layer, or linear, tanh, linear."""
 
@@ -170,6 +171,15 @@ class Moe(Section):
         if factor is None or self.capacity_formula == "megatron":
             return factor
         return factor / self.moe_router_topk
+
+    def expert_size(self, dense_size: int) -> int:
+        """Return the number of neurons of one expert (M), for a dense FFN of ``dense_size``."""
+        return self.moe_ffn_hidden_size or dense_size
+
+    @property
+    def shared_size(self) -> int:
+        """Number of neurons of the shared expert (S), 0 without one."""
+        return self.moe_shared_expert_intermediate_size or 0
 
 
 class Upcycle(Section):

@@ -14,11 +14,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_moe.config.run import Moe
-from megatron_moe.experts import share, split
+from megatron_moe.construct.complete import up_weights
+from megatron_moe.experts import split
 from megatron_moe.experts.balanced import balanced_kmeans
 from megatron_moe.experts.draws import Use, generator
+from megatron_moe.experts.methods import METHODS
+from megatron_moe.experts.partition import Evidence
 from megatron_moe.experts.plan import ExpertPlan, LayerPlan, LayerTable
 from megatron_moe.experts.recipe import Recipe
+from megatron_moe.hf.names import ffn_names
 from megatron_moe.hf.reader import DenseCheckpoint
 
 
@@ -36,38 +40,31 @@ def layer_table(
 ) -> LayerTable:
     """Compute everything about one layer that cannot be derived from its recipe."""
     recipe = plan.recipe
-    table = _neurons(recipe, layer, measured, dense)
+    table = _partition(recipe, layer, measured, dense)
     if recipe.router_init == "centroids":
         table = replace(table, router_ED=centroid_rows(recipe, layer, measured.inputs_TD))
     if recipe.calibrated:
         uncalibrated = replace(plan, recipe=replace(recipe, calibrated=False))
         layer_plan = uncalibrated.with_tables({layer: table}).layer(layer)
-        gate, up, down = (
-            dense.read(f"model.layers.{layer}.mlp.{name}_proj.weight").float()
-            for name in ("gate", "up", "down")
-        )
+        gate, up, down = (dense.read(name).float() for name in ffn_names(layer))
         ffn = DenseFfn(gate, up, down)
         scale = matching_scale(ffn, layer_plan, measured.inputs_TD, moe)
         table = replace(table, output_scale=scale)
     return table
 
 
-def _neurons(
+def _partition(
     recipe: Recipe, layer: int, measured: LayerMeasurements, dense: DenseCheckpoint
 ) -> LayerTable:
-    size, shared = recipe.expert_ffn_hidden_size, recipe.shared_size
-    match recipe.method:
-        case "split_clustered":
-            up = dense.read(f"model.layers.{layer}.mlp.up_proj.weight").float().numpy()
-            part = split.clustered(recipe, layer, up)
-        case "sharing_inner":
-            part = share.sharing_inner(measured.importance_CF, size=size)
-        case "sharing_inter":
-            part = share.sharing_inter(measured.importance_CF, size=size, shared=shared)
-        case "weaver":
-            part = share.weaver(recipe, layer, measured.activity_CF)
-        case _:
-            return LayerTable()
+    row = METHODS[recipe.method]
+    if row.needs == "nothing":
+        return LayerTable()
+    evidence = Evidence(
+        up_FD=up_weights(dense, layer) if row.needs == "weights" else None,
+        importance_CF=measured.importance_CF,
+        activity_CF=measured.activity_CF,
+    )
+    part = row.partition(recipe, layer, evidence)
     return LayerTable(neurons_EM=part.neurons_EM, shared_S=part.shared_S)
 
 

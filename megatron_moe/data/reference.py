@@ -20,6 +20,7 @@ from megatron_moe.data.batches import Batch, validation_batches
 from megatron_moe.data.samples import Text
 from megatron_moe.errors import DataError
 from megatron_moe.hf.disk import make_folder
+from megatron_moe.hf.load import load_model
 from megatron_moe.model.attention import document_mask
 from megatron_moe.model.config import DTYPES
 
@@ -36,15 +37,7 @@ def dense_losses(
         texts: Held-out text of each domain.
         device: Device to compute on.
     """
-    from transformers import AutoModelForCausalLM  # imported here: slow, and most runs skip it
-
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        config.source.path,
-        dtype=DTYPES[config.train.precision],
-        local_files_only=True,
-        attn_implementation="sdpa",  # config.json may name one that is not installed
-    )
-    model.to(device).eval()
+    model = load_model(config.source.path, device=device, dtype=DTYPES[config.train.precision])
     losses = {}
     for name, text in texts.items():
         batches = validation_batches(

@@ -9,7 +9,7 @@ import json
 import math
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -45,6 +45,11 @@ class TensorInfo:
     def num_bytes(self) -> int:
         """Size of the tensor in the file, in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+    def rows(self, first: int, count: int) -> TensorInfo:
+        """Return the location of ``count`` rows from row ``first`` on."""
+        row = math.prod(self.shape[1:]) * self.dtype.itemsize
+        return replace(self, shape=(count, *self.shape[1:]), offset=self.offset + first * row)
 
 
 def read_headers(folder: Path) -> dict[str, TensorInfo]:

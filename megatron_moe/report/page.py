@@ -9,14 +9,14 @@ from pathlib import Path
 
 from megatron_moe.errors import DataError
 from megatron_moe.report.balance import balance
+from megatron_moe.report.evaluation import evaluation
 from megatron_moe.report.html import Child, Html, el, join
-from megatron_moe.report.judgement import judgement
 from megatron_moe.report.mixture import mixture
 from megatron_moe.report.origin import configuration, layout, receipt
 from megatron_moe.report.overview import overview
 from megatron_moe.report.parts import Section
 from megatron_moe.report.read import RunFiles
-from megatron_moe.report.specialisation import specialisation
+from megatron_moe.report.specialization import specialization
 from megatron_moe.report.training import losses, speed
 
 STYLE = Path(__file__).with_name("page.css")
@@ -27,7 +27,7 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 def run_page(run: RunFiles) -> Html:
     """Return the report of one run."""
     sections = [
-        losses(run), judgement(run), speed(run), balance(run), mixture(run), specialisation(run),
+        losses(run), evaluation(run), speed(run), balance(run), mixture(run), specialization(run),
         receipt(run), layout(run), configuration(run),
     ]  # fmt: skip
     return page(f"{run.name} - megatron_moe", overview(run), sections)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from megatron_moe.errors import nearest_multiples
-from megatron_moe.experts.recipe import moe_layer_ids
+from megatron_moe.experts.resolve import moe_layer_ids
 from megatron_moe.rules.case import Case, indivisible
 
 

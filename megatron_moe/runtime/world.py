@@ -263,6 +263,8 @@ def _local_rank(
 ) -> None:
     if sys.platform == "linux":  # a rank must not outlive its parent
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        # gloo would listen at the address that the host's name has, for the whole network.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     for number in FORWARDED_SIGNALS:  # training handles them later; until then a rank may just end
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)

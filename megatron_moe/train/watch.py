@@ -7,25 +7,25 @@ connection breaks); after that, the process prints the verdict and exits.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import secrets
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from types import TracebackType
 from typing import Any, Self
 
 import torch.distributed as dist
 
-from megatron_moe.errors import JobError, UserError
+from megatron_moe.errors import ConfigError, JobError, UserError
+from megatron_moe.log import console
 from megatron_moe.runtime.wait import StageClock
 from megatron_moe.runtime.world import World
+from megatron_moe.train.channel import TEXT_CHARACTERS, Channel, Message
+from megatron_moe.train.handshake import new_secret
 from megatron_moe.train.monitor import TICK_SECONDS, Monitor
+from megatron_moe.train.port import Addresses, connect, hosts_of, listening_on
 from megatron_moe.train.verdict import Report, died, silent
 from megatron_moe.train.waiting import waits_for_ranks
 
@@ -81,16 +81,16 @@ class Watch:
         self._clock.start(self._report.stage)
 
     def __enter__(self) -> Self:
-        self._monitor, address, self._token = self._open_port()
-        self._socket = socket.create_connection(address, timeout=60)
+        self._monitor, secret, addresses = self._open_port()
+        self._socket = connect(addresses, secret, rank=self._world.rank)
         self._socket.settimeout(TICK_SECONDS)
+        self._channel = Channel(self._socket)
         # A forked child must not keep this rank's connection open after the rank has died.
         os.register_at_fork(after_in_child=self._socket.close)
         self._threads = [
             threading.Thread(target=self._send_reports, name="watch-send", daemon=True),
             threading.Thread(target=self._listen, name="watch-listen", daemon=True),
         ]
-        self._send({"token": self._token, **asdict(self._report)})
         for thread in self._threads:
             thread.start()
         return self
@@ -101,17 +101,18 @@ class Watch:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        last_message: dict[str, Any] = {"bye": True}
+        last_message = Message(bye=True)
         if isinstance(error, Exception):
             # When another rank dies, the backend raises a RuntimeError; any other error is this
             # rank's own, and the others are notified immediately.
             if type(error) is RuntimeError or isinstance(error, dist.DistError):
                 self._verdict_set.wait(GRACE_SECONDS)
             if self._verdict is None:
-                last_message = {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                last_message = Message(failed=reason[:TEXT_CHARACTERS])
         self._ending.set()
         self._moved.set()
-        self._send(last_message)
+        self._channel.send(last_message)
         for thread in self._threads:
             thread.join()
         self._socket.close()
@@ -121,22 +122,36 @@ class Watch:
         if self._verdict is not None and isinstance(error, Exception) and not own:
             raise JobError(self._verdict) from error
 
-    def _open_port(self) -> tuple[Monitor | None, tuple[str, int], str]:
-        """Open a port on rank 0 and broadcast it; return the monitor, the address and the token."""
-        monitor, endpoint = None, [None, None]
+    def _open_port(self) -> tuple[Monitor | None, bytes, Addresses]:
+        """Listen on rank 0; return its monitor, and on all ranks the secret and the addresses.
+
+        The secret is broadcast over the ranks' own connections. The rendezvous store would show it
+        to whoever connects to it.
+        """
+        hosts = hosts_of(self._world.address)
+        servers: list[socket.socket] = []
+        problem = None
         if self._world.rank == 0:
-            local = self._world.address == "127.0.0.1"
-            server = socket.create_server((self._world.address if local else "", 0), backlog=4096)
-            endpoint = [server.getsockname()[1], secrets.token_hex(16)]
-            monitor = Monitor(server, token=str(endpoint[1]), hang_seconds=self._limit)
-        dist.broadcast_object_list(endpoint, src=0)
-        port, token = endpoint
-        assert isinstance(port, int)
-        return monitor, (self._world.address, port), str(token)
+            servers, problem = listening_on(self._world.address, hosts)
+        shared: list[Any] = [new_secret(), problem, [s.getsockname()[:2] for s in servers]]
+        dist.broadcast_object_list(shared, src=0)
+        secret, problem, addresses = shared
+        if problem is not None:
+            raise ConfigError(problem)
+        monitor = None
+        if servers:
+            monitor = Monitor(
+                servers,
+                secret=secret,
+                size=self._world.size,
+                hang_seconds=self._limit,
+                say=console.print,
+            )
+        return monitor, secret, addresses
 
     def _send_reports(self) -> None:
         while not self._ending.is_set():
-            self._send(asdict(self._located()))
+            self._channel.send(Message(report=self._located()), droppable=True)
             self._moved.wait(TICK_SECONDS)
             self._moved.clear()
             self._ending.wait(self._pause)
@@ -159,28 +174,27 @@ class Watch:
 
     def _listen(self) -> None:
         """Read messages of rank 0 until it closes the connection or is lost."""
-        unread, received_at = b"", time.monotonic()
+        received_at = time.monotonic()
         while True:
             try:
-                received = self._socket.recv(65536)
+                messages = self._channel.receive()
             except TimeoutError:
                 if self._ending.is_set():
                     return None
                 if time.monotonic() - received_at > self._limit:
                     return self._leave(silent(self._rank_0, self._limit))
                 continue
-            except OSError:
-                received = b""
+            except (OSError, ValueError):  # closed by the training thread, or damaged
+                messages = None
             received_at = time.monotonic()
-            if not received:
+            if messages is None:
                 return None if self._ending.is_set() else self._leave(died(self._rank_0))
-            *lines, unread = (unread + received).split(b"\n")
-            for message in map(json.loads, lines):
-                if "bye" in message:
+            for message in messages:
+                if message.bye:
                     return None
-                if "verdict" in message:
-                    return self._leave(message["verdict"])
-                self._rank_0 = Report(**message["rank_0"])
+                if message.verdict is not None:
+                    return self._leave(message.verdict)
+                self._rank_0 = message.report or self._rank_0
 
     def _leave(self, verdict: str) -> None:
         """End this process because another rank is lost, via the training thread if possible."""
@@ -189,7 +203,3 @@ class Watch:
         if not self._ending.wait(GRACE_SECONDS):
             self._world.report_error(JobError(verdict))
             os._exit(1)
-
-    def _send(self, message: dict[str, Any]) -> None:
-        with contextlib.suppress(OSError):  # rank 0 is lost; the listening thread handles it
-            self._socket.sendall(json.dumps(message).encode() + b"\n")

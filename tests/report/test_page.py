@@ -22,7 +22,7 @@ from megatron_moe.report.html import Html, el, join, plain
 from megatron_moe.report.page import run_page, write_page
 from megatron_moe.report.picture import Line, line_picture
 from megatron_moe.report.read import read_run
-from megatron_moe.report.specialisation import mean_distances, share_of_mean
+from megatron_moe.report.specialization import mean_distances, share_of_mean
 
 
 class Elements(HTMLParser):

@@ -1,6 +1,6 @@
 """Compare the time of a loop over experts with torch's grouped_mm, forward and backward.
 
-    python tools/measure_experts.py
+    python -m research.expert_products
 
 Each round times both in turn, so that other load on the machine affects both; the table has medians
 and their ratio. model/experts.py uses a loop because of these results (docs/performance.md).

@@ -5,13 +5,13 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import study_page
-from study_cases import AT_STEP_0, TRAINED, Case
-from study_jobs import Job, do_all
-from study_page import QUESTIONS, START, differences, page, spread, to_json, verdict
-from study_plot import PANELS, plots
 
 from megatron_moe.errors import UserError
+from research.study import page as study_page
+from research.study.cases import AT_STEP_0, TRAINED, Case
+from research.study.jobs import Job, do_all
+from research.study.page import QUESTIONS, START, differences, page, spread, to_json, verdict
+from research.study.plot import PANELS, plots
 
 DOCS = Path(__file__).parents[2] / "docs"
 NAMES = {case.name for case in TRAINED}

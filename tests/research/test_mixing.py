@@ -5,9 +5,9 @@ import math
 from pathlib import Path
 
 import pytest
-from mixing_run import plot
 
 from megatron_moe.config.mixtures import SLIMPAJAMA
+from research.mixing import plot
 
 DOCS = Path(__file__).parents[2] / "docs"
 NUMBERS = json.loads((DOCS / "mixing.json").read_text())

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Train with an adaptive mixture of seven real domains; write docs/mixing.svg and docs/mixing.json.
 
 This is a small version of Sheared LLaMA: the middle layers of SmolLM2-135M are removed, the rest is

@@ -11,7 +11,7 @@ from megatron_moe.report.read import RunFiles
 from megatron_moe.report.records import DomainScore, Evaluation, TaskScores
 
 
-def judgement(run: RunFiles) -> Section:
+def evaluation(run: RunFiles) -> Section:
     """Return the section with held-out scores of the dense model and the MoE, and task scores."""
     title = "Evaluation"
     path = str(run.path)

@@ -20,7 +20,7 @@ MAX_DOMAINS = 12
 """Maximum number of domains with a picture of their own."""
 
 
-def specialisation(run: RunFiles) -> Section:
+def specialization(run: RunFiles) -> Section:
     """Return the section with loads by domain, distances of domains and similarity of experts."""
     title = "Expert specialization"
     if not run.analyses:
@@ -28,7 +28,7 @@ def specialisation(run: RunFiles) -> Section:
             "Routing by domain has not been analyzed yet.",
             command("megatron-moe", "analyze", str(run.path)), " analyzes it.",
         )  # fmt: skip
-        return Section("specialisation", title, body)
+        return Section("specialization", title, body)
     latest = run.analyses[-1]
     intro = el("p", f"Checkpoint of step {latest.step:,}: {_tokens(latest)}.")
     parts = [
@@ -39,7 +39,7 @@ def specialisation(run: RunFiles) -> Section:
         ),
         figures(*_coactivation(latest), *_similarity(run.analyses)),
     ]
-    return Section("specialisation", title, join(parts))
+    return Section("specialization", title, join(parts))
 
 
 def _tokens(latest: Analysis) -> str:

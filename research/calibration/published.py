@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -39,7 +39,7 @@ class Published:
 @cache
 def published() -> tuple[Published, ...]:
     """Return the calibration rows in the order of the file."""
-    text = resources.files("megatron_moe.planner").joinpath("published_mfu.yaml").read_text("utf-8")
+    text = Path(__file__).with_name("published_mfu.yaml").read_text("utf-8")
     tree = yaml.safe_load(text)
     shapes = {name: model_shape(sizes) for name, sizes in tree["models"].items()}
     return tuple(row_case(row, shapes[row["model"]]) for row in tree["measurements"])

@@ -1,5 +1,4 @@
-#!/usr/bin/env python3
-"""Measure expert specialization by depth; write docs/specialisation.json and .svg.
+"""Measure expert specialization by depth; write docs/specialization.json and .svg.
 
 A small Llama with random weights, whose FFNs are split into 8 experts, top-2, is trained on seven
 real domains with equal weights. Its routers are then analyzed on held-out text, before the first
@@ -30,7 +29,7 @@ from megatron_moe.config.mixtures import SLIMPAJAMA
 
 ROOT = Path(__file__).parents[1]
 DENSE, DOMAINS = ROOT / "runs" / "models/small", ROOT / "runs" / "domains"
-RUN = ROOT / "runs" / "specialisation"
+RUN = ROOT / "runs" / "specialization"
 SEQ_LENGTH, BATCH, STEPS = 256, 8, 60
 VOCABULARY, LAYERS, HIDDEN, FFN, EXPERTS = 2048, 12, 128, 512, 8
 SAMPLES = 16
@@ -59,8 +58,8 @@ def main() -> None:
         text = f"data.validation_samples={SAMPLES}"
         _run([*tool, "analyze", str(step_folder(RUN, step)), text])
     numbers = collect([read_analysis(path_of(RUN, step)) for step in (0, STEPS)])
-    (out / "specialisation.json").write_text(json.dumps(numbers) + "\n")
-    (out / "specialisation.svg").write_text(plot(numbers))
+    (out / "specialization.json").write_text(json.dumps(numbers) + "\n")
+    (out / "specialization.svg").write_text(plot(numbers))
 
 
 def make_dense(folder: Path) -> None:

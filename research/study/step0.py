@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from folders import complete_or_absent
-from study_cases import Case
-from study_runs import PRETRAIN, on_one_thread, settings, write_result
 
 from megatron_moe.config.judging import dense_config
 from megatron_moe.config.load import build
@@ -28,7 +26,7 @@ from megatron_moe.experts.plan import ExpertPlan, make_expert_plan
 from megatron_moe.hf.reader import DenseCheckpoint
 from megatron_moe.hf.spec import read_spec
 from megatron_moe.model.build import Model, build_model
-from megatron_moe.model.router import set_output_scales
+from megatron_moe.model.routers import set_output_scales
 from megatron_moe.model.upcycle import upcycle
 from megatron_moe.parallel.groups import create_groups
 from megatron_moe.rules.check import check
@@ -36,6 +34,8 @@ from megatron_moe.runtime.engine import TORCH_ON_CPU
 from megatron_moe.runtime.world import World
 from megatron_moe.source.dense import open_dense
 from megatron_moe.train.step import mean_loss
+from research.study.cases import Case
+from research.study.runs import PRETRAIN, on_one_thread, settings, write_result
 
 SAMPLES, HIDDEN_STATES = 40, 1280
 """Number of sequences to measure, and of layer inputs to keep."""
@@ -126,7 +126,7 @@ def _solved(
     plan: ExpertPlan, config: RunConfig, dense: DenseCheckpoint, measured: Path
 ) -> ExpertPlan:
     recipe = plan.recipe
-    if not (recipe.needs_measuring or recipe.needs_weights):
+    if plan.needs == "nothing":
         return plan
     tables = {}
     for layer in recipe.moe_layers:

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Compare construction methods on small models; write docs/study.json, docs/study.md and plots.
 
     text --> a small dense model, pre-trained --> every method, 3 seeds, the same tokens each
@@ -17,8 +16,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+ROOT = Path(__file__).resolve().parents[2]
 # Two runs at a time, with one thread each; a process that forks must not have started threads.
 os.environ |= {
     "OMP_NUM_THREADS": "1",
@@ -30,19 +28,17 @@ from megatron_moe.runtime import cpu  # noqa: E402
 
 cpu.install()  # before Megatron-Core is imported
 
-import study_inputs as inputs  # noqa: E402
-import study_runs as runs  # noqa: E402
-import study_step0 as step0  # noqa: E402
 import torch  # noqa: E402
 from get_dense import get_dense  # noqa: E402
 from get_domains import get_domains  # noqa: E402
 from package_index import default_cache  # noqa: E402
-from study_cases import AT_STEP_0, DENSE, FIRST, TRAINED, Case  # noqa: E402
-from study_jobs import Job, do_all  # noqa: E402
-from study_page import gathered, write_pages  # noqa: E402
 
 from megatron_moe.config.mixtures import SLIMPAJAMA  # noqa: E402
 from megatron_moe.errors import UserError  # noqa: E402
+from research.study import inputs, runs, step0  # noqa: E402
+from research.study.cases import AT_STEP_0, DENSE, FIRST, TRAINED, Case  # noqa: E402
+from research.study.jobs import Job, do_all  # noqa: E402
+from research.study.page import gathered, write_pages  # noqa: E402
 
 BELOW = ROOT / "runs"
 HERE = BELOW / "study"

@@ -1,6 +1,6 @@
 """Fit the time model's constants, evaluate the fit on held-out models, and ablate its terms.
 
-``python -m megatron_moe.planner.document`` writes the results to docs/planning.md.
+``python -m research.calibration.document`` writes the results to docs/planning.md.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from megatron_moe.planner.calibration import FITTED, PRIOR, Calibration
 from megatron_moe.planner.hardware import GPUS
 from megatron_moe.planner.layer import Machine
-from megatron_moe.planner.published import Published
 from megatron_moe.planner.time import StepTime, step_time
+from research.calibration.published import Published
 
 ERROR_POINTS = 2.0
 """Expected standard deviation of a row's MFU in points; measurements vary by 1 between runs."""

@@ -1,18 +1,19 @@
-"""Test that the picture and trends of docs/specialisation.md follow from its numbers."""
+"""Test that the picture and trends of docs/specialization.md follow from its numbers."""
 
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from specialisation import plot, trend
+
+from research.specialization import plot, trend
 
 DOCS = Path(__file__).parents[2] / "docs"
-NUMBERS = json.loads((DOCS / "specialisation.json").read_text())
+NUMBERS = json.loads((DOCS / "specialization.json").read_text())
 
 
 def test_the_picture_is_of_these_numbers():
-    assert (DOCS / "specialisation.svg").read_text() == plot(NUMBERS)
+    assert (DOCS / "specialization.svg").read_text() == plot(NUMBERS)
 
 
 @pytest.mark.parametrize("step", NUMBERS["steps"])

@@ -18,10 +18,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from study_cases import AT_STEP_0, TRAINED
-from study_plot import plots
-
 from megatron_moe.errors import UserError
+from research.study.cases import AT_STEP_0, TRAINED
+from research.study.plot import plots
 
 Numbers = dict[str, Any]
 Row = list[str]
@@ -133,7 +132,7 @@ def to_json(numbers: Numbers) -> str:
 
 def page(numbers: Numbers) -> str:
     """Return the text of docs/study.md."""
-    template = (Path(__file__).parent / "study_page.md").read_text()
+    template = (Path(__file__).parent / "page.md").read_text()
     dense = numbers["dense"]["validation"]
     trained, seeds = numbers["trained"], {run["seed"] for run in numbers["trained"]}
     versions = numbers["versions"]

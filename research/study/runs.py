@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from study_cases import DENSE, Case
 
 from megatron_moe.checkpoint.folder import newest, read_progress
 from megatron_moe.commands.construct import construct
@@ -28,6 +27,7 @@ from megatron_moe.errors import JobError
 from megatron_moe.hf.spec import read_spec
 from megatron_moe.rules.check import check
 from megatron_moe.runtime.world import World, run_local_ranks
+from research.study.cases import DENSE, Case
 
 SEQ_LENGTH, BATCH = 128, 16
 STEP_TOKENS = SEQ_LENGTH * BATCH
