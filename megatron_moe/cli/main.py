@@ -88,6 +88,9 @@ def train(
     Example: megatron-moe train configs/demo.yaml train.steps=20 --ranks 4
     """
     config = load(RunConfig, config_file, overrides or [])
+    from megatron_moe.commands.resuming import with_source
+
+    config = with_source(config)
     spec = read_spec(config.source.path)
     if dry:
         _dry_run(config, spec, ranks, world_size, rank or 0, as_json=as_json)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from megatron_moe.data.corpus import do_nothing
 from megatron_moe.data.encode import Rules
 from megatron_moe.data.reference import read_reference_losses
 from megatron_moe.data.samples import Sample, Samples, Text
-from megatron_moe.data.stream import TokenStream, split_documents
+from megatron_moe.data.stream import TokenStream, fingerprint, split_documents
 from megatron_moe.data.tokenizer import fingerprint_of
 from megatron_moe.data.tokens import prepare_conversations, prepare_tokens
 from megatron_moe.errors import UserError
@@ -40,6 +40,13 @@ class Texts:
 
     remarks: list[str]
     """Notes for the log about skipped text."""
+
+    prefixes: dict[str, Path] = field(default_factory=dict)
+    """Token file of each domain that is trained on."""
+
+    def fingerprints(self) -> dict[str, str]:
+        """Return a hash of each domain's tokens."""
+        return {name: fingerprint(prefix) for name, prefix in self.prefixes.items()}
 
     def first_sample(self) -> Sample:
         """Return the first held-out sample, or the first training sample if none is held out."""
@@ -68,14 +75,15 @@ def open_texts(
     }
     references = config.data.mixing.reference_losses
     return Texts(
-        training={name: training for name, (training, _, _) in opened.items()},
-        validation={name: held_out for name, (_, held_out, _) in opened.items() if held_out},
+        training={name: training for name, (training, _, _, _) in opened.items()},
+        validation={name: held_out for name, (_, held_out, _, _) in opened.items() if held_out},
         references=None
         if references is None
         else read_reference_losses(
             references, tuple(opened), tokenizer=fingerprint_of(config.source.path)
         ),
-        remarks=[f"{name}: {line}" for name, (_, _, lines) in opened.items() for line in lines],
+        remarks=[f"{name}: {line}" for name, (_, _, lines, _) in opened.items() for line in lines],
+        prefixes={name: prefix for name, (_, _, _, prefix) in opened.items()},
     )
 
 
@@ -92,8 +100,8 @@ def open_text(path: Path, config: RunConfig, *, vocab_size: int) -> Text:
 
 def _open_domain(
     config: RunConfig, domain: Domain, vocab_size: int, on_progress: Callable[[], None]
-) -> tuple[Text, Text | None, list[str]]:
-    """Return training text, held-out text, and remarks."""
+) -> tuple[Text, Text | None, list[str], Path]:
+    """Return training text, held-out text, remarks, and the token file of the training text."""
     open_ = _open_chat if config.data.kind == "chat" else _open_text
     prefix = _prepared(domain.path, config, vocab_size, on_progress)
     remarks = _left_out(prefix)
@@ -112,7 +120,7 @@ def _open_domain(
                 f"{config.data.seq_length + 1} tokens and are skipped; the first is number "
                 f"{text.too_long[0]} (counted from 0, without malformed ones)"
             )
-    return training, validation, remarks
+    return training, validation, remarks, prefix
 
 
 def _open_text(prefix: Path, config: RunConfig, vocab_size: int, *, split: bool) -> list[Text]:

@@ -64,7 +64,7 @@ def step_numbers(
     result: StepResult,
     *,
     step: int,
-    samples: int,
+    tokens: int,
     learning_rate: float,
     seconds: float,
     data_seconds: float,
@@ -76,7 +76,7 @@ def step_numbers(
     slowest, waited, most_bytes = _max_over_ranks(seconds, data_seconds, peak_bytes())
     ranks = dist.get_world_size()
     sequences = config.train.global_batch_size
-    tokens = sequences * config.data.seq_length
+    step_tokens = sequences * config.data.seq_length
     achieved = flops_per_sequence * sequences / slowest / ranks
     imbalance_L = result.chosen_LE.amax(dim=1) / result.chosen_LE.mean(dim=1)
     drop_rate_L = 1 - result.kept_L / result.chosen_LE.sum(dim=1)
@@ -95,13 +95,13 @@ def step_numbers(
         "router/entropy_by_layer": _rounded(result.entropy_L),
         "router/drop_rate_by_layer": _rounded(drop_rate_L),
         **expert_loads(result.chosen_LE, step, steps=config.train.steps),
-        "throughput/tokens_per_second_per_gpu": tokens / slowest / ranks,
+        "throughput/tokens_per_second_per_gpu": step_tokens / slowest / ranks,
         "throughput/tflops_per_gpu": achieved / 1e12,
         "throughput/mfu": achieved / peak_flops,
         "memory/peak_gib": most_bytes / GIB,
         "time/step_seconds": slowest,
         "time/data_seconds": waited,
-        "tokens/seen": samples * config.data.seq_length,
+        "tokens/seen": tokens,
     }
 
 
