@@ -17,7 +17,7 @@ import typer
 from megatron_moe import __version__
 from megatron_moe.cli.analyze import analyze
 from megatron_moe.cli.evaluate import judging
-from megatron_moe.cli.options import ConfigFile, JsonFlag, Overrides, Ranks, show
+from megatron_moe.cli.options import ConfigFile, JsonFlag, Overrides, Ranks, parse_size, show
 from megatron_moe.cli.report import pages
 from megatron_moe.cli.start import joined_to, on_ranks, on_ranks_at_hand, position_of
 from megatron_moe.config.load import load
@@ -138,16 +138,36 @@ def export(
         typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run.dir, or one checkpoint in it."),
     ],
     out: Annotated[Path, typer.Option(help="Folder to write; must not exist yet.")],
+    dtype: Annotated[
+        Literal["fp32", "bf16", "fp16"] | None,
+        typer.Option(help="dtype of the weights; default: the run's precision."),
+    ] = None,
+    max_shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Maximum size of a file, such as 500MB or 5GB.")
+    ] = "5GB",
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Also upload it to this repository of the hub."),
+    ] = None,
 ) -> None:
     """Write a checkpoint as a Hugging Face MoE folder that transformers loads.
 
     Reads a checkpoint of any layout, expert by expert, in one process, without building a model.
+    The folder has a model card (README.md).
 
-    Example: megatron-moe export runs/demo --out runs/demo/hf
+    Example: megatron-moe export runs/demo --out runs/demo/hf --dtype bf16
     """
     from megatron_moe.commands.export import export_checkpoint
+    from megatron_moe.commands.hub import hub_for, push
 
-    print(f"Wrote {out} ({export_checkpoint(source, out)})")
+    shard_bytes = parse_size(max_shard_size, option="--max-shard-size")
+    hub = None if push_to_hub is None else hub_for(push_to_hub)
+    architecture = export_checkpoint(
+        source, out, dtype=dtype, max_shard_bytes=shard_bytes, name=push_to_hub
+    )
+    print(f"Wrote {out} ({architecture})")
+    if push_to_hub is not None:
+        print(f"Uploaded it to {push(hub, push_to_hub, out)}")
 
 
 @app.command()
