@@ -1,4 +1,4 @@
-"""Write files durably and atomically.
+"""Create folders, and write files durably and atomically.
 
 Imports no torch, so that commands that only read a run start fast.
 """
@@ -10,6 +10,26 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from megatron_moe.errors import ConfigError
+
+
+def make_folder(path: Path, setting: str) -> None:
+    """Create a folder that is to be written to, unless it exists.
+
+    Raises:
+        ConfigError: It cannot be created or written to; the message names ``setting``.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        reason = None if os.access(path, os.W_OK | os.X_OK) else "this user may not write to it"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    if reason is not None:
+        raise ConfigError(
+            f"{setting} ({path}) must be a folder that can be created and written to: {reason}.\n"
+            "  choose another one"
+        )
 
 
 def fsync(path: Path) -> None:
@@ -29,7 +49,7 @@ def replacing(path: Path) -> Iterator[Path]:
     the old file or the new one, even after a power failure. On an error it is removed, and ``path``
     stays as it was. The folder is made if it is missing.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent, f"the folder of {path.name}")
     staged = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
     try:
         yield staged

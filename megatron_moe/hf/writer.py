@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from megatron_moe.errors import CheckpointError
-from megatron_moe.hf.disk import fsync
+from megatron_moe.hf.disk import fsync, make_folder
 from megatron_moe.hf.dtypes import NAME_IN_SAFETENSORS
 from megatron_moe.hf.header import INDEX_FILE, SINGLE_FILE
 
@@ -85,7 +85,7 @@ class FolderWriter:
                 f"{self.folder} exists and is not an empty folder: it is not overwritten.\n"
                 "  choose another name, or remove it first"
             )
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder.parent, "the folder of the export")
         needed, free = sum(self._file_bytes().values()), shutil.disk_usage(self.folder.parent).free
         if needed > free:
             raise CheckpointError(
