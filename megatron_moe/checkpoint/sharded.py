@@ -32,6 +32,7 @@ from megatron_moe.config.load import dump
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.blend import BlendState
 from megatron_moe.errors import CheckpointError
+from megatron_moe.hf.checksums import Blocks, write_checksums
 from megatron_moe.model.build import Model
 from megatron_moe.train.state import TrainState
 
@@ -142,8 +143,10 @@ class Saver:
         leads = dist.get_rank() == 0
         try:
             _together(group, lambda: folders.start_folder(final) if leads else None)
-            write_boxes(boxes, partial, group)
-            _together(group, lambda: self._publish(progress, partial, final) if leads else None)
+            blocks = write_boxes(boxes, partial, group)
+            _together(
+                group, lambda: self._publish(progress, partial, final, blocks) if leads else None
+            )
         except CheckpointError:
             if leads:
                 folders.give_up(partial)
@@ -151,10 +154,11 @@ class Saver:
         if leads:
             self._say(f"Saved {final} in {time.perf_counter() - start:.1f} s")
 
-    def _publish(self, progress: Progress, partial: Path, final: Path) -> None:
+    def _publish(self, progress: Progress, partial: Path, final: Path, blocks: Blocks) -> None:
         config = self._config
         write_format(partial)
         folders.describe(partial, progress, dump(config), config.source.path)
+        write_checksums(partial, blocks)
         folders.publish(partial, final)
         folders.prune(config.run.dir, config.checkpoint.keep)
 
@@ -233,6 +237,7 @@ def restore_weights(
 
 
 def _checked_progress(folder: Path, config: RunConfig, plan_hash: str) -> Progress:
+    folders.check_small_files(folder)
     progress = folders.read_progress(folder)
     for name, saved, now in (
         ("expert plan (moe.* and upcycle.*)", progress.plan_hash, plan_hash),
@@ -251,17 +256,8 @@ def _read(boxes: Boxes, folder: Path) -> None:
     try:
         read_boxes(boxes, folder, group)
     except CheckpointError as error:
-        raise CheckpointError(f"{error}\n  {_another(folder)}") from error
+        raise folders.with_way_out(error, folder) from error
     dist.destroy_process_group(group)
-
-
-def _another(folder: Path) -> str:
-    """Return the way out if a checkpoint cannot be read."""
-    latest = folder.parent / "latest"
-    older = [path.name for path in folders.complete(folder.parents[1]) if path != folder]
-    if older:
-        return f"write {older[-1]} into {latest} to resume from it"
-    return f"remove {latest} to restart the run: there is no other checkpoint"
 
 
 def _clear(model: Model) -> None:
