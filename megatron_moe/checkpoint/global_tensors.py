@@ -112,8 +112,9 @@ class GlobalTensors:
         if file is None:
             file = self._files[where.relative_path] = self._open(where.relative_path)
         try:
-            data = self._reader.stored_bytes(file, where)
-            return torch.load(io.BytesIO(data), weights_only=True)
+            self._reader.check(file, where)
+            file.seek(where.offset)
+            return torch.load(io.BytesIO(file.read(where.length)), weights_only=True)
         except CheckpointError as error:
             raise with_way_out(error, self.folder) from None
         except Exception as error:

@@ -61,20 +61,18 @@ class SafeReader(FileSystemReader):
         self._index = metadata
         return metadata
 
-    def stored_bytes(self, file: IO[bytes], stored: _StorageInfo) -> bytes:
-        """Read the bytes of one stored chunk of a tensor.
+    def check(self, file: IO[bytes], stored: _StorageInfo) -> None:
+        """Compare a stored chunk of a tensor with its checksum, if there is one.
 
         Raises:
-            CheckpointError: They differ from what was written.
+            CheckpointError: It differs from what was written.
         """
-        file.seek(stored.offset)
-        data = file.read(stored.length)
         if self.checksums is not None:
-            self.checksums.check(stored.relative_path, data, offset=stored.offset)
-        return data
+            self.checksums.check_block(stored.relative_path, file, offset=stored.offset)
 
     def _slice_file(self, file: IO[bytes], sinfo: _StorageInfo) -> IO[bytes]:
-        return io.BytesIO(self.stored_bytes(file, sinfo))
+        self.check(file, sinfo)
+        return super()._slice_file(file, sinfo)
 
 
 class _Unpickler(pickle.Unpickler):

@@ -38,7 +38,11 @@ def dense_losses(
     from transformers import AutoModelForCausalLM  # imported here: slow, and most runs skip it
 
     model: Any = AutoModelForCausalLM.from_pretrained(
-        config.source.path, dtype=DTYPES[config.train.precision], local_files_only=True
+        config.source.path,
+        dtype=DTYPES[config.train.precision],
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
     )
     model.to(device).eval()
     losses = {}

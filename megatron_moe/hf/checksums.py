@@ -12,9 +12,10 @@ without reading the rest of the file. All other files have one block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import IO
 
 import xxhash
 
@@ -22,7 +23,8 @@ from megatron_moe.errors import CheckpointError
 
 FILE = "CHECKSUMS"
 _TITLE = "megatron_moe checksums 1 xxh3_64"
-_CHUNK_BYTES = 8 * 2**20
+_CHUNK_BYTES = 2**20
+"""Bytes per read, few enough to be in the cache when they are hashed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +68,22 @@ def write_checksums(folder: Path, blocks: Blocks) -> None:
 
 def _whole(path: Path) -> Block:
     """Return the checksum of a file as one block."""
-    digest, length = xxhash.xxh3_64(), 0
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-            length += len(chunk)
-    return Block(0, length, digest.hexdigest())
+        return Block(0, *_digest(file, path.stat().st_size))
+
+
+def _digest(
+    file: IO[bytes], length: int, seen: Callable[[int], None] | None = None
+) -> tuple[int, str]:
+    """Read ``length`` bytes; return the number of bytes that there were, and their checksum."""
+    digest, left = xxhash.xxh3_64(), length
+    buffer = memoryview(bytearray(min(_CHUNK_BYTES, length)))
+    while left and (count := file.readinto(buffer[:left])):  # type: ignore[attr-defined]
+        digest.update(buffer[:count])
+        left -= count
+        if seen is not None:
+            seen(count)
+    return length - left, digest.hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +111,22 @@ class Checksums:
             )
         self._compare(name, block, len(data), checksum(data))
 
+    def check_block(self, name: str, file: IO[bytes], *, offset: int) -> None:
+        """Read one block of an open file and compare it with its checksum; no memory holds it.
+
+        Args:
+            name: The file's path in its folder.
+            file: The file.
+            offset: First byte of the block.
+
+        Raises:
+            CheckpointError: They differ, or no block of this file begins there.
+        """
+        block = self._block(name, offset)
+        file.seek(offset)
+        length, actual = _digest(file, block.length)
+        self._compare(name, block, length, actual)
+
     def check_file(self, name: str, *, seen: Callable[[int], None] | None = None) -> None:
         """Read all of a file and compare it with its checksums.
 
@@ -115,27 +143,21 @@ class Checksums:
                 for _, block in sorted(self.blocks[name].items()):
                     if block.offset != end:
                         raise CheckpointError(f"{path} has no checksum at byte {end} in {FILE}")
-                    digest, left = xxhash.xxh3_64(), block.length
-                    while chunk := file.read(min(left, _CHUNK_BYTES)):
-                        digest.update(chunk)
-                        left -= len(chunk)
-                        if seen is not None:
-                            seen(len(chunk))
+                    length, actual = _digest(file, block.length, seen)
                     end += block.length
-                    self._compare(name, block, block.length - left, digest.hexdigest())
+                    self._compare(name, block, length, actual)
                 if file.read(1):
                     raise CheckpointError(f"{path} is damaged: it must have {end} bytes, not more")
         except OSError as error:
             raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
 
-    def check_files(self, names: Iterable[str]) -> None:
-        """Read some files and compare them with their checksums.
-
-        Raises:
-            CheckpointError: See `check_file`.
-        """
-        for name in names:
-            self.check_file(name)
+    def _block(self, name: str, offset: int) -> Block:
+        block = self.blocks.get(name, {}).get(offset)
+        if block is None:
+            raise CheckpointError(
+                f"{self.folder / name} has no checksum at byte {offset} in {FILE}"
+            )
+        return block
 
     def _compare(self, name: str, block: Block, length: int, actual: str) -> None:
         end = block.offset + block.length

@@ -114,7 +114,9 @@ def _dense_logits(
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    dense: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    dense: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+    )
     dense.to(device).eval()
     return dense(tokens_S[None].to(device)).logits[0].float()
 
