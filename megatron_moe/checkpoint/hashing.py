@@ -5,21 +5,25 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import IOBase
 from pathlib import Path
+from queue import Queue
 from typing import Any, cast
 
 import xxhash
 from torch.distributed.checkpoint import FileSystemWriter
-from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.filesystem import FileSystem, _write_files_from_queue
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from torch.serialization import get_crc32_options, set_crc32_options
 
+from megatron_moe.errors import CheckpointError
 from megatron_moe.hf.checksums import Block, Blocks
+from megatron_moe.hf.disk import refusal
 
 
 @dataclass(frozen=True)
@@ -52,11 +56,45 @@ class HashingWriter(FileSystemWriter):
         set_crc32_options(False)
         try:
             results = super().write_data(plan, planner).wait()
+        except OSError as error:
+            needed = sum(map(_num_bytes, plan.items))
+            raise CheckpointError(refusal(error, Path(self.path), needed=needed)) from None
         finally:
             set_crc32_options(before)
         checked: Future[list[WriteResult]] = Future()
         checked.set_result([self._checked(result) for result in results])
         return checked
+
+    def _write_data(
+        self, planner: SavePlanner, file_queue: Queue[Any]
+    ) -> Future[list[WriteResult]]:
+        """Write the files; raise the error of any thread.
+
+        torch's own threads print their errors and leave out the tensors they had to write.
+        """
+        written: Queue[list[WriteResult]] = Queue()
+        with ThreadPoolExecutor(self.thread_count) as threads:
+            running = [
+                threads.submit(
+                    _write_files_from_queue,
+                    self.fs.create_stream,
+                    file_queue,
+                    written,
+                    planner,
+                    self.transforms,
+                    self.per_thread_copy_ahead,
+                    self.sync_files,
+                    self.thread_count,
+                    self.serialization_format,
+                )
+                for _ in range(self.thread_count)
+            ]
+        for thread in running:
+            if (error := thread.exception()) is not None:
+                raise self._hashing.refused or error
+        results: Future[list[WriteResult]] = Future()
+        results.set_result([result for one in list(written.queue) for result in one])
+        return results
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Write the index, on rank 0, and collect the checksums."""
@@ -74,6 +112,11 @@ class HashingWriter(FileSystemWriter):
         return _Written(result.index, result.size_in_bytes, where, checksum)
 
 
+def _num_bytes(item: WriteItem) -> int:
+    assert item.tensor_data is not None
+    return item.tensor_data.chunk.sizes.numel() * item.tensor_data.properties.dtype.itemsize
+
+
 class _HashingFiles(FileSystem):
     """Open files whose bytes pass through a checksum."""
 
@@ -81,16 +124,19 @@ class _HashingFiles(FileSystem):
         super().__init__()
         self.checksums: dict[tuple[str, int, int], str] = {}
         """Checksums by file, first byte and number of bytes."""
+        self.refused: OSError | None = None
+        """Error of the system, which torch hides behind one of its own."""
 
     @contextlib.contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[IOBase]:
         """Open a file."""
         with super().create_stream(path, mode) as stream:
-            if "w" in mode:
-                hashed: Any = _Hashed(stream, Path(path).name, self.checksums)
-                yield hashed
-            else:
-                yield stream
+            try:
+                hashed: Any = _Hashed(stream, Path(path).name, self)
+                yield hashed if "w" in mode else stream
+            except OSError as error:
+                self.refused = self.refused or error
+                raise
 
 
 class _Hashed:
@@ -99,14 +145,18 @@ class _Hashed:
     torch calls it before and after each tensor, to record where the tensor lies.
     """
 
-    def __init__(self, stream: Any, name: str, checksums: dict[tuple[str, int, int], str]) -> None:
-        self._stream, self._name, self._checksums = stream, name, checksums
+    def __init__(self, stream: Any, name: str, files: _HashingFiles) -> None:
+        self._stream, self._name, self._files = stream, name, files
         self._digest, self._start, self._end = xxhash.xxh3_64(), 0, 0
 
     def write(self, data: Any) -> int:
         """Write and hash."""
         self._digest.update(data)
-        count = self._stream.write(data)
+        try:
+            count = self._stream.write(data)
+        except OSError as error:
+            self._files.refused = self._files.refused or error
+            raise
         self._end += count
         return count
 
@@ -114,7 +164,7 @@ class _Hashed:
         """Return the position; it ends one tensor and begins the next."""
         length = self._end - self._start
         if length:
-            self._checksums[self._name, self._start, length] = self._digest.hexdigest()
+            self._files.checksums[self._name, self._start, length] = self._digest.hexdigest()
             self._digest, self._start = xxhash.xxh3_64(), self._end
         return self._end
 

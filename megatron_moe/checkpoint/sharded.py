@@ -33,6 +33,7 @@ from megatron_moe.config.run import RunConfig
 from megatron_moe.data.blend import BlendState
 from megatron_moe.errors import CheckpointError
 from megatron_moe.hf.checksums import Blocks, write_checksums
+from megatron_moe.hf.disk import refusal
 from megatron_moe.model.build import Model
 from megatron_moe.train.state import TrainState
 
@@ -142,10 +143,12 @@ class Saver:
         partial = folders.partial_of(final)
         leads = dist.get_rank() == 0
         try:
-            _together(group, lambda: folders.start_folder(final) if leads else None)
+            _together(group, partial, lambda: folders.start_folder(final) if leads else None)
             blocks = write_boxes(boxes, partial, group)
             _together(
-                group, lambda: self._publish(progress, partial, final, blocks) if leads else None
+                group,
+                partial,
+                lambda: self._publish(progress, partial, final, blocks) if leads else None,
             )
         except CheckpointError:
             if leads:
@@ -169,13 +172,14 @@ def _new_group() -> dist.ProcessGroup:
     return group
 
 
-def _together(group: dist.ProcessGroup, do: Callable[[], object]) -> None:
-    """Run ``do`` on every rank; if it fails on one, every rank raises."""
+def _together(group: dist.ProcessGroup, folder: Path, do: Callable[[], object]) -> None:
+    """Run ``do``, which writes to ``folder``, on every rank; if it fails on one, all raise."""
     problem = None
     try:
         do()
     except (OSError, CheckpointError) as error:
-        problem = f"rank {dist.get_rank()}: {error}"
+        words = refusal(error, folder) if isinstance(error, OSError) else str(error)
+        problem = f"rank {dist.get_rank()}: {words}"
     problems: list[str | None] = [None] * dist.get_world_size(group)
     dist.all_gather_object(problems, problem, group=group)
     if messages := [problem for problem in problems if problem is not None]:

@@ -87,7 +87,8 @@ def _reasons(error: CheckpointException) -> str:
     """Return the errors with their ranks; ranks with the same error are listed together."""
     ranks: dict[str, list[int]] = {}
     for rank, (reason, _) in sorted(error.failures.items()):
-        ranks.setdefault(f"{type(reason).__name__}: {reason}", []).append(rank)
+        kind = "" if isinstance(reason, CheckpointError) else f"{type(reason).__name__}: "
+        ranks.setdefault(f"{kind}{reason}", []).append(rank)
     return "; ".join(
         f"rank {', '.join(map(str, numbers))}: {reason}" for reason, numbers in ranks.items()
     )

@@ -31,7 +31,7 @@ class Verified:
     kind: str
     """``checkpoint`` or ``model`` (an export or a source)."""
     compared_with: str
-    """Where the expected contents come from, in words."""
+    """Origin of the expected contents, in words."""
     files: int = 0
     num_bytes: int = 0
     problems: list[str] = field(default_factory=list)

@@ -132,18 +132,18 @@ def test_a_checkpoint_without_checksums_is_read(run: dict[str, Any], tmp_path: P
 
 def test_torch_marks_the_bounds_of_each_tensor(tmp_path: Path):
     """It calls tell() around each tensor; checksums rely on this."""
-    checksums: dict[tuple[str, int, int], str] = {}
-    with (tmp_path / "file").open("wb") as file:
-        stream = hashing._Hashed(file, "file", checksums)
+    files = hashing._HashingFiles()
+    with files.create_stream(tmp_path / "file", "wb") as stream:
         assert stream.tell() == 0
         torch.save(torch.arange(1000), stream)
         first = stream.tell()
         torch.save(torch.arange(10), stream)
         second = stream.tell()
-    assert set(checksums) == {("file", 0, first), ("file", first, second - first)}
+    assert set(files.checksums) == {("file", 0, first), ("file", first, second - first)}
     blocks = {
         "file": {
-            start: Block(start, length, digest) for (_, start, length), digest in checksums.items()
+            start: Block(start, length, digest)
+            for (_, start, length), digest in files.checksums.items()
         }
     }
     write_checksums(tmp_path, blocks)
