@@ -37,6 +37,8 @@ def load_model(
         folder,
         dtype=dtype or "auto",
         local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
         attn_implementation="sdpa",  # config.json may name one that is not installed
     )
     return model.to(device).eval()
