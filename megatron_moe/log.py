@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import sys
 import time
 import warnings
 from collections.abc import Mapping
@@ -12,7 +15,25 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-console = Console(highlight=False, soft_wrap=True)
+
+class _Console(Console):
+    """Console that outlives the reader of its output: ``train ... | head`` keeps training."""
+
+    def on_broken_pipe(self) -> None:
+        """Send further output nowhere, and say so on standard error."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        with contextlib.suppress(OSError):
+            print(
+                "Standard output was closed: the run continues, and its numbers are in "
+                "run.dir/metrics.jsonl",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+console = _Console(highlight=False, soft_wrap=True)
 
 
 def quiet_megatron(rank: int) -> None:
@@ -102,6 +123,23 @@ class RoundProgress(_Progress):
         """Print a line on rank 0."""
         if not self._quiet:
             console.print(text)
+
+
+class BytesProgress(_Progress):
+    """Show bytes and ETA on rank 0: a bar, or a line per 10% without a terminal."""
+
+    def __init__(self, what: str, *, rank: int) -> None:
+        super().__init__(what, "size", rank=rank, total=None, done=0)
+        self._what, self._next = what, 1
+
+    def show(self, done: int, total: int) -> None:
+        """Show the progress."""
+        size = f"{done / 2**30:.2f}/{total / 2**30:.2f} GiB"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, total=total, size=size)
+        elif not self._quiet and done * 10 >= self._next * total:
+            self._next = done * 10 // max(1, total) + 1
+            console.print(f"{self._what} {size}  ETA {self._left(done, total)}")
 
 
 def _clock(seconds: float) -> str:

@@ -179,8 +179,14 @@ def test_an_illegal_layout_is_refused_before_any_rank_starts(
 @pytest.mark.parametrize(
     "environment",
     [
-        {"RANK": "0", "WORLD_SIZE": "4"},
-        {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0", "MASTER_ADDR": "node0"},
+        {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "node0"},
+        {
+            "SLURM_PROCID": "0",
+            "SLURM_NTASKS": "4",
+            "SLURM_LOCALID": "0",
+            "MASTER_ADDR": "node0",
+            "SLURM_STEP_ID": "0",
+        },
     ],
     ids=["torchrun", "slurm"],
 )

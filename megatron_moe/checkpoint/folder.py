@@ -2,6 +2,7 @@
 
 run.dir/checkpoints/step_00000010/    complete or absent, because it is renamed into place
 run.dir/checkpoints/latest            name of the newest checkpoint, replaced atomically
+.../step_00000010/CHECKSUMS           checksums of all files below (none in version 0.1)
 .../step_00000010/checkpoint.json     step, samples, position in each domain, plan hash, layout
 .../step_00000010/config.yaml         the run's resolved configuration
 .../step_00000010/plan.safetensors    tables of the plan, if its settings alone do not define it
@@ -11,6 +12,7 @@ run.dir/checkpoints/latest            name of the newest checkpoint, replaced at
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterable
@@ -23,6 +25,7 @@ from megatron_moe.config.run import RunConfig, Source
 from megatron_moe.errors import CheckpointError
 from megatron_moe.experts.file import PLAN_FILE, read_plan
 from megatron_moe.experts.plan import ExpertPlan, make_expert_plan
+from megatron_moe.hf.checksums import read_checksums
 from megatron_moe.hf.disk import fsync
 from megatron_moe.hf.spec import DenseSpec
 
@@ -43,6 +46,8 @@ class Progress:
     """Weight updates, as counted by Adam; a skipped step makes none."""
     world_size: int
     precision: str
+    tokens: int | None = None
+    """Tokens consumed. None: a checkpoint of version 0.1, all of whose samples had one length."""
     blend: dict[str, Any]
     """Position in each domain, and the domains' sampling weights (`BlendState.to_json`)."""
 
@@ -89,17 +94,45 @@ def find_checkpoint(path: Path) -> Path:
     """Return the checkpoint folder that ``path`` is, or the newest checkpoint of the run there.
 
     Raises:
-        CheckpointError: ``path`` is neither a checkpoint nor a run with one.
+        CheckpointError: ``path`` is neither a checkpoint nor a run with one, or is damaged.
     """
-    if (path / "checkpoint.json").exists():
-        return path
-    checkpoint = newest(path)
+    checkpoint = path if (path / "checkpoint.json").exists() else newest(path)
     if checkpoint is None:
         raise CheckpointError(
             f"{path} is neither a checkpoint (no checkpoint.json) nor a run with one "
             "(no checkpoints/latest)"
         )
+    check_small_files(checkpoint)
     return checkpoint
+
+
+def check_small_files(folder: Path) -> None:
+    """Compare all files of a checkpoint with their checksums, if there are any.
+
+    Tensors and their index are left out: whoever reads them checks them.
+
+    Raises:
+        CheckpointError: A file has changed since it was written.
+    """
+    try:
+        if (checksums := read_checksums(folder)) is not None:
+            for name in checksums.blocks:
+                if name != ".metadata" and not name.endswith(".distcp"):
+                    checksums.check_file(name)
+    except CheckpointError as error:
+        raise with_way_out(error, folder) from None
+
+
+def with_way_out(error: CheckpointError, folder: Path) -> CheckpointError:
+    """Return the error of a checkpoint that cannot be read, with another one to use instead."""
+    latest = folder.parent / "latest"
+    if not _STEP.fullmatch(folder.name):  # not one of ours, or moved away from its run
+        return error
+    older = [path.name for path in complete(folder.parents[1]) if path != folder]
+    way_out = f"remove {latest} to restart the run: there is no other checkpoint"
+    if older:
+        way_out = f"write {older[-1]} into {latest} to resume from it"
+    return CheckpointError(f"{error}\n  {way_out}")
 
 
 def read_progress(folder: Path) -> Progress:
@@ -108,6 +141,13 @@ def read_progress(folder: Path) -> Progress:
         return Progress(**json.loads((folder / "checkpoint.json").read_text()))
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{folder / 'checkpoint.json'} is damaged: {error}") from error
+
+
+def tokens_of(progress: Progress, folder: Path) -> int:
+    """Return the tokens consumed up to a checkpoint."""
+    if progress.tokens is not None:
+        return progress.tokens
+    return progress.samples * read_config(folder).data.seq_length
 
 
 def read_config(folder: Path) -> RunConfig:
@@ -180,12 +220,35 @@ def describe(partial: Path, progress: Progress, config_yaml: str, source_folder:
     """Write the small files of a checkpoint: everything but its tensors."""
     (partial / "config.yaml").write_text(config_yaml)
     (partial / "source").mkdir()
-    for pattern in SOURCE_FILES:
-        for file in source_folder.glob(pattern):
-            shutil.copyfile(file, partial / "source" / file.name)
+    kept = partial.parents[1] / "source"
+    _copy_source_files(kept if kept.is_dir() else source_folder, partial / "source")
     if (plan := partial.parents[1] / PLAN_FILE).exists():
         shutil.copyfile(plan, partial / PLAN_FILE)
     (partial / "checkpoint.json").write_text(json.dumps(asdict(progress), indent=2) + "\n")
+
+
+def keep_source_files(run_dir: Path, source_folder: Path) -> Path:
+    """Copy the files of a source that checkpoints hold into the run, and return that folder.
+
+    Saves then depend on no folder that another user may change or remove during the run.
+    """
+    kept = run_dir / "source"
+    if source_folder.resolve() != kept.resolve():
+        staged = run_dir / ".source.partial"
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir(parents=True)
+        _copy_source_files(source_folder, staged)
+        shutil.rmtree(kept, ignore_errors=True)
+        staged.rename(kept)
+    return kept
+
+
+def _copy_source_files(source: Path, target: Path) -> None:
+    for pattern in SOURCE_FILES:
+        for file in source.glob(pattern):
+            # Folders such as tokenizer_old/ match too, and backups that only their owner may read.
+            if file.is_file() and os.access(file, os.R_OK):
+                shutil.copyfile(file, target / file.name)
 
 
 def publish(partial: Path, final: Path) -> None:

@@ -16,6 +16,7 @@ import json
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,10 +25,10 @@ from megatron_moe.checkpoint import folder as folders
 from megatron_moe.checkpoint.global_tensors import GlobalTensors
 from megatron_moe.checkpoint.keys import checkpoint_key
 from megatron_moe.commands.export_config import check_export, moe_config, read_source_config
+from megatron_moe.commands.model_card import model_card
 from megatron_moe.config.run import Moe
 from megatron_moe.errors import CheckpointError
 from megatron_moe.experts.plan import ExpertPlan, moe_layer_ids
-from megatron_moe.hf.dtypes import OF_PRECISION
 from megatron_moe.hf.names import (
     MOE_NAMES,
     ROWS,
@@ -41,49 +42,88 @@ from megatron_moe.hf.names import (
 from megatron_moe.hf.spec import DenseSpec, read_spec
 from megatron_moe.hf.writer import FolderWriter
 
+Dtype = Literal["fp32", "bf16", "fp16"]
+_DTYPES: dict[Dtype, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 
-def export_checkpoint(source: Path, out: Path) -> Architecture:
+
+def export_checkpoint(
+    source: Path,
+    out: Path,
+    *,
+    dtype: Dtype | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+    name: str | None = None,
+) -> Architecture:
     """Write the model of a checkpoint as a Hugging Face folder.
 
     Args:
         source: A run folder (its newest checkpoint is taken) or a checkpoint folder.
         out: Folder to create: complete, or not there.
+        dtype: dtype of the weights; None uses the run's precision.
+        max_shard_bytes: Maximum size of a file of weights.
+        name: Name of the model in its card; None uses that of the folder.
 
     Returns:
         The architecture that means the same as the trained model.
 
     Raises:
-        CheckpointError: No checkpoint, no architecture that means the same, or ``out`` exists.
+        CheckpointError: No checkpoint, no architecture that means the same, ``out`` exists, or a
+            value is too large for ``dtype``.
     """
     checkpoint = folders.find_checkpoint(source)
     config, spec = folders.read_config(checkpoint), read_spec(folders.source_copy(checkpoint))
     architecture = architecture_for(spec, config.moe)
     source_config = read_source_config(folders.source_copy(checkpoint))
+    kind: Dtype = dtype or config.train.precision
     hf_config = moe_config(spec, config, architecture, source_config)
+    hf_config["dtype"] = str(_DTYPES[kind]).removeprefix("torch.")
     check_export(hf_config, spec.family, source_config)
     entries = list(_entries(spec, config.moe, architecture))
-    dtype = OF_PRECISION[config.train.precision]
+    torch_dtype = _DTYPES[kind]
     announced = {
-        name: (shape, dtype)
+        tensor_name: (shape, torch_dtype)
         for entry in entries
-        for name, shape in zip(entry.names, entry.shapes, strict=True)
+        for tensor_name, shape in zip(entry.names, entry.shapes, strict=True)
     }
     absent = _fixed_zeros(spec, config.moe, architecture)
     plan = folders.plan_of(checkpoint, spec, config)
-    announced |= {name: (shape, dtype) for name, shape in absent.items()}
-    with GlobalTensors(checkpoint) as tensors, FolderWriter(out, announced) as writer:
-        for name, shape in absent.items():
-            writer.write(name, torch.zeros(shape, dtype=dtype))
+    announced |= {tensor_name: (shape, torch_dtype) for tensor_name, shape in absent.items()}
+    progress = folders.read_progress(checkpoint)
+    card = model_card(
+        config=config, spec=spec, progress=progress,
+        tokens=folders.tokens_of(progress, checkpoint), architecture=architecture, dtype=kind,
+        run_dir=checkpoint.resolve().parents[1], name=name or out.resolve().name,
+    )  # fmt: skip
+    with (
+        GlobalTensors(checkpoint) as tensors,
+        FolderWriter(out, announced, max_shard_bytes=max_shard_bytes) as writer,
+    ):
+        for tensor_name, shape in absent.items():
+            writer.write(tensor_name, torch.zeros(shape, dtype=torch_dtype))
         for entry in entries:
-            fused = tensors.read(entry.key, index=entry.expert, dtype=dtype)
+            fused = tensors.read(entry.key, index=entry.expert, dtype=torch_dtype)
             fused = _folded(fused, _output_factor(entry, plan))
-            for name, tensor in zip(entry.names, _cut(fused, entry, spec), strict=True):
-                writer.write(name, tensor)
+            _check_range(fused, entry.key)
+            for tensor_name, tensor in zip(entry.names, _cut(fused, entry, spec), strict=True):
+                writer.write(tensor_name, tensor)
         writer.add_file("config.json", (json.dumps(hf_config, indent=2) + "\n").encode())
+        writer.add_file("README.md", card.encode())
         for file in sorted(folders.source_copy(checkpoint).iterdir()):
             if file.name != "config.json":
                 writer.add_file(file.name, file)
     return architecture
+
+
+def _check_range(tensor: Tensor, key: str) -> None:
+    if not bool(torch.isfinite(tensor).all()):
+        raise CheckpointError(
+            f"{key} has values that {tensor.dtype} cannot hold, so the export would hold "
+            "infinities.\n  use --dtype bf16 or fp32"
+        )
 
 
 _LINEAR_AFTER_TRAINING = ("linear", "noisy_linear")

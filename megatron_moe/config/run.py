@@ -11,8 +11,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+
+def _expanded(path: Path) -> Path:
+    """Return the path with ``~`` and ``~user`` replaced by a home directory."""
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"a path whose home directory is known: {error}") from error
+
+
+HomePath = Annotated[Path, AfterValidator(_expanded)]
 Count = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -48,10 +58,10 @@ class Section(BaseModel):
 class Run(Section):
     """Location, seed, device and engine of the run."""
 
-    dir: Path
+    dir: HomePath
     """Run directory: config.yaml, receipt.json, metrics.jsonl, checkpoints/."""
 
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """Seed of the data order. Weights do not depend on it; see upcycle.seed."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -66,7 +76,7 @@ class Run(Section):
 class Source(Section):
     """The model that the run starts from."""
 
-    path: Path
+    path: HomePath
     """Hugging Face folder: config.json, safetensors files and tokenizer files. A dense torch_dist
     checkpoint of Megatron-Core may take the place of the safetensors files."""
 
@@ -196,18 +206,18 @@ class Upcycle(Section):
     mix              all of them, from one of several dense models (Branch-Train-MiX, 2403.07816)
     """
 
-    plan: Path | None = None
+    plan: HomePath | None = None
     """Plan file, written by `megatron-moe construct` and read by `train`. Required if the method,
     the router or the scale is measured on text."""
 
-    mix_with: list[Path] = []
+    mix_with: list[HomePath] = []
     """Dense checkpoints that method mix uses besides source.path. Experts come from source.path and
     these in turn; all other weights are averaged."""
 
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """Seed of everything that the method draws at random, including router rows."""
 
-    permutation_seed: int | None = None
+    permutation_seed: NonNegativeInt | None = None
     """Seed of the order in which copies and shards take the dense neurons. None: the original
     order."""
 
@@ -298,14 +308,14 @@ class Parallel(Section):
 class Domain(Section):
     """One named domain of a data mixture."""
 
-    path: Path
+    path: HomePath
     """The domain's text, in the formats of data.path."""
 
     weight: NonNegative | None = None
     """Fraction of the samples if data.mixing.weights is given. The weights of all domains sum to
     1."""
 
-    validation_path: Path | None = None
+    validation_path: HomePath | None = None
     """The domain's held-out text. Alternatively, set data.validation_fraction for all domains."""
 
 
@@ -325,7 +335,7 @@ class Mixing(Section):
     interval: Count = 100_000_000
     """Number of tokens between weight updates; at least those of one step. LLaMA-MoE uses 5e9."""
 
-    reference_losses: Path | None = None
+    reference_losses: HomePath | None = None
     """File written by `megatron-moe reference-loss`, or a JSON object {domain: nats per token}."""
 
     step_size: Positive = 1.0
@@ -340,7 +350,7 @@ class Mixing(Section):
 class Data(Section):
     """Training and held-out text."""
 
-    path: Path | None = None
+    path: HomePath | None = None
     """A text or JSONL file, a folder of such files, or the prefix of a Megatron .bin/.idx pair."""
 
     domains: dict[str, Domain] | None = None
@@ -360,7 +370,7 @@ class Data(Section):
     reset_attention: bool = False
     """Prevent tokens from attending to earlier documents or conversations in the same sequence."""
 
-    validation_path: Path | None = None
+    validation_path: HomePath | None = None
     """Held-out text, in the formats of path. Its loss is logged before the first step and at every
     checkpoint."""
 
@@ -369,6 +379,13 @@ class Data(Section):
 
     validation_samples: Count = 64
     """Number of sequences of each held-out text to evaluate, counted from its beginning."""
+
+    text_key: str = "text"
+    """Key of JSON lines, or column of tables, that holds the text. Requires kind text."""
+
+    add_bos: bool = False
+    """Begin each document with the tokenizer's begin-of-text token, as Llama was trained. Documents
+    always end with the end-of-text token. Requires kind text; a chat template adds its own."""
 
     max_malformed: NonNegativeInt = 0
     """Number of malformed lines or conversations per text to skip, count and show before the run

@@ -17,7 +17,7 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import _IndexWriter
 from numpy.typing import NDArray
 
-from megatron_moe.hf.disk import write_text
+from megatron_moe.hf.disk import make_folder, write_text
 
 _JOURNAL = "journal.json"
 _PARTS = ("tokens.bin", "lengths", "document_ends", "digests")
@@ -43,7 +43,7 @@ class TokenWriter:
         """Argument of the last `commit`, or None if there was none."""
         if self.journal is None:
             shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(parents=True)
+            make_folder(self.folder, "the folder for tokens")
         sizes = {} if self.journal is None else self.journal["sizes"]
         self._files = {name: self._open(name, sizes.get(name, 0)) for name in _PARTS}
         self._num_sequences = sizes.get("lengths", 0) // 4

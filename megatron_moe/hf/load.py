@@ -34,6 +34,11 @@ def load_model(
 
     silence_progress_bars()
     model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype or "auto", local_files_only=True
+        folder,
+        dtype=dtype or "auto",
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        attn_implementation="sdpa",  # config.json may name one that is not installed
     )
     return model.to(device).eval()

@@ -41,6 +41,8 @@ class TrainState:
     """Optimizer steps taken."""
     samples: int = 0
     """Sequences consumed: the position in the data, independent of the layout."""
+    tokens: int = 0
+    """Tokens consumed; sequences may have had several lengths."""
 
     def gather_weights(self) -> None:
         """Gather updated weights on every dp rank, for code that reads them outside a forward pass.

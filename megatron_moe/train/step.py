@@ -96,6 +96,7 @@ def train_step(
     state.schedule.step(increment=1)
     state.step += 1
     state.samples += config.train.global_batch_size
+    state.tokens += config.train.global_batch_size * config.data.seq_length
     return replace(result, decision=decision)
 
 

@@ -15,6 +15,7 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 LOCAL, SLURM = ROOT / "launch" / "local.sh", ROOT / "launch" / "slurm.sbatch"
+NODES = ROOT / "launch" / "nodes.sh"
 ENTRYPOINT = ROOT / "docker" / "entrypoint.sh"
 SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), SLURM, ENTRYPOINT])
 RECORDER = """\
@@ -290,6 +291,37 @@ def test_a_container_runs_as_the_owner_of_the_mounted_folder(user: int, owner: i
         assert (mounted / "written").stat().st_uid == becomes
     finally:
         shutil.rmtree(mounted)
+
+
+class TestNodes:
+    def test_it_says_what_it_needs(self, stage: Stage):
+        assert stage.run(NODES).returncode == 2
+        result = stage.run(NODES, stage.config)
+        assert (result.returncode, "set NNODES" in result.stderr) == (2, True)
+        stage.env |= {"NNODES": "2", "MASTER_ADDR": "no-such-host.invalid"}
+        result = stage.run(NODES, stage.config)
+        assert result.returncode == 2
+        assert "MASTER_ADDR (no-such-host.invalid) cannot be resolved on" in result.stderr
+
+    @pytest.mark.parametrize(
+        ("master", "endpoint"), [("127.0.0.1", "localhost:7"), ("192.0.2.7", "192.0.2.7:7")]
+    )
+    def test_machines_meet_at_one_of_them(self, stage: Stage, master: str, endpoint: str):
+        then = "if sys.argv[1] == '-c': sys.argv = sys.argv[2:]; exec(sys.orig_argv[3])"
+        stage.env |= {
+            "PYTHON": str(stage.stand_in("python", then)), "NNODES": "2", "RANKS": "4",
+            "MASTER_ADDR": master, "MASTER_PORT": "7", "JOB_ID": "a b", "NODE_ADDR": "10.0.0.7",
+        }  # fmt: skip
+        result = stage.run(NODES, stage.config, "run.dir=a b")
+        assert result.returncode == 0, result.stderr
+        argv, env = stage.calls("python")[-1]
+        assert argv == [
+            "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "4",
+            "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", "a b",
+            "--max-restarts", "3", "--local-addr", "10.0.0.7",
+            "-m", "megatron_moe", "train", str(stage.config), "run.dir=a b",
+        ]  # fmt: skip
+        assert "MASTER_ADDR" not in env
 
 
 HEALTH = ROOT / "launch" / "node_health.sh"
