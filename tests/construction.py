@@ -37,6 +37,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # moe, upcycle
     "split_random-shared": (SHARED, {"method": "split_random", "rescale_at": "runtime"}),
     "split_clustered": (SPLIT, {"method": "split_clustered", "rescale": "N"}),
     "split_clustered-shared": (SHARED, {"method": "split_clustered"}),
+    "split_coactivation": (SHARED, {"method": "split_coactivation", "plan": PLAN}),
     "sharing_inner": (
         {"num_moe_experts": 4, "moe_ffn_hidden_size": 32},
         {"method": "sharing_inner", "plan": PLAN, "router_init": "centroids"},
@@ -57,7 +58,7 @@ def make_plan(spec: DenseSpec, moe: Moe, upcycle: Upcycle, dense: DenseCheckpoin
     """The case's plan, with tables from drawn measurements where it needs them."""
     plan = make_expert_plan(spec, moe, upcycle)
     recipe = plan.recipe
-    if not (recipe.needs_measuring or recipe.needs_weights):
+    if plan.needs == "nothing":
         return plan
     return plan.with_tables({
         layer: layer_table(plan, layer, drawn_measurements(recipe, layer), dense, moe)

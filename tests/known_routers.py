@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny import save_dense
 
 from megatron_moe.model.build import Model
-from megatron_moe.model.router import CountingRouter
+from megatron_moe.model.routers import routers_in
 
 CLASSES = EXPERTS = 4
 LAYERS = 4
@@ -38,13 +38,11 @@ def save_silent(folder: Path) -> Path:
 def set_routers(model: Model) -> None:
     """Rows that choose as `experts_of` says."""
     for module in model.modules:
-        for router in module.modules():
-            if isinstance(router, CountingRouter):
-                layer = router.layer_number - 1
-                router.weight.data.zero_()
-                for expert in range(EXPERTS):
-                    router.weight.data[expert, (expert + layer) % CLASSES] = 0.2
-                    router.weight.data[expert, (expert + layer + 1) % CLASSES] = 0.1
+        for router in routers_in(module):
+            router.weight.data.zero_()
+            for expert in range(EXPERTS):
+                router.weight.data[expert, (expert + router.layer) % CLASSES] = 0.2
+                router.weight.data[expert, (expert + router.layer + 1) % CLASSES] = 0.1
 
 
 def experts_of(class_: int, layer: int) -> tuple[int, int]:

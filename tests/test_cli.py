@@ -1,5 +1,6 @@
 """The command line: help at once, and what a user got wrong in words, with exit code 2."""
 
+import importlib.util
 import json
 import resource
 import subprocess
@@ -136,6 +137,18 @@ def test_a_missing_dense_folder_is_refused(yaml_file, capsys, monkeypatch, tmp_p
     assert not (tmp_path / "run").exists(), "nothing is made before everything is checked"
 
 
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
+def test_weights_and_biases_without_its_package_is_refused(
+    yaml_file, capsys, monkeypatch, tmp_path
+):
+    told = refused(capsys, monkeypatch, "train", yaml_file, "log.wandb_project=moe")
+    assert told == (
+        "ConfigError: log.wandb_project (moe) requires the package wandb, which is not installed.\n"
+        "  pip install 'megatron-moe[wandb]', or log.wandb_project=null\n"
+    )
+    assert not (tmp_path / "run").exists(), "nothing is made before everything is checked"
+
+
 def test_an_unsupported_model_is_refused_with_all_reasons(yaml_file, capsys, monkeypatch, tmp_path):
     config = DENSE | {"hidden_act": "gelu", "mlp_bias": True}
     (tmp_path / "dense" / "config.json").write_text(json.dumps(config))
@@ -166,8 +179,14 @@ def test_an_illegal_layout_is_refused_before_any_rank_starts(
 @pytest.mark.parametrize(
     "environment",
     [
-        {"RANK": "0", "WORLD_SIZE": "4"},
-        {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0", "MASTER_ADDR": "node0"},
+        {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "node0"},
+        {
+            "SLURM_PROCID": "0",
+            "SLURM_NTASKS": "4",
+            "SLURM_LOCALID": "0",
+            "MASTER_ADDR": "node0",
+            "SLURM_STEP_ID": "0",
+        },
     ],
     ids=["torchrun", "slurm"],
 )

@@ -14,7 +14,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "megatron_moe"
 FILES = sorted(PACKAGE.rglob("*.py"))
-SCRIPTS = sorted(path for folder in ("tools", "bench") for path in (ROOT / folder).rglob("*.py"))
+SCRIPTS = sorted(
+    path for folder in ("tools", "bench", "research") for path in (ROOT / folder).rglob("*.py")
+)
 
 FIRST_WORDS = ("Of", "Whose", "Where", "The same", "What", "How")
 """A docstring starts with a verb or names its subject, and not with one of these."""

@@ -10,6 +10,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -22,6 +24,7 @@ FAMILIES = {
     "mistral": (MistralConfig, MistralForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "phi3": (Phi3Config, Phi3ForCausalLM),
 }
 
 SHAPE = {
@@ -46,8 +49,10 @@ def save_dense(folder: Path, family: str = "llama", *, seed: int = 0, **changes:
     """
     config_class, model_class = FAMILIES[family]
     settings = {**SHAPE, **changes}
-    if family != "mistral":
+    if family not in ("mistral", "phi3"):
         settings.pop("sliding_window")
+    if family == "phi3":  # its defaults are ids of a larger vocabulary
+        settings = {"pad_token_id": 0, "eos_token_id": 2, **settings}
     torch.manual_seed(seed)
     model = model_class(config_class(**settings, initializer_range=0.2)).float()
     with torch.no_grad():

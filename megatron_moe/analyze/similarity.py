@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_moe.checkpoint.global_tensors import GlobalTensors
 from megatron_moe.checkpoint.keys import checkpoint_key
 from megatron_moe.experts.plan import ExpertPlan
-from megatron_moe.hf.names import ROW_OF_ROLE
+from megatron_moe.hf.names import ROW_OF_ROLE, ffn_names
 from megatron_moe.hf.reader import DenseCheckpoint
 
 BLOCK_NUMBERS = 2**23
@@ -122,7 +122,7 @@ def _origin(
     """Return the scaled dense neurons of an expert in its own order: ``(M, D)``."""
     built = plan.layer(layer)
     source, neurons_M = dense[int(built.source_E[expert])], built.neurons_EM[expert].copy()
-    name = f"model.layers.{layer}.mlp.{('gate', 'up', 'down')[part]}_proj.weight"
+    name = ffn_names(layer)[part]
     if part == 2:
         values_MD = source.read(name, columns=neurons_M).T
     else:

@@ -28,7 +28,7 @@ from megatron_moe.hf.reader import open_dense_checkpoint, open_mixed
 from megatron_moe.hf.spec import DenseSpec, read_spec
 from megatron_moe.model.build import Model, build_model
 from megatron_moe.model.overlap import start_tp_overlap
-from megatron_moe.model.router import CountingRouter, set_output_scales
+from megatron_moe.model.routers import routers_in, set_output_scales
 from megatron_moe.model.upcycle import upcycle
 from megatron_moe.parallel.layout import ParallelLayout
 from megatron_moe.runtime.engine import engine_of
@@ -97,10 +97,8 @@ def _fill_at_random(model: Model) -> None:
 
 def force_balance(model: Model) -> None:
     """Turn on Megatron-Core's switch for benchmarks: each token's logits are drawn at random."""
-    for chunk in model.chunks:
-        for router in chunk.module.modules():
-            if isinstance(router, CountingRouter):
-                router.config.moe_router_force_load_balancing = True
+    for router in routers_in(*(chunk.module for chunk in model.chunks)):
+        router.config.moe_router_force_load_balancing = True
 
 
 def make_supply(

@@ -12,6 +12,7 @@ run.dir/checkpoints/latest            name of the newest checkpoint, replaced at
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterable
@@ -45,6 +46,8 @@ class Progress:
     """Weight updates, as counted by Adam; a skipped step makes none."""
     world_size: int
     precision: str
+    tokens: int | None = None
+    """Tokens consumed. None: a checkpoint of version 0.1, all of whose samples had one length."""
     blend: dict[str, Any]
     """Position in each domain, and the domains' sampling weights (`BlendState.to_json`)."""
 
@@ -140,6 +143,13 @@ def read_progress(folder: Path) -> Progress:
         raise CheckpointError(f"{folder / 'checkpoint.json'} is damaged: {error}") from error
 
 
+def tokens_of(progress: Progress, folder: Path) -> int:
+    """Return the tokens consumed up to a checkpoint."""
+    if progress.tokens is not None:
+        return progress.tokens
+    return progress.samples * read_config(folder).data.seq_length
+
+
 def read_config(folder: Path) -> RunConfig:
     """Read the configuration of the run that wrote the checkpoint."""
     return load(RunConfig, folder / "config.yaml", from_checkpoint=True)
@@ -177,7 +187,7 @@ def run_of(source: Path, overrides: Iterable[str] = ()) -> tuple[Path, RunConfig
 def plan_of(folder: Path, spec: DenseSpec, config: RunConfig) -> ExpertPlan:
     """Return the expert plan of the run, with its tables as stored in the checkpoint, if any."""
     plan = make_expert_plan(spec, config.moe, config.upcycle)
-    if plan.recipe.needs_measuring or plan.recipe.needs_weights:
+    if plan.needs != "nothing":
         return read_plan(folder / PLAN_FILE, plan, source=None)
     return plan
 
@@ -210,12 +220,35 @@ def describe(partial: Path, progress: Progress, config_yaml: str, source_folder:
     """Write the small files of a checkpoint: everything but its tensors."""
     (partial / "config.yaml").write_text(config_yaml)
     (partial / "source").mkdir()
-    for pattern in SOURCE_FILES:
-        for file in source_folder.glob(pattern):
-            shutil.copyfile(file, partial / "source" / file.name)
+    kept = partial.parents[1] / "source"
+    _copy_source_files(kept if kept.is_dir() else source_folder, partial / "source")
     if (plan := partial.parents[1] / PLAN_FILE).exists():
         shutil.copyfile(plan, partial / PLAN_FILE)
     (partial / "checkpoint.json").write_text(json.dumps(asdict(progress), indent=2) + "\n")
+
+
+def keep_source_files(run_dir: Path, source_folder: Path) -> Path:
+    """Copy the files of a source that checkpoints hold into the run, and return that folder.
+
+    Saves then depend on no folder that another user may change or remove during the run.
+    """
+    kept = run_dir / "source"
+    if source_folder.resolve() != kept.resolve():
+        staged = run_dir / ".source.partial"
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir(parents=True)
+        _copy_source_files(source_folder, staged)
+        shutil.rmtree(kept, ignore_errors=True)
+        staged.rename(kept)
+    return kept
+
+
+def _copy_source_files(source: Path, target: Path) -> None:
+    for pattern in SOURCE_FILES:
+        for file in source.glob(pattern):
+            # Folders such as tokenizer_old/ match too, and backups that only their owner may read.
+            if file.is_file() and os.access(file, os.R_OK):
+                shutil.copyfile(file, target / file.name)
 
 
 def publish(partial: Path, final: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_moe.hf.names import Row
+from megatron_moe.hf.names import Row, Scope
 
 
 def checkpoint_key(row: Row, *, layer: int | None, moe_layer: bool) -> str:
@@ -15,6 +15,6 @@ def checkpoint_key(row: Row, *, layer: int | None, moe_layer: bool) -> str:
     template = row.megatron[-1]
     if row.role == "ffn_norm" and moe_layer:
         template = row.megatron[0]  # a separate module in MoE layers, not fused
-    if row.role.startswith("expert"):
+    if row.scope is Scope.EXPERT:
         template = row.megatron[-1].replace("experts.", "experts.experts.").replace("{expert}", "")
     return template.format(layer=layer)

@@ -19,7 +19,7 @@ from megatron.core.optimizer.optimizer import (
 )
 from torch import Tensor
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from megatron_moe.train.optimizers import state_keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Owned:
     begin: int
     """Index of the first element, in the flattened parameter, that the tensors below hold."""
     tensors: dict[str, Tensor]
-    """One-dimensional, same length: exp_avg, exp_avg_sq and, with bf16 weights, master."""
+    """One-dimensional, same length: `OptimizerRow.state` and, with bf16 weights, master."""
 
 
 def parts(optimizer: MegatronOptimizer) -> list[Any]:
@@ -45,10 +45,11 @@ def owned(optimizer: MegatronOptimizer) -> Iterator[Owned]:
     for part in parts(optimizer):
         for parameter, begin, main in _main_parameters(part):
             moments = part.optimizer.state[main]
-            for name in MOMENTS:
+            keys = state_keys(part)
+            for name in keys:
                 if name not in moments:
                     moments[name] = torch.zeros_like(main, dtype=torch.float32)
-            tensors = {name: moments[name].view(-1) for name in MOMENTS}
+            tensors = {name: moments[name].view(-1) for name in keys}
             if main.dtype != parameter.dtype:
                 tensors["master"] = main.detach().view(-1)
             yield Owned(parameter, begin, tensors)

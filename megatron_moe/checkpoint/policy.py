@@ -73,9 +73,9 @@ def roll_back(
     folder = newest(config.run.dir)
     if folder is None or read_progress(folder).step == 0:
         return False
-    samples, blend = state.samples, state.blend
+    samples, tokens, blend = state.samples, state.tokens, state.blend
     restore(state, folder, config, groups, plan_hash=plan_hash)
-    state.samples, state.blend = samples, blend
+    state.samples, state.tokens, state.blend = samples, tokens, blend
     saver.save(state, groups)
     return True
 

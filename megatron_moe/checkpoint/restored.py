@@ -16,7 +16,7 @@ from megatron_moe.experts.plan import ExpertPlan
 from megatron_moe.hf.spec import read_spec
 from megatron_moe.model.build import Model, build_model
 from megatron_moe.model.config import check_dispatcher
-from megatron_moe.model.router import set_output_scales
+from megatron_moe.model.routers import set_output_scales
 from megatron_moe.parallel.groups import create_groups
 from megatron_moe.parallel.layout import ParallelLayout
 from megatron_moe.runtime.engine import engine_of

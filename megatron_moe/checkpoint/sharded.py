@@ -96,6 +96,7 @@ class Saver:
         progress = Progress(
             step=state.step,
             samples=state.samples,
+            tokens=state.tokens,
             plan_hash=self._plan_hash,
             optimizer_updates=updates_made(state.optimizer),
             world_size=dist.get_world_size(),
@@ -213,6 +214,7 @@ def restore(
         set_updates_made(state.optimizer, progress.optimizer_updates)
     state.schedule.step(increment=progress.step - state.step)
     state.step, state.samples = progress.step, progress.samples
+    state.tokens = folders.tokens_of(progress, folder)
     state.blend = BlendState.from_json(progress.blend, domains=state.blend.domains)
 
 

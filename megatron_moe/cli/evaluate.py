@@ -111,8 +111,11 @@ def generate(
 
     Example: megatron-moe generate runs/demo "The capital of France is" --temperature 0.8
     """
+    if not all(prompts):
+        raise ConfigError("PROMPT must not be empty: a model continues text.\n  give some text")
     from megatron_moe.commands.exported import exported
-    from megatron_moe.evaluate.speak import completions, load_model
+    from megatron_moe.evaluate.speak import completions
+    from megatron_moe.hf.load import load_model
     from megatron_moe.runtime.world import resolve_device
 
     with exported(source) as result:

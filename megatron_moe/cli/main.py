@@ -17,16 +17,18 @@ import typer
 from megatron_moe import __version__
 from megatron_moe.cli.analyze import analyze
 from megatron_moe.cli.evaluate import judging
-from megatron_moe.cli.options import ConfigFile, JsonFlag, Overrides, Ranks, show
+from megatron_moe.cli.options import ConfigFile, JsonFlag, Overrides, Ranks, parse_size, show
 from megatron_moe.cli.report import pages
 from megatron_moe.cli.start import joined_to, on_ranks, on_ranks_at_hand, position_of
 from megatron_moe.cli.verify import verifying
 from megatron_moe.config.load import load
 from megatron_moe.config.run import Mixing, Parallel, RunConfig
 from megatron_moe.errors import ConfigError, UserError
+from megatron_moe.hf.disk import make_folder
 from megatron_moe.hf.spec import DenseSpec, read_spec
 from megatron_moe.rules.check import check
 from megatron_moe.rules.construction import measuring_violations
+from megatron_moe.rules.installed import require_packages
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -89,12 +91,16 @@ def train(
     Example: megatron-moe train configs/demo.yaml train.steps=20 --ranks 4
     """
     config = load(RunConfig, config_file, overrides or [])
+    from megatron_moe.commands.resuming import with_source
+
+    config = with_source(config)
     spec = read_spec(config.source.path)
     if dry:
         _dry_run(config, spec, ranks, world_size, rank or 0, as_json=as_json)
         return
     if world_size is not None or rank is not None or as_json:
         raise ConfigError("--world-size, --rank and --json require --dry-run")
+    require_packages(config)
     on_ranks(_train, config, ranks)
 
 
@@ -136,16 +142,36 @@ def export(
         typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run.dir, or one checkpoint in it."),
     ],
     out: Annotated[Path, typer.Option(help="Folder to write; must not exist yet.")],
+    dtype: Annotated[
+        Literal["fp32", "bf16", "fp16"] | None,
+        typer.Option(help="dtype of the weights; default: the run's precision."),
+    ] = None,
+    max_shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Maximum size of a file, such as 500MB or 5GB.")
+    ] = "5GB",
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Also upload it to this repository of the hub."),
+    ] = None,
 ) -> None:
     """Write a checkpoint as a Hugging Face MoE folder that transformers loads.
 
     Reads a checkpoint of any layout, expert by expert, in one process, without building a model.
+    The folder has a model card (README.md).
 
-    Example: megatron-moe export runs/demo --out runs/demo/hf
+    Example: megatron-moe export runs/demo --out runs/demo/hf --dtype bf16
     """
     from megatron_moe.commands.export import export_checkpoint
+    from megatron_moe.commands.hub import hub_for, push
 
-    print(f"Wrote {out} ({export_checkpoint(source, out)})")
+    shard_bytes = parse_size(max_shard_size, option="--max-shard-size")
+    hub = None if push_to_hub is None else hub_for(push_to_hub)
+    architecture = export_checkpoint(
+        source, out, dtype=dtype, max_shard_bytes=shard_bytes, name=push_to_hub
+    )
+    print(f"Wrote {out} ({architecture})")
+    if push_to_hub is not None:
+        print(f"Uploaded it to {push(hub, push_to_hub, out)}")
 
 
 @app.command()
@@ -158,6 +184,9 @@ def tokenize(
     tokenizer: Annotated[Path, typer.Option(help="Folder that holds the tokenizer's files.")],
     workers: Annotated[int, typer.Option(min=1, help="Number of processes.")] = 1,
     text_key: Annotated[str, typer.Option(help="Key or column that holds the text.")] = "text",
+    add_bos: Annotated[
+        bool, typer.Option("--add-bos", help="Begin documents with the begin-of-text token.")
+    ] = False,
     drop_duplicates: Annotated[
         bool, typer.Option("--drop-duplicates", help="Keep only the first of identical documents.")
     ] = False,
@@ -185,6 +214,7 @@ def tokenize(
 
     rules = Rules(
         text_key=text_key,
+        add_bos=add_bos,
         drop_duplicates=drop_duplicates,
         min_tokens=min_tokens,
         max_tokens=max_tokens,
@@ -204,7 +234,8 @@ def tokenize(
 def _counts_text(report: dict[str, Any], out: Path) -> str:
     lines = [f"{name.replace('_', ' ')}: {value:,}" for name, value in report["counts"].items()]
     speed = f"{report['seconds']:.1f} s, {report['tokens_per_second']:,.0f} tokens/s"
-    return "\n".join([f"{out}.bin, {out}.idx: {speed}", *lines, *report["malformed"]])
+    names = [f"not read because of its name: {file}" for file in report["left_out"]]
+    return "\n".join([f"{out}.bin, {out}.idx: {speed}", *lines, *report["malformed"], *names])
 
 
 @app.command("reference-loss")
@@ -227,7 +258,7 @@ def reference_loss(
     data = config.data.model_copy(update={"mixing": mixing})
     config = config.model_copy(update={"data": data, "parallel": Parallel()})
     check(config, read_spec(config.source.path), 1)
-    config.run.dir.mkdir(parents=True, exist_ok=True)
+    make_folder(config.run.dir, "run.dir")
     device = resolve_device(config.run.device)
     run_local_ranks(partial(_reference_loss, config, out), ranks=1, device=device)
 
@@ -361,7 +392,8 @@ def plan(
 ) -> None:
     """Find the fastest layout that fits, or explain one, before you queue a job.
 
-    Needs no GPU. docs/planning.md describes the model behind the prediction and its accuracy.
+    Needs no GPU. With --check, the exit status is 1 if the layout is illegal. docs/planning.md
+    describes the model behind the prediction and its accuracy.
 
     Example: megatron-moe plan configs/h100/llama3-8b-e8t2-cf1-128.yaml --gpus 128
     """
@@ -374,6 +406,8 @@ def plan(
     if check_only:
         checked = check_layout(config, spec, gpus=gpus, gpu=gpu)
         show(checked.to_json() if as_json else check_report(checked), as_json=as_json)
+        if not checked.legal:
+            raise typer.Exit(1)
     else:
         result = search(config, spec, gpus=gpus, gpu=gpu)
         show(result.to_json() if as_json else search_report(result), as_json=as_json)

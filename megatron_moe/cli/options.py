@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from megatron_moe.errors import ConfigError
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The run's YAML file.")]
 Overrides = Annotated[
@@ -27,3 +30,20 @@ def show(report: Any, *, as_json: bool) -> None:
     from megatron_moe.log import console
 
     print(json.dumps(report, indent=2)) if as_json else console.print(report)
+
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+          "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}  # fmt: skip
+
+
+def parse_size(text: str, *, option: str) -> int:
+    """Return the bytes of a size such as ``5GB`` or ``500 MiB``.
+
+    Raises:
+        ConfigError: The text is not a size of at least one byte.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
+    size = int(float(match[1]) * _UNITS.get(match[2], 0)) if match else 0
+    if size < 1:
+        raise ConfigError(f"{option} ({text}) must be a size, such as 500MB, 5GB or 2GiB")
+    return size

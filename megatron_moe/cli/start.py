@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Literal
 
 from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import ConfigError
+from megatron_moe.hf.disk import make_folder
 from megatron_moe.hf.spec import read_spec
 from megatron_moe.rules.check import check, nearest_legal
 from megatron_moe.rules.nearest import changes
 
 if TYPE_CHECKING:  # imports torch, which --help does not wait for
     from megatron_moe.runtime.engine import Engine
-    from megatron_moe.runtime.world import RankPosition, World
+    from megatron_moe.runtime.launchers import RankPosition
+    from megatron_moe.runtime.world import World
 
 
 def on_ranks(
@@ -42,7 +44,7 @@ def on_ranks(
     engine = choose(config.run.engine, device)
     world_size = position.size if position is not None else ranks or 1
     check(resolved(config, engine), read_spec(config.source.path), world_size)
-    config.run.dir.mkdir(parents=True, exist_ok=True)
+    make_folder(config.run.dir, "run.dir")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     joined_to(position, partial(story, config), ranks=ranks or 1, device=device)
 
@@ -84,7 +86,7 @@ def position_of(ranks: int | None) -> RankPosition | None:
     Raises:
         ConfigError: A launcher has started ranks, and ``ranks`` asks for more.
     """
-    from megatron_moe.runtime.world import position_from_environment
+    from megatron_moe.runtime.launchers import position_from_environment
 
     position = position_from_environment()
     if position is not None and ranks is not None:

@@ -128,7 +128,7 @@ def sized_plan(plan: ExpertPlan) -> ExpertPlan:
     How many bytes are read depends on how many neurons an expert has, not on which.
     """
     recipe = plan.recipe
-    if not (recipe.needs_weights or recipe.needs_measuring):
+    if plan.needs == "nothing":
         return plan
     generator = np.random.default_rng(0)
     every = [generator.permutation(recipe.dense_ffn_hidden_size) for _ in range(recipe.num_experts)]

@@ -20,7 +20,7 @@ from megatron_moe.errors import ConfigError
 from megatron_moe.evaluate.record import Evaluation, Figures
 from megatron_moe.hf.reader import DenseCheckpoint, open_mixed
 from megatron_moe.hf.spec import read_spec
-from megatron_moe.model.router import expert_biases
+from megatron_moe.model.routers import expert_biases
 from megatron_moe.model.upcycle import upcycle
 from megatron_moe.runtime.world import World
 from megatron_moe.source.dense import DistributedDense, has_weights, open_dense

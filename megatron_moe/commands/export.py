@@ -13,10 +13,10 @@ Shape letters of this module:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,66 +24,110 @@ from torch import Tensor
 from megatron_moe.checkpoint import folder as folders
 from megatron_moe.checkpoint.global_tensors import GlobalTensors
 from megatron_moe.checkpoint.keys import checkpoint_key
-from megatron_moe.config.run import Moe, RunConfig
+from megatron_moe.commands.export_config import check_export, moe_config, read_source_config
+from megatron_moe.commands.model_card import model_card
+from megatron_moe.config.run import Moe
 from megatron_moe.errors import CheckpointError
 from megatron_moe.experts.plan import ExpertPlan, moe_layer_ids
 from megatron_moe.hf.names import (
-    GATE_ROLES,
     MOE_NAMES,
-    MOE_ROLES,
     ROWS,
     Architecture,
     Row,
+    Scope,
     Sharding,
-    dense_shapes,
     has_row,
+    shapes_of,
 )
 from megatron_moe.hf.spec import DenseSpec, read_spec
 from megatron_moe.hf.writer import FolderWriter
 
+Dtype = Literal["fp32", "bf16", "fp16"]
+_DTYPES: dict[Dtype, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 
-def export_checkpoint(source: Path, out: Path) -> Architecture:
+
+def export_checkpoint(
+    source: Path,
+    out: Path,
+    *,
+    dtype: Dtype | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+    name: str | None = None,
+) -> Architecture:
     """Write the model of a checkpoint as a Hugging Face folder.
 
     Args:
         source: A run folder (its newest checkpoint is taken) or a checkpoint folder.
         out: Folder to create: complete, or not there.
+        dtype: dtype of the weights; None uses the run's precision.
+        max_shard_bytes: Maximum size of a file of weights.
+        name: Name of the model in its card; None uses that of the folder.
 
     Returns:
         The architecture that means the same as the trained model.
 
     Raises:
-        CheckpointError: No checkpoint, no architecture that means the same, or ``out`` exists.
+        CheckpointError: No checkpoint, no architecture that means the same, ``out`` exists, or a
+            value is too large for ``dtype``.
     """
     checkpoint = folders.find_checkpoint(source)
     config, spec = folders.read_config(checkpoint), read_spec(folders.source_copy(checkpoint))
     architecture = architecture_for(spec, config.moe)
+    source_config = read_source_config(folders.source_copy(checkpoint))
+    kind: Dtype = dtype or config.train.precision
+    hf_config = moe_config(spec, config, architecture, source_config)
+    hf_config["dtype"] = str(_DTYPES[kind]).removeprefix("torch.")
+    check_export(hf_config, spec.family, source_config)
     entries = list(_entries(spec, config.moe, architecture))
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.train.precision]
+    torch_dtype = _DTYPES[kind]
     announced = {
-        name: (shape, dtype)
+        tensor_name: (shape, torch_dtype)
         for entry in entries
-        for name, shape in zip(entry.names, entry.shapes, strict=True)
+        for tensor_name, shape in zip(entry.names, entry.shapes, strict=True)
     }
     absent = _fixed_zeros(spec, config.moe, architecture)
     plan = folders.plan_of(checkpoint, spec, config)
-    announced |= {name: (shape, dtype) for name, shape in absent.items()}
-    with GlobalTensors(checkpoint) as tensors, FolderWriter(out, announced) as writer:
-        for name, shape in absent.items():
-            writer.write(name, torch.zeros(shape, dtype=dtype))
+    announced |= {tensor_name: (shape, torch_dtype) for tensor_name, shape in absent.items()}
+    progress = folders.read_progress(checkpoint)
+    card = model_card(
+        config=config, spec=spec, progress=progress,
+        tokens=folders.tokens_of(progress, checkpoint), architecture=architecture, dtype=kind,
+        run_dir=checkpoint.resolve().parents[1], name=name or out.resolve().name,
+    )  # fmt: skip
+    with (
+        GlobalTensors(checkpoint) as tensors,
+        FolderWriter(out, announced, max_shard_bytes=max_shard_bytes) as writer,
+    ):
+        for tensor_name, shape in absent.items():
+            writer.write(tensor_name, torch.zeros(shape, dtype=torch_dtype))
         for entry in entries:
-            fused = tensors.read(entry.key, index=entry.expert, dtype=dtype)
+            fused = tensors.read(entry.key, index=entry.expert, dtype=torch_dtype)
             fused = _folded(fused, _output_factor(entry, plan))
-            for name, tensor in zip(entry.names, _cut(fused, entry, spec), strict=True):
-                writer.write(name, tensor)
-        hf_config = moe_config(
-            spec, config, architecture, folders.source_copy(checkpoint) / "config.json"
-        )
+            _check_range(fused, entry.key)
+            for tensor_name, tensor in zip(entry.names, _cut(fused, entry, spec), strict=True):
+                writer.write(tensor_name, tensor)
         writer.add_file("config.json", (json.dumps(hf_config, indent=2) + "\n").encode())
+        writer.add_file("README.md", card.encode())
         for file in sorted(folders.source_copy(checkpoint).iterdir()):
             if file.name != "config.json":
                 writer.add_file(file.name, file)
     return architecture
+
+
+def _check_range(tensor: Tensor, key: str) -> None:
+    if not bool(torch.isfinite(tensor).all()):
+        raise CheckpointError(
+            f"{key} has values that {tensor.dtype} cannot hold, so the export would hold "
+            "infinities.\n  use --dtype bf16 or fp32"
+        )
+
+
+_LINEAR_AFTER_TRAINING = ("linear", "noisy_linear")
+"""Values of moe.router_gate that are one linear layer once training ends."""
 
 
 def architecture_for(spec: DenseSpec, moe: Moe) -> Architecture:
@@ -92,10 +136,10 @@ def architecture_for(spec: DenseSpec, moe: Moe) -> Architecture:
     Raises:
         CheckpointError: There is none; says why.
     """
-    if moe.router_gate == "noisy_mlp":
+    if moe.router_gate not in _LINEAR_AFTER_TRAINING:
         raise CheckpointError(
             f"no Hugging Face architecture means the same as a {spec.family} model with "
-            "moe.router_gate (noisy_mlp): all of them route by one linear layer.\n"
+            f"moe.router_gate ({moe.router_gate}): all of them route by one linear layer.\n"
             "  use moe.router_gate=noisy_linear, or keep the checkpoint"
         )
     if moe.moe_router_score_function == "sigmoid":
@@ -152,66 +196,46 @@ class _Entry:
 def _entries(spec: DenseSpec, moe: Moe, architecture: Architecture) -> Iterator[_Entry]:
     routed = set(moe_layer_ids(moe, spec.num_layers))
     for row in ROWS:
-        # Noise is of training alone: what routes afterwards is the plain gate.
-        if not has_row(row.role, spec) or row.role in GATE_ROLES or _has_no_neurons(row, moe):
+        if not has_row(row, spec) or not _exported(row.scope, moe):
             continue
-        if "{layer}" not in row.megatron[0]:
-            yield _entry(row, row.hf, spec, moe, layer=None, moe_layer=False)
-            continue
-        moe_role = row.role in MOE_ROLES
-        names = MOE_NAMES[architecture][row.role] if moe_role else row.hf
-        for layer in range(spec.num_layers):
-            if moe_role and layer not in routed:
-                continue
-            if row.role in ("fc1", "fc2") and layer in routed:
-                continue
-            experts = range(moe.num_moe_experts) if row.role.startswith("expert") else (None,)
+        names = row.hf if row.scope.in_dense_model else MOE_NAMES[architecture][row.role]
+        experts = range(moe.num_moe_experts) if row.scope is Scope.EXPERT else (None,)
+        for layer in _layers(row.scope, routed, spec.num_layers):
             for expert in experts:
-                yield _entry(
-                    row, names, spec, moe, layer=layer, moe_layer=layer in routed, expert=expert
+                yield _Entry(
+                    key=checkpoint_key(row, layer=layer, moe_layer=layer in routed),
+                    layer=layer,
+                    expert=expert,
+                    row=row,
+                    names=tuple(name.format(layer=layer, expert=expert) for name in names),
+                    shapes=_hf_shapes(row, spec, moe),
                 )
 
 
-def _has_no_neurons(row: Row, moe: Moe) -> bool:
-    return row.role.startswith("shared") and not moe.moe_shared_expert_intermediate_size
+def _exported(scope: Scope, moe: Moe) -> bool:
+    """Return whether rows of this scope are part of an export.
+
+    The noise of a noisy gate is not: after training, the plain gate routes alone.
+    """
+    return scope is not Scope.GATE and (scope is not Scope.SHARED or bool(moe.shared_size))
 
 
-def _entry(
-    row: Row,
-    names: tuple[str, ...],
-    spec: DenseSpec,
-    moe: Moe,
-    *,
-    layer: int | None,
-    moe_layer: bool,
-    expert: int | None = None,
-) -> _Entry:
-    return _Entry(
-        key=checkpoint_key(row, layer=layer, moe_layer=moe_layer),
-        layer=layer,
-        expert=expert,
-        row=row,
-        names=tuple(name.format(layer=layer, expert=expert) for name in names),
-        shapes=_hf_shapes(row, spec, moe),
-    )
+def _layers(scope: Scope, routed: Set[int], num_layers: int) -> Iterable[int | None]:
+    """Return the ids of the layers in which rows of this scope exist; None for the model."""
+    match scope:
+        case Scope.MODEL:
+            return (None,)
+        case Scope.LAYER:
+            return range(num_layers)
+        case Scope.DENSE:
+            return [layer for layer in range(num_layers) if layer not in routed]
+        case _:
+            return sorted(routed)
 
 
 def _hf_shapes(row: Row, spec: DenseSpec, moe: Moe) -> tuple[tuple[int, ...], ...]:
-    hidden, size = spec.hidden_size, moe.moe_ffn_hidden_size or spec.ffn_hidden_size
-    shared = moe.moe_shared_expert_intermediate_size or 0
-    match row.role:
-        case "router":
-            return ((moe.num_moe_experts, hidden),)
-        case "expert_fc1":
-            return ((size, hidden), (size, hidden))
-        case "expert_fc2":
-            return ((hidden, size),)
-        case "shared_fc1":
-            return ((shared, hidden), (shared, hidden))
-        case "shared_fc2":
-            return ((hidden, shared),)
-        case role:
-            return dense_shapes(role, spec)
+    size = moe.expert_size(spec.ffn_hidden_size)
+    return shapes_of(row, spec, E=moe.num_moe_experts, M=size, S=moe.shared_size)
 
 
 def _fixed_zeros(
@@ -228,7 +252,7 @@ def _fixed_zeros(
     shapes = {
         "shared_expert_gate": (1, hidden),
     }
-    if not moe.moe_shared_expert_intermediate_size:
+    if not moe.shared_size:
         shapes |= {
             "shared_expert.gate_proj": (0, hidden),
             "shared_expert.up_proj": (0, hidden),
@@ -255,56 +279,3 @@ def _cut(fused: Tensor, entry: _Entry, spec: DenseSpec) -> list[Tensor]:
             return [part.flatten(0, 1) for part in groups.split(sizes, dim=1)]
         case _:
             return [fused]
-
-
-def moe_config(
-    spec: DenseSpec, config: RunConfig, architecture: Architecture, dense_config: Path
-) -> dict[str, Any]:
-    """``config.json`` of the exported model: the dense model's, with its experts."""
-    moe = config.moe
-    size = moe.moe_ffn_hidden_size or spec.ffn_hidden_size
-    dense = json.loads(dense_config.read_text())
-    kept = {key: value for key, value in dense.items() if key not in _DENSE_ONLY}
-    common = {
-        **kept,
-        "architectures": [architecture],
-        "head_dim": spec.kv_channels,
-        "num_experts_per_tok": moe.moe_router_topk,
-        "router_aux_loss_coef": moe.moe_aux_loss_coeff,
-        "output_router_logits": False,
-        "dtype": {"fp32": "float32", "bf16": "bfloat16"}[config.train.precision],
-        "sliding_window": None,
-    }
-    if architecture == "MixtralForCausalLM":
-        return {
-            **common,
-            "model_type": "mixtral",
-            "intermediate_size": size,
-            "num_local_experts": moe.num_moe_experts,
-        }
-    routed = set(moe_layer_ids(moe, spec.num_layers))
-    qwen = {
-        **common,
-        "model_type": "qwen2_moe" if architecture.startswith("Qwen2") else "qwen3_moe",
-        "num_experts": moe.num_moe_experts,
-        "moe_intermediate_size": size,
-        "norm_topk_prob": moe.router_order == "topk_softmax",
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [layer for layer in range(spec.num_layers) if layer not in routed],
-        "use_sliding_window": False,
-    }
-    if architecture == "Qwen2MoeForCausalLM":
-        # Qwen2-MoE always has a shared expert: one of no neurons adds exactly zero.
-        shared = moe.moe_shared_expert_intermediate_size or 0
-        qwen |= {"shared_expert_intermediate_size": shared, "qkv_bias": spec.qkv_bias}
-    return qwen
-
-
-_DENSE_ONLY = frozenset(
-    {
-        "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "mlp_bias",
-        "pretraining_tp", "sliding_window", "use_sliding_window", "max_window_layers",
-        "layer_types", "attention_bias",
-    }
-)  # fmt: skip
-"""Keys that say what kind of dense model it was, or that the MoE's config sets itself."""

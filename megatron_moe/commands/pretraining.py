@@ -147,7 +147,7 @@ def _describe(
     return step_numbers(
         result,
         step=state.step,
-        samples=state.samples,
+        tokens=state.tokens,
         learning_rate=state.learning_rate,
         seconds=seconds,
         data_seconds=feed.seconds,

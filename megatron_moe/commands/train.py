@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from megatron_moe.checkpoint.folder import newest
+from megatron_moe.checkpoint.folder import (
+    keep_source_files,
+    newest,
+    plan_of,
+    read_config,
+    source_copy,
+)
 from megatron_moe.checkpoint.sharded import restore
 from megatron_moe.commands.job import Job
 from megatron_moe.commands.pretraining import continue_pretraining, feed_of
+from megatron_moe.commands.resuming import (
+    Change,
+    change_table,
+    changed_settings,
+    changed_texts,
+    record_changes,
+)
 from megatron_moe.commands.upcycling import empty_model, upcycled_model
 from megatron_moe.config.load import dump
 from megatron_moe.config.mixtures import starting_weights
@@ -16,8 +30,10 @@ from megatron_moe.construct.complete import complete_plan
 from megatron_moe.data.announce import announcement
 from megatron_moe.data.texts import open_texts
 from megatron_moe.experts.plan import ExpertPlan, make_expert_plan
+from megatron_moe.hf.disk import write_text
 from megatron_moe.hf.names import dense_tensors
 from megatron_moe.hf.reader import DenseCheckpoint
+from megatron_moe.hf.spec import DenseSpec, read_spec
 from megatron_moe.model.config import check_dispatcher
 from megatron_moe.model.grouped_experts import kernel_in
 from megatron_moe.model.overlap import start_tp_overlap
@@ -27,6 +43,7 @@ from megatron_moe.runtime.world import World
 from megatron_moe.source.dense import open_dense
 from megatron_moe.train.guard import Signals
 from megatron_moe.train.lock import only_job
+from megatron_moe.train.metrics import check_outputs
 from megatron_moe.train.state import TrainState, make_state
 from megatron_moe.train.watch import Observe, Watch, unobserved
 
@@ -43,6 +60,7 @@ def train(config: RunConfig, world: World, observe: Observe = unobserved) -> Non
         world: This rank's place in the joined job.
         observe: Called with the stage and the step whenever this rank enters a stage.
     """
+    check_outputs(config)
     engine = engine_of(config.run.engine, world)
     check_dispatcher(config.moe, engine)
     with (
@@ -57,34 +75,67 @@ def train(config: RunConfig, world: World, observe: Observe = unobserved) -> Non
 def _train(job: Job) -> None:
     config, groups = job.config, job.groups
     job.watch.at("load")
-    dense = open_dense(config.source.path)  # 1. read
-    if not job.engine.is_torch:
-        start_tp_overlap(config, dense.spec)
-    dense.check_tensors(dict(dense_tensors(dense.spec)))
-    plan = make_expert_plan(dense.spec, config.moe, config.upcycle)
-    plan = complete_plan(plan, config, dense)  # 2. which neurons each expert takes
-    texts = open_texts(config, vocab_size=dense.spec.vocab_size)  # 3. data
-    _announce(job, dense, plan)
-
     resume_from = newest(config.run.dir)
-    if resume_from is None:
+    before = None if resume_from is None else read_config(resume_from)
+    changes = [] if before is None else changed_settings(before, config)
+    if job.world.rank == 0:
+        kept = config.source.path if resume_from is None else source_copy(resume_from)
+        keep_source_files(config.run.dir, kept)
+    dense, spec, plan = _source(job, resume_from)  # 1. read, 2. which neurons each expert takes
+    texts = open_texts(  # 3. data
+        config, vocab_size=spec.vocab_size, on_progress=lambda: job.watch.at("load")
+    )
+    if job.world.rank == 0:
+        changes += changed_texts(config.run.dir, texts.fingerprints())
+    _announce(job, spec, plan)
+
+    if dense is not None:
         model = upcycled_model(job, dense, plan, texts)  # 4. filled online, verified
         state = make_state(config, model, groups)
     else:
-        model = empty_model(job, dense, plan)
+        assert resume_from is not None
+        model = empty_model(job, spec, plan)
         state = make_state(config, model, groups)
         restore(state, resume_from, config, groups, plan_hash=plan.hash)
-        job.say(f"Resumed {resume_from} at step {state.step}")
-        if state.step >= config.train.steps:
-            job.say(
-                f"This run is finished: it has taken all {config.train.steps} steps (train.steps)."
-            )
+        _report_resume(job, state, resume_from, changes)
         _take_configured_weights(job, state)
 
     if (kernel := kernel_in(state.model.modules)) is not None:
         job.say(f"Experts use {kernel.name} ({kernel.reason})")
     job.say(announcement(texts, state.blend, config))
     continue_pretraining(job, state, plan, feed_of(job, texts))  # 5. train, validate, save
+
+
+def _source(
+    job: Job, resume_from: Path | None
+) -> tuple[DenseCheckpoint | None, DenseSpec, ExpertPlan]:
+    """Return the source, its shape, and the complete plan; a resume opens no source.
+
+    What a resume needs of the source is in the checkpoint, so the source may be gone by then.
+    """
+    config = job.config
+    dense = open_dense(config.source.path) if resume_from is None else None
+    spec = read_spec(config.source.path) if dense is None else dense.spec
+    if not job.engine.is_torch:
+        start_tp_overlap(config, spec)
+    if dense is None:
+        assert resume_from is not None
+        return None, spec, plan_of(resume_from, spec, config)
+    dense.check_tensors(dict(dense_tensors(spec)))
+    plan = make_expert_plan(spec, config.moe, config.upcycle)
+    return dense, spec, complete_plan(plan, config, dense)
+
+
+def _report_resume(job: Job, state: TrainState, folder: Path, changes: list[Change]) -> None:
+    """Log where the run resumes, and what is different from the checkpoint."""
+    job.say(f"Resumed {folder} at step {state.step}")
+    job.say(change_table(changes, step=state.step))
+    if job.world.rank == 0:
+        record_changes(job.config.run.dir, changes, step=state.step)
+    if state.step >= job.config.train.steps:
+        job.say(
+            f"This run is finished: it has taken all {job.config.train.steps} steps (train.steps)."
+        )
 
 
 def _take_configured_weights(job: Job, state: TrainState) -> None:
@@ -95,17 +146,17 @@ def _take_configured_weights(job: Job, state: TrainState) -> None:
         state.blend = state.blend.reweighted(tuple(weights.values()))
 
 
-def _announce(job: Job, dense: DenseCheckpoint, plan: ExpertPlan) -> None:
+def _announce(job: Job, spec: DenseSpec, plan: ExpertPlan) -> None:
     """Log the layout, engine and plan, and write run.dir/config.yaml."""
     if job.world.rank == 0:
-        (job.config.run.dir / "config.yaml").write_text(dump(job.config))
+        write_text(job.config.run.dir / "config.yaml", dump(job.config))
     attention = " x ".join(f"{a}{n}" for a, n in _grid(job.layout.attention))
     experts = " x ".join(f"{a}{n}" for a, n in _grid(job.layout.experts))
     job.say(
         f"{job.world.size} ranks on {job.world.device.type}: attention {attention}, "
         f"experts {experts}\n"
         f"Engine: {job.engine.name} ({job.engine.reason})\n"
-        f"{dense.spec.family} with {dense.spec.num_layers} layers, "
+        f"{spec.family} with {spec.num_layers} layers, "
         f"{len(plan.recipe.moe_layers)} of them {plan.recipe.num_experts} experts by "
         f"{plan.recipe.method!r}; plan {plan.hash[:12]}"
     )

@@ -18,10 +18,11 @@ from megatron_moe.data.texts import Texts
 from megatron_moe.errors import ConfigError
 from megatron_moe.experts.plan import ExpertPlan
 from megatron_moe.hf.reader import DenseCheckpoint, open_mixed
+from megatron_moe.hf.spec import DenseSpec
 from megatron_moe.model.build import Model, build_model
 from megatron_moe.model.overlap import without_tp_overlap
 from megatron_moe.model.receipt import gather_receipt, rank_receipt, write_receipt
-from megatron_moe.model.router import set_output_scales
+from megatron_moe.model.routers import set_output_scales
 from megatron_moe.model.upcycle import check_coverage, upcycle
 from megatron_moe.model.verify import Agreement, compare_with_dense, verify_length
 from megatron_moe.runtime.memory import held_bytes, peak_bytes, reset_peak
@@ -42,7 +43,7 @@ def upcycled_model(job: Job, dense: DenseCheckpoint, plan: ExpertPlan, texts: Te
         )
     reset_peak()
     held, start = held_bytes(), time.perf_counter()
-    model = empty_model(job, dense, plan)
+    model = empty_model(job, dense.spec, plan)
     mix_with = open_mixed(dense, config.upcycle.mix_with)
     filled = upcycle(model, dense, plan, layout=job.layout, rank=rank, mix_with=mix_with)
     mine = rank_receipt(
@@ -78,11 +79,11 @@ def upcycled_model(job: Job, dense: DenseCheckpoint, plan: ExpertPlan, texts: Te
     return model
 
 
-def empty_model(job: Job, dense: DenseCheckpoint, plan: ExpertPlan) -> Model:
+def empty_model(job: Job, spec: DenseSpec, plan: ExpertPlan) -> Model:
     """Build this rank's part of the MoE without values, with the plan's scales in its routers."""
     model = build_model(
         job.config,
-        dense.spec,
+        spec,
         layout=job.layout,
         groups=job.groups,
         rank=job.world.rank,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -23,11 +23,50 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML loader that reads ``3e-4`` as a number; YAML 1.1 makes it text."""
+    """Safe YAML loader without the surprises of YAML 1.1.
+
+    ``3e-4`` is a number, ``2024-01-01`` and ``12:30`` are text, ``010`` is not 8, a name stays as
+    written (``no``, ``on`` and ``1`` too), and a name that stands twice is an error.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """Return the mapping, with names as written.
+
+        Raises:
+            ConfigError: A name stands twice.
+        """
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            key.tag = "tag:yaml.org,2002:str"
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise ConfigError(
+                    f"{key.value} stands twice, in line {lines[key.value]} and in line {line}: one "
+                    "of them would be ignored.\n  remove one of the lines"
+                )
+            lines[key.value] = line
+        return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+def _resolve_implicitly(kind: str, pattern: str, first: str) -> None:
+    tag = f"tag:yaml.org,2002:{kind}"
+    for character, resolvers in _Loader.yaml_implicit_resolvers.items():
+        _Loader.yaml_implicit_resolvers[character] = [r for r in resolvers if r[0] != tag]
+    _Loader.add_implicit_resolver(tag, re.compile(pattern), list(first))
+
+
+_Loader.yaml_implicit_resolvers = {
+    character: [r for r in resolvers if r[0] != "tag:yaml.org,2002:timestamp"]
+    for character, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_resolve_implicitly("int", r"^[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$", "-+0123456789")
+_resolve_implicitly(
+    "float",
+    r"^([-+]?(\d[\d_]*\.\d*([eE][-+]?\d+)?|\.\d+([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(inf|Inf|INF))"
+    r"|\.(nan|NaN|NAN))$",
+    "-+0123456789.",
 )
 
 
@@ -58,10 +97,13 @@ def load(
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not YAML: {error}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold sections (run:, source:, ...), not {tree!r}")
     if from_checkpoint:
         tree = {RENAMED.get(name, name): section for name, section in tree.items()}
+    tree = _without_empty_sections(cls, tree)
     for override in overrides:
         _apply(tree, override)
     return build(cls, tree)
@@ -83,6 +125,20 @@ def build(cls: type[Model], tree: dict[str, Any]) -> Model:
 def dump(config: BaseModel) -> str:
     """Return the resolved configuration as YAML that `load` reads back to an equal object."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _without_empty_sections(cls: type[BaseModel], tree: dict[str, Any]) -> dict[str, Any]:
+    """Drop sections without a line, such as ``parallel:`` with all lines commented out."""
+    result = {}
+    for name, value in tree.items():
+        field = cls.model_fields.get(name)
+        kind = field.annotation if field is not None else None
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            if value is None:
+                continue
+            value = _without_empty_sections(kind, value) if isinstance(value, dict) else value
+        result[name] = value
+    return result
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

@@ -11,8 +11,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+
+def _expanded(path: Path) -> Path:
+    """Return the path with ``~`` and ``~user`` replaced by a home directory."""
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"a path whose home directory is known: {error}") from error
+
+
+HomePath = Annotated[Path, AfterValidator(_expanded)]
 Count = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -25,12 +35,15 @@ Method = Literal[
     "granular",
     "split_random",
     "split_clustered",
+    "split_coactivation",
+    "split_coactivation",
     "sharing_inner",
     "sharing_inter",
     "qwen",
     "weaver",
     "mix",
 ]
+RouterGate = Literal["linear", "noisy_linear", "noisy_mlp"]
 RouterInit = Literal["normal", "uniform", "zero", "gate_mean", "virtual_groups", "centroids"]
 
 
@@ -45,10 +58,10 @@ class Section(BaseModel):
 class Run(Section):
     """Location, seed, device and engine of the run."""
 
-    dir: Path
+    dir: HomePath
     """Run directory: config.yaml, receipt.json, metrics.jsonl, checkpoints/."""
 
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """Seed of the data order. Weights do not depend on it; see upcycle.seed."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -63,7 +76,7 @@ class Run(Section):
 class Source(Section):
     """The model that the run starts from."""
 
-    path: Path
+    path: HomePath
     """Hugging Face folder: config.json, safetensors files and tokenizer files. A dense torch_dist
     checkpoint of Megatron-Core may take the place of the safetensors files."""
 
@@ -102,7 +115,7 @@ class Moe(Section):
     """sigmoid (DeepSeek-V3): score each expert independently and divide the scores of the K chosen
     experts by their sum."""
 
-    router_gate: Literal["linear", "noisy_linear", "noisy_mlp"] = "linear"
+    router_gate: RouterGate = "linear"
     """noisy_linear, noisy_mlp (LLaMA-MoE): add learned noise to the logits during training. The
     gate is one linear layer, or linear, tanh, linear."""
 
@@ -161,6 +174,15 @@ class Moe(Section):
             return factor
         return factor / self.moe_router_topk
 
+    def expert_size(self, dense_size: int) -> int:
+        """Return the number of neurons of one expert (M), for a dense FFN of ``dense_size``."""
+        return self.moe_ffn_hidden_size or dense_size
+
+    @property
+    def shared_size(self) -> int:
+        """Number of neurons of the shared expert (S), 0 without one."""
+        return self.moe_shared_expert_intermediate_size or 0
+
 
 class Upcycle(Section):
     """Construction of experts from the dense FFN of F neurons."""
@@ -173,6 +195,8 @@ class Upcycle(Section):
     granular         one of G = F / M shards, in R = E / G replicas (virtual groups, 2410.07524)
     split_random     one part of a random partition (LLaMA-MoE, 2406.16554)
     split_clustered  one cluster of similar rows of up, all of equal size (LLaMA-MoE)
+    split_coactivation  one cluster of neurons that contribute to the same tokens; a shared expert
+                     gets those that most tokens use (needs a plan)
     sharing_inner    the M most important ones for one part of the text (LLaMA-MoE; needs a plan)
     sharing_inter    as sharing_inner, after the neurons that most experts want have moved to the
                      shared expert (LLaMA-MoE; needs a plan)
@@ -182,18 +206,18 @@ class Upcycle(Section):
     mix              all of them, from one of several dense models (Branch-Train-MiX, 2403.07816)
     """
 
-    plan: Path | None = None
+    plan: HomePath | None = None
     """Plan file, written by `megatron-moe construct` and read by `train`. Required if the method,
     the router or the scale is measured on text."""
 
-    mix_with: list[Path] = []
+    mix_with: list[HomePath] = []
     """Dense checkpoints that method mix uses besides source.path. Experts come from source.path and
     these in turn; all other weights are averaged."""
 
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """Seed of everything that the method draws at random, including router rows."""
 
-    permutation_seed: int | None = None
+    permutation_seed: NonNegativeInt | None = None
     """Seed of the order in which copies and shards take the dense neurons. None: the original
     order."""
 
@@ -223,6 +247,19 @@ class Upcycle(Section):
     near-zero random rows, so that top-k has no ties. gate_mean: the mean of the expert's gate rows.
     virtual_groups: random rows, each repeated so that all shards of a replica are chosen together.
     centroids: k-means centroids of the layer's inputs (needs a plan)."""
+
+    fit: list[Literal["router", "down"]] = []
+    """Parts of split experts that `megatron-moe construct` solves for on text (needs a plan).
+    router: a regression on what each expert would contribute. down: the least-squares solution for
+    the dense layer's output, over all experts of a layer at once."""
+
+    max_load: Annotated[float, Field(ge=1)] = 1.5
+    """Bound on the load of the busiest expert with fit router, in multiples of the mean. A higher
+    bound gives a lower loss before the first step, and experts that are used less evenly."""
+
+    fit_stream: Fraction = 0.0
+    """Share of the dense model's residual stream in the target of fit down. 0: the dense layer's
+    output on the same input. 1: what brings the stream back to the dense model's."""
 
     router_init_std: NonNegative = 0.02
     """Standard deviation of random router rows."""
@@ -271,14 +308,14 @@ class Parallel(Section):
 class Domain(Section):
     """One named domain of a data mixture."""
 
-    path: Path
+    path: HomePath
     """The domain's text, in the formats of data.path."""
 
     weight: NonNegative | None = None
     """Fraction of the samples if data.mixing.weights is given. The weights of all domains sum to
     1."""
 
-    validation_path: Path | None = None
+    validation_path: HomePath | None = None
     """The domain's held-out text. Alternatively, set data.validation_fraction for all domains."""
 
 
@@ -298,7 +335,7 @@ class Mixing(Section):
     interval: Count = 100_000_000
     """Number of tokens between weight updates; at least those of one step. LLaMA-MoE uses 5e9."""
 
-    reference_losses: Path | None = None
+    reference_losses: HomePath | None = None
     """File written by `megatron-moe reference-loss`, or a JSON object {domain: nats per token}."""
 
     step_size: Positive = 1.0
@@ -313,7 +350,7 @@ class Mixing(Section):
 class Data(Section):
     """Training and held-out text."""
 
-    path: Path | None = None
+    path: HomePath | None = None
     """A text or JSONL file, a folder of such files, or the prefix of a Megatron .bin/.idx pair."""
 
     domains: dict[str, Domain] | None = None
@@ -333,7 +370,7 @@ class Data(Section):
     reset_attention: bool = False
     """Prevent tokens from attending to earlier documents or conversations in the same sequence."""
 
-    validation_path: Path | None = None
+    validation_path: HomePath | None = None
     """Held-out text, in the formats of path. Its loss is logged before the first step and at every
     checkpoint."""
 
@@ -342,6 +379,13 @@ class Data(Section):
 
     validation_samples: Count = 64
     """Number of sequences of each held-out text to evaluate, counted from its beginning."""
+
+    text_key: str = "text"
+    """Key of JSON lines, or column of tables, that holds the text. Requires kind text."""
+
+    add_bos: bool = False
+    """Begin each document with the tokenizer's begin-of-text token, as Llama was trained. Documents
+    always end with the end-of-text token. Requires kind text; a chat template adds its own."""
 
     max_malformed: NonNegativeInt = 0
     """Number of malformed lines or conversations per text to skip, count and show before the run

@@ -7,14 +7,20 @@ that a resumed run does not cluster again.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import ConfigError
-from megatron_moe.experts import split
 from megatron_moe.experts.file import PLAN_FILE, read_plan, write_plan
+from megatron_moe.experts.methods import METHODS
+from megatron_moe.experts.partition import Evidence
 from megatron_moe.experts.plan import ExpertPlan, LayerTable
+from megatron_moe.experts.solved import check_solved, solved_folder
+from megatron_moe.hf.names import ffn_names
 from megatron_moe.hf.reader import DenseCheckpoint
 
 
@@ -25,31 +31,49 @@ def complete_plan(plan: ExpertPlan, config: RunConfig, dense: DenseCheckpoint) -
         CheckpointError: The plan file is missing, or was made for other settings or another model.
     """
     path = config.run.dir / PLAN_FILE
-    if plan.recipe.needs_measuring:
+    if plan.needs == "text":
         if config.upcycle.plan is None:  # `construction_violations` reports this earlier
             raise ConfigError("upcycle.plan must be set")
         complete = read_plan(config.upcycle.plan, plan, source=dense.fingerprint())
-    elif not plan.recipe.needs_weights:
+        _check_solved(complete, config.upcycle.plan)
+    elif plan.needs == "nothing":
         return plan
     elif path.exists():
         return read_plan(path, plan, source=dense.fingerprint())
     else:
-        complete = plan.with_tables(clustered_tables(plan, dense))
+        complete = plan.with_tables(tables_from_weights(plan, dense))
     dist.barrier()  # every rank has checked whether the file exists
     if dist.get_rank() == 0:
         write_plan(path, complete, source=dense.fingerprint())
     return complete
 
 
-def clustered_tables(plan: ExpertPlan, dense: DenseCheckpoint) -> dict[int, LayerTable]:
-    """Cluster each MoE layer's neurons; layers are divided among the ranks."""
+def _check_solved(plan: ExpertPlan, path: Path) -> None:
+    """Check the files of solved matrices; layers are divided among the ranks.
+
+    Raises:
+        CheckpointError: A file is missing or changed.
+    """
+    solved = [layer for layer, table in plan.tables.items() if table.down_hash]
+    for layer in solved[dist.get_rank() :: dist.get_world_size()]:
+        check_solved(solved_folder(path), layer, plan.tables[layer].down_hash or "")
+
+
+def tables_from_weights(plan: ExpertPlan, dense: DenseCheckpoint) -> dict[int, LayerTable]:
+    """Apply a method that needs weights to each MoE layer; layers are divided among the ranks."""
     recipe, world = plan.recipe, dist.get_world_size()
     tables = {}
     for layer in recipe.moe_layers[dist.get_rank() :: world]:
-        up = dense.read(f"model.layers.{layer}.mlp.up_proj.weight").float().numpy()
-        part = split.clustered(recipe, layer, np.ascontiguousarray(up))
+        evidence = Evidence(up_FD=up_weights(dense, layer))
+        part = METHODS[recipe.method].partition(recipe, layer, evidence)
         tables[layer] = LayerTable(neurons_EM=part.neurons_EM, shared_S=part.shared_S)
     return gather_tables(tables)
+
+
+def up_weights(dense: DenseCheckpoint, layer: int) -> NDArray[np.float32]:
+    """Read the weights of ``up`` of one dense layer, ``(F, D)``."""
+    _, up, _ = ffn_names(layer)
+    return np.ascontiguousarray(dense.read(up).float().numpy())
 
 
 def gather_tables(local: dict[int, LayerTable]) -> dict[int, LayerTable]:

@@ -1,10 +1,8 @@
 """Tokenize conversations with the model's chat template, and mark the assistant's tokens.
 
-Supported formats, one conversation per line: OpenAI's
-``{"messages": [{"role": ..., "content": ...}]}`` and ShareGPT's
-``{"conversations": [{"from": ..., "value": ...}]}``. The loss counts on the assistant's messages
-and on the token that ends its turn; LLaMA-MoE (arXiv 2406.16554, section 3.4) trains on the
-responses of ShareGPT conversations.
+`data/messages.py` lists the formats. The loss counts on the assistant's messages and on the token
+that ends its turn; LLaMA-MoE (arXiv 2406.16554, section 3.4) trains on the responses of ShareGPT
+conversations.
 
 On disk a conversation is one document of Megatron's multimodal token file. It has one sequence
 per run of tokens of one kind; a sequence's mode is 1 if the loss counts on it, else 0.
@@ -13,7 +11,8 @@ per run of tokens of one kind; a sequence's mode is 1 if the loss counts on it, 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from codecs import BOM_UTF8
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -23,19 +22,11 @@ import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-from megatron_moe.data.tokenizer import fingerprint_of
+from megatron_moe.data.documents import ReadPosition, read_blocks
+from megatron_moe.data.files import find_files, format_of
+from megatron_moe.data.messages import Dialogue, called_names, parse_dialogue, strings
+from megatron_moe.data.tokenizer import auto_tokenizer, backend_of, fingerprint_of
 from megatron_moe.errors import DataError
-
-Message = Mapping[str, str]
-
-_SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,51 +48,60 @@ class ChatTokenizer:
         Raises:
             DataError: The folder has no fast tokenizer, or its tokenizer has no chat template.
         """
-        from transformers import AutoTokenizer  # imported here: it takes a second
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
-            )
-        except Exception as error:  # transformers and tokenizers raise bare Exception for bad files
-            raise DataError(f"cannot read the tokenizer of {folder}: {error}") from error
-        if not tokenizer.is_fast or not tokenizer.chat_template:
+        # Any: transformers' type annotations do not cover fast tokenizers.
+        self._tokenizer: Any = auto_tokenizer(folder)
+        if not self._tokenizer.chat_template:
             raise DataError(
-                f"the tokenizer of {folder} has no chat template, or no tokenizer.json.\n"
+                f"the tokenizer of {folder} has no chat template.\n"
                 "  put the chat_template.jinja to train with into the folder"
             )
-        # Any: transformers' type annotations do not cover fast tokenizers.
-        self._tokenizer: Any = tokenizer
-        self.vocab_size: int = max(tokenizer.get_vocab().values()) + 1
+        self._backend = backend_of(folder, self._tokenizer)
+        added = self._backend.get_added_tokens_decoder()
+        special = [token.content for token in added.values() if token.special]
+        self._control_tokens = sorted({*special, *self._tokenizer.all_special_tokens})
+        self.vocab_size: int = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.needed_rows = max(i for i in self._piece_ids(added)) + 1
+        self.rows: int | None = None
+        """Rows of the model's embedding; None if unknown."""
         self.fingerprint: str = fingerprint_of(folder)
 
-    def encode(self, messages: Sequence[Message]) -> Conversation:
+    def _piece_ids(self, added: dict[int, Any]) -> Iterator[int]:
+        pieces = self._backend.get_vocab(with_added_tokens=False).values()
+        return (i for i in pieces if i not in added or not added[i].special)
+
+    def encode(self, dialogue: Dialogue) -> Conversation:
         """Tokenize a conversation and mark the assistant's turns.
 
         Raises:
             ValueError: The conversation cannot be rendered; the message gives the reason.
         """
-        for message in messages:
-            for token in self._tokenizer.all_special_tokens:
-                if token in message["content"]:
+        for text in strings([dialogue.messages, dialogue.tools]):
+            for token in self._control_tokens:
+                if token in text:
                     raise ValueError(f"a message contains the control token {token}")
-        text = self._render(messages)
+        text = self._render(dialogue, len(dialogue.messages))
+        for name in (name for message in dialogue.messages for name in called_names(message)):
+            if name not in text:
+                raise ValueError(f"the chat template leaves out the call of the tool {name!r}")
         spans = [
-            self._span(text, messages, turn)
-            for turn, message in enumerate(messages)
+            self._span(text, dialogue, turn)
+            for turn, message in enumerate(dialogue.messages)
             if message["role"] == "assistant"
         ]
-        encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        encoding = self._backend.encode(text, add_special_tokens=False)
         counts = [
-            any(start <= first < end for start, end in spans)
-            for first, _ in encoding["offset_mapping"]
+            any(start <= first < end for start, end in spans) for first, _ in encoding.offsets
         ]
-        return Conversation(encoding["input_ids"], counts)
+        last = max(encoding.ids, default=0)
+        if self.rows is not None and last >= self.rows:
+            token = self._backend.id_to_token(last)
+            raise ValueError(f"no row of the model's embedding for the token {token!r} ({last})")
+        return Conversation(encoding.ids, counts)
 
-    def _span(self, text: str, messages: Sequence[Message], turn: int) -> tuple[int, int]:
+    def _span(self, text: str, dialogue: Dialogue, turn: int) -> tuple[int, int]:
         """Return start and end of the assistant's ``turn`` in the rendered ``text``."""
-        before = self._render(messages[:turn], add_generation_prompt=True)
-        through = self._render(messages[: turn + 1])
+        before = self._render(dialogue, turn, add_generation_prompt=True)
+        through = self._render(dialogue, turn + 1)
         if not (text.startswith(through) and through.startswith(before)):
             raise ValueError(
                 f"the chat template renders turn {turn + 1} differently when more turns follow, so "
@@ -109,46 +109,37 @@ class ChatTokenizer:
             )
         return len(before), len(through)
 
-    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+    def _render(
+        self, dialogue: Dialogue, turns: int, *, add_generation_prompt: bool = False
+    ) -> str:
+        """Return the text of the first ``turns`` messages."""
         try:
             return self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+                list(dialogue.messages[:turns]),
+                tools=dialogue.tools or None,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
             )
         except Exception as error:  # a template is a program and can raise any exception
             raise ValueError(f"the chat template rejects the conversation: {error}") from error
 
 
-def parse_conversation(line: bytes) -> list[Message]:
-    """Parse one JSONL line into messages in OpenAI's format.
-
-    Raises:
-        ValueError: The line is not a usable conversation; the message gives the reason.
-    """
-    try:
-        record = json.loads(line)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"not JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"must be an object, not {type(record).__name__}")
-    turns = record.get("messages", record.get("conversations"))
-    if not isinstance(turns, list) or not turns:
-        raise ValueError("has no list 'messages' (OpenAI) or 'conversations' (ShareGPT)")
-    messages = [_message(turn) for turn in turns]
-    if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError("has no message of the assistant, so there is nothing to learn")
-    return messages
-
-
 def write_conversations(
-    path: Path, prefix: Path, tokenizer: ChatTokenizer, *, max_malformed: int = 0
+    path: Path,
+    prefix: Path,
+    tokenizer: ChatTokenizer,
+    *,
+    max_malformed: int = 0,
+    on_progress: Callable[[], None] = lambda: None,
 ) -> list[str]:
-    """Write the token file ``prefix`` from the JSONL file ``path``.
+    """Write the token file ``prefix`` from ``path``.
 
     Args:
-        path: Input file, one conversation per line.
+        path: Input file with one conversation per line, or a folder of such files.
         prefix: Pair to write, with modes; the report goes to ``prefix.json``.
         tokenizer: Tokenizer with a chat template.
         max_malformed: Maximum number of malformed conversations to skip.
+        on_progress: Called after every conversation.
 
     Returns:
         ``file:line: reason`` for each conversation that was skipped.
@@ -160,11 +151,11 @@ def write_conversations(
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype, multimodal=True)
     malformed: list[str] = []
     written = 0
-    for number, line in _lines(path):
+    for file, number, line in _lines(path):
         try:
-            conversation = tokenizer.encode(parse_conversation(line))
+            conversation = tokenizer.encode(parse_dialogue(line))
         except ValueError as error:
-            malformed.append(f"{path}:{number}: {error}")
+            malformed.append(f"{file}:{number}: {error}")
             if len(malformed) > max_malformed:
                 raise DataError(
                     f"more than {max_malformed} malformed conversations:\n  "
@@ -172,6 +163,7 @@ def write_conversations(
                 ) from error
             continue
         _add(builder, conversation)
+        on_progress()
         written += 1
     if not written:
         raise DataError(f"{path} contains no conversation")
@@ -189,23 +181,17 @@ def _add(builder: IndexedDatasetBuilder, conversation: Conversation) -> None:
     builder.end_document()
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, line
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
-
-
-def _message(turn: object) -> Message:
-    if not isinstance(turn, dict):
-        raise ValueError(f"a turn must be an object, not {type(turn).__name__}")
-    role = turn.get("role") or _SHAREGPT_ROLES.get(str(turn.get("from")))
-    content = turn.get("content", turn.get("value"))
-    if not isinstance(role, str):
-        raise ValueError(f"a turn has an unknown speaker: {turn.get('from')!r}")
-    if not isinstance(content, str):
-        raise ValueError(f"a turn of the {role} has no text: {content!r}")
-    return {"role": role, "content": content}
+def _lines(path: Path) -> Iterator[tuple[Path, int, bytes]]:
+    """Yield file, number and content of each line that is not blank."""
+    files = find_files([path])
+    for file in files:
+        if format_of(file) != "lines":
+            raise DataError(
+                f"{file}: conversations must be JSON lines (.jsonl, also .gz, .bz2, .xz, .zst), "
+                "because a message is more than text.\n  convert it to JSON lines"
+            )
+    for block in read_blocks(files, text_key="", start=ReadPosition()):
+        for number, line in enumerate(block.records, start=block.first_line):
+            assert isinstance(line, bytes)
+            if line.removeprefix(BOM_UTF8).strip():
+                yield block.path, number, line

@@ -8,14 +8,16 @@ unchanged.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from multiprocessing import get_context
 from pathlib import Path
@@ -23,8 +25,9 @@ from typing import Any
 
 from megatron.core.datasets.indexed_dataset import DType
 
-from megatron_moe.data.documents import Block, ReadPosition, find_files, read_blocks
+from megatron_moe.data.documents import Block, ReadPosition, read_blocks
 from megatron_moe.data.encode import Counts, Encoded, Rules, encode_block
+from megatron_moe.data.files import find_files, left_out
 from megatron_moe.data.progress import ByteProgress
 from megatron_moe.data.tokenizer import Tokenizer
 from megatron_moe.data.writer import TokenWriter
@@ -38,6 +41,10 @@ _DIGEST_BYTES = 16
 _SHOWN = 20
 
 
+def do_nothing() -> None:
+    """Ignore progress."""
+
+
 @dataclass(frozen=True, slots=True)
 class CorpusReport:
     """Summary of a tokenized corpus; also written to ``prefix.json``."""
@@ -46,6 +53,9 @@ class CorpusReport:
 
     malformed: list[str]
     """``file:line: reason`` for the first malformed records."""
+
+    left_out: list[str]
+    """First files in the folders of the input that are not read, because of their names."""
 
     seconds: float
     """Run time of the process that finished the file, without earlier processes it resumed."""
@@ -62,6 +72,7 @@ def tokenize_files(
     rules: Rules = TAKE_ALL,
     workers: int = 1,
     max_malformed: int = 0,
+    on_progress: Callable[[], None] = do_nothing,
 ) -> CorpusReport:
     """Write the token file ``prefix.bin``, ``prefix.idx`` from ``inputs``.
 
@@ -72,6 +83,7 @@ def tokenize_files(
         rules: Filters for documents.
         workers: Number of tokenizing processes. 1 uses this process and the tokenizer's threads.
         max_malformed: Maximum number of malformed records to skip and count.
+        on_progress: Called after every block.
 
     Returns:
         Counts and speed.
@@ -82,6 +94,11 @@ def tokenize_files(
     """
     if Path(f"{prefix}.idx").exists():
         raise DataError(f"{prefix}.idx already exists; delete the pair to tokenize again")
+    if rules.add_bos and tokenizer.bos_id is None:
+        raise DataError(
+            "data.add_bos (true) needs a tokenizer with a bos_token, and this one has none.\n"
+            "  set data.add_bos=false, or bos_token in tokenizer_config.json"
+        )
     files = find_files(inputs)
     writer = TokenWriter(
         prefix,
@@ -90,7 +107,8 @@ def tokenize_files(
     )
     job = _Job(writer, tokenizer, rules, max_malformed=max_malformed)
     try:
-        report = job.run(files, workers)
+        report = job.run(files, workers, on_progress)
+        report = replace(report, left_out=[str(file) for file in left_out(inputs)[:_SHOWN]])
     finally:
         writer.close()
     writer.finish()
@@ -112,7 +130,7 @@ class _Job:
         self._max_malformed = max_malformed
         self._seen = writer.digests(_DIGEST_BYTES)
 
-    def run(self, files: list[Path], workers: int) -> CorpusReport:
+    def run(self, files: list[Path], workers: int, on_progress: Callable[[], None]) -> CorpusReport:
         starts = [0, *accumulate(path.stat().st_size for path in files)]
         title = f"tokenize {files[0].name}" + (f" and {len(files) - 1} more" if files[1:] else "")
         started, tokens_before, committed = time.monotonic(), self.counts.tokens, time.monotonic()
@@ -120,6 +138,7 @@ class _Job:
         with ByteProgress(title, total_bytes=starts[-1]) as progress:
             for block, encoded in _encoded(blocks, self._tokenizer, self._rules, workers):
                 self._take(encoded)
+                on_progress()
                 self.position = block.after
                 progress.advance_to(starts[self.position.file] + self.position.read_bytes)
                 if time.monotonic() - committed > _COMMIT_SECONDS:
@@ -131,7 +150,7 @@ class _Job:
             )
         seconds = time.monotonic() - started
         speed = (self.counts.tokens - tokens_before) / seconds
-        return CorpusReport(self.counts, self.malformed, seconds, speed)
+        return CorpusReport(self.counts, self.malformed, [], seconds, speed)
 
     def _take(self, encoded: Encoded) -> None:
         """Write the new documents of a block, and count them."""
@@ -194,9 +213,12 @@ def _encoded(
     # Forked workers inherit the tokenizer; spawned ones would import everything again. Freezing
     # keeps the inherited memory shared, which their garbage collector would otherwise write to.
     gc.freeze()
-    with ProcessPoolExecutor(
-        workers, mp_context=get_context("fork"), initializer=_start, initargs=(tokenizer, rules)
-    ) as pool:
+    with (
+        _explained(),
+        ProcessPoolExecutor(
+            workers, mp_context=get_context("fork"), initializer=_start, initargs=(tokenizer, rules)
+        ) as pool,
+    ):
         waiting: deque[tuple[Block, Future[Encoded]]] = deque()
         for block in blocks:
             waiting.append((block, pool.submit(_work, block)))
@@ -205,6 +227,18 @@ def _encoded(
                 yield done, future.result()
         for done, future in waiting:
             yield done, future.result()
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Raise `DataError` if a worker dies."""
+    try:
+        yield
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a tokenizing process was killed, by a user or by the out-of-memory killer.\n"
+            "  run the same command to resume, with fewer --workers if memory is short"
+        ) from error
 
 
 _worker: dict[str, Any] = {}

@@ -1,40 +1,33 @@
 """Read documents from files in blocks of about 1 MiB, so that memory does not grow with the input.
 
-========================  ==================================================================
-``.jsonl .ndjson .json``  one document per line, under the key ``text`` or another
-``.parquet .arrow``       one document per row, in the column of that name; needs pyarrow
-anything else             the whole file is one document of plain UTF-8
-========================  ==================================================================
-
-All but the second may be compressed (``.gz``, or ``.zst`` with the package zstandard). A reader
-can start at any `ReadPosition` where an earlier block ended.
+`data/files.py` lists the formats. A reader can start at any `ReadPosition` where an earlier block
+ended.
 """
 
 from __future__ import annotations
 
+import bz2
 import codecs
 import gzip
-import importlib
 import io
+import lzma
 import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
+from megatron_moe.data.files import compression_of, format_of
+from megatron_moe.data.packages import package_for
+from megatron_moe.data.tables import text_batches
+from megatron_moe.data.zstd import ZstdReader
 from megatron_moe.errors import DataError
 
 BLOCK_SIZE = 1 << 20
-_ROWS = 256
-
-_LINE_SUFFIXES = (".jsonl", ".ndjson", ".json")
-_TABLE_SUFFIXES = (".parquet", ".arrow")
-_COMPRESSED_SUFFIXES = (".gz", ".zst")
-# Files to read in a folder. A README or a dataset_info.json next to the data is not a document.
-_FOLDER_PATTERN = re.compile(r".*\.(jsonl|ndjson|parquet|arrow|txt)(\.gz|\.zst)?")
-
+_BOM = codecs.BOM_UTF8
+_JSON_RECORD = re.compile(rb'\s*\{\s*"[^"\n]{1,64}"\s*:')
 _LAST_CUT = re.compile(r"(?s:.*)[^\W_](?=\s)")
 
 
@@ -74,26 +67,6 @@ class Block:
     ends_document: bool = True
 
 
-def find_files(inputs: Sequence[Path]) -> list[Path]:
-    """Return the files among ``inputs``, and those in its folders sorted by name.
-
-    Raises:
-        DataError: An input does not exist, or there is no file to read.
-    """
-    files: list[Path] = []
-    for path in inputs:
-        if path.is_dir():
-            files += sorted(p for p in path.rglob("*") if _FOLDER_PATTERN.fullmatch(p.name))
-        elif path.exists():
-            files.append(path)
-        else:
-            raise DataError(f"{path} does not exist")
-    if not files:
-        folders = ", ".join(map(str, inputs))
-        raise DataError(f"no .jsonl, .parquet, .arrow or .txt file (also .gz, .zst) in {folders}")
-    return files
-
-
 def read_blocks(files: Sequence[Path], *, text_key: str, start: ReadPosition) -> Iterator[Block]:
     """Yield the blocks of ``files`` from ``start`` on.
 
@@ -125,15 +98,14 @@ def split_pieces(text: str, *, size: int | None = None) -> Iterator[str]:
 
 
 def _file_blocks(path: Path, position: ReadPosition, text_key: str) -> Iterator[Block]:
-    suffixes = [s for s in path.suffixes if s not in _COMPRESSED_SUFFIXES]
-    suffix = suffixes[-1] if suffixes else ""
-    if suffix in _TABLE_SUFFIXES:
+    kind = format_of(path)
+    if kind == "table":
         yield from _table_blocks(path, position, text_key)
         return
-    blocks = _line_blocks if suffix in _LINE_SUFFIXES else _text_blocks
-    damages: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)
-    if path.suffix == ".zst":
-        damages += (_package("zstandard", path).ZstdError,)
+    blocks = _line_blocks if kind == "lines" else _text_blocks
+    damages: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error, lzma.LZMAError)
+    if compression_of(path) == "zst":
+        damages += (package_for("zstandard", path).ZstdError,)
     try:
         with path.open("rb") as raw:
             yield from blocks(path, position, _decompressed(path, raw), raw)
@@ -141,17 +113,23 @@ def _file_blocks(path: Path, position: ReadPosition, text_key: str) -> Iterator[
         raise DataError(f"cannot read {path}: {error}") from error
 
 
-def _decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
-    if path.suffix == ".gz":
-        return io.BufferedReader(gzip.GzipFile(fileobj=raw))
-    if path.suffix == ".zst":
-        decompressor = _package("zstandard", path).ZstdDecompressor()
-        return io.BufferedReader(decompressor.stream_reader(raw, read_across_frames=True))
-    return raw
+def _decompressed(path: Path, raw: io.BufferedReader) -> io.BufferedReader:
+    match compression_of(path):
+        case "gz":
+            stream = gzip.GzipFile(fileobj=raw)
+        case "bz2":
+            stream = bz2.BZ2File(raw)
+        case "xz":
+            stream = lzma.LZMAFile(raw)  # noqa: SIM115 - it is returned
+        case "zst":
+            stream = ZstdReader(raw, path)
+        case _:
+            return raw
+    return io.BufferedReader(stream)
 
 
 def _line_blocks(
-    path: Path, position: ReadPosition, stream: BinaryIO, raw: BinaryIO
+    path: Path, position: ReadPosition, stream: io.BufferedReader, raw: BinaryIO
 ) -> Iterator[Block]:
     _skip(stream, position.offset)
     offset, line = position.offset, position.line
@@ -162,19 +140,36 @@ def _line_blocks(
 
 
 def _text_blocks(
-    path: Path, position: ReadPosition, stream: BinaryIO, raw: BinaryIO
+    path: Path, position: ReadPosition, stream: io.BufferedReader, raw: BinaryIO
 ) -> Iterator[Block]:
-    _skip(stream, position.offset)
-    held, offset, line = "", position.offset, position.line
+    bom = 0
+    if position.offset == 0:
+        bom = len(_BOM) if stream.peek(len(_BOM))[: len(_BOM)] == _BOM else 0
+        _refuse_other_formats(path, stream.peek(BLOCK_SIZE))
+    _skip(stream, position.offset or bom)
+    held, offset, line = "", position.offset or bom, position.line
     for text in _decoded(path, stream, line):
         *pieces, held = split_pieces(held + text)
         for piece in pieces:
-            first, starts = line + 1, offset == 0
+            first, starts = line + 1, offset == bom
             offset, line = offset + len(piece.encode()), line + piece.count("\n")
             after = ReadPosition(position.file, offset, line, raw.tell())
             yield Block(path, first, [piece], after, starts_document=starts, ends_document=False)
     after = ReadPosition(position.file + 1)
-    yield Block(path, line + 1, [held], after, starts_document=offset == 0)
+    yield Block(path, line + 1, [held], after, starts_document=offset == bom)
+
+
+def _refuse_other_formats(path: Path, head: bytes) -> None:
+    """Raise `DataError` if a text file holds JSON lines, or text that is not UTF-8."""
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(
+            f"{path}:1: not UTF-8: the file is UTF-16.\n  convert it: iconv -f UTF-16 -t UTF-8"
+        )
+    if _JSON_RECORD.match(head.removeprefix(_BOM)):
+        raise DataError(
+            f"{path}:1: the file holds JSON lines, but its name means plain text, so the JSON "
+            "itself would be the text.\n  rename it to end in .jsonl"
+        )
 
 
 def _decoded(path: Path, stream: BinaryIO, line: int) -> Iterator[str]:
@@ -195,9 +190,8 @@ def _decoded(path: Path, stream: BinaryIO, line: int) -> Iterator[str]:
 
 
 def _table_blocks(path: Path, position: ReadPosition, text_key: str) -> Iterator[Block]:
-    batches = _record_batches(path, text_key)
     size, row = path.stat().st_size, 0
-    for column, num_rows in batches:
+    for column, num_rows in text_batches(path, text_key):
         row += len(column)
         if row > position.offset:
             read_bytes = size * row // num_rows if num_rows else 0
@@ -205,44 +199,7 @@ def _table_blocks(path: Path, position: ReadPosition, text_key: str) -> Iterator
             yield Block(path, row - len(column) + 1, column, after)
 
 
-def _record_batches(path: Path, text_key: str) -> Iterator[tuple[list[str | None], int]]:
-    """Yield parts of the text column, each with the number of rows in the file (0 if unknown)."""
-    arrow = _package("pyarrow", path)
-    try:
-        if path.suffix == ".parquet":
-            file = _package("pyarrow.parquet", path).ParquetFile(path)
-            _check_column(path, file.schema_arrow, text_key)
-            for batch in file.iter_batches(_ROWS, columns=[text_key]):
-                yield batch.column(0).to_pylist(), file.metadata.num_rows
-        else:
-            with arrow.memory_map(str(path)) as mapped:
-                reader = arrow.ipc.open_stream(mapped)
-                _check_column(path, reader.schema, text_key)
-                for batch in reader:
-                    yield batch.column(text_key).to_pylist(), 0
-    except arrow.ArrowException as error:
-        raise DataError(f"cannot read {path}: {error}") from error
-
-
-def _check_column(path: Path, schema: Any, text_key: str) -> None:
-    if text_key not in schema.names:
-        raise DataError(f"{path} has no column {text_key!r}, only {', '.join(schema.names)}")
-    if str(schema.field(text_key).type) not in ("string", "large_string"):
-        kind = schema.field(text_key).type
-        raise DataError(f"{path}: column {text_key!r} must hold strings, not {kind}")
-
-
 def _skip(stream: BinaryIO, count: int) -> None:
     # Compressed streams cannot seek. Reading works for all, and is fast compared to tokenizing.
     while count > 0 and (skipped := stream.read(min(count, BLOCK_SIZE))):
         count -= len(skipped)
-
-
-def _package(name: str, path: Path) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        package = name.partition(".")[0]
-        raise DataError(
-            f"{path} needs the package {package}, which is not installed.\n  pip install {package}"
-        ) from error

@@ -24,6 +24,9 @@ class Rules:
     text_key: str = "text"
     """Key or column that holds the text."""
 
+    add_bos: bool = False
+    """Begin each document with the tokenizer's begin-of-text token."""
+
     drop_duplicates: bool = False
     """Keep only the first of several documents with exactly the same text."""
 
@@ -103,7 +106,7 @@ def encode_block(block: Block, tokenizer: Tokenizer, rules: Rules) -> Encoded:
     A document that lies in one block becomes one sequence. Filters and digests ignore a text file
     that spans several blocks, because no single block holds all of it.
     """
-    counts, malformed, texts = Counts(), [], []
+    counts, malformed, texts, numbers = Counts(), [], [], []
     for number, record in enumerate(block.records, start=block.first_line):
         try:
             text = _text(record, rules.text_key)
@@ -112,14 +115,23 @@ def encode_block(block: Block, tokenizer: Tokenizer, rules: Rules) -> Encoded:
             continue
         if text:
             texts.append(text)
+            numbers.append(number)
         elif text is not None:
             counts.empty += 1
-    counts.malformed = len(malformed)
     rows = _encode_texts(texts, tokenizer)
     whole = block.starts_document and block.ends_document
-    kept = [i for i, row in enumerate(rows) if not whole or _fits(len(row), rules, counts)]
-    end = [np.array([tokenizer.eos_id])] if block.ends_document else []
-    sequences = [np.concatenate([rows[i], *end]) for i in kept]
+    kept = []
+    for i, row in enumerate(rows):
+        if tokenizer.rows is not None and row.size and row.max() >= tokenizer.rows:
+            token = tokenizer.decode([int(row.max())])
+            malformed.append(f"{block.path}:{numbers[i]}: no row of the embedding for {token!r}")
+        elif not whole or _fits(len(row), rules, counts):
+            kept.append(i)
+    counts.malformed = len(malformed)
+    begins = rules.add_bos and block.starts_document and tokenizer.bos_id is not None
+    first = np.array([tokenizer.bos_id] if begins else [], dtype=np.int64)
+    last = np.array([tokenizer.eos_id] if block.ends_document else [], dtype=np.int64)
+    sequences = [np.concatenate([first, rows[i], last]) for i in kept]
     digests = [_digest(texts[i]) for i in kept] if whole and rules.drop_duplicates else []
     dtype = DType.optimal_dtype(tokenizer.vocab_size)
     return Encoded(

@@ -19,8 +19,10 @@ from megatron_moe.config.run import RunConfig
 from megatron_moe.data.batches import Batch, validation_batches
 from megatron_moe.data.samples import Text
 from megatron_moe.errors import DataError
+from megatron_moe.hf.disk import write_text
+from megatron_moe.hf.dtypes import OF_PRECISION
+from megatron_moe.hf.load import load_model
 from megatron_moe.model.attention import document_mask
-from megatron_moe.model.config import DTYPES
 
 
 @torch.no_grad()
@@ -35,16 +37,8 @@ def dense_losses(
         texts: Held-out text of each domain.
         device: Device to compute on.
     """
-    from transformers import AutoModelForCausalLM  # imported here: slow, and most runs skip it
-
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        config.source.path,
-        dtype=DTYPES[config.train.precision],
-        local_files_only=True,
-        trust_remote_code=False,
-        use_safetensors=True,
-    )
-    model.to(device).eval()
+    dtype = OF_PRECISION[config.train.precision]
+    model = load_model(config.source.path, device=device, dtype=dtype)
     losses = {}
     for name, text in texts.items():
         batches = validation_batches(
@@ -67,7 +61,7 @@ def _sums(model: Any, batch: Batch, reset_attention: bool) -> Tensor:
     if reset_attention:
         position_S = torch.arange(batch.tokens_BS.shape[1], device=batch.tokens_BS.device)
         mask_B1SS = document_mask(batch.position_ids_BS, position_S, length=len(position_S))
-    logits_BSV = model(batch.tokens_BS, attention_mask=mask_B1SS).logits.float()
+    logits_BSV = model(batch.tokens_BS, attention_mask=mask_B1SS, return_dict=True).logits.float()
     # Row by row: over a strided vocabulary, fp32 sums of 49152 exponentials are off by 1e-4 nats.
     logits_TV, labels_T = logits_BSV.flatten(0, 1), batch.labels_BS.flatten()
     losses_T = F.cross_entropy(logits_TV, labels_T, reduction="none")
@@ -78,10 +72,7 @@ def _sums(model: Any, batch: Batch, reset_attention: bool) -> Tensor:
 
 def write_reference_losses(path: Path, losses: dict[str, float], **origin: Any) -> None:
     """Write a file for `read_reference_losses`, together with the ``origin`` of the losses."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f".{path.name}.partial")
-    staged.write_text(json.dumps({"losses": losses, **origin}, indent=2) + "\n", encoding="utf-8")
-    staged.replace(path)
+    write_text(path, json.dumps({"losses": losses, **origin}, indent=2) + "\n")
 
 
 def read_reference_losses(

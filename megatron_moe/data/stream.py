@@ -5,6 +5,7 @@ Shape letters: ``T`` tokens.
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from bisect import bisect_left
 from collections.abc import Callable
@@ -94,6 +95,17 @@ class TokenStream:
                 f"{self._tokens_in_file()} tokens.\n  copy the pair again: the file was truncated, "
                 "or the two files do not belong together"
             )
+
+
+def fingerprint(prefix: Path) -> str:
+    """Return a hash of a token file: of its size, its document lengths, and parts of its tokens."""
+    digest = hashlib.sha256(Path(f"{prefix}.idx").read_bytes())
+    size = Path(f"{prefix}.bin").stat().st_size
+    with Path(f"{prefix}.bin").open("rb") as file:
+        for probe in range(_PROBES):
+            file.seek(max(0, size - _PROBE_TOKENS) * probe // (_PROBES - 1))
+            digest.update(file.read(_PROBE_TOKENS))
+    return f"{size} bytes, {digest.hexdigest()[:16]}"
 
 
 def check_ids(tokens_T: Tokens, *, prefix: Path, vocab_size: int) -> None:

@@ -40,8 +40,18 @@ class Tokenizer(Protocol):
     eos_id: int
     """Id that ends a document."""
 
+    bos_id: int | None
+    """Id that may begin a document; None if the tokenizer has none."""
+
     vocab_size: int
     """Largest id plus one, including added tokens."""
+
+    needed_rows: int
+    """Smallest number of rows of an embedding that has one for every id but those of added tokens,
+    which few texts contain."""
+
+    rows: int | None
+    """Rows of the model's embedding; None if unknown."""
 
     fingerprint: str
     """Hash of the tokenizer's files: equal fingerprints give equal ids."""
@@ -78,7 +88,8 @@ def load_tokenizer(folder: Path, *, vocab_size: int | None = None) -> Tokenizer:
     else:
         tokenizer = HuggingFaceTokenizer(folder)
     if vocab_size is not None:
-        check_vocabulary(tokenizer.vocab_size, vocab_size, folder=folder)
+        check_vocabulary(tokenizer.needed_rows, vocab_size, folder=folder)
+        tokenizer.rows = vocab_size
     return tokenizer
 
 
@@ -95,18 +106,25 @@ def check_vocabulary(ids: int, rows: int, *, folder: Path) -> None:
 class HuggingFaceTokenizer:
     """Fast tokenizer of transformers."""
 
+    rows: int | None = None
+
     def __init__(self, folder: Path) -> None:
-        tokenizer = _auto_tokenizer(folder)
+        tokenizer = auto_tokenizer(folder)
         if tokenizer.eos_token_id is None:
             raise DataError(
                 f"the tokenizer of {folder} has no eos_token, which ends each document.\n"
                 "  set eos_token in tokenizer_config.json"
             )
         self.eos_id: int = tokenizer.eos_token_id
-        self.vocab_size: int = max(tokenizer.get_vocab().values()) + 1
+        self.bos_id: int | None = tokenizer.bos_token_id
         self.fingerprint: str = fingerprint_of(folder)
-        self._backend = tokenizer.backend_tokenizer
+        self._backend = backend_of(folder, tokenizer)
         self._backend.encode_special_tokens = True  # treat "</s>" in a document as plain text
+        self.vocab_size: int = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+        added = self._backend.get_added_tokens_decoder()
+        pieces = self._backend.get_vocab(with_added_tokens=False).values()
+        used = [i for i in pieces if i not in added or not added[i].special]
+        self.needed_rows: int = max(self.eos_id, *used) + 1
 
     def encode(self, text: str) -> list[int]:
         """See `Tokenizer.encode`."""
@@ -135,6 +153,8 @@ class HuggingFaceTokenizer:
 class SentencePieceTokenizer:
     """SentencePiece model, as released with Llama 1 and 2."""
 
+    rows: int | None = None
+
     def __init__(self, folder: Path) -> None:
         path = folder / "tokenizer.model"
         try:
@@ -142,7 +162,9 @@ class SentencePieceTokenizer:
         except (RuntimeError, OSError) as error:
             raise DataError(f"{path} is not a SentencePiece model: {error}") from error
         self.eos_id: int = self._model.eos_id()
+        self.bos_id: int | None = self._model.bos_id() if self._model.bos_id() >= 0 else None
         self.vocab_size: int = self._model.get_piece_size()
+        self.needed_rows: int = self.vocab_size
         self.fingerprint: str = fingerprint_of(folder)
         if self.eos_id < 0:
             raise DataError(f"{path} has no </s>, which ends each document")
@@ -177,7 +199,12 @@ def _bytes_of_piece(piece: str) -> int:
     return 1 if _BYTE.fullmatch(piece) else len(piece.replace("\u2581", " ").encode())
 
 
-def _auto_tokenizer(folder: Path) -> Any:
+def auto_tokenizer(folder: Path) -> Any:
+    """Return the tokenizer as transformers reads it, offline and without code of the folder.
+
+    Raises:
+        DataError: The folder has no tokenizer that transformers can read, or a slow one.
+    """
     # Any: the type annotations of AutoTokenizer do not cover fast tokenizers and their backend.
     if not (folder / "tokenizer.json").exists() and not (folder / "vocab.json").exists():
         raise DataError(
@@ -198,6 +225,32 @@ def _auto_tokenizer(folder: Path) -> Any:
             "  convert it to a tokenizer.json"
         )
     return tokenizer
+
+
+def backend_of(folder: Path, tokenizer: Any) -> Any:
+    """Return the tokenizer of the library tokenizers, as ``tokenizer.json`` states it.
+
+    transformers 5 rebuilds the normalizer and the pre-tokenizer of some classes, such as
+    LlamaTokenizer, from rules of its own, which gives other ids for leading spaces. Truncation and
+    padding belong to whoever saved the file, not to the text.
+
+    Args:
+        folder: Folder of the tokenizer.
+        tokenizer: The same as transformers reads it, for a folder without ``tokenizer.json``.
+    """
+    path = folder / "tokenizer.json"
+    if path.exists():
+        from tokenizers import Tokenizer as FileTokenizer
+
+        try:
+            backend: Any = FileTokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise DataError(f"cannot read {path}: {error}") from error
+    else:
+        backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
 
 
 def fingerprint_of(folder: Path) -> str:

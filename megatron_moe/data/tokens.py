@@ -2,28 +2,40 @@
 
 The cache key covers the text file (path, size, modification time) and the tokenizer's files, so
 that an edit of either, and nothing else, makes new tokens. The files are written under a temporary
-name and renamed when complete: a killed job leaves no partial file behind, and two concurrent jobs
-write the same bytes.
+name and renamed when complete: a killed job leaves finished parts for the next one, and two
+concurrent jobs write the same bytes.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import os
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megatron_moe.data.chat import ChatTokenizer, write_conversations
-from megatron_moe.data.corpus import tokenize_files
-from megatron_moe.data.documents import find_files
+from megatron_moe.data.corpus import TAKE_ALL, do_nothing, tokenize_files
+from megatron_moe.data.encode import Rules
+from megatron_moe.data.files import find_files
 from megatron_moe.data.stream import TokenStream
 from megatron_moe.data.tokenizer import check_vocabulary, load_tokenizer
 from megatron_moe.errors import DataError
+from megatron_moe.hf.disk import make_folder
 
 
 def prepare_tokens(
-    path: Path, *, dense_folder: Path, vocab_size: int, cache_dir: Path, max_malformed: int = 0
+    path: Path,
+    *,
+    dense_folder: Path,
+    vocab_size: int,
+    cache_dir: Path,
+    max_malformed: int = 0,
+    rules: Rules = TAKE_ALL,
+    on_progress: Callable[[], None] = do_nothing,
 ) -> Path:
     """Return the prefix of a token file with the text of ``path``, tokenizing it if needed.
 
@@ -34,6 +46,8 @@ def prepare_tokens(
         vocab_size: Rows of the model's embedding; all ids must be smaller.
         cache_dir: Folder for token files; created if missing.
         max_malformed: Maximum number of malformed lines to skip; ``prefix.json`` lists them.
+        rules: Key of the text, and filters.
+        on_progress: Called after every block of text.
 
     Returns:
         Path without suffix. Each document in it ends with the tokenizer's end-of-text id.
@@ -48,9 +62,14 @@ def prepare_tokens(
         prefix = _cached(
             path,
             cache_dir,
-            depends_on=f"{tokenizer.fingerprint} {max_malformed}",
+            depends_on=f"{tokenizer.fingerprint} {max_malformed} {rules}",
             write=lambda unfinished: tokenize_files(
-                [path], unfinished, tokenizer, max_malformed=max_malformed
+                [path],
+                unfinished,
+                tokenizer,
+                rules=rules,
+                max_malformed=max_malformed,
+                on_progress=on_progress,
             ),
         )
     TokenStream(prefix, vocab_size=vocab_size)
@@ -58,17 +77,25 @@ def prepare_tokens(
 
 
 def prepare_conversations(
-    path: Path, *, dense_folder: Path, vocab_size: int, cache_dir: Path, max_malformed: int = 0
+    path: Path,
+    *,
+    dense_folder: Path,
+    vocab_size: int,
+    cache_dir: Path,
+    max_malformed: int = 0,
+    on_progress: Callable[[], None] = do_nothing,
 ) -> Path:
     """Return the prefix of a token file with the conversations of ``path``, for `ChatSamples`.
 
     Args:
-        path: A JSONL file of conversations, or the prefix of a pair made from one earlier.
+        path: A JSONL file of conversations, a folder of such files, or the prefix of a pair that
+            was made from one earlier.
         dense_folder: Folder with the tokenizer and its chat template.
         vocab_size: Rows of the model's embedding; all ids must be smaller.
         cache_dir: Folder for token files; created if missing.
         max_malformed: Maximum number of malformed conversations to skip; ``prefix.json`` lists
             them.
+        on_progress: Called after every conversation.
 
     Raises:
         DataError: The file or the chat template is missing, or too many conversations are
@@ -76,16 +103,15 @@ def prepare_conversations(
     """
     if prefix := _existing_prefix(path):
         return prefix
-    if path.is_dir():
-        raise DataError(f"{path} is a folder; conversations must be in one JSONL file")
     tokenizer = ChatTokenizer(dense_folder)
-    check_vocabulary(tokenizer.vocab_size, vocab_size, folder=dense_folder)
+    check_vocabulary(tokenizer.needed_rows, vocab_size, folder=dense_folder)
+    tokenizer.rows = vocab_size
     return _cached(
         path,
         cache_dir,
         depends_on=f"chat {tokenizer.fingerprint} {max_malformed}",
         write=lambda unfinished: write_conversations(
-            path, unfinished, tokenizer, max_malformed=max_malformed
+            path, unfinished, tokenizer, max_malformed=max_malformed, on_progress=on_progress
         ),
     )
 
@@ -114,10 +140,36 @@ def _cached(
     # The index is renamed last: if it exists, the pair is complete.
     if Path(f"{prefix}.idx").exists():
         return prefix
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache_dir, prefix=".tokenizing-") as folder:
-        unfinished = Path(folder) / "tokens"
-        write(unfinished)
+    with _own_folder(cache_dir, prefix.name) as folder:
+        unfinished = folder / "tokens"
+        if not Path(f"{unfinished}.json").exists():  # the last file that ``write`` writes
+            Path(f"{unfinished}.idx").unlink(missing_ok=True)
+            write(unfinished)
         for suffix in (".json", ".bin", ".idx"):
             os.replace(f"{unfinished}{suffix}", f"{prefix}{suffix}")
     return prefix
+
+
+@contextlib.contextmanager
+def _own_folder(cache_dir: Path, name: str) -> Iterator[Path]:
+    """Yield a folder to tokenize in, which a killed job leaves behind and the next one continues.
+
+    A second job that tokenizes the same text at the same time gets a temporary folder instead.
+    """
+    folder = cache_dir / f".tokenizing-{name}"
+    make_folder(folder, "the folder for tokens")
+    with contextlib.ExitStack() as stack:
+        lock = stack.enter_context((folder / "lock").open("a"))
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # another job holds it, or the file system has no locks
+            yield Path(
+                stack.enter_context(tempfile.TemporaryDirectory(dir=cache_dir, prefix=".tokens-"))
+            )
+            return
+        try:
+            yield folder
+        except DataError:  # the text must change first, so nothing can be continued
+            shutil.rmtree(folder)
+            raise
+        shutil.rmtree(folder)

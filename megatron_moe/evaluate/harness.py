@@ -24,6 +24,7 @@ from rich.table import Table
 
 from megatron_moe.errors import ConfigError
 from megatron_moe.evaluate.suites import SUITES
+from megatron_moe.hf.load import silence_progress_bars
 
 SCHEMA = 1
 
@@ -85,6 +86,7 @@ def run_tasks(model: Exported, names: Sequence[str], options: Sequence[str]) -> 
             "--tasks requires lm-evaluation-harness, which is not installed.\n"
             "  pip install 'megatron-moe[eval]'"
         )
+    silence_progress_bars()
     # Parse the arguments of all runs before the first run starts.
     commands = [_command(model.folder, run, options) for run in plan_runs(names)]
     results = [_results(arguments) for arguments in commands]

@@ -4,32 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
-
-
-def load_model(
-    folder: Path, *, device: Literal["cpu", "cuda"], dtype: torch.dtype | None = None
-) -> Any:
-    """Load the model of a Hugging Face folder with transformers.
-
-    Args:
-        folder: Folder written by `export`.
-        device: Device to run on.
-        dtype: dtype of the weights; None uses that of the folder.
-    """
-    logging.disable_progress_bar()
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype or "auto",
-        local_files_only=True,
-        trust_remote_code=False,
-        use_safetensors=True,
-    )
-    return model.to(device).eval()
+from transformers import AutoTokenizer
 
 
 @torch.no_grad()
@@ -45,7 +23,7 @@ def completions(
     """Yield each prompt with the model's continuation.
 
     Args:
-        model: Model from `load_model`.
+        model: Model from `hf.load.load_model`.
         folder: Folder with its tokenizer.
         prompts: Texts to continue.
         new_tokens: Maximum number of tokens to generate.

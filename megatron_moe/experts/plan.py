@@ -18,14 +18,18 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_moe.config.run import Moe, Upcycle
-from megatron_moe.experts import replicate, split
+from megatron_moe.experts import replicate
 from megatron_moe.experts.draws import Use, generator
-from megatron_moe.experts.recipe import Recipe, make_recipe, moe_layer_ids
+from megatron_moe.experts.methods import METHODS, Needs, needs
+from megatron_moe.experts.partition import Evidence, Partition
+from megatron_moe.experts.recipe import Recipe
+from megatron_moe.experts.resolve import make_recipe, moe_layer_ids
 from megatron_moe.experts.router import router_rows
 from megatron_moe.hf.spec import DenseSpec
 
@@ -41,6 +45,8 @@ class LayerTable:
     router_ED: NDArray[np.float32] | None = None
     output_scale: float | None = None
     """Factor that scales the routed output to the magnitude of the dense layer's."""
+    down_hash: str | None = None
+    """sha256 of the layer's solved ``down`` (`experts.solved`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,12 +82,17 @@ class ExpertPlan:
     recipe: Recipe
     tables: Mapping[int, LayerTable] = field(default_factory=dict)
     """Tables by layer, for recipes that need them."""
+    solved: Path | None = None
+    """Folder of the solved ``down`` matrices; None if there are none, or a model that holds them
+    was saved already."""
 
     def layer(self, layer: int) -> LayerPlan:
         """Return the experts of layer ``layer``, counted from 0 over the whole model."""
         recipe, table = self.recipe, self.tables.get(layer, LayerTable())
-        part = _neurons(recipe, layer, table)
+        part = _partition(recipe, layer, table)
         down, runtime = recipe.weight_scales[2], recipe.output_scale
+        if "down" in recipe.fit and table.down_hash is not None:
+            down, runtime = 1.0, 1.0  # the solution holds the factor
         if recipe.calibrated:
             assert table.output_scale is not None, f"layer {layer} was not calibrated"
             down *= table.output_scale if recipe.rescale_at == "weights" else 1.0
@@ -94,13 +105,20 @@ class ExpertPlan:
             weight_scales=(*recipe.weight_scales[:2], down),
             output_scale=runtime,
             router_ED=table.router_ED
-            if recipe.router_init == "centroids"
+            if recipe.router_init == "centroids" or table.router_ED is not None
             else router_rows(recipe, layer),
         )
 
-    def with_tables(self, tables: Mapping[int, LayerTable]) -> ExpertPlan:
+    @property
+    def needs(self) -> Needs:
+        """Input besides the recipe; unless nothing, the plan has one table per layer."""
+        return needs(self.recipe)
+
+    def with_tables(
+        self, tables: Mapping[int, LayerTable], solved: Path | None = None
+    ) -> ExpertPlan:
         """Return a plan with the same recipe and these tables."""
-        return replace(self, tables=tables)
+        return replace(self, tables=tables, solved=solved)
 
     @property
     def hash(self) -> str:
@@ -113,32 +131,26 @@ class ExpertPlan:
                     values = np.ascontiguousarray(value)
                     digest.update(f"{layer} {name} {values.dtype} {values.shape}".encode())
                     digest.update(values.tobytes())
+            if table.down_hash is not None:
+                digest.update(f"{layer} down {table.down_hash}".encode())
         return digest.hexdigest()
 
 
 def make_expert_plan(spec: DenseSpec, moe: Moe, upcycle: Upcycle) -> ExpertPlan:
     """Create the plan of a configuration, for a dense model of this shape.
 
-    If the recipe needs weights or a measurement, the plan has no tables yet.
+    If the plan needs weights or text, it has no tables yet.
     """
     return ExpertPlan(make_recipe(spec, moe, upcycle))
 
 
-def _neurons(recipe: Recipe, layer: int, table: LayerTable) -> split.Partition:
+def _partition(recipe: Recipe, layer: int, table: LayerTable) -> Partition:
+    row = METHODS[recipe.method]
+    if row.needs == "nothing":
+        return row.partition(recipe, layer, Evidence())
+    assert table.neurons_EM is not None, f"layer {layer} of {recipe.method} has no table"
     none = np.zeros(0, dtype=np.int64)
-    match recipe.method:
-        case "copy" | "drop" | "mix":
-            return split.Partition(replicate.copy(recipe, layer), none)
-        case "granular":
-            return split.Partition(replicate.granular(recipe, layer), none)
-        case "qwen":
-            return split.Partition(replicate.qwen(recipe, layer), none)
-        case "split_random":
-            return split.random(recipe, layer)
-        case "split_clustered" | "sharing_inner" | "sharing_inter" | "weaver":
-            assert table.neurons_EM is not None, f"layer {layer} of {recipe.method} has no table"
-            shared_S = none if table.shared_S is None else table.shared_S
-            return split.Partition(table.neurons_EM, shared_S)
+    return Partition(table.neurons_EM, none if table.shared_S is None else table.shared_S)
 
 
 def _reinit_mask(recipe: Recipe, layer: int) -> NDArray[np.bool_]:

@@ -9,22 +9,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_moe.experts.draws import Use, generator
+from megatron_moe.experts.partition import Evidence, Partition
 from megatron_moe.experts.recipe import Recipe
 
 
-def copy(recipe: Recipe, layer: int) -> NDArray[np.int64]:
+def copy(recipe: Recipe, layer: int, _: Evidence) -> Partition:
     """Give each expert the whole dense FFN (arXiv 2212.05055, section 3; 2412.09952)."""
     shape = (recipe.num_experts, recipe.expert_ffn_hidden_size)
-    return np.broadcast_to(_dense_order(recipe, layer), shape)
+    return Partition(np.broadcast_to(_dense_order(recipe, layer), shape))
 
 
-def granular(recipe: Recipe, layer: int) -> NDArray[np.int64]:
+def granular(recipe: Recipe, layer: int, _: Evidence) -> Partition:
     """Give expert e shard e mod G of the dense FFN (virtual groups, arXiv 2410.07524)."""
     shards_GM = _dense_order(recipe, layer).reshape(-1, recipe.expert_ffn_hidden_size)
-    return shards_GM[np.arange(recipe.num_experts) % len(shards_GM)]
+    return Partition(shards_GM[np.arange(recipe.num_experts) % len(shards_GM)])
 
 
-def qwen(recipe: Recipe, layer: int) -> NDArray[np.int64]:
+def qwen(recipe: Recipe, layer: int, _: Evidence) -> Partition:
     """Shuffle as many copies of the FFN as needed and split them into experts (Qwen1.5-MoE).
 
     The rest of the last copy is discarded.
@@ -35,7 +36,7 @@ def qwen(recipe: Recipe, layer: int) -> NDArray[np.int64]:
         generator(recipe.seed, layer, Use.NEURONS, index).permutation(recipe.dense_ffn_hidden_size)
         for index in range(copies)
     ]
-    return np.concatenate(shuffled)[: experts * size].reshape(experts, size)
+    return Partition(np.concatenate(shuffled)[: experts * size].reshape(experts, size))
 
 
 def source_of_experts(recipe: Recipe) -> NDArray[np.int64]:

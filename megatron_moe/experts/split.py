@@ -5,25 +5,16 @@ Shape letters: E num_moe_experts, F dense neurons, M neurons of one expert, S sh
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_moe.experts.balanced import balanced_kmeans
 from megatron_moe.experts.draws import Use, generator
+from megatron_moe.experts.partition import Evidence, Partition
 from megatron_moe.experts.recipe import Recipe
 
 
-@dataclass(frozen=True, slots=True)
-class Partition:
-    """Neurons of the routed experts and of the shared expert, each list ascending."""
-
-    neurons_EM: NDArray[np.int64]
-    shared_S: NDArray[np.int64]
-
-
-def random(recipe: Recipe, layer: int) -> Partition:
+def random(recipe: Recipe, layer: int, _: Evidence) -> Partition:
     """Split at random (Independent-Random); a shared expert also gets random neurons."""
     rng = generator(recipe.seed, layer, Use.NEURONS)
     order_F = rng.permutation(recipe.dense_ffn_hidden_size)
@@ -32,13 +23,14 @@ def random(recipe: Recipe, layer: int) -> Partition:
     return Partition(np.sort(neurons_EM, axis=1), np.sort(shared_S))
 
 
-def clustered(recipe: Recipe, layer: int, up_FD: NDArray[np.float32]) -> Partition:
+def clustered(recipe: Recipe, layer: int, evidence: Evidence) -> Partition:
     """Cluster neurons by the direction of their rows of ``up`` (Independent-Clustering).
 
     A shared expert gets the neurons nearest to the mean direction of all, which are the least
     specific to any cluster.
     """
-    up_FD = unit_rows(up_FD)
+    assert evidence.up_FD is not None
+    up_FD = unit_rows(evidence.up_FD)
     near_F = np.round(up_FD @ up_FD.mean(axis=0, dtype=np.float64), 9)
     order_F = np.argsort(-near_F, kind="stable")
     shared_S, rest = np.sort(order_F[: recipe.shared_size]), np.sort(order_F[recipe.shared_size :])

@@ -1,4 +1,4 @@
-"""Sync files to disk, and say in words why a disk refuses a write.
+"""Create folders, write files durably and atomically, and say why a disk refuses a write.
 
 Imports no torch, so that commands that only read a run start fast.
 """
@@ -7,8 +7,13 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from megatron_moe.errors import ConfigError
 
 _REASONS = {
     errno.ENOSPC: "no space left",
@@ -20,6 +25,24 @@ _REASONS = {
 }
 
 
+def make_folder(path: Path, setting: str) -> None:
+    """Create a folder that is to be written to, unless it exists.
+
+    Raises:
+        ConfigError: It cannot be created or written to; the message names ``setting``.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        reason = None if os.access(path, os.W_OK | os.X_OK) else "this user may not write to it"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    if reason is not None:
+        raise ConfigError(
+            f"{setting} ({path}) must be a folder that can be created and written to: {reason}.\n"
+            "  choose another one"
+        )
+
+
 def fsync(path: Path) -> None:
     """Flush a file or folder to disk before returning."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -27,6 +50,32 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path in the folder of ``path`` for a file that becomes ``path``.
+
+    At the end of the ``with`` block the file is flushed to disk and renamed, so that a reader sees
+    the old file or the new one, even after a power failure. On an error it is removed, and ``path``
+    stays as it was. The folder is made if it is missing.
+    """
+    make_folder(path.parent, f"the folder of {path.name}")
+    staged = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
+    try:
+        yield staged
+        fsync(staged)
+        staged.replace(path)
+    except BaseException:
+        staged.unlink(missing_ok=True)
+        raise
+    fsync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8 as described in `replacing`."""
+    with replacing(path) as staged:
+        staged.write_text(text, encoding="utf-8")
 
 
 def refusal(error: OSError, folder: Path, *, needed: int | None = None) -> str:

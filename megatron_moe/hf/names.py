@@ -1,24 +1,35 @@
 """Map Hugging Face tensors to Megatron-Core parameters and back: the only name table.
 
 Upcycling reads it from Hugging Face to Megatron-Core, export in reverse, and both check against
-it. A row lists the Hugging Face tensors of one Megatron parameter, and how tensor-parallel ranks
-shard it; ``parallel/shards.py`` turns a row into slices. Rows list the names of both layer specs:
+it. A row says everything about one Megatron parameter: which Hugging Face tensors it consists of,
+their shapes, in which layers it exists, and how tensor-parallel ranks shard it;
+``parallel/shards.py`` turns a row into slices. Rows list the names of both layer specs:
 torch-native (CPU) first, then Transformer Engine if it fuses a norm into the following linear
 layer.
 
+Hugging Face names are Llama's. A family that stores its tensors under other names, or several in
+one, lists them in `families.FAMILIES`; `llama_tensors` finds Llama's in them when a folder is opened.
+
 Templates contain ``{layer}`` (global in Hugging Face names, local to the pipeline chunk in
 Megatron names) and ``{expert}`` (global in Hugging Face names, local to the ep rank in Megatron
-names).
+names). Shapes are words of one letter per dimension:
+
+    V  vocab_size     Q  query heads * head width   F  neurons of the dense FFN
+    D  hidden_size    G  key heads * head width     M  neurons of one expert
+    E  experts        C  width of one head          S  neurons of the shared expert
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from itertools import accumulate
 from typing import Literal
 
+from megatron_moe.hf.families import FAMILIES
+from megatron_moe.hf.header import TensorInfo
 from megatron_moe.hf.spec import DenseSpec
 
 
@@ -32,59 +43,79 @@ class Sharding(Enum):
     COLUMNS = "columns"
 
 
+class Scope(Enum):
+    """Part of the model in which a parameter exists."""
+
+    MODEL = "once, outside of the layers"
+    LAYER = "in every layer"
+    DENSE = "in layers with a dense FFN"
+    MOE = "in MoE layers"
+    EXPERT = "in MoE layers, once per expert"
+    SHARED = "in MoE layers with a shared expert"
+    GATE = "in MoE layers during training alone: no Hugging Face architecture has it"
+
+    @property
+    def in_dense_model(self) -> bool:
+        """Whether a dense model has the parameter."""
+        return self in (Scope.MODEL, Scope.LAYER, Scope.DENSE)
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One Megatron parameter and the Hugging Face tensors it consists of."""
 
     role: str
+    scope: Scope
     megatron: tuple[str, ...]
     hf: tuple[str, ...]
+    """Tensors of the dense model that it is filled from; none if it is drawn or measured."""
+    shapes: str
+    """Shapes of the Hugging Face tensors, a word each."""
     sharding: Sharding
+    requires: Literal["qkv_bias", "qk_layernorm", "separate_output"] | None = None
+    """Property of the `DenseSpec` without which a model does not have the parameter."""
 
 
 _L = "decoder.layers.{layer}."
 _H = "model.layers.{layer}."
+_GATE_UP = (_H + "mlp.gate_proj.weight", _H + "mlp.up_proj.weight")
+_DOWN = (_H + "mlp.down_proj.weight",)
 
 # fmt: off
 ROWS: tuple[Row, ...] = (
-    Row("embedding",   ("embedding.word_embeddings.weight",),
-                       ("model.embed_tokens.weight",),                          Sharding.VOCABULARY),
-    Row("input_norm",  (_L + "input_layernorm.weight", _L + "self_attention.linear_qkv.layer_norm_weight"),
-                       (_H + "input_layernorm.weight",),                        Sharding.WHOLE),
-    Row("qkv",         (_L + "self_attention.linear_qkv.weight",),
-                       (_H + "self_attn.q_proj.weight", _H + "self_attn.k_proj.weight", _H + "self_attn.v_proj.weight"), Sharding.QKV),
-    Row("qkv_bias",    (_L + "self_attention.linear_qkv.bias",),
-                       (_H + "self_attn.q_proj.bias", _H + "self_attn.k_proj.bias", _H + "self_attn.v_proj.bias"),       Sharding.QKV),
-    Row("q_norm",      (_L + "self_attention.q_layernorm.weight",),
-                       (_H + "self_attn.q_norm.weight",),                       Sharding.WHOLE),
-    Row("k_norm",      (_L + "self_attention.k_layernorm.weight",),
-                       (_H + "self_attn.k_norm.weight",),                       Sharding.WHOLE),
-    Row("proj",        (_L + "self_attention.linear_proj.weight",),
-                       (_H + "self_attn.o_proj.weight",),                       Sharding.COLUMNS),
-    Row("ffn_norm",    (_L + "pre_mlp_layernorm.weight", _L + "mlp.linear_fc1.layer_norm_weight"),
-                       (_H + "post_attention_layernorm.weight",),               Sharding.WHOLE),
-    Row("fc1",         (_L + "mlp.linear_fc1.weight",),
-                       (_H + "mlp.gate_proj.weight", _H + "mlp.up_proj.weight"), Sharding.GATED),
-    Row("fc2",         (_L + "mlp.linear_fc2.weight",),
-                       (_H + "mlp.down_proj.weight",),                          Sharding.COLUMNS),
-    Row("router",      (_L + "mlp.router.weight",),
-                       (),                                                      Sharding.WHOLE),
-    Row("router_noise", (_L + "mlp.router.noise_weight",),
-                       (),                                                      Sharding.WHOLE),
-    Row("router_output", (_L + "mlp.router.output_weight",),
-                       (),                                                      Sharding.WHOLE),
-    Row("expert_fc1",  (_L + "mlp.experts.local_experts.{expert}.linear_fc1.weight", _L + "mlp.experts.linear_fc1.weight{expert}"),
-                       (_H + "mlp.gate_proj.weight", _H + "mlp.up_proj.weight"), Sharding.GATED),
-    Row("expert_fc2",  (_L + "mlp.experts.local_experts.{expert}.linear_fc2.weight", _L + "mlp.experts.linear_fc2.weight{expert}"),
-                       (_H + "mlp.down_proj.weight",),                          Sharding.COLUMNS),
-    Row("shared_fc1",  (_L + "mlp.shared_experts.linear_fc1.weight",),
-                       (_H + "mlp.gate_proj.weight", _H + "mlp.up_proj.weight"), Sharding.GATED),
-    Row("shared_fc2",  (_L + "mlp.shared_experts.linear_fc2.weight",),
-                       (_H + "mlp.down_proj.weight",),                          Sharding.COLUMNS),
-    Row("final_norm",  ("decoder.final_layernorm.weight",),
-                       ("model.norm.weight",),                                  Sharding.WHOLE),
-    Row("output",      ("output_layer.weight",),
-                       ("lm_head.weight",),                                     Sharding.VOCABULARY),
+    Row("embedding",   Scope.MODEL, ("embedding.word_embeddings.weight",),
+                       ("model.embed_tokens.weight",),                   "VD",       Sharding.VOCABULARY),
+    Row("input_norm",  Scope.LAYER, (_L + "input_layernorm.weight", _L + "self_attention.linear_qkv.layer_norm_weight"),
+                       (_H + "input_layernorm.weight",),                 "D",        Sharding.WHOLE),
+    Row("qkv",         Scope.LAYER, (_L + "self_attention.linear_qkv.weight",),
+                       (_H + "self_attn.q_proj.weight", _H + "self_attn.k_proj.weight", _H + "self_attn.v_proj.weight"),
+                                                                         "QD GD GD", Sharding.QKV),
+    Row("qkv_bias",    Scope.LAYER, (_L + "self_attention.linear_qkv.bias",),
+                       (_H + "self_attn.q_proj.bias", _H + "self_attn.k_proj.bias", _H + "self_attn.v_proj.bias"),
+                                                                         "Q G G",    Sharding.QKV, "qkv_bias"),
+    Row("q_norm",      Scope.LAYER, (_L + "self_attention.q_layernorm.weight",),
+                       (_H + "self_attn.q_norm.weight",),                "C",        Sharding.WHOLE, "qk_layernorm"),
+    Row("k_norm",      Scope.LAYER, (_L + "self_attention.k_layernorm.weight",),
+                       (_H + "self_attn.k_norm.weight",),                "C",        Sharding.WHOLE, "qk_layernorm"),
+    Row("proj",        Scope.LAYER, (_L + "self_attention.linear_proj.weight",),
+                       (_H + "self_attn.o_proj.weight",),                "DQ",       Sharding.COLUMNS),
+    Row("ffn_norm",    Scope.LAYER, (_L + "pre_mlp_layernorm.weight", _L + "mlp.linear_fc1.layer_norm_weight"),
+                       (_H + "post_attention_layernorm.weight",),        "D",        Sharding.WHOLE),
+    Row("fc1",         Scope.DENSE, (_L + "mlp.linear_fc1.weight",),     _GATE_UP,   "FD FD", Sharding.GATED),
+    Row("fc2",         Scope.DENSE, (_L + "mlp.linear_fc2.weight",),     _DOWN,      "DF",    Sharding.COLUMNS),
+    Row("router",      Scope.MOE,   (_L + "mlp.router.weight",),         (),         "ED",    Sharding.WHOLE),
+    Row("router_noise",  Scope.GATE, (_L + "mlp.router.noise_weight",),  (),         "",      Sharding.WHOLE),
+    Row("router_output", Scope.GATE, (_L + "mlp.router.output_weight",), (),         "",      Sharding.WHOLE),
+    Row("expert_fc1",  Scope.EXPERT, (_L + "mlp.experts.local_experts.{expert}.linear_fc1.weight", _L + "mlp.experts.linear_fc1.weight{expert}"),
+                       _GATE_UP,                                         "MD MD",    Sharding.GATED),
+    Row("expert_fc2",  Scope.EXPERT, (_L + "mlp.experts.local_experts.{expert}.linear_fc2.weight", _L + "mlp.experts.linear_fc2.weight{expert}"),
+                       _DOWN,                                            "DM",       Sharding.COLUMNS),
+    Row("shared_fc1",  Scope.SHARED, (_L + "mlp.shared_experts.linear_fc1.weight",), _GATE_UP, "SD SD", Sharding.GATED),
+    Row("shared_fc2",  Scope.SHARED, (_L + "mlp.shared_experts.linear_fc2.weight",), _DOWN,    "DS",    Sharding.COLUMNS),
+    Row("final_norm",  Scope.MODEL, ("decoder.final_layernorm.weight",),
+                       ("model.norm.weight",),                           "D",        Sharding.WHOLE),
+    Row("output",      Scope.MODEL, ("output_layer.weight",),
+                       ("lm_head.weight",),                              "VD",       Sharding.VOCABULARY, "separate_output"),
 )
 
 Architecture = Literal["MixtralForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"]
@@ -111,10 +142,6 @@ MOE_NAMES: dict[Architecture, dict[str, tuple[str, ...]]] = {
 # fmt: on
 
 ROW_OF_ROLE = {row.role: row for row in ROWS}
-GATE_ROLES = frozenset({"router_noise", "router_output"})
-"""Rows of the noisy gate, which has no equivalent in any Hugging Face architecture."""
-MOE_ROLES = GATE_ROLES | {"router", "expert_fc1", "expert_fc2", "shared_fc1", "shared_fc2"}
-"""Rows that exist only in MoE models."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,42 +178,65 @@ def match(parameter: str) -> Match | None:
 
 
 def dense_tensors(spec: DenseSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield name and shape of every tensor that a dense folder of this shape must contain."""
+    """Yield Llama's name and the shape of every tensor of a dense model of this shape."""
     for row in ROWS:
-        if row.role in MOE_ROLES or not has_row(row.role, spec):
+        if not row.scope.in_dense_model or not has_row(row, spec):
             continue
-        layers = range(spec.num_layers) if "{layer}" in row.hf[0] else (0,)
-        for layer in layers:
-            for template, shape in zip(row.hf, dense_shapes(row.role, spec), strict=True):
+        for layer in (0,) if row.scope is Scope.MODEL else range(spec.num_layers):
+            for template, shape in zip(row.hf, shapes_of(row, spec), strict=True):
                 yield template.format(layer=layer), shape
 
 
-def has_row(role: str, spec: DenseSpec) -> bool:
+def llama_tensors(files: Mapping[str, TensorInfo], spec: DenseSpec) -> dict[str, TensorInfo]:
+    """Find Llama's tensors in a family's folder; a stacked tensor is taken apart by rows.
+
+    Tensors that the family does not rename keep their names. So do those of an unexpected shape:
+    `check_tensors` reports them.
+    """
+    shapes, tensors = dict(dense_tensors(spec)), dict(files)
+    for template, parts in FAMILIES[spec.family].tensors.items():
+        for layer in range(spec.num_layers):
+            names = [part.format(layer=layer) for part in parts]
+            rows = [shapes[name][0] for name in names]
+            stacked = files.get(name := template.format(layer=layer))
+            if stacked is None or stacked.shape != (sum(rows), *shapes[names[0]][1:]):
+                continue
+            del tensors[name]
+            for part, offset in zip(names, accumulate(rows, initial=0), strict=False):
+                tensors[part] = stacked.rows(offset, shapes[part][0])
+    return tensors
+
+
+def ffn_names(layer: int) -> tuple[str, str, str]:
+    """Return Llama's names of gate, up and down of a dense layer."""
+    gate, up, down = (name.format(layer=layer) for name in (*_GATE_UP, *_DOWN))
+    return gate, up, down
+
+
+def has_row(row: Row, spec: DenseSpec) -> bool:
     """Return whether a model of this shape has the row."""
-    match role:
-        case "qkv_bias":
-            return spec.qkv_bias
-        case "q_norm" | "k_norm":
-            return spec.qk_layernorm
-        case "output":
-            return not spec.tied_embeddings
-        case _:
-            return True
+    return row.requires is None or getattr(spec, row.requires)
 
 
-def dense_shapes(role: str, spec: DenseSpec) -> tuple[tuple[int, ...], ...]:
-    """Return the shapes of the row's Hugging Face tensors, in the order of ``Row.hf``."""
-    hidden, ffn, head = spec.hidden_size, spec.ffn_hidden_size, spec.kv_channels
-    queries, keys = spec.num_attention_heads * head, spec.num_query_groups * head
-    shapes: dict[str, tuple[tuple[int, ...], ...]] = {
-        "embedding": ((spec.vocab_size, hidden),),
-        "output": ((spec.vocab_size, hidden),),
-        "qkv": ((queries, hidden), (keys, hidden), (keys, hidden)),
-        "qkv_bias": ((queries,), (keys,), (keys,)),
-        "q_norm": ((head,),),
-        "k_norm": ((head,),),
-        "proj": ((hidden, queries),),
-        "fc1": ((ffn, hidden), (ffn, hidden)),
-        "fc2": ((hidden, ffn),),
+def shapes_of(row: Row, spec: DenseSpec, **experts: int) -> tuple[tuple[int, ...], ...]:
+    """Return the shapes of the row's Hugging Face tensors.
+
+    Args:
+        row: A row of the table.
+        spec: Shape of the dense model.
+        experts: The sizes E, M and S of the MoE layers, for their rows.
+
+    >>> ROW_OF_ROLE["expert_fc1"].shapes
+    'MD MD'
+    """
+    head = spec.kv_channels
+    sizes = {
+        "V": spec.vocab_size,
+        "D": spec.hidden_size,
+        "Q": spec.num_attention_heads * head,
+        "G": spec.num_query_groups * head,
+        "C": head,
+        "F": spec.ffn_hidden_size,
+        **experts,
     }
-    return shapes.get(role, ((hidden,),))
+    return tuple(tuple(sizes[letter] for letter in word) for word in row.shapes.split())

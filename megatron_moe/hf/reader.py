@@ -26,7 +26,7 @@ from torch import Tensor
 
 from megatron_moe.errors import CheckpointError
 from megatron_moe.hf.header import TensorInfo, listing, read_headers
-from megatron_moe.hf.names import dense_tensors
+from megatron_moe.hf.names import dense_tensors, llama_tensors
 from megatron_moe.hf.selection import Indices, Selected, select
 from megatron_moe.hf.spec import DenseSpec, read_spec
 from megatron_moe.hf.values import check_finite, mapped_rows, read_rows, take
@@ -234,7 +234,7 @@ def open_dense_checkpoint(folder: Path) -> DenseCheckpoint:
     """
     folder = Path(folder)
     spec = read_spec(folder)
-    return DenseCheckpoint(folder, spec, read_headers(folder))
+    return DenseCheckpoint(folder, spec, llama_tensors(read_headers(folder), spec))
 
 
 def open_mixed(dense: DenseCheckpoint, folders: Sequence[Path]) -> list[DenseCheckpoint]:

@@ -11,43 +11,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from megatron_moe.errors import CheckpointError
+from megatron_moe.hf.families import FAMILIES, FAMILY_OF_ARCHITECTURE, Family
+from megatron_moe.hf.obtain import how_to_get
 
-Family = Literal["llama", "mistral", "qwen2", "qwen3"]
-
-FAMILY_OF_ARCHITECTURE: dict[str, Family] = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-}
-
-# Defaults of transformers 5 for keys missing in config.json, where families differ.
-_DEFAULTS: dict[Family, dict[str, Any]] = {
-    "llama": {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
-    "mistral": {
-        "max_position_embeddings": 131072,
-        "num_key_value_heads": 8,
-        "sliding_window": 4096,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    },
-    "qwen2": {
-        "max_position_embeddings": 32768,
-        "num_key_value_heads": 32,
-        "sliding_window": 4096,
-        "max_window_layers": 28,
-    },
-    "qwen3": {
-        "max_position_embeddings": 32768,
-        "num_key_value_heads": 32,
-        "head_dim": 128,
-        "sliding_window": 4096,
-        "max_window_layers": 28,
-    },
-}
+COMMON_DEFAULTS: dict[str, Any] = {"rms_norm_eps": 1e-6, "initializer_range": 0.02}
+"""Defaults of transformers 5 for keys missing in config.json; `FamilyRow.defaults` has others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +57,11 @@ class DenseSpec:
     """Id of the end of text; the first if config.json lists several."""
     bos_token_id: int | None
 
+    @property
+    def separate_output(self) -> bool:
+        """Whether the output layer has its own weights."""
+        return not self.tied_embeddings
+
 
 def read_spec(folder: Path) -> DenseSpec:
     """Read the shape of the dense model from ``folder/config.json``.
@@ -100,7 +76,8 @@ def read_spec(folder: Path) -> DenseSpec:
     except OSError as error:
         raise CheckpointError(
             f"cannot read {path}: {error.strerror or error}.\n"
-            "  source.path must be a Hugging Face folder: config.json, *.safetensors, tokenizer"
+            "  source.path must be a Hugging Face folder: config.json, *.safetensors, tokenizer\n"
+            + how_to_get(folder)
         ) from error
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
@@ -112,7 +89,7 @@ def spec_from_config(config: Mapping[str, Any], *, where: str = "config.json") -
     family = _family(config) if isinstance(config, dict) else None
     if family is None:
         raise _refusal(where, [_other_architecture(config)])
-    config = {"rms_norm_eps": 1e-6, "initializer_range": 0.02, **_DEFAULTS[family], **config}
+    config = {**COMMON_DEFAULTS, **FAMILIES[family].defaults, **config}
     bad_numbers = _bad_numbers(config)
     reasons = [*bad_numbers, *_unsupported(config, family), *_unsupported_rope(config)]
     if not bad_numbers:
@@ -134,8 +111,8 @@ def spec_from_config(config: Mapping[str, Any], *, where: str = "config.json") -
         rotary_base=float(rope["rope_theta"]),
         rope_scaling=_llama3_scaling(rope),
         tied_embeddings=bool(config.get("tie_word_embeddings")),
-        qkv_bias=family == "qwen2",
-        qk_layernorm=family == "qwen3",
+        qkv_bias=FAMILIES[family].qkv_bias,
+        qk_layernorm=FAMILIES[family].qk_layernorm,
         initializer_range=config["initializer_range"],
         eos_token_id=_first(config.get("eos_token_id")),
         bos_token_id=_first(config.get("bos_token_id")),
@@ -155,7 +132,7 @@ def _refusal(where: str, reasons: list[str]) -> CheckpointError:
 def _family(config: Mapping[str, Any]) -> Family | None:
     architectures = config.get("architectures")
     if not architectures:  # a config that was saved without a model; use its model_type
-        return next((f for f in _DEFAULTS if f == config.get("model_type")), None)
+        return next((f for f in FAMILIES if f == config.get("model_type")), None)
     return FAMILY_OF_ARCHITECTURE.get(architectures[0]) if len(architectures) == 1 else None
 
 
@@ -238,13 +215,16 @@ def _unsupported(config: Mapping[str, Any], family: Family) -> list[str]:
         reasons.append(f"hidden_act is {act!r}: experts are SwiGLU, so it must be 'silu'")
     if config.get("mlp_bias"):
         reasons.append("mlp_bias is true: experts have no biases")
-    # transformers ignores the key for Qwen2, where query, key and value always have biases.
-    if config.get("attention_bias") and family != "qwen2":
+    # transformers ignores the key where query, key and value always have biases.
+    if config.get("attention_bias") and not FAMILIES[family].qkv_bias:
         reasons.append(
             "attention_bias is true: a bias of the attention's output projection is not supported"
         )
-    if config.get("attention_dropout"):
-        reasons.append(f"attention_dropout is {config['attention_dropout']}: must be 0")
+    reasons += [
+        f"{dropout} is {config[dropout]}: must be 0"
+        for dropout in ("attention_dropout", "resid_pdrop", "embd_pdrop")
+        if config.get(dropout)
+    ]
     if config.get("quantization_config"):
         reasons.append("quantization_config is set: dequantize the checkpoint to bf16 first")
     return reasons
@@ -268,12 +248,12 @@ def _unsupported_windows(config: Mapping[str, Any], family: Family) -> list[str]
     if others := sorted({str(kind) for kind in kinds} - {"full_attention"}):
         return [f"layer_types has {', '.join(others)}: every layer must be full_attention"]
     window, length = config.get("sliding_window"), config["max_position_embeddings"]
-    match family:
-        case "llama":  # transformers ignores sliding_window for Llama
+    match FAMILIES[family].windows:
+        case "ignored":
             return []
-        case "mistral":
+        case "always":
             remedy = "sliding_window to null"
-        case _:
+        case "on_request":
             first = config["max_window_layers"]
             if (
                 not config.get("use_sliding_window")

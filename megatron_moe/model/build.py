@@ -17,7 +17,7 @@ from megatron_moe.config.run import RunConfig
 from megatron_moe.hf.spec import DenseSpec, RopeScaling
 from megatron_moe.model.config import transformer_config
 from megatron_moe.model.grouped_experts import lay_out_experts
-from megatron_moe.model.noisy_router import router_of
+from megatron_moe.model.routers import router_factory
 from megatron_moe.model.spec import block_spec
 from megatron_moe.parallel.layout import ParallelLayout
 from megatron_moe.parallel.shards import padded_vocabulary
@@ -70,7 +70,7 @@ def build_model(
     """
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
     transformer = transformer_config(config, spec, engine=engine)
-    router = router_of(config)
+    router = router_factory(config)
     pp, vpp = layout.attention.size("pp"), transformer.virtual_pipeline_model_parallel_size or 1
     chunks = []
     for vpp_rank in range(vpp):

@@ -11,11 +11,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_moe.config.run import Moe, Parallel, RunConfig, Train
 from megatron_moe.errors import ConfigError
-from megatron_moe.experts.recipe import moe_layer_ids
+from megatron_moe.experts.resolve import moe_layer_ids
+from megatron_moe.hf.dtypes import OF_PRECISION
 from megatron_moe.hf.spec import DenseSpec
 from megatron_moe.runtime.engine import Engine
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def transformer_config(config: RunConfig, spec: DenseSpec, *, engine: Engine) -> TransformerConfig:
@@ -35,7 +34,7 @@ def transformer_settings(config: RunConfig, spec: DenseSpec, *, engine: Engine) 
     They can be inspected without Transformer Engine, in which case Megatron-Core would reject a
     configuration with fused kernels.
     """
-    dtype = DTYPES[config.train.precision]
+    dtype = OF_PRECISION[config.train.precision]
     return dict(
         **_dense_shape(spec),
         **_moe(config.moe, spec),
@@ -80,7 +79,7 @@ def _moe(moe: Moe, spec: DenseSpec) -> dict[str, Any]:
     return {
         "num_moe_experts": moe.num_moe_experts,
         "moe_router_topk": moe.moe_router_topk,
-        "moe_ffn_hidden_size": moe.moe_ffn_hidden_size or spec.ffn_hidden_size,
+        "moe_ffn_hidden_size": moe.expert_size(spec.ffn_hidden_size),
         "moe_shared_expert_intermediate_size": moe.moe_shared_expert_intermediate_size,
         "moe_layer_freq": [int(layer in layers) for layer in range(spec.num_layers)],
         "moe_router_pre_softmax": moe.router_order == "softmax_topk",

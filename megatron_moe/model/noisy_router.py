@@ -14,8 +14,6 @@ Shape letters of this module:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,44 +23,20 @@ from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, router_gating_linear
 from torch import Tensor
 
-from megatron_moe.config.run import RunConfig
-from megatron_moe.model.capacity import capacity_of
 from megatron_moe.model.noise import normal_numbers
-from megatron_moe.model.router import CountingRouter
+from megatron_moe.model.router import CapacityRouter
 
 LEAST_STD = 1e-2
 
 
-def router_of(config: RunConfig) -> Callable[..., CountingRouter]:
-    """Return the factory of a run's routers, with the arguments of Megatron-Core's TopKRouter."""
-    moe, capacity = config.moe, capacity_of(config.moe)
-    if moe.router_gate == "linear":
-        return partial(CountingRouter, capacity=capacity)
-    own_loss = moe.moe_router_load_balancing_type == "cv_squared"
-    return partial(
-        NoisyRouter,
-        network=moe.router_gate.removeprefix("noisy_"),
-        balance=moe.moe_aux_loss_coeff if own_loss else 0.0,
-        seed=config.run.seed,
-        capacity=capacity,
-    )
-
-
-def set_samples(module: torch.nn.Module, samples_B: Tensor) -> None:
-    """Set the indices of the samples that the next forward pass of ``module`` processes."""
-    for router in module.modules():
-        if isinstance(router, NoisyRouter):
-            router.samples_B = samples_B
-
-
-class NoisyRouter(CountingRouter):
-    """CountingRouter with noisy choices during training.
+class NoisyRouter(CapacityRouter):
+    """CapacityRouter with noisy choices during training.
 
     Args:
         network: ``linear``, or ``mlp`` for Linear(D, E), tanh, Linear(E, E).
         balance: Coefficient of the CV^2 loss; 0 leaves balancing to Megatron-Core's losses.
         seed: Seed of the noise.
-        **others: Arguments of `CountingRouter`.
+        **others: Arguments of `CapacityRouter`.
     """
 
     def __init__(self, *, network: str, balance: float, seed: int, **others: Any) -> None:
@@ -73,6 +47,10 @@ class NoisyRouter(CountingRouter):
         self.samples_B = torch.zeros(1, dtype=torch.int64)
         self._waiting: deque[Tensor] = deque()
         self._clean_TE, self._std_TE = torch.empty(0), torch.empty(0)
+
+    def start_pass(self, samples_B: Tensor) -> None:
+        """Set the samples of the next forward pass, which key its noise."""
+        self.samples_B = samples_B
 
     def _parameter(self, width: int) -> torch.nn.Parameter:
         parameter = torch.nn.Parameter(self.weight.new_empty(len(self.weight), width))
@@ -92,16 +70,12 @@ class NoisyRouter(CountingRouter):
         self._clean_TE, self._std_TE = clean_sBE.flatten(0, 1), std_sBE.flatten(0, 1)
         noise_sBE = normal_numbers(
             seed=self._seed,
-            layer=self._layer(),
+            layer=self.layer,
             samples_B=self._samples_of_this_pass().to(clean_sBE.device),
             positions_s=self.positions(len(clean_sBE)).to(clean_sBE.device),
             num_experts=clean_sBE.shape[-1],
         )
         return clean_sBE + noise_sBE.to(clean_sBE.dtype) * std_sBE
-
-    def _layer(self) -> int:
-        assert self.layer_number is not None
-        return self.layer_number - 1
 
     def _samples_of_this_pass(self) -> Tensor:
         """Return the samples of this pass; for a recomputed layer, those of its first pass.
@@ -125,7 +99,7 @@ class NoisyRouter(CountingRouter):
             loss = squared_variation(sums_2E).sum()
             # Every rank has the whole loss, and logged values are summed over ranks.
             get_moe_metrics_tracker().record(
-                "load_balancing_loss", loss / group.size(), self._layer() + 1,
+                "load_balancing_loss", loss / group.size(), self.layer + 1,
                 self.config.num_layers, reduce_group=group,
             )  # fmt: skip
             # Megatron-Core divides all gradients by the tokens of the global batch.
@@ -154,15 +128,3 @@ class NoisyRouter(CountingRouter):
 def squared_variation(values_XE: Tensor) -> Tensor:
     """Return each row's squared coefficient of variation: variance over squared mean."""
     return values_XE.var(dim=-1) / (values_XE.mean(dim=-1) ** 2 + 1e-10)
-
-
-def fill_gate(role: str, parameter: Tensor) -> None:
-    """Initialize the noisy gate's extra weights: zero noise, and an identity output layer.
-
-    Args:
-        role: ``router_noise`` or ``router_output``.
-        parameter: Parameter to fill in place.
-    """
-    parameter.zero_()
-    if role == "router_output":
-        parameter.fill_diagonal_(1.0)

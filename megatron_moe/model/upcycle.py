@@ -22,12 +22,12 @@ from torch import Tensor
 
 from megatron_moe.errors import CheckpointError
 from megatron_moe.experts.plan import ExpertPlan, LayerPlan
-from megatron_moe.hf.names import GATE_ROLES, ROW_OF_ROLE, Match, dense_tensors, match
+from megatron_moe.hf.names import ROW_OF_ROLE, Match, Scope, Sharding, dense_tensors, match
 from megatron_moe.hf.reader import DenseCheckpoint, ReadRequest
 from megatron_moe.hf.windows import WINDOW_BYTES
 from megatron_moe.model.build import Chunk, Model
-from megatron_moe.model.noisy_router import fill_gate
 from megatron_moe.model.reshape import LocalExpert, LocalLayer, reshape_values
+from megatron_moe.model.routers import GATE_VALUES
 from megatron_moe.parallel.layout import ParallelLayout, local_experts
 from megatron_moe.parallel.shards import Piece, ShardIndex, pieces
 
@@ -127,7 +127,7 @@ def upcycle(
         CheckpointError: No rule fills a parameter, or a tensor holds NaN or infinity.
     """
     filled, layers = fill(model, [dense, *mix_with], plan, layout=layout, rank=rank)
-    reshape_values(layers, plan.recipe, layout=layout, rank=rank)
+    reshape_values(layers, plan.recipe, layout=layout, rank=rank, solved=plan.solved)
     return filled
 
 
@@ -139,8 +139,11 @@ def fill(
     *,
     layout: ParallelLayout,
     rank: int,
+    layers_only: bool = False,
 ) -> tuple[Filled, list[LocalLayer]]:
     """Read all parameters: the first half of `upcycle`, without communication between ranks.
+
+    With ``layers_only``, parameters outside the layers keep their values.
 
     Returns:
         A summary, and this rank's MoE layers for `reshape_values`.
@@ -151,6 +154,8 @@ def fill(
     local_layers: list[LocalLayer] = []
     for chunk in model.chunks:
         for layer, parameters in _by_layer(chunk):
+            if layers_only and layer is None:
+                continue
             local = _LayerSource(checkpoints[0], layer, plan, layout, rank)
             for parameter, matched in parameters:
                 local.fill(parameter, matched, filler)
@@ -224,26 +229,26 @@ class _LayerSource:
     def fill(self, parameter: Tensor, matched: Match, filler: _Filler) -> None:
         """Fill one parameter from the dense model, or schedule its reads."""
         row, part, neurons, source = matched.row, self.tp, None, None
-        if row.role == "router":
+        if row.scope is Scope.MOE:
             assert self.layer_plan is not None
             if self.layer_plan.router_ED is not None:
                 parameter.copy_(torch.from_numpy(self.layer_plan.router_ED))
             return
-        if row.role in GATE_ROLES:
-            fill_gate(row.role, parameter)
+        if row.scope is Scope.GATE:
+            GATE_VALUES[row.role](parameter)
             return
         if matched.expert is not None:
             assert self.layer_plan is not None
             expert, part = self.experts[matched.expert], self.etp
             neurons = self.layer_plan.neurons_EM[expert]
             source = int(self.layer_plan.source_E[expert])
-        elif row.role in ("shared_fc1", "shared_fc2"):
+        elif row.scope is Scope.SHARED:
             assert self.layer_plan is not None
             neurons = self.layer_plan.shared_S
         if row.role == "output" and self.dense.spec.tied_embeddings:
             row = ROW_OF_ROLE["embedding"]  # the last stage's copy
         parts = pieces(row, layer=self.layer, part=part, spec=self.dense.spec, neurons_M=neurons)
-        if row.role in ("embedding", "output"):
+        if row.sharding is Sharding.VOCABULARY:
             parameter[parts[-1].into.stop if parts else 0 :].zero_()  # padding of the vocabulary
         filler.fill(parameter, parts, source=source)
 
@@ -256,4 +261,5 @@ class _LayerSource:
             LocalExpert(expert, by_role["expert_fc1", i], by_role["expert_fc2", i], self.etp)
             for i, expert in enumerate(self.experts)
         ]
-        return LocalLayer(self.layer, self.layer_plan, experts, by_role["router", None])
+        router_ED, shared_fc2 = by_role["router", None], by_role.get(("shared_fc2", None))
+        return LocalLayer(self.layer, self.layer_plan, experts, router_ED, shared_fc2, self.tp)

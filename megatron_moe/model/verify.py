@@ -17,6 +17,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from megatron_moe.hf.load import load_model
 from megatron_moe.model.build import Model
 from megatron_moe.model.loss import make_output_processor
 from megatron_moe.parallel.sequence import zigzag
@@ -110,15 +111,8 @@ def _keep(logits_BSV: Tensor, *, non_loss_data: bool) -> Tensor:
 def _dense_logits(
     folder: Path, tokens_S: Tensor, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    dense: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
-    )
-    dense.to(device).eval()
-    return dense(tokens_S[None].to(device)).logits[0].float()
+    dense = load_model(folder, device=device, dtype=dtype)
+    return dense(tokens_S[None].to(device), return_dict=True).logits[0].float()
 
 
 def _part_of(x_S: Tensor, cp_group: dist.ProcessGroup) -> Tensor:

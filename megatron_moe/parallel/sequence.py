@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 
 def zigzag(x: Tensor, *, dim: int, cp_rank: int, cp_size: int) -> Tensor:
@@ -19,3 +20,13 @@ def zigzag(x: Tensor, *, dim: int, cp_rank: int, cp_size: int) -> Tensor:
         return x
     chunks = x.chunk(2 * cp_size, dim=dim)
     return torch.cat((chunks[cp_rank], chunks[2 * cp_size - 1 - cp_rank]), dim=dim)
+
+
+def positions_of_rank(length: int, *, tp: ProcessGroup, cp: ProcessGroup) -> Tensor:
+    """Return the positions in the whole sequence of a rank's ``length`` positions.
+
+    With sequence parallelism, tp ranks split what a cp rank holds into consecutive parts.
+    """
+    whole_S = torch.arange(length * tp.size() * cp.size())
+    cp_part = zigzag(whole_S, dim=0, cp_rank=cp.rank(), cp_size=cp.size())
+    return cp_part.chunk(tp.size())[tp.rank()]

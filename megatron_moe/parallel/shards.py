@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_moe.hf.names import Row, Sharding
+from megatron_moe.hf.names import Row, Sharding, shapes_of
 from megatron_moe.hf.spec import DenseSpec
 
 Selection = slice | NDArray[np.int64] | None
@@ -87,8 +87,8 @@ def pieces(
             neurons = select(neurons_M, part, spec.ffn_hidden_size)
             return _stack([(name, neurons, length(neurons)) for name in names])
         case Sharding.COLUMNS:
-            width = _input_width(row, spec)
-            return [Piece(names[0], None, select(neurons_M, part, width), slice(None))]
+            columns = select(neurons_M, part, _width(row, spec))
+            return [Piece(names[0], None, columns, slice(None))]
 
 
 def select(indices: Selection, part: ShardIndex, total: int) -> slice | NDArray[np.int64]:
@@ -151,7 +151,6 @@ def _stack(runs: list[tuple[str, slice | NDArray[np.int64], int]]) -> list[Piece
     return stacked
 
 
-def _input_width(row: Row, spec: DenseSpec) -> int:
-    if row.role == "proj":
-        return spec.num_attention_heads * spec.kv_channels
-    return spec.ffn_hidden_size
+def _width(row: Row, spec: DenseSpec) -> int:
+    """Return the columns of the dense tensor; an expert takes its neurons from all F."""
+    return shapes_of(row, spec, M=spec.ffn_hidden_size, S=spec.ffn_hidden_size)[0][1]

@@ -25,4 +25,4 @@ FITTED = Calibration(
     link_efficiency=0.661,
     layer_overhead_seconds=9.07e-4,
 )
-"""Result of `fit` over all rows of published_mfu.yaml; docs/planning.md is generated with it."""
+"""Result of a fit to published throughput, by research/calibration; see docs/planning.md."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_moe.config.run import Moe
-from megatron_moe.experts.recipe import moe_layer_ids
+from megatron_moe.experts.resolve import moe_layer_ids
 from megatron_moe.hf.spec import DenseSpec
 
 
@@ -61,7 +61,7 @@ class MoeShape:
     def router_sizes(self) -> dict[str, int]:
         """Number of parameters of one router, by name."""
         rows, experts = self.num_moe_experts * self.hidden_size, self.num_moe_experts
-        noisy, mlp = self.router_gate != "linear", self.router_gate == "noisy_mlp"
+        noisy, mlp = self.router_gate.startswith("noisy_"), self.router_gate == "noisy_mlp"
         return {
             "weight": rows,
             "noise_weight": rows * noisy,
@@ -90,8 +90,8 @@ def upcycled_shape(spec: DenseSpec, moe: Moe) -> MoeShape:
         moe_layers=frozenset(moe_layer_ids(moe, spec.num_layers)),
         num_moe_experts=moe.num_moe_experts,
         moe_router_topk=moe.moe_router_topk,
-        moe_ffn_hidden_size=moe.moe_ffn_hidden_size or spec.ffn_hidden_size,
-        shared_expert_size=moe.moe_shared_expert_intermediate_size or 0,
+        moe_ffn_hidden_size=moe.expert_size(spec.ffn_hidden_size),
+        shared_expert_size=moe.shared_size,
         router_gate=moe.router_gate,
         **_attention_of(spec),
     )

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_moe.errors import DataError
+from megatron_moe.hf.disk import write_text
 from megatron_moe.report.balance import balance
+from megatron_moe.report.evaluation import evaluation
 from megatron_moe.report.html import Child, Html, el, join
-from megatron_moe.report.judgement import judgement
 from megatron_moe.report.mixture import mixture
 from megatron_moe.report.origin import configuration, layout, receipt
 from megatron_moe.report.overview import overview
 from megatron_moe.report.parts import Section
 from megatron_moe.report.read import RunFiles
-from megatron_moe.report.specialisation import specialisation
+from megatron_moe.report.specialization import specialization
 from megatron_moe.report.training import losses, speed
 
 STYLE = Path(__file__).with_name("page.css")
@@ -27,7 +26,7 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 def run_page(run: RunFiles) -> Html:
     """Return the report of one run."""
     sections = [
-        losses(run), judgement(run), speed(run), balance(run), mixture(run), specialisation(run),
+        losses(run), evaluation(run), speed(run), balance(run), mixture(run), specialization(run),
         receipt(run), layout(run), configuration(run),
     ]  # fmt: skip
     return page(f"{run.name} - megatron_moe", overview(run), sections)
@@ -64,10 +63,7 @@ def write_page(html: Html, path: Path) -> None:
     Raises:
         DataError: The file cannot be written.
     """
-    staged = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
     try:
-        staged.write_text(html, encoding="utf-8")
-        os.replace(staged, path)
+        write_text(path, html)
     except OSError as error:
-        staged.unlink(missing_ok=True)
         raise DataError(f"cannot write {path}: {error.strerror}") from error

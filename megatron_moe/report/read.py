@@ -16,7 +16,7 @@ from megatron_moe.checkpoint.folder import newest, read_progress, source_copy
 from megatron_moe.config.load import load
 from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import ConfigError, UserError
-from megatron_moe.experts.recipe import moe_layer_ids
+from megatron_moe.experts.resolve import moe_layer_ids
 from megatron_moe.hf.spec import DenseSpec, read_spec
 from megatron_moe.report.history import History, read_history
 from megatron_moe.report.records import Evaluation, TaskScores, read_records

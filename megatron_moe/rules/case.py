@@ -24,7 +24,7 @@ class Case:
     @property
     def expert_ffn(self) -> int:
         """Number of neurons of one expert."""
-        return self.config.moe.moe_ffn_hidden_size or self.spec.ffn_hidden_size
+        return self.config.moe.expert_size(self.spec.ffn_hidden_size)
 
 
 def indivisible(name: str, value: int, divisor_name: str, divisor: int, why: str) -> str:

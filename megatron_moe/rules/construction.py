@@ -11,13 +11,10 @@ from dataclasses import dataclass
 
 from megatron_moe.config.run import Moe, RunConfig, Upcycle
 from megatron_moe.errors import nearest_multiples
-from megatron_moe.experts.recipe import NEEDS_MEASURING, make_recipe
+from megatron_moe.experts.methods import METHODS, MethodRow, needs
+from megatron_moe.experts.recipe import HELD_OUT_EVERY
+from megatron_moe.experts.resolve import make_recipe
 from megatron_moe.hf.spec import DenseSpec
-
-_WHOLE = ("copy", "drop", "mix")
-_PARTITIONS = ("split_random", "split_clustered", "weaver")
-_WITH_SHARED = ("split_random", "split_clustered", "sharing_inter", "weaver")
-_BY_POSITION = ("copy", "drop", "mix", "granular")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +25,15 @@ class _Case:
 
     @property
     def size(self) -> int:
-        return self.moe.moe_ffn_hidden_size or self.dense_size
+        return self.moe.expert_size(self.dense_size)
 
     @property
     def shared(self) -> int:
-        return self.moe.moe_shared_expert_intermediate_size or 0
+        return self.moe.shared_size
+
+    @property
+    def method(self) -> MethodRow:
+        return METHODS[self.upcycle.method]
 
     @property
     def with_method(self) -> str:
@@ -42,15 +43,17 @@ class _Case:
 def construction_violations(config: RunConfig, spec: DenseSpec) -> Iterator[str]:
     """Yield the messages of all violated rules of upcycle.*."""
     case = _Case(config.moe, config.upcycle, spec.ffn_hidden_size)
-    for rule in (_whole, _granular, _partition, _sharing, _shared_expert, _mix, _factors, _router):
+    for rule in _RULES:
         yield from rule(case)
     recipe = make_recipe(spec, config.moe, config.upcycle)
-    if recipe.needs_measuring and config.upcycle.plan is None:
+    if needs(recipe) == "text" and config.upcycle.plan is None:
         subject = (
             f"upcycle.method ({recipe.method})"
-            if recipe.method in NEEDS_MEASURING
+            if METHODS[recipe.method].needs == "text"
             else "upcycle.router_init (centroids)"
             if recipe.router_init == "centroids"
+            else f"upcycle.fit ({', '.join(recipe.fit)})"
+            if recipe.fit
             else "a calibrated scale"
         )
         yield (
@@ -64,7 +67,7 @@ def measuring_violations(config: RunConfig, spec: DenseSpec) -> Iterator[str]:
     """Yield the reasons why `megatron-moe construct` cannot run."""
     recipe, samples = make_recipe(spec, config.moe, config.upcycle), config.measure.samples
     experts = config.moe.num_moe_experts
-    if not recipe.needs_measuring:
+    if needs(recipe) != "text":
         yield (
             f"upcycle.method ({recipe.method}) with this router and scale needs no "
             "measurements: there is no plan file to write.\n  run megatron-moe train"
@@ -74,7 +77,13 @@ def measuring_violations(config: RunConfig, spec: DenseSpec) -> Iterator[str]:
             "upcycle.plan must be set: it is the file that megatron-moe construct writes.\n"
             "  set upcycle.plan=runs/plan.safetensors"
         )
-    if samples % experts:
+    if recipe.fit and samples < HELD_OUT_EVERY:
+        yield (
+            f"measure.samples ({samples}) must be at least {HELD_OUT_EVERY} with upcycle.fit: "
+            f"every {HELD_OUT_EVERY}th sequence is left out of the fit, to choose its penalty.\n"
+            f"  set measure.samples={HELD_OUT_EVERY} or more"
+        )
+    if METHODS[recipe.method].by_cluster and samples % experts:
         yield (
             f"measure.samples ({samples}) must be divisible by moe.num_moe_experts ({experts}): "
             "the sequences are divided into one cluster of equal size per expert.\n"
@@ -83,7 +92,7 @@ def measuring_violations(config: RunConfig, spec: DenseSpec) -> Iterator[str]:
 
 
 def _whole(case: _Case) -> Iterator[str]:
-    if case.upcycle.method in _WHOLE and case.size != case.dense_size:
+    if case.method.experts == "whole" and case.size != case.dense_size:
         yield (
             f"moe.moe_ffn_hidden_size ({case.size}) must equal the dense model's "
             f"intermediate_size ({case.dense_size}) {case.with_method}: each "
@@ -93,7 +102,7 @@ def _whole(case: _Case) -> Iterator[str]:
 
 def _granular(case: _Case) -> Iterator[str]:
     moe = case.moe
-    if case.upcycle.method != "granular":
+    if case.method.experts != "shards":
         return
     if case.dense_size % case.size:
         valid = [case.dense_size // g for g in range(1, 65) if case.dense_size % g == 0]
@@ -124,7 +133,7 @@ def _granular(case: _Case) -> Iterator[str]:
 def _partition(case: _Case) -> Iterator[str]:
     experts = case.moe.num_moe_experts
     taken = experts * case.size + case.shared
-    if case.upcycle.method in _PARTITIONS and taken != case.dense_size:
+    if case.method.experts == "parts" and taken != case.dense_size:
         left = case.dense_size - case.shared
         way_out = (
             f"set moe.moe_ffn_hidden_size={left // experts}"
@@ -140,9 +149,7 @@ def _partition(case: _Case) -> Iterator[str]:
 
 
 def _sharing(case: _Case) -> Iterator[str]:
-    if case.upcycle.method in ("sharing_inner", "sharing_inter") and (
-        (taken := case.size + case.shared) > case.dense_size
-    ):
+    if case.method.experts == "subsets" and ((taken := case.size + case.shared) > case.dense_size):
         yield (
             f"moe.moe_ffn_hidden_size + moe_shared_expert_intermediate_size = {case.size} + "
             f"{case.shared} = {taken} must be at most the dense model's intermediate_size "
@@ -153,24 +160,26 @@ def _sharing(case: _Case) -> Iterator[str]:
 
 
 def _shared_expert(case: _Case) -> Iterator[str]:
-    method = case.upcycle.method
-    if case.shared and method not in _WITH_SHARED:
+    method = case.method
+    if case.shared and method.shared == "none":
+        others = ", ".join(name for name, row in METHODS.items() if row.shared != "none")
         yield (
             f"moe.moe_shared_expert_intermediate_size ({case.shared}) {case.with_method} has no "
             "neurons to use: the routed experts hold the whole dense FFN, and its neurons would "
-            f"count twice.\n  methods with a shared expert: {', '.join(_WITH_SHARED)}"
+            f"count twice.\n  methods with a shared expert: {others}"
         )
-    if not case.shared and method in ("sharing_inter", "weaver"):
+    if not case.shared and method.shared == "required":
         yield (
-            f"upcycle.method ({method}) needs moe.moe_shared_expert_intermediate_size: the "
-            "method moves common neurons to a shared expert.\n  set it, or set upcycle.method="
-            f"{'split_clustered' if method == 'weaver' else 'sharing_inner'} to have none"
+            f"upcycle.method ({case.upcycle.method}) needs "
+            "moe.moe_shared_expert_intermediate_size: the method moves common neurons to a "
+            "shared expert.\n  set it, or set upcycle.method="
+            f"{method.without_shared} to have none"
         )
 
 
 def _mix(case: _Case) -> Iterator[str]:
     sources, experts = 1 + len(case.upcycle.mix_with), case.moe.num_moe_experts
-    if (case.upcycle.method == "mix") != (sources > 1):
+    if case.method.several_sources != (sources > 1):
         yield (
             f"upcycle.mix_with ({sources - 1} folders) {case.with_method}: method mix takes "
             "experts from source.path and at least one more dense model, other methods only from "
@@ -186,7 +195,7 @@ def _mix(case: _Case) -> Iterator[str]:
 
 
 def _factors(case: _Case) -> Iterator[str]:
-    u, granular = case.upcycle, case.upcycle.method == "granular"
+    u, granular = case.upcycle, case.method.experts == "shards"
     if u.scale is not None and not granular:
         yield (
             f"upcycle.scale ({u.scale}) requires upcycle.method (granular), but it is {u.method}: "
@@ -204,7 +213,7 @@ def _factors(case: _Case) -> Iterator[str]:
             "output.\n"
             "  set upcycle.rescale_at=weights, or upcycle.scale=exact"
         )
-    if u.permutation_seed is not None and u.method not in _BY_POSITION:
+    if u.permutation_seed is not None and not case.method.by_position:
         yield (
             f"upcycle.permutation_seed ({u.permutation_seed}) has no effect {case.with_method}, "
             "which chooses neurons itself.\n  leave it unset, and set upcycle.seed"
@@ -212,9 +221,48 @@ def _factors(case: _Case) -> Iterator[str]:
 
 
 def _router(case: _Case) -> Iterator[str]:
-    if case.upcycle.router_init == "virtual_groups" and case.upcycle.method != "granular":
+    if case.upcycle.router_init == "virtual_groups" and case.method.experts != "shards":
         yield (
             f"upcycle.router_init (virtual_groups) {case.with_method}: only experts of method "
             "granular are shards of replicas that must be chosen together.\n"
             "  leave upcycle.router_init unset, or set upcycle.method=granular"
         )
+
+
+def _fit(case: _Case) -> Iterator[str]:
+    u = case.upcycle
+    if not u.fit:
+        return
+    named = f"upcycle.fit ({', '.join(u.fit)})"
+    if not case.method.sums_parts:
+        methods = ", ".join(name for name, row in METHODS.items() if row.sums_parts)
+        yield (
+            f"{named} {case.with_method}: it solves for experts that are parts of the dense FFN.\n"
+            f"  set upcycle.method to one of {methods}, or leave upcycle.fit empty"
+        )
+    if u.reinit_ratio or u.noise_std:
+        yield (
+            f"{named} cannot be combined with upcycle.reinit_ratio ({u.reinit_ratio}) or "
+            f"upcycle.noise_std ({u.noise_std}): they change the neurons that were solved for.\n"
+            "  leave them unset"
+        )
+    if "calibrated" in (u.rescale, u.scale):
+        yield (
+            f"{named} cannot be combined with upcycle.rescale (calibrated): the solution has its "
+            "own magnitude.\n  leave upcycle.rescale unset"
+        )
+    if "router" in u.fit and u.router_init is not None:
+        yield (
+            f"upcycle.router_init ({u.router_init}) has no effect with {named}, which solves for "
+            "the router's rows.\n  leave upcycle.router_init unset"
+        )
+    if case.moe.router_gate != "linear":
+        yield (
+            f"{named} requires moe.router_gate (linear), but it is {case.moe.router_gate}: its "
+            "choices are random in training.\n  set moe.router_gate=linear"
+        )
+
+
+_RULES = (
+    _whole, _granular, _partition, _sharing, _shared_expert, _mix, _factors, _router, _fit,
+)  # fmt: skip

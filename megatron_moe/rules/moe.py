@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_moe.experts.recipe import moe_layer_ids
+from megatron_moe.experts.resolve import moe_layer_ids
 from megatron_moe.rules.case import Case, indivisible
 from megatron_moe.rules.construction import construction_violations
 
@@ -17,7 +17,7 @@ def construction(case: Case) -> Iterator[str]:
 def shared_expert(case: Case) -> Iterator[str]:
     """Check that tp divides the shared expert."""
     tp = case.config.parallel.tensor_parallel_size
-    size = case.config.moe.moe_shared_expert_intermediate_size or 0
+    size = case.config.moe.shared_size
     if size % tp:
         yield indivisible(
             "moe.moe_shared_expert_intermediate_size", size,
@@ -125,7 +125,7 @@ def router(case: Case) -> Iterator[str]:
             "(softmax) to be sigmoid: the bias is added to independent scores of experts.\n"
             "  set moe.moe_router_score_function=sigmoid"
         )
-    noisy = moe.router_gate != "linear"
+    noisy = moe.router_gate.startswith("noisy_")
     if noisy and sigmoid:
         yield (
             f"moe.router_gate ({moe.router_gate}) needs moe.moe_router_score_function (sigmoid) to "

@@ -35,6 +35,12 @@ def texts(case: Case) -> Iterator[str]:
             "  set data.path for one text, or data.domains for several named texts with weights"
         )
         return
+    for name, default in (("text_key", "text"), ("add_bos", False)):
+        if data.kind == "chat" and (value := getattr(data, name)) != default:
+            yield (
+                f"data.{name} ({value}) requires data.kind text: the chat template decides what a "
+                f"conversation's text is.\n  remove data.{name}"
+            )
     if data.domains is not None and data.validation_path is not None:
         yield (
             "data.validation_path requires data.path.\n"

@@ -9,10 +9,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+
+@runtime_checkable
+class ClipsGradients(Protocol):
+    """An optimizer that can scale gradients within its own pass over them."""
+
+    def clip(self, *, max_norm: float, total_norm: float) -> None:
+        """Make the next step scale gradients of norm ``total_norm`` to ``max_norm``."""
 
 
 class FusedAdamW(torch.optim.Optimizer):

@@ -17,8 +17,7 @@ from datetime import timedelta
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Literal
-from urllib.parse import urlsplit
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -29,12 +28,20 @@ from megatron_moe import errors
 from megatron_moe.errors import ConfigError, UserError
 from megatron_moe.log import console, quiet_megatron
 from megatron_moe.runtime import cpu
+from megatron_moe.runtime.cores import threads_per_rank
 from megatron_moe.runtime.gpus import claim_gpu, gpu_of, visible_gpus
+from megatron_moe.runtime.launchers import RankPosition
 
 TIMEOUT = timedelta(hours=2)
 """Timeout of a collective; the watch (guard.hang_seconds) ends a stuck job long before."""
 PR_SET_PDEATHSIG = 1
-FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+FORWARDED_SIGNALS = (
+    signal.SIGTERM,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGINT,
+    signal.SIGHUP,
+)
 NOTICE_SECONDS = 15.0
 """Seconds that the other local ranks have to report and exit after one has failed."""
 RESUME_HINT = "  run the same command to resume from the newest checkpoint"
@@ -59,25 +66,6 @@ class World:
             _report(self.reports, self.rank, error)
         else:
             print(f"rank {self.rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-
-
-@dataclass(frozen=True, slots=True)
-class RankPosition:
-    """Position that the launcher assigned to a process, before it joins the job."""
-
-    rank: int
-    size: int
-    local_rank: int
-    local_size: int
-    init_method: str
-
-    @property
-    def address(self) -> str:
-        """Address at which the other ranks reach rank 0."""
-        if self.init_method.startswith("file:"):
-            return "127.0.0.1"
-        url = urlsplit(self.init_method)
-        return url.hostname or os.environ["MASTER_ADDR"]
 
 
 def resolve_device(
@@ -114,29 +102,6 @@ def resolve_device(
     return "cpu"
 
 
-def position_from_environment() -> RankPosition | None:
-    """Return the position that torchrun or SLURM assigned; None if the process has no launcher."""
-    env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:  # torchrun
-        local_rank, local_size = int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
-        return RankPosition(
-            int(env["RANK"]), int(env["WORLD_SIZE"]), local_rank, local_size, "env://"
-        )
-    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:  # srun, a task per rank
-        if "MASTER_ADDR" not in env:
-            raise ConfigError(
-                "SLURM started this job, but MASTER_ADDR is not set: ranks connect to that host.\n"
-                "  export MASTER_ADDR=<first host of the job>, as launch/slurm.sbatch does"
-            )
-        address = f"tcp://{env['MASTER_ADDR']}:{env.get('MASTER_PORT', '29500')}"
-        local_size = int(env.get("SLURM_NTASKS_PER_NODE", 1))
-        local_rank = int(env["SLURM_LOCALID"])
-        return RankPosition(
-            int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), local_rank, local_size, address
-        )
-    return None
-
-
 @contextlib.contextmanager
 def joined(
     position: RankPosition, device: Literal["cpu", "cuda"], reports: Path | None = None
@@ -147,11 +112,12 @@ def joined(
         local_device = _select_gpu(position)
     else:
         cpu.install()
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // position.local_size))
+        if (threads := threads_per_rank(position.local_size)) is not None:
+            torch.set_num_threads(threads)
         local_device = cpu.CPU
     dist.init_process_group(
         "nccl" if device == "cuda" else "gloo",
-        init_method=position.init_method,
+        **_rendezvous(position),
         rank=position.rank,
         world_size=position.size,
         timeout=TIMEOUT,
@@ -178,6 +144,18 @@ def joined(
         dist.destroy_process_group()
 
 
+def _rendezvous(position: RankPosition) -> dict[str, Any]:
+    """Return the arguments of ``init_process_group`` that say where ranks meet.
+
+    torch percent-encodes the path of a ``file://`` address on some ways and not on others, so that
+    ranks wait for each other in different files; a store takes the path itself.
+    """
+    if position.init_method.startswith("file:"):
+        path = position.init_method.removeprefix("file:")
+        return {"store": dist.FileStore(path, position.size)}
+    return {"init_method": position.init_method}
+
+
 def _select_gpu(position: RankPosition) -> torch.device:
     """Make this rank's GPU the current device, before a communicator or an allocation needs one."""
     index = gpu_of(position.local_rank, gpus=torch.cuda.device_count())
@@ -195,7 +173,8 @@ def run_local_ranks(
     """Fork ``ranks`` processes on this machine, join them and run ``fn`` on each.
 
     Forking shares the interpreter and all imported modules, so ranks start within a second.
-    SIGTERM, SIGUSR1 and SIGUSR2 are forwarded to the ranks; if this process is killed, so are they.
+    SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 are forwarded to the ranks, and a second SIGINT
+    kills them; if this process is killed, so are they.
 
     Raises:
         UserError: The error that ranks raised, once even if several ranks raised it.
@@ -204,8 +183,7 @@ def run_local_ranks(
     if device == "cpu":
         cpu.install()  # once, here, because forked ranks inherit the imports
     context = mp.get_context("fork")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with _temporary_folder() as folder:
         processes = [
             context.Process(target=_local_rank, args=(rank, fn, ranks, device, folder))
             for rank in range(ranks)
@@ -227,15 +205,36 @@ def run_local_ranks(
 
 
 @contextlib.contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    """Yield a folder for the rendezvous and the reports of local ranks."""
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="megatron-moe-", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise ConfigError(
+            f"no folder for temporary files can be written ({error}): local ranks meet in one.\n"
+            "  set TMPDIR to a folder that this user may write to"
+        ) from error
+    with folder as name:
+        yield Path(name)
+
+
+@contextlib.contextmanager
 def _forwarded_signals(processes: Sequence[BaseProcess]) -> Iterator[None]:
     """Forward signals of this process to the ranks inside a ``with`` block."""
+    interrupts = 0
 
     def forward(number: int, _: object) -> None:
+        nonlocal interrupts
+        interrupts += number == signal.SIGINT
+        if interrupts > 1:  # the first Ctrl-C lets training save, the second one ends at once
+            number = signal.SIGKILL
         for process in processes:
             if process.pid is not None and process.is_alive():
                 os.kill(process.pid, number)
 
-    before = {number: signal.signal(number, forward) for number in FORWARDED_SIGNALS}
+    # A signal that is ignored stays so: nohup ignores SIGHUP, a shell SIGINT of background jobs.
+    handled = [n for n in FORWARDED_SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, forward) for number in handled}
     try:
         yield
     finally:
@@ -267,9 +266,9 @@ def _local_rank(
         # gloo would listen at the address that the host's name has, for the whole network.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     for number in FORWARDED_SIGNALS:  # training handles them later; until then a rank may just end
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends the ranks
-    position = RankPosition(rank, ranks, rank, ranks, (folder / "rendezvous").as_uri())
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    position = RankPosition(rank, ranks, rank, ranks, f"file:{folder / 'rendezvous'}")
     try:
         with joined(position, device, folder) as world:
             fn(world)

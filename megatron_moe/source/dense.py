@@ -26,7 +26,7 @@ from megatron_moe.checkpoint.global_tensors import GlobalTensors
 from megatron_moe.checkpoint.mapped import MappedTensor
 from megatron_moe.errors import CheckpointError
 from megatron_moe.hf.header import INDEX_FILE, SINGLE_FILE, TensorInfo
-from megatron_moe.hf.names import MOE_ROLES, ROWS, Row, Sharding, dense_shapes, has_row
+from megatron_moe.hf.names import ROWS, Row, Scope, Sharding, has_row, shapes_of
 from megatron_moe.hf.reader import DenseCheckpoint, Selected, open_dense_checkpoint
 from megatron_moe.hf.spec import DenseSpec, read_spec
 
@@ -179,9 +179,9 @@ def _locations(spec: DenseSpec, source: GlobalTensors) -> list[tuple[str, _Locat
     """Return the location of every Hugging Face tensor in the checkpoint, with its name."""
     locations, problems = [], []
     for row in ROWS:
-        if row.role in MOE_ROLES or not has_row(row.role, spec):
+        if not row.scope.in_dense_model or not has_row(row, spec):
             continue
-        for layer in range(spec.num_layers) if "{layer}" in row.hf[0] else (None,):
+        for layer in (None,) if row.scope is Scope.MODEL else range(spec.num_layers):
             located = _locate(row, layer, source)
             if located is None:
                 continue  # check_tensors reports missing tensors
@@ -215,7 +215,7 @@ def _locate(row: Row, layer: int | None, source: GlobalTensors) -> tuple[str, in
 
 
 def _fused_shape(row: Row, spec: DenseSpec) -> tuple[int, ...]:
-    shapes = dense_shapes(row.role, spec)
+    shapes = shapes_of(row, spec)
     return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
@@ -228,7 +228,7 @@ def _fits(row: Row, size: tuple[int, ...], spec: DenseSpec) -> bool:
 
 def _part(row: Row, part: int, spec: DenseSpec, whole: _Location) -> _Location:
     """Return the location of part ``part`` of a fused tensor."""
-    shapes = dense_shapes(row.role, spec)
+    shapes = shapes_of(row, spec)
     shape = shapes[part]
     if row.sharding is Sharding.QKV:
         runs = [s[0] // spec.num_query_groups for s in shapes]

@@ -31,9 +31,13 @@ Decision = Literal["keep", "skip", "roll back"]
 
 
 class Signals:
-    """Record SIGTERM, SIGUSR1 and SIGUSR2 instead of exiting, inside a ``with`` block."""
+    """Record signals instead of exiting, inside a ``with`` block.
 
-    STOP = (signal.SIGTERM, signal.SIGUSR1)
+    SIGINT is Ctrl-C, SIGHUP a terminal that was closed. Signals that are ignored stay ignored, as
+    nohup wants SIGHUP.
+    """
+
+    STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
     REPORT = signal.SIGUSR2
 
     def __init__(self) -> None:
@@ -43,9 +47,12 @@ class Signals:
         """Whether a signal asked this rank for a table of stage times."""
 
     def __enter__(self) -> Self:
-        self._before = {
-            number: signal.signal(number, self._note) for number in (*self.STOP, self.REPORT)
-        }
+        numbers = [
+            number
+            for number in (*self.STOP, self.REPORT)
+            if signal.getsignal(number) is not signal.SIG_IGN
+        ]
+        self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(

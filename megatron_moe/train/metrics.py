@@ -35,8 +35,10 @@ tokens/seen                               tokens since the start of the run
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import math
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -48,6 +50,8 @@ from torch import Tensor
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.blend import BlendState
 from megatron_moe.data.held_out import HeldOut
+from megatron_moe.errors import ConfigError
+from megatron_moe.hf.disk import write_text
 from megatron_moe.runtime.memory import peak_bytes
 from megatron_moe.train.step import StepResult
 
@@ -61,7 +65,7 @@ def step_numbers(
     result: StepResult,
     *,
     step: int,
-    samples: int,
+    tokens: int,
     learning_rate: float,
     seconds: float,
     data_seconds: float,
@@ -73,7 +77,7 @@ def step_numbers(
     slowest, waited, most_bytes = _max_over_ranks(seconds, data_seconds, peak_bytes())
     ranks = dist.get_world_size()
     sequences = config.train.global_batch_size
-    tokens = sequences * config.data.seq_length
+    step_tokens = sequences * config.data.seq_length
     achieved = flops_per_sequence * sequences / slowest / ranks
     imbalance_L = result.chosen_LE.amax(dim=1) / result.chosen_LE.mean(dim=1)
     drop_rate_L = 1 - result.kept_L / result.chosen_LE.sum(dim=1)
@@ -92,13 +96,13 @@ def step_numbers(
         "router/entropy_by_layer": _rounded(result.entropy_L),
         "router/drop_rate_by_layer": _rounded(drop_rate_L),
         **expert_loads(result.chosen_LE, step, steps=config.train.steps),
-        "throughput/tokens_per_second_per_gpu": tokens / slowest / ranks,
+        "throughput/tokens_per_second_per_gpu": step_tokens / slowest / ranks,
         "throughput/tflops_per_gpu": achieved / 1e12,
         "throughput/mfu": achieved / peak_flops,
         "memory/peak_gib": most_bytes / GIB,
         "time/step_seconds": slowest,
         "time/data_seconds": waited,
-        "tokens/seen": samples * config.data.seq_length,
+        "tokens/seen": tokens,
     }
 
 
@@ -172,6 +176,7 @@ class MetricsWriter:
             wandb = importlib.import_module("wandb")
             self._wandb = wandb.init(
                 project=config.log.wandb_project,
+                id=_wandb_id(config.run.dir),
                 name=config.run.dir.name,
                 config=config.model_dump(mode="json"),
                 resume="allow",
@@ -203,6 +208,32 @@ class MetricsWriter:
             self._wandb.finish()
 
 
+def check_outputs(config: RunConfig) -> None:
+    """Check before the run that the packages for its metrics are installed.
+
+    Raises:
+        ConfigError: One of them is missing.
+    """
+    needed = {
+        f"log.wandb_project ({config.log.wandb_project})": config.log.wandb_project and "wandb",
+        "log.tensorboard (true)": config.log.tensorboard and "tensorboard",
+    }
+    for setting, package in needed.items():
+        if package and importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"{setting} needs the package {package}, which is not installed.\n"
+                f"  pip install {package}, or remove the setting"
+            )
+
+
+def _wandb_id(run_dir: Path) -> str:
+    """Return the id of the run at Weights & Biases, the same for every job that resumes it."""
+    path = run_dir / "wandb_id"
+    if not path.exists():
+        path.write_text(secrets.token_hex(8) + "\n")
+    return path.read_text().strip()
+
+
 def _finite(numbers: Mapping[str, Any]) -> dict[str, Any]:
     """Replace NaN and infinity by None (null), because JSON has neither."""
     return {
@@ -215,9 +246,7 @@ def _reopen(path: Path, resumed_step: int) -> TextIO:
     if path.exists():
         lines = path.read_text().splitlines()
         kept = [line for line in lines if resumed_step and _step_of(line) <= resumed_step]
-        staged = path.with_suffix(".partial")
-        staged.write_text("".join(line + "\n" for line in kept))
-        staged.replace(path)
+        write_text(path, "".join(line + "\n" for line in kept))
     return path.open("a")
 
 

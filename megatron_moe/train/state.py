@@ -12,7 +12,7 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -23,6 +23,7 @@ from megatron_moe.config.run import RunConfig
 from megatron_moe.data.blend import BlendState, start_blend
 from megatron_moe.model.build import Model
 from megatron_moe.runtime.engine import Engine
+from megatron_moe.train.optimizers import optimizer_config
 
 
 @dataclass(slots=True)
@@ -40,6 +41,8 @@ class TrainState:
     """Optimizer steps taken."""
     samples: int = 0
     """Sequences consumed: the position in the data, independent of the layout."""
+    tokens: int = 0
+    """Tokens consumed; sequences may have had several lengths."""
 
     def gather_weights(self) -> None:
         """Gather updated weights on every dp rank, for code that reads them outside a forward pass.
@@ -83,7 +86,7 @@ def make_state(config: RunConfig, model: Model, groups: ProcessGroupCollection) 
             )
         )
     optimizer = get_megatron_optimizer(
-        optimizer_config(config, engine),
+        optimizer_config(config, overlap_param_gather=_overlaps_gather(config, engine)),
         wrapped,
         pg_collection=groups,
         use_gloo_process_groups=False,
@@ -124,25 +127,6 @@ def _gather_weights_once(optimizer: Any) -> None:
     sharded = [part for part in optimizer.chained_optimizers if hasattr(part, "model_chunks")]
     for part in sharded[:-1]:
         part._defer_param_sync = True
-
-
-def optimizer_config(config: RunConfig, engine: Engine) -> OptimizerConfig:
-    """Return AdamW with LLaMA's betas (arXiv 2302.13971, section 2.3), sharded over dp."""
-    bf16 = config.train.precision == "bf16"
-    return OptimizerConfig(
-        optimizer="adam",
-        lr=config.optimizer.lr,
-        min_lr=config.optimizer.min_lr,
-        weight_decay=config.optimizer.weight_decay,
-        adam_beta1=0.9,
-        adam_beta2=0.95,
-        adam_eps=1e-8,
-        clip_grad=config.optimizer.clip_grad,
-        bf16=bf16,
-        params_dtype=torch.bfloat16 if bf16 else torch.float32,
-        use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
-        overlap_param_gather=_overlaps_gather(config, engine),
-    )
 
 
 def _overlaps_gather(config: RunConfig, engine: Engine) -> bool:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -26,11 +25,10 @@ from megatron_moe.data.batches import Batch
 from megatron_moe.data.packing import document_bounds
 from megatron_moe.model.build import Model
 from megatron_moe.model.loss import make_output_processor
-from megatron_moe.model.noisy_router import set_samples
-from megatron_moe.model.router import CountingRouter, expert_biases
-from megatron_moe.runtime.adamw import FusedAdamW
+from megatron_moe.model.routers import expert_biases, routers_in
 from megatron_moe.runtime.engine import Engine
 from megatron_moe.train.guard import Decision, StepGuard
+from megatron_moe.train.optimizers import clip_and_step
 from megatron_moe.train.state import TrainState
 
 Mark = Callable[[str], None]
@@ -91,13 +89,14 @@ def train_step(
     result = _result(totals, state.model, grad_norm, groups)
     decision = guard(step=state.step + 1, loss=result.lm_loss, grad_norm=grad_norm)
     if decision == "keep":
-        _update(optimizer, grad_norm)
+        clip_and_step(optimizer, grad_norm)
     else:
         for bias_E, before_E in biases:
             bias_E.copy_(before_E)
     state.schedule.step(increment=1)
     state.step += 1
     state.samples += config.train.global_batch_size
+    state.tokens += config.train.global_batch_size * config.data.seq_length
     return replace(result, decision=decision)
 
 
@@ -111,18 +110,6 @@ def _weigh_tokens(model: Model, batches: list[Batch], groups: ProcessGroupCollec
     dist.all_reduce(tokens, group=groups.dp_cp)
     mean_over = tokens.clamp(min=1)
     model.transformer.grad_scale_func = lambda loss: loss / mean_over
-
-
-def _update(optimizer: Any, grad_norm: float) -> None:
-    """Clip by the given norm and step; `optimizer.step` would compute the norm a second time."""
-    for part in optimizer.chained_optimizers:
-        limit = {"max_norm": part.config.clip_grad, "total_norm": grad_norm}
-        parameters = [] if part.is_stub_optimizer else part.get_parameters()
-        if isinstance(part.optimizer, FusedAdamW):
-            part.optimizer.clip(**limit)
-        elif parameters:
-            clip_grad_by_total_norm_fp32(parameters, **limit)
-    optimizer.step_with_ready_grads()
 
 
 @torch.no_grad()
@@ -191,10 +178,12 @@ def _forward_step(
     at("forward")
     device = _device(model)
     batch = next(batches).map(lambda x: x.to(device, non_blocking=True))
-    if config.moe.router_gate != "linear":
-        set_samples(module, batch.samples_B)
+    for router in routers_in(module):
+        router.start_pass(batch.samples_B)
     documents = (
-        _documents(batch.position_ids_BS, model.engine) if config.data.reset_attention else {}
+        document_arguments(batch.position_ids_BS, model.engine)
+        if config.data.reset_attention
+        else {}
     )
     output = module(
         batch.tokens_BS,
@@ -208,7 +197,7 @@ def _forward_step(
     return output, partial(_loss, batch.loss_mask_BS)
 
 
-def _documents(position_ids_BS: Tensor, engine: Engine) -> dict[str, Any]:
+def document_arguments(position_ids_BS: Tensor, engine: Engine) -> dict[str, Any]:
     """Return arguments that keep attention within documents: `SdpaAttention`'s mask, or bounds.
 
     Transformer Engine takes bounds of a single row without context parallelism; the rules reject
@@ -255,11 +244,8 @@ def _total_over_ranks(model: Model, losses: list[Tensor], num_micro_batches: int
     num_layers, num_experts = _moe_shape(model)
     zeros_4E = torch.zeros(4, num_experts, dtype=torch.float64, device=_device(model))
     counts_L4E = [zeros_4E] * num_layers
-    for chunk in model.chunks:
-        for router in chunk.module.modules():
-            if isinstance(router, CountingRouter):
-                assert router.layer_number is not None
-                counts_L4E[router.layer_number - 1] = router.take_counts()
+    for router in routers_in(*(chunk.module for chunk in model.chunks)):
+        counts_L4E[router.layer] = router.take_counts()
     tracked_2L = _tracked_losses(num_layers, _device(model)) / num_micro_batches
     wide_L2E, narrow_L2E = torch.stack(counts_L4E).split(2, dim=1)
     numbers = [tracked_2L, narrow_L2E.sum(dim=2), wide_L2E]

@@ -14,8 +14,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_moe.data import corpus
 from megatron_moe.data.corpus import tokenize_files
-from megatron_moe.data.documents import ReadPosition, find_files, read_blocks, split_pieces
+from megatron_moe.data.documents import ReadPosition, read_blocks, split_pieces
 from megatron_moe.data.encode import Encoded, Rules
+from megatron_moe.data.files import find_files
 from megatron_moe.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_moe.errors import DataError
 
@@ -108,7 +109,7 @@ def test_every_format_gives_the_same_documents(
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr("megatron_moe.data.documents.BLOCK_SIZE", 20_000)
-    monkeypatch.setattr("megatron_moe.data.documents._ROWS", 20)
+    monkeypatch.setattr("megatron_moe.data.tables._ROWS", 20)
     path = write(tmp_path, texts)
     tokenize_files([path], tmp_path / "out", tokenizer)
     assert documents(tmp_path / "out") == expected(texts, tokenizer)

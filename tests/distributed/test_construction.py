@@ -144,7 +144,7 @@ def check_layouts(
 
 def filled_model(config: RunConfig, layout: Any, groups: Any, rank: int) -> tuple[Any, Any, Any]:
     from megatron_moe.model.build import build_model
-    from megatron_moe.model.router import set_output_scales
+    from megatron_moe.model.routers import set_output_scales
     from megatron_moe.model.upcycle import check_coverage, upcycle
 
     dense = open_dense_checkpoint(config.source.path)

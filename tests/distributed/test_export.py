@@ -30,6 +30,7 @@ CASES = {
     "mixtral": ("llama", {}, "tp2-ep4-etp1", {}, "MixtralForCausalLM"),
     "mixtral-tied": ("llama", {"tie_word_embeddings": True}, "pp2", {}, "MixtralForCausalLM"),
     "mixtral-from-mistral": ("mistral", {}, "tp2-ep2-etp2", {}, "MixtralForCausalLM"),
+    "mixtral-from-phi3": ("phi3", {}, "tp2-ep2-etp2", {}, "MixtralForCausalLM"),
     "qwen2-moe": ("qwen2", {}, "tp2-ep2", {}, "Qwen2MoeForCausalLM"),
     "qwen2-moe-softmax-topk": ("qwen2", {}, "ep2", {"router_order": "softmax_topk"},
                                "Qwen2MoeForCausalLM"),
@@ -79,7 +80,7 @@ def check_logits(world: World, config: RunConfig, checkpoint: Path, exported: Pa
     from megatron_moe.experts.plan import make_expert_plan
     from megatron_moe.hf.spec import read_spec
     from megatron_moe.model.build import build_model
-    from megatron_moe.model.router import set_output_scales
+    from megatron_moe.model.routers import set_output_scales
     from megatron_moe.model.verify import compare_with_dense
     from megatron_moe.parallel.groups import create_groups
     from megatron_moe.train.state import make_state

@@ -34,6 +34,7 @@ MODELS = {
     "mistral": ("mistral", {}),
     "qwen2-bias": ("qwen2", {}),
     "qwen3-qk-norm": ("qwen3", {"head_dim": 16}),
+    "phi3-fused": ("phi3", {}),
 }  # fmt: skip
 
 ALL_LAYOUTS = [pytest.param("llama-tied", layout, id=f"llama-tied-{layout}") for layout in LAYOUTS]
@@ -107,7 +108,7 @@ def test_softmax_topk_of_copies_is_not_the_dense_model(folders: dict[str, Path])
 
 def check_logits(world: World, config: RunConfig) -> None:
     from megatron_moe.model.build import build_model
-    from megatron_moe.model.router import set_output_scales
+    from megatron_moe.model.routers import set_output_scales
     from megatron_moe.model.upcycle import check_coverage, upcycle
     from megatron_moe.model.verify import compare_with_dense
     from megatron_moe.parallel.groups import create_groups

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from megatron_moe.config.run import Moe, Upcycle
-from megatron_moe.experts import share, split
+from megatron_moe.experts.methods import METHODS
+from megatron_moe.experts.partition import Evidence
 from megatron_moe.experts.plan import ExpertPlan, LayerPlan, LayerTable, make_expert_plan
 from megatron_moe.hf.spec import spec_from_config
 
@@ -115,13 +116,10 @@ def test_copies_are_the_dense_layer():
 
 def with_table(plan: ExpertPlan) -> ExpertPlan:
     recipe, measured = plan.recipe, np.random.default_rng(1).random((plan.recipe.num_experts, F))
-    match recipe.method:
-        case "split_clustered":
-            part = split.clustered(recipe, LAYER, UP_FD.float().numpy())
-        case "weaver":
-            part = share.weaver(recipe, LAYER, measured)
-        case _:
-            return plan
+    if plan.needs == "nothing":
+        return plan
+    evidence = Evidence(up_FD=UP_FD.float().numpy(), importance_CF=measured, activity_CF=measured)
+    part = METHODS[recipe.method].partition(recipe, LAYER, evidence)
     return plan.with_tables({LAYER: LayerTable(neurons_EM=part.neurons_EM, shared_S=part.shared_S)})
 
 

@@ -4,20 +4,28 @@ Shape letters: E experts, F dense neurons, M neurons of an expert, S shared neur
 """
 
 import itertools
+from typing import get_args
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_moe.config.run import Method
 from megatron_moe.experts import replicate, router, share, split
 from megatron_moe.experts.balanced import assign, balanced_kmeans
 from megatron_moe.experts.draws import BLOCK_NEURONS, Use, generator, normal_rows
+from megatron_moe.experts.methods import METHODS
+from megatron_moe.experts.partition import Evidence
 from megatron_moe.experts.plan import ExpertPlan
 from megatron_moe.experts.recipe import Recipe
 
 QUICK = settings(max_examples=60, deadline=None)
 SEEDS = st.integers(0, 2**31)
+
+
+def test_every_method_of_the_settings_has_a_row():
+    assert set(METHODS) == set(get_args(Method))
 
 
 def recipe(method="copy", *, experts=4, size=12, dense=48, **more) -> Recipe:
@@ -39,7 +47,7 @@ def test_a_random_split_is_a_partition(experts, size, shared, seed, layer):
     dense = experts * size + shared
     recipe_ = recipe("split_random", experts=experts, size=size, dense=dense, seed=seed,
                    shared_size=shared)  # fmt: skip
-    part, again = split.random(recipe_, layer), split.random(recipe_, layer)
+    part, again = (split.random(recipe_, layer, Evidence()) for _ in range(2))
     assert part.neurons_EM.shape == (experts, size)
     assert sorted([*part.neurons_EM.ravel(), *part.shared_S]) == list(range(dense))
     assert (np.diff(part.neurons_EM, axis=1) > 0).all()
@@ -51,7 +59,9 @@ def test_a_random_split_is_a_partition(experts, size, shared, seed, layer):
 @given(experts=st.integers(1, 8), size=st.integers(1, 60), seed=SEEDS, layer=st.integers(0, 50))
 def test_qwen_uses_each_copy_once_and_discards_the_rest(experts, size, seed, layer):
     dense = 48
-    neurons_EM = replicate.qwen(recipe("qwen", experts=experts, size=size, seed=seed), layer)
+    neurons_EM = replicate.qwen(
+        recipe("qwen", experts=experts, size=size, seed=seed), layer, Evidence()
+    ).neurons_EM
     assert neurons_EM.shape == (experts, size)
     copies, rest = divmod(experts * size, dense)
     counts_F = np.bincount(neurons_EM.ravel(), minlength=dense)
@@ -64,7 +74,7 @@ def test_qwen_uses_each_copy_once_and_discards_the_rest(experts, size, seed, lay
 def test_granular_holds_the_dense_layer_once_a_replica(shards, replicas, seed):
     recipe_ = recipe("granular", experts=shards * replicas, size=6, dense=6 * shards,
                    permutation_seed=seed)  # fmt: skip
-    neurons_EM = replicate.granular(recipe_, 3)
+    neurons_EM = replicate.granular(recipe_, 3, Evidence()).neurons_EM
     for replica in neurons_EM.reshape(replicas, -1):
         assert sorted(replica) == list(range(6 * shards))
     assert (neurons_EM[:shards] == neurons_EM[-shards:]).all()
@@ -74,12 +84,15 @@ def test_granular_holds_the_dense_layer_once_a_replica(shards, replicas, seed):
 @given(seed=SEEDS, shared=st.integers(0, 12), size=st.integers(1, 12))
 def test_sharing_takes_the_most_important(seed, shared, size):
     importance_EF = np.random.default_rng(seed).random((3, 24))
-    inner = share.sharing_inner(importance_EF, size=size)
+    sizes = {"experts": 3, "size": size, "dense": 24}
+    evidence = Evidence(importance_CF=importance_EF)
+    inner = share.sharing_inner(recipe("sharing_inner", **sizes), 0, evidence)
     for row_F, neurons_M in zip(importance_EF, inner.neurons_EM, strict=True):
         assert len(set(neurons_M)) == size
         left = np.delete(row_F, neurons_M)
         assert left.max(initial=0) <= row_F[neurons_M].min()
-    inter = share.sharing_inter(importance_EF, size=size, shared=shared)
+    recipe_ = recipe("sharing_inter", **sizes, shared_size=shared)
+    inter = share.sharing_inter(recipe_, 0, evidence)
     assert len(set(inter.shared_S)) == shared
     counts_F = np.bincount(inner.neurons_EM.ravel(), minlength=24)
     if shared:
@@ -92,9 +105,23 @@ def test_sharing_takes_the_most_important(seed, shared, size):
 
 def test_experts_that_want_the_same_neurons_share_them():
     importance_EF = np.array([[9, 8, 7, 1, 0, 0], [9, 8, 0, 0, 7, 1]], dtype=float)
-    part = share.sharing_inter(importance_EF, size=2, shared=2)
+    recipe_ = recipe("sharing_inter", experts=2, size=2, dense=6, shared_size=2)
+    part = share.sharing_inter(recipe_, 0, Evidence(importance_CF=importance_EF))
     assert part.shared_S.tolist() == [0, 1]
     assert part.neurons_EM.tolist() == [[2, 3], [4, 5]]
+
+
+def test_coactivation_groups_what_fires_together_and_shares_what_always_does():
+    """Of 32 neurons, 8 serve every token, and each of 4 kinds of token uses 6 others."""
+    rng = np.random.default_rng(0)
+    kind_H = rng.integers(0, 4, 64)
+    special_HF = np.repeat(np.eye(4)[kind_H], 6, axis=1) * rng.uniform(0.5, 1.5, (64, 24))
+    contribution_HF = np.concatenate([special_HF, rng.uniform(0.9, 1.1, (64, 8))], axis=1)
+    recipe_ = recipe("split_coactivation", experts=4, size=6, dense=32, shared_size=8)
+    evidence = Evidence(contribution_HF=contribution_HF.astype(np.float32))
+    part = share.coactivation(recipe_, 0, evidence)
+    assert part.shared_S.tolist() == list(range(24, 32))
+    assert sorted(map(tuple, part.neurons_EM)) == [tuple(range(6 * i, 6 * i + 6)) for i in range(4)]
 
 
 def test_weaver_shares_the_even_and_groups_the_alike():
@@ -102,7 +129,7 @@ def test_weaver_shares_the_even_and_groups_the_alike():
     special = np.kron(np.eye(4), np.ones((1, 6))) + 0.01
     activity_CF = np.concatenate([special, even], axis=1)
     recipe_ = recipe("weaver", experts=4, size=6, dense=32, shared_size=8)
-    part = share.weaver(recipe_, 0, activity_CF)
+    part = share.weaver(recipe_, 0, Evidence(activity_CF=activity_CF))
     assert part.shared_S.tolist() == list(range(24, 32))
     assert sorted(map(tuple, part.neurons_EM)) == [tuple(range(6 * i, 6 * i + 6)) for i in range(4)]
 
@@ -191,7 +218,7 @@ def test_virtual_groups_repeat_a_row_for_each_shard():
 
 def test_methods_differ_by_seed_and_layer():
     seen = {
-        split.random(recipe("split_random", seed=seed), layer).neurons_EM.tobytes()
+        split.random(recipe("split_random", seed=seed), layer, Evidence()).neurons_EM.tobytes()
         for seed in range(4)
         for layer in range(4)
     }

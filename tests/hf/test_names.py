@@ -4,12 +4,15 @@ import itertools
 from pathlib import Path
 
 import pytest
+import torch
 from ranks import run_on_ranks
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, save_dense
 from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
+    Phi3ForCausalLM,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
     Qwen3MoeConfig,
@@ -17,22 +20,24 @@ from transformers import (
 )
 
 from megatron_moe.config.run import Data, Moe, Parallel, Run, RunConfig, Source, Train
+from megatron_moe.errors import CheckpointError
+from megatron_moe.hf.families import FAMILIES as FAMILIES_TABLE
+from megatron_moe.hf.header import read_headers
 from megatron_moe.hf.names import (
-    GATE_ROLES,
     MOE_NAMES,
     ROW_OF_ROLE,
     ROWS,
-    dense_shapes,
+    Scope,
     dense_tensors,
     has_row,
+    llama_tensors,
     match,
+    shapes_of,
 )
+from megatron_moe.hf.reader import open_dense_checkpoint
 from megatron_moe.hf.spec import DenseSpec, read_spec
 from megatron_moe.runtime.engine import TORCH_ON_CPU
 from megatron_moe.runtime.world import World
-
-SHARED_ROLES = {"shared_fc1", "shared_fc2"}
-EXPERT_ROLES = {"router", "expert_fc1", "expert_fc2", *SHARED_ROLES, *GATE_ROLES}
 
 DENSE_MODELS = [
     pytest.param(family, tied, id=f"{family}-{'tied' if tied else 'untied'}")
@@ -68,9 +73,42 @@ def shapes_on_disk(folder: Path) -> dict[str, tuple[int, ...]]:
 @pytest.mark.parametrize(("family", "tied"), DENSE_MODELS)
 def test_dense_tensors_are_those_transformers_writes(tmp_path: Path, family: str, tied: bool):
     folder = save_dense(tmp_path, family, tie_word_embeddings=tied)
-    listed = list(dense_tensors(read_spec(folder)))
+    spec = read_spec(folder)
+    listed, tensors = list(dense_tensors(spec)), read_headers(folder)
     assert len(listed) == len(dict(listed)), "each tensor is named by one row"
-    assert dict(listed) == shapes_on_disk(folder)
+    assert dict(listed) == {name: i.shape for name, i in llama_tensors(tensors, spec).items()}
+    if not FAMILIES_TABLE[family].tensors:
+        assert dict(listed) == shapes_on_disk(folder)
+
+
+def test_a_stacked_tensor_is_taken_apart_by_rows(tmp_path: Path):
+    """The oracle is transformers, which splits the outputs of fused layers so."""
+    checkpoint = open_dense_checkpoint(save_dense(tmp_path, "phi3"))
+    model = Phi3ForCausalLM.from_pretrained(tmp_path)
+    attention, mlp = model.model.layers[2].self_attn, model.model.layers[2].mlp
+    q, k, v = attention.qkv_proj.weight.split([64, 32, 32])
+    gate, up = mlp.gate_up_proj.weight.chunk(2)
+    expected = {
+        "self_attn.q": q,
+        "self_attn.k": k,
+        "self_attn.v": v,
+        "mlp.gate": gate,
+        "mlp.up": up,
+    }
+    for name, values in expected.items():
+        assert torch.equal(checkpoint.read(f"model.layers.2.{name}_proj.weight"), values), name
+    rows = checkpoint.read("model.layers.2.mlp.up_proj.weight", rows=torch.tensor([95, 3]))
+    assert torch.equal(rows, up[[95, 3]])
+
+
+def test_a_stacked_tensor_of_another_shape_is_reported_by_its_name(tmp_path: Path):
+    folder = save_dense(tmp_path, "phi3")
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.gate_up_proj.weight"
+    save_file(tensors | {name: tensors[name][:-2].clone()}, folder / "model.safetensors")
+    checkpoint = open_dense_checkpoint(folder)
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+        checkpoint.check_tensors(dict(dense_tensors(checkpoint.spec)))
 
 
 @pytest.mark.parametrize("architecture", MOE_MODELS)
@@ -103,7 +141,7 @@ def test_moe_names_are_those_transformers_writes(tmp_path: Path, architecture: s
     assert dict(named) == routed
     # Tensors outside the experts keep their names of the dense model.
     others = {name for name in on_disk if name not in routed and "_expert_gate" not in name}
-    roles = {row.role for row in ROWS} - EXPERT_ROLES - {"fc1", "fc2"}
+    roles = {row.role for row in ROWS if row.scope in (Scope.MODEL, Scope.LAYER)}
     roles -= {"qkv_bias"} if architecture != "Qwen2MoeForCausalLM" else set()
     roles -= {"q_norm", "k_norm"} if architecture != "Qwen3MoeForCausalLM" else set()
     assert others == {
@@ -159,8 +197,8 @@ def test_no_megatron_name_stands_twice():
 def test_every_row_shapes_as_many_tensors_as_it_names(tmp_path: Path):
     spec = read_spec(save_dense(tmp_path))
     for row in ROWS:
-        if row.role not in EXPERT_ROLES:
-            assert len(dense_shapes(row.role, spec)) == len(row.hf), row.role
+        if row.hf:
+            assert len(shapes_of(row, spec, E=3, M=5, S=7)) == len(row.hf), row.role
 
 
 @pytest.mark.parametrize(
@@ -217,18 +255,18 @@ def check_built_names(world: World, folder: Path, spec: DenseSpec) -> None:
 def expected_parameters(spec: DenseSpec, *, moe_layers: set[int], experts: int):
     """Yield every (role, layer, expert) that a model of this shape has on one rank."""
     for row in ROWS:
-        if not has_row(row.role, spec) or row.role in GATE_ROLES:
-            continue
-        if "{layer}" not in row.megatron[0]:
-            yield row.role, None, None
+        if not has_row(row, spec):
             continue
         for layer in range(spec.num_layers):
             routed = layer in moe_layers
-            if row.role in ("expert_fc1", "expert_fc2"):
-                yield from ((row.role, layer, e) for e in range(experts if routed else 0))
-            elif row.role == "router" or row.role in SHARED_ROLES:
-                yield from [(row.role, layer, None)] * routed
-            elif row.role in ("fc1", "fc2"):
-                yield from [(row.role, layer, None)] * (not routed)
-            else:
-                yield row.role, layer, None
+            match row.scope:
+                case Scope.MODEL:
+                    yield row.role, None, None
+                case Scope.LAYER:
+                    yield row.role, layer, None
+                case Scope.DENSE:
+                    yield from [(row.role, layer, None)] * (not routed)
+                case Scope.MOE | Scope.SHARED:
+                    yield from [(row.role, layer, None)] * routed
+                case Scope.EXPERT:
+                    yield from ((row.role, layer, e) for e in range(experts if routed else 0))

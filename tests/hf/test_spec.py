@@ -216,7 +216,7 @@ def test_all_reasons_come_at_once():
 
 
 def test_a_folder_without_a_readable_config_is_refused(tmp_path: Path):
-    with pytest.raises(CheckpointError, match=r"dense\.path must be a Hugging Face folder"):
+    with pytest.raises(CheckpointError, match=r"source\.path must be a Hugging Face folder"):
         read_spec(tmp_path)
     for text, reason in (("{", "is not JSON"), ("[]", "architectures is list")):
         (tmp_path / "config.json").write_text(text)

@@ -39,8 +39,17 @@ CHOSEN_E = [7.0, 5.0, 2.0, 0.0]
 
 def make_router(**moe: Any):
     from megatron_moe.model.capacity import capacity_of
+    from megatron_moe.model.router import CapacityRouter
+
+    config, megatron = router_arguments(**moe)
+    router = CapacityRouter(capacity=capacity_of(config.moe), **megatron)
+    router.weight.data.zero_()
+    router.set_layer_number(1)
+    return router.train()
+
+
+def router_arguments(**moe: Any) -> tuple[RunConfig, dict[str, Any]]:
     from megatron_moe.model.config import transformer_config
-    from megatron_moe.model.router import CountingRouter
     from megatron_moe.parallel.groups import create_groups
 
     config = RunConfig(
@@ -51,14 +60,8 @@ def make_router(**moe: Any):
         train=Train(steps=0, precision="fp32"),
     )
     _, groups = create_groups(Parallel(), seed=0)
-    router = CountingRouter(
-        capacity=capacity_of(config.moe),
-        config=transformer_config(config, SPEC, engine=TORCH_ON_CPU),
-        pg_collection=groups,
-    )
-    router.weight.data.zero_()
-    router.set_layer_number(1)
-    return router.train()
+    transformer = transformer_config(config, SPEC, engine=TORCH_ON_CPU)
+    return config, {"config": transformer, "pg_collection": groups}
 
 
 def route(router: Any, logits_TE: Tensor = LOGITS_TE) -> tuple[Tensor, Tensor]:
@@ -108,7 +111,7 @@ def check_kernels(world: World) -> None:
     router = make_router()
     probs_TE, map_TE = route(router)  # first pass; later passes add to it
     with Calls():
-        router._count(LOGITS_TE, map_TE, probs_TE.detach())
+        router.statistics.add(router._log_shares(LOGITS_TE), map_TE, probs_TE.detach())
     free = ("aten.empty", "aten.unbind", "aten.select", "aten.detach")
     launched = [name for name in Calls.names if not name.startswith(free)]
     assert len(launched) <= 9, launched

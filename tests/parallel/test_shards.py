@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from megatron_moe.hf.names import ROW_OF_ROLE, dense_shapes
+from megatron_moe.hf.names import ROW_OF_ROLE, shapes_of
 from megatron_moe.hf.spec import DenseSpec
 from megatron_moe.parallel.shards import Piece, ShardIndex, padded_vocabulary, pieces, select
 
@@ -50,7 +50,9 @@ def specs_and_sizes(draw: st.DrawFn) -> tuple[DenseSpec, int]:
 def sources(role: str, spec: DenseSpec) -> dict[str, Array]:
     """Return the row's dense tensors of layer 1, with all values distinct."""
     tensors, first = {}, 0
-    for template, shape in zip(ROW_OF_ROLE[role].hf, dense_shapes(_dense(role), spec), strict=True):
+    for template, shape in zip(
+        ROW_OF_ROLE[role].hf, shapes_of(ROW_OF_ROLE[_dense(role)], spec), strict=True
+    ):
         count = int(np.prod(shape))
         tensors[template.format(layer=1)] = np.arange(first, first + count).reshape(shape)
         first += count

@@ -17,8 +17,8 @@ from megatron_moe.planner.memory import (
     rank_memory,
 )
 from megatron_moe.planner.parameters import rank_parameters, rank_tensors
-from megatron_moe.planner.published import published
 from megatron_moe.planner.workload import RECOMPUTE_SETTINGS, Degrees, Workload
+from research.calibration.published import published
 
 WORK = Workload(sequence_length=8192, global_batch_size=256, capacity_factor=1.0)
 

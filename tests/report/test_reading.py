@@ -10,8 +10,8 @@ from synthetic_runs import DOMAINS, analysis
 from training_runs import tree
 
 from megatron_moe.errors import ConfigError
+from megatron_moe.report.evaluation import evaluation
 from megatron_moe.report.history import Series, read_history
-from megatron_moe.report.judgement import judgement
 from megatron_moe.report.read import read_run
 from megatron_moe.report.thin import thin
 
@@ -131,7 +131,7 @@ def test_scores_of_tasks_are_read_and_shown(run):
     path.write_text(json.dumps({**record, "scores": [score], "harness": []}))
     files = read_run(run)
     assert files.problems == []
-    page = judgement(files).html()
+    page = evaluation(files).html()
     assert "my_&lt;task&gt;" in page
     assert "<td>0.625</td>" in page
 

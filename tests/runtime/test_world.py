@@ -15,18 +15,20 @@ import torch.distributed as dist
 
 from megatron_moe.errors import ConfigError, JobError, UserError
 from megatron_moe.runtime import world as world_module
+from megatron_moe.runtime.launchers import RankPosition, position_from_environment
 from megatron_moe.runtime.world import (
-    RankPosition,
     World,
-    position_from_environment,
     resolve_device,
     run_local_ranks,
 )
 
-TORCHRUN = {"RANK": "5", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+TORCHRUN = {
+    "MASTER_ADDR": "node0", "MASTER_PORT": "29400", "RANK": "5", "WORLD_SIZE": "16",
+    "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4",
+}  # fmt: skip
 SLURM = {
     "SLURM_PROCID": "9", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1", "SLURM_NTASKS_PER_NODE": "8",
-    "MASTER_ADDR": "node0",
+    "MASTER_ADDR": "node0", "SLURM_STEP_ID": "0",
 }  # fmt: skip
 
 
@@ -50,7 +52,7 @@ def environment(monkeypatch: pytest.MonkeyPatch):
         pytest.param(TORCHRUN, RankPosition(5, 16, 1, 4, "env://"), id="torchrun"),
         pytest.param(
             {"RANK": "0", "WORLD_SIZE": "1"},
-            RankPosition(0, 1, 0, 1, "env://"),
+            None,
             id="rank-and-size-only",
         ),
         pytest.param(SLURM, RankPosition(9, 16, 1, 8, "tcp://node0:29500"), id="slurm"),

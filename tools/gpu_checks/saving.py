@@ -127,7 +127,7 @@ def _score_export(session: Session, config: RunConfig, trained: float, world: Wo
     from megatron_moe.commands.export import export_checkpoint
     from megatron_moe.data.samples import Samples
     from megatron_moe.data.stream import TokenStream
-    from megatron_moe.evaluate.speak import load_model
+    from megatron_moe.hf.load import load_model
 
     out = config.run.dir / "hf"
     architecture = export_checkpoint(config.run.dir, out)

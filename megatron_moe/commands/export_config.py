@@ -1,0 +1,184 @@
+"""Build ``config.json`` of an exported model, with every number stated.
+
+Families have different defaults: a Llama folder without ``rope_theta`` means 1e4, a Mixtral folder
+without it 1e6. So nothing is left to a default, and no key of the source is copied that this
+package does not know. `check_export` reads both files back with transformers and compares them.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_moe.config.run import RunConfig
+from megatron_moe.errors import CheckpointError
+from megatron_moe.experts.plan import moe_layer_ids
+from megatron_moe.hf.names import Architecture
+from megatron_moe.hf.spec import DenseSpec
+
+_MODEL_TYPES: dict[Architecture, str] = {
+    "MixtralForCausalLM": "mixtral",
+    "Qwen2MoeForCausalLM": "qwen2_moe",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+}
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_PROGRAM_SETTINGS = frozenset(
+    {
+        "attn_implementation", "_attn_implementation", "auto_map", "chunk_size_feed_forward",
+        "dtype", "torch_dtype", "id2label", "label2id", "is_encoder_decoder", "_name_or_path",
+        "output_attentions", "output_hidden_states", "problem_type", "return_dict",
+        "transformers_version", "use_cache",
+    }
+)  # fmt: skip
+"""Keys that configure a program, and not what the model computes."""
+_NOT_COMPARED = _PROGRAM_SETTINGS | {
+    "architectures", "model_type", "intermediate_size", "head_dim", "pad_token_id",
+    # Layers with a sliding window are refused when the source is read, and so are these biases.
+    "layer_types", "max_window_layers", "sliding_window", "use_sliding_window", "attention_bias",
+}  # fmt: skip
+"""Fields that may differ between transformers' config objects of the source and of the export."""
+
+
+def moe_config(
+    spec: DenseSpec, config: RunConfig, architecture: Architecture, source: dict[str, Any]
+) -> dict[str, Any]:
+    """Return ``config.json`` of the exported model.
+
+    Args:
+        spec: Shape of the source model.
+        config: The run.
+        architecture: Class of transformers that computes what the run trained.
+        source: The source's ``config.json``; only its token ids are copied.
+    """
+    moe = config.moe
+    result = {
+        "architectures": [architecture],
+        "model_type": _MODEL_TYPES[architecture],
+        "vocab_size": spec.vocab_size,
+        "hidden_size": spec.hidden_size,
+        "num_hidden_layers": spec.num_layers,
+        "num_attention_heads": spec.num_attention_heads,
+        "num_key_value_heads": spec.num_query_groups,
+        "head_dim": spec.kv_channels,
+        "hidden_act": "silu",
+        "max_position_embeddings": spec.max_position_embeddings,
+        "initializer_range": spec.initializer_range,
+        "rms_norm_eps": spec.layernorm_epsilon,
+        "tie_word_embeddings": spec.tied_embeddings,
+        **_rope(spec),
+        **_token_ids(spec, source),
+        "attention_dropout": 0.0,
+        "use_cache": True,
+        "num_experts_per_tok": moe.moe_router_topk,
+        "router_aux_loss_coef": moe.moe_aux_loss_coeff,
+        "output_router_logits": False,
+        "dtype": {"fp32": "float32", "bf16": "bfloat16"}[config.train.precision],
+    }
+    size = moe.expert_size(spec.ffn_hidden_size)
+    if architecture == "MixtralForCausalLM":
+        return {
+            **result,
+            "intermediate_size": size,
+            "num_local_experts": moe.num_moe_experts,
+            "router_jitter_noise": 0.0,
+            "sliding_window": None,
+        }
+    return {**result, **_qwen(spec, config, architecture, size)}
+
+
+def _qwen(
+    spec: DenseSpec, config: RunConfig, architecture: Architecture, size: int
+) -> dict[str, Any]:
+    moe = config.moe
+    routed = set(moe_layer_ids(moe, spec.num_layers))
+    result: dict[str, Any] = {
+        "intermediate_size": spec.ffn_hidden_size,
+        "num_experts": moe.num_moe_experts,
+        "moe_intermediate_size": size,
+        "norm_topk_prob": moe.router_order == "topk_softmax",
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [layer for layer in range(spec.num_layers) if layer not in routed],
+        "use_sliding_window": False,
+    }
+    if architecture == "Qwen3MoeForCausalLM":
+        return {**result, "attention_bias": False}
+    return {
+        **result,
+        "max_window_layers": spec.num_layers,
+        "layer_types": ["full_attention"] * spec.num_layers,
+        # Qwen2-MoE always has a shared expert: one of no neurons adds exactly zero.
+        "shared_expert_intermediate_size": moe.shared_size,
+        "qkv_bias": spec.qkv_bias,
+    }
+
+
+def _rope(spec: DenseSpec) -> dict[str, Any]:
+    """Return the rotary settings as transformers 5 and, in the last two keys, 4 read them."""
+    scaling: dict[str, Any] | None = None
+    if (llama3 := spec.rope_scaling) is not None:
+        scaling = {
+            "rope_type": "llama3",
+            "factor": llama3.factor,
+            "low_freq_factor": llama3.low_freq_factor,
+            "high_freq_factor": llama3.high_freq_factor,
+            "original_max_position_embeddings": llama3.original_max_position_embeddings,
+        }
+    return {
+        "rope_parameters": {
+            "rope_theta": spec.rotary_base,
+            **(scaling or {"rope_type": "default"}),
+        },
+        "rope_theta": spec.rotary_base,
+        "rope_scaling": scaling,
+    }
+
+
+def _token_ids(spec: DenseSpec, source: dict[str, Any]) -> dict[str, Any]:
+    """Return the ids of special tokens: the source's, or those that its family has by default."""
+    defaults = {"bos_token_id": spec.bos_token_id, "eos_token_id": spec.eos_token_id}
+    return {key: source.get(key, defaults.get(key)) for key in _TOKEN_IDS}
+
+
+def check_export(export: dict[str, Any], family: str, source: dict[str, Any]) -> None:
+    """Compare what transformers reads from the export and from the source, field by field.
+
+    Args:
+        export: ``config.json`` of the export.
+        family: ``model_type`` of the source.
+        source: ``config.json`` of the source.
+
+    Raises:
+        CheckpointError: A field that both config classes have differs, or the export's class reads
+            another value than the export states.
+    """
+    written = _read_by_transformers(export["model_type"], export)
+    read = _read_by_transformers(family, source)
+    stated = (export.keys() & written.keys()) - _PROGRAM_SETTINGS
+    common = (read.keys() & written.keys()) - _NOT_COMPARED
+    expected = {key: export[key] for key in stated} | {key: read[key] for key in common}
+    problems = [
+        f"  {key} is {written[key]}, but must be {value}"
+        for key, value in sorted(expected.items())
+        if written[key] != value
+    ]
+    if problems:
+        raise CheckpointError(
+            f"config.json of the export means something else to transformers than the {family} "
+            "model that it comes from:\n" + "\n".join(problems)
+        )
+
+
+def _read_by_transformers(model_type: str, config: dict[str, Any]) -> dict[str, Any]:
+    from transformers import CONFIG_MAPPING  # imported here: it takes a second
+
+    keys = {key: value for key, value in config.items() if key not in _PROGRAM_SETTINGS}
+    result = CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(keys)).to_dict()
+    result["rope_parameters"].pop("type", None)  # version 4's name of rope_type
+    return result
+
+
+def read_source_config(folder: Path) -> dict[str, Any]:
+    """Return the parsed ``config.json`` of the source model."""
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))

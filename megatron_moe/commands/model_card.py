@@ -1,0 +1,94 @@
+"""Write the README.md of an exported model: what it is, where it comes from, how to load it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_moe import __version__
+from megatron_moe.checkpoint.folder import Progress
+from megatron_moe.config.run import RunConfig
+from megatron_moe.hf.spec import DenseSpec
+
+_LOSSES = ("loss/lm", "loss/validation", "perplexity/validation", "bits_per_byte/validation")
+
+
+def model_card(
+    *,
+    config: RunConfig,
+    spec: DenseSpec,
+    progress: Progress,
+    tokens: int,
+    architecture: str,
+    dtype: str,
+    run_dir: Path,
+    name: str,
+) -> str:
+    """Return the text of the card.
+
+    Args:
+        config: The run.
+        spec: Shape of the source model.
+        progress: The checkpoint's progress.
+        tokens: Tokens that the model was trained on after upcycling.
+        architecture: Class of transformers that loads the export.
+        dtype: dtype of the weights.
+        run_dir: Folder of the run, for its receipt and metrics.
+        name: Name of the folder or of the repository.
+    """
+    moe = config.moe
+    rows = {
+        "source model": f"{config.source.path.name} ({spec.family}, {spec.num_layers} layers)",
+        "construction": f"`{config.upcycle.method}`, {moe.num_moe_experts} experts of "
+        f"{moe.moe_ffn_hidden_size or spec.ffn_hidden_size} neurons, top-{moe.moe_router_topk}",
+        "shared expert": str(moe.moe_shared_expert_intermediate_size or "none"),
+        "training": f"{progress.step} steps, {tokens:,} tokens, precision {config.train.precision}",
+        "weights": dtype,
+        "architecture": f"`{architecture}`",
+        **_losses(run_dir / "metrics.jsonl", progress.step),
+        **_receipt(run_dir / "receipt.json"),
+    }
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    return (
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n"
+        "tags:\n- moe\n- upcycling\n---\n\n"
+        f"# {name}\n\n"
+        f"A Mixture-of-Experts model, built from a dense model and trained further by "
+        f"megatron_moe {__version__}.\n\n"
+        f"| | |\n| --- | --- |\n{table}\n\n"
+        "Losses are nats per token. Weights of the source model come with its license.\n\n"
+        "## Load it\n\n```python\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
+        "```\n"
+    )
+
+
+def _losses(metrics: Path, step: int) -> dict[str, str]:
+    """Return the last value of each loss up to ``step``."""
+    result: dict[str, str] = {}
+    if not metrics.exists():
+        return result
+    for line in metrics.read_text().splitlines():
+        numbers = json.loads(line)
+        for key in _LOSSES:
+            if numbers["step"] <= step and numbers.get(key) is not None:
+                result[f"{key}, step {numbers['step']}"] = f"{numbers[key]:.4f}"
+                for old in [k for k in result if k.startswith(f"{key},")][:-1]:
+                    del result[old]
+    return result
+
+
+def _receipt(path: Path) -> dict[str, str]:
+    """Return what the receipt says about the upcycling's agreement with the source."""
+    if not path.exists():
+        return {}
+    receipt: dict[str, Any] = json.loads(path.read_text())
+    rows = {"upcycled tensors": str(receipt.get("tensors_used"))}
+    if agreement := receipt.get("verification"):
+        rows["max logit error against the source at step 0"] = (
+            f"{agreement['max_logit_error']:.2e} over {agreement['tokens']} tokens"
+        )
+    return rows

@@ -1,0 +1,100 @@
+"""List the construction methods, one row each: what it needs, its rules and its defaults.
+
+Recipe, rules, plan and `megatron-moe construct` read these rows; nothing else tells methods apart.
+`docs/extending.md` adds a method step by step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_moe.config.run import Method, RouterInit
+from megatron_moe.experts import replicate, share, split
+from megatron_moe.experts.partition import Evidence, Partition
+from megatron_moe.experts.recipe import Recipe
+
+Needs = Literal["nothing", "weights", "text"]
+"""Input of a plan besides its recipe. weights: the dense weights, read when a run starts. text: the
+dense model's activations, measured by `megatron-moe construct`."""
+
+Experts = Literal["whole", "shards", "parts", "subsets", "pieces"]
+"""Relation between the experts and the dense FFN. whole: each is all of it. shards: equal shards,
+in whole replicas. parts: each neuron goes to one expert. subsets: experts choose neurons, and may
+choose the same. pieces: of shuffled copies, of any size."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MethodRow:
+    """One construction method."""
+
+    partition: Callable[[Recipe, int, Evidence], Partition]
+    """Function of recipe, layer id and evidence that chooses the neurons of each expert."""
+    experts: Experts
+    needs: Needs = "nothing"
+    by_cluster: bool = False
+    """Whether the text must be measured by cluster, which takes a backward pass."""
+    shared: Literal["none", "optional", "required"] = "none"
+    """Whether the method can fill a shared expert, or must."""
+    without_shared: Method | None = None
+    """Nearest method without a shared expert, if this one requires it."""
+    several_sources: bool = False
+    """Whether experts come from several dense models (``upcycle.mix_with``)."""
+    router_init: RouterInit = "normal"
+    """Default of ``upcycle.router_init``."""
+    reinit_ratio: float = 0.0
+    """Default of ``upcycle.reinit_ratio``."""
+
+    @property
+    def sums_parts(self) -> bool:
+        """Whether the dense output is a sum over experts, so that K of N are N/K too small."""
+        return self.experts in ("parts", "subsets")
+
+    @property
+    def by_position(self) -> bool:
+        """Whether experts take the neurons in order, which ``permutation_seed`` can change."""
+        return self.experts in ("whole", "shards")
+
+
+METHODS: dict[Method, MethodRow] = {
+    "copy": MethodRow(partition=replicate.copy, experts="whole"),
+    "drop": MethodRow(
+        partition=replicate.copy, experts="whole", router_init="uniform", reinit_ratio=0.5
+    ),
+    "granular": MethodRow(
+        partition=replicate.granular, experts="shards", router_init="virtual_groups"
+    ),
+    "split_random": MethodRow(partition=split.random, experts="parts", shared="optional"),
+    "split_clustered": MethodRow(
+        partition=split.clustered, experts="parts", needs="weights", shared="optional"
+    ),
+    "split_coactivation": MethodRow(
+        partition=share.coactivation, experts="parts", needs="text", shared="optional"
+    ),
+    "sharing_inner": MethodRow(
+        partition=share.sharing_inner, experts="subsets", needs="text", by_cluster=True
+    ),
+    "sharing_inter": MethodRow(
+        partition=share.sharing_inter, experts="subsets", needs="text", by_cluster=True,
+        shared="required", without_shared="sharing_inner",
+    ),
+    "qwen": MethodRow(partition=replicate.qwen, experts="pieces", reinit_ratio=0.5),
+    "weaver": MethodRow(
+        partition=share.weaver, experts="parts", needs="text", by_cluster=True, shared="required",
+        without_shared="split_clustered", router_init="gate_mean",
+    ),
+    "mix": MethodRow(partition=replicate.copy, experts="whole", several_sources=True),
+}  # fmt: skip
+
+
+def needs(recipe: Recipe) -> Needs:
+    """Return what a plan of this recipe needs: its method, router, scale or fit may need text."""
+    return "text" if recipe.fit else measures(recipe)
+
+
+def measures(recipe: Recipe) -> Needs:
+    """Return what a plan of this recipe needs before anything is fitted."""
+    if recipe.router_init == "centroids" or recipe.calibrated:
+        return "text"
+    return METHODS[recipe.method].needs

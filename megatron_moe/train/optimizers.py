@@ -1,0 +1,78 @@
+"""List the optimizers, one row each: its settings for Megatron-Core, and the state to save.
+
+`docs/extending.md` adds an optimizer step by step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+from megatron_moe.config.run import Optimizer, RunConfig
+from megatron_moe.runtime.adamw import ClipsGradients
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerRow:
+    """One optimizer."""
+
+    settings: Callable[[Optimizer], dict[str, Any]]
+    """Fields of Megatron-Core's OptimizerConfig that only this optimizer reads."""
+    state: tuple[str, ...]
+    """Keys of the state of each parameter: fp32 tensors of its shape, zero before the first step.
+    They are saved, and sliced for any other layout."""
+
+
+def _adam(_: Optimizer) -> dict[str, Any]:
+    """Return LLaMA's betas (arXiv 2302.13971, section 2.3)."""
+    return {"adam_beta1": 0.9, "adam_beta2": 0.95, "adam_eps": 1e-8}
+
+
+OPTIMIZERS: dict[str, OptimizerRow] = {
+    "adam": OptimizerRow(_adam, state=("exp_avg", "exp_avg_sq")),
+}
+"""Optimizers by Megatron-Core's name, ``OptimizerConfig.optimizer``."""
+
+
+def optimizer_config(config: RunConfig, *, overlap_param_gather: bool) -> OptimizerConfig:
+    """Return the configuration of Megatron-Core's optimizer."""
+    settings, bf16 = config.optimizer, config.train.precision == "bf16"
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        weight_decay=settings.weight_decay,
+        clip_grad=settings.clip_grad,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=settings.use_distributed_optimizer,
+        overlap_param_gather=overlap_param_gather,
+        **OPTIMIZERS["adam"].settings(settings),
+    )
+
+
+def state_keys(part: Any) -> tuple[str, ...]:
+    """Return the keys of the state of one of Megatron-Core's optimizers."""
+    return OPTIMIZERS[part.config.optimizer].state
+
+
+def clip_and_step(optimizer: Any, total_norm: float) -> None:
+    """Clip gradients of this norm and step; `optimizer.step` would compute the norm a second time.
+
+    Args:
+        optimizer: Megatron-Core's chain of optimizers.
+        total_norm: Norm of all gradients.
+    """
+    for part in optimizer.chained_optimizers:
+        limit = {"max_norm": part.config.clip_grad, "total_norm": total_norm}
+        parameters = [] if part.is_stub_optimizer else part.get_parameters()
+        if isinstance(part.optimizer, ClipsGradients):
+            part.optimizer.clip(**limit)
+        elif parameters:
+            clip_grad_by_total_norm_fp32(parameters, **limit)
+    optimizer.step_with_ready_grads()
