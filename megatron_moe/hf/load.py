@@ -6,8 +6,14 @@ to standard error among our own lines, once per rank.
 
 from __future__ import annotations
 
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from megatron_moe.hf.header import INDEX_FILE, SINGLE_FILE, index_of_shards
 
 if TYPE_CHECKING:
     import torch
@@ -33,10 +39,28 @@ def load_model(
     from transformers import AutoModelForCausalLM  # imported here: slow, and most commands skip it
 
     silence_progress_bars()
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype or "auto",
-        local_files_only=True,
-        attn_implementation="sdpa",  # config.json may name one that is not installed
-    )
+    with _indexed(folder) as loadable:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            loadable,
+            dtype=dtype or "auto",
+            local_files_only=True,
+            attn_implementation="sdpa",  # config.json may name one that is not installed
+        )
     return model.to(device).eval()
+
+
+@contextlib.contextmanager
+def _indexed(folder: Path) -> Iterator[Path]:
+    """Yield a folder with an index of shards, which transformers needs: ``folder``, or links."""
+    known = (folder / SINGLE_FILE).exists() or (folder / INDEX_FILE).exists()
+    file_of = None if known else index_of_shards(folder)
+    if file_of is None:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="megatron-moe-") as name:
+        links = Path(name)
+        for path in folder.iterdir():
+            (links / path.name).symlink_to(path.resolve())
+        index = {"metadata": {}, "weight_map": file_of}
+        (links / INDEX_FILE).write_text(json.dumps(index), encoding="utf-8")
+        yield links
