@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 
 from megatron_moe.bench.record import spread
+from megatron_moe.hf.disk import write_text
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -74,10 +75,7 @@ def keep(name: str, cases: Mapping[str, Any], surroundings: Mapping[str, Any]) -
     path = RESULTS / f"{name}.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     found |= {case: {**measured, "machine": surroundings} for case, measured in cases.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(path.name + ".partial")
-    staged.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    staged.replace(path)
+    write_text(path, json.dumps(found, indent=1) + "\n")
     return path
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from harness import RESULTS, ROOT
+
+from megatron_moe.markdown import markdown_table
 
 PAGE = ROOT / "docs" / "performance.md"
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -59,7 +61,7 @@ def step_table(cases: Cases) -> str:
         "case", "ours tok/s", "our MFU", "peer tok/s", "peer MFU", "ours / peer", "target",
         "2 ranks / 1 process", "product GFLOP/s", "rounds", "load before",
     )  # fmt: skip
-    return _table(head, rows) + _machine(cases)
+    return markdown_table(head, rows) + _machine(cases)
 
 
 def _mfu(value: float, target: float | None) -> str:
@@ -87,7 +89,7 @@ def upcycle_table(cases: Cases) -> str:
         "wall (CPU) ratio", "load before",
     )  # fmt: skip
     one = cases.get("70B, one rank of 512")
-    return _table(head, rows) + (_one_of_512(one) if one else "") + _machine(cases)
+    return markdown_table(head, rows) + (_one_of_512(one) if one else "") + _machine(cases)
 
 
 def _against(side: str, case: dict[str, Any]) -> str:
@@ -126,9 +128,9 @@ def communication_table(cases: Cases) -> str:
                 name, group, counted, f"{told['formula_bytes']:,}",
                 f"{told['sent_per_rank_bytes']:,}",
             ))  # fmt: skip
-    return _table(("layout", "group", "counted", "formula", "must leave a rank"), rows) + _machine(
-        cases
-    )
+    return markdown_table(
+        ("layout", "group", "counted", "formula", "must leave a rank"), rows
+    ) + _machine(cases)
 
 
 def startup_table(cases: Cases) -> str:
@@ -152,7 +154,7 @@ def startup_table(cases: Cases) -> str:
         (label, _spread(found), _target(found["median"], target, more=False), _load(case))
         for label, found, target, case in rows
     )
-    return _table(("what", "measured", "target", "load before"), told) + _machine(cases)
+    return markdown_table(("what", "measured", "target", "load before"), told) + _machine(cases)
 
 
 def growth_table(cases: Cases) -> str:
@@ -168,7 +170,7 @@ def growth_table(cases: Cases) -> str:
             ))  # fmt: skip
     head = ("size", "part", "seconds", "exponent", "last doubling", "must", "load before")
     plots = " ".join(f"![{name}](growth-{name}.svg)" for name in cases)
-    return f"{_table(head, rows)}{_machine(cases)}\n{plots}\n"
+    return f"{markdown_table(head, rows)}{_machine(cases)}\n{plots}\n"
 
 
 def construct_table(cases: Cases) -> str:
@@ -182,7 +184,7 @@ def construct_table(cases: Cases) -> str:
         for name, case in cases.items()
     ]  # fmt: skip
     head = ("what", "weights", "of", "seconds, 2 processes", "peak MiB, together", "load before")
-    return _table(head, rows) + _machine(cases)
+    return markdown_table(head, rows) + _machine(cases)
 
 
 TABLES: dict[str, Callable[[Cases], str]] = {
@@ -222,11 +224,6 @@ def _machine(cases: Cases) -> str:
         f"megatron-core {one['megatron-core']}, transformers {one['transformers']}, commit "
         f"{commits}; medians [p10, p90].\n"
     )
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 if __name__ == "__main__":

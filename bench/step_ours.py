@@ -19,8 +19,8 @@ cpu.install()
 
 from megatron_moe.bench.build import make_supply, make_timed_state
 from megatron_moe.config.run import RunConfig
+from megatron_moe.hf.dtypes import OF_PRECISION
 from megatron_moe.hf.spec import read_spec
-from megatron_moe.model.config import DTYPES
 from megatron_moe.parallel.groups import create_groups
 from megatron_moe.rules.check import check
 from megatron_moe.runtime.memory import peak_bytes
@@ -62,7 +62,7 @@ def _rank(config: RunConfig, pipes: Pipes, world: World) -> None:
             case "step":
                 return step()
             case "product":
-                return {"flops": product_flops(DTYPES[config.train.precision])}
+                return {"flops": product_flops(OF_PRECISION[config.train.precision])}
             case _:
                 return {"peak_gib": peak_bytes() / 2**30}
 

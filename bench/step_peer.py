@@ -26,9 +26,8 @@ from transformers.initialization import no_init_weights
 from workers import Pipes, forked, serve, subjects, take_pipes
 
 from megatron_moe.experts.plan import make_expert_plan
+from megatron_moe.hf.dtypes import OF_PRECISION
 from megatron_moe.hf.spec import DenseSpec, read_spec
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def main() -> None:
@@ -87,7 +86,7 @@ def mixtral(case: Case, dense: Path, folder: Path) -> MixtralForCausalLM:
             mixtral_config(spec, experts=case.experts, topk=case.topk, seq_length=case.seq_length)
         )
     model.tie_weights()
-    model.to(DTYPES[case.precision])
+    model.to(OF_PRECISION[case.precision])
     model.train()
     config = case.config(dense, folder, 1)
     plan = make_expert_plan(spec, config.moe, config.upcycle)

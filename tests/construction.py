@@ -37,6 +37,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # moe, upcycle
     "split_random-shared": (SHARED, {"method": "split_random", "rescale_at": "runtime"}),
     "split_clustered": (SPLIT, {"method": "split_clustered", "rescale": "N"}),
     "split_clustered-shared": (SHARED, {"method": "split_clustered"}),
+    "split_coactivation": (SHARED, {"method": "split_coactivation", "plan": PLAN}),
     "sharing_inner": (
         {"num_moe_experts": 4, "moe_ffn_hidden_size": 32},
         {"method": "sharing_inner", "plan": PLAN, "router_init": "centroids"},

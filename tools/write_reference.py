@@ -21,6 +21,7 @@ from pydantic.fields import FieldInfo  # noqa: E402
 from pydantic_core import PydanticUndefined  # noqa: E402
 
 from megatron_moe.config.run import Domain, RunConfig  # noqa: E402
+from megatron_moe.markdown import markdown_table  # noqa: E402
 
 SETTINGS, ARCHITECTURE = ROOT / "docs/settings.md", ROOT / "docs/architecture.md"
 
@@ -50,7 +51,7 @@ This page is generated from the docstrings of the modules by `python tools/write
 """
 
 FOLDERS = {
-    "": "errors and logging",
+    "": "errors, logging and Markdown tables",
     "runtime": "where ranks run: devices, engines, joining a job",
     "config": "settings, and how they are loaded",
     "hf": "Hugging Face folders: names, headers, reading, writing",
@@ -90,7 +91,7 @@ def _section(name: str, field: FieldInfo) -> str:
 
 
 def _table(prefix: str, model: type[BaseModel]) -> str:
-    rows = ["| setting | type | default | meaning |\n| --- | --- | --- | --- |\n"]
+    rows: list[tuple[str, ...]] = []
     nested = ""
     for name, field in model.model_fields.items():
         kind: Any = field.annotation
@@ -98,9 +99,8 @@ def _table(prefix: str, model: type[BaseModel]) -> str:
             nested += f"\n### {prefix}.{name}\n\n{_text(kind.__doc__)}\n\n"
             nested += _table(f"{prefix}.{name}", kind)
             continue
-        cells = (f"`{prefix}.{name}`", _type(kind), _default(field), _text(field.description))
-        rows.append(f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |\n")
-    return "".join(rows) + nested
+        rows.append((f"`{prefix}.{name}`", _type(kind), _default(field), _text(field.description)))
+    return markdown_table(("setting", "type", "default", "meaning"), rows) + nested
 
 
 def _type(kind: Any) -> str:
@@ -162,14 +162,14 @@ def architecture_page() -> str:
         here = ROOT / "megatron_moe" / folder
         files = sorted(path for path in here.glob("*.py") if path.name != "__init__.py")
         title = f"`{folder}/`" if folder else "`megatron_moe/`"
-        text += f"\n## {title}: {purpose}\n\n| file | what it does |\n| --- | --- |\n"
-        text += "".join(f"| `{path.name}` | {_summary(path)} |\n" for path in files)
+        rows = ((f"`{path.name}`", _summary(path)) for path in files)
+        text += f"\n## {title}: {purpose}\n\n{markdown_table(('file', 'what it does'), rows)}"
     return text
 
 
 def _summary(path: Path) -> str:
     docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
-    return " ".join(docstring.split("\n\n")[0].split()).replace("|", "&#124;")
+    return " ".join(docstring.split("\n\n")[0].split())
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_moe.errors import DataError
+from megatron_moe.hf.disk import write_text
 
 
 class FrozenModel(BaseModel):
@@ -93,10 +94,7 @@ def to_json(analysis: Analysis) -> dict[str, Any]:
 
 def write_analysis(analysis: Analysis, path: Path) -> None:
     """Write the file atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f".{path.name}.partial")
-    staged.write_text(json.dumps(to_json(analysis), allow_nan=False) + "\n", encoding="utf-8")
-    staged.replace(path)
+    write_text(path, json.dumps(to_json(analysis), allow_nan=False) + "\n")
 
 
 def read_analysis(path: Path) -> Analysis:

@@ -14,6 +14,12 @@ BY_LAYER = (
     "layer", "max/mean", "entropy", "dead", "dropped", "confidence", "domain distance",
     "half distance", "expert similarity", "dense similarity",
 )  # fmt: skip
+"""Columns by layer; docs/evaluation.md explains them."""
+
+BY_DOMAIN = (
+    "domain", "tokens", "loss", "max/mean", "entropy", "dead", "busiest expert's tokens",
+)  # fmt: skip
+"""Columns by domain, means over layers; also explained there."""
 
 
 def analysis_report(analysis: Analysis) -> Text:
@@ -23,10 +29,19 @@ def analysis_report(analysis: Analysis) -> Text:
         f"{analysis.num_experts} experts, top {analysis.topk}; "
         f"{sum(analysis.tokens.values()):,} tokens"
     )
-    parts = [head, _aligned([BY_LAYER, *_layers(analysis)]), _aligned(_domains(analysis))]
+    parts = [head, _aligned(_by_layer(analysis)), _aligned(_domains(analysis))]
     if len(analysis.domains) > 1:
         parts.append(_aligned(_distances(analysis)))
     return Text("\n\n".join(parts))
+
+
+def _by_layer(analysis: Analysis) -> list[tuple[str, ...]]:
+    """Return the table by layer; one domain alone has no distance to others."""
+    rows = [BY_LAYER, *_layers(analysis)]
+    if len(analysis.domains) > 1:
+        return rows
+    between = BY_LAYER.index("domain distance")
+    return [(*row[:between], *row[between + 1 :]) for row in rows]
 
 
 def _layers(analysis: Analysis) -> list[tuple[str, ...]]:
@@ -62,7 +77,7 @@ def _mean(by_domain: dict[str, list[float]], row: int) -> float:
 
 
 def _domains(analysis: Analysis) -> list[tuple[str, ...]]:
-    rows = [("domain", "tokens", "loss", "max/mean", "entropy", "dead", "busiest expert's tokens")]
+    rows: list[tuple[str, ...]] = [BY_DOMAIN]
     for name in analysis.domains:
         counts_LE = np.array(analysis.counts[name])
         row, expert = np.unravel_index(counts_LE.argmax(), counts_LE.shape)

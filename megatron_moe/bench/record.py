@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from megatron_moe.errors import ConfigError
+from megatron_moe.hf.disk import write_text
 
 PHASES: tuple[str, ...] = (
     "data", "forward", "dispatch", "experts", "combine", "backward", "reduce", "optimizer", "other",
@@ -155,10 +156,7 @@ _RECORD: TypeAdapter[Record] = TypeAdapter(Record)
 
 def write_record(record: Record, path: Path) -> None:
     """Write the record; a reader sees all of it or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(path.name + ".partial")
-    staged.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    staged.replace(path)
+    write_text(path, record.model_dump_json(indent=1) + "\n")
 
 
 def read_record(path: Path) -> Record:

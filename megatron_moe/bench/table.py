@@ -12,6 +12,7 @@ from megatron_moe.bench.record import (
     StepsRecord,
     Surroundings,
 )
+from megatron_moe.markdown import markdown_table
 
 STEPS_HEAD = (
     "run", "device", "layout", "routing", "capacity", "weights", "step s", "tokens/s/GPU",
@@ -26,7 +27,11 @@ def tables(records: Iterable[Record]) -> str:
     networks = [record for record in records if isinstance(record, CollectivesRecord)]
     parts = []
     if steps:
-        parts += [_table(STEPS_HEAD, map(_steps_row, steps)), _phases_table(steps), _notes(steps)]
+        parts += [
+            markdown_table(STEPS_HEAD, map(_steps_row, steps)),
+            _phases_table(steps),
+            _notes(steps),
+        ]
     parts += [_collectives_table(record) for record in networks]
     return "\n".join(parts)
 
@@ -60,7 +65,7 @@ def _phases_table(records: Sequence[StepsRecord]) -> str:
         )
         for record in records
     ]
-    return _table(head, rows)
+    return markdown_table(head, rows)
 
 
 def _notes(records: Sequence[StepsRecord]) -> str:
@@ -85,7 +90,7 @@ def _collectives_table(record: CollectivesRecord) -> str:
         )
         for timing in record.timings
     ]  # fmt: skip
-    return f"{_where(record.surroundings)}\n\n{_table(head, rows)}"
+    return f"{_where(record.surroundings)}\n\n{markdown_table(head, rows)}"
 
 
 def _where(of: Surroundings) -> str:
@@ -117,8 +122,3 @@ def _percent(fraction: Spread) -> Spread:
 
 def _scaled(value: Spread, factor: float) -> Spread:
     return Spread(median=value.median * factor, p10=value.p10 * factor, p90=value.p90 * factor)
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import io
 import math
-import mmap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
+
+from megatron_moe.hf.mapped import map_values
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,18 +60,9 @@ def map_tensor(path: Path, *, offset: int, length: int) -> MappedTensor:
         return MappedTensor(whole.contiguous().view(-1).view(torch.uint8), shape, dtype)
     storage: Any = stored.untyped_storage()
     start = offset + storage._checkpoint_offset + int(stored.storage_offset()) * dtype.itemsize
-    return MappedTensor(_bytes_of(path, start, math.prod(shape) * dtype.itemsize), shape, dtype)
-
-
-def _bytes_of(path: Path, start: int, num_bytes: int) -> Tensor:
-    """Return a view of the file's bytes; the file is unmapped when the last view is freed."""
-    page = start - start % mmap.ALLOCATIONGRANULARITY
-    with path.open("rb") as file:
-        # Copy-on-write, although nothing writes to it: torch warns about read-only memory.
-        mapped = mmap.mmap(
-            file.fileno(), start - page + num_bytes, access=mmap.ACCESS_COPY, offset=page
-        )
-    return torch.frombuffer(mapped, dtype=torch.uint8, count=num_bytes, offset=start - page)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    mapped = map_values(path, offset=start, count=num_bytes, dtype=torch.uint8)
+    return MappedTensor(mapped, shape, dtype)
 
 
 def _section(file: BinaryIO, offset: int, length: int) -> io.BufferedReader:

@@ -27,6 +27,7 @@ from megatron_moe.hf.disk import make_folder
 from megatron_moe.hf.spec import DenseSpec, read_spec
 from megatron_moe.rules.check import check
 from megatron_moe.rules.construction import measuring_violations
+from megatron_moe.rules.installed import require_packages
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -97,6 +98,7 @@ def train(
         return
     if world_size is not None or rank is not None or as_json:
         raise ConfigError("--world-size, --rank and --json require --dry-run")
+    require_packages(config)
     on_ranks(_train, config, ranks)
 
 
@@ -388,7 +390,8 @@ def plan(
 ) -> None:
     """Find the fastest layout that fits, or explain one, before you queue a job.
 
-    Needs no GPU. docs/planning.md describes the model behind the prediction and its accuracy.
+    Needs no GPU. With --check, the exit status is 1 if the layout is illegal. docs/planning.md
+    describes the model behind the prediction and its accuracy.
 
     Example: megatron-moe plan configs/h100/llama3-8b-e8t2-cf1-128.yaml --gpus 128
     """
@@ -401,6 +404,8 @@ def plan(
     if check_only:
         checked = check_layout(config, spec, gpus=gpus, gpu=gpu)
         show(checked.to_json() if as_json else check_report(checked), as_json=as_json)
+        if not checked.legal:
+            raise typer.Exit(1)
     else:
         result = search(config, spec, gpus=gpus, gpu=gpu)
         show(result.to_json() if as_json else search_report(result), as_json=as_json)

@@ -30,6 +30,7 @@ from megatron_moe.construct.complete import complete_plan
 from megatron_moe.data.announce import announcement
 from megatron_moe.data.texts import open_texts
 from megatron_moe.experts.plan import ExpertPlan, make_expert_plan
+from megatron_moe.hf.disk import write_text
 from megatron_moe.hf.names import dense_tensors
 from megatron_moe.hf.reader import DenseCheckpoint
 from megatron_moe.hf.spec import DenseSpec, read_spec
@@ -148,7 +149,7 @@ def _take_configured_weights(job: Job, state: TrainState) -> None:
 def _announce(job: Job, spec: DenseSpec, plan: ExpertPlan) -> None:
     """Log the layout, engine and plan, and write run.dir/config.yaml."""
     if job.world.rank == 0:
-        (job.config.run.dir / "config.yaml").write_text(dump(job.config))
+        write_text(job.config.run.dir / "config.yaml", dump(job.config))
     attention = " x ".join(f"{a}{n}" for a, n in _grid(job.layout.attention))
     experts = " x ".join(f"{a}{n}" for a, n in _grid(job.layout.experts))
     job.say(

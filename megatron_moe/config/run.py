@@ -35,6 +35,8 @@ Method = Literal[
     "granular",
     "split_random",
     "split_clustered",
+    "split_coactivation",
+    "split_coactivation",
     "sharing_inner",
     "sharing_inter",
     "qwen",
@@ -193,6 +195,8 @@ class Upcycle(Section):
     granular         one of G = F / M shards, in R = E / G replicas (virtual groups, 2410.07524)
     split_random     one part of a random partition (LLaMA-MoE, 2406.16554)
     split_clustered  one cluster of similar rows of up, all of equal size (LLaMA-MoE)
+    split_coactivation  one cluster of neurons that contribute to the same tokens; a shared expert
+                     gets those that most tokens use (needs a plan)
     sharing_inner    the M most important ones for one part of the text (LLaMA-MoE; needs a plan)
     sharing_inter    as sharing_inner, after the neurons that most experts want have moved to the
                      shared expert (LLaMA-MoE; needs a plan)
@@ -243,6 +247,19 @@ class Upcycle(Section):
     near-zero random rows, so that top-k has no ties. gate_mean: the mean of the expert's gate rows.
     virtual_groups: random rows, each repeated so that all shards of a replica are chosen together.
     centroids: k-means centroids of the layer's inputs (needs a plan)."""
+
+    fit: list[Literal["router", "down"]] = []
+    """Parts of split experts that `megatron-moe construct` solves for on text (needs a plan).
+    router: a regression on what each expert would contribute. down: the least-squares solution for
+    the dense layer's output, over all experts of a layer at once."""
+
+    max_load: Annotated[float, Field(ge=1)] = 1.5
+    """Bound on the load of the busiest expert with fit router, in multiples of the mean. A higher
+    bound gives a lower loss before the first step, and experts that are used less evenly."""
+
+    fit_stream: Fraction = 0.0
+    """Share of the dense model's residual stream in the target of fit down. 0: the dense layer's
+    output on the same input. 1: what brings the stream back to the dense model's."""
 
     router_init_std: NonNegative = 0.02
     """Standard deviation of random router rows."""

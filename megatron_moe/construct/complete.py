@@ -7,6 +7,8 @@ that a resumed run does not cluster again.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
@@ -17,6 +19,7 @@ from megatron_moe.experts.file import PLAN_FILE, read_plan, write_plan
 from megatron_moe.experts.methods import METHODS
 from megatron_moe.experts.partition import Evidence
 from megatron_moe.experts.plan import ExpertPlan, LayerTable
+from megatron_moe.experts.solved import check_solved, solved_folder
 from megatron_moe.hf.names import ffn_names
 from megatron_moe.hf.reader import DenseCheckpoint
 
@@ -32,6 +35,7 @@ def complete_plan(plan: ExpertPlan, config: RunConfig, dense: DenseCheckpoint) -
         if config.upcycle.plan is None:  # `construction_violations` reports this earlier
             raise ConfigError("upcycle.plan must be set")
         complete = read_plan(config.upcycle.plan, plan, source=dense.fingerprint())
+        _check_solved(complete, config.upcycle.plan)
     elif plan.needs == "nothing":
         return plan
     elif path.exists():
@@ -42,6 +46,17 @@ def complete_plan(plan: ExpertPlan, config: RunConfig, dense: DenseCheckpoint) -
     if dist.get_rank() == 0:
         write_plan(path, complete, source=dense.fingerprint())
     return complete
+
+
+def _check_solved(plan: ExpertPlan, path: Path) -> None:
+    """Check the files of solved matrices; layers are divided among the ranks.
+
+    Raises:
+        CheckpointError: A file is missing or changed.
+    """
+    solved = [layer for layer, table in plan.tables.items() if table.down_hash]
+    for layer in solved[dist.get_rank() :: dist.get_world_size()]:
+        check_solved(solved_folder(path), layer, plan.tables[layer].down_hash or "")
 
 
 def tables_from_weights(plan: ExpertPlan, dense: DenseCheckpoint) -> dict[int, LayerTable]:

@@ -71,6 +71,8 @@ class Measurement:
     groups: ProcessGroupCollection
     clusters: int
     seed: int
+    by_cluster: bool
+    """Whether to run the second pass, over clusters of the text."""
     sums: MeasuredSums = field(init=False)
     _cluster_N: NDArray[np.int64] | None = field(init=False, default=None)
     _sequences: list[int] = field(init=False, default_factory=list)
@@ -105,11 +107,15 @@ class Measurement:
         count = -(-measure.hidden_states // measure.samples)
         return min(count, self.config.data.seq_length)
 
-    def run(self, partial: PartialFiles, progress: Progress) -> NDArray[np.int64]:
-        """Run both passes, resuming from ``partial``, and return the cluster of each sequence."""
+    def run(self, partial: PartialFiles, progress: Progress) -> NDArray[np.int64] | None:
+        """Run the passes, resuming from ``partial``.
+
+        Returns:
+            The cluster of each sequence; None without a second pass.
+        """
         rounds = list(self._rounds())
         done = partial.restore(self.sums.tensors())
-        total = 2 * len(rounds)
+        total = len(rounds) * (2 if self.by_cluster else 1)
         for index in range(done, total):
             if index >= len(rounds) and self._cluster_N is None:
                 self._cluster_N = self._clustered()
@@ -125,7 +131,9 @@ class Measurement:
             progress(index + 1, total)
             if (index + 1) % self.config.measure.interval == 0:
                 partial.save(self.sums.tensors(), index + 1)
-        return self._cluster_N if self._cluster_N is not None else self._clustered()
+        if self.by_cluster and self._cluster_N is None:  # resumed after the last round
+            self._cluster_N = self._clustered()
+        return self._cluster_N
 
     def _rounds(self) -> Iterator[list[int]]:
         """Yield this dp rank's sequences, one per pipeline stage in each round."""
@@ -136,13 +144,10 @@ class Measurement:
             yield list(range(first, first + stages))
 
     def _batches(self) -> list[Batch]:
-        cp, texts = self.groups.cp, self.texts
-        batches = []
+        cp, batches = self.groups.cp, []
         for sequence in self._sequences:
             index = sequence % self.config.measure.samples  # padding of the last round wraps around
-            text = texts[index % len(texts)]
-            sample = text.chunk(index // len(texts) % text.num_chunks)
-            batch = make_batch([sample])
+            batch = calibration_batch(self.texts, index)
             batches.append(slice_for_context_parallel(batch, cp_rank=cp.rank(), cp_size=cp.size()))
         return batches
 
@@ -208,6 +213,12 @@ class Measurement:
             clusters[0] = balanced_kmeans(points_ND, self.clusters, rng)
         dist.broadcast_object_list(clusters, src=0)
         return clusters[0]
+
+
+def calibration_batch(texts: list[Text], index: int) -> Batch:
+    """Return a sequence of the calibration text as a batch; domains take turns."""
+    text = texts[index % len(texts)]
+    return make_batch([text.chunk(index // len(texts) % text.num_chunks)])
 
 
 def world_sum(values: Tensor) -> Tensor:

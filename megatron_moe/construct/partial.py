@@ -15,6 +15,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megatron_moe.hf.disk import fsync, write_text
+
 
 class PartialFiles:
     """Partial files of one rank; all ranks must save and restore together."""
@@ -40,11 +42,11 @@ class PartialFiles:
         """Save ``tensors``, and delete the previous files when all ranks have saved."""
         self._folder.mkdir(parents=True, exist_ok=True)
         save_file(dict(tensors), self._file(rounds))
+        fsync(self._file(rounds))  # before `latest` names it
         dist.barrier()
         if dist.get_rank() == 0:
-            staged = self._folder / ".latest.partial"
-            staged.write_text(json.dumps({"rounds": rounds, "key": self._key}))
-            staged.replace(self._folder / "latest")
+            latest = json.dumps({"rounds": rounds, "key": self._key})
+            write_text(self._folder / "latest", latest)
         dist.barrier()
         for old in self._folder.glob(f"*-{dist.get_rank()}.safetensors"):
             if old != self._file(rounds):

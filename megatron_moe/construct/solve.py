@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_moe.config.run import Moe
 from megatron_moe.construct.complete import up_weights
+from megatron_moe.construct.dense_ffn import DenseFfn, combine_weights, router_of
 from megatron_moe.experts import split
 from megatron_moe.experts.balanced import balanced_kmeans
 from megatron_moe.experts.draws import Use, generator
@@ -22,7 +23,6 @@ from megatron_moe.experts.methods import METHODS
 from megatron_moe.experts.partition import Evidence
 from megatron_moe.experts.plan import ExpertPlan, LayerPlan, LayerTable
 from megatron_moe.experts.recipe import Recipe
-from megatron_moe.hf.names import ffn_names
 from megatron_moe.hf.reader import DenseCheckpoint
 
 
@@ -46,9 +46,7 @@ def layer_table(
     if recipe.calibrated:
         uncalibrated = replace(plan, recipe=replace(recipe, calibrated=False))
         layer_plan = uncalibrated.with_tables({layer: table}).layer(layer)
-        gate, up, down = (dense.read(name).float() for name in ffn_names(layer))
-        ffn = DenseFfn(gate, up, down)
-        scale = matching_scale(ffn, layer_plan, measured.inputs_TD, moe)
+        scale = matching_scale(DenseFfn.read(dense, layer), layer_plan, measured.inputs_TD, moe)
         table = replace(table, output_scale=scale)
     return table
 
@@ -63,9 +61,19 @@ def _partition(
         up_FD=up_weights(dense, layer) if row.needs == "weights" else None,
         importance_CF=measured.importance_CF,
         activity_CF=measured.activity_CF,
+        contribution_HF=_contributions(measured, dense, layer) if not row.by_cluster else None,
     )
     part = row.partition(recipe, layer, evidence)
     return LayerTable(neurons_EM=part.neurons_EM, shared_S=part.shared_S)
+
+
+def _contributions(
+    measured: LayerMeasurements, dense: DenseCheckpoint, layer: int
+) -> NDArray[np.float32]:
+    """Return the norm of each neuron's contribution for each sampled input, ``(H, F)``."""
+    ffn = DenseFfn.read(dense, layer)
+    act_HF = ffn.activations(measured.inputs_TD)
+    return (act_HF.abs_() * ffn.down_DF.norm(dim=0)).numpy()
 
 
 def centroid_rows(recipe: Recipe, layer: int, inputs_TD: Tensor) -> NDArray[np.float32]:
@@ -80,20 +88,6 @@ def centroid_rows(recipe: Recipe, layer: int, inputs_TD: Tensor) -> NDArray[np.f
     means = [points_TD[cluster_T == expert].mean(axis=0) for expert in range(recipe.num_experts)]
     norm = recipe.router_init_std * recipe.hidden_size**0.5
     return (split.unit_rows(np.stack(means)) * norm).astype(np.float32)
-
-
-@dataclass(frozen=True, slots=True)
-class DenseFfn:
-    """Full weights of a dense FFN."""
-
-    gate_FD: Tensor
-    up_FD: Tensor
-    down_DF: Tensor
-
-    def output(self, x_TD: Tensor, neurons_M: Tensor | slice = slice(None)) -> Tensor:
-        """Return the contribution of these neurons to the residual stream."""
-        gate_TM, up_TM = x_TD @ self.gate_FD[neurons_M].T, x_TD @ self.up_FD[neurons_M].T
-        return (torch.nn.functional.silu(gate_TM) * up_TM) @ self.down_DF[:, neurons_M].T
 
 
 def matching_scale(ffn: DenseFfn, plan: LayerPlan, inputs_TD: Tensor, moe: Moe) -> float:
@@ -112,32 +106,10 @@ def matching_scale(ffn: DenseFfn, plan: LayerPlan, inputs_TD: Tensor, moe: Moe) 
 
 def routed_output(ffn: DenseFfn, plan: LayerPlan, inputs_TD: Tensor, moe: Moe) -> Tensor:
     """Return the weighted output of the routed experts, before any scale."""
-    weights_TE = combine_weights(inputs_TD @ _router(ffn, plan).T, moe)
+    weights_TE = combine_weights(inputs_TD @ router_of(ffn, plan).T, moe)
     out_TD = torch.zeros(len(inputs_TD), ffn.down_DF.shape[0])
     for expert, neurons_M in enumerate(plan.neurons_EM):
         rows = weights_TE[:, expert].nonzero()[:, 0]
         part = ffn.output(inputs_TD[rows], torch.from_numpy(neurons_M.copy()))
         out_TD.index_add_(0, rows, weights_TE[rows, expert, None] * part)
     return out_TD
-
-
-def combine_weights(logits_TE: Tensor, moe: Moe) -> Tensor:
-    """Return the weight of each expert for each token, zero if it is not chosen."""
-    scores_TE = logits_TE
-    if moe.moe_router_score_function == "sigmoid":
-        scores_TE = logits_TE.sigmoid()
-    elif moe.router_order == "softmax_topk":
-        scores_TE = logits_TE.softmax(dim=-1)
-    values_TK, chosen_TK = scores_TE.topk(moe.moe_router_topk, dim=-1)
-    if moe.moe_router_score_function == "sigmoid":
-        values_TK = values_TK / values_TK.sum(dim=-1, keepdim=True)
-    elif moe.router_order == "topk_softmax":
-        values_TK = values_TK.softmax(dim=-1)
-    return torch.zeros_like(logits_TE).scatter(-1, chosen_TK, values_TK)
-
-
-def _router(ffn: DenseFfn, plan: LayerPlan) -> Tensor:
-    if plan.router_ED is not None:
-        return torch.from_numpy(plan.router_ED)
-    rows = [ffn.gate_FD[torch.from_numpy(n.copy())].mean(dim=0) for n in plan.neurons_EM]
-    return torch.stack(rows)

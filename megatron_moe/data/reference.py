@@ -19,10 +19,10 @@ from megatron_moe.config.run import RunConfig
 from megatron_moe.data.batches import Batch, validation_batches
 from megatron_moe.data.samples import Text
 from megatron_moe.errors import DataError
-from megatron_moe.hf.disk import make_folder
+from megatron_moe.hf.disk import make_folder, write_text
+from megatron_moe.hf.dtypes import OF_PRECISION
 from megatron_moe.hf.load import load_model
 from megatron_moe.model.attention import document_mask
-from megatron_moe.model.config import DTYPES
 
 
 @torch.no_grad()
@@ -37,7 +37,8 @@ def dense_losses(
         texts: Held-out text of each domain.
         device: Device to compute on.
     """
-    model = load_model(config.source.path, device=device, dtype=DTYPES[config.train.precision])
+    dtype = OF_PRECISION[config.train.precision]
+    model = load_model(config.source.path, device=device, dtype=dtype)
     losses = {}
     for name, text in texts.items():
         batches = validation_batches(
@@ -72,9 +73,7 @@ def _sums(model: Any, batch: Batch, reset_attention: bool) -> Tensor:
 def write_reference_losses(path: Path, losses: dict[str, float], **origin: Any) -> None:
     """Write a file for `read_reference_losses`, together with the ``origin`` of the losses."""
     make_folder(path.parent, "the folder of --out")
-    staged = path.with_name(f".{path.name}.partial")
-    staged.write_text(json.dumps({"losses": losses, **origin}, indent=2) + "\n", encoding="utf-8")
-    staged.replace(path)
+    write_text(path, json.dumps({"losses": losses, **origin}, indent=2) + "\n")
 
 
 def read_reference_losses(

@@ -17,7 +17,7 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import _IndexWriter
 from numpy.typing import NDArray
 
-from megatron_moe.hf.disk import make_folder
+from megatron_moe.hf.disk import make_folder, write_text
 
 _JOURNAL = "journal.json"
 _PARTS = ("tokens.bin", "lengths", "document_ends", "digests")
@@ -76,9 +76,7 @@ class TokenWriter:
             os.fsync(file.fileno())
         sizes = {name: file.tell() for name, file in self._files.items()}
         whole = {**journal, "identity": self._identity, "sizes": sizes}
-        unfinished = self.folder / f"{_JOURNAL}.new"
-        unfinished.write_text(json.dumps(whole), encoding="utf-8")
-        os.replace(unfinished, self.folder / _JOURNAL)
+        write_text(self.folder / _JOURNAL, json.dumps(whole))
 
     def finish(self) -> None:
         """Write the index with Megatron-Core's writer and move the pair to ``prefix``."""

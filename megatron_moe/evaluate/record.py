@@ -11,6 +11,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from megatron_moe.hf.disk import write_text
+
 SCHEMA = 1
 Figures = dict[str, Any]
 """tokens, bytes, loss (nats per token), perplexity and bits_per_byte of one model on one text."""
@@ -39,11 +41,7 @@ class Evaluation:
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
     """Write ``record``; the file appears only when it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f".{path.name}.partial")
-    text = json.dumps(record, indent=2, ensure_ascii=False)
-    staged.write_text(text + "\n", encoding="utf-8")
-    staged.replace(path)
+    write_text(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
 def evaluation_report(evaluation: Evaluation) -> RenderableType:

@@ -19,7 +19,8 @@ from safetensors.numpy import save_file
 from megatron_moe.errors import CheckpointError
 from megatron_moe.experts.plan import ExpertPlan, LayerTable
 from megatron_moe.experts.recipe import SCHEMA
-from megatron_moe.hf.disk import make_folder
+from megatron_moe.experts.solved import solved_folder
+from megatron_moe.hf.disk import make_folder, replacing
 
 PLAN_FILE = "plan.safetensors"
 _KEY = "megatron_moe.expert_plan"
@@ -46,11 +47,11 @@ def write_plan(
         "hash": plan.hash,
         "source": source,
         "measured_on": measured_on,
+        "down": {layer: t.down_hash for layer, t in plan.tables.items() if t.down_hash},
     }
     make_folder(path.parent, "the folder of --out")
-    staged = path.with_name(f".{path.name}.partial")
-    save_file(arrays, staged, metadata={_KEY: json.dumps(header)})
-    staged.replace(path)
+    with replacing(path) as staged:
+        save_file(arrays, staged, metadata={_KEY: json.dumps(header)})
 
 
 def read_plan(path: Path, plan: ExpertPlan, *, source: str | None) -> ExpertPlan:
@@ -83,7 +84,9 @@ def read_plan(path: Path, plan: ExpertPlan, *, source: str | None) -> ExpertPlan
             f"the one in source.path ({source[:12]}).\n"
             "  create it again with megatron-moe construct"
         )
-    result = plan.with_tables(_tables(arrays))
+    solved = solved_folder(path)
+    tables = _tables(arrays, {int(i): digest for i, digest in header.get("down", {}).items()})
+    result = plan.with_tables(tables, solved=solved if solved.is_dir() else None)
     if result.hash != header["hash"]:
         raise CheckpointError(
             f"{path} is damaged: its tables have hash {result.hash[:12]}, but its header has "
@@ -96,15 +99,15 @@ def _arrays(table: LayerTable) -> dict[str, np.ndarray]:
     stored = {}
     for field in fields(table):
         value = getattr(table, field.name)
-        if value is None:
+        if value is None or field.name == "down_hash":
             continue
         array = np.ascontiguousarray(value)
         stored[field.name] = array.astype(np.int32) if array.dtype == np.int64 else array
     return stored
 
 
-def _tables(arrays: dict[str, np.ndarray]) -> dict[int, LayerTable]:
-    values_by_layer: dict[int, dict[str, Any]] = {}
+def _tables(arrays: dict[str, np.ndarray], down: dict[int, str]) -> dict[int, LayerTable]:
+    values_by_layer: dict[int, dict[str, Any]] = {i: {"down_hash": down[i]} for i in down}
     for key, array in arrays.items():
         _, layer, name = key.split(".")
         value = array.astype(np.int64) if array.dtype == np.int32 else array

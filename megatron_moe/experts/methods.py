@@ -33,6 +33,8 @@ class MethodRow:
     """Function of recipe, layer id and evidence that chooses the neurons of each expert."""
     experts: Experts
     needs: Needs = "nothing"
+    by_cluster: bool = False
+    """Whether the text must be measured by cluster, which takes a backward pass."""
     shared: Literal["none", "optional", "required"] = "none"
     """Whether the method can fill a shared expert, or must."""
     without_shared: Method | None = None
@@ -67,14 +69,19 @@ METHODS: dict[Method, MethodRow] = {
     "split_clustered": MethodRow(
         partition=split.clustered, experts="parts", needs="weights", shared="optional"
     ),
-    "sharing_inner": MethodRow(partition=share.sharing_inner, experts="subsets", needs="text"),
+    "split_coactivation": MethodRow(
+        partition=share.coactivation, experts="parts", needs="text", shared="optional"
+    ),
+    "sharing_inner": MethodRow(
+        partition=share.sharing_inner, experts="subsets", needs="text", by_cluster=True
+    ),
     "sharing_inter": MethodRow(
-        partition=share.sharing_inter, experts="subsets", needs="text", shared="required",
-        without_shared="sharing_inner",
+        partition=share.sharing_inter, experts="subsets", needs="text", by_cluster=True,
+        shared="required", without_shared="sharing_inner",
     ),
     "qwen": MethodRow(partition=replicate.qwen, experts="pieces", reinit_ratio=0.5),
     "weaver": MethodRow(
-        partition=share.weaver, experts="parts", needs="text", shared="required",
+        partition=share.weaver, experts="parts", needs="text", by_cluster=True, shared="required",
         without_shared="split_clustered", router_init="gate_mean",
     ),
     "mix": MethodRow(partition=replicate.copy, experts="whole", several_sources=True),
@@ -82,7 +89,12 @@ METHODS: dict[Method, MethodRow] = {
 
 
 def needs(recipe: Recipe) -> Needs:
-    """Return what a plan of this recipe needs: its method, its router or its scale may measure."""
+    """Return what a plan of this recipe needs: its method, router, scale or fit may need text."""
+    return "text" if recipe.fit else measures(recipe)
+
+
+def measures(recipe: Recipe) -> Needs:
+    """Return what a plan of this recipe needs before anything is fitted."""
     if recipe.router_init == "centroids" or recipe.calibrated:
         return "text"
     return METHODS[recipe.method].needs

@@ -34,3 +34,6 @@ class Evidence:
     """Importance of each neuron for each cluster of the text, for methods that need text."""
     activity_CF: NDArray[np.float64] | None = None
     """Mean magnitude of each neuron's activation on each cluster, for methods that need text."""
+    contribution_HF: NDArray[np.float32] | None = None
+    """Norm of each neuron's contribution to the output for H sampled tokens, for methods that need
+    text."""

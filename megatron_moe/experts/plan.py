@@ -18,6 +18,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +45,8 @@ class LayerTable:
     router_ED: NDArray[np.float32] | None = None
     output_scale: float | None = None
     """Factor that scales the routed output to the magnitude of the dense layer's."""
+    down_hash: str | None = None
+    """sha256 of the layer's solved ``down`` (`experts.solved`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,12 +82,17 @@ class ExpertPlan:
     recipe: Recipe
     tables: Mapping[int, LayerTable] = field(default_factory=dict)
     """Tables by layer, for recipes that need them."""
+    solved: Path | None = None
+    """Folder of the solved ``down`` matrices; None if there are none, or a model that holds them
+    was saved already."""
 
     def layer(self, layer: int) -> LayerPlan:
         """Return the experts of layer ``layer``, counted from 0 over the whole model."""
         recipe, table = self.recipe, self.tables.get(layer, LayerTable())
         part = _partition(recipe, layer, table)
         down, runtime = recipe.weight_scales[2], recipe.output_scale
+        if "down" in recipe.fit and table.down_hash is not None:
+            down, runtime = 1.0, 1.0  # the solution holds the factor
         if recipe.calibrated:
             assert table.output_scale is not None, f"layer {layer} was not calibrated"
             down *= table.output_scale if recipe.rescale_at == "weights" else 1.0
@@ -97,7 +105,7 @@ class ExpertPlan:
             weight_scales=(*recipe.weight_scales[:2], down),
             output_scale=runtime,
             router_ED=table.router_ED
-            if recipe.router_init == "centroids"
+            if recipe.router_init == "centroids" or table.router_ED is not None
             else router_rows(recipe, layer),
         )
 
@@ -106,9 +114,11 @@ class ExpertPlan:
         """Input besides the recipe; unless nothing, the plan has one table per layer."""
         return needs(self.recipe)
 
-    def with_tables(self, tables: Mapping[int, LayerTable]) -> ExpertPlan:
+    def with_tables(
+        self, tables: Mapping[int, LayerTable], solved: Path | None = None
+    ) -> ExpertPlan:
         """Return a plan with the same recipe and these tables."""
-        return replace(self, tables=tables)
+        return replace(self, tables=tables, solved=solved)
 
     @property
     def hash(self) -> str:
@@ -121,6 +131,8 @@ class ExpertPlan:
                     values = np.ascontiguousarray(value)
                     digest.update(f"{layer} {name} {values.dtype} {values.shape}".encode())
                     digest.update(values.tobytes())
+            if table.down_hash is not None:
+                digest.update(f"{layer} down {table.down_hash}".encode())
         return digest.hexdigest()
 
 

@@ -12,6 +12,8 @@ from typing import Any
 from megatron_moe.config.run import Method, RouterInit
 
 SCHEMA = 1
+HELD_OUT_EVERY = 8
+"""Every so many calibration sequences, one is left out of a fit and judges it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,11 @@ class Recipe:
     reinit_ratio: float = 0.0
     noise_std: float = 0.0
     permutation_seed: int | None = None
+    fit: tuple[str, ...] = ()
+    """Parts that are solved for on text, in alphabetical order."""
+    max_load: float = 0.0
+    """Bound on the load with a fitted router; 0 without one."""
+    fit_stream: float = 0.0
 
     def content(self) -> dict[str, Any]:
         """Return the values that are hashed and stored in a plan file."""

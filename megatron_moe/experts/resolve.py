@@ -37,6 +37,9 @@ def make_recipe(spec: DenseSpec, moe: Moe, upcycle: Upcycle) -> Recipe:
         reinit_ratio=_reinit_ratio(upcycle),
         noise_std=upcycle.noise_std,
         permutation_seed=upcycle.permutation_seed,
+        fit=tuple(sorted(set(upcycle.fit))),
+        max_load=upcycle.max_load if "router" in upcycle.fit else 0.0,
+        fit_stream=upcycle.fit_stream if "down" in upcycle.fit else 0.0,
     )
 
 

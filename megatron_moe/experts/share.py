@@ -1,4 +1,4 @@
-"""Choose experts by the activity of neurons on real text: sharing_inner, sharing_inter, weaver.
+"""Choose experts by the activity of neurons on real text.
 
 Neurons that are important for several experts go either to several experts (inner) or to a shared
 expert (inter, weaver). `megatron-moe construct` measures; this module only evaluates its results.
@@ -58,6 +58,20 @@ def weaver(recipe: Recipe, layer: int, evidence: Evidence) -> Partition:
     profiles_XC = unit_rows(activity_CF[:, rest].T.astype(np.float32))
     neurons_EM = cluster_neurons(recipe, layer, profiles_XC, rest)
     return Partition(neurons_EM, np.sort(order_F[: recipe.shared_size]))
+
+
+def coactivation(recipe: Recipe, layer: int, evidence: Evidence) -> Partition:
+    """Group the neurons that contribute to the same tokens; share those that most tokens use.
+
+    A neuron's profile is the norm of its contribution for each sampled token. The shared expert
+    gets the neurons with the largest mean.
+    """
+    assert evidence.contribution_HF is not None
+    profile_FH = evidence.contribution_HF.T
+    order_F = np.argsort(-profile_FH.mean(axis=1), kind="stable")
+    shared_S, rest = np.sort(order_F[: recipe.shared_size]), np.sort(order_F[recipe.shared_size :])
+    neurons_EM = cluster_neurons(recipe, layer, unit_rows(profile_FH[rest]), rest)
+    return Partition(neurons_EM, shared_S)
 
 
 def _top(importance_EF: Numbers, count: int) -> NDArray[np.int64]:

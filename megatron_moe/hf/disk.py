@@ -1,4 +1,4 @@
-"""Create folders and sync files to disk.
+"""Create folders, and write files durably and atomically.
 
 Imports no torch, so that commands that only read a run start fast.
 """
@@ -6,6 +6,9 @@ Imports no torch, so that commands that only read a run start fast.
 from __future__ import annotations
 
 import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_moe.errors import ConfigError
@@ -36,3 +39,29 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path in the folder of ``path`` for a file that becomes ``path``.
+
+    At the end of the ``with`` block the file is flushed to disk and renamed, so that a reader sees
+    the old file or the new one, even after a power failure. On an error it is removed, and ``path``
+    stays as it was. The folder is made if it is missing.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
+    try:
+        yield staged
+        fsync(staged)
+        staged.replace(path)
+    except BaseException:
+        staged.unlink(missing_ok=True)
+        raise
+    fsync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8 as described in `replacing`."""
+    with replacing(path) as staged:
+        staged.write_text(text, encoding="utf-8")

@@ -17,17 +17,11 @@ from typing import Any
 import torch
 
 from megatron_moe.errors import CheckpointError
+from megatron_moe.hf.dtypes import OF_SAFETENSORS
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _SHARD = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-"""Supported dtypes of weights, keyed by their names in the safetensors header."""
 
 _MOST_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _MOST_LISTED = 20
@@ -203,7 +197,7 @@ def _tensor_info(path: Path, name: str, entry: dict[str, Any], start: int) -> Te
         begin, end = (int(offset) for offset in entry["data_offsets"])
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise _bad_header(path, f"{name}: {entry}") from error
-    info = TensorInfo(shape, DTYPES[entry["dtype"]], path, start + begin)
+    info = TensorInfo(shape, OF_SAFETENSORS[entry["dtype"]], path, start + begin)
     if min(shape, default=0) < 0 or begin < 0 or end - begin != info.num_bytes:
         raise _bad_header(
             path, f"{name} of {shape} {entry['dtype']} in bytes {begin} to {end} of its tensors"
@@ -213,10 +207,11 @@ def _tensor_info(path: Path, name: str, entry: dict[str, Any], start: int) -> Te
 
 def _check_dtypes(path: Path, entries: Mapping[str, Any]) -> None:
     dtypes = {n: e.get("dtype") if isinstance(e, dict) else e for n, e in entries.items()}
-    unsupported = [f"{name} is {dt}" for name, dt in dtypes.items() if str(dt) not in DTYPES]
+    known = OF_SAFETENSORS
+    unsupported = [f"{name} is {dt}" for name, dt in dtypes.items() if str(dt) not in known]
     if unsupported:
         raise CheckpointError(
-            f"{path} contains tensors of unsupported dtypes: expected {', '.join(DTYPES)}.\n"
+            f"{path} contains tensors of unsupported dtypes: expected {', '.join(known)}.\n"
             + "\n".join(listing("found", unsupported))
             + "\n  a quantized checkpoint must be dequantized to bf16 first"
         )

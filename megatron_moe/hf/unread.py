@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from megatron_moe.errors import CheckpointError
+from megatron_moe.hf.dtypes import OF_CONFIG
 from megatron_moe.hf.header import INDEX_FILE, SINGLE_FILE, TensorInfo, read_headers
 from megatron_moe.hf.names import dense_tensors
 from megatron_moe.hf.reader import DenseCheckpoint, Selected
 from megatron_moe.hf.spec import read_spec
-
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(slots=True)
@@ -49,9 +48,9 @@ def open_unread(folder: Path) -> UnreadCheckpoint:
 def _stored_dtype(path: Path) -> torch.dtype:
     config = json.loads(path.read_text(encoding="utf-8"))
     name = config.get("dtype") or config.get("torch_dtype") or "float32"  # as in transformers
-    if name not in _DTYPES:
+    if name not in OF_CONFIG:
         raise CheckpointError(
             f"{path} has dtype {name!r}, and there are no safetensors to read it from: must be one "
-            f"of {', '.join(_DTYPES)}"
+            f"of {', '.join(OF_CONFIG)}"
         )
-    return _DTYPES[name]
+    return OF_CONFIG[name]

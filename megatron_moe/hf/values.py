@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import mmap
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from megatron_moe.errors import CheckpointError
 from megatron_moe.hf.header import TensorInfo
+from megatron_moe.hf.mapped import map_values
 from megatron_moe.hf.windows import Window
 
 _READ_BYTES = 2**20
@@ -55,20 +55,13 @@ def read_rows(name: str, info: TensorInfo, rows: slice | Tensor, into: Tensor) -
 def mapped_rows(info: TensorInfo, window: Window) -> Tensor:
     """Memory-map the rows of a window; they are unmapped when the last view is deleted."""
     row_bytes = math.prod(info.shape[1:]) * info.dtype.itemsize
+    shape = (window.stop - window.start, *info.shape[1:])
     start = info.offset + window.start * row_bytes
-    page = start - start % mmap.ALLOCATIONGRANULARITY
-    num_bytes = (window.stop - window.start) * row_bytes
     try:
-        with info.file.open("rb") as file:
-            # A private copy that is never written: torch warns about read-only memory.
-            mapped = mmap.mmap(
-                file.fileno(), start - page + num_bytes, access=mmap.ACCESS_COPY, offset=page
-            )
+        values = map_values(info.file, offset=start, count=math.prod(shape), dtype=info.dtype)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"can no longer read {info.file}: {error}") from error
-    shape = (window.stop - window.start, *info.shape[1:])
-    count = num_bytes // info.dtype.itemsize
-    return torch.frombuffer(mapped, dtype=info.dtype, count=count, offset=start - page).view(shape)
+    return values.view(shape)
 
 
 def take(

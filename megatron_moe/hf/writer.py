@@ -30,11 +30,11 @@ from torch import Tensor
 
 from megatron_moe.errors import CheckpointError
 from megatron_moe.hf.disk import fsync, make_folder
-from megatron_moe.hf.header import DTYPES, INDEX_FILE, SINGLE_FILE
+from megatron_moe.hf.dtypes import NAME_IN_SAFETENSORS
+from megatron_moe.hf.header import INDEX_FILE, SINGLE_FILE
 
 _FLUSH_BYTES = 64 * 2**20
 """Bytes between background flushes, which overlap with gathering the next tensors."""
-_NAME_OF_DTYPE = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +227,7 @@ def _header(
     for name, (shape, dtype) in tensors.items():
         offsets[name], end = end, end + _num_bytes(shape, dtype)
         entries[name] = {
-            "dtype": _NAME_OF_DTYPE[dtype],
+            "dtype": NAME_IN_SAFETENSORS[dtype],
             "shape": list(shape),
             "data_offsets": [offsets[name], end],
         }

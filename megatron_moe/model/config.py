@@ -12,10 +12,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_moe.config.run import Moe, Parallel, RunConfig, Train
 from megatron_moe.errors import ConfigError
 from megatron_moe.experts.resolve import moe_layer_ids
+from megatron_moe.hf.dtypes import OF_PRECISION
 from megatron_moe.hf.spec import DenseSpec
 from megatron_moe.runtime.engine import Engine
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def transformer_config(config: RunConfig, spec: DenseSpec, *, engine: Engine) -> TransformerConfig:
@@ -35,7 +34,7 @@ def transformer_settings(config: RunConfig, spec: DenseSpec, *, engine: Engine) 
     They can be inspected without Transformer Engine, in which case Megatron-Core would reject a
     configuration with fused kernels.
     """
-    dtype = DTYPES[config.train.precision]
+    dtype = OF_PRECISION[config.train.precision]
     return dict(
         **_dense_shape(spec),
         **_moe(config.moe, spec),

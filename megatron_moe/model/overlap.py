@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from megatron_moe.config.run import RunConfig
+from megatron_moe.hf.dtypes import OF_PRECISION
 from megatron_moe.hf.spec import DenseSpec
-from megatron_moe.model.config import DTYPES
 
 
 def start_tp_overlap(config: RunConfig, spec: DenseSpec) -> None:
@@ -30,7 +30,7 @@ def start_tp_overlap(config: RunConfig, spec: DenseSpec) -> None:
     base.initialize_ub(
         shape=[tokens, spec.hidden_size],
         tp_size=parallel.tensor_parallel_size,
-        dtype=DTYPES[train.precision],
+        dtype=OF_PRECISION[train.precision],
         bootstrap_backend="nccl",
     )
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_moe.hf.disk import write_text
 from megatron_moe.model.upcycle import Filled
 from megatron_moe.model.verify import Agreement
 
@@ -71,6 +72,4 @@ def gather_receipt(
 
 def write_receipt(receipt: dict[str, Any], run_dir: Path) -> None:
     """Write receipt.json atomically."""
-    staged = run_dir / ".receipt.partial"
-    staged.write_text(json.dumps(receipt, indent=2) + "\n")
-    staged.replace(run_dir / "receipt.json")
+    write_text(run_dir / "receipt.json", json.dumps(receipt, indent=2) + "\n")

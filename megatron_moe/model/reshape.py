@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from torch import Tensor
 from megatron_moe.experts.draws import BLOCK_NEURONS, Use, normal_rows
 from megatron_moe.experts.plan import LayerPlan
 from megatron_moe.experts.recipe import Recipe
+from megatron_moe.experts.solved import read_solved
 from megatron_moe.parallel.layout import ParallelLayout
 from megatron_moe.parallel.shards import ShardIndex
 
@@ -59,15 +61,24 @@ class LocalLayer:
     plan: LayerPlan
     experts: list[LocalExpert]
     router_ED: Tensor
+    shared_fc2_Ds: Tensor | None = None
+    """This tp rank's columns of the shared expert's ``down``, if there is a shared expert."""
+    shared_part: ShardIndex | None = None
 
 
 @torch.no_grad()
 def reshape_values(
-    layers: list[LocalLayer], recipe: Recipe, *, layout: ParallelLayout, rank: int
+    layers: list[LocalLayer],
+    recipe: Recipe,
+    *,
+    layout: ParallelLayout,
+    rank: int,
+    solved: Path | None = None,
 ) -> None:
     """Apply the plan's changes of values to the filled ``layers`` of this rank.
 
-    Every rank of the world must call it, even one without MoE layers.
+    Every rank of the world must call it, even one without MoE layers. ``solved`` is the folder of
+    solved ``down`` matrices (`experts.solved`), if there are any.
     """
     counts_once = layout.experts.coords(rank)["edp"] == 0
     if recipe.reinit_ratio:
@@ -82,6 +93,8 @@ def reshape_values(
             mean_ED = rows[recipe.moe_layers.index(local.layer)] / recipe.expert_ffn_hidden_size
             local.router_ED.copy_(mean_ED.float())
     for local in layers:
+        if solved is not None:
+            _put_solved(local, recipe, solved)
         for expert in local.experts:
             _scale(expert, local.plan.weight_scales)
             if recipe.noise_std:
@@ -173,6 +186,19 @@ def _drawn(
         )
         into_mD = matrix_mD[run.start - own.start : run.stop - own.start]
         yield run, into_mD, torch.from_numpy(drawn_mD).to(into_mD.device)
+
+
+def _put_solved(local: LocalLayer, recipe: Recipe, folder: Path) -> None:
+    """Overwrite ``down`` of this rank's experts with their rows of the solution."""
+    size = recipe.expert_ffn_hidden_size
+    for expert in local.experts:
+        own, first = expert.neurons(size), expert.expert * size
+        rows = slice(first + own.start, first + own.stop)
+        expert.fc2_Dm.copy_(read_solved(folder, local.layer, rows).T)
+    if local.shared_fc2_Ds is not None and local.shared_part is not None:
+        own, first = local.shared_part.slice_of(recipe.shared_size), recipe.num_experts * size
+        rows = slice(first + own.start, first + own.stop)
+        local.shared_fc2_Ds.copy_(read_solved(folder, local.layer, rows).T)
 
 
 def _scale(expert: LocalExpert, scales: tuple[float, float, float]) -> None:

@@ -127,7 +127,7 @@ def upcycle(
         CheckpointError: No rule fills a parameter, or a tensor holds NaN or infinity.
     """
     filled, layers = fill(model, [dense, *mix_with], plan, layout=layout, rank=rank)
-    reshape_values(layers, plan.recipe, layout=layout, rank=rank)
+    reshape_values(layers, plan.recipe, layout=layout, rank=rank, solved=plan.solved)
     return filled
 
 
@@ -139,8 +139,11 @@ def fill(
     *,
     layout: ParallelLayout,
     rank: int,
+    layers_only: bool = False,
 ) -> tuple[Filled, list[LocalLayer]]:
     """Read all parameters: the first half of `upcycle`, without communication between ranks.
+
+    With ``layers_only``, parameters outside the layers keep their values.
 
     Returns:
         A summary, and this rank's MoE layers for `reshape_values`.
@@ -151,6 +154,8 @@ def fill(
     local_layers: list[LocalLayer] = []
     for chunk in model.chunks:
         for layer, parameters in _by_layer(chunk):
+            if layers_only and layer is None:
+                continue
             local = _LayerSource(checkpoints[0], layer, plan, layout, rank)
             for parameter, matched in parameters:
                 local.fill(parameter, matched, filler)
@@ -256,4 +261,5 @@ class _LayerSource:
             LocalExpert(expert, by_role["expert_fc1", i], by_role["expert_fc2", i], self.etp)
             for i, expert in enumerate(self.experts)
         ]
-        return LocalLayer(self.layer, self.layer_plan, experts, by_role["router", None])
+        router_ED, shared_fc2 = by_role["router", None], by_role.get(("shared_fc2", None))
+        return LocalLayer(self.layer, self.layer_plan, experts, router_ED, shared_fc2, self.tp)

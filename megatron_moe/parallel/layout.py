@@ -15,12 +15,13 @@ This module needs neither torch nor process groups, so a layout can be computed 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from megatron_moe.config.run import Parallel
-from megatron_moe.errors import ConfigError
+from megatron_moe.errors import ConfigError, nearest_multiples
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,12 +109,22 @@ def local_experts(layout: ParallelLayout, *, rank: int, num_experts: int) -> ran
 
 
 def _derive(axis: str, world_size: int, **degrees: int) -> int:
+    if message := indivisible_world(axis, world_size, degrees):
+        raise ConfigError(message)
+    return world_size // math.prod(degrees.values())
+
+
+def indivisible_world(axis: str, world_size: int, degrees: Mapping[str, int]) -> str | None:
+    """Return the message for a world size that ``degrees`` do not divide, else None.
+
+    ``axis`` is the derived degree: the quotient.
+    """
     product = math.prod(degrees.values())
-    if world_size % product:
-        names, values = " * ".join(degrees), " * ".join(map(str, degrees.values()))
-        raise ConfigError(
-            f"world_size ({world_size}) must be divisible by {names} = {values} = {product}: "
-            f"{axis} is the quotient.\n"
-            f"  nearest world_size: {world_size // product * product or product}"
-        )
-    return world_size // product
+    if world_size % product == 0:
+        return None
+    names, values = " * ".join(degrees), " * ".join(map(str, degrees.values()))
+    return (
+        f"world_size ({world_size}) must be divisible by {names} = {values} = {product}: "
+        f"{axis} is the quotient.\n"
+        f"  nearest world_size: {nearest_multiples(world_size, product)}"
+    )

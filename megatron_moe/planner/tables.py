@@ -34,12 +34,16 @@ def search_report(result: SearchResult) -> RenderableType:
     best = result.best[0]
     return Group(
         _engine_line(best.work),
+        Text(),
         _best_table(result),
+        Text(),
+        _legend(result),
         Text(
-            f"{result.num_legal} legal settings; in {result.num_state_too_large} of them, weights, "
-            "gradients and optimizer state alone do not fit"
+            f"\n{result.num_legal} legal settings; in {result.num_state_too_large} of them, the "
+            "model's state alone does not fit\n(weights, gradients and optimizer)."
         ),
-        *([_too_large_table(result)] if result.too_large else []),
+        *([Text(), _too_large_table(result)] if result.too_large else []),
+        Text("\nWhere the ranks of the first layout lie:"),
         layout_report(best.degrees, gpus_per_node=result.gpus_per_node),
     )
 
@@ -70,10 +74,10 @@ def _engine_line(work: Workload) -> Text:
     """Name the engine that the figures are for."""
     if work.engine == "torch":
         return Text(
-            "engine: torch. Memory is predicted for it; times are those of Transformer Engine's "
-            "kernels, because the torch engine has not been measured"
+            "engine: torch. Memory is predicted for it; times are those of Transformer Engine's\n"
+            "kernels, because the torch engine has not been measured."
         )
-    return Text("engine: Transformer Engine. Where it is not installed, plan with run.engine=torch")
+    return Text("engine: Transformer Engine. If it is not installed, plan with run.engine=torch.")
 
 
 def counts_report(counts: ModelCounts) -> RenderableType:
@@ -103,15 +107,14 @@ def layout_report(degrees: Degrees, *, gpus_per_node: int = 8) -> RenderableType
 
 
 def _best_table(result: SearchResult) -> Table:
+    """Return a table that fits into 80 columns unless a layout has many degrees."""
     title = f"{result.gpus} {result.gpu}, {result.usable_gib:.1f} GiB usable on each"
-    table = Table(
-        "tp", "cp", "pp", "vpp", "ep", "etp", "dp", "micro", "recompute", "MFU %", "tokens/s/GPU",
-        "GiB", "limited by", title=title,
-    )  # fmt: skip
+    table = _open_table(title)
+    table.add_column("layout")
+    _add_columns(table, "micro", "recompute", "MFU %", "tokens/s", "GiB", "limited by")
     for one in result.best:
         table.add_row(
-            *(str(getattr(one.degrees, axis)) for axis in ("tp", "cp", "pp", "vpp", "ep", "etp")),
-            str(one.degrees.dp),
+            short_layout(one.degrees),
             str(one.work.micro_batch_size),
             one.work.recompute,
             f"{one.time.mfu:.1f}",
@@ -122,16 +125,57 @@ def _best_table(result: SearchResult) -> Table:
     return table
 
 
+def _open_table(title: str = "") -> Table:
+    return Table(
+        title=title or None, title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False
+    )
+
+
+def _add_columns(table: Table, *names: str) -> None:
+    for name in names:
+        is_text = name in ("recompute", "limited by")
+        table.add_column(name, no_wrap=True, justify="left" if is_text else "right")
+
+
+def short_layout(degrees: Degrees) -> str:
+    """Return the degrees other than 1, and dp.
+
+    >>> short_layout(Degrees(gpus=8, tp=2, cp=1, pp=1, ep=8, etp=1))
+    'tp2 ep8 dp4'
+    """
+    axes = ("tp", "cp", "pp", "vpp", "ep", "etp")
+    named = [(axis, getattr(degrees, axis)) for axis in axes]
+    return " ".join([*(f"{axis}{size}" for axis, size in named if size > 1), f"dp{degrees.dp}"])
+
+
+def _legend(result: SearchResult) -> Text:
+    """Explain the columns and the names under "limited by"."""
+    limits = dict.fromkeys(one.time.limit for one in result.best)
+    lines = [
+        "layout: degrees of parallelism other than 1. micro: train.micro_batch_size.",
+        "tokens/s: of one GPU. GiB: of the rank that needs most. limited by: the largest",
+        "part of a step besides matrix products, with its share:",
+        *(f"  {_SHORT.get(name, name)}: {MEANING[name]}" for name in limits),
+    ]
+    return Text("\n".join(lines))
+
+
+_SHORT = {"output_layer": "output"}
+
+
 def _limit(one: Candidate) -> str:
     name = one.time.limit
-    return f"{MEANING[name]} {100 * one.time.parts[name] / one.time.step_seconds:.0f}%"
+    share = 100 * one.time.parts[name] / one.time.step_seconds
+    return f"{_SHORT.get(name, name)} {share:.0f}%"
 
 
 def _too_large_table(result: SearchResult) -> Table:
-    table = Table("faster, does not fit", "micro", "recompute", "MFU %", "GiB too many")
+    table = _open_table()
+    table.add_column("faster, does not fit")
+    _add_columns(table, "micro", "recompute", "MFU %", "GiB too many")
     for one in result.too_large:
         table.add_row(
-            str(one.degrees),
+            short_layout(one.degrees),
             str(one.work.micro_batch_size),
             one.work.recompute,
             f"{one.mfu:.1f}",

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_moe.errors import DataError
+from megatron_moe.hf.disk import write_text
 from megatron_moe.report.balance import balance
 from megatron_moe.report.evaluation import evaluation
 from megatron_moe.report.html import Child, Html, el, join
@@ -64,10 +63,7 @@ def write_page(html: Html, path: Path) -> None:
     Raises:
         DataError: The file cannot be written.
     """
-    staged = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
     try:
-        staged.write_text(html, encoding="utf-8")
-        os.replace(staged, path)
+        write_text(path, html)
     except OSError as error:
-        staged.unlink(missing_ok=True)
         raise DataError(f"cannot write {path}: {error.strerror}") from error

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from megatron_moe.config.run import Moe, RunConfig, Upcycle
 from megatron_moe.errors import nearest_multiples
 from megatron_moe.experts.methods import METHODS, MethodRow, needs
+from megatron_moe.experts.recipe import HELD_OUT_EVERY
 from megatron_moe.experts.resolve import make_recipe
 from megatron_moe.hf.spec import DenseSpec
 
@@ -42,7 +43,7 @@ class _Case:
 def construction_violations(config: RunConfig, spec: DenseSpec) -> Iterator[str]:
     """Yield the messages of all violated rules of upcycle.*."""
     case = _Case(config.moe, config.upcycle, spec.ffn_hidden_size)
-    for rule in (_whole, _granular, _partition, _sharing, _shared_expert, _mix, _factors, _router):
+    for rule in _RULES:
         yield from rule(case)
     recipe = make_recipe(spec, config.moe, config.upcycle)
     if needs(recipe) == "text" and config.upcycle.plan is None:
@@ -51,6 +52,8 @@ def construction_violations(config: RunConfig, spec: DenseSpec) -> Iterator[str]
             if METHODS[recipe.method].needs == "text"
             else "upcycle.router_init (centroids)"
             if recipe.router_init == "centroids"
+            else f"upcycle.fit ({', '.join(recipe.fit)})"
+            if recipe.fit
             else "a calibrated scale"
         )
         yield (
@@ -74,7 +77,13 @@ def measuring_violations(config: RunConfig, spec: DenseSpec) -> Iterator[str]:
             "upcycle.plan must be set: it is the file that megatron-moe construct writes.\n"
             "  set upcycle.plan=runs/plan.safetensors"
         )
-    if samples % experts:
+    if recipe.fit and samples < HELD_OUT_EVERY:
+        yield (
+            f"measure.samples ({samples}) must be at least {HELD_OUT_EVERY} with upcycle.fit: "
+            f"every {HELD_OUT_EVERY}th sequence is left out of the fit, to choose its penalty.\n"
+            f"  set measure.samples={HELD_OUT_EVERY} or more"
+        )
+    if METHODS[recipe.method].by_cluster and samples % experts:
         yield (
             f"measure.samples ({samples}) must be divisible by moe.num_moe_experts ({experts}): "
             "the sequences are divided into one cluster of equal size per expert.\n"
@@ -218,3 +227,42 @@ def _router(case: _Case) -> Iterator[str]:
             "granular are shards of replicas that must be chosen together.\n"
             "  leave upcycle.router_init unset, or set upcycle.method=granular"
         )
+
+
+def _fit(case: _Case) -> Iterator[str]:
+    u = case.upcycle
+    if not u.fit:
+        return
+    named = f"upcycle.fit ({', '.join(u.fit)})"
+    if not case.method.sums_parts:
+        methods = ", ".join(name for name, row in METHODS.items() if row.sums_parts)
+        yield (
+            f"{named} {case.with_method}: it solves for experts that are parts of the dense FFN.\n"
+            f"  set upcycle.method to one of {methods}, or leave upcycle.fit empty"
+        )
+    if u.reinit_ratio or u.noise_std:
+        yield (
+            f"{named} cannot be combined with upcycle.reinit_ratio ({u.reinit_ratio}) or "
+            f"upcycle.noise_std ({u.noise_std}): they change the neurons that were solved for.\n"
+            "  leave them unset"
+        )
+    if "calibrated" in (u.rescale, u.scale):
+        yield (
+            f"{named} cannot be combined with upcycle.rescale (calibrated): the solution has its "
+            "own magnitude.\n  leave upcycle.rescale unset"
+        )
+    if "router" in u.fit and u.router_init is not None:
+        yield (
+            f"upcycle.router_init ({u.router_init}) has no effect with {named}, which solves for "
+            "the router's rows.\n  leave upcycle.router_init unset"
+        )
+    if case.moe.router_gate != "linear":
+        yield (
+            f"{named} requires moe.router_gate (linear), but it is {case.moe.router_gate}: its "
+            "choices are random in training.\n  set moe.router_gate=linear"
+        )
+
+
+_RULES = (
+    _whole, _granular, _partition, _sharing, _shared_expert, _mix, _factors, _router, _fit,
+)  # fmt: skip

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from megatron_moe.errors import nearest_multiples
 from megatron_moe.experts.resolve import moe_layer_ids
+from megatron_moe.parallel.layout import indivisible_world
 from megatron_moe.rules.case import Case, indivisible
 
 
@@ -19,14 +20,8 @@ def world(case: Case) -> Iterator[str]:
         ("edp", {"pp": p.pipeline_parallel_size, "ep": p.expert_parallel_size,
                  "etp": p.expert_tensor_parallel_size}),
     ):  # fmt: skip
-        product = math.prod(degrees.values())
-        if case.world_size % product:
-            names, values = " * ".join(degrees), " * ".join(map(str, degrees.values()))
-            yield (
-                f"world_size ({case.world_size}) must be divisible by {names} = {values} = "
-                f"{product}: {axis} is the quotient.\n"
-                f"  nearest world_size: {nearest_multiples(case.world_size, product)}"
-            )
+        if message := indivisible_world(axis, case.world_size, degrees):
+            yield message
 
 
 def heads(case: Case) -> Iterator[str]:

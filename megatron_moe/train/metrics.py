@@ -51,6 +51,7 @@ from megatron_moe.config.run import RunConfig
 from megatron_moe.data.blend import BlendState
 from megatron_moe.data.held_out import HeldOut
 from megatron_moe.errors import ConfigError
+from megatron_moe.hf.disk import write_text
 from megatron_moe.runtime.memory import peak_bytes
 from megatron_moe.train.step import StepResult
 
@@ -245,9 +246,7 @@ def _reopen(path: Path, resumed_step: int) -> TextIO:
     if path.exists():
         lines = path.read_text().splitlines()
         kept = [line for line in lines if resumed_step and _step_of(line) <= resumed_step]
-        staged = path.with_suffix(".partial")
-        staged.write_text("".join(line + "\n" for line in kept))
-        staged.replace(path)
+        write_text(path, "".join(line + "\n" for line in kept))
     return path.open("a")
 
 

@@ -1,4 +1,4 @@
-"""List the optimizers, one row each: what Megatron-Core is told, and which state is saved.
+"""List the optimizers, one row each: its settings for Megatron-Core, and the state to save.
 
 `docs/extending.md` adds an optimizer step by step.
 """
@@ -40,7 +40,7 @@ OPTIMIZERS: dict[str, OptimizerRow] = {
 
 
 def optimizer_config(config: RunConfig, *, overlap_param_gather: bool) -> OptimizerConfig:
-    """Return what Megatron-Core's optimizer is told."""
+    """Return the configuration of Megatron-Core's optimizer."""
     settings, bf16 = config.optimizer, config.train.precision == "bf16"
     return OptimizerConfig(
         optimizer="adam",

@@ -181,7 +181,9 @@ def _forward_step(
     for router in routers_in(module):
         router.start_pass(batch.samples_B)
     documents = (
-        _documents(batch.position_ids_BS, model.engine) if config.data.reset_attention else {}
+        document_arguments(batch.position_ids_BS, model.engine)
+        if config.data.reset_attention
+        else {}
     )
     output = module(
         batch.tokens_BS,
@@ -195,7 +197,7 @@ def _forward_step(
     return output, partial(_loss, batch.loss_mask_BS)
 
 
-def _documents(position_ids_BS: Tensor, engine: Engine) -> dict[str, Any]:
+def document_arguments(position_ids_BS: Tensor, engine: Engine) -> dict[str, Any]:
     """Return arguments that keep attention within documents: `SdpaAttention`'s mask, or bounds.
 
     Transformer Engine takes bounds of a single row without context parallelism; the rules reject

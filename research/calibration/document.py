@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
 from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
 from megatron_moe.hf.spec import DenseSpec, spec_from_config
+from megatron_moe.markdown import markdown_table
 from megatron_moe.planner.calibration import FITTED, PRIOR, Calibration
 from megatron_moe.planner.check import check_layout
 from megatron_moe.planner.count import count_shape
@@ -67,14 +68,14 @@ def constants() -> str:
         (f.name, f"{getattr(PRIOR, f.name):.3g}", f"{getattr(FITTED, f.name):.3g}")
         for f in fields(Calibration)
     ]
-    return _table(("constant", "prior", "fitted"), rows)
+    return markdown_table(("constant", "prior", "fitted"), rows)
 
 
 def predictions() -> str:
     """Return a table of predictions for each calibration row, with and without its model fitted."""
     rows = published()
     held_out = leave_one_model_out(rows)
-    return _table(
+    return markdown_table(
         ("model", "GPUs", "layout", "batch", "capacity", "published", "model left out", "fitted"),
         [
             (
@@ -102,7 +103,7 @@ def scores() -> str:
         "model left out, batch 128 if a row gives none": sensitivity(rows, global_batch=128),
         "model left out, batch 512 if a row gives none": sensitivity(rows, global_batch=512),
     }
-    return _table(
+    return markdown_table(
         ("prediction", "mean absolute error, points", "Spearman"),
         [(name, f"{s.mean_absolute_error:.2f}", f"{s.spearman:.3f}") for name, s in cases.items()],
     )
@@ -118,7 +119,7 @@ def ablation() -> str:
         error = score(rescaled(without(term, rows), rows), rows).mean_absolute_error
         lines.append((error, term, f"{min(shares):.1f} to {max(shares):.1f}"))
     full = score(rescaled([time.mfu for time in times], rows), rows).mean_absolute_error
-    return _table(
+    return markdown_table(
         ("without", "meaning", "share of a step, %", "mean absolute error, points"),
         [
             ("nothing", "the whole model", "", f"{full:.2f}"),
@@ -136,7 +137,7 @@ def case() -> str:
     lines = [_candidate_row(rank, candidate) for rank, candidate in enumerate(best, start=1)]
     head = ("", "layout", "micro-batch", "recompute", "MFU", "GiB", "output layer", "bubble",
             "tp + cp", "dp")  # fmt: skip
-    return _table(head, [*lines, _candidate_row("published", published_layout)])
+    return markdown_table(head, [*lines, _candidate_row("published", published_layout)])
 
 
 def memory() -> str:
@@ -158,7 +159,7 @@ def memory() -> str:
         )  # fmt: skip
     head = ("run", "weights", "gradients", "optimizer", "activations", "dispatcher, logits",
             "margins", "total")  # fmt: skip
-    return _table(head, lines.values())
+    return markdown_table(head, lines.values())
 
 
 def flops() -> str:
@@ -176,7 +177,7 @@ def flops() -> str:
         ("Llama-3-8B E8T2", upcycled_shape(spec, config.moe), "7.5e14 (forward + backward)"),
     ):
         rows.append((name, count_shape(shape, sequence_length=8192), printed))
-    return _table(
+    return markdown_table(
         ("model", "sequence", "total", "active", "forward", "forward + backward", "printed"),
         [
             (
@@ -238,12 +239,6 @@ def _candidate_row(rank: int | str, candidate: Candidate) -> tuple[object, ...]:
         *(f"{value:.1f}%" for value in (share["output_layer"], share["bubble"])),
         *(f"{value:.1f}%" for value in (share["tp"] + share["cp"], share["dp"])),
     )
-
-
-def _table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    head = list(head)
-    lines = [head, ["---"] * len(head), *([str(cell) for cell in row] for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from statistics import mean
 from typing import Any
 
 from megatron_moe.errors import UserError
+from megatron_moe.markdown import markdown_table
 from research.study.cases import AT_STEP_0, TRAINED
 from research.study.plot import plots
 
@@ -42,19 +43,19 @@ class Question:
 QUESTIONS = (
     Question("Does N/K help a split at the start?", "LLaMA-MoE, fig. 3a",
              "split_random, N/K", "split_random, none", START),
-    Question("and in the end?", "LLaMA-MoE, fig. 3a",
+    Question("and at the end?", "LLaMA-MoE, fig. 3a",
              "split_random, N/K", "split_random, none", END),
     Question("Is a measured factor better than N/K at the start?", "ours",
              "split_random, calibrated", "split_random, N/K", START),
-    Question("and in the end?", "ours",
+    Question("and at the end?", "ours",
              "split_random, calibrated", "split_random, N/K", END),
-    Question("Is N/K better than N in the end?", "LLaMA-MoE takes N/K",
+    Question("Is N/K better than N at the end?", "LLaMA-MoE takes N/K",
              "split_random, N/K", "split_random, N", END),
     Question("Is a random split better than clusters?", "LLaMA-MoE, fig. 3b",
              "split_random, N/K", "split_clustered, N/K", END),
     Question("and than experts that share neurons?", "LLaMA-MoE, fig. 3b",
              "split_random, N/K", "sharing_inner, N/K", END),
-    Question("With a shared expert: random better than by importance?", "LLaMA-MoE, fig. 3b",
+    Question("With a shared expert, is random better than by importance?", "LLaMA-MoE, fig. 3b",
              "split_random with shared, N/K", "sharing_inter, N/K", END),
     Question("Are a shared expert's neurons better chosen by activation?", "ExpertWeaver",
              "weaver, N/K", "split_random with shared, N/K", END),
@@ -62,13 +63,13 @@ QUESTIONS = (
              "split_random, N/K", "from scratch, parts", END),
     Question("Are copies better than the same MoE from scratch?", "Sparse Upcycling",
              "copy", "from scratch, whole", END),
-    Question("Are copies better than the dense model that goes on?", "Sparse Upcycling",
+    Question("Are copies better than continuing the dense model?", "Sparse Upcycling",
              "copy", "dense", END),
     Question("Is topk_softmax better for copies?", "Llama 3 Meets MoE",
              "copy", "copy, softmax_topk", END),
     Question("Is softmax_topk, scaled, better for virtual groups?", "arXiv 2410.07524",
              "granular, softmax_topk", "granular", END),
-    Question("Does it pay to draw half of the copies' neurons anew?", "Drop-Upcycling",
+    Question("Does it help to reinitialize half of the copies' neurons?", "Drop-Upcycling",
              "drop", "copy", END),
     Question("Are branches better than copies?", "Branch-Train-MiX",
              "mix", "copy", END),
@@ -150,15 +151,19 @@ def page(numbers: Numbers) -> str:
         seeds=len(seeds),
         hours=f"{sum(run['seconds'] for run in trained + numbers['step0']) / 3600:.1f}",
         probe_tokens=f"{numbers['step0'][0]['tokens']:,}",
-        verdicts=_table(
-            ["question", "who says so", "A", "B", "A - B, nats", "here"], _verdicts(numbers)
+        verdicts=markdown_table(
+            ["question", "claimed by", "A", "B", "A - B, nats", "here"], _verdicts(numbers)
         ),
-        trained=_table(
-            ["case", "a token passes", "seeds", "step 0", "half way", "end"],
+        trained=markdown_table(
+            ["case", "a token passes", "seeds", "step 0", "halfway", "end"],
             _trained_rows(numbers),
         ),
-        rescales=_table(["SmolLM2-135M", "none", "N/K", "N", "calibrated"], _rescales(numbers)),
-        others=_table(["SmolLM2-135M", "loss", "above the dense model's"], _others(numbers)),
+        rescales=markdown_table(
+            ["SmolLM2-135M", "none", "N/K", "N", "calibrated"], _rescales(numbers)
+        ),
+        others=markdown_table(
+            ["SmolLM2-135M", "loss", "above the dense model's"], _others(numbers)
+        ),
     )
 
 
@@ -185,8 +190,8 @@ def verdict(values: list[float]) -> str:
     if len(values) < 3:
         return "too few seeds"
     if max(values) < 0:
-        return "so"
-    return "the reverse" if min(values) > 0 else "undecided: seeds disagree"
+        return "confirmed"
+    return "reversed" if min(values) > 0 else "undecided: seeds disagree"
 
 
 def _verdicts(numbers: Numbers) -> Iterator[Row]:
@@ -236,8 +241,3 @@ def _others(numbers: Numbers) -> Iterator[Row]:
         if case.shape not in ("parts", "shared") and case.name in losses:
             loss = losses[case.name]
             yield [case.name, f"{loss:.3f}", f"{loss - losses['dense']:+.3f}"]
-
-
-def _table(head: Row, rows: Iterator[Row]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -24,6 +24,7 @@ from megatron_moe.config.load import build
 from megatron_moe.config.mixtures import SLIMPAJAMA
 from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import JobError
+from megatron_moe.hf.disk import write_text
 from megatron_moe.hf.spec import read_spec
 from megatron_moe.rules.check import check
 from megatron_moe.runtime.world import World, run_local_ranks
@@ -141,7 +142,4 @@ def collect(metrics: Path) -> dict[str, Any]:
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
     """Write a result atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_suffix(".partial")
-    staged.write_text(json.dumps(result) + "\n")
-    staged.replace(path)
+    write_text(path, json.dumps(result) + "\n")

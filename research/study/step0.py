@@ -72,8 +72,9 @@ def _measure(config: RunConfig, out: Path, world: World) -> None:
     upcycle(model, dense, plan, layout=layout, rank=world.rank)
     texts = list(open_texts(config, vocab_size=dense.spec.vocab_size).training.values())
     measuring = Measurement(
-        model, as_dense, texts, groups, clusters=config.moe.num_moe_experts, seed=SEED
-    )
+        model, as_dense, texts, groups, clusters=config.moe.num_moe_experts, seed=SEED,
+        by_cluster=True,
+    )  # fmt: skip
     kept = PartialFiles(out.with_name(f".{out.name}.measuring"), "smollm2")
     measuring.run(kept, lambda done, total: print(f"{done} of {total}", flush=True))
     found = measuring.sums

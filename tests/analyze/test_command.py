@@ -5,6 +5,7 @@ layouts in the seventh digit, and the file keeps six decimals.
 """
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ from ranks import run_on_ranks
 from tiny import save_dense
 from training_runs import run_training, tree, write_tokens
 
-from megatron_moe.analyze.record import Analysis, path_of, read_analysis
+from megatron_moe.analyze.record import Analysis, Distances, path_of, read_analysis
+from megatron_moe.analyze.table import BY_DOMAIN, BY_LAYER, analysis_report
 from megatron_moe.checkpoint.folder import run_of, step_folder
 from megatron_moe.checkpoint.global_tensors import GlobalTensors
 from megatron_moe.cli.main import app
@@ -94,6 +96,33 @@ def test_counts_add_up(alone: Analysis):
     assert np.ptp(both_LE, axis=1).all(), (
         "all experts are equal: the comparison below proves nothing"
     )
+
+
+def test_one_domain_has_no_distance_to_others(alone: Analysis):
+    one = alone.domains[0]
+    by_domain = ("tokens", "loss", "counts", "dropped", "entropy", "max_over_mean", "dead",
+                 "confidence", "counts_of_halves")  # fmt: skip
+    distances = Distances(
+        layers=[[[0.0]]] * len(LAYERS), mean=[[0.0]], within={one: alone.distances.within[one]}
+    )
+    changes = {name: {one: getattr(alone, name)[one]} for name in by_domain}
+    alone_text = str(analysis_report(alone))
+    text = str(analysis_report(alone.model_copy(
+        update={**changes, "domains": [one], "distances": distances}
+    )))  # fmt: skip
+    for word in ("domain distance", "L2 distance"):
+        assert word in alone_text
+        assert word not in text
+    rows = [line.split("  ") for line in text.split("\n\n")[1].splitlines()]
+    assert {len([cell for cell in row if cell]) for row in rows} == {len(BY_LAYER) - 1}
+
+
+def test_every_column_is_documented():
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    _, by_layer, by_domain, *_ = page.partition("## Analysis")[2].split("| column |")
+    for columns, table in ((BY_LAYER, by_layer), (BY_DOMAIN, by_domain)):
+        assert [name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+                for name in re.findall(r"`([^`]+)`", row)] == list(columns)  # fmt: skip
 
 
 @pytest.mark.parametrize(

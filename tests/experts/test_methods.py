@@ -111,6 +111,19 @@ def test_experts_that_want_the_same_neurons_share_them():
     assert part.neurons_EM.tolist() == [[2, 3], [4, 5]]
 
 
+def test_coactivation_groups_what_fires_together_and_shares_what_always_does():
+    """Of 32 neurons, 8 serve every token, and each of 4 kinds of token uses 6 others."""
+    rng = np.random.default_rng(0)
+    kind_H = rng.integers(0, 4, 64)
+    special_HF = np.repeat(np.eye(4)[kind_H], 6, axis=1) * rng.uniform(0.5, 1.5, (64, 24))
+    contribution_HF = np.concatenate([special_HF, rng.uniform(0.9, 1.1, (64, 8))], axis=1)
+    recipe_ = recipe("split_coactivation", experts=4, size=6, dense=32, shared_size=8)
+    evidence = Evidence(contribution_HF=contribution_HF.astype(np.float32))
+    part = share.coactivation(recipe_, 0, evidence)
+    assert part.shared_S.tolist() == list(range(24, 32))
+    assert sorted(map(tuple, part.neurons_EM)) == [tuple(range(6 * i, 6 * i + 6)) for i in range(4)]
+
+
 def test_weaver_shares_the_even_and_groups_the_alike():
     even = np.full((4, 8), 3.0)
     special = np.kron(np.eye(4), np.ones((1, 6))) + 0.01

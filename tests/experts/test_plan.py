@@ -40,6 +40,9 @@ OTHER_VALUES = {
     "reinit_ratio": 0.5,
     "noise_std": 0.1,
     "permutation_seed": 0,
+    "fit": ("down",),
+    "max_load": 1.5,
+    "fit_stream": 0.5,
 }
 
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from megatron_moe.errors import CheckpointError
-from megatron_moe.hf.header import DTYPES, TensorInfo
+from megatron_moe.hf.dtypes import OF_SAFETENSORS
+from megatron_moe.hf.header import TensorInfo
 from megatron_moe.hf.values import check_finite, take
 
-FLOATS = list(DTYPES.values())
+FLOATS = list(OF_SAFETENSORS.values())
 ROWS = [slice(0, 8), slice(2, 7), torch.tensor([5, 0, 5, 7])]
 COLUMNS = [None, slice(0, 6), slice(1, 4), torch.tensor([4, 0, 4])]
 

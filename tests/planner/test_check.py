@@ -6,8 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from dense_models import DENSE_MODELS, H100_FILES, shipped
 from rich.console import Console
+from typer.testing import CliRunner
 
+from megatron_moe.cli.main import app
 from megatron_moe.config.load import dump
 from megatron_moe.errors import CheckpointError, ConfigError
 from megatron_moe.planner.check import check_layout
@@ -15,7 +18,7 @@ from megatron_moe.planner.count import count
 from megatron_moe.planner.drawing import draw, spans
 from megatron_moe.planner.parameters import total_parameters
 from megatron_moe.planner.search import search
-from megatron_moe.planner.tables import check_report, counts_report, search_report
+from megatron_moe.planner.tables import check_report, counts_report, search_report, short_layout
 from megatron_moe.planner.workload import Degrees
 
 PAPER = {
@@ -26,8 +29,8 @@ PAPER = {
 }
 
 
-def printed(report) -> str:
-    console = Console(width=160, file=io.StringIO())
+def printed(report, *, width: int = 160) -> str:
+    console = Console(width=width, file=io.StringIO(), soft_wrap=True)  # as the program's own
     console.print(report)
     return console.file.getvalue()
 
@@ -75,8 +78,36 @@ def test_a_shared_expert_counts(make_config, llama3_spec, llama3_e8t2):
 
 def test_search_prints_layouts_and_their_placement(make_config, llama3_spec):
     text = printed(search_report(search(make_config(), llama3_spec, gpus=128)))
-    for word in ("tokens/s/GPU", "faster, does not fit", "node 0", "NVLink"):
+    for word in ("tokens/s", "limited by", "faster, does not fit", "node 0", "NVLink"):
         assert word in text
+
+
+@pytest.mark.parametrize("name", ["3.2-3b-e8t2-8", "3-8b-e64t8-granular-128", "3-70b-e8t2-1024"])
+def test_the_search_is_readable_on_80_columns(name: str):
+    (path,) = [path for path in H100_FILES if path.stem == f"llama{name}"]
+    config, spec, gpus = shipped(path)
+    result = search(config, spec, gpus=gpus)
+    lines = printed(search_report(result), width=80).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert not any("\u2026" in line for line in lines), "nothing is cut off"
+    for one in result.best:  # in one row; a layout of many degrees goes on in the next
+        row = [short_layout(one.degrees)[:20], f"{one.time.mfu:.1f}", f"{one.memory.total:.1f}"]
+        assert any(all(cell in line for cell in row) for line in lines), row
+
+
+@pytest.mark.parametrize(("gpus", "status"), [(128, 0), (96, 1)])
+def test_check_ends_with_status_1_if_the_layout_is_illegal(
+    make_config, tmp_path, gpus: int, status: int
+):
+    (tmp_path / "config.json").write_text(json.dumps(DENSE_MODELS["Meta-Llama-3-8B"]))
+    config = make_config(**PAPER)
+    source = config.source.model_copy(update={"path": tmp_path})
+    (tmp_path / "run.yaml").write_text(dump(config.model_copy(update={"source": source})))
+    words = ["plan", str(tmp_path / "run.yaml"), "--check", "--gpus", str(gpus)]
+    for form in ([], ["--json"]):
+        result = CliRunner().invoke(app, [*words, *form])
+        assert result.exit_code == status, result.output
+    assert json.loads(result.output)["legal"] == (status == 0)
 
 
 def test_count_of_a_folder_with_only_a_config(tmp_path, llama2_config):

@@ -105,8 +105,8 @@ def test_a_page_is_written_atomically(tmp_path):
     write_page(Html("second"), tmp_path / "p.html")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("p.html", "second")]
     with pytest.raises(DataError, match="cannot write"):
-        write_page(Html("x"), tmp_path / "absent" / "p.html")
-    (tmp_path / "folder").mkdir()
+        write_page(Html("x"), tmp_path / "p.html" / "in-a-file.html")
+    write_page(Html("in a new folder"), tmp_path / "folder" / "p.html")
     with pytest.raises(DataError, match="cannot write"):
         write_page(Html("x"), tmp_path / "folder")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "p.html"]

@@ -60,8 +60,8 @@ def test_seeds_are_compared_one_by_one():
 @pytest.mark.parametrize(
     ("found", "said"),
     [
-        ([-0.1, -0.2, -0.3], "so"),
-        ([0.1, 0.2, 0.3], "the reverse"),
+        ([-0.1, -0.2, -0.3], "confirmed"),
+        ([0.1, 0.2, 0.3], "reversed"),
         ([0.1, -0.2, 0.3], "undecided: seeds disagree"),
         ([-0.1, -0.2], "too few seeds"),
         ([], "not run"),

@@ -72,7 +72,8 @@ REFUSALS = [
     ("shared", sizes(48, 16), {},
      "moe.moe_shared_expert_intermediate_size (16) with upcycle.method (copy) has no neurons to "
      "use: the routed experts hold the whole dense FFN, and its neurons would count twice.\n"
-     "  methods with a shared expert: split_random, split_clustered, sharing_inter, weaver"),
+     "  methods with a shared expert: split_random, split_clustered, split_coactivation, "
+     "sharing_inter, weaver"),
     ("no-shared", sizes(6), {"method": "weaver", **PLAN},
      "upcycle.method (weaver) needs moe.moe_shared_expert_intermediate_size: the method moves "
      "common neurons to a shared expert.\n"

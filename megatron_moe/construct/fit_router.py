@@ -1,0 +1,104 @@
+"""Fit a router: regress what each expert would contribute, and price experts that are too popular.
+
+The gain of expert e for a token is how much of the dense layer's output y it explains alone,
+2 p.y - |p|^2 with p its contribution. Gains are standardized per token and regressed on the
+layer's input. A price per expert then lowers its logits by a constant, as far as a linear function
+of the input can express one, until no expert is chosen more than ``max_load`` times the mean.
+
+Shape letters: T tokens, D hidden_size, E experts, K top-k, F dense neurons, M neurons of an expert.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_moe.construct.dense_ffn import DenseFfn
+from megatron_moe.construct.ridge import RidgeSums, solve
+
+PENALTY = 1e-3
+"""Relative penalty of the regression: inputs of a layer have directions without any variance."""
+LOGIT_STD = 0.3
+"""Standard deviation of the targets. Small: the combine weights of chosen experts stay close to
+each other, as the parts of a layer add up with equal weights."""
+MARGIN = 0.95
+"""Part of the bound on the load that is used, because other text is routed a little differently."""
+PRICE_ROUNDS = 200
+
+
+def gains(ffn: DenseFfn, act_TF: Tensor, y_TD: Tensor, neurons_EM: Tensor) -> Tensor:
+    """Return the standardized gain of each expert for each token, ``(T, E)``.
+
+    Args:
+        ffn: Weights of the dense layer.
+        act_TF: Activations of its neurons.
+        y_TD: Output that the routed experts must explain.
+        neurons_EM: Neurons of each expert.
+    """
+    along_TF = y_TD @ ffn.down_DF
+    columns = []
+    for neurons_M in neurons_EM:
+        act_TM, down_DM = act_TF[:, neurons_M], ffn.down_DF[:, neurons_M]
+        overlap_T = (act_TM * along_TF[:, neurons_M]).sum(dim=1)
+        square_T = ((act_TM @ (down_DM.T @ down_DM)) * act_TM).sum(dim=1)
+        columns.append(2 * overlap_T - square_T)
+    gain_TE = torch.stack(columns, dim=1)
+    gain_TE = gain_TE - gain_TE.mean(dim=1, keepdim=True)
+    return gain_TE / gain_TE.std(dim=1, keepdim=True).clamp(min=1e-12)
+
+
+@dataclass(frozen=True, slots=True)
+class RouterRegression:
+    """Sums of the regression of gains, and of a constant, on the inputs of a layer."""
+
+    sums: RidgeSums
+    """E columns of gains, and a last column of ones."""
+
+    @classmethod
+    def zeros(cls, hidden: int, experts: int, device: torch.device | str) -> RouterRegression:
+        """Return the sums of no tokens."""
+        return cls(RidgeSums.zeros(hidden, experts + 1, device))
+
+    def add(self, x_TD: Tensor, gain_TE: Tensor) -> None:
+        """Add a batch of tokens."""
+        self.sums.add(x_TD, torch.cat([gain_TE, torch.ones_like(gain_TE[:, :1])], dim=1))
+
+    def solve(self) -> tuple[Tensor, Tensor]:
+        """Return rows before any price ``(E, D)``, and the row of a constant ``(D,)``."""
+        rows = solve(self.sums, penalty=PENALTY).weights_FD.T.float()
+        return rows[:-1], rows[-1]
+
+
+class Prices:
+    """Prices of experts, adjusted until no load exceeds the bound.
+
+    Args:
+        experts: E.
+        max_load: Bound on the load of an expert, in multiples of the mean.
+    """
+
+    def __init__(self, experts: int, max_load: float) -> None:
+        self.price_E = torch.zeros(experts, dtype=torch.float64)
+        self._bound = max(1.0, max_load * MARGIN)
+        self._round = 0
+
+    def adjust(self, load_E: Tensor) -> bool:
+        """Raise the prices of experts over the bound; return whether loads are now accepted.
+
+        Prices follow the subgradient of the dual problem: an expert below the bound gets cheaper
+        again, down to a price of zero. Steps shrink, so that they settle.
+        """
+        if load_E.max() <= self._bound or self._round == PRICE_ROUNDS:
+            return True
+        self._round += 1
+        step = 1 / (1 + self._round / 100)
+        self.price_E = (self.price_E + step * (load_E.cpu() - self._bound)).clamp(min=0)
+        return False
+
+
+def loads(logits_TE: Tensor, topk: int) -> Tensor:
+    """Return how many tokens choose each expert, ``(E,)`` in float64."""
+    chosen_TK = logits_TE.topk(topk, dim=-1).indices
+    return torch.bincount(chosen_TK.flatten(), minlength=logits_TE.shape[1]).double()

@@ -1,0 +1,87 @@
+"""Store solved ``down`` matrices next to a plan file, one file a layer, and read slices of them.
+
+    runs/plan.safetensors           tables, with the hash of each file below
+    runs/plan.down/00003.safetensors  layer 3: ``(N, D)``, one row per neuron
+
+Rows are the neurons of expert 0, of expert 1, ..., and of the shared expert, each in the plan's
+order. A rank reads the rows of its own experts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_moe.errors import CheckpointError
+
+_NAME = "down_ND"
+
+
+def solved_folder(plan: Path) -> Path:
+    """Return the folder of a plan file's solved matrices."""
+    return plan.with_suffix(".down")
+
+
+def solved_file(folder: Path, layer: int) -> Path:
+    """Return the file of one layer."""
+    return folder / f"{layer:05}.safetensors"
+
+
+def write_solved(folder: Path, layer: int, down_ND: Tensor) -> str:
+    """Write the matrix of one layer, and return its hash; the file appears when it is complete."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = solved_file(folder, layer)
+    staged = path.with_name(f".{path.name}.partial")
+    save_file({_NAME: down_ND.float().contiguous()}, staged)
+    digest = file_hash(staged)
+    staged.replace(path)
+    return digest
+
+
+def file_hash(path: Path) -> str:
+    """Return the sha256 of a file.
+
+    Raises:
+        CheckpointError: The file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot read {path}, a part of the plan: {error.strerror}.\n"
+            "  restore the folder next to the plan file, or run megatron-moe construct again"
+        ) from error
+
+
+def check_solved(folder: Path, layer: int, expected: str) -> None:
+    """Compare the file of one layer with its hash in the plan.
+
+    Raises:
+        CheckpointError: The file is missing or changed.
+    """
+    path = solved_file(folder, layer)
+    if (actual := file_hash(path)) != expected:
+        raise CheckpointError(
+            f"{path} is damaged, or belongs to another plan: it has sha256 {actual[:12]}, but the "
+            f"plan file has {expected[:12]}.\n  run megatron-moe construct again"
+        )
+
+
+def read_solved(folder: Path, layer: int, rows: slice) -> Tensor:
+    """Return rows of the matrix of one layer, ``(rows, D)``.
+
+    Raises:
+        CheckpointError: The file is missing or not readable.
+    """
+    path = solved_file(folder, layer)
+    try:
+        with safe_open(path, "pt") as file:
+            return torch.as_tensor(file.get_slice(_NAME)[rows.start : rows.stop])
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read {path}, a part of the plan: {error}") from error

@@ -1,0 +1,226 @@
+"""Fit routers and down matrices on ranks: the same plan everywhere, and the model it promises."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ranks import run_on_ranks
+from safetensors.torch import load_file
+from tiny import save_dense
+from training_runs import run_training, tree, write_tokens
+from transformers import AutoModelForCausalLM
+
+from megatron_moe.config.load import build
+from megatron_moe.config.run import RunConfig
+from megatron_moe.rules.check import violations
+from megatron_moe.runtime.world import World
+
+pytestmark = pytest.mark.distributed
+MOE = {"num_moe_experts": 4, "moe_ffn_hidden_size": 16, "moe_shared_expert_intermediate_size": 32}
+SAMPLES = 16
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("fit")
+    save_dense(root / "dense", num_hidden_layers=3, hidden_size=32, vocab_size=257)
+    write_tokens(root / "tokens")
+    return root
+
+
+def settings(folder: Path, run: Path, **changes: Any) -> RunConfig:
+    sections: dict[str, Any] = {
+        "moe": {**MOE, "moe_layers": [0, 2]},
+        "upcycle": {"method": "split_random", "plan": str(run / "plan.safetensors"),
+                    "fit": ["router", "down"], "verify": "never"},
+        "measure": {"samples": SAMPLES},
+        "train": {"steps": 0, "global_batch_size": 4, "precision": "fp32"},
+    }  # fmt: skip
+    for name, values in changes.items():
+        sections[name] = {**sections.get(name, {}), **values}
+    return build(RunConfig, tree(run, folder / "dense", folder / "tokens", **sections))
+
+
+def construct_on(config: RunConfig, world_size: int) -> None:
+    config.run.dir.mkdir(parents=True, exist_ok=True)
+    run_on_ranks(_construct, config, world_size=world_size)
+
+
+def _construct(world: World, config: RunConfig) -> None:
+    from megatron_moe.commands.construct import construct
+
+    construct(config, world)
+
+
+@pytest.fixture(scope="module")
+def fitted(folder: Path) -> RunConfig:
+    config = settings(folder, folder / "one")
+    construct_on(config, 1)
+    return config
+
+
+def tables(config: RunConfig) -> dict[str, torch.Tensor]:
+    assert config.upcycle.plan is not None
+    plan = config.upcycle.plan
+    result = load_file(plan)
+    for file in sorted(plan.with_suffix(".down").iterdir()):
+        result |= {f"{file.stem}.{name}": value for name, value in load_file(file).items()}
+    return result
+
+
+def assert_same_plan(one: RunConfig, other: RunConfig) -> None:
+    ours, theirs = tables(one), tables(other)
+    assert ours.keys() == theirs.keys()
+    assert len(ours) == 4, "two MoE layers: router rows and down matrices"
+    for name in ours:
+        # Sums of float64 products of fp32 activations, in another order.
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-6)
+
+
+def test_any_number_of_ranks_gives_the_same_plan(folder: Path, fitted: RunConfig, tmp_path: Path):
+    other = settings(folder, tmp_path, parallel={"tensor_parallel_size": 2})
+    construct_on(other, 4)
+    assert_same_plan(fitted, other)
+
+
+def test_an_interrupted_fit_goes_on(folder: Path, fitted: RunConfig, tmp_path: Path):
+    config = settings(folder, tmp_path)
+    with pytest.raises(Exception, match="killed"):
+        run_on_ranks(_killed_after_one_layer, config, world_size=2)
+    left = config.upcycle.plan.with_suffix(".down")  # pyright: ignore
+    assert sorted(file.name for file in left.iterdir()) == [
+        "00000.json", "00000.safetensors", "key",
+    ]  # fmt: skip
+    written = (left / "00000.safetensors").stat().st_mtime_ns
+    construct_on(config, 2)
+    assert (left / "00000.safetensors").stat().st_mtime_ns == written, "it was not solved again"
+    assert [file.suffix for file in sorted(left.iterdir())] == [".safetensors"] * 2
+    assert_same_plan(fitted, config)
+
+
+def _killed_after_one_layer(world: World, config: RunConfig) -> None:
+    from megatron_moe.construct.stream import LayerStream
+
+    load = LayerStream.load
+
+    def killed(stream: LayerStream, layer: int) -> None:
+        if layer == 1:
+            raise RuntimeError("killed")
+        load(stream, layer)
+
+    LayerStream.load = killed
+    config.run.dir.mkdir(parents=True, exist_ok=True)
+    _construct(world, config)
+
+
+def test_the_receipt_of_a_fit_says_what_it_gained(fitted: RunConfig):
+    from safetensors import safe_open
+
+    with safe_open(fitted.upcycle.plan, "np") as file:  # pyright: ignore
+        header = json.loads(file.metadata()["megatron_moe.expert_plan"])
+    fits = header["measured_on"]["fit"]
+    assert fits.keys() == {"0", "2"}
+    for fit in fits.values():
+        assert fit["error_after"] < fit["error_before"]
+        assert fit["max_load"] == max(fit["load_E"]) <= 1.5
+        assert np.isclose(np.mean(fit["load_E"]), 1)
+
+
+LAYOUTS = {
+    "1": (1, {}),
+    "tp2-ep2": (2, {"tensor_parallel_size": 2, "expert_parallel_size": 2}),
+    "etp2-pp1": (2, {"tensor_parallel_size": 2, "expert_tensor_parallel_size": 2}),
+    "ep4": (4, {"expert_parallel_size": 4}),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_run_starts_from_the_solution(
+    folder: Path, fitted: RunConfig, tmp_path: Path, layout: str
+):
+    """The oracle computes the MoE layers by hand in transformers' dense model."""
+    world_size, parallel = LAYOUTS[layout]
+    config = settings(folder, tmp_path, parallel=parallel)
+    config = config.model_copy(update={"upcycle": fitted.upcycle})
+    from megatron_moe.hf.spec import read_spec
+
+    assert not violations(config, read_spec(folder / "dense"), world_size)
+    config.run.dir.mkdir(parents=True, exist_ok=True)
+    run_on_ranks(_logits, config, tmp_path / "logits.pt", world_size=world_size)
+    ids_S, logits_SV = torch.load(tmp_path / "logits.pt")
+    torch.testing.assert_close(logits_SV, by_hand(folder, fitted, ids_S), rtol=1e-3, atol=1e-3)
+
+
+def _logits(world: World, config: RunConfig, out: Path) -> None:
+    from megatron_moe.construct.complete import complete_plan
+    from megatron_moe.experts.plan import make_expert_plan
+    from megatron_moe.hf.reader import open_dense_checkpoint
+    from megatron_moe.model.build import build_model
+    from megatron_moe.model.upcycle import upcycle
+    from megatron_moe.model.verify import _moe_logits
+    from megatron_moe.parallel.groups import create_groups
+    from megatron_moe.runtime.engine import TORCH_ON_CPU
+
+    layout, groups = create_groups(config.parallel, seed=0)
+    dense = open_dense_checkpoint(config.source.path)
+    plan = make_expert_plan(dense.spec, config.moe, config.upcycle)
+    plan = complete_plan(plan, config, dense)
+    model = build_model(
+        config, dense.spec, layout=layout, groups=groups, rank=world.rank, engine=TORCH_ON_CPU
+    )
+    upcycle(model, dense, plan, layout=layout, rank=world.rank)
+    ids_S = torch.arange(32) * 7 % 257
+    with torch.no_grad():
+        part_Sv = _moe_logits(model, ids_S, groups)
+    assert part_Sv is not None
+    parts = [torch.empty_like(part_Sv) for _ in range(groups.tp.size())]
+    torch.distributed.all_gather(parts, part_Sv.contiguous(), group=groups.tp)
+    if world.rank == 0:
+        torch.save((ids_S, torch.cat(parts, dim=1)[:, : dense.spec.vocab_size]), out)
+
+
+def by_hand(folder: Path, fitted: RunConfig, ids_S: torch.Tensor) -> torch.Tensor:
+    """Put the plan's MoE layers into the dense model of transformers."""
+    from megatron_moe.experts.plan import make_expert_plan
+    from megatron_moe.hf.spec import read_spec
+
+    model: Any = AutoModelForCausalLM.from_pretrained(folder / "dense", dtype=torch.float32)
+    plan = make_expert_plan(read_spec(folder / "dense"), fitted.moe, fitted.upcycle)
+    values = tables(fitted)
+    for layer in (0, 2):
+        mlp, neurons_EM = model.model.layers[layer].mlp, plan.layer(layer).neurons_EM
+        router_ED = values[f"layers.{layer}.router_ED"]
+        down_ND = values[f"{layer:05}.down_ND"]
+        shared_S = torch.from_numpy(plan.layer(layer).shared_S)
+
+        def moe(x, mlp=mlp, n=neurons_EM, r=router_ED, d=down_ND, s=shared_S):
+            x_TD = x[0]
+            act_TF = torch.nn.functional.silu(mlp.gate_proj(x_TD)) * mlp.up_proj(x_TD)
+            top_TK, chosen_TK = (x_TD @ r.T).topk(2)
+            out_TD = act_TF[:, s] @ d[n.size :]
+            for token in range(len(x_TD)):
+                for weight, e in zip(top_TK[token].softmax(0), chosen_TK[token], strict=True):
+                    rows = d[e * n.shape[1] : (e + 1) * n.shape[1]]
+                    out_TD[token] += weight * (act_TF[token, n[e]] @ rows)
+            return out_TD[None]
+
+        mlp.forward = moe
+    with torch.no_grad():
+        return model(ids_S[None]).logits[0]
+
+
+def test_a_changed_matrix_is_noticed(folder: Path, fitted: RunConfig, tmp_path: Path):
+    plan = tmp_path / "plan.safetensors"
+    shutil.copy(fitted.upcycle.plan, plan)  # pyright: ignore
+    shutil.copytree(fitted.upcycle.plan.with_suffix(".down"), plan.with_suffix(".down"))  # pyright: ignore
+    file = plan.with_suffix(".down") / "00002.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    config = settings(folder, tmp_path / "run", upcycle={"plan": str(plan)})
+    with pytest.raises(Exception, match=r"00002\.safetensors is damaged"):
+        run_training(config.model_dump(mode="json"), world_size=1)
