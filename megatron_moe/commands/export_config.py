@@ -15,6 +15,7 @@ from typing import Any
 from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import CheckpointError
 from megatron_moe.experts.plan import moe_layer_ids
+from megatron_moe.hf.dtypes import OF_PRECISION
 from megatron_moe.hf.names import Architecture
 from megatron_moe.hf.rope import rope_parameters
 from megatron_moe.hf.spec import DenseSpec
@@ -75,7 +76,7 @@ def moe_config(
         "num_experts_per_tok": moe.moe_router_topk,
         "router_aux_loss_coef": moe.moe_aux_loss_coeff,
         "output_router_logits": False,
-        "dtype": {"fp32": "float32", "bf16": "bfloat16"}[config.train.precision],
+        "dtype": str(OF_PRECISION[config.train.precision]).removeprefix("torch."),
     }
     size = moe.expert_size(spec.ffn_hidden_size)
     windows = set(spec.attention_windows)

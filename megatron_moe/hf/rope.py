@@ -17,6 +17,7 @@ _NEEDED: dict[str, tuple[str, ...]] = {
     "yarn": ("factor",),
 }
 """Supported values of rope_type, and the numbers that each needs."""
+ROPE_TYPES = tuple(_NEEDED)
 _OPTIONAL = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
 
 
