@@ -80,7 +80,7 @@ class Bench:
         return step_numbers(
             result,
             step=self.state.step,
-            samples=self.state.samples,
+            tokens=self.state.tokens,
             learning_rate=self.state.learning_rate,
             seconds=time.perf_counter() - start,
             data_seconds=data_seconds,

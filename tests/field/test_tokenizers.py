@@ -139,8 +139,15 @@ def test_added_tokens_beyond_the_embedding_are_allowed_while_no_text_uses_them(
 
 CHANGES: dict[str, Any] = {
     "other words": lambda t: t["model"]["vocab"].update(_swapped(t["model"]["vocab"])),
-    "another control token": lambda t: t["added_tokens"][1].update(content="<|turn|>"),
+    "another control token": lambda t: _renamed(t, "<|im_start|>", "<|turn|>"),
 }
+
+
+def _renamed(tokenizer: dict[str, Any], before: str, now: str) -> None:
+    vocab = tokenizer["model"]["vocab"]
+    vocab[now] = vocab.pop(before)
+    for token in tokenizer["added_tokens"]:
+        token["content"] = token["content"].replace(before, now)
 
 
 def _swapped(vocab: dict[str, int]) -> dict[str, int]:
