@@ -180,8 +180,13 @@ def _read_by_transformers(model_type: str, config: dict[str, Any]) -> dict[str, 
     from transformers import CONFIG_MAPPING  # imported here: it takes a second
 
     keys = {key: value for key, value in config.items() if key not in _PROGRAM_SETTINGS}
-    read = CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(keys))
-    read.standardize_rope_params()  # as a model does when it is built
+    try:
+        read = CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(keys))
+        read.standardize_rope_params()  # as a model does when it is built
+    except Exception as error:  # each field has a check of its own, with its own exception
+        raise CheckpointError(
+            f"transformers does not accept the config.json of a {model_type} model: {error}"
+        ) from error
     result = read.to_dict()
     result["rope_parameters"].pop("type", None)  # version 4's name of rope_type
     return result

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_moe.errors import CheckpointError
 from megatron_moe.hf.header import INDEX_FILE, SINGLE_FILE, index_of_shards
 
 if TYPE_CHECKING:
@@ -35,17 +36,23 @@ def load_model(
         folder: Folder with config.json and weights; the hub is not asked.
         device: Device to run on.
         dtype: dtype of the weights; None uses that of the folder.
+
+    Raises:
+        CheckpointError: transformers does not accept the folder.
     """
     from transformers import AutoModelForCausalLM  # imported here: slow, and most commands skip it
 
     silence_progress_bars()
-    with _indexed(folder) as loadable:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            loadable,
-            dtype=dtype or "auto",
-            local_files_only=True,
-            attn_implementation="sdpa",  # config.json may name one that is not installed
-        )
+    try:
+        with _indexed(folder) as loadable:
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                loadable,
+                dtype=dtype or "auto",
+                local_files_only=True,
+                attn_implementation="sdpa",  # config.json may name one that is not installed
+            )
+    except Exception as error:  # each field of a config has a check of its own exception
+        raise CheckpointError(f"transformers cannot load {folder}: {error}") from error
     return model.to(device).eval()
 
 

@@ -91,7 +91,7 @@ def spec_from_config(config: Mapping[str, Any], *, where: str = "config.json") -
         raise _refusal(where, [_other_architecture(config)])
     config = {**COMMON_DEFAULTS, **FAMILIES[family].defaults, **config}
     bad_numbers = _bad_numbers(config)
-    reasons = [*bad_numbers, *_unsupported(config, family), *unsupported_rope(config)]
+    reasons = [*bad_numbers, *_unsupported(config, family), *_unsupported_rope(config, family)]
     reasons += _unsupported_layers(config, family)
     if reasons:
         raise _refusal(where, reasons)
@@ -227,6 +227,14 @@ def _unsupported(config: Mapping[str, Any], family: Family) -> list[str]:
     ]
     if config.get("quantization_config"):
         reasons.append("quantization_config is set: dequantize the checkpoint to bf16 first")
+    return reasons
+
+
+def _unsupported_rope(config: Mapping[str, Any], family: Family) -> list[str]:
+    reasons = unsupported_rope(config)
+    kind = rope_parameters(config)["rope_type"]
+    if not reasons and kind != "default" and not FAMILIES[family].rope_scaling:
+        return [f"rope_type is {kind!r}: transformers does not have it for {family}"]
     return reasons
 
 

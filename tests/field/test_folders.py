@@ -189,9 +189,12 @@ def check_folder(root: Path, draw: dict[str, Any]) -> str:
     if draw["files"] == "f16":
         lay_out(root / "plain", "f16")
     model: Any = AutoModelForCausalLM.from_pretrained(root / "plain", dtype=torch.float32)
+    try:
+        loaded = load_model(root / "dense", device="cpu", dtype=torch.float32)
+    except UserError:  # transformers is stricter about keys that this package does not read
+        return "refused"
     with torch.no_grad():
         expected_SV = model.eval()(ids_S[None]).logits[0]
-        loaded = load_model(root / "dense", device="cpu", dtype=torch.float32)
         as_used_SV = loaded(ids_S[None], return_dict=True).logits[0]
     assert (ours_SV - expected_SV).abs().max() <= 1e-4
     if draw["files"] != "lm_head only":  # transformers does not tie in this direction
@@ -216,8 +219,7 @@ def test_folders_for_five_minutes(tmp_path_factory: pytest.TempPathFactory):
     @settings(max_examples=20, deadline=None, suppress_health_check=QUIET, database=None)
     @given(draw=FOLDERS)
     def some(draw: dict[str, Any]) -> None:
-        if time.monotonic() < end:
-            outcomes.append(check_folder(tmp_path_factory.mktemp("folder"), draw))
+        outcomes.append(check_folder(tmp_path_factory.mktemp("folder"), draw))
 
     while time.monotonic() < end:
         some()
