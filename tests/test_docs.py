@@ -107,6 +107,7 @@ def test_generated_pages_are_current():
     """If this fails: python tools/write_reference.py."""
     import write_reference
 
+    assert write_reference.MODELS.read_text() == write_reference.models_page()
     assert write_reference.SETTINGS.read_text() == write_reference.settings_page()
     assert write_reference.ARCHITECTURE.read_text() == write_reference.architecture_page()
     folders = {path.parent.name for path in (ROOT / "megatron_moe").glob("*/__init__.py")}

@@ -1,29 +1,39 @@
-"""Write the pages of docs/ that are generated from the code: settings and architecture.
+"""Write the pages of docs/ that are generated from the code: models, settings, architecture.
 
     python tools/write_reference.py
 
-docs/settings.md lists every setting of ``config/run.py``; docs/architecture.md lists every module
-of the package with the first sentence of its docstring. A test checks that both are current.
+docs/models.md lists the families of source models; docs/settings.md lists every setting of
+``config/run.py``; docs/architecture.md lists every module of the package with the first sentence of
+its docstring. A test checks that all are current.
 """
 
 from __future__ import annotations
 
 import ast
+import importlib
+import json
 import sys
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "distributed")]
 
 from pydantic import BaseModel  # noqa: E402
 from pydantic.fields import FieldInfo  # noqa: E402
 from pydantic_core import PydanticUndefined  # noqa: E402
 
-from megatron_moe.config.run import Domain, RunConfig  # noqa: E402
+from megatron_moe.commands.export import architecture_for  # noqa: E402
+from megatron_moe.config.run import Domain, Moe, RunConfig  # noqa: E402
+from megatron_moe.errors import CheckpointError  # noqa: E402
+from megatron_moe.hf.families import FAMILIES, FamilyRow  # noqa: E402
+from megatron_moe.hf.rope import ROPE_TYPES  # noqa: E402
+from megatron_moe.hf.spec import spec_from_config  # noqa: E402
 from megatron_moe.markdown import markdown_table  # noqa: E402
 
 SETTINGS, ARCHITECTURE = ROOT / "docs/settings.md", ROOT / "docs/architecture.md"
+MODELS = ROOT / "docs/models.md"
+TESTED: dict[str, tuple[str, dict[str, Any]]] = importlib.import_module("test_parity").MODELS
 
 HEAD_OF_SETTINGS = """# Settings
 
@@ -32,6 +42,18 @@ error that suggests the right one. Settings that Megatron-Core has under the sam
 meaning. `megatron-moe schema > run.schema.json` writes the same as a JSON schema for editors.
 
 This page is generated from `megatron_moe/config/run.py` by `python tools/write_reference.py`.
+"""
+
+HEAD_OF_MODELS = """# Supported models
+
+A source model must be dense and have Llama's block: RMSNorm before attention and FFN, rotary
+attention, and SwiGLU. Anything else is refused, with all reasons at once.
+[docs/extending.md](extending.md) shows how to add a family.
+
+This page is generated from `megatron_moe/hf/families.py` by `python tools/write_reference.py`.
+
+## Families
+
 """
 
 HEAD_OF_ARCHITECTURE = """# Architecture
@@ -172,8 +194,72 @@ def _summary(path: Path) -> str:
     return " ".join(docstring.split("\n\n")[0].split())
 
 
+TINY = {
+    "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 32,
+    "num_key_value_heads": 32, "vocab_size": 257, "sliding_window": None,
+}  # fmt: skip
+MOES = {
+    "all layers MoE": {},
+    "some layers dense": {"first_dense_layers": 1},
+    "shared expert": {"moe_shared_expert_intermediate_size": 32},
+    "router_order softmax_topk": {"router_order": "softmax_topk"},
+}
+"""Kinds of MoE that are exported to different classes."""
+
+
+def models_page() -> str:
+    """Return docs/models.md."""
+    variants = [(f"`{family}`", f"`{row.architecture}`", _variant(row), _names(row))
+                for family, row in FAMILIES.items()]  # fmt: skip
+    targets = [(f"`{family}`", *(_target(row, moe) for moe in MOES.values()))
+               for family, row in FAMILIES.items()]  # fmt: skip
+    tested = [(f"`{name}`", family, f"`{json.dumps(changes)}`" if changes else "")
+              for name, (family, changes) in TESTED.items()]  # fmt: skip
+    return (
+        HEAD_OF_MODELS
+        + markdown_table(("family", "class in transformers", "differs from Llama", "tensors"),
+                         variants)
+        + "\n## Exports\n\nClass that `megatron-moe export` writes, by the kind of MoE. `-`: no "
+        "class of transformers computes the same; the checkpoint stays usable.\n\n"
+        + markdown_table(("family", *MOES), targets)
+        + "\n## Variants of all families\n\n"
+        f"Rotary scaling: {', '.join(f'`{kind}`' for kind in ROPE_TYPES)}, as `rope_scaling` or "
+        "`rope_parameters`, and a top-level `original_max_position_embeddings`. With `dynamic`, "
+        "`data.seq_length` must be at most `max_position_embeddings`; with a sliding window, at "
+        "most the window. Tied embeddings may be saved under either name. Refused, with the "
+        "reason: `attention_bias`, `mlp_bias`, other activations than SiLU, partial rotation.\n"
+        "\n## Tested with\n\nSmall random models of these shapes; logits equal those of "
+        "transformers to 1e-4 under one rank, tp2 x ep4 and pp2 "
+        "(`tests/distributed/test_parity.py`). `tests/field/` has the variants above.\n\n"
+        + markdown_table(("model", "family", "changes"), tested)
+    )  # fmt: skip
+
+
+def _variant(row: FamilyRow) -> str:
+    windows = {"ignored": "", "always": "sliding window", "on_request": "sliding window in some "
+               "layers"}[row.windows]  # fmt: skip
+    parts = ["biases of q, k, v" if row.qkv_bias else "",
+             "norms of q and k" if row.qk_layernorm else "", windows]  # fmt: skip
+    return ", ".join(part for part in parts if part) or "-"
+
+
+def _names(row: FamilyRow) -> str:
+    short = [name.rpartition("}.")[2] for name in row.tensors]
+    return "stacked: " + ", ".join(f"`{name}`" for name in short) if short else "Llama's"
+
+
+def _target(row: FamilyRow, changes: dict[str, Any]) -> str:
+    spec = spec_from_config({"architectures": [row.architecture], **TINY})
+    try:
+        architecture = architecture_for(spec, Moe(num_moe_experts=4, **changes))
+    except CheckpointError:
+        return "-"
+    return f"`{architecture}`"
+
+
 def main() -> None:
-    """Write both pages."""
+    """Write all pages."""
+    MODELS.write_text(models_page())
     SETTINGS.write_text(settings_page())
     ARCHITECTURE.write_text(architecture_page())
 

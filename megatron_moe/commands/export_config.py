@@ -15,7 +15,9 @@ from typing import Any
 from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import CheckpointError
 from megatron_moe.experts.plan import moe_layer_ids
+from megatron_moe.hf.dtypes import OF_PRECISION
 from megatron_moe.hf.names import Architecture
+from megatron_moe.hf.rope import rope_parameters
 from megatron_moe.hf.spec import DenseSpec
 
 _MODEL_TYPES: dict[Architecture, str] = {
@@ -35,7 +37,7 @@ _PROGRAM_SETTINGS = frozenset(
 """Keys that configure a program, and not what the model computes."""
 _NOT_COMPARED = _PROGRAM_SETTINGS | {
     "architectures", "model_type", "intermediate_size", "head_dim", "pad_token_id",
-    # Layers with a sliding window are refused when the source is read, and so are these biases.
+    # Some families write windows that no layer uses, and biases that no layer has.
     "layer_types", "max_window_layers", "sliding_window", "use_sliding_window", "attention_bias",
 }  # fmt: skip
 """Fields that may differ between transformers' config objects of the source and of the export."""
@@ -67,23 +69,31 @@ def moe_config(
         "initializer_range": spec.initializer_range,
         "rms_norm_eps": spec.layernorm_epsilon,
         "tie_word_embeddings": spec.tied_embeddings,
-        **_rope(spec),
+        **_rope(spec, source),
         **_token_ids(spec, source),
         "attention_dropout": 0.0,
         "use_cache": True,
         "num_experts_per_tok": moe.moe_router_topk,
         "router_aux_loss_coef": moe.moe_aux_loss_coeff,
         "output_router_logits": False,
-        "dtype": {"fp32": "float32", "bf16": "bfloat16"}[config.train.precision],
+        "dtype": str(OF_PRECISION[config.train.precision]).removeprefix("torch."),
     }
     size = moe.expert_size(spec.ffn_hidden_size)
+    windows = set(spec.attention_windows)
+    if architecture != "Qwen2MoeForCausalLM" and len(windows) > 1:
+        raise CheckpointError(
+            f"no Hugging Face architecture means the same as a {spec.family} model with attention "
+            "windows in some layers only: in Mixtral and Qwen3-MoE all layers have the same.\n"
+            "  set use_sliding_window to false in the source's config.json "
+            "if no text will be longer than the window"
+        )
     if architecture == "MixtralForCausalLM":
         return {
             **result,
             "intermediate_size": size,
             "num_local_experts": moe.num_moe_experts,
             "router_jitter_noise": 0.0,
-            "sliding_window": None,
+            "sliding_window": next(iter(windows), None),
         }
     return {**result, **_qwen(spec, config, architecture, size)}
 
@@ -100,38 +110,34 @@ def _qwen(
         "norm_topk_prob": moe.router_order == "topk_softmax",
         "decoder_sparse_step": 1,
         "mlp_only_layers": [layer for layer in range(spec.num_layers) if layer not in routed],
-        "use_sliding_window": False,
+        "use_sliding_window": bool(spec.attention_windows),
     }
+    window = max((window for window in spec.attention_windows if window is not None), default=None)
+    if window is not None:
+        result["sliding_window"] = window
     if architecture == "Qwen3MoeForCausalLM":
         return {**result, "attention_bias": False}
     return {
         **result,
         "max_window_layers": spec.num_layers,
-        "layer_types": ["full_attention"] * spec.num_layers,
+        "layer_types": [
+            "full_attention" if window is None else "sliding_attention"
+            for window in spec.attention_windows or (None,) * spec.num_layers
+        ],
         # Qwen2-MoE always has a shared expert: one of no neurons adds exactly zero.
         "shared_expert_intermediate_size": moe.shared_size,
         "qkv_bias": spec.qkv_bias,
     }
 
 
-def _rope(spec: DenseSpec) -> dict[str, Any]:
+def _rope(spec: DenseSpec, source: dict[str, Any]) -> dict[str, Any]:
     """Return the rotary settings as transformers 5 and, in the last two keys, 4 read them."""
-    scaling: dict[str, Any] | None = None
-    if (llama3 := spec.rope_scaling) is not None:
-        scaling = {
-            "rope_type": "llama3",
-            "factor": llama3.factor,
-            "low_freq_factor": llama3.low_freq_factor,
-            "high_freq_factor": llama3.high_freq_factor,
-            "original_max_position_embeddings": llama3.original_max_position_embeddings,
-        }
+    rope = rope_parameters({"max_position_embeddings": spec.max_position_embeddings, **source})
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     return {
-        "rope_parameters": {
-            "rope_theta": spec.rotary_base,
-            **(scaling or {"rope_type": "default"}),
-        },
+        "rope_parameters": rope,
         "rope_theta": spec.rotary_base,
-        "rope_scaling": scaling,
+        "rope_scaling": None if rope["rope_type"] == "default" else scaling,
     }
 
 
@@ -174,7 +180,14 @@ def _read_by_transformers(model_type: str, config: dict[str, Any]) -> dict[str, 
     from transformers import CONFIG_MAPPING  # imported here: it takes a second
 
     keys = {key: value for key, value in config.items() if key not in _PROGRAM_SETTINGS}
-    result = CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(keys)).to_dict()
+    try:
+        read = CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(keys))
+        read.standardize_rope_params()  # as a model does when it is built
+    except Exception as error:  # each field has a check of its own, with its own exception
+        raise CheckpointError(
+            f"transformers does not accept the config.json of a {model_type} model: {error}"
+        ) from error
+    result = read.to_dict()
     result["rope_parameters"].pop("type", None)  # version 4's name of rope_type
     return result
 

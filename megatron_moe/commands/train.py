@@ -29,6 +29,7 @@ from megatron_moe.config.run import RunConfig
 from megatron_moe.construct.complete import complete_plan
 from megatron_moe.data.announce import announcement
 from megatron_moe.data.texts import open_texts
+from megatron_moe.data.tokenizer import check_same_vocabulary
 from megatron_moe.experts.plan import ExpertPlan, make_expert_plan
 from megatron_moe.hf.disk import write_text
 from megatron_moe.hf.names import dense_tensors
@@ -121,6 +122,7 @@ def _source(
     if dense is None:
         assert resume_from is not None
         return None, spec, plan_of(resume_from, spec, config)
+    check_same_vocabulary(config.source.path, config.upcycle.mix_with)
     dense.check_tensors(dict(dense_tensors(spec)))
     plan = make_expert_plan(spec, config.moe, config.upcycle)
     return dense, spec, complete_plan(plan, config, dense)

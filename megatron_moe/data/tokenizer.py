@@ -253,6 +253,38 @@ def backend_of(folder: Path, tokenizer: Any) -> Any:
     return backend
 
 
+def check_same_vocabulary(first: Path, others: Sequence[Path]) -> None:
+    """Check that models whose weights are combined number their tokens alike.
+
+    A folder without a tokenizer is not checked.
+
+    Raises:
+        DataError: Two tokenizers give the same id to different tokens; the message names one.
+    """
+    expected = _token_of_id(first)
+    for folder in others:
+        tokens = _token_of_id(folder)
+        if different := sorted(i for i in expected if i in tokens and tokens[i] != expected[i]):
+            i = different[0]
+            raise DataError(
+                f"{folder} (upcycle.mix_with) and {first} (source.path) have different tokenizers: "
+                f"id {i} is {tokens[i]!r} and {expected[i]!r}, and {len(different) - 1} more "
+                "differ, so averaged embeddings would mean nothing.\n"
+                "  mix models that were trained from the same model"
+            )
+
+
+def _token_of_id(folder: Path) -> dict[int, str]:
+    """Return the token of each id, empty if the folder has no tokenizer."""
+    if not ((folder / "tokenizer.json").exists() or (folder / "tokenizer.model").exists()):
+        return {}
+    if (path := folder / "tokenizer.json").exists():
+        backend = backend_of(folder, None)
+        return {i: token for token, i in backend.get_vocab(with_added_tokens=True).items()}
+    model = SentencePieceProcessor(model_file=str(path.with_suffix(".model")))
+    return {i: model.id_to_piece(i) for i in range(model.get_piece_size())}
+
+
 def fingerprint_of(folder: Path) -> str:
     """Return a hash of the tokenizer's files in ``folder``, including the chat template."""
     digest = hashlib.sha256()

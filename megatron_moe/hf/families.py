@@ -32,6 +32,8 @@ class FamilyRow:
     """Whether query, key and value have biases, whatever ``attention_bias`` says."""
     qk_layernorm: bool = False
     """Whether each head of query and key has an RMSNorm."""
+    rope_scaling: bool = True
+    """Whether transformers scales rotary frequencies in the ways of `hf/rope.py`."""
     windows: Windows = "ignored"
     tensors: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Tensors whose name differs from Llama's, and the tensors of Llama that they stack by rows.
@@ -75,6 +77,7 @@ FAMILIES: dict[Family, FamilyRow] = {
             "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "bos_token_id": 1,
             "eos_token_id": 32000,
         },
+        rope_scaling=False,
         windows="always",
         tensors={
             _L + "self_attn.qkv_proj.weight": tuple(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from megatron_moe.hf.dtypes import OF_SAFETENSORS
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_SHARD = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
 
 _MOST_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _MOST_LISTED = 20
@@ -52,9 +54,40 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
     Raises:
         CheckpointError: A file is missing, truncated, outside the folder, or not safetensors.
     """
-    if (folder / SINGLE_FILE).exists() or not (folder / INDEX_FILE).exists():
+    if (folder / SINGLE_FILE).exists():
         return _read_header(_weights_file(folder))
-    return _read_shards(folder)
+    if (folder / INDEX_FILE).exists():
+        return _read_shards(folder, _read_index(folder / INDEX_FILE))
+    if (file_of := index_of_shards(folder)) is not None:
+        return _read_shards(folder, file_of)
+    return _read_header(_weights_file(folder))
+
+
+def index_of_shards(folder: Path) -> dict[str, str] | None:
+    """Return the file of each tensor in a folder of numbered shards without an index.
+
+    Return None if the folder has no such files.
+
+    Raises:
+        CheckpointError: Not all shards are there, or two hold a tensor of the same name.
+    """
+    numbered = [(path, match) for path in sorted(folder.glob("model-*.safetensors"))
+                if (match := _SHARD.fullmatch(path.name))]  # fmt: skip
+    if not numbered:
+        return None
+    count = int(numbered[0][1][2])
+    if sorted(int(match[1]) for _, match in numbered) != list(range(1, count + 1)):
+        raise CheckpointError(
+            f"{folder} has {len(numbered)} of {count} shards, and no {INDEX_FILE} that lists them."
+            "\n  finish the download or copy of the folder"
+        )
+    file_of: dict[str, str] = {}
+    for path, _ in numbered:
+        for name in _read_header(path):
+            if name in file_of:
+                raise CheckpointError(f"{name} is in {file_of[name]} and in {path.name}")
+            file_of[name] = path.name
+    return file_of
 
 
 def _weights_file(folder: Path) -> Path:
@@ -77,8 +110,7 @@ def _weights_file(folder: Path) -> Path:
     )
 
 
-def _read_shards(folder: Path) -> dict[str, TensorInfo]:
-    file_of = _read_index(folder / INDEX_FILE)
+def _read_shards(folder: Path, file_of: Mapping[str, str]) -> dict[str, TensorInfo]:
     files = sorted(set(file_of.values()))
     if absent := [file for file in files if not (folder / file).is_file()]:
         raise CheckpointError(

@@ -234,7 +234,10 @@ def open_dense_checkpoint(folder: Path) -> DenseCheckpoint:
     """
     folder = Path(folder)
     spec = read_spec(folder)
-    return DenseCheckpoint(folder, spec, llama_tensors(read_headers(folder), spec))
+    tensors = llama_tensors(read_headers(folder), spec)
+    if spec.tied_embeddings and _EMBEDDING not in tensors and _OUTPUT in tensors:
+        tensors[_EMBEDDING] = tensors.pop(_OUTPUT)  # saved under the other name of the two
+    return DenseCheckpoint(folder, spec, tensors)
 
 
 def open_mixed(dense: DenseCheckpoint, folders: Sequence[Path]) -> list[DenseCheckpoint]:

@@ -16,19 +16,16 @@ from typing import Any
 from megatron_moe.errors import CheckpointError
 from megatron_moe.hf.families import FAMILIES, FAMILY_OF_ARCHITECTURE, Family
 from megatron_moe.hf.obtain import how_to_get
+from megatron_moe.hf.rope import (
+    RopeScaling,
+    rope_numbers,
+    rope_parameters,
+    rope_scaling,
+    unsupported_rope,
+)
 
 COMMON_DEFAULTS: dict[str, Any] = {"rms_norm_eps": 1e-6, "initializer_range": 0.02}
 """Defaults of transformers 5 for keys missing in config.json; `FamilyRow.defaults` has others."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RopeScaling:
-    """Scaling of the rotary frequencies as in Llama 3.1 (``rope_type: llama3``)."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +53,9 @@ class DenseSpec:
     eos_token_id: int | None
     """Id of the end of text; the first if config.json lists several."""
     bos_token_id: int | None
+    attention_windows: tuple[int | None, ...] = ()
+    """Tokens that each layer attends to, None for the whole context; empty if no layer has a
+    window."""
 
     @property
     def separate_output(self) -> bool:
@@ -91,12 +91,10 @@ def spec_from_config(config: Mapping[str, Any], *, where: str = "config.json") -
         raise _refusal(where, [_other_architecture(config)])
     config = {**COMMON_DEFAULTS, **FAMILIES[family].defaults, **config}
     bad_numbers = _bad_numbers(config)
-    reasons = [*bad_numbers, *_unsupported(config, family), *_unsupported_rope(config)]
-    if not bad_numbers:
-        reasons += _unsupported_windows(config, family)
+    reasons = [*bad_numbers, *_unsupported(config, family), *_unsupported_rope(config, family)]
+    reasons += _unsupported_layers(config, family)
     if reasons:
         raise _refusal(where, reasons)
-    rope = _rope_parameters(config)
     return DenseSpec(
         family=family,
         num_layers=config["num_hidden_layers"],
@@ -108,14 +106,15 @@ def spec_from_config(config: Mapping[str, Any], *, where: str = "config.json") -
         vocab_size=config["vocab_size"],
         max_position_embeddings=config["max_position_embeddings"],
         layernorm_epsilon=config["rms_norm_eps"],
-        rotary_base=float(rope["rope_theta"]),
-        rope_scaling=_llama3_scaling(rope),
+        rotary_base=float(rope_parameters(config)["rope_theta"]),
+        rope_scaling=rope_scaling(config),
         tied_embeddings=bool(config.get("tie_word_embeddings")),
         qkv_bias=FAMILIES[family].qkv_bias,
         qk_layernorm=FAMILIES[family].qk_layernorm,
         initializer_range=config["initializer_range"],
         eos_token_id=_first(config.get("eos_token_id")),
         bos_token_id=_first(config.get("bos_token_id")),
+        attention_windows=_attention_windows(config, family),
     )
 
 
@@ -171,13 +170,10 @@ def _bad_numbers(config: Mapping[str, Any]) -> list[str]:
 
 
 def _real_numbers(config: Mapping[str, Any]) -> dict[str, Any]:
-    rope = _rope_parameters(config)
-    scaling = _LLAMA3_KEYS if _rope_type(rope) == "llama3" else ()
     return {
         "rms_norm_eps": config["rms_norm_eps"],
         "initializer_range": config["initializer_range"],
-        "rope_theta": rope["rope_theta"],
-        **{f"{key} of rope_type llama3": rope.get(key) for key in scaling},
+        **rope_numbers(config),
     }
 
 
@@ -214,11 +210,15 @@ def _unsupported(config: Mapping[str, Any], family: Family) -> list[str]:
     if (act := config.get("hidden_act", "silu")) != "silu":
         reasons.append(f"hidden_act is {act!r}: experts are SwiGLU, so it must be 'silu'")
     if config.get("mlp_bias"):
-        reasons.append("mlp_bias is true: experts have no biases")
+        reasons.append(
+            "mlp_bias is true: experts have no biases; if all of them are zero, save the model "
+            "again without them"
+        )
     # transformers ignores the key where query, key and value always have biases.
     if config.get("attention_bias") and not FAMILIES[family].qkv_bias:
         reasons.append(
-            "attention_bias is true: a bias of the attention's output projection is not supported"
+            "attention_bias is true: a bias of the attention's output projection is not supported; "
+            "if all biases are zero, save the model again without them"
         )
     reasons += [
         f"{dropout} is {config[dropout]}: must be 0"
@@ -230,54 +230,49 @@ def _unsupported(config: Mapping[str, Any], family: Family) -> list[str]:
     return reasons
 
 
-def _unsupported_rope(config: Mapping[str, Any]) -> list[str]:
-    rope = _rope_parameters(config)
-    reasons = []
-    if (rope_type := _rope_type(rope)) not in ("default", "llama3"):
-        reasons.append(f"rope_type is {rope_type!r}: only default and llama3 are supported")
-    if nested := [key for key, value in rope.items() if isinstance(value, dict)]:
-        reasons.append(f"rope_parameters differ by layer type ({', '.join(nested)}): not supported")
-    if (part := rope.get("partial_rotary_factor")) not in (None, 1):
-        reasons.append(f"partial_rotary_factor is {part}: must be 1, heads are rotated as a whole")
+def _unsupported_rope(config: Mapping[str, Any], family: Family) -> list[str]:
+    reasons = unsupported_rope(config)
+    kind = rope_parameters(config)["rope_type"]
+    if not reasons and kind != "default" and not FAMILIES[family].rope_scaling:
+        return [f"rope_type is {kind!r}: transformers does not have it for {family}"]
     return reasons
 
 
-def _unsupported_windows(config: Mapping[str, Any], family: Family) -> list[str]:
-    """Return reasons for layers whose attention window is shorter than the context."""
-    kinds = config.get("layer_types") or []
-    if others := sorted({str(kind) for kind in kinds} - {"full_attention"}):
-        return [f"layer_types has {', '.join(others)}: every layer must be full_attention"]
-    window, length = config.get("sliding_window"), config["max_position_embeddings"]
+def _attention_windows(config: Mapping[str, Any], family: Family) -> tuple[int | None, ...]:
+    """Return the attention window of each layer in tokens, None for a whole context.
+
+    As transformers 5 does: ``layer_types`` counts if it is there, and windows that are as long as
+    the context are none.
+    """
+    count, window = config["num_hidden_layers"], config.get("sliding_window")
+    kinds = config.get("layer_types")
     match FAMILIES[family].windows:
         case "ignored":
-            return []
+            windowed = [False] * count
         case "always":
-            remedy = "sliding_window to null"
+            windowed = [True] * count
         case "on_request":
             first = config["max_window_layers"]
-            if (
-                not config.get("use_sliding_window")
-                or kinds
-                or first >= config["num_hidden_layers"]
-            ):
-                return []
-            remedy = "use_sliding_window to false"
-    if not window or window >= length:
-        return []
-    return [
-        f"sliding_window is {window}, shorter than max_position_embeddings ({length}): sliding-"
-        f"window attention is not supported; set {remedy} if all sequences fit into the window"
-    ]
+            kinds = kinds or ["full_attention"] * first + ["sliding_attention"] * (count - first)
+            on = bool(config.get("use_sliding_window"))
+            windowed = [on and kind == "sliding_attention" for kind in kinds[:count]]
+    if not window or window >= config["max_position_embeddings"] or not any(windowed):
+        return ()
+    return tuple(window if sliding else None for sliding in windowed)
+
+
+def _unsupported_layers(config: Mapping[str, Any], family: Family) -> list[str]:
+    """Return a reason if a layer is of a kind that this package does not build."""
+    kinds = {str(kind) for kind in config.get("layer_types") or []}
+    known = {"full_attention"}
+    if FAMILIES[family].windows == "on_request":
+        known.add("sliding_attention")
+    if others := sorted(kinds - known):
+        return [f"layer_types has {', '.join(others)}: every layer must be full_attention"]
+    return []
 
 
 # ---- values that depend on several keys ----------------------------------------------------------
-
-_LLAMA3_KEYS = (
-    "factor",
-    "low_freq_factor",
-    "high_freq_factor",
-    "original_max_position_embeddings",
-)
 
 
 def _num_query_groups(config: Mapping[str, Any]) -> int:
@@ -286,33 +281,6 @@ def _num_query_groups(config: Mapping[str, Any]) -> int:
 
 def _kv_channels(config: Mapping[str, Any]) -> int:
     return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-
-
-def _rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Collect the rotary settings as transformers 5 does.
-
-    Version 5 writes ``rope_parameters``; version 4 wrote ``rope_theta`` and ``rope_scaling``. If
-    both are present, ``rope_scaling`` takes precedence.
-    """
-    defaults = {"rope_theta": config.get("rope_theta", 10000.0)}
-    if "partial_rotary_factor" in config:
-        defaults["partial_rotary_factor"] = config["partial_rotary_factor"]
-    return {**defaults, **(config.get("rope_scaling") or config.get("rope_parameters") or {})}
-
-
-def _rope_type(rope: Mapping[str, Any]) -> str:
-    return rope.get("rope_type") or rope.get("type") or "default"
-
-
-def _llama3_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
-    if _rope_type(rope) != "llama3":
-        return None
-    return RopeScaling(
-        factor=float(rope["factor"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_max_position_embeddings=int(rope["original_max_position_embeddings"]),
-    )
 
 
 def _first(value: int | list[int] | None) -> int | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +10,12 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
 
 from megatron_moe.config.run import RunConfig
-from megatron_moe.hf.spec import DenseSpec, RopeScaling
+from megatron_moe.hf.spec import DenseSpec
 from megatron_moe.model.config import transformer_config
 from megatron_moe.model.grouped_experts import lay_out_experts
+from megatron_moe.model.rope import scaled_frequencies
 from megatron_moe.model.routers import router_factory
 from megatron_moe.model.spec import block_spec
 from megatron_moe.parallel.layout import ParallelLayout
@@ -100,21 +99,9 @@ def build_model(
         lay_out_experts([module])
         if spec.rope_scaling is not None:
             rotary = module.rotary_pos_emb
-            rotary.inv_freq = llama3_frequencies(rotary.inv_freq, spec.rope_scaling)
+            rotary.inv_freq = scaled_frequencies(
+                rotary.inv_freq, spec.rope_scaling, base=spec.rotary_base
+            )
         chunks.append(Chunk(module, layers))
     tp_rank = layout.attention.coords(rank)["tp"]
     return Model(tuple(chunks), transformer, spec, tp_rank, engine)
-
-
-def llama3_frequencies(frequency_C: Tensor, scaling: RopeScaling) -> Tensor:
-    """Return rotary frequencies scaled as in Llama 3.1, with all four numbers of the checkpoint.
-
-    Wavelengths below ``original / high_freq_factor`` are kept, frequencies of wavelengths above
-    ``original / low_freq_factor`` are divided by ``factor``, and those between are interpolated.
-    Megatron-Core's own version hard-codes three of the numbers.
-    """
-    original = scaling.original_max_position_embeddings
-    turns_C = original * frequency_C / (2 * math.pi)  # full turns within the original context
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    kept_C = ((turns_C - low) / (high - low)).clamp(0, 1)
-    return frequency_C * (kept_C + (1 - kept_C) / scaling.factor)

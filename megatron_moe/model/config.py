@@ -70,7 +70,19 @@ def _dense_shape(spec: DenseSpec) -> dict[str, Any]:
         "add_bias_linear": False,
         "add_qkv_bias": spec.qkv_bias,
         "qk_layernorm": spec.qk_layernorm,
+        **_softmax(spec),
     }
+
+
+def _softmax(spec: DenseSpec) -> dict[str, Any]:
+    """Return the scale of attention's logits, if rotary scaling changes it.
+
+    YaRN multiplies query and key by a factor after rotation, which is the same as multiplying their
+    products by its square.
+    """
+    if spec.rope_scaling is None or spec.rope_scaling.attention_factor == 1.0:
+        return {}
+    return {"softmax_scale": spec.rope_scaling.attention_factor**2 / spec.kv_channels**0.5}
 
 
 def _moe(moe: Moe, spec: DenseSpec) -> dict[str, Any]:

@@ -88,6 +88,27 @@ def mixing(case: Case) -> Iterator[str]:
         )
 
 
+def context(case: Case) -> Iterator[str]:
+    """Check that sequences stay within the length in which the source model is what we build."""
+    length, spec = case.config.data.seq_length, case.spec
+    windows = [window for window in spec.attention_windows if window is not None]
+    if windows and length > min(windows):
+        yield (
+            f"data.seq_length ({length}) must be at most the source's sliding_window "
+            f"({min(windows)}): within it, attention is the same with and without a window, and "
+            f"longer windows are not supported.\n  largest data.seq_length: {min(windows)}"
+        )
+    scaling = spec.rope_scaling
+    if scaling is not None and scaling.rope_type == "dynamic":
+        limit = scaling.original_max_position_embeddings
+        if length > limit:
+            yield (
+                f"data.seq_length ({length}) must be at most max_position_embeddings ({limit}) of "
+                "a source with rope_type dynamic: beyond it, frequencies depend on each text's "
+                f"length.\n  largest data.seq_length: {limit}"
+            )
+
+
 def recompute(case: Case) -> Iterator[str]:
     """Check that the engine supports the recomputation setting."""
     run = case.config.run

@@ -18,7 +18,7 @@ from tokenizers import (
 from transformers import AutoTokenizer
 
 from megatron_moe.data.encode import Rules
-from megatron_moe.data.tokenizer import load_tokenizer
+from megatron_moe.data.tokenizer import check_same_vocabulary, load_tokenizer
 from megatron_moe.data.tokens import prepare_tokens
 from megatron_moe.errors import DataError
 
@@ -135,6 +135,44 @@ def test_added_tokens_beyond_the_embedding_are_allowed_while_no_text_uses_them(
         prepare_tokens(path, **where)
     path.write_text('{"text": "fine"}\n')
     prepare_tokens(path, **where, rules=Rules())
+
+
+CHANGES: dict[str, Any] = {
+    "other words": lambda t: t["model"]["vocab"].update(_swapped(t["model"]["vocab"])),
+    "another control token": lambda t: _renamed(t, "<|im_start|>", "<|turn|>"),
+}
+
+
+def _renamed(tokenizer: dict[str, Any], before: str, now: str) -> None:
+    vocab = tokenizer["model"]["vocab"]
+    vocab[now] = vocab.pop(before)
+    for token in tokenizer["added_tokens"]:
+        token["content"] = token["content"].replace(before, now)
+
+
+def _swapped(vocab: dict[str, int]) -> dict[str, int]:
+    first, second = list(vocab)[300:302]
+    return {first: vocab[second], second: vocab[first]}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_models_of_other_tokenizers_are_not_mixed(tmp_path: Path, bpe_folder: Path, name: str):
+    """Row 36."""
+    shutil.copytree(bpe_folder, tmp_path / "other")
+    path = tmp_path / "other" / "tokenizer.json"
+    check_same_vocabulary(bpe_folder, [tmp_path / "other", tmp_path])
+    content = json.loads(path.read_text())
+    CHANGES[name](content)
+    content["model"]["merges"] = []
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"upcycle\.mix_with.*have different tokenizers: id \d+ is"):
+        check_same_vocabulary(bpe_folder, [tmp_path / "other"])
+
+
+def test_other_templates_and_added_tokens_are_mixed(tmp_path: Path, bpe_folder: Path):
+    folder = copy_with(bpe_folder, tmp_path / "copy", lambda t: t.add_tokens(["<tool>"]))
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    check_same_vocabulary(bpe_folder, [folder])
 
 
 def test_pieces_beyond_the_embedding_are_refused(bpe_folder: Path):

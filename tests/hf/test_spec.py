@@ -14,7 +14,8 @@ from transformers import (
 )
 
 from megatron_moe.errors import CheckpointError
-from megatron_moe.hf.spec import DenseSpec, RopeScaling, read_spec, spec_from_config
+from megatron_moe.hf.rope import RopeScaling
+from megatron_moe.hf.spec import DenseSpec, read_spec, spec_from_config
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -157,8 +158,8 @@ REFUSED = [
     ({"attention_bias": True}, "attention_bias is true"),
     ({"attention_dropout": 0.1}, "attention_dropout is 0.1: must be 0"),
     ({"quantization_config": {"bits": 4}}, "quantization_config is set: dequantize"),
-    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type is 'yarn'"),
+    ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "rope_type is 'longrope'"),
+    ({"rope_scaling": {"rope_type": "yarn"}}, "factor of rope_type yarn is None"),
     ({"rope_scaling": {**LLAMA3, "factor": None}}, "factor of rope_type llama3 is None"),
     ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "differ by layer type"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
@@ -193,19 +194,18 @@ def test_a_missing_size_is_named(key: str):
 
 
 @pytest.mark.parametrize(
-    ("config", "remedy"),
+    ("config", "windows"),
     [
         (QWEN2 | {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1},
-         "set use_sliding_window to false"),
+         (None, 64, 64)),
         (LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistral",
-                  "sliding_window": 64}, "set sliding_window to null"),
+                  "sliding_window": 64}, (64, 64, 64)),
+        (LLAMA | {"sliding_window": 64}, ()),
     ],
-    ids=["qwen2", "mistral"],
+    ids=["qwen2", "mistral", "llama"],
 )  # fmt: skip
-def test_a_window_shorter_than_the_context_is_refused_with_the_way_out(config: dict, remedy: str):
-    expected = rf"sliding_window is 64, shorter than max_position_embeddings \(512\).*{remedy}"
-    with pytest.raises(CheckpointError, match=expected):
-        spec_from_config(config)
+def test_windows_shorter_than_the_context_are_kept(config: dict, windows: tuple):
+    assert spec_from_config(config).attention_windows == windows
 
 
 def test_all_reasons_come_at_once():

@@ -5,8 +5,8 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from megatron_moe.hf.spec import RopeScaling
-from megatron_moe.model.build import llama3_frequencies
+from megatron_moe.hf.rope import RopeScaling
+from megatron_moe.model.rope import scaled_frequencies
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_frequencies_are_transformers(head_dim, theta, factor, low, high, origin
     )
     expected_C, attention_factor = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     plain_C = 1.0 / theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
-    ours_C = llama3_frequencies(plain_C, RopeScaling(
+    ours_C = scaled_frequencies(plain_C, base=1.0, scaling=RopeScaling(
         factor=factor, low_freq_factor=low, high_freq_factor=high,
         original_max_position_embeddings=original,
     ))  # fmt: skip
