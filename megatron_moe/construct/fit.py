@@ -197,6 +197,7 @@ class Fit:
                 load_E += loads(logits_TE - one_T[:, None] * price_E, self.moe.moe_router_topk)
             load_E = world_sum(load_E)
             if prices.adjust(load_E / load_E.mean()):
+                price_E = prices.price_E.float().to(self.stream.device)
                 return LOGIT_STD * (rows_ED - price_E[:, None] * one_D)
 
     def _fit_down(

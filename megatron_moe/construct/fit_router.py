@@ -25,7 +25,8 @@ LOGIT_STD = 0.3
 each other, as the parts of a layer add up with equal weights."""
 MARGIN = 0.95
 """Part of the bound on the load that is used, because other text is routed a little differently."""
-PRICE_ROUNDS = 200
+PRICE_ROUNDS = 500
+MOST_STEP = 20.0
 
 
 def gains(ffn: DenseFfn, act_TF: Tensor, y_TD: Tensor, neurons_EM: Tensor) -> Tensor:
@@ -82,18 +83,23 @@ class Prices:
     def __init__(self, experts: int, max_load: float) -> None:
         self.price_E = torch.zeros(experts, dtype=torch.float64)
         self._bound = max(1.0, max_load * MARGIN)
-        self._round = 0
+        self._round, self._best, self._best_E = 0, float("inf"), self.price_E
 
     def adjust(self, load_E: Tensor) -> bool:
-        """Raise the prices of experts over the bound; return whether loads are now accepted.
+        """Change the prices for these loads; return whether they are final.
 
-        Prices follow the subgradient of the dual problem: an expert below the bound gets cheaper
-        again, down to a price of zero. Steps shrink, so that they settle.
+        Prices follow the subgradient of the dual problem: an expert above the bound gets more
+        expensive, one below it cheaper again, down to a price of zero. Steps grow slowly, because
+        in some layers a constant is hard to express. After `PRICE_ROUNDS`, the best prices count.
         """
-        if load_E.max() <= self._bound or self._round == PRICE_ROUNDS:
+        busiest = float(load_E.max())
+        if busiest < self._best:
+            self._best, self._best_E = busiest, self.price_E
+        if busiest <= self._bound or self._round == PRICE_ROUNDS:
+            self.price_E = self._best_E
             return True
         self._round += 1
-        step = 1 / (1 + self._round / 100)
+        step = min(1.01**self._round, MOST_STEP)
         self.price_E = (self.price_E + step * (load_E.cpu() - self._bound)).clamp(min=0)
         return False
 
