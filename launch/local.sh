@@ -23,30 +23,16 @@ if [[ ! -f $config ]]; then
     exit 2
 fi
 
-if [[ -z ${PYTHON:-} ]]; then
-    PYTHON=python
-    if [[ -x $here/../.venv/bin/python ]]; then PYTHON=$here/../.venv/bin/python; fi
-fi
-
-# What the program will see, not what the machine has: CUDA_VISIBLE_DEVICES counts, and -1 hides.
-visible_gpus() {
-    if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
-        tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -cE '^[[:alnum:]]' || true
-    elif command -v nvidia-smi >/dev/null; then
-        nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true
-    else
-        echo 0
-    fi
-}
-
-gpus=$(visible_gpus)
-ranks=${RANKS:-$((gpus > 0 ? gpus : 1))}
-if ((gpus > 0)); then
-    echo "launch/local.sh: $ranks ranks on $gpus GPUs" >&2
+# shellcheck source=launch/common.sh
+source "$here/common.sh"
+find_python "$here"
+count_ranks
+if ((GPUS > 0)); then
+    echo "launch/local.sh: $RANKS ranks on $GPUS GPUs" >&2
 else
-    echo "launch/local.sh: no GPU in sight, $ranks ranks on CPU" >&2
+    echo "launch/local.sh: no GPU in sight, $RANKS ranks on CPU" >&2
 fi
 
 # --standalone: a free port is chosen, so that two runs on one machine do not meet.
-exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$ranks" \
+exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$RANKS" \
     -m megatron_moe "${ACTION:-train}" "$@"

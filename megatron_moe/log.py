@@ -125,6 +125,23 @@ class RoundProgress(_Progress):
             console.print(text)
 
 
+class BytesProgress(_Progress):
+    """Show bytes and ETA on rank 0: a bar, or a line per 10% without a terminal."""
+
+    def __init__(self, what: str, *, rank: int) -> None:
+        super().__init__(what, "size", rank=rank, total=None, done=0)
+        self._what, self._next = what, 1
+
+    def show(self, done: int, total: int) -> None:
+        """Show the progress."""
+        size = f"{done / 2**30:.2f}/{total / 2**30:.2f} GiB"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, total=total, size=size)
+        elif not self._quiet and done * 10 >= self._next * total:
+            self._next = done * 10 // max(1, total) + 1
+            console.print(f"{self._what} {size}  ETA {self._left(done, total)}")
+
+
 def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -60,7 +60,7 @@ def files() -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("path", list(files()), ids=lambda path: path.stem)
-def test_megatron_is_told_what_the_golden_file_says(path: Path):
+def test_settings_of_megatron_are_those_of_the_golden_file(path: Path):
     golden = golden_of(path)
     expected = golden.read_text() if golden.exists() else ""
     difference = difflib.unified_diff(

@@ -37,6 +37,10 @@ NAMES = ("found", "told", "fate", "Fate", "Wish", "wish", "Seat", "seat")
 """Names that mean nothing without the line that sets them."""
 
 
+TEST_NAMES = re.compile(r"_(told|tells?|go(es)?_on|says?_so|gets?_on)(_|$)")
+"""Words of the dialect in names of tests: report, resume, continue, make progress."""
+
+
 def relative(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
@@ -81,3 +85,13 @@ def test_names_say_what_they_hold(path: Path):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id in NAMES
     }
     assert names == set()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("test_*.py")), ids=relative)
+def test_test_names_are_plain(path: Path):
+    names = [
+        node.name
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    ]
+    assert [name for name in names if TEST_NAMES.search(name)] == []

@@ -180,12 +180,14 @@ def inject(stage: Stage, fault: Fault) -> Outcome:
             broken = stage.job(run_dir)
             assert broken.exit_code == 2, broken.output
             _follow_the_way_out(run_dir, broken.message)
+        check_output(fault, broken.output)
         reached, saved = last_step(run_dir), newest(run_dir)
         saved_step = int(saved.name.removeprefix("step_")) if saved else 0
         if fault.disk_bytes is not None:
             enlarge(run_dir)
         recovered = stage.job(run_dir)
         assert recovered.exit_code == 0, recovered.output
+        check_output(fault, recovered.output)
         assert exact_lines(run_dir) == stage.expected, (
             f"{fault.name}: losses differ\n{recovered.output}"
         )
@@ -198,6 +200,12 @@ def inject(stage: Stage, fault: Fault) -> Outcome:
             reached - saved_step,
             recovered.seconds_to_first_step or recovered.seconds,
         )
+
+
+def check_output(fault: Fault, output: str) -> None:
+    """Raise AssertionError if the operator had to read a traceback of a library's threads."""
+    found = re.search(r"Traceback \(most recent|Exception in thread|terminate called", output)
+    assert found is None, f"{fault.name}: the output contains a traceback\n{output}"
 
 
 def _follow_the_way_out(run_dir: Path, message: str) -> None:
@@ -267,6 +275,9 @@ def all_faults(stage: Stage, checkpoint_bytes: int) -> list[Fault]:
         faults.stopped(0),
         faults.hanging(1),
         faults.truncated_shard(),
+        faults.flipped_bit("__1_0.distcp"),
+        faults.flipped_bit("checkpoint.json"),
+        faults.flipped_bit("source/config.json"),
         faults.corrupted_index(),
         faults.index_that_names_code(),
         faults.second_job(lambda run_dir: stage.job(run_dir, log_name="second").message),

@@ -189,6 +189,19 @@ def truncated_shard() -> Fault:
     return Fault(name="newest checkpoint: a shard cut in half", damage=damage)
 
 
+def flipped_bit(name: str) -> Fault:
+    """Flip one bit in the middle of a file of the newest checkpoint."""
+
+    def damage(run_dir: Path) -> None:
+        newest = folder.newest(run_dir)
+        assert newest is not None
+        content = bytearray((newest / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (newest / name).write_bytes(content)
+
+    return Fault(name=f"newest checkpoint: a bit flipped in {name}", damage=damage)
+
+
 def corrupted_index() -> Fault:
     """Overwrite 64 bytes of the newest checkpoint's index."""
 
@@ -204,12 +217,16 @@ def corrupted_index() -> Fault:
 
 
 def index_that_names_code() -> Fault:
-    """Replace the index by one that would run a command if it were unpickled."""
+    """Replace the index by one that would run a command if it were unpickled.
+
+    Without checksums: whoever writes such an index can write its checksum too.
+    """
 
     def damage(run_dir: Path) -> None:
         newest = folder.newest(run_dir)
         assert newest is not None
         (newest / ".metadata").write_bytes(pickle.dumps(_Command(run_dir)))
+        (newest / "CHECKSUMS").unlink()
 
     return Fault(name="newest checkpoint: its index names code", damage=damage)
 

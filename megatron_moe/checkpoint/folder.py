@@ -2,6 +2,7 @@
 
 run.dir/checkpoints/step_00000010/    complete or absent, because it is renamed into place
 run.dir/checkpoints/latest            name of the newest checkpoint, replaced atomically
+.../step_00000010/CHECKSUMS           checksums of all files below (none in version 0.1)
 .../step_00000010/checkpoint.json     step, samples, position in each domain, plan hash, layout
 .../step_00000010/config.yaml         the run's resolved configuration
 .../step_00000010/plan.safetensors    tables of the plan, if its settings alone do not define it
@@ -24,6 +25,7 @@ from megatron_moe.config.run import RunConfig, Source
 from megatron_moe.errors import CheckpointError
 from megatron_moe.experts.file import PLAN_FILE, read_plan
 from megatron_moe.experts.plan import ExpertPlan, make_expert_plan
+from megatron_moe.hf.checksums import read_checksums
 from megatron_moe.hf.disk import fsync
 from megatron_moe.hf.spec import DenseSpec
 
@@ -92,17 +94,45 @@ def find_checkpoint(path: Path) -> Path:
     """Return the checkpoint folder that ``path`` is, or the newest checkpoint of the run there.
 
     Raises:
-        CheckpointError: ``path`` is neither a checkpoint nor a run with one.
+        CheckpointError: ``path`` is neither a checkpoint nor a run with one, or is damaged.
     """
-    if (path / "checkpoint.json").exists():
-        return path
-    checkpoint = newest(path)
+    checkpoint = path if (path / "checkpoint.json").exists() else newest(path)
     if checkpoint is None:
         raise CheckpointError(
             f"{path} is neither a checkpoint (no checkpoint.json) nor a run with one "
             "(no checkpoints/latest)"
         )
+    check_small_files(checkpoint)
     return checkpoint
+
+
+def check_small_files(folder: Path) -> None:
+    """Compare all files of a checkpoint with their checksums, if there are any.
+
+    Tensors and their index are left out: whoever reads them checks them.
+
+    Raises:
+        CheckpointError: A file has changed since it was written.
+    """
+    try:
+        if (checksums := read_checksums(folder)) is not None:
+            for name in checksums.blocks:
+                if name != ".metadata" and not name.endswith(".distcp"):
+                    checksums.check_file(name)
+    except CheckpointError as error:
+        raise with_way_out(error, folder) from None
+
+
+def with_way_out(error: CheckpointError, folder: Path) -> CheckpointError:
+    """Return the error of a checkpoint that cannot be read, with another one to use instead."""
+    latest = folder.parent / "latest"
+    if not _STEP.fullmatch(folder.name):  # not one of ours, or moved away from its run
+        return error
+    older = [path.name for path in complete(folder.parents[1]) if path != folder]
+    way_out = f"remove {latest} to restart the run: there is no other checkpoint"
+    if older:
+        way_out = f"write {older[-1]} into {latest} to resume from it"
+    return CheckpointError(f"{error}\n  {way_out}")
 
 
 def read_progress(folder: Path) -> Progress:
@@ -121,7 +151,12 @@ def tokens_of(progress: Progress, folder: Path) -> int:
 
 
 def read_config(folder: Path) -> RunConfig:
-    """Read the configuration of the run that wrote the checkpoint."""
+    """Read the configuration of the run that wrote the checkpoint.
+
+    Raises:
+        CheckpointError: A small file of the checkpoint has changed since it was written.
+    """
+    check_small_files(folder)
     return load(RunConfig, folder / "config.yaml", from_checkpoint=True)
 
 

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_moe.checkpoint.folder import with_way_out
 from megatron_moe.checkpoint.index import SafeReader
 from megatron_moe.checkpoint.mapped import MappedTensor, map_tensor
 from megatron_moe.errors import CheckpointError
@@ -35,7 +36,11 @@ class GlobalTensors:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files: dict[str, BinaryIO] = {}
-        self._metadata = SafeReader(folder).read_metadata()
+        self._reader = SafeReader(folder)
+        try:
+            self._metadata = self._reader.read_metadata()
+        except CheckpointError as error:
+            raise with_way_out(error, folder) from error
 
     def __enter__(self) -> Self:
         return self
@@ -106,16 +111,18 @@ class GlobalTensors:
         file = self._files.get(where.relative_path)
         if file is None:
             file = self._files[where.relative_path] = self._open(where.relative_path)
-        file.seek(where.offset)
         try:
+            self._reader.check(file, where)
+            file.seek(where.offset)
             return torch.load(io.BytesIO(file.read(where.length)), weights_only=True)
+        except CheckpointError as error:
+            raise with_way_out(error, self.folder) from None
         except Exception as error:
-            raise CheckpointError(
-                f"{self.folder / where.relative_path} is damaged at {key}: {error}"
-            ) from error
+            problem = f"{self.folder / where.relative_path} is damaged at {key}: {error}"
+            raise with_way_out(CheckpointError(problem), self.folder) from error
 
     def mapped(self, key: str, chunk: ChunkStorageMetadata) -> MappedTensor:
-        """Map one chunk into memory; its rows are read on access."""
+        """Map one chunk into memory; its rows are read on access, and no checksum is checked."""
         assert self._metadata.storage_data is not None
         where = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
         path = self.folder / where.relative_path

@@ -9,22 +9,26 @@ from __future__ import annotations
 import io
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_moe.errors import CheckpointError
+from megatron_moe.hf.checksums import Checksums, read_checksums
 
 
 class SafeReader(FileSystemReader):
-    """torch's reader, restricted to the types that torch itself writes into ``.metadata``.
+    """torch's reader, which checks checksums and unpickles only what torch itself writes.
 
     ``.metadata`` is a pickle, and a pickle can call anything that can be imported.
     """
 
     _index: Metadata | None = None
+    checksums: Checksums | None = None
+    """Checksums of the checkpoint, after `read_metadata`; None if it has none."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Read the index of the checkpoint, once.
@@ -35,8 +39,15 @@ class SafeReader(FileSystemReader):
         if self._index is not None:
             return self._index
         path = Path(self.path) / ".metadata"
+        self.checksums = read_checksums(path.parent)
         try:
-            metadata = _Unpickler(io.BytesIO(path.read_bytes())).load()
+            pickled = path.read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+        if self.checksums is not None:
+            self.checksums.check(path.name, pickled)
+        try:
+            metadata = _Unpickler(io.BytesIO(pickled)).load()
         except Exception as error:  # a damaged pickle can raise almost any exception
             raise CheckpointError(f"cannot read {path}: {error}") from error
         if not isinstance(metadata, Metadata) or metadata.storage_data is None:
@@ -49,6 +60,19 @@ class SafeReader(FileSystemReader):
                 raise CheckpointError(f"{path} points outside its folder: {stored.relative_path}")
         self._index = metadata
         return metadata
+
+    def check(self, file: IO[bytes], stored: _StorageInfo) -> None:
+        """Compare a stored chunk of a tensor with its checksum, if there is one.
+
+        Raises:
+            CheckpointError: It differs from what was written.
+        """
+        if self.checksums is not None:
+            self.checksums.check_block(stored.relative_path, file, offset=stored.offset)
+
+    def _slice_file(self, file: IO[bytes], sinfo: _StorageInfo) -> IO[bytes]:
+        self.check(file, sinfo)
+        return super()._slice_file(file, sinfo)
 
 
 class _Unpickler(pickle.Unpickler):

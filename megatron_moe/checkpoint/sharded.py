@@ -32,6 +32,8 @@ from megatron_moe.config.load import dump
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.blend import BlendState
 from megatron_moe.errors import CheckpointError
+from megatron_moe.hf.checksums import Blocks, write_checksums
+from megatron_moe.hf.disk import refusal
 from megatron_moe.model.build import Model
 from megatron_moe.train.state import TrainState
 
@@ -142,9 +144,13 @@ class Saver:
         partial = folders.partial_of(final)
         leads = dist.get_rank() == 0
         try:
-            _together(group, lambda: folders.start_folder(final) if leads else None)
-            write_boxes(boxes, partial, group)
-            _together(group, lambda: self._publish(progress, partial, final) if leads else None)
+            _together(group, partial, lambda: folders.start_folder(final) if leads else None)
+            blocks = write_boxes(boxes, partial, group)
+            _together(
+                group,
+                partial,
+                lambda: self._publish(progress, partial, final, blocks) if leads else None,
+            )
         except CheckpointError:
             if leads:
                 folders.give_up(partial)
@@ -152,10 +158,11 @@ class Saver:
         if leads:
             self._say(f"Saved {final} in {time.perf_counter() - start:.1f} s")
 
-    def _publish(self, progress: Progress, partial: Path, final: Path) -> None:
+    def _publish(self, progress: Progress, partial: Path, final: Path, blocks: Blocks) -> None:
         config = self._config
         write_format(partial)
         folders.describe(partial, progress, dump(config), config.source.path)
+        write_checksums(partial, blocks)
         folders.publish(partial, final)
         folders.prune(config.run.dir, config.checkpoint.keep)
 
@@ -166,13 +173,14 @@ def _new_group() -> dist.ProcessGroup:
     return group
 
 
-def _together(group: dist.ProcessGroup, do: Callable[[], object]) -> None:
-    """Run ``do`` on every rank; if it fails on one, every rank raises."""
+def _together(group: dist.ProcessGroup, folder: Path, do: Callable[[], object]) -> None:
+    """Run ``do``, which writes to ``folder``, on every rank; if it fails on one, all raise."""
     problem = None
     try:
         do()
     except (OSError, CheckpointError) as error:
-        problem = f"rank {dist.get_rank()}: {error}"
+        words = refusal(error, folder) if isinstance(error, OSError) else str(error)
+        problem = f"rank {dist.get_rank()}: {words}"
     problems: list[str | None] = [None] * dist.get_world_size(group)
     dist.all_gather_object(problems, problem, group=group)
     if messages := [problem for problem in problems if problem is not None]:
@@ -235,6 +243,7 @@ def restore_weights(
 
 
 def _checked_progress(folder: Path, config: RunConfig, plan_hash: str) -> Progress:
+    folders.check_small_files(folder)
     progress = folders.read_progress(folder)
     for name, saved, now in (
         ("expert plan (moe.* and upcycle.*)", progress.plan_hash, plan_hash),
@@ -253,17 +262,8 @@ def _read(boxes: Boxes, folder: Path) -> None:
     try:
         read_boxes(boxes, folder, group)
     except CheckpointError as error:
-        raise CheckpointError(f"{error}\n  {_another(folder)}") from error
+        raise folders.with_way_out(error, folder) from error
     dist.destroy_process_group(group)
-
-
-def _another(folder: Path) -> str:
-    """Return the way out if a checkpoint cannot be read."""
-    latest = folder.parent / "latest"
-    older = [path.name for path in folders.complete(folder.parents[1]) if path != folder]
-    if older:
-        return f"write {older[-1]} into {latest} to resume from it"
-    return f"remove {latest} to restart the run: there is no other checkpoint"
 
 
 def _clear(model: Model) -> None:

@@ -14,7 +14,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
@@ -34,9 +33,11 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_moe.checkpoint.boxes import Box
+from megatron_moe.checkpoint.hashing import HashingWriter
 from megatron_moe.checkpoint.host import on_host
 from megatron_moe.checkpoint.index import SafeReader
 from megatron_moe.errors import CheckpointError
+from megatron_moe.hf.checksums import Blocks
 
 Boxes = dict[str, list[Box]]
 """Boxes by name of the global tensor."""
@@ -45,17 +46,21 @@ _FILES_AT_ONCE = 2
 """Files that a rank writes at the same time: one is checksummed while the other is written."""
 
 
-def write_boxes(boxes: Boxes, folder: Path, group: dist.ProcessGroup) -> None:
+def write_boxes(boxes: Boxes, folder: Path, group: dist.ProcessGroup) -> Blocks:
     """Write the boxes of all ranks of ``group`` into an existing folder, and fsync the files.
+
+    Returns:
+        Checksums of what all ranks wrote, on rank 0; nothing on the others.
 
     Raises:
         CheckpointError: On every rank, if one could not write or a tensor is not fully covered.
     """
-    writer = FileSystemWriter(folder, sync_files=True, thread_count=_FILES_AT_ONCE)
+    writer = HashingWriter(folder, files_at_once=_FILES_AT_ONCE)
     try:
         dcp.save({}, storage_writer=writer, planner=_SavePlanner(boxes), process_group=group)
     except CheckpointException as error:
         raise CheckpointError(f"cannot write {folder}: {_reasons(error)}") from error
+    return writer.blocks
 
 
 def write_format(folder: Path) -> None:
@@ -82,7 +87,8 @@ def _reasons(error: CheckpointException) -> str:
     """Return the errors with their ranks; ranks with the same error are listed together."""
     ranks: dict[str, list[int]] = {}
     for rank, (reason, _) in sorted(error.failures.items()):
-        ranks.setdefault(f"{type(reason).__name__}: {reason}", []).append(rank)
+        kind = "" if isinstance(reason, CheckpointError) else f"{type(reason).__name__}: "
+        ranks.setdefault(f"{kind}{reason}", []).append(rank)
     return "; ".join(
         f"rank {', '.join(map(str, numbers))}: {reason}" for reason, numbers in ranks.items()
     )

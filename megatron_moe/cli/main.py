@@ -20,6 +20,7 @@ from megatron_moe.cli.evaluate import judging
 from megatron_moe.cli.options import ConfigFile, JsonFlag, Overrides, Ranks, parse_size, show
 from megatron_moe.cli.report import pages
 from megatron_moe.cli.start import joined_to, on_ranks, on_ranks_at_hand, position_of
+from megatron_moe.cli.verify import verifying
 from megatron_moe.config.load import load
 from megatron_moe.config.run import Mixing, Parallel, RunConfig
 from megatron_moe.errors import ConfigError, UserError
@@ -37,6 +38,7 @@ app = typer.Typer(
 )
 app.add_typer(judging)
 app.add_typer(pages)
+app.add_typer(verifying)
 app.command()(analyze)
 
 Routing = Literal["natural", "balanced"]

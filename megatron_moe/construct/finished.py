@@ -16,6 +16,8 @@ import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from megatron_moe.hf.disk import write_text
+
 
 @dataclass(frozen=True, slots=True)
 class FinishedLayer:
@@ -42,10 +44,7 @@ def write_finished(folder: Path, layer: int, finished: FinishedLayer) -> None:
     if dist.get_rank() == 0:
         rows = None if finished.router_ED is None else finished.router_ED.tolist()
         record = {"router_ED": rows, "down_hash": finished.down_hash, "fit": finished.fit}
-        path = _file(folder, layer)
-        staged = path.with_name(f".{path.name}.partial")
-        staged.write_text(json.dumps(record))
-        staged.replace(path)
+        write_text(_file(folder, layer), json.dumps(record))
     dist.barrier()
 
 

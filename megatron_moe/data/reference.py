@@ -19,7 +19,7 @@ from megatron_moe.config.run import RunConfig
 from megatron_moe.data.batches import Batch, validation_batches
 from megatron_moe.data.samples import Text
 from megatron_moe.errors import DataError
-from megatron_moe.hf.disk import make_folder, write_text
+from megatron_moe.hf.disk import write_text
 from megatron_moe.hf.dtypes import OF_PRECISION
 from megatron_moe.hf.load import load_model
 from megatron_moe.model.attention import document_mask
@@ -72,7 +72,6 @@ def _sums(model: Any, batch: Batch, reset_attention: bool) -> Tensor:
 
 def write_reference_losses(path: Path, losses: dict[str, float], **origin: Any) -> None:
     """Write a file for `read_reference_losses`, together with the ``origin`` of the losses."""
-    make_folder(path.parent, "the folder of --out")
     write_text(path, json.dumps({"losses": losses, **origin}, indent=2) + "\n")
 
 

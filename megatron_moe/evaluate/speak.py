@@ -30,7 +30,9 @@ def completions(
         temperature: Sampling temperature; 0 means greedy decoding.
         seed: Sampling seed, reset for each prompt.
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0}
     for prompt in prompts:
         inputs = tokenizer(prompt, return_tensors="pt").to(model.device)

@@ -20,7 +20,7 @@ from megatron_moe.errors import CheckpointError
 from megatron_moe.experts.plan import ExpertPlan, LayerTable
 from megatron_moe.experts.recipe import SCHEMA
 from megatron_moe.experts.solved import solved_folder
-from megatron_moe.hf.disk import make_folder, replacing
+from megatron_moe.hf.disk import replacing
 
 PLAN_FILE = "plan.safetensors"
 _KEY = "megatron_moe.expert_plan"
@@ -49,7 +49,6 @@ def write_plan(
         "measured_on": measured_on,
         "down": {layer: t.down_hash for layer, t in plan.tables.items() if t.down_hash},
     }
-    make_folder(path.parent, "the folder of --out")
     with replacing(path) as staged:
         save_file(arrays, staged, metadata={_KEY: json.dumps(header)})
 

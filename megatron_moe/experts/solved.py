@@ -12,12 +12,13 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors.numpy import save_file
 
 from megatron_moe.errors import CheckpointError
+from megatron_moe.hf.disk import replacing
 
 _NAME = "down_ND"
 
@@ -32,15 +33,12 @@ def solved_file(folder: Path, layer: int) -> Path:
     return folder / f"{layer:05}.safetensors"
 
 
-def write_solved(folder: Path, layer: int, down_ND: Tensor) -> str:
+def write_solved(folder: Path, layer: int, down_ND: NDArray[np.float32]) -> str:
     """Write the matrix of one layer, and return its hash; the file appears when it is complete."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = solved_file(folder, layer)
-    staged = path.with_name(f".{path.name}.partial")
-    save_file({_NAME: down_ND.float().contiguous()}, staged)
-    digest = file_hash(staged)
-    staged.replace(path)
-    return digest
+    with replacing(path) as staged:
+        save_file({_NAME: np.ascontiguousarray(down_ND)}, staged)
+    return file_hash(path)
 
 
 def file_hash(path: Path) -> str:
@@ -73,7 +71,7 @@ def check_solved(folder: Path, layer: int, expected: str) -> None:
         )
 
 
-def read_solved(folder: Path, layer: int, rows: slice) -> Tensor:
+def read_solved(folder: Path, layer: int, rows: slice) -> NDArray[np.float32]:
     """Return rows of the matrix of one layer, ``(rows, D)``.
 
     Raises:
@@ -81,7 +79,7 @@ def read_solved(folder: Path, layer: int, rows: slice) -> Tensor:
     """
     path = solved_file(folder, layer)
     try:
-        with safe_open(path, "pt") as file:
-            return torch.as_tensor(file.get_slice(_NAME)[rows.start : rows.stop])
+        with safe_open(path, "np") as file:
+            return file.get_slice(_NAME)[rows.start : rows.stop]
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot read {path}, a part of the plan: {error}") from error

@@ -49,6 +49,8 @@ def load_model(
                 loadable,
                 dtype=dtype or "auto",
                 local_files_only=True,
+                trust_remote_code=False,  # code beside the weights is not executed
+                use_safetensors=True,
                 attn_implementation="sdpa",  # config.json may name one that is not installed
             )
     except Exception as error:  # each field of a config has a check of its own exception

@@ -7,6 +7,8 @@ the first tensor is written, and tensors can be written in any order::
     write    ->                                                             [header|...**.....]
     leave    -> all written? fsync, index, rename to NAME
 
+Checksums of the tensors are computed as they are written (`checksums`).
+
 The folder appears under its name only when it is complete. A ``kill -9`` leaves a sibling folder
 with ``.partial-`` in its name, which can be deleted.
 """
@@ -29,6 +31,7 @@ import torch
 from torch import Tensor
 
 from megatron_moe.errors import CheckpointError
+from megatron_moe.hf.checksums import Block, checksum, write_checksums
 from megatron_moe.hf.disk import fsync, make_folder
 from megatron_moe.hf.dtypes import NAME_IN_SAFETENSORS
 from megatron_moe.hf.header import INDEX_FILE, SINGLE_FILE
@@ -75,6 +78,10 @@ class FolderWriter:
         self._partial = self.folder.parent / f".{self.folder.name}.partial-{secrets.token_hex(4)}"
         self._headers, self._slots = _lay_out(tensors, max_shard_bytes)
         self._awaited = set(tensors)
+        self._blocks = {
+            file: {0: Block(0, len(header), checksum(header))}
+            for file, header in self._headers.items()
+        }
         self._flusher = ThreadPoolExecutor(max_workers=1)
         self._flushes: list[Future[None]] = []
         self._unflushed_bytes = 0
@@ -119,6 +126,9 @@ class FolderWriter:
         with (self._partial / slot.file).open("r+b") as file:
             file.seek(slot.offset)
             file.write(memoryview(raw.numpy()))
+        if len(raw):
+            block = Block(slot.offset, len(raw), checksum(memoryview(raw.numpy())))
+            self._blocks[slot.file][slot.offset] = block
         self._awaited.remove(name)
         self._unflushed_bytes += len(raw)
         if self._unflushed_bytes >= _FLUSH_BYTES:
@@ -176,6 +186,7 @@ class FolderWriter:
             flush.result()
         if len(self._headers) > 1:
             self.add_file(INDEX_FILE, self._index())
+        write_checksums(self._partial, self._blocks)
         for path in self._partial.iterdir():
             fsync(path)
         fsync(self._partial)

@@ -29,7 +29,7 @@ def test_tables_are_those_of_the_results():
     assert set(page.TABLES) == {name for _, name, _ in page._BLOCK.findall(text)}
 
 
-def test_what_was_not_measured_says_so(tmp_path: Path):
+def test_missing_measurements_are_reported(tmp_path: Path):
     import page
 
     text = "<!-- table: construct -->\nold\n<!-- end -->\n"

@@ -69,7 +69,7 @@ def test_draws_do_not_depend_on_how_they_are_grouped(weights: dict[str, float], 
 
 
 @given(WEIGHTS, st.integers(0, 200), st.integers(1, 100))
-def test_a_state_read_back_from_json_goes_on_the_same(
+def test_a_state_read_back_from_json_continues_the_same(
     weights: dict[str, float], before: int, after: int
 ):
     _, state = draw(start_blend(weights), before)
@@ -147,7 +147,7 @@ def test_weights_are_checked_at_the_start():
         start_blend({"a": 1.0, "b": 1.0})
 
 
-def test_a_domain_that_is_too_small_is_told_before_the_run():
+def test_a_domain_that_is_too_small_is_reported_before_the_run():
     epochs = epochs_of_domains(
         {"web": 0.7, "papers": 0.3}, {"web": 700, "papers": 30}, num_samples=1100
     )

@@ -98,7 +98,7 @@ def test_both_forms_are_read():
         ({"messages": messages([("assistant", "<|im_end|>")])}, "the control token <|im_end|>"),
     ],
 )
-def test_broken_conversations_are_told_with_their_place(
+def test_broken_conversations_are_reported_with_their_position(
     tmp_path: Path, tokenizer: ChatTokenizer, record: object, message: str
 ):
     path = jsonl(tmp_path / "chat.jsonl", [{"messages": messages(CONVERSATIONS[0])}])

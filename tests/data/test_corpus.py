@@ -173,7 +173,7 @@ TAKE = corpus._Job._take
 
 
 @pytest.mark.parametrize("form", ["a.jsonl", "a.jsonl.gz", "a.txt"])
-def test_a_killed_run_goes_on_to_the_same_bytes(
+def test_a_killed_run_resumes_to_the_same_bytes(
     tmp_path: Path, texts: list[str], tokenizer: Tokenizer, form: str, monkeypatch
 ):
     monkeypatch.setattr("megatron_moe.data.documents.BLOCK_SIZE", 10_000)

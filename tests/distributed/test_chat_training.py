@@ -98,7 +98,7 @@ def test_without_a_reset_conversations_see_each_other(
     assert abs(first["loss/validation"] - one_rank[0]["loss/validation"]) > 1e-3
 
 
-def test_the_command_tells_what_it_leaves_out_and_sets_the_reference(
+def test_the_command_reports_what_it_omits_and_sets_the_reference(
     inputs: dict[str, Path], one_rank: list[dict[str, Any]]
 ):
     config, out = inputs["root"] / "run.yaml", inputs["root"] / "reference.json"

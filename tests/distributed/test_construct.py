@@ -165,7 +165,7 @@ def plan_only(world: World, config: RunConfig) -> None:
     construct(config, world)
 
 
-def test_a_killed_measuring_goes_on(folder: Path, tmp_path: Path):
+def test_a_killed_measurement_resumes(folder: Path, tmp_path: Path):
     config = build(RunConfig, settings(folder, tmp_path))
     with pytest.raises(Exception, match="power failure"):
         run_on_ranks(interrupted, config, world_size=1)

@@ -87,7 +87,7 @@ def test_any_number_of_ranks_gives_the_same_plan(folder: Path, fitted: RunConfig
     assert_same_plan(fitted, other)
 
 
-def test_an_interrupted_fit_goes_on(folder: Path, fitted: RunConfig, tmp_path: Path):
+def test_an_interrupted_fit_resumes(folder: Path, fitted: RunConfig, tmp_path: Path):
     config = settings(folder, tmp_path)
     with pytest.raises(Exception, match="killed"):
         run_on_ranks(_killed_after_one_layer, config, world_size=2)

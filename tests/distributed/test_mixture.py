@@ -111,7 +111,7 @@ def test_another_layout_draws_the_same_samples(
 
 
 @pytest.mark.parametrize("stop_at", [2, 4])
-def test_a_resumed_run_goes_on_with_weights_and_samples(
+def test_a_resumed_run_continues_with_weights_and_samples(
     inputs: dict[str, Path], one_rank: list[dict[str, Any]], stop_at: int
 ):
     resumed = settings(inputs, "one", "1")
@@ -127,7 +127,7 @@ def test_a_resumed_run_goes_on_with_weights_and_samples(
         assert {n: ours.get(n) for n in same} == {n: expected.get(n) for n in same}
 
 
-def test_a_run_goes_on_under_another_layout(
+def test_a_run_resumes_under_another_layout(
     inputs: dict[str, Path], one_rank: list[dict[str, Any]]
 ):
     root = inputs["root"]
@@ -157,7 +157,7 @@ def test_weights_that_stay_are_those_of_the_configuration(inputs: dict[str, Path
     assert "Domain weights changed on resume. Previous weights: {'code': 0.5" in told
 
 
-def test_one_text_tells_no_mixture(inputs: dict[str, Path]):
+def test_one_text_reports_no_mixture(inputs: dict[str, Path]):
     single = tree(
         inputs["root"] / "single", inputs["dense"], inputs["root"] / "code",
         data={"validation_fraction": 0.2, "seq_length": 32}, train={"steps": 1},

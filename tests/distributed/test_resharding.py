@@ -73,7 +73,7 @@ def stayed(inputs: dict[str, Path], name: str, precision: str = "fp32") -> list[
 
 
 @pytest.mark.parametrize(("before", "after"), PAIRS)
-def test_the_run_goes_on_under_another_layout(inputs: dict[str, Path], before: str, after: str):
+def test_the_run_resumes_under_another_layout(inputs: dict[str, Path], before: str, after: str):
     expected = stayed(inputs, before)
     source = inputs["root"] / f"{before}-fp32".replace(" ", "-")
     moved = settings(inputs, after, f"{before} to {after}".replace(" ", "-"))

@@ -70,7 +70,7 @@ def test_the_router_balances_and_learns(one_rank: list[dict[str, Any]]):
     assert one_rank[-1]["loss/load_balancing"] == pytest.approx(1, abs=0.2)
 
 
-def test_a_tight_capacity_drops_and_says_so(inputs: dict[str, Path]):
+def test_a_tight_capacity_drops_and_reports_it(inputs: dict[str, Path]):
     world_size, parallel = LAYOUTS["ep2"]
     settings = tree(
         inputs["root"] / "capacity", inputs["dense"], inputs["tokens"], parallel=parallel,

@@ -151,13 +151,13 @@ def test_an_interrupted_writer_leaves_nothing(tmp_path: Path, interruption: type
 def test_an_existing_folder_is_not_overwritten_unless_it_is_empty(tmp_path: Path):
     with FolderWriter(tmp_path, {}):
         pass
-    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "CHECKSUMS"}
     with (
         pytest.raises(CheckpointError, match="exists and is not an empty folder"),
         FolderWriter(tmp_path, ANNOUNCED),
     ):
         pass
-    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "CHECKSUMS"}
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(tmp_path: Path):

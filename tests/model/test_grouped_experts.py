@@ -311,7 +311,7 @@ def check_a_pass(plain: torch.nn.Module, layers: list[GroupedExperts]) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("before", "after"), [("dp2 ep2", "dp2 ep2"), ("1", "dp4 ep2")])
-def test_a_run_goes_on_with_grouped_products(
+def test_a_run_resumes_with_grouped_products(
     tmp_path: Path, before: str, after: str, monkeypatch: pytest.MonkeyPatch
 ):
     """Resume a run that used the loop with grouped products, in fp32 on a CPU.

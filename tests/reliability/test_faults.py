@@ -41,6 +41,11 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> chaos.Stage:
             0,
         ),
         (faults.truncated_shard(), r"(?s)^CheckpointError: cannot load .*\n  write step_", None),
+        (
+            faults.index_that_names_code(),
+            r"(?s)^CheckpointError: cannot read .* is not allowed in an index\n  write step_",
+            None,
+        ),
     ],
     ids=lambda value: value.name.replace(" ", "-") if isinstance(value, faults.Fault) else "",
 )
@@ -59,3 +64,10 @@ def test_the_second_job_on_a_folder_gets_an_error_that_names_the_first(stage: ch
     outcome = chaos.inject(stage, fault)
     assert "is in use by a running job, process " in outcome.message
     assert "\n  stop that job, wait for it to end, or set another run.dir" in outcome.message
+
+
+def test_a_traceback_in_the_output_fails_a_row():
+    output = "Exception in thread Thread-2 (_write):\nTraceback (most recent call last):\n"
+    with pytest.raises(AssertionError, match="contains a traceback"):
+        chaos.check_output(faults.kill_job(), output)
+    chaos.check_output(faults.kill_job(), "JobError: rank 1 died in the load stage: killed")

@@ -76,7 +76,7 @@ def test_a_spread_is_mean_smallest_and_largest():
     assert spread([-0.5], sign=True) == "-0.500"
 
 
-def test_what_was_not_run_is_told():
+def test_cases_that_were_not_run_are_reported():
     text = page(NUMBERS)
     assert "| split_random, N/K | F / 4 | 3 | 7.000 (6.000 to 8.000) | 5.000 | 4.000 |" in text
     assert "| split_random | - | - | 9.250 | 8.000 |" in text
@@ -128,7 +128,7 @@ def test_jobs_wait_for_what_they_need_and_are_done_once(tmp_path: Path):
     assert (tmp_path / "order").read_text() == "a\nb\nc\n"
 
 
-def test_a_failed_job_is_named_and_the_others_go_on(tmp_path: Path):
+def test_a_failed_job_is_named_and_the_others_continue(tmp_path: Path):
     broken = Job("broken", tmp_path / "broken", partial(int, "no number"))
     after = Job("after", tmp_path / "after", partial(int, "1"), needs=(broken.result,))
     with pytest.raises(UserError, match=r"1 jobs of the study failed; .*broken\.log"):

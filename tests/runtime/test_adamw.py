@@ -131,7 +131,7 @@ def test_the_step_is_counted_once_a_group_also_without_gradients():
     assert all(torch.equal(p, b) for p, b in zip(our_params[2:], before[2:], strict=True))
 
 
-def test_a_loaded_state_goes_on_to_the_last_bit():
+def test_a_loaded_state_continues_to_the_last_bit():
     def run(params: list[torch.nn.Parameter], optimizer: FusedAdamW, steps: range) -> None:
         for step in steps:
             set_gradients(params, step)

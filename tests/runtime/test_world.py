@@ -141,7 +141,7 @@ def test_megatron_warns_on_one_rank_alone(capfd: pytest.CaptureFixture[str]):
 
 
 @pytest.mark.distributed
-def test_what_all_ranks_refuse_is_told_once():
+def test_what_all_ranks_refuse_is_reported_once():
     def run(world: World) -> None:
         dist.barrier()
         raise ConfigError("moe.x (3) is odd.\n  set moe.x=4")

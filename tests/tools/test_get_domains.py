@@ -94,7 +94,7 @@ def test_another_archive_under_the_same_name_is_refused(tmp_path: Path):
     assert not archive.exists()
 
 
-def test_a_machine_without_a_client_is_told_what_else_there_is(tmp_path: Path, monkeypatch):
+def test_a_machine_without_a_client_gets_the_alternatives(tmp_path: Path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match=r"there is no apt-get .*(?s:.*)--local FOLDER"):
         registries.debian_packages(("some-doc",), to=tmp_path / "out", cache=tmp_path)

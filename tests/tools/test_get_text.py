@@ -76,7 +76,7 @@ def test_the_same_twice(tmp_path: Path, cache: Path):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-def test_offline_is_code_only_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_offline_is_code_only_and_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     get_text.get_text(tmp_path / "out", offline=True, cache=tmp_path / "cache")
     assert "the encyclopedia will be missing" in capsys.readouterr().out
     train = read(tmp_path / "out" / "train.jsonl")

@@ -36,7 +36,7 @@ def test_a_rehearsal_runs_every_check(tmp_path, capfd, names: list[str]):
     assert len(names) == len(set(names))
 
 
-def test_a_machine_without_a_gpu_is_told_to_rehearse(monkeypatch, capsys):
+def test_a_machine_without_a_gpu_is_asked_to_rehearse(monkeypatch, capsys):
     monkeypatch.setattr(gpu_check, "visible_gpus", lambda: 0)
     assert gpu_check.main([]) == 2
     assert "torch sees no CUDA device. Use --rehearse" in capsys.readouterr().out

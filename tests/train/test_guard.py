@@ -83,7 +83,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, *calls: int) -> None:
 
 
 @pytest.mark.distributed
-def test_a_poisoned_step_changes_nothing_and_the_run_goes_on(
+def test_a_poisoned_step_changes_nothing_and_the_run_continues(
     settings: dict, monkeypatch: pytest.MonkeyPatch
 ):
     poison(monkeypatch, 5)

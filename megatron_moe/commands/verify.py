@@ -1,0 +1,170 @@
+"""Verify a checkpoint, an export or a source: read every byte once and report what is damaged."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_moe.checkpoint.folder import complete
+from megatron_moe.checkpoint.global_tensors import GlobalTensors
+from megatron_moe.errors import CheckpointError
+from megatron_moe.hf.checksums import FILE, Checksums, read_checksums
+from megatron_moe.hf.header import TensorInfo, read_headers
+from megatron_moe.hf.values import check_finite, mapped_rows
+from megatron_moe.hf.windows import windows
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+Seen = Callable[[int, int], None]
+"""Called with the bytes read so far and their total."""
+
+
+@dataclass(slots=True)
+class Verified:
+    """Result for one folder."""
+
+    folder: Path
+    kind: str
+    """``checkpoint`` or ``model`` (an export or a source)."""
+    compared_with: str
+    """Origin of the expected contents, in words."""
+    files: int = 0
+    num_bytes: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the result for scripts."""
+        return {
+            "folder": str(self.folder),
+            "kind": self.kind,
+            "compared_with": self.compared_with,
+            "files": self.files,
+            "bytes": self.num_bytes,
+            "problems": self.problems,
+        }
+
+
+def verify(folder: Path, seen: Seen) -> list[Verified]:
+    """Read all files of a folder and compare them with their checksums.
+
+    A folder without checksums, such as a model of the Hub or a checkpoint of version 0.1, is read
+    too: its headers must fit its files, and its tensors must be readable and finite. Files in the
+    Hub's cache carry their SHA-256 in the name of what they link to, and are compared with it.
+
+    Args:
+        folder: A run (all its checkpoints), a checkpoint, or a Hugging Face folder.
+        seen: Shows the progress.
+
+    Raises:
+        CheckpointError: ``folder`` is none of these.
+    """
+    single = any((folder / name).exists() for name in (FILE, "checkpoint.json", "config.json"))
+    targets = [folder] if single else complete(folder)
+    if not targets:
+        raise CheckpointError(
+            f"{folder} is neither a run with checkpoints, nor a checkpoint (no checkpoint.json), "
+            "nor a Hugging Face folder (no config.json)"
+        )
+    total = sum(path.stat().st_size for target in targets for path in _files(target))
+    counter = _Counter(seen, total)
+    return [_verified(target, counter) for target in targets]
+
+
+@dataclass(slots=True)
+class _Counter:
+    """Bytes read so far."""
+
+    seen: Seen
+    total: int
+    done: int = 0
+
+    def add(self, count: int) -> None:
+        self.done += count
+        self.seen(min(self.done, self.total), self.total)
+
+
+def _verified(folder: Path, counter: _Counter) -> Verified:
+    kind = "checkpoint" if (folder / ".metadata").exists() else "model"
+    files = _files(folder)
+    result = Verified(folder, kind, FILE, len(files), sum(path.stat().st_size for path in files))
+    try:
+        checksums = read_checksums(folder)
+    except CheckpointError as error:
+        result.problems.append(str(error))
+        return result
+    if checksums is not None:
+        result.problems += _against(checksums, counter)
+        return result
+    result.compared_with = "no checksums: headers and sizes only, and that all values are finite"
+    checks = _tensors_of_checkpoint if kind == "checkpoint" else _tensors_of_model
+    result.problems += _without_checksums(folder, checks, counter)
+    return result
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _against(checksums: Checksums, counter: _Counter) -> Iterator[str]:
+    """Yield the problems of files that have checksums."""
+    for name in checksums.blocks:
+        try:
+            checksums.check_file(name, seen=counter.add)
+        except CheckpointError as error:
+            yield str(error)
+
+
+def _without_checksums(
+    folder: Path, checks: Callable[[Path], Iterator[tuple[int, str | None]]], counter: _Counter
+) -> Iterator[str]:
+    """Yield the problems of a folder that has no checksums."""
+    for path in _files(folder):
+        if path.is_symlink() and _SHA256.fullmatch(name := path.readlink().name):
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if digest != name:
+                yield f"{path} is damaged: its SHA-256 is {digest}, but its cache names {name}"
+    try:
+        for num_bytes, problem in checks(folder):
+            counter.add(num_bytes)
+            if problem is not None:
+                yield problem
+    except CheckpointError as error:
+        yield str(error)
+
+
+def _tensors_of_checkpoint(folder: Path) -> Iterator[tuple[int, str | None]]:
+    """Yield the bytes of each stored chunk, and its problem if it cannot be read or used."""
+    with GlobalTensors(folder) as tensors:
+        for key in tensors.names:
+            for chunk in tensors.chunks(key, index=None):
+                try:
+                    values = tensors.load(key, chunk)
+                except CheckpointError as error:
+                    yield 0, str(error).splitlines()[0]
+                    continue
+                finite = not values.is_floating_point() or bool(values.isfinite().all())
+                yield values.nbytes, None if finite else f"{key} in {folder} is not finite"
+
+
+def _tensors_of_model(folder: Path) -> Iterator[tuple[int, str | None]]:
+    """Yield the bytes of each tensor, and its problem if it cannot be read or used."""
+    for name, info in read_headers(folder).items():
+        try:
+            _check_values(name, info)
+        except CheckpointError as error:
+            yield info.num_bytes, str(error)
+        else:
+            yield info.num_bytes, None
+
+
+def _check_values(name: str, info: TensorInfo) -> None:
+    if not info.shape or not info.num_bytes:
+        return
+    for window in windows(info, [slice(0, info.shape[0])]):
+        where = f"rows {window.start} to {window.stop - 1}"
+        check_finite(name, info, mapped_rows(info, window), where)

@@ -1,0 +1,160 @@
+"""Tests of ``megatron-moe verify``: every flipped bit is found, and nothing else."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny import save_dense
+from training_runs import run_training, tree, write_tokens
+
+from megatron_moe.checkpoint.folder import step_folder
+from megatron_moe.commands.export import export_checkpoint
+from megatron_moe.commands.verify import verify
+from megatron_moe.errors import CheckpointError
+from megatron_moe.hf.writer import FolderWriter
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a run with two checkpoints, and its export below it."""
+    root = tmp_path_factory.mktemp("verify")
+    dense, tokens = save_dense(root / "dense"), write_tokens(root / "tokens")
+    settings = tree(
+        root / "run", dense, tokens, train={"steps": 2}, checkpoint={"interval": 1},
+        parallel={"expert_parallel_size": 2},
+    )  # fmt: skip
+    run_training(settings, world_size=2)
+    export_checkpoint(root / "run", root / "run" / "hf")
+    return root / "run"
+
+
+def problems_of(folder: Path) -> list[str]:
+    return [problem for result in verify(folder, lambda *_: None) for problem in result.problems]
+
+
+def files_of(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("of", ["checkpoint", "export"])
+def test_every_flipped_bit_is_found_and_named(run_dir: Path, of: str):
+    folder = step_folder(run_dir, 1) if of == "checkpoint" else run_dir / "hf"
+    assert problems_of(folder) == []
+    tried = 0
+    for path in files_of(folder):
+        content = path.read_bytes()
+        for place in {0, len(content) // 3, len(content) // 2, len(content) - 1}:
+            for bit in (1, 128):
+                damaged = bytearray(content)
+                damaged[place] ^= bit
+                path.write_bytes(damaged)
+                problems = problems_of(folder)
+                assert len(problems) == 1, (path, place, problems)
+                assert str(path) in problems[0], (path, place, problems)
+                tried += 1
+        for changed in (content[:-1], content + b"x", b""):
+            path.write_bytes(changed)
+            assert [str(path) in problem for problem in problems_of(folder)] == [True]
+            tried += 1
+        path.unlink()
+        assert path.name == "CHECKSUMS" or [str(path) in p for p in problems_of(folder)] == [True]
+        path.write_bytes(content)
+    assert problems_of(folder) == []
+    assert tried >= 11 * len(files_of(folder)) > 40
+
+
+def test_shards_of_an_export_have_one_checksum_for_each_tensor(tmp_path: Path):
+    generator = torch.Generator().manual_seed(0)
+    tensors = {f"t{i}": torch.randn(50, 3 * i, generator=generator) for i in range(4)}
+    announced = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    with FolderWriter(tmp_path / "hf", announced, max_shard_bytes=1500) as writer:
+        for name in reversed(tensors):  # in any order
+            writer.write(name, tensors[name])
+        writer.add_file("config.json", b"{}")
+    assert problems_of(tmp_path / "hf") == []
+    lines = (tmp_path / "hf" / "CHECKSUMS").read_text().splitlines()[1:]
+    shards = [line for line in lines if line.endswith(".safetensors")]
+    assert len(shards) == 3 + 3, "three headers, and three tensors with elements"
+
+
+def test_a_run_is_verified_with_all_its_checkpoints(run_dir: Path):
+    results = verify(run_dir, lambda *_: None)
+    assert [result.folder.name for result in results] == ["step_00000001", "step_00000002"]
+    assert all(result.compared_with == "CHECKSUMS" for result in results)
+
+
+def test_progress_ends_at_the_total(run_dir: Path):
+    shown: list[tuple[int, int]] = []
+    verify(run_dir, lambda done, total: shown.append((done, total)))
+    assert shown == sorted(shown)
+    own = sum(file.stat().st_size for file in run_dir.rglob("checkpoints/*/CHECKSUMS"))
+    assert shown[-1][0] == shown[-1][1] - own
+
+
+def test_a_checkpoint_of_version_0_1_is_read(run_dir: Path, tmp_path: Path):
+    old = tmp_path / "run"
+    shutil.copytree(run_dir, old, ignore=lambda *_: ["CHECKSUMS"])
+    (result,) = verify(step_folder(old, 1), lambda *_: None)
+    assert result.problems == []
+    assert result.compared_with.startswith("no checksums: ")
+    shard = sorted(step_folder(old, 1).glob("*.distcp"))[0]
+    os.truncate(shard, shard.stat().st_size // 2)
+    assert all(str(shard) in problem for problem in problems_of(step_folder(old, 1)))
+    assert problems_of(step_folder(old, 1))
+
+
+def test_a_source_with_nan_or_a_missing_end_is_named(tmp_path: Path):
+    folder = save_dense(tmp_path / "dense")
+    (result,) = verify(folder, lambda *_: None)
+    assert (result.kind, result.problems) == ("model", [])
+    weights = folder / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size - 4)
+    assert "is truncated" in problems_of(folder)[0]
+    save_file({"w": torch.tensor([[1.0, float("nan")]])}, weights)
+    assert "w must be finite" in problems_of(folder)[0]
+
+
+def test_the_hubs_cache_is_compared_with_its_sha256(tmp_path: Path):
+    folder = save_dense(tmp_path / "dense")
+    weights, blobs = folder / "model.safetensors", tmp_path / "blobs"
+    blobs.mkdir()
+    blob = blobs / hashlib.sha256(weights.read_bytes()).hexdigest()
+    weights.rename(blob)
+    weights.symlink_to(blob)
+    assert problems_of(folder) == []
+    content = bytearray(blob.read_bytes())
+    content[-1] ^= 1  # a finite value that is slightly another
+    blob.write_bytes(content)
+    assert f"{weights} is damaged: its SHA-256 is" in problems_of(folder)[0]
+
+
+def test_the_command_reports_and_exits(run_dir: Path, tmp_path: Path):
+    def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+        words = [sys.executable, "-m", "megatron_moe", "verify", *map(str, arguments)]
+        return subprocess.run(words, capture_output=True, text=True, check=False)
+
+    good = command(run_dir / "hf")
+    assert good.returncode == 0, good.stderr
+    assert f"{run_dir / 'hf'}: intact (" in good.stdout
+    shutil.copytree(run_dir / "hf", tmp_path / "hf")
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    bad = command(tmp_path / "hf", "--json")
+    assert bad.returncode == 2
+    (result,) = json.loads(bad.stdout)
+    assert "config.json is damaged" in result["problems"][0]
+    assert bad.stderr.startswith("CheckpointError: ")
+    assert "Traceback" not in bad.stderr
+
+
+def test_a_folder_of_nothing_is_refused(tmp_path: Path):
+    with pytest.raises(CheckpointError, match="is neither a run with checkpoints, nor"):
+        verify(tmp_path, lambda *_: None)
