@@ -189,6 +189,8 @@ def _read_by_transformers(model_type: str, config: dict[str, Any]) -> dict[str, 
         ) from error
     result = read.to_dict()
     result["rope_parameters"].pop("type", None)  # version 4's name of rope_type
+    if result["rope_parameters"].get("partial_rotary_factor") == 1:  # Phi-3 states the default
+        del result["rope_parameters"]["partial_rotary_factor"]
     return result
 
 

@@ -23,10 +23,11 @@ PENALTY = 1e-3
 LOGIT_STD = 0.3
 """Standard deviation of the targets. Small: the combine weights of chosen experts stay close to
 each other, as the parts of a layer add up with equal weights."""
-MARGIN = 0.95
-"""Part of the bound on the load that is used, because other text is routed a little differently."""
+MARGINS = (0.94, 0.97)
+"""Parts of the bound on the load that are aimed at and accepted: other text is routed a little
+differently, and prices approach their target from above."""
 PRICE_ROUNDS = 500
-MOST_STEP = 20.0
+LEAST_STEP = 1e-3
 
 
 def gains(ffn: DenseFfn, act_TF: Tensor, y_TD: Tensor, neurons_EM: Tensor) -> Tensor:
@@ -82,25 +83,29 @@ class Prices:
 
     def __init__(self, experts: int, max_load: float) -> None:
         self.price_E = torch.zeros(experts, dtype=torch.float64)
-        self._bound = max(1.0, max_load * MARGIN)
-        self._round, self._best, self._best_E = 0, float("inf"), self.price_E
+        self._bound, self._accepted = (max(1.0, max_load * margin) for margin in MARGINS)
+        self._round, self._step = 0, 1.0
+        self._best, self._best_E = float("inf"), self.price_E
 
     def adjust(self, load_E: Tensor) -> bool:
         """Change the prices for these loads; return whether they are final.
 
         Prices follow the subgradient of the dual problem: an expert above the bound gets more
-        expensive, one below it cheaper again, down to a price of zero. Steps grow slowly, because
-        in some layers a constant is hard to express. After `PRICE_ROUNDS`, the best prices count.
+        expensive, one below it cheaper again, down to a price of zero. Steps grow while they help,
+        because in some layers a constant is hard to express. After `PRICE_ROUNDS`, the best prices
+        count.
         """
         busiest = float(load_E.max())
-        if busiest < self._best:
+        better = busiest < self._best
+        self._step = self._step * 1.1 if better else max(self._step * 0.9, LEAST_STEP)
+        if better:
             self._best, self._best_E = busiest, self.price_E
-        if busiest <= self._bound or self._round == PRICE_ROUNDS:
+        if busiest <= self._accepted or self._round == PRICE_ROUNDS:
             self.price_E = self._best_E
             return True
         self._round += 1
-        step = min(1.01**self._round, MOST_STEP)
-        self.price_E = (self.price_E + step * (load_E.cpu() - self._bound)).clamp(min=0)
+        change_E = self._step * (load_E.cpu() - self._bound)
+        self.price_E = (self.price_E + change_E).clamp(min=0)
         return False
 
 

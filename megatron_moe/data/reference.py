@@ -61,7 +61,7 @@ def _sums(model: Any, batch: Batch, reset_attention: bool) -> Tensor:
     if reset_attention:
         position_S = torch.arange(batch.tokens_BS.shape[1], device=batch.tokens_BS.device)
         mask_B1SS = document_mask(batch.position_ids_BS, position_S, length=len(position_S))
-    logits_BSV = model(batch.tokens_BS, attention_mask=mask_B1SS, return_dict=True).logits.float()
+    logits_BSV = model(batch.tokens_BS, attention_mask=mask_B1SS).logits.float()
     # Row by row: over a strided vocabulary, fp32 sums of 49152 exponentials are off by 1e-4 nats.
     logits_TV, labels_T = logits_BSV.flatten(0, 1), batch.labels_BS.flatten()
     losses_T = F.cross_entropy(logits_TV, labels_T, reduction="none")

@@ -55,6 +55,7 @@ def load_model(
             )
     except Exception as error:  # each field of a config has a check of its own exception
         raise CheckpointError(f"transformers cannot load {folder}: {error}") from error
+    model.config.return_dict = True  # config.json may ask for tuples
     return model.to(device).eval()
 
 

@@ -112,7 +112,7 @@ def _dense_logits(
     folder: Path, tokens_S: Tensor, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     dense = load_model(folder, device=device, dtype=dtype)
-    return dense(tokens_S[None].to(device), return_dict=True).logits[0].float()
+    return dense(tokens_S[None].to(device)).logits[0].float()
 
 
 def _part_of(x_S: Tensor, cp_group: dist.ProcessGroup) -> Tensor:

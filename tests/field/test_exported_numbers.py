@@ -44,6 +44,8 @@ CONFIG = SHAPE | {
 def write_source(folder: Path, family: str, absent: set[str]) -> dict[str, Any]:
     """Write a folder whose config.json lacks the keys ``absent``; weights fit what it means."""
     config_class, model_class = FAMILIES[family]
+    if family == "phi3":  # its default is an id beyond this small vocabulary
+        absent = absent - {"pad_token_id"}
     config = {k: v for k, v in CONFIG.items() if k not in absent} | {
         "model_type": family,
         "architectures": [model_class.__name__],
@@ -63,7 +65,7 @@ def write_copies(source: Path, out: Path, hf_config: dict[str, Any]) -> None:
     (out / "config.json").write_text(json.dumps(hf_config))
     names = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
     tensors = {}
-    for name, tensor in load_file(source / "model.safetensors").items():
+    for name, tensor in unstacked(load_file(source / "model.safetensors"), hf_config).items():
         if ".mlp." not in name:
             tensors[name] = tensor
             continue
@@ -84,6 +86,25 @@ def write_copies(source: Path, out: Path, hf_config: dict[str, Any]) -> None:
                 tensors[f"{mlp}.shared_expert.{shared}.weight"] = torch.zeros(0, hidden)
             tensors[f"{mlp}.shared_expert.down_proj.weight"] = torch.zeros(hidden, 0)
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+
+
+def unstacked(
+    tensors: dict[str, torch.Tensor], hf_config: dict[str, Any]
+) -> dict[str, torch.Tensor]:
+    """Return Phi-3's tensors under Llama's names; those of other families unchanged."""
+    head, heads = hf_config["head_dim"], hf_config["num_attention_heads"]
+    sizes = [heads * head] + [hf_config["num_key_value_heads"] * head] * 2
+    result = {}
+    for name, tensor in tensors.items():
+        if "qkv_proj" in name:
+            for part, rows in zip("qkv", tensor.split(sizes), strict=True):
+                result[name.replace("qkv_proj", f"{part}_proj")] = rows.clone()
+        elif "gate_up_proj" in name:
+            for part, rows in zip(("gate", "up"), tensor.chunk(2), strict=True):
+                result[name.replace("gate_up_proj", f"{part}_proj")] = rows.clone()
+        else:
+            result[name] = tensor
+    return result
 
 
 @torch.no_grad()

@@ -164,7 +164,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize("case", POSITIONS)
-def test_launchers_say_where_a_process_stands(launched: Any, case: str):
+def test_a_process_takes_its_position_from_its_launcher(launched: Any, case: str):
     variables, position = POSITIONS[case]
     assert launched(variables) == position
 
@@ -176,7 +176,7 @@ def test_launchers_that_contradict_themselves(launched: Any, case: str):
         launched(variables)
 
 
-def test_a_batch_script_is_told_of_srun(launched: Any, capsys: pytest.CaptureFixture[str]):
+def test_a_batch_script_gets_a_hint_at_srun(launched: Any, capsys: pytest.CaptureFixture[str]):
     assert launched(POSITIONS["sbatch-without-srun"][0]) is None
     assert "Use srun to run on all tasks" in capsys.readouterr().err
 
