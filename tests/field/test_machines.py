@@ -176,7 +176,7 @@ def test_launchers_that_contradict_themselves(launched: Any, case: str):
         launched(variables)
 
 
-def test_a_batch_script_is_told_of_srun(launched: Any, capsys: pytest.CaptureFixture[str]):
+def test_a_batch_script_is_pointed_to_srun(launched: Any, capsys: pytest.CaptureFixture[str]):
     assert launched(POSITIONS["sbatch-without-srun"][0]) is None
     assert "Use srun to run on all tasks" in capsys.readouterr().err
 

@@ -70,7 +70,7 @@ def test_a_resume_needs_no_source_and_counts_on(finished: Path, tmp_path: Path):
 
 
 @pytest.mark.distributed
-def test_changed_content_is_noticed_and_a_finished_run_says_so(
+def test_changed_content_is_noticed_and_a_finished_run_reports_it(
     finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
     root = shutil.copytree(finished, tmp_path / "moved", symlinks=True)
@@ -124,7 +124,7 @@ def test_what_changed_is_in_the_table(changes: dict[str, Any], name: str, effect
     assert name in change_table([change], step=3)
 
 
-def test_nothing_changed_says_so():
+def test_an_unchanged_folder_is_reported():
     assert changed_settings(config(), config()) == []
     assert change_table([], step=3) == "No setting has changed since the checkpoint"
 
