@@ -22,7 +22,7 @@ from training_runs import tree, write_tokens
 from megatron_moe.config.load import load
 from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import ConfigError, UserError
-from megatron_moe.evaluate.speak import load_model
+from megatron_moe.hf.load import load_model
 from megatron_moe.hf.spec import read_spec
 from megatron_moe.runtime.world import World
 

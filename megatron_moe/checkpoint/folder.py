@@ -151,7 +151,12 @@ def tokens_of(progress: Progress, folder: Path) -> int:
 
 
 def read_config(folder: Path) -> RunConfig:
-    """Read the configuration of the run that wrote the checkpoint."""
+    """Read the configuration of the run that wrote the checkpoint.
+
+    Raises:
+        CheckpointError: A small file of the checkpoint has changed since it was written.
+    """
+    check_small_files(folder)
     return load(RunConfig, folder / "config.yaml", from_checkpoint=True)
 
 

@@ -258,7 +258,7 @@ class Fit:
     def _write(self, layer: int, down_ND: Tensor) -> str:
         digest = [""]
         if dist.get_rank() == 0:
-            digest = [write_solved(self.folder, layer, down_ND.cpu())]
+            digest = [write_solved(self.folder, layer, down_ND.float().cpu().numpy())]
         dist.broadcast_object_list(digest, src=0)
         return digest[0]
 
@@ -272,7 +272,7 @@ class Fit:
         if digest is None:
             return table, self._sliced(plan), LayerFit(**finished.fit)
         rows = slice(0, len(plan_neurons(plan)))
-        down_ND = read_solved(self.folder, layer, rows).to(self.stream.device)
+        down_ND = torch.from_numpy(read_solved(self.folder, layer, rows)).to(self.stream.device)
         return table, down_ND, LayerFit(**finished.fit)
 
 

@@ -12,10 +12,10 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors.numpy import save_file
 
 from megatron_moe.errors import CheckpointError
 from megatron_moe.hf.disk import replacing
@@ -33,11 +33,12 @@ def solved_file(folder: Path, layer: int) -> Path:
     return folder / f"{layer:05}.safetensors"
 
 
-def write_solved(folder: Path, layer: int, down_ND: Tensor) -> str:
+def write_solved(folder: Path, layer: int, down_ND: NDArray[np.float32]) -> str:
     """Write the matrix of one layer, and return its hash; the file appears when it is complete."""
-    with replacing(solved_file(folder, layer)) as staged:
-        save_file({_NAME: down_ND.float().contiguous()}, staged)
-        return file_hash(staged)
+    path = solved_file(folder, layer)
+    with replacing(path) as staged:
+        save_file({_NAME: np.ascontiguousarray(down_ND)}, staged)
+    return file_hash(path)
 
 
 def file_hash(path: Path) -> str:
@@ -70,7 +71,7 @@ def check_solved(folder: Path, layer: int, expected: str) -> None:
         )
 
 
-def read_solved(folder: Path, layer: int, rows: slice) -> Tensor:
+def read_solved(folder: Path, layer: int, rows: slice) -> NDArray[np.float32]:
     """Return rows of the matrix of one layer, ``(rows, D)``.
 
     Raises:
@@ -78,7 +79,7 @@ def read_solved(folder: Path, layer: int, rows: slice) -> Tensor:
     """
     path = solved_file(folder, layer)
     try:
-        with safe_open(path, "pt") as file:
-            return torch.as_tensor(file.get_slice(_NAME)[rows.start : rows.stop])
+        with safe_open(path, "np") as file:
+            return file.get_slice(_NAME)[rows.start : rows.stop]
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot read {path}, a part of the plan: {error}") from error

@@ -15,6 +15,15 @@ from pathlib import Path
 
 from megatron_moe.errors import ConfigError
 
+_REASONS = {
+    errno.ENOSPC: "no space left",
+    errno.EDQUOT: "the quota is used up",
+    errno.EROFS: "the file system is mounted read-only",
+    errno.EIO: "the device reports an input/output error",
+    errno.ESTALE: "the file server no longer knows this folder",
+    errno.EACCES: "this user may not write there",
+}
+
 
 def make_folder(path: Path, setting: str) -> None:
     """Create a folder that is to be written to, unless it exists.
@@ -32,16 +41,6 @@ def make_folder(path: Path, setting: str) -> None:
             f"{setting} ({path}) must be a folder that can be created and written to: {reason}.\n"
             "  choose another one"
         )
-
-
-_REASONS = {
-    errno.ENOSPC: "no space left",
-    errno.EDQUOT: "the quota is used up",
-    errno.EROFS: "the file system is mounted read-only",
-    errno.EIO: "the device reports an input/output error",
-    errno.ESTALE: "the file server no longer knows this folder",
-    errno.EACCES: "this user may not write there",
-}
 
 
 def fsync(path: Path) -> None:

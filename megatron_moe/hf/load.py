@@ -37,7 +37,7 @@ def load_model(
         folder,
         dtype=dtype or "auto",
         local_files_only=True,
-        trust_remote_code=False,
+        trust_remote_code=False,  # code beside the weights is not executed
         use_safetensors=True,
         attn_implementation="sdpa",  # config.json may name one that is not installed
     )

@@ -194,11 +194,11 @@ def _put_solved(local: LocalLayer, recipe: Recipe, folder: Path) -> None:
     for expert in local.experts:
         own, first = expert.neurons(size), expert.expert * size
         rows = slice(first + own.start, first + own.stop)
-        expert.fc2_Dm.copy_(read_solved(folder, local.layer, rows).T)
+        expert.fc2_Dm.copy_(torch.from_numpy(read_solved(folder, local.layer, rows)).T)
     if local.shared_fc2_Ds is not None and local.shared_part is not None:
         own, first = local.shared_part.slice_of(recipe.shared_size), recipe.num_experts * size
         rows = slice(first + own.start, first + own.stop)
-        local.shared_fc2_Ds.copy_(read_solved(folder, local.layer, rows).T)
+        local.shared_fc2_Ds.copy_(torch.from_numpy(read_solved(folder, local.layer, rows)).T)
 
 
 def _scale(expert: LocalExpert, scales: tuple[float, float, float]) -> None:

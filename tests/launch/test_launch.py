@@ -352,17 +352,49 @@ def test_a_file_system_that_takes_no_file_is_sick(stage: Stage):
 
 
 def test_the_kubernetes_job_fits_its_configuration():
-    job = yaml.safe_load((ROOT / "launch" / "kubernetes.yaml").read_text())
-    assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
-    replicas = job["spec"]["pytorchReplicaSpecs"]
-    nodes = sum(replica["replicas"] for replica in replicas.values())
-    (container,) = replicas["Worker"]["template"]["spec"]["containers"]
-    assert container["name"] == "pytorch"  # the operator looks for it by this name
-    path = next(word for word in container["args"][0].split() if word.startswith("configs/"))
-    assert nodes * int(job["spec"]["nprocPerNode"]) == int(Path(path).stem.rpartition("-")[2])
+    job, runtime, policy = yaml.safe_load_all((ROOT / "launch" / "kubernetes.yaml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("trainer.kubeflow.org/v1alpha1", "TrainJob")
+    reference = job["spec"]["runtimeRef"]
+    assert (runtime["kind"], runtime["metadata"]["name"]) == (reference["kind"], reference["name"])
+    trainer = job["spec"]["trainer"]
+    path = next(word for word in trainer["args"] if word.startswith("configs/"))
+    gpus = trainer["numNodes"] * trainer["numProcPerNode"]
+    assert gpus == int(Path(path).stem.rpartition("-")[2])
+    assert runtime["spec"]["mlPolicy"]["numNodes"] == trainer["numNodes"]
+    assert trainer["resourcesPerNode"]["limits"]["nvidia.com/gpu"] == trainer["numProcPerNode"]
     assert (ROOT / path).exists()
-    settings = {entry["name"]: entry["value"] for entry in container["env"]}
+    settings = {entry["name"]: entry["value"] for entry in trainer["env"]}
     assert settings["GLOO_SOCKET_IFNAME"] == settings["NCCL_SOCKET_IFNAME"]
+    (pods,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    pod = pods["template"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert (pods["name"], container["name"]) == ("node", "node")  # the operator looks for them
+    mounted = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounted == {volume["name"] for volume in pod["volumes"]}
+    (ingress,) = policy["spec"]["ingress"]
+    assert ingress["from"] == [{"podSelector": policy["spec"]["podSelector"]}]
+    assert list(policy["spec"]["podSelector"]["matchLabels"].values()) == [job["metadata"]["name"]]
+
+
+def test_torchrun_takes_its_place_from_the_operator(stage: Stage):
+    """Kubeflow Trainer sets PET_*; the command in launch/kubernetes.yaml has no options."""
+    package = stage.folder / "path" / "megatron_moe"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "__main__.py").write_text(stage.recorder())
+    stage.env |= {
+        "PYTHONPATH": str(package.parent), "PET_NNODES": "1", "PET_NPROC_PER_NODE": "2",
+        "PET_NODE_RANK": "0", "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": "29517",
+    }  # fmt: skip
+    job = next(yaml.safe_load_all((ROOT / "launch" / "kubernetes.yaml").read_text()))
+    command, *words = [*job["spec"]["trainer"]["command"], *job["spec"]["trainer"]["args"]]
+    assert command == "torchrun"
+    result = stage.run(Path(sys.executable).with_name("torchrun"), *words)
+    assert result.returncode == 0, result.stderr
+    calls = stage.calls("__main__.py")
+    assert sorted(env["RANK"] for _, env in calls) == ["0", "1"]
+    assert all(argv == job["spec"]["trainer"]["args"] for argv, _ in calls)
+    assert {env["MASTER_PORT"] for _, env in calls} == {"29517"}
 
 
 def wait_until(condition, seconds: float = 20.0) -> None:
