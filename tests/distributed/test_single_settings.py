@@ -139,7 +139,7 @@ def check_reduction(world: World, config: RunConfig) -> None:
 def test_weights_are_gathered_when_the_setting_says(
     inputs: dict[str, Path], engine: Engine, sharded: bool, wanted: bool, overlaps: bool
 ):
-    from megatron_moe.train.state import optimizer_config
+    from megatron_moe.train.state import _overlaps_gather
 
     config = build(
         RunConfig,
@@ -148,7 +148,7 @@ def test_weights_are_gathered_when_the_setting_says(
             optimizer={"use_distributed_optimizer": sharded},
         ),
     )  # fmt: skip
-    assert optimizer_config(config, engine).overlap_param_gather is overlaps
+    assert _overlaps_gather(config, engine) is overlaps
 
 
 # ---- moe.moe_token_drop_policy -------------------------------------------------------------------
