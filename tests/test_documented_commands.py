@@ -135,8 +135,7 @@ def test_all_commands_run_on_a_tiny_model(clone: Clone):
         assert (clone.folder / "runs/demo" / name).is_file()
 
 
-@pytest.mark.slow
-@pytest.mark.network
+@pytest.mark.slow  # and not network, which make test runs although it is slow: this takes an hour
 @pytest.mark.parametrize("page", PAGES)
 def test_all_commands_of_a_page_run_as_typed(clone: Clone, page: str):
     """In order, from an empty folder, on real weights and text."""

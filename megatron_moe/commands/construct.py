@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -20,7 +21,8 @@ from megatron_moe.construct.measure import Measurement, calibration_batch, world
 from megatron_moe.construct.partial import PartialFiles
 from megatron_moe.construct.solve import LayerMeasurements, layer_table
 from megatron_moe.construct.stream import LayerStream
-from megatron_moe.data.texts import Texts, open_texts
+from megatron_moe.data.samples import Text
+from megatron_moe.data.texts import open_texts
 from megatron_moe.experts.file import write_plan
 from megatron_moe.experts.methods import METHODS, measures
 from megatron_moe.experts.plan import ExpertPlan, make_expert_plan
@@ -42,96 +44,92 @@ def construct(config: RunConfig, world: World) -> None:
     Runs on every rank. The dense model is sharded by the settings of ``parallel`` while neurons are
     measured; a fit has one layer in memory and divides the text among all ranks.
     """
-    assert config.upcycle.plan is not None
+    path = config.upcycle.plan
+    assert path is not None
     dense = open_dense(config.source.path)
     dense.check_tensors(dict(dense_tensors(dense.spec)))
     plan = make_expert_plan(dense.spec, config.moe, config.upcycle)
     texts = open_texts(config, vocab_size=dense.spec.vocab_size)
-    measured_on: dict[str, Any] = {
-        "samples": config.measure.samples,
-        "seq_length": config.data.seq_length,
-        "hidden_states": config.measure.hidden_states,
-        "texts": list(texts.training),
-    }
+    job = _Construction(config, world, dense, list(texts.training.values()), path)
+    found: dict[str, Any] = {}
     if measures(plan.recipe) == "text":
-        plan = _measured(plan, dense, config, world, texts, measured_on)
+        plan, found["sequences_by_cluster"] = job.measured(plan)
     elif measures(plan.recipe) == "weights":
         plan = plan.with_tables(tables_from_weights(plan, dense))
     if plan.recipe.fit:
-        plan = _fitted(plan, dense, config, world, texts, measured_on)
+        plan, found["fit"] = job.fitted(plan)
     if world.rank == 0:
-        write_plan(config.upcycle.plan, plan, source=dense.fingerprint(), measured_on=measured_on)
-        remove_records(solved_folder(config.upcycle.plan))
-        console.print(f"wrote {config.upcycle.plan}: plan {plan.hash[:12]}")
+        measured_on = {
+            "samples": config.measure.samples,
+            "seq_length": config.data.seq_length,
+            "hidden_states": config.measure.hidden_states,
+            "texts": list(texts.training),
+            **found,
+        }
+        write_plan(path, plan, source=dense.fingerprint(), measured_on=measured_on)
+        remove_records(solved_folder(path))
+        console.print(f"wrote {path}: plan {plan.hash[:12]}")
 
 
-def _measured(
-    plan: ExpertPlan,
-    dense: DenseCheckpoint,
-    config: RunConfig,
-    world: World,
-    texts: Texts,
-    measured_on: dict[str, Any],
-) -> ExpertPlan:
-    """Return the plan with the tables that the dense model's activations give."""
-    assert config.upcycle.plan is not None
-    layout, groups = create_groups(config.parallel, seed=config.run.seed)
-    as_dense = dense_config(config)
-    engine = engine_of(config.run.engine, world)
-    model = build_model(
-        as_dense, dense.spec, layout=layout, groups=groups, rank=world.rank, engine=engine
-    )
-    unchanged = make_expert_plan(dense.spec, as_dense.moe, as_dense.upcycle)
-    upcycle(model, dense, unchanged, layout=layout, rank=world.rank)
-    measurement = Measurement(
-        model,
-        as_dense,
-        list(texts.training.values()),
-        groups,
-        clusters=config.moe.num_moe_experts,
-        seed=config.upcycle.seed,
-        by_cluster=METHODS[plan.recipe.method].by_cluster,
-    )
-    partial = PartialFiles(_partial_folder(config.upcycle.plan), _key(config, dense))
-    with RoundProgress("measuring", rank=world.rank) as progress:
-        cluster_N = measurement.run(partial, progress.show)
-    if cluster_N is not None:
-        sizes = [int((cluster_N == c).sum()) for c in set(cluster_N.tolist())]
-        measured_on["sequences_by_cluster"] = sizes
-    tables = _solved(plan, measurement, dense, config)
-    partial.remove()
-    destroy_groups()
-    return plan.with_tables(tables)
+@dataclass(frozen=True, slots=True)
+class _Construction:
+    """The input of both stages, on one rank."""
 
+    config: RunConfig
+    world: World
+    dense: DenseCheckpoint
+    texts: list[Text]
+    path: Path
 
-def _fitted(
-    plan: ExpertPlan,
-    dense: DenseCheckpoint,
-    config: RunConfig,
-    world: World,
-    texts: Texts,
-    measured_on: dict[str, Any],
-) -> ExpertPlan:
-    """Return the plan with routers and ``down`` matrices solved for, and print a table."""
-    assert config.upcycle.plan is not None
-    folder = solved_folder(config.upcycle.plan)
-    start(folder, _key(config, dense))
-    numbers = range(world.rank, config.measure.samples, world.size)
-    fit = Fit(
-        plan=plan,
-        moe=config.moe,
-        dense=dense,
-        stream=LayerStream(config, dense, world.rank, engine_of(config.run.engine, world)),
-        batches=[calibration_batch(list(texts.training.values()), n) for n in numbers],
-        first=world.rank,
-        folder=folder,
-    )
-    with RoundProgress("fitting", rank=world.rank) as progress:
-        tables, fits = fit.run(progress.show)
-        progress.say(fit_table(fits))
-    measured_on["fit"] = {str(layer): asdict(result) for layer, result in fits.items()}
-    destroy_groups()
-    return plan.with_tables(tables, solved=folder)
+    def measured(self, plan: ExpertPlan) -> tuple[ExpertPlan, list[int] | None]:
+        """Return the plan with the tables that the dense model's activations give.
+
+        Also returns the number of sequences of each cluster, if the method needs clusters.
+        """
+        config, dense, rank = self.config, self.dense, self.world.rank
+        layout, groups = create_groups(config.parallel, seed=config.run.seed)
+        as_dense = dense_config(config)
+        model = build_model(
+            as_dense, dense.spec, layout=layout, groups=groups, rank=rank,
+            engine=engine_of(config.run.engine, self.world),
+        )  # fmt: skip
+        unchanged = make_expert_plan(dense.spec, as_dense.moe, as_dense.upcycle)
+        upcycle(model, dense, unchanged, layout=layout, rank=rank)
+        measurement = Measurement(
+            model, as_dense, self.texts, groups, clusters=config.moe.num_moe_experts,
+            seed=config.upcycle.seed, by_cluster=METHODS[plan.recipe.method].by_cluster,
+        )  # fmt: skip
+        partial = PartialFiles(_partial_folder(self.path), _key(config, dense))
+        with RoundProgress("measuring", rank=rank) as progress:
+            cluster_N = measurement.run(partial, progress.show)
+        sizes = None if cluster_N is None else np.bincount(cluster_N).tolist()
+        tables = _solved(plan, measurement, dense, config)
+        partial.remove()
+        destroy_groups()
+        return plan.with_tables(tables), sizes
+
+    def fitted(self, plan: ExpertPlan) -> tuple[ExpertPlan, dict[str, Any]]:
+        """Return the plan with what was solved for, and how well each layer fits; print a table."""
+        config, world = self.config, self.world
+        folder = solved_folder(self.path)
+        start(folder, _key(config, self.dense))
+        fit = Fit(
+            plan=plan, moe=config.moe, dense=self.dense,
+            stream=LayerStream(
+                config, self.dense, world.rank, engine_of(config.run.engine, world)
+            ),
+            batches=[
+                calibration_batch(self.texts, number)
+                for number in range(world.rank, config.measure.samples, world.size)
+            ],
+            first=world.rank, folder=folder,
+        )  # fmt: skip
+        with RoundProgress("fitting", rank=world.rank) as progress:
+            tables, fits = fit.run(progress.show)
+            progress.say(fit_table(fits))
+        destroy_groups()
+        records = {str(layer): asdict(result) for layer, result in fits.items()}
+        return plan.with_tables(tables, solved=folder), records
 
 
 def _solved(

@@ -110,12 +110,34 @@ REFUSALS = [
      "upcycle.router_init (virtual_groups) with upcycle.method (copy): only experts of method "
      "granular are shards of replicas that must be chosen together.\n"
      "  leave upcycle.router_init unset, or set upcycle.method=granular"),
+    ("fit-whole", {}, {"fit": ["down"], **PLAN},
+     "upcycle.fit (down) with upcycle.method (copy): it solves for experts that are parts of the "
+     "dense FFN.\n"
+     "  set upcycle.method to one of split_random, split_clustered, split_coactivation, "
+     "sharing_inner, sharing_inter, weaver, or leave upcycle.fit empty"),
+    ("fit-noise", sizes(6), {"method": "split_random", "fit": ["down"], "noise_std": 0.1, **PLAN},
+     "upcycle.fit (down) cannot be combined with upcycle.reinit_ratio (None) or upcycle.noise_std "
+     "(0.1): they change the neurons that were solved for.\n"
+     "  leave them unset"),
+    ("fit-calibrated", sizes(6),
+     {"method": "split_random", "fit": ["down"], "rescale": "calibrated", **PLAN},
+     "upcycle.fit (down) cannot be combined with upcycle.rescale (calibrated): the solution has "
+     "its own magnitude.\n  leave upcycle.rescale unset"),
+    ("fit-router", sizes(6),
+     {"method": "split_random", "fit": ["router"], "router_init": "uniform", **PLAN},
+     "upcycle.router_init (uniform) has no effect with upcycle.fit (router), which solves for the "
+     "router's rows.\n  leave upcycle.router_init unset"),
+    ("fit-noisy", {**sizes(6), "router_gate": "noisy_linear"},
+     {"method": "split_random", "fit": ["router"], **PLAN},
+     "upcycle.fit (router) requires moe.router_gate (linear), but it is noisy_linear: its choices "
+     "are random in training.\n  set moe.router_gate=linear"),
 ]  # fmt: skip
 
 MEASURED = [
     ("upcycle.method (sharing_inner)", sizes(24), {"method": "sharing_inner"}),
     ("upcycle.router_init (centroids)", {}, {"router_init": "centroids"}),
     ("a calibrated scale", {}, {"rescale": "calibrated"}),
+    ("upcycle.fit (down)", sizes(6), {"method": "split_random", "fit": ["down"]}),
 ]
 REFUSALS += [
     (what, moe, upcycle,
@@ -181,6 +203,10 @@ UNEVEN = (
     "measure.samples (20) must be divisible by moe.num_moe_experts (8): the sequences are divided "
     "into one cluster of equal size per expert.\n  nearest measure.samples: 16, 24"
 )
+FEW = (
+    "measure.samples (4) must be at least 8 with upcycle.fit: every 8th sequence is left out of "
+    "the fit, to choose its penalty.\n  set measure.samples=8 or more"
+)
 INNER = {"method": "sharing_inner"}
 
 
@@ -192,6 +218,8 @@ INNER = {"method": "sharing_inner"}
         pytest.param({**INNER, **PLAN}, 20, [UNEVEN], id="uneven"),
         pytest.param(INNER, 20, [NO_PLAN, UNEVEN], id="both"),
         pytest.param({**INNER, **PLAN}, 16, [], id="legal"),
+        pytest.param({**INNER, **PLAN, "fit": ["down"]}, 8, [], id="fit"),
+        pytest.param({"method": "split_random", **PLAN, "fit": ["down"]}, 4, [FEW], id="few"),
     ],
 )
 def test_construct_rejects_what_it_cannot_measure(upcycle, samples: int, messages: list[str]):
