@@ -51,20 +51,20 @@ def construct(config: RunConfig, world: World) -> None:
     plan = make_expert_plan(dense.spec, config.moe, config.upcycle)
     texts = open_texts(config, vocab_size=dense.spec.vocab_size)
     job = _Construction(config, world, dense, list(texts.training.values()), path)
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     if measures(plan.recipe) == "text":
-        plan, found["sequences_by_cluster"] = job.measured(plan)
+        plan, results["sequences_by_cluster"] = job.measured(plan)
     elif measures(plan.recipe) == "weights":
         plan = plan.with_tables(tables_from_weights(plan, dense))
     if plan.recipe.fit:
-        plan, found["fit"] = job.fitted(plan)
+        plan, results["fit"] = job.fitted(plan)
     if world.rank == 0:
         measured_on = {
             "samples": config.measure.samples,
             "seq_length": config.data.seq_length,
             "hidden_states": config.measure.hidden_states,
             "texts": list(texts.training),
-            **found,
+            **results,
         }
         write_plan(path, plan, source=dense.fingerprint(), measured_on=measured_on)
         remove_records(solved_folder(path))

@@ -26,11 +26,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from itertools import accumulate
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from megatron_moe.hf.families import FAMILIES
-from megatron_moe.hf.header import TensorInfo
 from megatron_moe.hf.spec import DenseSpec
+
+if TYPE_CHECKING:  # the planner reads this table, and starts without torch
+    from megatron_moe.hf.header import TensorInfo
 
 
 class Sharding(Enum):

@@ -16,6 +16,7 @@ from training_runs import run_training, tree
 from transformers import AutoModelForCausalLM
 
 from megatron_moe.data.chat import ChatTokenizer
+from megatron_moe.data.messages import Dialogue
 
 pytestmark = pytest.mark.distributed
 LENGTH = 64
@@ -65,9 +66,9 @@ def test_the_loss_is_that_of_each_conversation_alone(
     """transformers, one conversation at a time, on what the assistant says."""
     model = AutoModelForCausalLM.from_pretrained(inputs["dense"], dtype=torch.float32)
     tokenizer = ChatTokenizer(inputs["dense"])
-    encodings = [tokenizer.encode(conversation(i)) for i in range(16)]
+    encodings = [tokenizer.encode(Dialogue(conversation(i))) for i in range(16)]
     lengths = [len(encoding.ids) for encoding in encodings]
-    quarter = (sum(lengths) + len(tokenizer.encode(LONG).ids)) / 4
+    quarter = (sum(lengths) + len(tokenizer.encode(Dialogue(LONG)).ids)) / 4
     first = min(range(5, 16), key=lambda i: abs(sum(lengths[i:]) - quarter))
     losses = []
     for encoded in encodings[first:]:

@@ -240,7 +240,13 @@ def start(run_yaml: Path, run_dir: Path, *, prefix: tuple[str, ...] = ()) -> sub
     return subprocess.Popen(
         [*prefix, *command(run_yaml, f"run.dir={run_dir}", *LONG)], env=environment(),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=_heed_interrupts,
     )  # fmt: skip
+
+
+def _heed_interrupts() -> None:
+    """Undo what a shell does to programs that it starts in the background, such as these tests."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_for_step(process: subprocess.Popen[str]) -> None:
@@ -337,7 +343,7 @@ def test_a_missing_package_for_metrics_is_noticed_first(run_yaml: Path, tmp_path
         env=environment(), capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
     assert result.returncode == 2
-    assert "log.wandb_project (x) needs the package wandb" in result.stderr
+    assert "log.wandb_project (x) requires the package wandb" in result.stderr
     assert "plan" not in result.stdout  # nothing was upcycled
 
 

@@ -104,7 +104,7 @@ def test_a_page_is_written_atomically(tmp_path):
     write_page(Html("first"), tmp_path / "p.html")
     write_page(Html("second"), tmp_path / "p.html")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("p.html", "second")]
-    with pytest.raises(DataError, match="cannot write"):
+    with pytest.raises(ConfigError, match="must be a folder"):
         write_page(Html("x"), tmp_path / "p.html" / "in-a-file.html")
     write_page(Html("in a new folder"), tmp_path / "folder" / "p.html")
     with pytest.raises(DataError, match="cannot write"):

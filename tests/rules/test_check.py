@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -270,6 +271,8 @@ def test_every_rule_is_tested_here():
     for changes, world_size in [*((r[1], r[2]) for r in REFUSALS), dense]:
         case = Case(make_config(changes), spec, world_size)
         violated |= {rule for rule in RULES if list(rule(case))}
+    windows = Case(make_config(), replace(spec, attention_windows=(4, None)), 1)
+    violated |= {rule for rule in RULES if list(rule(windows))}
     assert violated == set(RULES)
 
 
