@@ -29,6 +29,7 @@ from megatron_moe.commands.model_card import model_card
 from megatron_moe.config.run import Moe
 from megatron_moe.errors import CheckpointError
 from megatron_moe.experts.plan import ExpertPlan, moe_layer_ids
+from megatron_moe.hf.dtypes import OF_PRECISION
 from megatron_moe.hf.names import (
     MOE_NAMES,
     ROWS,
@@ -44,8 +45,8 @@ from megatron_moe.hf.writer import FolderWriter
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 _DTYPES: dict[Dtype, torch.dtype] = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
+    "fp32": OF_PRECISION["fp32"],
+    "bf16": OF_PRECISION["bf16"],
     "fp16": torch.float16,
 }
 

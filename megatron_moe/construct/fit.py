@@ -58,8 +58,10 @@ class LayerFit:
     error_before: float
     error_after: float
     penalty: float | None
-    """Chosen penalty; None if ``down`` was not solved for."""
+    """Chosen penalty; None if ``down`` is sliced: not solved for, or no solution was better on
+    left-out text."""
     condition: float | None
+    """See `RidgeSolution.condition`."""
     max_load: float
     """Load of the busiest expert on all calibration text, in multiples of the mean."""
     load_E: list[float]
@@ -115,8 +117,9 @@ class Fit:
         plan = self._layer_plan(layer, table)
         sliced_ND = self._sliced(plan)
         down_ND, penalty, condition = sliced_ND, None, None
-        errors = self._errors(plan, [sliced_ND])
-        if "down" in self.plan.recipe.fit:
+        if "down" not in self.plan.recipe.fit:
+            errors = self._errors(plan, [sliced_ND])
+        else:
             solution, penalty, errors = self._fit_down(plan, sliced_ND)
             down_ND, condition = solution.weights_FD, solution.condition
             digest = self._write(layer, down_ND)
@@ -202,14 +205,14 @@ class Fit:
 
     def _fit_down(
         self, plan: LayerPlan, sliced_ND: Tensor
-    ) -> tuple[RidgeSolution, float, list[float]]:
+    ) -> tuple[RidgeSolution, float | None, list[float]]:
         """Return the solution, its penalty, and the errors before and after on left-out text."""
         sums = self._down_sums(plan, left_out=False)
         trials = [self._solved(sums, penalty, sliced_ND) for penalty in PENALTIES]
         errors = self._errors(plan, [sliced_ND, *(trial.weights_FD for trial in trials)])
         best = min(range(len(PENALTIES)), key=lambda i: errors[i + 1])
         if errors[0] < errors[best + 1]:  # text that is left out contradicts the fit
-            return RidgeSolution(sliced_ND, float("nan")), float("inf"), [errors[0], errors[0]]
+            return RidgeSolution(sliced_ND, None), None, [errors[0], errors[0]]
         del trials
         sums = sums.plus(self._down_sums(plan, left_out=True))
         solution = self._solved(sums, PENALTIES[best], sliced_ND)
@@ -230,6 +233,7 @@ class Fit:
         if dist.get_rank() == 0:
             solution = solve(sums, penalty=penalty, toward_FD=sliced_ND.to(sums.gram_FF.device))
             down_ND.copy_(solution.weights_FD)
+            assert solution.condition is not None
             condition.fill_(solution.condition)
         dist.broadcast(down_ND, src=0)
         dist.broadcast(condition, src=0)

@@ -53,9 +53,9 @@ class RidgeSolution:
     """A solution, and how well it is determined."""
 
     weights_FD: Tensor
-    condition: float
+    condition: float | None
     """Lower bound of the condition number of the penalized Gram matrix, from its Cholesky factor;
-    beyond 1e12, digits of the solution are lost."""
+    beyond 1e12, digits of the solution are lost. None: nothing was solved."""
 
 
 def solve(sums: RidgeSums, *, penalty: float, toward_FD: Tensor | None = None) -> RidgeSolution:

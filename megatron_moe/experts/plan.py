@@ -91,7 +91,7 @@ class ExpertPlan:
         recipe, table = self.recipe, self.tables.get(layer, LayerTable())
         part = _partition(recipe, layer, table)
         down, runtime = recipe.weight_scales[2], recipe.output_scale
-        if "down" in recipe.fit and table.down_hash is not None:
+        if table.down_hash is not None:
             down, runtime = 1.0, 1.0  # the solution holds the factor
         if recipe.calibrated:
             assert table.output_scale is not None, f"layer {layer} was not calibrated"
@@ -104,9 +104,7 @@ class ExpertPlan:
             reinit_EM=_reinit_mask(recipe, layer) if recipe.reinit_ratio else None,
             weight_scales=(*recipe.weight_scales[:2], down),
             output_scale=runtime,
-            router_ED=table.router_ED
-            if recipe.router_init == "centroids" or table.router_ED is not None
-            else router_rows(recipe, layer),
+            router_ED=router_rows(recipe, layer) if table.router_ED is None else table.router_ED,
         )
 
     @property
