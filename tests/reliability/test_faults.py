@@ -36,7 +36,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> chaos.Stage:
             1,
         ),
         (
-            faults.told(signal.SIGTERM),
+            faults.signaled(signal.SIGTERM),
             r"^Stopped by a signal after step \d+\. Run the same command",
             0,
         ),
