@@ -16,6 +16,7 @@ from megatron_moe.cli import main as cli
 from megatron_moe.cli import start
 from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
+from megatron_moe.errors import ConfigError, JobError
 
 DENSE = {
     "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 4, "hidden_size": 32,
@@ -270,3 +271,13 @@ def test_the_version_is_the_packages(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         cli.main()
     assert capsys.readouterr().out == f"megatron-moe {megatron_moe.__version__}\n"
+
+
+def test_a_lost_rank_ends_with_how_to_resume():
+    with (
+        pytest.raises(JobError, match=r"^rank 1 died\n  run the same command$"),
+        start.resumable("run the same command"),
+    ):
+        raise JobError("rank 1 died")
+    with pytest.raises(ConfigError, match=r"^not lost$"), start.resumable("run the same command"):
+        raise ConfigError("not lost")
