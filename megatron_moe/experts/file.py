@@ -21,6 +21,7 @@ from megatron_moe.experts.plan import ExpertPlan, LayerTable
 from megatron_moe.experts.recipe import SCHEMA
 from megatron_moe.experts.solved import solved_folder
 from megatron_moe.hf.disk import replacing
+from megatron_moe.json_text import parse_json
 
 PLAN_FILE = "plan.safetensors"
 _KEY = "megatron_moe.expert_plan"
@@ -117,7 +118,7 @@ def _tables(arrays: dict[str, np.ndarray], down: dict[int, str]) -> dict[int, La
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     try:
         with safe_open(path, "numpy") as file:
-            header = json.loads((file.metadata() or {})[_KEY])
+            header = parse_json((file.metadata() or {})[_KEY])
             return header, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except FileNotFoundError as error:
         raise CheckpointError(

@@ -5,7 +5,6 @@ Nothing in a folder is executed or unpickled; ``pytorch_model.bin`` is rejected.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import struct
@@ -18,6 +17,7 @@ import torch
 
 from megatron_moe.errors import CheckpointError
 from megatron_moe.hf.dtypes import OF_SAFETENSORS
+from megatron_moe.json_text import parse_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -133,7 +133,7 @@ def _read_shards(folder: Path, file_of: Mapping[str, str]) -> dict[str, TensorIn
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        file_of = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        file_of = parse_json(path.read_text(encoding="utf-8"))["weight_map"]
         entries = [(str(name), str(file)) for name, file in file_of.items()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
@@ -180,7 +180,7 @@ def _parse_header(path: Path) -> tuple[dict[str, Any], int, int]:
             header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
             if not 2 <= header_bytes <= min(_MOST_HEADER_BYTES, file_bytes - 8):
                 raise _bad_header(path, f"a header of {header_bytes} bytes in {file_bytes} bytes")
-            entries = json.loads(file.read(header_bytes))
+            entries = parse_json(file.read(header_bytes))
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:

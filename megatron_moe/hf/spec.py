@@ -7,7 +7,6 @@ make the model compute anything else than this package builds is rejected, with 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from megatron_moe.hf.rope import (
     rope_scaling,
     unsupported_rope,
 )
+from megatron_moe.json_text import parse_json
 
 COMMON_DEFAULTS: dict[str, Any] = {"rms_norm_eps": 1e-6, "initializer_range": 0.02}
 """Defaults of transformers 5 for keys missing in config.json; `FamilyRow.defaults` has others."""
@@ -72,7 +72,7 @@ def read_spec(folder: Path) -> DenseSpec:
     """
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(
             f"cannot read {path}: {error.strerror or error}.\n"
@@ -132,7 +132,8 @@ def _family(config: Mapping[str, Any]) -> Family | None:
     architectures = config.get("architectures")
     if not architectures:  # a config that was saved without a model; use its model_type
         return next((f for f in FAMILIES if f == config.get("model_type")), None)
-    return FAMILY_OF_ARCHITECTURE.get(architectures[0]) if len(architectures) == 1 else None
+    one = isinstance(architectures, list) and len(architectures) == 1
+    return FAMILY_OF_ARCHITECTURE.get(str(architectures[0])) if one else None
 
 
 def _other_architecture(config: object) -> str:

@@ -30,7 +30,7 @@ from megatron_moe.log import console, quiet_megatron
 from megatron_moe.runtime import cpu
 from megatron_moe.runtime.cores import threads_per_rank
 from megatron_moe.runtime.gpus import claim_gpu, gpu_of, visible_gpus
-from megatron_moe.runtime.launchers import RankPosition
+from megatron_moe.runtime.launchers import RankPosition, wait_until_resolved
 
 TIMEOUT = timedelta(hours=2)
 """Timeout of a collective; the watch (guard.hang_seconds) ends a stuck job long before."""
@@ -107,6 +107,7 @@ def joined(
 ) -> Iterator[World]:
     """Join the job at ``position`` inside a ``with`` block."""
     quiet_megatron(position.rank)
+    wait_until_resolved(position)
     if device == "cuda":
         local_device = _select_gpu(position)
     else:
