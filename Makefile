@@ -46,7 +46,7 @@ project=$$($(PYTHON) -c "$$packages"); own=$$($(1) -c "$$packages"); \
 printf '%s\n' "$$project" "$(CURDIR)" > "$$own/project.pth" && ln -s "$$project/nvidia" "$$own/nvidia"
 endef
 
-.PHONY: help install demo test test-gpu test-slurm test-te test-oldest test-all golden check format clean chaos \
+.PHONY: help install demo test test-gpu test-slurm test-te fuzz test-oldest test-all golden check format clean chaos \
     study bench docs package
 
 help: ## this list
@@ -83,6 +83,9 @@ test-gpu: $(INSTALLED) ## the tests that need a GPU; the others hide GPUs and ru
 
 test-slurm: $(INSTALLED) ## launch/slurm.sbatch on two nodes of a real SLURM; needs root, munge, slurmctld, slurmd
 	@$(PYTHON) -m pytest -q -rs -m slurm tests/slurm
+
+fuzz: $(INSTALLED) ## damage every kind of file that is read, at random, for FUZZ_SECONDS (600)
+	@FUZZ_SECONDS=$(or $(FUZZ_SECONDS),600) $(PYTHON) -m pytest -q tests/fuzz
 
 golden: $(INSTALLED) ## rewrite tests/golden/: Megatron-Core's settings for each configs/h100
 	@$(PYTHON) tests/test_golden.py

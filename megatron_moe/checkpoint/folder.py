@@ -67,7 +67,7 @@ def newest(run_dir: Path) -> Path | None:
     pointer = run_dir / "checkpoints" / "latest"
     if not pointer.exists():
         return None
-    name = pointer.read_text().strip()
+    name = pointer.read_text(errors="replace").strip()
     folder = pointer.parent / name
     if not _STEP.fullmatch(name):
         raise CheckpointError(

@@ -85,7 +85,10 @@ def read_plan(path: Path, plan: ExpertPlan, *, source: str | None) -> ExpertPlan
             "  create it again with megatron-moe construct"
         )
     solved = solved_folder(path)
-    tables = _tables(arrays, {int(i): digest for i, digest in header.get("down", {}).items()})
+    try:
+        tables = _tables(arrays, {int(i): digest for i, digest in header.get("down", {}).items()})
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
     result = plan.with_tables(tables, solved=solved if solved.is_dir() else None)
     if result.hash != header["hash"]:
         raise CheckpointError(

@@ -6,6 +6,7 @@ Nothing in a folder is executed or unpickled; ``pytorch_model.bin`` is rejected.
 from __future__ import annotations
 
 import math
+import os
 import re
 import struct
 from collections.abc import Iterable, Mapping
@@ -25,6 +26,7 @@ _SHARD = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
 
 _MOST_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _MOST_LISTED = 20
+_LONGEST_NAME = 255  # bytes, of the usual file systems
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,11 +144,22 @@ def _read_index(path: Path) -> dict[str, str]:
         ) from error
     for name, file in entries:
         # Check the name, not the link target: the Hub's cache has links to ../../blobs.
-        if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
+        if not _is_below_the_folder(file):
             raise CheckpointError(
-                f"{path} lists the file {file!r} for {name}: it must be in the index's folder"
+                f"{path} lists the file {file[:99]!r} for {name}: it must be in the index's folder"
             )
     return dict(entries)
+
+
+def _is_below_the_folder(file: str) -> bool:
+    """Return whether a name from an index can be one of a file below its folder."""
+    parts = PurePosixPath(file).parts
+    try:
+        lengths = [len(os.fsencode(part)) for part in parts]
+    except UnicodeEncodeError:
+        return False
+    legal = "\0" not in file and 0 < max(lengths, default=0) <= _LONGEST_NAME
+    return legal and not PurePosixPath(file).is_absolute() and ".." not in parts
 
 
 def _read_header(path: Path) -> dict[str, TensorInfo]:

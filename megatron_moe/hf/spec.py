@@ -90,6 +90,8 @@ def spec_from_config(config: Mapping[str, Any], *, where: str = "config.json") -
     if family is None:
         raise _refusal(where, [_other_architecture(config)])
     config = {**COMMON_DEFAULTS, **FAMILIES[family].defaults, **config}
+    if wrong_kinds := _wrong_kinds(config):
+        raise _refusal(where, wrong_kinds)
     bad_numbers = _bad_numbers(config)
     reasons = [*bad_numbers, *_unsupported(config, family), *_unsupported_rope(config, family)]
     reasons += _unsupported_layers(config, family)
@@ -142,6 +144,28 @@ def _other_architecture(config: object) -> str:
         f"architectures is {name}: supported are {', '.join(FAMILY_OF_ARCHITECTURE)}, "
         "which use RMSNorm, rotary attention and SwiGLU"
     )
+
+
+_KINDS: dict[str, type] = {
+    "rope_scaling": dict, "rope_parameters": dict, "layer_types": list, "hidden_act": str,
+}  # fmt: skip
+"""Kinds of values that are not numbers; null counts as absent."""
+
+
+def _wrong_kinds(config: Mapping[str, Any]) -> list[str]:
+    """Return reasons for values of another JSON type than their key has."""
+    values = {key: (config.get(key), kind) for key, kind in _KINDS.items()}
+    for rope in ("rope_scaling", "rope_parameters"):
+        if isinstance(config.get(rope), dict):
+            values |= {
+                f"{rope}.{key}": (config[rope].get(key), str) for key in ("rope_type", "type")
+            }
+    names = {dict: "an object", list: "a list", str: "text"}
+    return [
+        f"{key} is {value!r:.100}: must be {names[kind]}"
+        for key, (value, kind) in values.items()
+        if value is not None and not isinstance(value, kind)
+    ]
 
 
 def _bad_numbers(config: Mapping[str, Any]) -> list[str]:
