@@ -109,6 +109,14 @@ def load(
     return build(cls, tree)
 
 
+def overridden(config: Model, overrides: Iterable[str]) -> Model:
+    """Return the configuration with ``key.path=value`` arguments applied; see `load` for errors."""
+    tree = config.model_dump(mode="json")
+    for override in overrides:
+        _apply(tree, override)
+    return build(type(config), tree)
+
+
 def build(cls: type[Model], tree: dict[str, Any]) -> Model:
     """Validate a tree of plain values; see `load` for what it raises."""
     try:
