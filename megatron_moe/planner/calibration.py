@@ -21,8 +21,8 @@ class Calibration:
 PRIOR = Calibration()
 
 FITTED = Calibration(
-    gemm_efficiency=0.783,
-    link_efficiency=0.661,
-    layer_overhead_seconds=9.07e-4,
+    gemm_efficiency=0.732,
+    link_efficiency=0.662,
+    layer_overhead_seconds=1.056e-3,
 )
 """Result of a fit to published throughput, by research/calibration; see docs/planning.md."""

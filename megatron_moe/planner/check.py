@@ -41,8 +41,8 @@ class CheckResult:
         """Return plain values for ``--json``; numbers are null if the layout is not legal."""
         predicted = self.candidate.to_json() if self.candidate else {}
         numbers = (
-            "mfu", "tokens_per_second_per_gpu", "memory_gib", "step_seconds", "seconds_by_part",
-            "limit", "layout",
+            "mfu", "mfu_full_attention", "tokens_per_second_per_gpu", "memory_gib", "step_seconds",
+            "seconds_by_part", "limit", "layout",
         )  # fmt: skip
         return {
             "legal": self.legal,

@@ -32,6 +32,8 @@ class ModelCounts:
     """Forward and backward FLOPs, counted like `forward_flops`."""
     causal_forward_flops: int
     """`forward_flops` with only the half of the attention scores that a causal model uses."""
+    causal_training_flops: int
+    """Forward and backward FLOPs, counted like `causal_forward_flops`."""
     forward_flops_by_part: dict[str, int]
 
     def to_json(self) -> dict[str, Any]:
@@ -88,6 +90,7 @@ def count_shape(
         forward_flops=full.model,
         training_flops=training_flops(full.model),
         causal_forward_flops=causal.model,
+        causal_training_flops=training_flops(causal.model),
         forward_flops_by_part=_by_part(full),
     )
 

@@ -1,7 +1,8 @@
 """Predict the forward and backward seconds of one layer's compute kernels, without communication.
 
-A kernel's time is its operations at the fitted efficiency plus its bytes at the memory bandwidth
-(an additive roofline), so small or thin products slow down without a constant of their own.
+A kernel's time is its operations at the fitted efficiency plus its operands at the memory bandwidth
+(an additive roofline), so small or thin products slow down without a constant of their own. The
+fp32 buffer of a weight's gradient is read and written meanwhile.
 """
 
 from __future__ import annotations
@@ -51,17 +52,16 @@ class Kernels:
     def linear(self, rows: float, inputs: int, outputs: int, *, copies: int = 1) -> Seconds:
         """Return the time of a linear layer, or of ``copies`` experts that share ``rows``.
 
-        The backward pass has two products: the input's gradient, and the weight's gradient, which
-        is accumulated into an fp32 buffer that is read and written.
+        The backward pass has two products: the input's gradient, and the weight's gradient. The
+        latter is accumulated into an fp32 buffer, tile by tile: while one tile is read and written,
+        the next is computed, so the longer of the two counts.
         """
         flops = 2 * rows * inputs * outputs / (self.gpu.peak_flops * self._gemm)
         weights = copies * inputs * outputs
-        operands = self.bytes_per_value * (rows * (inputs + outputs) + weights)
-        gradient = self.bytes_per_value * rows * (inputs + outputs) + 8 * weights
-        return Seconds(
-            flops + operands / self._bandwidth,
-            2 * flops + (operands + gradient) / self._bandwidth,
-        )
+        activations = self.bytes_per_value * rows * (inputs + outputs) / self._bandwidth
+        product = flops + activations + self.bytes_per_value * weights / self._bandwidth
+        accumulated = max(flops + activations, 8 * weights / self._bandwidth)
+        return Seconds(product, product + accumulated)
 
     def attention(self, batch: int, length: float, sequence: int, width: float) -> Seconds:
         """Return the time of causal flash attention for ``length`` queries of each sequence.

@@ -106,7 +106,7 @@ def _attention(
         "gemm": kernels.linear(tokens, d, qkv) + kernels.linear(tokens, shape.query_width // tp, d),
         "attention": core,
         "memory": stream + rotary,
-        "tp": _sequence_parallel(tokens * d * work.bytes_per_value, degrees, links),
+        "tp": _sequence_parallel(tokens * d, work, degrees, links),
         "cp": _exchange_kv(shape, work, degrees, links, attention=core),
     }
 
@@ -148,18 +148,21 @@ def _ffn(
     return {
         "gemm": kernels.linear(tokens, d, 2 * local) + kernels.linear(tokens, local, d),
         "memory": kernels.elementwise(tokens * local, forward=3, backward=5),
-        "tp": _sequence_parallel(tokens * d * work.bytes_per_value, degrees, links),
+        "tp": _sequence_parallel(tokens * d, work, degrees, links),
     }
 
 
-def _sequence_parallel(total_bytes: float, degrees: Degrees, links: Links) -> Seconds:
-    """Return the time of sequence parallelism's collectives.
+def _sequence_parallel(values: float, work: Workload, degrees: Degrees, links: Links) -> Seconds:
+    """Return the exposed time of sequence parallelism's collectives.
 
-    The forward pass has an all-gather and a reduce-scatter; the backward pass has both, and gathers
-    the input again.
+    The forward pass has an all-gather and a reduce-scatter. The backward pass gathers the output's
+    gradient, and overlaps two collectives with products: the input is gathered again during the
+    product of the input's gradient, and that gradient is scattered during the product of the
+    weight's (Megatron-Core, tensor_parallel/layers.py). ``tp_comm_overlap`` overlaps the others.
     """
-    once = links.gather(group_of("tp", degrees), total_bytes)
-    return Seconds(2 * once, 3 * once)
+    once = links.gather(group_of("tp", degrees), values * work.bytes_per_value)
+    alone = EXPOSED if work.tp_comm_overlap else 1.0
+    return Seconds(2 * alone * once, (alone + 2 * EXPOSED) * once)
 
 
 def _exchange_kv(

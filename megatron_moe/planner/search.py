@@ -41,6 +41,7 @@ class Candidate:
             "micro_batch_size": self.work.micro_batch_size,
             "recompute": self.work.recompute,
             "mfu": self.time.mfu,
+            "mfu_full_attention": self.time.mfu_full_attention,
             "tokens_per_second_per_gpu": self.time.tokens_per_second_per_gpu,
             "step_seconds": self.time.step_seconds,
             "seconds_by_part": self.time.parts,

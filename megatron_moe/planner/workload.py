@@ -81,6 +81,8 @@ class Workload:
     """Load of the busiest expert rank relative to the mean, before tokens are dropped."""
     recompute: Recompute = "none"
     precision: Literal["fp32", "bf16"] = "bf16"
+    tp_comm_overlap: bool = False
+    """Whether all tp collectives overlap with products, in pieces (``train.tp_comm_overlap``)."""
     engine: Literal["torch", "transformer_engine"] = "transformer_engine"
     """Implementation of the layers; it determines which tensors the backward pass keeps."""
 
@@ -144,5 +146,6 @@ def workload_of(config: RunConfig) -> Workload:
         pad_to_capacity=config.moe.moe_pad_expert_input_to_capacity,
         recompute=config.train.recompute,
         precision=config.train.precision,
+        tp_comm_overlap=config.train.tp_comm_overlap,
         engine=engine_assumed(config),
     )

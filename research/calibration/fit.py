@@ -15,7 +15,7 @@ from megatron_moe.planner.calibration import FITTED, PRIOR, Calibration
 from megatron_moe.planner.hardware import GPUS
 from megatron_moe.planner.layer import Machine
 from megatron_moe.planner.time import StepTime, step_time
-from research.calibration.published import Published
+from research.calibration.published import Convention, Published
 
 ERROR_POINTS = 2.0
 """Expected standard deviation of a row's MFU in points; measurements vary by 1 between runs."""
@@ -39,6 +39,18 @@ def predict(row: Published, calibration: Calibration = FITTED) -> StepTime:
     return step_time(row.shape, row.work, row.degrees, Machine(GPUS["h100"], calibration))
 
 
+def predicted_mfu(
+    row: Published, calibration: Calibration = FITTED, *, convention: Convention | None = None
+) -> float:
+    """Predict the MFU of a row in the convention of its source, or in another one."""
+    return mfu_of(predict(row, calibration), convention or row.convention)
+
+
+def mfu_of(time: StepTime, convention: Convention) -> float:
+    """Return the MFU of a predicted step in one convention."""
+    return time.mfu if convention == "causal" else time.mfu_full_attention
+
+
 def fit(rows: Sequence[Published]) -> Calibration:
     """Return the most probable constants given the rows and priors (Gauss-Newton on logarithms)."""
     start = np.array(astuple(PRIOR))
@@ -46,7 +58,7 @@ def fit(rows: Sequence[Published]) -> Calibration:
 
     def residuals(shift: NDArray[np.float64]) -> NDArray[np.float64]:
         calibration = Calibration(**_named(start * np.exp(shift)))
-        errors = np.array([predict(row, calibration).mfu for row in rows]) - published
+        errors = np.array([predicted_mfu(row, calibration) for row in rows]) - published
         return np.concatenate([errors / ERROR_POINTS, shift / PRIOR_SPREAD])
 
     shift = np.zeros(len(start))
@@ -63,7 +75,7 @@ def leave_one_model_out(rows: Sequence[Published]) -> list[float]:
         model: fit([row for row in rows if row.model != model])
         for model in dict.fromkeys(row.model for row in rows)
     }
-    return [predict(row, fits[row.model]).mfu for row in rows]
+    return [predicted_mfu(row, fits[row.model]) for row in rows]
 
 
 def score(predicted: Sequence[float], rows: Sequence[Published]) -> Score:
@@ -82,7 +94,7 @@ def without(term: str, rows: Sequence[Published]) -> list[float]:
     for row in rows:
         time = predict(row)
         rest = time.step_seconds - time.parts[term]
-        predicted.append(time.mfu * time.step_seconds / rest)
+        predicted.append(mfu_of(time, row.convention) * time.step_seconds / rest)
     return predicted
 
 
