@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_moe.cli.options import JsonFlag, show
+from megatron_moe.cli.options import JsonFlag, parse_size, show
 from megatron_moe.config.load import load, overridden
 from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import ConfigError
@@ -39,6 +39,19 @@ def plan(
     check_only: Annotated[
         bool, typer.Option("--check", help="Explain the layout in CONFIG instead of searching.")
     ] = False,
+    price: Annotated[
+        float | None, typer.Option(min=0, help="Price of a GPU-hour, for the cost of the run.")
+    ] = None,
+    mtbf: Annotated[
+        float | None,
+        typer.Option(help="Hours between failures of the whole job. Default: 50,000 / GPUs."),
+    ] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="Bytes per second that all ranks write. Default: 2GB a node."
+        ),
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Find the fastest layout that fits, or explain one, before you queue a job.
@@ -49,19 +62,38 @@ def plan(
 
     Example: megatron-moe plan --model llama-3-8b --gpus 128
     """
-    from megatron_moe.planner.check import check_layout
-    from megatron_moe.planner.search import search
+    from megatron_moe.planner.check import CheckResult, check_layout
+    from megatron_moe.planner.relief import searched
+    from megatron_moe.planner.run_table import run_report
     from megatron_moe.planner.tables import check_report, search_report
+    from megatron_moe.planner.whole_run import Circumstances, whole_run
 
+    circumstances = Circumstances(
+        mtbf_hours=_positive(mtbf, option="--mtbf"),
+        storage_bytes_per_second=None
+        if storage is None
+        else parse_size(storage.removesuffix("/s"), option="--storage"),
+        price=price,
+    )
     config, spec = _run_to_plan(arguments or [], model, gpus=gpus, gpu=gpu)
-    if check_only:
-        checked = check_layout(config, spec, gpus=gpus, gpu=gpu)
-        show(checked.to_json() if as_json else check_report(checked), as_json=as_json)
-        if not checked.legal:
-            raise typer.Exit(1)
+    result = (check_layout if check_only else searched)(config, spec, gpus=gpus, gpu=gpu)
+    best = result.candidate if isinstance(result, CheckResult) else result.best[0]
+    run = None if best is None else whole_run(config, spec, best, circumstances)
+    if as_json:
+        show(result.to_json() | {"run": run.to_json() if run else None}, as_json=True)
     else:
-        result = search(config, spec, gpus=gpus, gpu=gpu)
-        show(result.to_json() if as_json else search_report(result), as_json=as_json)
+        table = check_report(result) if isinstance(result, CheckResult) else search_report(result)
+        show(table, as_json=False)
+        if run is not None:
+            show(run_report(run), as_json=False)
+    if isinstance(result, CheckResult) and not result.legal:
+        raise typer.Exit(1)
+
+
+def _positive(value: float | None, *, option: str) -> float | None:
+    if value is not None and not 0 < value < float("inf"):
+        raise ConfigError(f"{option} ({value}) must be a positive number of hours")
+    return value
 
 
 def _run_to_plan(

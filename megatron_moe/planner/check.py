@@ -12,6 +12,7 @@ from megatron_moe.planner.calibration import FITTED
 from megatron_moe.planner.hardware import gpu_named
 from megatron_moe.planner.layer import Machine
 from megatron_moe.planner.memory import peak_memory
+from megatron_moe.planner.relief import reliefs
 from megatron_moe.planner.search import Candidate, configured
 from megatron_moe.planner.shape import MoeShape, upcycled_shape
 from megatron_moe.planner.time import step_time
@@ -36,6 +37,8 @@ class CheckResult:
     """The prediction; None if the layout is not legal."""
     advice: tuple[str, ...]
     """Changes of one setting that fit and are predicted to be faster."""
+    reliefs: tuple[str, ...] = ()
+    """If the layout does not fit: changes after which the run does, cheapest first."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for ``--json``; numbers are null if the layout is not legal."""
@@ -50,6 +53,7 @@ class CheckResult:
             "reasons": list(self.reasons),
             **{name: predicted.get(name) for name in numbers},
             "advice": list(self.advice),
+            "reliefs": list(self.reliefs),
         }
 
 
@@ -76,6 +80,9 @@ def check_layout(
         reasons=reasons,
         candidate=candidate,
         advice=tuple(_advice(config, spec, shape, candidate, machine)),
+        reliefs=tuple(map(str, reliefs(config, spec, gpus=gpus, gpu=gpu, current=candidate)))
+        if excess > 0
+        else (),
     )
 
 

@@ -25,6 +25,10 @@ MAX_ILLEGAL_SETTINGS = 20
 not the layout, is assumed to be illegal."""
 
 
+class NothingFitsError(ConfigError):
+    """Legal layouts exist, but none fits into the memory of the GPUs."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
     """A layout with its batch and its predicted time and memory."""
@@ -120,7 +124,8 @@ def search(
         keep: Number of layouts to return.
 
     Raises:
-        ConfigError: The GPU is unknown, no layout is legal, or none fits.
+        ConfigError: The GPU is unknown, or no layout is legal.
+        NothingFitsError: No legal layout fits.
     """
     shape, machine = upcycled_shape(spec, config.moe), Machine(gpu_named(gpu), FITTED)
     space = _space(shape, workload_of(config), gpus, machine)
@@ -133,7 +138,7 @@ def search(
         )
     best, too_large = _walk(config, spec, space, Frontier(shape, machine, space.families), keep)
     if not best:
-        raise ConfigError(_nothing_fits(space, too_large))
+        raise NothingFitsError(_nothing_fits(space, too_large))
     return SearchResult(
         gpu=gpu,
         gpus=gpus,
@@ -253,13 +258,11 @@ def _nothing_fits(space: _Space, too_large: list[TooLarge]) -> str:
         return (
             f"no layout of {space.gpus} {gpu.name} holds the model: weights, gradients and "
             f"optimizer state need at least {space.least_state_gib:.1f} GiB a rank, "
-            f"{space.least_state_gib - gpu.usable_gib:.1f} GiB more than usable.\n"
-            "  use more GPUs"
+            f"{space.least_state_gib - gpu.usable_gib:.1f} GiB more than usable."
         )
     closest = min(too_large, key=lambda one: one.excess_gib)
     return (
         f"no layout of {space.gpus} {gpu.name} holds the model and a micro-batch: the closest, "
         f"{closest.degrees} with recompute {closest.work.recompute}, needs "
-        f"{closest.excess_gib:.1f} GiB more than usable on a rank.\n"
-        "  use more GPUs or a shorter data.seq_length"
+        f"{closest.excess_gib:.1f} GiB more than usable on a rank."
     )

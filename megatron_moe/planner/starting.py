@@ -104,9 +104,9 @@ def _sequence_length(request: Request, spec: DenseSpec) -> int:
 
 
 def _global_batch(request: Request, spec: DenseSpec, length: int) -> int:
-    """Return the sequences of a step: a multiple of the odd factor of the number of GPUs.
+    """Return the sequences of a step: at least one per GPU, and by the size of the model.
 
-    All other factors are powers of two, so that most layouts divide the batch.
+    It is a power of two times the odd factor of the number of GPUs, so that most layouts divide it.
     """
     odd = request.gpus // (request.gpus & -request.gpus)
     if request.on_cpu:
@@ -114,7 +114,7 @@ def _global_batch(request: Request, spec: DenseSpec, length: int) -> int:
     parameters = dense_parameters(spec)
     tokens = next(tokens for limit, tokens in STEP_TOKENS if parameters < limit)
     budget = DEFAULT_TOKENS if request.tokens is None else request.tokens
-    sequences = max(1, min(tokens, budget // MIN_STEPS) // length // odd)
+    sequences = max(request.gpus, min(tokens, budget // MIN_STEPS) // length) // odd
     return odd * 2 ** (sequences.bit_length() - 1)
 
 

@@ -67,6 +67,8 @@ def check_report(result: CheckResult, *, gpus_per_node: int = 8) -> RenderableTy
         _engine_line(result.candidate.work),
         _parts_table(result.candidate),
         *(Text(f"faster: {advice}") for advice in result.advice),
+        *([Text("changes that make it fit, cheapest first:")] if result.reliefs else []),
+        *(Text(f"  {relief}") for relief in result.reliefs),
         layout_report(result.candidate.degrees, gpus_per_node=gpus_per_node),
     )
 
