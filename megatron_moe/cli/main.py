@@ -17,6 +17,7 @@ import typer
 from megatron_moe import __version__
 from megatron_moe.cli.analyze import analyze
 from megatron_moe.cli.evaluate import judging
+from megatron_moe.cli.init import starting
 from megatron_moe.cli.options import ConfigFile, JsonFlag, Overrides, Ranks, parse_size, show
 from megatron_moe.cli.plan import planning, spec_with_note
 from megatron_moe.cli.report import pages
@@ -39,6 +40,7 @@ app = typer.Typer(
 )
 app.add_typer(judging)
 app.add_typer(planning)
+app.add_typer(starting)
 app.add_typer(pages)
 app.add_typer(verifying)
 app.command()(analyze)

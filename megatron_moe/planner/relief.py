@@ -41,7 +41,7 @@ class Relief:
     change: str
     mfu: float
     tokens_per_second: float
-    """Of all GPUs together."""
+    """Rate of all GPUs together."""
     gib: float
     usable_gib: float
 
