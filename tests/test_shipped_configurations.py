@@ -39,9 +39,9 @@ def test_a_missing_model_is_named_with_the_command_that_gets_it(
     monkeypatch.chdir(tmp_path)  # a user may have the models in the repository's folder
     monkeypatch.setattr(sys, "argv", sys.argv)
     folder = load(RunConfig, file).source.path
-    told = refused(capsys, "train", file)
-    assert told.startswith(f"CheckpointError: cannot read {folder}/config.json: ")
-    assert way_to(folder) in told
+    output = refused(capsys, "train", file)
+    assert output.startswith(f"CheckpointError: cannot read {folder}/config.json: ")
+    assert way_to(folder) in output
 
 
 def way_to(folder: Path) -> str:
@@ -85,9 +85,9 @@ def test_a_dry_run_needs_no_model(tmp_path: Path):
 
 
 def test_a_missing_model_that_is_not_known_is_named(capsys, tmp_path: Path):
-    told = refused(capsys, "plan", DEMO, f"source.path={tmp_path / 'mine'}")
-    assert told.startswith(f"CheckpointError: cannot read {tmp_path / 'mine'}/config.json: ")
-    assert "hf download ORGANIZATION/mine config.json" in told
+    output = refused(capsys, "plan", DEMO, f"source.path={tmp_path / 'mine'}")
+    assert output.startswith(f"CheckpointError: cannot read {tmp_path / 'mine'}/config.json: ")
+    assert "hf download ORGANIZATION/mine config.json" in output
 
 
 def test_the_printed_command_is_one_of_the_hub_client():

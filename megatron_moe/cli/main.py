@@ -21,7 +21,13 @@ from megatron_moe.cli.init import starting
 from megatron_moe.cli.options import ConfigFile, JsonFlag, Overrides, Ranks, parse_size, show
 from megatron_moe.cli.plan import planning, spec_with_note
 from megatron_moe.cli.report import pages
-from megatron_moe.cli.start import joined_to, on_ranks, on_ranks_at_hand, position_of
+from megatron_moe.cli.start import (
+    joined_to,
+    on_ranks,
+    on_ranks_at_hand,
+    position_of,
+    resumable,
+)
 from megatron_moe.cli.verify import verifying
 from megatron_moe.config.load import load
 from megatron_moe.config.run import Mixing, Parallel, RunConfig
@@ -106,7 +112,8 @@ def train(
     if world_size is not None or rank is not None or as_json:
         raise ConfigError("--world-size, --rank and --json require --dry-run")
     require_packages(config)
-    on_ranks(_train, config, ranks)
+    with resumable("run the same command to resume from the newest checkpoint"):
+        on_ranks(_train, config, ranks)
 
 
 def _dry_run(
@@ -290,7 +297,8 @@ def construct(
     config = load(RunConfig, config_file, overrides or [])
     if result := list(measuring_violations(config, read_spec(config.source.path))):
         raise ConfigError("\n".join(result))
-    on_ranks_at_hand(_construct, config, ranks, overrides=overrides or [])
+    with resumable("run the same command to resume from the newest finished part"):
+        on_ranks_at_hand(_construct, config, ranks, overrides=overrides or [])
 
 
 def _construct(config: RunConfig, world: Any) -> None:

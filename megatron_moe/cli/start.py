@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from megatron_moe.config.run import RunConfig
-from megatron_moe.errors import ConfigError
+from megatron_moe.errors import ConfigError, JobError
 from megatron_moe.hf.disk import make_folder
 from megatron_moe.hf.spec import read_spec
 from megatron_moe.rules.check import check, nearest_legal
@@ -47,6 +48,15 @@ def on_ranks(
     make_folder(config.run.dir, "run.dir")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     joined_to(position, partial(story, config), ranks=ranks or 1, device=device)
+
+
+@contextlib.contextmanager
+def resumable(way_out: str) -> Iterator[None]:
+    """Append how to resume to the error of a job that lost a rank inside a ``with`` block."""
+    try:
+        yield
+    except JobError as error:
+        raise JobError(f"{error}\n  {way_out}") from error
 
 
 def on_ranks_at_hand(

@@ -44,7 +44,6 @@ FORWARDED_SIGNALS = (
 )
 NOTICE_SECONDS = 15.0
 """Seconds that the other local ranks have to report and exit after one has failed."""
-RESUME_HINT = "  run the same command to resume from the newest checkpoint"
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,7 +297,7 @@ def _problem(folder: Path, exit_codes: list[int | None]) -> Exception | None:
         _exit_message(rank, code) for rank, code in enumerate(exit_codes) if code not in (0, 1)
     ]
     messages = _messages(folder, "JobError")
-    return errors.JobError("\n".join([*messages, *killed, RESUME_HINT]))
+    return errors.JobError("\n".join([*messages, *killed]))
 
 
 def _messages(folder: Path, kind: str) -> list[str]:

@@ -51,8 +51,8 @@ class Stage:
     def calls(self, name: str) -> list[tuple[list[str], dict[str, str]]]:
         if not self.calls_file.exists():
             return []
-        found = [json.loads(line) for line in self.calls_file.read_text().splitlines()]
-        return [(argv[1:], env) for argv, env in found if Path(argv[0]).name == name]
+        actual = [json.loads(line) for line in self.calls_file.read_text().splitlines()]
+        return [(argv[1:], env) for argv, env in actual if Path(argv[0]).name == name]
 
     def run(self, *command: object) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -283,11 +283,11 @@ def test_a_container_runs_as_the_owner_of_the_mounted_folder(user: int, owner: i
         script = mounted / "entrypoint.sh"  # others may not read this checkout
         shutil.copy(ENTRYPOINT, script)
         who = ["bash", "-c", "id -u; id -g; touch written"]
-        found = subprocess.run(
+        actual = subprocess.run(
             ["setpriv", "--reuid", str(user), "--regid", str(user), "--clear-groups", script, *who],
             cwd=mounted, capture_output=True, text=True, check=False, timeout=60,
         )  # fmt: skip
-        assert found.stdout.split() == [str(becomes)] * 2, found.stderr
+        assert actual.stdout.split() == [str(becomes)] * 2, actual.stderr
         assert (mounted / "written").stat().st_uid == becomes
     finally:
         shutil.rmtree(mounted)
