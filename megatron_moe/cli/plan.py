@@ -52,6 +52,9 @@ def plan(
             metavar="SIZE", help="Bytes per second that all ranks write. Default: 2GB a node."
         ),
     ] = None,
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="Also write the plan as a page.")
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Find the fastest layout that fits, or explain one, before you queue a job.
@@ -62,31 +65,20 @@ def plan(
 
     Example: megatron-moe plan --model llama-3-8b --gpus 128
     """
-    from megatron_moe.planner.check import CheckResult, check_layout
-    from megatron_moe.planner.relief import searched
-    from megatron_moe.planner.run_table import run_report
-    from megatron_moe.planner.tables import check_report, search_report
-    from megatron_moe.planner.whole_run import Circumstances, whole_run
+    from megatron_moe.commands import plan as story
+    from megatron_moe.planner.whole_run import Circumstances
 
+    rate = None if storage is None else parse_size(storage.removesuffix("/s"), option="--storage")
     circumstances = Circumstances(
-        mtbf_hours=_positive(mtbf, option="--mtbf"),
-        storage_bytes_per_second=None
-        if storage is None
-        else parse_size(storage.removesuffix("/s"), option="--storage"),
-        price=price,
+        mtbf_hours=_positive(mtbf, option="--mtbf"), storage_bytes_per_second=rate, price=price
     )
     config, spec = _run_to_plan(arguments or [], model, gpus=gpus, gpu=gpu)
-    result = (check_layout if check_only else searched)(config, spec, gpus=gpus, gpu=gpu)
-    best = result.candidate if isinstance(result, CheckResult) else result.best[0]
-    run = None if best is None else whole_run(config, spec, best, circumstances)
-    if as_json:
-        show(result.to_json() | {"run": run.to_json() if run else None}, as_json=True)
-    else:
-        table = check_report(result) if isinstance(result, CheckResult) else search_report(result)
-        show(table, as_json=False)
-        if run is not None:
-            show(run_report(run), as_json=False)
-    if isinstance(result, CheckResult) and not result.legal:
+    planned = story.plan(config, spec, circumstances, gpus=gpus, gpu=gpu, check_only=check_only)
+    show(planned.to_json() if as_json else planned.tables(), as_json=as_json)
+    if report is not None:
+        planned.write_page(report)
+        print(report, file=sys.stderr)
+    if not planned.legal:
         raise typer.Exit(1)
 
 
