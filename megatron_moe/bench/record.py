@@ -16,7 +16,7 @@ from megatron_moe.errors import ConfigError
 from megatron_moe.hf.disk import write_text
 from megatron_moe.hf.spec import DenseSpec
 from megatron_moe.planner.flops import SequenceFlops, sequence_flops
-from megatron_moe.planner.shape import upcycled_shape
+from megatron_moe.planner.shape import MoeShape, upcycled_shape
 
 PHASES: tuple[str, ...] = (
     "data", "forward", "dispatch", "experts", "combine", "backward", "reduce", "optimizer", "other",
@@ -213,8 +213,13 @@ def _with_both_mfu(tree: dict[str, Any]) -> dict[str, Any]:
 def _flops_of(tree: dict[str, Any]) -> SequenceFlops:
     """Count the model of a record."""
     config = tree["config"]
-    shape = upcycled_shape(DenseSpec(**tree["dense"]), build(Moe, config["moe"]))
+    shape = shape_of(tree["dense"], config["moe"])
     return sequence_flops(shape, config["data"]["seq_length"])
+
+
+def shape_of(dense: dict[str, Any], moe: dict[str, Any]) -> MoeShape:
+    """Return the shape of a record's model from its dense model and its section ``moe``."""
+    return upcycled_shape(DenseSpec(**dense), build(Moe, moe))
 
 
 def _times(value: dict[str, float], factor: float) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +13,7 @@ from megatron_moe.cli.options import JsonFlag, parse_size, show
 from megatron_moe.config.load import load, overridden
 from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import ConfigError
+from megatron_moe.hf.disk import write_text
 from megatron_moe.hf.known import model_named
 from megatron_moe.hf.planned import spec_to_plan
 from megatron_moe.hf.spec import DenseSpec, spec_from_config
@@ -55,6 +57,14 @@ def plan(
     report: Annotated[
         Path | None, typer.Option(metavar="FILE.html", help="Also write the plan as a page.")
     ] = None,
+    calibrate: Annotated[
+        bool,
+        typer.Option("--calibrate", help="Fit the time model to RECORD.json ... of bench instead."),
+    ] = False,
+    constants: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Constants to use; with --calibrate: file to write."),
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Find the fastest layout that fits, or explain one, before you queue a job.
@@ -65,7 +75,11 @@ def plan(
 
     Example: megatron-moe plan --model llama-3-8b --gpus 128
     """
+    if calibrate:
+        _calibrate([Path(name) for name in arguments or []], constants, as_json=as_json)
+        return
     from megatron_moe.commands import plan as story
+    from megatron_moe.planner.calibration import FITTED, read_constants
     from megatron_moe.planner.whole_run import Circumstances
 
     rate = None if storage is None else parse_size(storage.removesuffix("/s"), option="--storage")
@@ -73,13 +87,24 @@ def plan(
         mtbf_hours=_positive(mtbf, option="--mtbf"), storage_bytes_per_second=rate, price=price
     )
     config, spec = _run_to_plan(arguments or [], model, gpus=gpus, gpu=gpu)
-    planned = story.plan(config, spec, circumstances, gpus=gpus, gpu=gpu, check_only=check_only)
+    fitted = FITTED if constants is None else read_constants(constants)
+    options = {"gpus": gpus, "gpu": gpu, "check_only": check_only, "constants": fitted}
+    planned = story.plan(config, spec, circumstances, **options)
     show(planned.to_json() if as_json else planned.tables(), as_json=as_json)
     if report is not None:
         planned.write_page(report)
         print(report, file=sys.stderr)
     if not planned.legal:
         raise typer.Exit(1)
+
+
+def _calibrate(records: list[Path], out: Path | None, *, as_json: bool) -> None:
+    from megatron_moe.commands.calibrate import calibrate
+
+    result = calibrate(records)
+    if out is not None:
+        write_text(out, json.dumps(result.to_json(), indent=2) + "\n")
+    show(result.to_json() if as_json else result.tables(), as_json=as_json)
 
 
 def _positive(value: float | None, *, option: str) -> float | None:

@@ -12,6 +12,7 @@ from rich.text import Text
 from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import ConfigError
 from megatron_moe.hf.spec import DenseSpec
+from megatron_moe.planner.calibration import FITTED, Calibration
 from megatron_moe.planner.check import CheckResult, check_layout
 from megatron_moe.planner.hardware import gpu_named
 from megatron_moe.planner.relief import searched
@@ -77,6 +78,7 @@ def plan(
     gpus: int,
     gpu: str,
     check_only: bool,
+    constants: Calibration = FITTED,
 ) -> Plan:
     """Check the layout of a run, or search the fastest one, and predict all of its steps.
 
@@ -84,10 +86,10 @@ def plan(
         ConfigError: The GPU is unknown, or a search finds no legal layout or none that fits.
     """
     if check_only:
-        result = check_layout(config, spec, gpus=gpus, gpu=gpu)
+        result = check_layout(config, spec, gpus=gpus, gpu=gpu, constants=constants)
         best = result.candidate
     else:
-        result = searched(config, spec, gpus=gpus, gpu=gpu)
+        result = searched(config, spec, gpus=gpus, gpu=gpu, constants=constants)
         best = result.best[0]
     run = None if best is None else whole_run(config, spec, best, circumstances)
     return Plan(config, gpu, result, best, run)

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_moe.config.run import RunConfig
 from megatron_moe.hf.spec import DenseSpec
-from megatron_moe.planner.calibration import FITTED
+from megatron_moe.planner.calibration import FITTED, Calibration
 from megatron_moe.planner.hardware import gpu_named
 from megatron_moe.planner.layer import Machine
 from megatron_moe.planner.memory import peak_memory
@@ -58,14 +58,19 @@ class CheckResult:
 
 
 def check_layout(
-    config: RunConfig, spec: DenseSpec, *, gpus: int, gpu: str = "h100"
+    config: RunConfig,
+    spec: DenseSpec,
+    *,
+    gpus: int,
+    gpu: str = "h100",
+    constants: Calibration = FITTED,
 ) -> CheckResult:
     """Check the layout, batch and model of a configuration on ``gpus`` ranks.
 
     Raises:
         ConfigError: ``gpu`` is not in the hardware table.
     """
-    machine = Machine(gpu_named(gpu), FITTED)
+    machine = Machine(gpu_named(gpu), constants)
     if broken_rules := violations(config, spec, gpus):
         return CheckResult(
             legal=False, fits=False, reasons=tuple(broken_rules), candidate=None, advice=()

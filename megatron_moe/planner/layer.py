@@ -44,7 +44,7 @@ def layer_seconds(
     shape: MoeShape, work: Workload, degrees: Degrees, machine: Machine, *, routes: bool
 ) -> Parts:
     """Return the time of one layer by part; ``routes`` selects an MoE layer."""
-    kernels = Kernels(machine.gpu, machine.calibration, work.bytes_per_value)
+    kernels = Kernels(machine.gpu, machine.calibration, work.bytes_per_value, work.engine)
     attention = _attention(shape, work, degrees, kernels, machine.links)
     if routes:
         ffn = _experts(shape, work, degrees, kernels, machine.links)
@@ -97,10 +97,11 @@ def _attention(
         shape.query_width / tp,
     )  # fmt: skip
     # Norms and additions read or write the residual stream 2 x 5 times forward, 2 x 6 backward;
-    # the rotary embedding reads and writes queries and keys.
+    # the rotary embedding reads and writes queries and keys, three times without fusion.
+    passes = 6 if work.engine == "torch" else 2
     stream = kernels.elementwise(tokens / tp * d, forward=10, backward=12)
     rotary = kernels.elementwise(
-        tokens * (shape.query_width + shape.kv_width) / tp, forward=2, backward=2
+        tokens * (shape.query_width + shape.kv_width) / tp, forward=passes, backward=passes
     )
     return {
         "gemm": kernels.linear(tokens, d, qkv) + kernels.linear(tokens, shape.query_width // tp, d),
@@ -125,14 +126,16 @@ def _experts(
     permute = kernels.elementwise(received * d, forward=3.5, backward=3.5)
     if local > 1:
         permute += kernels.elementwise(rows * d, forward=4, backward=4)
+    # The torch engine recomputes the activation in the backward pass, and writes it.
+    swiglu = 6 if work.engine == "torch" else 5
     shared = {}
     if shape.shared_expert_size:
         shared = _ffn(shape.shared_expert_size, shape, work, degrees, kernels, links)
     dispatch = _overlapped(Seconds(2 * exchange, 2 * exchange), behind=shared.get("gemm", ZERO))
     routed = {
-        "gemm": kernels.linear(rows, d, 2 * neurons, copies=local)
-        + kernels.linear(rows, neurons, d, copies=local),
-        "memory": permute + kernels.elementwise(rows * neurons, forward=3, backward=5),
+        "gemm": kernels.grouped(rows, d, 2 * neurons, copies=local)
+        + kernels.grouped(rows, neurons, d, copies=local),
+        "memory": permute + kernels.elementwise(rows * neurons, forward=3, backward=swiglu),
         "ep": dispatch,
         "etp": Seconds(2 * gather, 2 * gather),
     }

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import ConfigError
 from megatron_moe.hf.spec import DenseSpec
-from megatron_moe.planner.calibration import FITTED
+from megatron_moe.planner.calibration import FITTED, Calibration
 from megatron_moe.planner.candidates import divisors
 from megatron_moe.planner.hardware import GPUS, gpu_named
 from megatron_moe.planner.layer import Machine
@@ -52,14 +52,16 @@ class Relief:
         )
 
 
-def searched(config: RunConfig, spec: DenseSpec, *, gpus: int, gpu: str) -> SearchResult:
+def searched(
+    config: RunConfig, spec: DenseSpec, *, gpus: int, gpu: str, constants: Calibration = FITTED
+) -> SearchResult:
     """Search as `search` does, and add to its message what to change if nothing fits.
 
     Raises:
         ConfigError: See `search`.
     """
     try:
-        return search(config, spec, gpus=gpus, gpu=gpu)
+        return search(config, spec, gpus=gpus, gpu=gpu, constants=constants)
     except NothingFitsError as error:
         changes = reliefs(config, spec, gpus=gpus, gpu=gpu) or ["none was found"]
         lines = [str(error), "  changes that make it fit, cheapest first:"]

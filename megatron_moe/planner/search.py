@@ -8,7 +8,7 @@ from typing import Any
 from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import ConfigError
 from megatron_moe.hf.spec import DenseSpec
-from megatron_moe.planner.calibration import FITTED
+from megatron_moe.planner.calibration import FITTED, Calibration
 from megatron_moe.planner.candidates import MICRO_BATCH_SIZES, chunkings, layouts
 from megatron_moe.planner.frontier import Family, Frontier, Setting
 from megatron_moe.planner.hardware import gpu_named
@@ -109,7 +109,13 @@ class SearchResult:
 
 
 def search(
-    config: RunConfig, spec: DenseSpec, *, gpus: int, gpu: str = "h100", keep: int = 10
+    config: RunConfig,
+    spec: DenseSpec,
+    *,
+    gpus: int,
+    gpu: str = "h100",
+    keep: int = 10,
+    constants: Calibration = FITTED,
 ) -> SearchResult:
     """Rank all layouts of a configuration on ``gpus`` ranks by predicted tokens per second.
 
@@ -122,12 +128,13 @@ def search(
         gpus: Number of ranks.
         gpu: Name of a GPU in the hardware table.
         keep: Number of layouts to return.
+        constants: Constants of the time model.
 
     Raises:
         ConfigError: The GPU is unknown, or no layout is legal.
         NothingFitsError: No legal layout fits.
     """
-    shape, machine = upcycled_shape(spec, config.moe), Machine(gpu_named(gpu), FITTED)
+    shape, machine = upcycled_shape(spec, config.moe), Machine(gpu_named(gpu), constants)
     space = _space(shape, workload_of(config), gpus, machine)
     if not space.num_legal:
         broken_rules = violations(config, spec, gpus)

@@ -77,8 +77,8 @@ def _engine_line(work: Workload) -> Text:
     """Name the engine that the figures are for."""
     if work.engine == "torch":
         return Text(
-            "engine: torch. Memory is predicted for it; times are those of Transformer Engine's\n"
-            "kernels, because the torch engine has not been measured."
+            "engine: torch, which has never been measured. Its terms are passes over memory and\n"
+            "the published efficiency of FlashAttention-2."
         )
     return Text("engine: Transformer Engine. If it is not installed, plan with run.engine=torch.")
 

@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_moe.planner.calibration import FITTED, PRIOR, Calibration
+from megatron_moe.planner.fit import fit_constants
 from megatron_moe.planner.hardware import GPUS
 from megatron_moe.planner.layer import Machine
 from megatron_moe.planner.time import StepTime, step_time
@@ -19,9 +20,6 @@ from research.calibration.published import Convention, Published
 
 ERROR_POINTS = 2.0
 """Expected standard deviation of a row's MFU in points; measurements vary by 1 between runs."""
-
-PRIOR_SPREAD = 0.3
-"""Standard deviation of a constant's logarithm around its prior."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,21 +50,13 @@ def mfu_of(time: StepTime, convention: Convention) -> float:
 
 
 def fit(rows: Sequence[Published]) -> Calibration:
-    """Return the most probable constants given the rows and priors (Gauss-Newton on logarithms)."""
-    start = np.array(astuple(PRIOR))
+    """Return the most probable constants given the rows and priors."""
+
+    def predicted(calibration: Calibration) -> NDArray[np.float64]:
+        return np.array([predicted_mfu(row, calibration) for row in rows])
+
     published = np.array([row.mfu for row in rows])
-
-    def residuals(shift: NDArray[np.float64]) -> NDArray[np.float64]:
-        calibration = Calibration(**_named(start * np.exp(shift)))
-        errors = np.array([predicted_mfu(row, calibration) for row in rows]) - published
-        return np.concatenate([errors / ERROR_POINTS, shift / PRIOR_SPREAD])
-
-    shift = np.zeros(len(start))
-    for _ in range(8):
-        shift = (
-            shift - np.linalg.lstsq(_jacobian(residuals, shift), residuals(shift), rcond=None)[0]
-        )
-    return Calibration(**_named(start * np.exp(shift)))
+    return fit_constants(predicted, published, spread=ERROR_POINTS, prior=PRIOR)
 
 
 def leave_one_model_out(rows: Sequence[Published]) -> list[float]:
@@ -113,17 +103,6 @@ def sensitivity(rows: Sequence[Published], *, global_batch: int) -> Score:
         for row in rows
     ]
     return score(leave_one_model_out(other), other)
-
-
-def _named(values: NDArray[np.float64]) -> dict[str, float]:
-    return {f.name: float(v) for f, v in zip(fields(Calibration), values, strict=True)}
-
-
-def _jacobian(
-    function: Callable[[NDArray[np.float64]], NDArray[np.float64]], at: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    step, here = 1e-4, function(at)
-    return np.stack([(function(at + step * axis) - here) / step for axis in np.eye(len(at))], 1)
 
 
 def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
