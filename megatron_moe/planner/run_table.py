@@ -67,9 +67,11 @@ def _epochs(one: Epochs) -> str:
 def duration(hours: float) -> str:
     """Return a time in words.
 
-    >>> duration(0.05), duration(7.2), duration(100)
-    ('3 min', '7.2 h', '4.2 days')
+    >>> duration(0.05), duration(7.2), duration(100), duration(1e9)
+    ('3 min', '7.2 h', '4.2 days', 'centuries')
     """
+    if hours > 1e6:
+        return "centuries"
     if hours < 1:
         return f"{60 * hours:.0f} min"
     return f"{hours:.1f} h" if hours < 48 else f"{hours / 24:.1f} days"

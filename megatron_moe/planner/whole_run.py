@@ -24,6 +24,9 @@ RESTART_SECONDS = 600
 NODE_BYTES_PER_SECOND = 2e9
 """Assumed rate at which a node writes to shared storage; the user's own is ``--storage``."""
 
+MAX_EXPONENT = 100.0
+"""Bound on the exponents of Daly's model; beyond it, a run practically never ends."""
+
 SOURCE_BYTES = 2
 """Bytes of one weight of the dense checkpoint, which is usually bf16."""
 
@@ -173,8 +176,9 @@ def expected_seconds(
 
     Failures are a Poisson process; one during a restart or a save starts it again.
     """
-    rounds = work_seconds / interval
-    return mtbf * math.exp(restart / mtbf) * math.expm1((interval + save) / mtbf) * rounds
+    rounds, unlikely = work_seconds / interval, min(MAX_EXPONENT, (interval + save) / mtbf)
+    restarts = math.exp(min(MAX_EXPONENT, restart / mtbf))
+    return mtbf * restarts * math.expm1(unlikely) * rounds
 
 
 def _best_interval(save: float, mtbf: float, step_seconds: float, write_seconds: float) -> int:

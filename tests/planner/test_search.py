@@ -130,6 +130,23 @@ def test_a_thousand_gpus_take_two_seconds(make_config, llama3_config, tmp_path):
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2.0
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("plan", "--model", "llama-3-70b", "--gpus", "1024", "--price", "2"),
+        ("init", "llama-3-70b", "--gpus", "1024"),
+        ("plan", "--model", "llama-3.1-405b", "--gpus", "1024"),  # nothing fits
+    ],
+)
+def test_commands_answer_in_two_seconds(words: tuple[str, ...], tmp_path):
+    """Measure the CPU time of the real program; init searches for both engines."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-m", "megatron_moe", *words]
+    subprocess.run(command, check=False, cwd=tmp_path, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2.0
+
+
 def test_message_if_nothing_fits(make_config, llama3_spec):
     with pytest.raises(ConfigError, match=r"no layout of 8 h100 holds the model.*GiB a rank"):
         search(make_config(gbs=8), llama3_spec, gpus=8)

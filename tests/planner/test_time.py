@@ -28,7 +28,18 @@ def test_parts_sum_to_the_step_and_mfu_is_its_definition(row):
     assert time.tokens_per_second_per_gpu == pytest.approx(
         tokens / time.step_seconds / row.degrees.gpus
     )
-    assert 0 < time.mfu < 100 * FITTED.gemm_efficiency
+    assert 0 < time.mfu < time.mfu_full_attention < 100 * FITTED.gemm_efficiency
+
+
+def test_both_mfu_are_their_published_flops():
+    """Compare with the FLOPs that arXiv 2412.09952, table 1, prints for a sequence of 8192."""
+    row = published()[0]
+    time = predict(row)
+    peak = time.step_seconds * row.degrees.gpus * 989.5e12
+    assert time.mfu_full_attention == pytest.approx(100 * 256 * 7.515e14 / peak, rel=1e-3)
+    scores = 3 * 32 * 4 * 8192**2 * 4096  # of all layers, forward and backward
+    causal = 7.515e14 - scores * (1 - 8193 / 16384)
+    assert time.mfu == pytest.approx(100 * 256 * causal / peak, rel=1e-3)
 
 
 @pytest.mark.parametrize("row", published(), ids=lambda row: f"{row.model}-{row.mfu}")

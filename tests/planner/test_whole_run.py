@@ -16,6 +16,7 @@ from megatron_moe.config.run import RunConfig
 from megatron_moe.hf.spec import read_spec
 from megatron_moe.planner.check import check_layout
 from megatron_moe.planner.epochs import tokens_in
+from megatron_moe.planner.run_table import run_rows
 from megatron_moe.planner.shape import upcycled_shape
 from megatron_moe.planner.whole_run import (
     Circumstances,
@@ -76,6 +77,18 @@ def test_the_numbers_of_a_run(make_config, llama3_spec):
     saved = config.checkpoint.model_copy(update={"async_save": True})
     background = config.model_copy(update={"checkpoint": saved})
     assert whole_run(background, llama3_spec, one, Circumstances()).saving_hours == 0
+
+
+def test_failures_more_frequent_than_checkpoints_do_not_overflow(make_config, llama3_spec):
+    config = make_config(**PAPER)
+    one = check_layout(config, llama3_spec, gpus=128).candidate
+    assert one is not None
+    run = whole_run(config, llama3_spec, one, Circumstances(mtbf_hours=1e-4))
+    json.dumps(run.to_json(), allow_nan=False)
+    assert ("failures", "lost: centuries") in [
+        (name, value[value.index("lost") :] if "lost" in value else value)
+        for name, value in run_rows(run)
+    ]
 
 
 def test_epochs_are_counted_from_token_files(tmp_path: Path, make_config, llama3_spec):
