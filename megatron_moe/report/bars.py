@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from megatron_moe.report.html import Html, el, number, table
 from megatron_moe.report.parts import figure
 
-WIDTH, ROW_HEIGHT, NAMES_WIDTH, VALUE_WIDTH = 520, 24, 244, 110
+WIDTH, ROW_HEIGHT, TEXT_HEIGHT, BAR_HEIGHT = 400, 34, 16, 9
 SMALLEST_SHARE = 0.001
 """Parts below this share of the whole are in the table only."""
 
@@ -23,21 +23,20 @@ def bar_figure(title: str, parts: Mapping[str, float], *, unit: str, note: str) 
 
 
 def _bars(title: str, parts: list[tuple[str, float]], whole: float, unit: str) -> Html:
+    """Draw each bar below its name and value, so that names of any length fit."""
     longest = max((value for _, value in parts), default=1.0) or 1.0
-    wide = WIDTH - NAMES_WIDTH - VALUE_WIDTH
     shapes: list[Html] = []
     for index, (name, value) in enumerate(parts):
-        y = index * ROW_HEIGHT
-        length = max(1.0, wide * value / longest)
+        top = index * ROW_HEIGHT
+        shown = f"{value:.3g} {unit}, {_percent(value, whole)}"
         shapes += [
-            el("text", name, x=NAMES_WIDTH - 8, y=y + 16, text_anchor="end", class_="name"),
+            el("text", name, x=0, y=top + TEXT_HEIGHT - 3, class_="name"),
             el(
-                "rect", x=NAMES_WIDTH, y=y + 4, width=f"{length:.1f}", height=ROW_HEIGHT - 8, rx=2,
-                style="fill:var(--line-0)",
+                "text", shown, x=WIDTH, y=top + TEXT_HEIGHT - 3, text_anchor="end", class_="value"
             ),
             el(
-                "text", f"{value:.3g} {unit}, {_percent(value, whole)}",
-                x=f"{NAMES_WIDTH + length + 6:.1f}", y=y + 16, class_="value",
+                "rect", x=0, y=top + TEXT_HEIGHT, width=f"{max(1.0, WIDTH * value / longest):.1f}",
+                height=BAR_HEIGHT, rx=2, style="fill:var(--line-0)",
             ),
         ]  # fmt: skip
     largest = ", ".join(f"{name} {_percent(value, whole)}" for name, value in parts[:3])
