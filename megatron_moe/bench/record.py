@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,6 +14,7 @@ from megatron_moe.config.run import Moe
 from megatron_moe.errors import ConfigError
 from megatron_moe.hf.disk import write_text
 from megatron_moe.hf.spec import DenseSpec
+from megatron_moe.json_text import parse_json
 from megatron_moe.planner.flops import SequenceFlops, sequence_flops
 from megatron_moe.planner.shape import MoeShape, upcycled_shape
 
@@ -177,7 +177,7 @@ def read_record(path: Path) -> Record:
         ConfigError: There is none, or it is not what `write_record` writes.
     """
     try:
-        return _RECORD.validate_python(_with_both_mfu(json.loads(path.read_text("utf-8"))))
+        return _RECORD.validate_python(_with_both_mfu(parse_json(path.read_text("utf-8"))))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except (ValidationError, ValueError, KeyError, TypeError) as error:

@@ -32,7 +32,7 @@ from megatron_moe.cli.verify import verifying
 from megatron_moe.config.load import load
 from megatron_moe.config.run import Mixing, Parallel, RunConfig
 from megatron_moe.errors import ConfigError, UserError
-from megatron_moe.hf.disk import make_folder
+from megatron_moe.hf.disk import disk_errors_in_words, make_folder, naming
 from megatron_moe.hf.spec import DenseSpec, read_spec
 from megatron_moe.rules.check import check
 from megatron_moe.rules.construction import measuring_violations
@@ -231,14 +231,15 @@ def tokenize(
         min_tokens=min_tokens,
         max_tokens=max_tokens,
     )
-    report = tokenize_files(
-        inputs,
-        out,
-        load_tokenizer(tokenizer),
-        rules=rules,
-        workers=workers,
-        max_malformed=max_malformed,
-    )
+    with naming(out):
+        report = tokenize_files(
+            inputs,
+            out,
+            load_tokenizer(tokenizer),
+            rules=rules,
+            workers=workers,
+            max_malformed=max_malformed,
+        )
     counted = dataclasses.asdict(report)
     show(counted if as_json else _counts_text(counted, out), as_json=as_json)
 
@@ -409,7 +410,8 @@ def schema() -> None:
 def main() -> None:
     """Run the command line and exit."""
     try:
-        app()
+        with disk_errors_in_words(Path.cwd()):
+            app()
     except UserError as error:
         kind = type(error).__name__
         for line in str(error).splitlines():

@@ -6,13 +6,13 @@ model, gets the known shape (`known.py`).
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from megatron_moe.hf.known import KnownModel, known_model
 from megatron_moe.hf.obtain import how_to_get
 from megatron_moe.hf.spec import DenseSpec, read_spec, spec_from_config
+from megatron_moe.json_text import parse_json
 
 
 def spec_to_plan(folder: Path) -> tuple[DenseSpec, str | None]:
@@ -43,4 +43,4 @@ def config_to_plan(folder: Path) -> dict[str, Any]:
     model = missing_but_known(folder)
     if model is not None:
         return dict(model.config)
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return parse_json((folder / "config.json").read_text(encoding="utf-8"))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from megatron_moe.errors import ConfigError
+from megatron_moe.json_text import parse_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +41,7 @@ def read_constants(path: Path) -> Calibration:
     """
     names = {field.name for field in fields(Calibration)}
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))["constants"]
+        tree = parse_json(path.read_text(encoding="utf-8"))["constants"]
         values = {name: float(tree[name]) for name in names}
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
