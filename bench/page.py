@@ -58,7 +58,7 @@ def step_table(cases: Cases) -> str:
             _load(case),
         ))  # fmt: skip
     head = (
-        "case", "ours tok/s", "our MFU", "peer tok/s", "peer MFU", "ours / peer", "target",
+        "case", "ours tok/s", "our MFU, causal", "peer tok/s", "peer MFU, causal", "ours / peer", "target",
         "2 ranks / 1 process", "product GFLOP/s", "rounds", "load before",
     )  # fmt: skip
     return markdown_table(head, rows) + _machine(cases)
