@@ -7,6 +7,9 @@ from typing import Literal
 
 from megatron_moe.config.run import Parallel, RunConfig
 
+Engine = Literal["torch", "transformer_engine"]
+"""Implementation of the layers, with ``auto`` resolved."""
+
 Recompute = Literal["none", "selective", "moe", "full"]
 """Activations that the backward pass recomputes instead of keeping.
 
@@ -81,7 +84,9 @@ class Workload:
     """Load of the busiest expert rank relative to the mean, before tokens are dropped."""
     recompute: Recompute = "none"
     precision: Literal["fp32", "bf16"] = "bf16"
-    engine: Literal["torch", "transformer_engine"] = "transformer_engine"
+    tp_comm_overlap: bool = False
+    """Whether all tp collectives overlap with products, in pieces (``train.tp_comm_overlap``)."""
+    engine: Engine = "transformer_engine"
     """Implementation of the layers; it determines which tensors the backward pass keeps."""
 
     @property
@@ -124,7 +129,7 @@ def degrees_of(config: RunConfig, *, gpus: int) -> Degrees:
     )
 
 
-def engine_assumed(config: RunConfig) -> Literal["torch", "transformer_engine"]:
+def engine_assumed(config: RunConfig) -> Engine:
     """Return the engine to predict for; ``auto`` means Transformer Engine, except on a CPU.
 
     The prediction is for other machines, so the packages installed here do not matter.
@@ -144,5 +149,6 @@ def workload_of(config: RunConfig) -> Workload:
         pad_to_capacity=config.moe.moe_pad_expert_input_to_capacity,
         recompute=config.train.recompute,
         precision=config.train.precision,
+        tp_comm_overlap=config.train.tp_comm_overlap,
         engine=engine_assumed(config),
     )

@@ -3,6 +3,7 @@
 import io
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -161,6 +162,8 @@ def test_count_agrees_with_hugging_face(model_type, tmp_path):
 def test_count_rejects_missing_and_incomplete_files(tmp_path):
     with pytest.raises(ConfigError, match="neither a Hugging Face folder nor"):
         count(tmp_path / "missing.yaml")
+    with pytest.raises(ConfigError, match=r"nor the name of a known model.\n  similar names: .*"):
+        count(Path("llama3-8"))
     with pytest.raises(CheckpointError, match=r"cannot read .*config\.json"):
         count(tmp_path)
     (tmp_path / "config.json").write_text('{"architectures": ["MixtralForCausalLM"]}')
