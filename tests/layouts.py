@@ -15,6 +15,7 @@ LAYOUTS = {
     "pp2-vpp2": (2, {"pipeline_parallel_size": 2, "virtual_pipeline_parallel_size": 2}),
     "tp2-ep2": (2, {"tensor_parallel_size": 2, "expert_parallel_size": 2}),
     "tp2-ep4-etp1": (4, {"tensor_parallel_size": 2, "expert_parallel_size": 4}),
+    "tp4-ep2": (4, {"tensor_parallel_size": 4, "expert_parallel_size": 2}),
     "tp2-ep2-etp2": (4, {"tensor_parallel_size": 2, "expert_parallel_size": 2,
                          "expert_tensor_parallel_size": 2}),
     "tp2-pp2-ep4": (8, {"tensor_parallel_size": 2, "pipeline_parallel_size": 2,

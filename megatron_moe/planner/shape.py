@@ -57,6 +57,10 @@ class MoeShape:
         """Width of the keys (or values) of all groups, G * kv_channels."""
         return self.num_query_groups * self.kv_channels
 
+    def kv_width_of_rank(self, tp: int) -> int:
+        """Return the width of the keys (or values) that a tp rank attends to: at least one head."""
+        return max(self.kv_width // tp, self.kv_channels)
+
     @property
     def router_sizes(self) -> dict[str, int]:
         """Number of parameters of one router, by name."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from megatron_moe.errors import nearest_multiples
 from megatron_moe.experts.resolve import moe_layer_ids
+from megatron_moe.hf.spec import DenseSpec
 from megatron_moe.parallel.layout import indivisible_world
 from megatron_moe.rules.case import Case, indivisible
 
@@ -25,13 +26,24 @@ def world(case: Case) -> Iterator[str]:
 
 
 def heads(case: Case) -> Iterator[str]:
-    """Check that tp divides the query groups."""
-    tp = case.config.parallel.tensor_parallel_size
-    if case.spec.num_query_groups % tp:
-        yield indivisible(
-            "num_key_value_heads of the dense model", case.spec.num_query_groups,
-            "parallel.tensor_parallel_size", tp, "each tp rank holds whole query groups",
-        )  # fmt: skip
+    """Check that tp can shard the attention heads."""
+    tp, spec = case.config.parallel.tensor_parallel_size, case.spec
+    if not shards_heads(spec, tp):
+        valid = (str(n) for n in range(1, spec.num_attention_heads + 1) if shards_heads(spec, n))
+        yield (
+            f"parallel.tensor_parallel_size ({tp}) must divide num_attention_heads of the dense "
+            f"model ({spec.num_attention_heads}), and divide num_key_value_heads "
+            f"({spec.num_query_groups}) or be a multiple of it: a tp rank holds whole query "
+            "groups, or equally many ranks share each group.\n"
+            f"  valid tensor_parallel_size: {', '.join(valid)}"
+        )
+
+
+def shards_heads(spec: DenseSpec, tp: int) -> bool:
+    """Return whether Megatron-Core can shard the attention of a model over tp ranks."""
+    heads, groups = spec.num_attention_heads, spec.num_query_groups
+    rows = (heads + 2 * groups) * spec.kv_channels  # of the fused projection, cut into equal parts
+    return not heads % tp and not (groups % tp and tp % groups) and not rows % tp
 
 
 def experts(case: Case) -> Iterator[str]:

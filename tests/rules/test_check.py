@@ -77,9 +77,10 @@ REFUSALS = [
      "world_size (4) must be divisible by pp * ep * etp = 1 * 8 * 1 = 8: edp is the quotient.\n"
      "  nearest world_size: 8"),
     ("heads", parallel(tp=4), 4,
-     "num_key_value_heads of the dense model (6) must be divisible by "
-     "parallel.tensor_parallel_size (4): each tp rank holds whole query groups.\n"
-     "  valid tensor_parallel_size: 1, 2, 3, 6"),
+     "parallel.tensor_parallel_size (4) must divide num_attention_heads of the dense model (12), "
+     "and divide num_key_value_heads (6) or be a multiple of it: a tp rank holds whole query "
+     "groups, or equally many ranks share each group.\n"
+     "  valid tensor_parallel_size: 1, 2, 3, 6, 12"),
     ("experts", parallel(ep=3), 3,
      "moe.num_moe_experts (8) must be divisible by parallel.expert_parallel_size (3): each ep rank "
      "holds whole experts.\n  valid expert_parallel_size: 1, 2, 4, 8"),
