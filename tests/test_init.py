@@ -70,14 +70,15 @@ def test_the_file_is_legal_and_fits(model: str, gpus: int, tmp_path: Path):
 
 @pytest.mark.distributed
 def test_the_dry_run_of_a_file_builds(tmp_path: Path):
-    """For some of the files, on Megatron-Core's real objects; a child keeps torch unpatched."""
-    cases = [("llama-3.2-1b", 8, 3), ("qwen2.5-7b", 64, 17), ("mistral-nemo-12b", 1024, 1023)]
+    """For each model, on Megatron-Core's real objects; a child keeps torch unpatched."""
+    cases = [(model, 128, 17 * index % 128) for index, model in enumerate(MODELS)]
+    cases += [("llama-3.2-1b", 8, 3), ("qwen2.5-7b", 64, 17), ("mistral-nemo-12b", 1024, 1023)]
 
     def check(_: int) -> None:
         from megatron_moe.commands.dry_run import dry_run
 
         for model, gpus, rank in cases:
-            out = tmp_path / f"{model}.yaml"
+            out = tmp_path / f"{model}-{gpus}.yaml"
             init(request_for(model, gpus), dense_model(model)[0], out)
             result = dry_run(load(RunConfig, out), rank=rank, world_size=gpus)
             assert result.counted == result.planned

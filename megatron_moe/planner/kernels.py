@@ -22,10 +22,6 @@ ATTENTION_HALF_LENGTH = 1500
 """FlashAttention-3 on H100, causal, head 128 (arXiv 2407.08608, figure 5): fraction of the peak
 for the operations it executes, and the sequence length that reaches half of it."""
 
-TORCH_ATTENTION_EFFICIENCY = 0.35
-"""FlashAttention-2, which torch has, on H100 and newer (arXiv 2407.08608, abstract). On A100 it is
-about as efficient as FlashAttention-3 is on H100. Never measured by this project."""
-
 
 @dataclass(frozen=True, slots=True)
 class Seconds:
@@ -95,9 +91,8 @@ class Kernels:
         """
         seen = sequence / 2
         flops = 4 * batch * length * seen * width
-        best = ATTENTION_EFFICIENCY
-        if self.engine == "torch" and self.gpu.name != "a100":
-            best = TORCH_ATTENTION_EFFICIENCY
+        torch = self.engine == "torch"
+        best = self.gpu.torch_attention_efficiency if torch else ATTENTION_EFFICIENCY
         reached = best * length / (length + ATTENTION_HALF_LENGTH)
         forward = flops / (self.gpu.peak_flops * reached)
         return Seconds(forward, 2.5 * forward)

@@ -34,6 +34,7 @@ def search_report(result: SearchResult) -> RenderableType:
     best = result.best[0]
     return Group(
         _engine_line(best.work),
+        *_dropped_lines(best.work),
         Text(),
         _best_table(result),
         Text(),
@@ -65,6 +66,7 @@ def check_report(result: CheckResult, *, gpus_per_node: int = 8) -> RenderableTy
     return Group(
         *lines,
         _engine_line(result.candidate.work),
+        *_dropped_lines(result.candidate.work),
         _parts_table(result.candidate),
         *(Text(f"faster: {advice}") for advice in result.advice),
         *([Text("changes that make it fit, cheapest first:")] if result.reliefs else []),
@@ -81,6 +83,19 @@ def _engine_line(work: Workload) -> Text:
             "the published efficiency of FlashAttention-2."
         )
     return Text("engine: Transformer Engine. If it is not installed, plan with run.engine=torch.")
+
+
+def _dropped_lines(work: Workload) -> list[Text]:
+    """Say that MFU counts dropped choices, if a capacity drops some of them for certain."""
+    factor = work.capacity_factor
+    if factor is None or factor >= 1:
+        return []
+    return [
+        Text(
+            f"At least {1 - factor:.0%} of the routed choices are dropped. MFU counts them as "
+            "computed,\nas published figures do, so it is higher than what the GPU does."
+        )
+    ]
 
 
 def counts_report(counts: ModelCounts) -> RenderableType:

@@ -49,6 +49,17 @@ def test_a_good_layout(make_config, llama3_spec):
     assert "matrix products" in printed(check_report(result))
 
 
+def test_dropped_choices_are_named(make_config, llama3_spec):
+    """Half of the choices do not fit into half of the mean; MFU counts them all the same."""
+    half = {"moe_expert_capacity_factor": 0.5}
+    text = printed(
+        check_report(check_layout(make_config(moe=half, **PAPER), llama3_spec, gpus=128))
+    )
+    assert "At least 50% of the routed choices are dropped" in text
+    text = printed(check_report(check_layout(make_config(**PAPER), llama3_spec, gpus=128)))
+    assert "dropped" not in text
+
+
 def test_an_illegal_layout_has_reasons_and_no_numbers(make_config, llama3_spec):
     result = check_layout(make_config(tensor_parallel_size=3), llama3_spec, gpus=128)
     assert not result.legal
