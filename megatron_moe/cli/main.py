@@ -21,9 +21,9 @@ from megatron_moe.cli.options import ConfigFile, JsonFlag, Overrides, Ranks, par
 from megatron_moe.cli.report import pages
 from megatron_moe.cli.start import joined_to, on_ranks, on_ranks_at_hand, position_of
 from megatron_moe.cli.verify import verifying
-from megatron_moe.config.load import load
 from megatron_moe.config.run import Mixing, Parallel, RunConfig
 from megatron_moe.errors import ConfigError, UserError
+from megatron_moe.experts.from_source import load_run
 from megatron_moe.hf.disk import make_folder
 from megatron_moe.hf.spec import DenseSpec, read_spec
 from megatron_moe.rules.check import check
@@ -90,7 +90,7 @@ def train(
 
     Example: megatron-moe train configs/demo.yaml train.steps=20 --ranks 4
     """
-    config = load(RunConfig, config_file, overrides or [])
+    config = load_run(config_file, overrides)
     from megatron_moe.commands.resuming import with_source
 
     config = with_source(config)
@@ -253,7 +253,7 @@ def reference_loss(
     """
     from megatron_moe.runtime.world import resolve_device, run_local_ranks
 
-    config = load(RunConfig, config_file, overrides or [])
+    config = load_run(config_file, overrides)
     mixing = Mixing(weights=config.data.mixing.weights)  # the file it names does not exist yet
     data = config.data.model_copy(update={"mixing": mixing})
     config = config.model_copy(update={"data": data, "parallel": Parallel()})
@@ -282,7 +282,7 @@ def construct(
 
     Example: megatron-moe construct configs/demo.yaml upcycle.plan=runs/plan.safetensors --ranks 4
     """
-    config = load(RunConfig, config_file, overrides or [])
+    config = load_run(config_file, overrides)
     if result := list(measuring_violations(config, read_spec(config.source.path))):
         raise ConfigError("\n".join(result))
     on_ranks_at_hand(_construct, config, ranks, overrides=overrides or [])
@@ -350,7 +350,7 @@ def bench(
         story = partial(_collectives, largest_mib, out or Path("collectives.json"))
         joined_to(position_of(ranks), story, ranks=ranks or 1, device="auto")
     else:
-        config = load(RunConfig, Path(given[0]), given[1:])
+        config = load_run(Path(given[0]), given[1:])
         options = {"steps": steps, "warmup": warmup, "routing": routing, "random": random}
         path = out or config.run.dir / f"bench-{routing}.json"
         on_ranks(partial(_bench, options, path), config, ranks)
@@ -401,7 +401,7 @@ def plan(
     from megatron_moe.planner.search import search
     from megatron_moe.planner.tables import check_report, search_report
 
-    config = load(RunConfig, config_file, overrides or [])
+    config = load_run(config_file, overrides)
     spec = read_spec(config.source.path)
     if check_only:
         checked = check_layout(config, spec, gpus=gpus, gpu=gpu)

@@ -30,6 +30,7 @@ _REFUSED = {
     "moe.first_dense_layers": "other layers were trained as MoE layers",
     "moe.last_dense_layers": "other layers were trained as MoE layers",
     "moe.moe_shared_expert_intermediate_size": "the trained shared expert has another size",
+    "moe.moe_shared_expert_gate": "the trained shared expert has or lacks a gate",
 }
 """Settings that the trained weights depend on, with the reason."""
 _EFFECTS = {

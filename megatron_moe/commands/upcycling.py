@@ -52,7 +52,7 @@ def upcycled_model(job: Job, dense: DenseCheckpoint, plan: ExpertPlan, texts: Te
         peak_bytes=peak_bytes(),
         seconds=time.perf_counter() - start,
     )
-    tensors_used = check_coverage(filled, dense, num_sources=plan.recipe.num_sources)
+    tensors_used = check_coverage(filled, dense, plan)
     agreement, against_dense = None, None
     if _wants_verification(config, dense):
         with without_tp_overlap(model.modules):  # its buffers are for training's micro-batches

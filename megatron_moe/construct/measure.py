@@ -235,7 +235,7 @@ def _sum(values_sBf: Tensor) -> Tensor:
 
 def normalized(x_sD: Tensor, mlp: Any) -> Tensor:
     """Return the FFN's normalized input; Transformer Engine normalizes in its first linear."""
-    weight_D = getattr(mlp.linear_fc1, "layer_norm_weight", None)
+    weight_D = getattr(getattr(mlp, "linear_fc1", None), "layer_norm_weight", None)
     if weight_D is None:
         return x_sD
     mean_s1 = x_sD.float().square().mean(dim=-1, keepdim=True)

@@ -23,6 +23,8 @@ from torch import Tensor
 from megatron_moe.experts.draws import BLOCK_NEURONS, Use, normal_rows
 from megatron_moe.experts.plan import LayerPlan
 from megatron_moe.experts.recipe import Recipe
+from megatron_moe.experts.reuse import copy_index
+from megatron_moe.experts.router import twin_rows
 from megatron_moe.experts.solved import read_solved
 from megatron_moe.parallel.layout import ParallelLayout
 from megatron_moe.parallel.shards import ShardIndex
@@ -97,8 +99,18 @@ def reshape_values(
             _put_solved(local, recipe, solved)
         for expert in local.experts:
             _scale(expert, local.plan.weight_scales)
-            if recipe.noise_std:
+            if recipe.noise_std and _gets_noise(local.plan, expert.expert):
                 _add_noise(local, expert, recipe)
+        if local.plan.expert_E is not None:
+            difference_ED = twin_rows(recipe, local.layer, local.plan.expert_E)
+            if difference_ED is not None:
+                rows_ED = torch.from_numpy(difference_ED).to(local.router_ED.device)
+                local.router_ED.copy_(local.router_ED.float() + rows_ED)
+
+
+def _gets_noise(plan: LayerPlan, expert: int) -> bool:
+    """Return whether noise is added: to all experts of a dense source, to copies of a MoE's."""
+    return plan.expert_E is None or bool(copy_index(plan.expert_E)[expert])
 
 
 def _world_sums(

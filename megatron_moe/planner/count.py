@@ -6,9 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_moe.config.load import load
-from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import ConfigError
+from megatron_moe.experts.from_source import load_run
 from megatron_moe.hf.spec import read_spec
 from megatron_moe.planner.flops import ForwardFlops, forward_flops, training_flops
 from megatron_moe.planner.moe_config import read_config, shape_from_hf
@@ -55,7 +54,7 @@ def count(path: Path, *, sequence_length: int | None = None) -> ModelCounts:
         return count_shape(shape, sequence_length=sequence_length or DEFAULT_SEQUENCE)
     if not path.exists():
         raise ConfigError(f"{path} is neither a Hugging Face folder nor a configuration file")
-    config = load(RunConfig, path)
+    config = load_run(path)
     shape = upcycled_shape(read_spec(config.source.path), config.moe)
     return count_shape(
         shape,

@@ -160,7 +160,7 @@ def filled_model(config: RunConfig, layout: Any, groups: Any, rank: int) -> tupl
     filled = upcycle(model, dense, plan, layout=layout, rank=rank, mix_with=mixed)
     sources = 1 + len(mixed)
     expected = sources * len(dict(dense_tensors(dense.spec)))
-    assert check_coverage(filled, dense, num_sources=sources) == expected
+    assert check_coverage(filled, dense, plan) == expected
     return model, filled, plan
 
 
