@@ -38,7 +38,6 @@ from megatron_moe.hf.dtypes import OF_PRECISION
 from megatron_moe.hf.families import FAMILIES
 from megatron_moe.hf.names import (
     MOE_NAMES,
-    ROW_OF_ROLE,
     ROWS,
     Architecture,
     Row,
@@ -97,10 +96,8 @@ def export_checkpoint(
         for entry in entries
         for tensor_name, shape in zip(entry.names, entry.shapes, strict=True)
     }
-    absent = _fixed_zeros(spec, config.moe, architecture, torch_dtype)
     half_open = architecture == "Qwen2MoeForCausalLM" and not config.moe.moe_shared_expert_gate
     plan = folders.plan_of(checkpoint, spec, config)
-    announced |= absent
     progress = folders.read_progress(checkpoint)
     card = model_card(
         config=config, spec=spec, progress=progress,
@@ -111,24 +108,29 @@ def export_checkpoint(
         GlobalTensors(checkpoint) as tensors,
         FolderWriter(out, announced, max_shard_bytes=max_shard_bytes) as writer,
     ):
-        for tensor_name, (shape, zeros_dtype) in absent.items():
-            writer.write(tensor_name, torch.zeros(shape, dtype=zeros_dtype))
         for entry in entries:
-            fused = tensors.read(
-                entry.key, index=entry.expert, dtype=_dtype_of(entry.row, torch_dtype)
-            )
-            fused = _folded(fused, _output_factor(entry, plan, half_open=half_open))
-            _check_range(fused, entry.key)
-            for tensor_name, shape, tensor in zip(
-                entry.names, entry.shapes, _cut(fused, entry, spec), strict=True
-            ):
-                writer.write(tensor_name, _padded(tensor, shape))
+            factor = _output_factor(entry, plan, half_open=half_open)
+            values = _values(entry, tensors, spec, _dtype_of(entry.row, torch_dtype), factor)
+            for tensor_name, tensor in zip(entry.names, values, strict=True):
+                writer.write(tensor_name, tensor)
         writer.add_file("config.json", (json.dumps(hf_config, indent=2) + "\n").encode())
         writer.add_file("README.md", card.encode())
         for file in sorted(folders.source_copy(checkpoint).iterdir()):
             if file.name != "config.json":
                 writer.add_file(file.name, file)
     return architecture
+
+
+def _values(
+    entry: _Entry, tensors: GlobalTensors, spec: DenseSpec, dtype: torch.dtype, factor: float
+) -> list[Tensor]:
+    """Return the Hugging Face tensors of an entry."""
+    if entry.key is None:
+        return [torch.zeros(shape, dtype=dtype) for shape in entry.shapes]
+    fused = _folded(tensors.read(entry.key, index=entry.expert, dtype=dtype), factor)
+    _check_range(fused, entry.key)
+    cut = _cut(fused, entry, spec)
+    return [_padded(tensor, shape) for tensor, shape in zip(cut, entry.shapes, strict=True)]
 
 
 def _check_range(tensor: Tensor, key: str) -> None:
@@ -217,7 +219,9 @@ def _folded(tensor: Tensor, factor: float) -> Tensor:
 class _Entry:
     """One global tensor (or one expert of it) and the Hugging Face tensors it becomes."""
 
-    key: str
+    key: str | None
+    """None for tensors of zeros that the architecture has and the run does not: the gate of a
+    shared expert, a shared expert of no neurons, the biases of experts."""
     layer: int | None
     expert: int | None
     row: Row
@@ -233,14 +237,17 @@ def _dtype_of(row: Row, weights: torch.dtype) -> torch.dtype:
 def _entries(spec: DenseSpec, moe: Moe, architecture: Architecture) -> Iterator[_Entry]:
     routed = set(moe_layer_ids(moe, spec.num_layers))
     for row in ROWS:
-        if not has_row(row, spec) or not _exported(row, moe):
+        names = row.hf if row.scope.in_dense_model else MOE_NAMES[architecture].get(row.role, ())
+        stored = _exported(row, moe)
+        if not has_row(row, spec) or not (stored or names):
             continue
-        names = row.hf if row.scope.in_dense_model else MOE_NAMES[architecture][row.role]
         experts = range(moe.num_moe_experts) if row.scope is Scope.EXPERT else (None,)
         for layer in _layers(row.scope, routed, spec.num_layers):
             for expert in experts:
                 yield _Entry(
-                    key=checkpoint_key(row, layer=layer, moe_layer=layer in routed),
+                    key=checkpoint_key(row, layer=layer, moe_layer=layer in routed)
+                    if stored
+                    else None,
                     layer=layer,
                     expert=expert,
                     row=row,
@@ -286,31 +293,6 @@ def _padded(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     if not any(missing):
         return tensor
     return torch.nn.functional.pad(tensor, [n for size in reversed(missing) for n in (0, size)])
-
-
-def _fixed_zeros(
-    spec: DenseSpec, moe: Moe, architecture: Architecture, dtype: torch.dtype
-) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Tensors that the architecture has and a run does not, all of zeros.
-
-    The gate of the shared expert, and, where there is none, that expert itself: of no neurons, so
-    it adds zero. The biases of experts that the run did not train.
-    """
-    absent: list[Row] = [
-        ROW_OF_ROLE[role]
-        for role in MOE_NAMES[architecture]
-        if not _exported(ROW_OF_ROLE[role], moe)
-    ]
-    return {
-        name.format(layer=layer): (shape, _dtype_of(row, dtype))
-        for row in absent
-        for name, shape in zip(
-            MOE_NAMES[architecture][row.role],
-            _hf_shapes(row, spec, moe, architecture),
-            strict=True,
-        )
-        for layer in moe_layer_ids(moe, spec.num_layers)
-    }
 
 
 def _cut(fused: Tensor, entry: _Entry, spec: DenseSpec) -> list[Tensor]:

@@ -127,9 +127,11 @@ def _with_router(router: Any, block: TransformerBlockSubmodules) -> TransformerB
 def _with_qk_norms(
     norms: QkNorms | None, block: TransformerBlockSubmodules
 ) -> TransformerBlockSubmodules:
-    """Replace the norms of query and key in the block's layers."""
+    """Replace the norms of query and key in the block's layers, unless ``norms`` is None."""
     layers: Any = block.layer_specs
-    for layer in layers if norms is not None else ():
+    if norms is None:
+        return block
+    for layer in layers:
         attention = layer.submodules.self_attention
         attention.submodules = replace(
             attention.submodules, q_layernorm=norms[0], k_layernorm=norms[1]

@@ -203,8 +203,11 @@ def check_coverage(filled: Filled, dense: DenseCheckpoint, plan: ExpertPlan) -> 
 def _left_out(spec: DenseSpec, plan: ExpertPlan) -> Iterator[str]:
     """Yield the names of the tensors of source experts that the plan leaves out."""
     names = [name for role in ("expert_fc1", "expert_fc2") for name in MOE_TENSORS[role]]
-    for layer in spec.experts.moe_layers if spec.experts is not None else ():
+    if spec.experts is None:
+        return
+    for layer in spec.experts.moe_layers:
         expert_E = plan.layer(layer).expert_E
+        assert expert_E is not None
         for expert in sorted(set(range(spec.experts.num_moe_experts)) - set(expert_E.tolist())):
             yield from (name.format(layer=layer, expert=expert) for name in names)
 

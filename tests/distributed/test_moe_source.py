@@ -17,6 +17,7 @@ from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
 from megatron_moe.experts.from_source import complete_from_source
 from megatron_moe.experts.plan import make_expert_plan
+from megatron_moe.hf.load import load_model
 from megatron_moe.hf.names import dense_tensors
 from megatron_moe.hf.spec import read_spec
 from megatron_moe.rules.check import violations
@@ -26,6 +27,8 @@ from megatron_moe.source.dense import open_dense
 
 pytestmark = pytest.mark.distributed
 TOLERANCE = 1e-4
+EXACT = 1e-5
+"""Relative to the largest logit, which is 5 to 15; rounding in fp32, observed 2e-6."""
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {}),
@@ -76,6 +79,42 @@ def test_keep_is_the_source(folders: dict[str, Path], model: str, layout: str):
     run_on_ranks(check_logits, config, TOLERANCE, world_size=world_size)
 
 
+GROWN = {  # family, what it changes, layout: both orders of the router, and sigmoid scores
+    "topk_softmax-1": ("mixtral", "1", 2),
+    "topk_softmax-tp2-ep2": ("mixtral", "tp2-ep2", 2),
+    "topk_softmax-three-copies-pp2": ("mixtral-stacked", "pp2", 3),
+    "softmax_topk-etp2": ("qwen2-stacked", "etp2", 2),
+    "softmax_topk-ep4": ("qwen3", "ep4", 2),
+    "sigmoid-tp2-ep4-etp1": ("glm4", "tp2-ep4-etp1", 2),
+}
+
+
+@pytest.mark.parametrize("case", GROWN)
+def test_exact_growth_is_the_source(folders: dict[str, Path], case: str):
+    """Each of the m copies has 1/m of the weight, and a token chooses all copies of K experts."""
+    model, layout, copies = GROWN[case]
+    world_size, parallel = LAYOUTS[layout]
+    config = run_config(
+        folders[model], parallel, moe={"num_moe_experts": 4 * copies},
+        upcycle={"method": "grow", "twins": "exact"},
+    )  # fmt: skip
+    assert config.moe.moe_router_topk == 2 * copies
+    assert not violations(config, read_spec(folders[model]), world_size)
+    tolerance = EXACT * largest_logit(folders[model])
+    run_on_ranks(check_logits, config, tolerance, world_size=world_size)
+
+
+@torch.no_grad()
+def largest_logit(folder: Path) -> float:
+    model = load_model(folder, device="cpu", dtype=torch.float32)
+    return float(model(tokens_of(model.config.vocab_size)[None]).logits.abs().max())
+
+
+def tokens_of(vocab_size: int) -> torch.Tensor:
+    torch.manual_seed(0)
+    return torch.randint(0, vocab_size, (32,))
+
+
 def check_logits(world: World, config: RunConfig, tolerance: float) -> None:
     from megatron_moe.model.build import build_model
     from megatron_moe.model.upcycle import check_coverage, upcycle
@@ -105,8 +144,7 @@ def check_logits(world: World, config: RunConfig, tolerance: float) -> None:
         padding = (padded - source.spec.vocab_size) * source.spec.hidden_size * 4 * last * copies
         assert filled.bytes_read == filled.parameter_bytes - padding, "the shard, and nothing else"
 
-    torch.manual_seed(0)
-    tokens_S = torch.randint(0, source.spec.vocab_size, (32,))
+    tokens_S = tokens_of(source.spec.vocab_size)
     agreement = compare_with_dense(model, config.source.path, tokens_S, groups=groups)
     assert agreement.max_logit_error <= tolerance, agreement
     assert agreement.argmax_agreement == 1.0

@@ -1,0 +1,92 @@
+"""What was exported can be a source again, and is exported as the same bytes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from layouts import LAYOUTS
+from tiny import save_dense, save_moe
+from training_runs import run_training, tree, write_tokens
+
+from megatron_moe.commands.export import export_checkpoint
+from megatron_moe.experts.from_source import complete_from_source
+
+pytestmark = pytest.mark.distributed
+
+
+def exported(
+    folder: Path, source: Path, *, layout: str = "1", steps: int = 0, precision: str = "fp32",
+    **sections: dict[str, Any],
+) -> Path:  # fmt: skip
+    """Train a run from ``source`` and export it to ``folder/hf``."""
+    world_size, parallel = LAYOUTS[layout]
+    tokens = folder.parent / "tokens"
+    if not tokens.with_name("tokens.idx").exists():
+        write_tokens(tokens)
+    settings = tree(
+        folder / "run", source, tokens, parallel=parallel,
+        train={"steps": steps, "global_batch_size": 4, "precision": precision},
+        optimizer={"lr": 1e-2, "min_lr": 1e-2, "warmup_steps": 0}, **sections,
+    )  # fmt: skip
+    if "moe" not in sections:
+        del settings["moe"]
+    run_training(complete_from_source(settings), world_size=world_size)
+    export_checkpoint(folder / "run", folder / "hf")
+    return folder / "hf"
+
+
+def check_same_bytes(one: Path, other: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+TRAINED: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
+    "mixtral-bf16": ("llama", "bf16", {}, {}),
+    "qwen2-shared": (
+        "qwen2", "fp32",
+        {"moe_ffn_hidden_size": 16, "moe_shared_expert_intermediate_size": 32,
+         "first_dense_layers": 1},
+        {"method": "split_random", "rescale_at": "runtime"},
+    ),
+    "qwen3": ("qwen3", "fp32", {"router_order": "softmax_topk", "moe_layers": [1, 2]}, {}),
+    "glm4-bf16": (
+        "llama", "bf16",
+        {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True,
+         "moe_router_bias_update_rate": 0.05, "first_dense_layers": 1},
+        {},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TRAINED)
+def test_a_trained_export_is_a_source_of_the_same_export(tmp_path: Path, case: str):
+    family, precision, moe, upcycle = TRAINED[case]
+    dense = save_dense(tmp_path / "dense", family)
+    first = exported(
+        tmp_path / "first", dense, steps=2, precision=precision,
+        moe={"num_moe_experts": 4, **moe}, upcycle=upcycle,
+    )  # fmt: skip
+    again = exported(
+        tmp_path / "again", first, layout="tp2-ep2", precision=precision,
+        upcycle={"method": "keep", "verify": "always"},
+    )  # fmt: skip
+    check_same_bytes(first, again)
+    receipt = json.loads((tmp_path / "again" / "run" / "receipt.json").read_text())
+    assert receipt["against_dense"]["loss_moe"] == receipt["against_dense"]["loss_dense"]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "glm4_moe"])
+def test_exact_growth_is_pruned_back_to_the_same_bits(tmp_path: Path, family: str):
+    source = save_moe(tmp_path / "source", family)
+    kept = exported(tmp_path / "kept", source, upcycle={"method": "keep"})
+    grown = exported(
+        tmp_path / "grown", source, layout="ep2", moe={"num_moe_experts": 8},
+        upcycle={"method": "grow", "twins": "exact"},
+    )  # fmt: skip
+    assert json.loads((grown / "config.json").read_text())["num_experts_per_tok"] == 4
+    pruned = exported(
+        tmp_path / "pruned", grown, moe={"num_moe_experts": 4, "moe_router_topk": 2},
+        upcycle={"method": "prune", "choose": "even"},
+    )  # fmt: skip
+    check_same_bytes(kept, pruned)
