@@ -9,6 +9,7 @@ from typing import Any
 from megatron_moe.config.judging import dense_config
 from megatron_moe.config.load import load
 from megatron_moe.config.run import Moe, RunConfig, Upcycle
+from megatron_moe.errors import ConfigError
 from megatron_moe.hf.moe_spec import ExpertsSpec
 from megatron_moe.hf.spec import DenseSpec, read_spec
 
@@ -67,8 +68,28 @@ def source_config(config: RunConfig, spec: DenseSpec) -> RunConfig:
     result = dense_config(config)
     if spec.experts is None:
         return result
-    moe = Moe(**settings_of(spec.experts, spec.num_layers))
+    moe = Moe(**settings_of(spec.experts, spec.num_layers), moe_router_load_balancing_type="none")
     return result.model_copy(update={"moe": moe, "upcycle": Upcycle(method="keep")})
+
+
+def divides_source(config: RunConfig, spec: DenseSpec) -> bool:
+    """Return whether the layout of the run can also hold the source model."""
+    ep = config.parallel.expert_parallel_size
+    return spec.experts is None or spec.experts.num_moe_experts % ep == 0
+
+
+def check_ep(config: RunConfig, spec: DenseSpec) -> None:
+    """Reject a layout that cannot hold the source model.
+
+    Raises:
+        ConfigError: ep does not divide the source's experts.
+    """
+    if spec.experts is not None and not divides_source(config, spec):
+        raise ConfigError(
+            f"parallel.expert_parallel_size ({config.parallel.expert_parallel_size}) must divide "
+            f"the source's {spec.experts.num_moe_experts} experts to measure them: each ep rank "
+            "holds whole experts.\n  set parallel.expert_parallel_size for this command alone"
+        )
 
 
 def _source_spec(tree: dict[str, Any]) -> DenseSpec | None:
