@@ -67,7 +67,9 @@ def with_source(config: RunConfig) -> RunConfig:
     checkpoint = newest(config.run.dir)
     if checkpoint is None:
         return config
-    folder = keep_source_files(config.run.dir, source_copy(checkpoint))
+    folder = config.run.dir / "source"
+    if not (folder / "config.json").exists():  # other ranks may be reading it
+        folder = keep_source_files(config.run.dir, source_copy(checkpoint))
     return config.model_copy(update={"source": Source(path=folder)})
 
 

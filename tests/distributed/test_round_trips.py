@@ -10,6 +10,9 @@ from tiny import save_dense, save_moe
 from training_runs import run_training, tree, write_tokens
 
 from megatron_moe.commands.export import export_checkpoint
+from megatron_moe.commands.resuming import with_source
+from megatron_moe.config.load import build
+from megatron_moe.config.run import RunConfig
 from megatron_moe.experts.from_source import complete_from_source
 
 pytestmark = pytest.mark.distributed
@@ -74,6 +77,46 @@ def test_a_trained_export_is_a_source_of_the_same_export(tmp_path: Path, case: s
     check_same_bytes(first, again)
     receipt = json.loads((tmp_path / "again" / "run" / "receipt.json").read_text())
     assert receipt["against_dense"]["loss_moe"] == receipt["against_dense"]["loss_dense"]
+
+
+STEPS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
+    "olmoe-keep": ("olmoe", "tp2-ep2-etp2", {}, {"method": "keep"}),
+    "qwen2-noise": (
+        "qwen2_moe", "tp2-ep2", {"num_moe_experts": 8}, {"method": "grow", "noise_std": 0.02}
+    ),
+    "mixtral-bias": (
+        "mixtral", "pp2", {"num_moe_experts": 8}, {"method": "grow", "twins": "bias"}
+    ),
+    "mixtral-exact": (
+        "mixtral", "ep2", {"num_moe_experts": 8}, {"method": "grow", "twins": "exact"}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_five_steps_equal_those_of_one_rank(tmp_path: Path, case: str):
+    """Tolerances are those of test_invariance.py: fp32 sums in another order, five AdamW steps."""
+    family, layout, moe, upcycle = STEPS[case]
+    source, tokens = save_moe(tmp_path / "source", family), write_tokens(tmp_path / "tokens")
+    lines = {}
+    for name in ("1", layout):
+        world_size, parallel = LAYOUTS[name]
+        settings = tree(tmp_path / name, source, tokens, parallel=parallel, upcycle=upcycle)
+        settings["moe"] = moe
+        lines[name] = run_training(complete_from_source(settings), world_size=world_size)
+    assert [line["step"] for line in lines[layout]] == [0, 1, 2, 3, 4, 5]
+    for ours, expected in zip(lines[layout][1:], lines["1"][1:], strict=True):
+        assert ours["loss/lm"] == pytest.approx(expected["loss/lm"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+
+    for file in source.iterdir():  # a resume takes nothing from the source
+        file.unlink()
+    world_size, parallel = LAYOUTS[layout]
+    settings = tree(tmp_path / "1", source, tokens, parallel=parallel, upcycle=upcycle)
+    settings |= {"moe": moe, "train": settings["train"] | {"steps": 6}}
+    config = with_source(build(RunConfig, complete_from_source(settings)))
+    resumed = run_training(config.model_dump(mode="json"), world_size=world_size)
+    assert resumed[-1]["step"] == 6
 
 
 @pytest.mark.parametrize("family", ["mixtral", "olmoe", "glm4_moe"])
