@@ -116,5 +116,9 @@ def build_model(
                 rotary.inv_freq, spec.rope_scaling, base=spec.rotary_base
             )
         chunks.append(Chunk(module, layers))
+    if spec.qk_norm_spans_heads:
+        # If this is true, Megatron-Core sums the gradients of all parameters called q_layernorm or
+        # k_layernorm over tp. Each rank has the weights of other heads here.
+        transformer.qk_layernorm = False
     tp_rank = layout.attention.coords(rank)["tp"]
     return Model(tuple(chunks), transformer, spec, tp_rank, engine)
