@@ -65,7 +65,8 @@ class ExpertMeasurement:
             decoder: Any = chunk.module.decoder
             for layer, block in zip(chunk.layers, decoder.layers, strict=True):
                 if isinstance(block.mlp, MoELayer):
-                    block.mlp.experts.register_forward_hook(self._hook(layer))
+                    experts: Any = block.mlp.experts
+                    experts.register_forward_hook(self._hook(layer))
             for name, parameter in chunk.module.named_parameters():
                 parameter.requires_grad_("word_embeddings" in name)  # starts the graph
 

@@ -32,6 +32,7 @@ class Use(IntEnum):
     PERMUTATION = 5
     CLUSTERS = 6
     TWINS = 7
+    SHARED_NEURONS = 8
 
 
 def generator(seed: int, layer: int, *key: int) -> np.random.Generator:

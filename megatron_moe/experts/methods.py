@@ -87,7 +87,9 @@ METHODS: dict[Method, MethodRow] = {
         partition=share.sharing_inter, experts="subsets", needs="text", by_cluster=True,
         shared="required", without_shared="sharing_inner",
     ),
-    "qwen": MethodRow(partition=replicate.qwen, experts="pieces", reinit_ratio=0.5),
+    "qwen": MethodRow(
+        partition=replicate.qwen, experts="pieces", shared="optional", reinit_ratio=0.5
+    ),
     "weaver": MethodRow(
         partition=share.weaver, experts="parts", needs="text", by_cluster=True, shared="required",
         without_shared="split_clustered", router_init="gate_mean",

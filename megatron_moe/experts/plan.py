@@ -71,6 +71,9 @@ class LayerPlan:
     reinit_EM: NDArray[np.bool_] | None
     """Neurons to reinitialize, with the mean and std of those they replace; None if none."""
 
+    reinit_S: NDArray[np.bool_] | None
+    """The same for the shared expert; None if none."""
+
     weight_scales: tuple[float, float, float]
     """Factors of gate, up and down of the routed experts."""
 
@@ -109,7 +112,8 @@ class ExpertPlan:
             shared_S=part.shared_S,
             source_E=replicate.source_of_experts(recipe),
             expert_E=part.expert_E,
-            reinit_EM=_reinit_mask(recipe, layer) if recipe.reinit_ratio else None,
+            reinit_EM=_reinit_masks(recipe, layer) if recipe.reinit_ratio else None,
+            reinit_S=_shared_mask(recipe, layer),
             weight_scales=(*recipe.weight_scales[:2], down),
             output_scale=runtime,
             router_ED=_router_rows(recipe, layer, table),
@@ -168,12 +172,24 @@ def _partition(recipe: Recipe, layer: int, table: LayerTable) -> Partition:
     return Partition(table.neurons_EM, none if table.shared_S is None else table.shared_S)
 
 
-def _reinit_mask(recipe: Recipe, layer: int) -> NDArray[np.bool_]:
+def _reinit_masks(recipe: Recipe, layer: int) -> NDArray[np.bool_]:
     """Choose the neurons to reinitialize, the same for gate, up and down (arXiv 2502.19261)."""
-    size = recipe.expert_ffn_hidden_size
-    mask_EM = np.zeros((recipe.num_experts, size), dtype=np.bool_)
-    count = round(recipe.reinit_ratio * size)
-    for expert in range(recipe.num_experts):
-        rng = generator(recipe.seed, layer, Use.REINIT_MASK, expert)
-        mask_EM[expert, rng.permutation(size)[:count]] = True
-    return mask_EM
+    size, experts = recipe.expert_ffn_hidden_size, range(recipe.num_experts)
+    return np.stack([_reinit_mask(recipe, layer, expert, size) for expert in experts])
+
+
+def _shared_mask(recipe: Recipe, layer: int) -> NDArray[np.bool_] | None:
+    """Choose the shared expert's neurons to reinitialize, if it is made of pieces as all others."""
+    if not recipe.reinit_ratio or not recipe.shared_size:
+        return None
+    if METHODS[recipe.method].experts != "pieces":
+        return None
+    return _reinit_mask(recipe, layer, recipe.num_experts, recipe.shared_size)
+
+
+def _reinit_mask(recipe: Recipe, layer: int, expert: int, size: int) -> NDArray[np.bool_]:
+    """Choose the neurons of one expert; the shared expert counts as the last."""
+    mask_M = np.zeros(size, dtype=np.bool_)
+    rng = generator(recipe.seed, layer, Use.REINIT_MASK, expert)
+    mask_M[rng.permutation(size)[: round(recipe.reinit_ratio * size)]] = True
+    return mask_M

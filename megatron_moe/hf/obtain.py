@@ -10,6 +10,7 @@ HUB_NAMES = {
     "Llama-3.2-3B": "meta-llama/Llama-3.2-3B",
     "Meta-Llama-3-8B": "meta-llama/Meta-Llama-3-8B",
     "Meta-Llama-3-70B": "meta-llama/Meta-Llama-3-70B",
+    "Qwen2-7B": "Qwen/Qwen2-7B",
 }
 """Names on the Hugging Face hub of the models in configs/, by the name of their folder."""
 

@@ -136,7 +136,7 @@ def upcycle(
         CheckpointError: No rule fills a parameter, or a tensor holds NaN or infinity.
     """
     filled, layers = fill(model, [dense, *mix_with], plan, layout=layout, rank=rank)
-    reshape_values(layers, plan.recipe, layout=layout, rank=rank, solved=plan.solved)
+    reshape_values(layers, plan.recipe, solved=plan.solved)
     return filled
 
 
@@ -254,13 +254,14 @@ class _LayerSource:
         layout: ParallelLayout,
         rank: int,
     ) -> None:
-        self.dense, self.layer = dense, layer
+        self.dense, self.layer, self.recipe = dense, layer, plan.recipe
+        self.coords = {**layout.attention.coords(rank), **layout.experts.coords(rank)}
         self.layer_plan: LayerPlan | None = None
         if layer is not None and layer in plan.recipe.moe_layers:
             self.layer_plan = plan.layer(layer)
         self.experts = local_experts(layout, rank=rank, num_experts=plan.recipe.num_experts)
-        self.tp = ShardIndex(layout.attention.coords(rank)["tp"], layout.attention.size("tp"))
-        self.etp = ShardIndex(layout.experts.coords(rank)["etp"], layout.experts.size("etp"))
+        self.tp = ShardIndex(self.coords["tp"], layout.attention.size("tp"))
+        self.etp = ShardIndex(self.coords["etp"], layout.experts.size("etp"))
 
     def fill(self, parameter: Tensor, matched: Match, filler: _Filler) -> None:
         """Fill one parameter from the dense model, or schedule its reads."""
@@ -308,8 +309,17 @@ class _LayerSource:
         assert self.layer_plan is not None
         by_role = {(m.row.role, m.expert): tensor for tensor, m in parameters}
         experts = [
-            LocalExpert(expert, by_role["expert_fc1", i], by_role["expert_fc2", i], self.etp)
+            LocalExpert(
+                expert, by_role["expert_fc1", i], by_role["expert_fc2", i], self.etp,
+                size=self.recipe.expert_ffn_hidden_size, counts=self.coords["edp"] == 0,
+            )
             for i, expert in enumerate(self.experts)
-        ]
-        router_ED, shared_fc2 = by_role["router", None], by_role.get(("shared_fc2", None))
-        return LocalLayer(self.layer, self.layer_plan, experts, router_ED, shared_fc2, self.tp)
+        ]  # fmt: skip
+        shared = None
+        if ("shared_fc1", None) in by_role:
+            shared = LocalExpert(
+                self.recipe.num_experts, by_role["shared_fc1", None], by_role["shared_fc2", None],
+                self.tp, size=self.recipe.shared_size,
+                counts=self.coords["dp"] == 0 and self.coords["cp"] == 0,
+            )  # fmt: skip
+        return LocalLayer(self.layer, self.layer_plan, experts, by_role["router", None], shared)
