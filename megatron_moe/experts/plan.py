@@ -72,7 +72,7 @@ class LayerPlan:
     """Neurons to reinitialize, with the mean and std of those they replace; None if none."""
 
     reinit_S: NDArray[np.bool_] | None
-    """The same for the shared expert; None if none."""
+    """Neurons of the shared expert to reinitialize; None if none."""
 
     weight_scales: tuple[float, float, float]
     """Factors of gate, up and down of the routed experts."""

@@ -342,6 +342,13 @@ def ffn_names(layer: int) -> tuple[str, str, str]:
     return gate, up, down
 
 
+def expert_names(layer: int, expert: int) -> tuple[str, str, str]:
+    """Return the names of gate, up and down of an expert of a MoE source."""
+    templates = (*MOE_TENSORS["expert_fc1"], *MOE_TENSORS["expert_fc2"])
+    gate, up, down = (name.format(layer=layer, expert=expert) for name in templates)
+    return gate, up, down
+
+
 def has_row(row: Row, spec: DenseSpec) -> bool:
     """Return whether a model of this shape has the row."""
     return row.requires is None or getattr(spec, row.requires)

@@ -9,11 +9,17 @@ from layouts import LAYOUTS
 from tiny import save_dense, save_moe
 from training_runs import run_training, tree, write_tokens
 
+from megatron_moe.analyze.similarity import layer_similarity
+from megatron_moe.checkpoint.folder import find_checkpoint, read_config
+from megatron_moe.checkpoint.global_tensors import GlobalTensors
 from megatron_moe.commands.export import export_checkpoint
 from megatron_moe.commands.resuming import with_source
 from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
 from megatron_moe.experts.from_source import complete_from_source
+from megatron_moe.experts.plan import make_expert_plan
+from megatron_moe.hf.spec import read_spec
+from megatron_moe.source.dense import open_dense
 
 pytestmark = pytest.mark.distributed
 
@@ -37,6 +43,20 @@ def exported(
     run_training(complete_from_source(settings), world_size=world_size)
     export_checkpoint(folder / "run", folder / "hf")
     return folder / "hf"
+
+
+def check_similarities(run: Path, source: Path) -> None:
+    """`analyze` finds that copies are equal to each other and to their source expert."""
+    checkpoint = find_checkpoint(run)
+    config, spec = read_config(checkpoint), read_spec(source)
+    plan = make_expert_plan(spec, config.moe, config.upcycle)
+    with GlobalTensors(checkpoint) as tensors:
+        alike = layer_similarity(tensors, plan, 1, [open_dense(source)])
+    assert alike.to_dense_E is not None
+    assert alike.to_dense_E.tolist() == pytest.approx([1.0] * 8)
+    pairs_44 = alike.between_EE.unflatten(0, (4, 2)).unflatten(2, (4, 2)).mean(dim=(1, 3))
+    assert pairs_44.diagonal().tolist() == pytest.approx([1.0] * 4)
+    assert pairs_44.fill_diagonal_(0).max() < 0.5
 
 
 def check_same_bytes(one: Path, other: Path) -> None:
@@ -128,6 +148,7 @@ def test_exact_growth_is_pruned_back_to_the_same_bits(tmp_path: Path, family: st
         upcycle={"method": "grow", "twins": "exact"},
     )  # fmt: skip
     assert json.loads((grown / "config.json").read_text())["num_experts_per_tok"] == 4
+    check_similarities(tmp_path / "grown" / "run", source)
     pruned = exported(
         tmp_path / "pruned", grown, moe={"num_moe_experts": 4, "moe_router_topk": 2},
         upcycle={"method": "prune", "choose": "even"},
