@@ -93,6 +93,7 @@ def _moe(moe: Moe, spec: DenseSpec) -> dict[str, Any]:
         "moe_router_topk": moe.moe_router_topk,
         "moe_ffn_hidden_size": moe.expert_size(spec.ffn_hidden_size),
         "moe_shared_expert_intermediate_size": moe.moe_shared_expert_intermediate_size,
+        **({"moe_shared_expert_gate": True} if moe.moe_shared_expert_gate else {}),
         "moe_layer_freq": [int(layer in layers) for layer in range(spec.num_layers)],
         "moe_router_pre_softmax": moe.router_order == "softmax_topk",
         "moe_router_dtype": "fp32",

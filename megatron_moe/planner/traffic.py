@@ -150,8 +150,10 @@ def _experts(shape: MoeShape, work: Workload, degrees: Degrees, padded_rows: int
 def _replicated(shape: MoeShape, degrees: Degrees) -> Traffic:
     """Count the gradients of parameters that tp replicates while it shards the sequence."""
     norms = (2 * shape.num_layers + 1) * shape.hidden_size
-    norms += 2 * shape.num_layers * shape.kv_channels * shape.qk_layernorm
-    routers = shape.num_moe_layers * sum(shape.router_sizes.values())
+    if not shape.qk_norm_spans_heads:
+        norms += 2 * shape.num_layers * shape.kv_channels * shape.qk_layernorm
+    gate = shape.hidden_size * shape.shared_expert_gate
+    routers = shape.num_moe_layers * (sum(shape.router_sizes.values()) + gate)
     return {("tp", "all_reduce"): degrees.gpus // degrees.pp * (norms + routers) * GRADIENT}
 
 
