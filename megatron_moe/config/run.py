@@ -28,6 +28,7 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 Method = Literal[
     "copy",
@@ -431,25 +432,75 @@ class Train(Section):
 
 
 class Optimizer(Section):
-    """AdamW with linear warm-up and cosine decay."""
+    """The optimizer and its schedules. Megatron-Core computes both."""
+
+    adam_beta1: Beta = 0.9
+    """Decay of the mean of gradients. The default is LLaMA's (arXiv 2302.13971, section 2.3)."""
+
+    adam_beta2: Beta = 0.95
+    """Decay of the mean of squared gradients. The default is LLaMA's."""
+
+    adam_eps: Positive = 1e-8
+    """Term added to the denominator of an update, for numerical stability."""
 
     lr: Positive = 3e-5
     """Peak learning rate. The default is that of arXiv 2412.09952."""
 
     min_lr: NonNegative = 3e-7
-    """Learning rate at the last step."""
+    """Learning rate at the end of the decay and after it. Style constant does not use it."""
 
     warmup_steps: NonNegativeInt = 100
     """Number of linear warm-up steps."""
 
+    lr_warmup_fraction: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Warm up for this fraction of the decay length (rounded to steps) instead of
+    warmup_steps."""
+
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "cosine"
+    """Learning rate after the warm-up. constant: lr. linear, cosine: from lr to min_lr.
+    inverse-square-root: lr * sqrt(warm-up steps / step), at least min_lr. WSD: lr, then a decay to
+    min_lr over the last lr_wsd_decay_steps (warmup-stable-decay, arXiv 2404.06395)."""
+
+    lr_decay_steps: Count | None = None
+    """Step at which the decay ends. None: train.steps, so that a longer run decays more slowly. Set
+    it if a run is to be extended later; steps after it keep min_lr."""
+
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
+    """Form of the decay at the end of style WSD. exponential: 2 * 0.5^x - 1 for x from 0 to 1.
+    minus_sqrt: 1 - sqrt(x)."""
+
+    lr_wsd_decay_steps: Count | None = None
+    """Length of the decay at the end of style WSD, which requires it."""
+
     weight_decay: NonNegative = 0.1
     """Decoupled weight decay. Norms and biases have none."""
+
+    weight_decay_incr_style: Literal["constant", "linear", "cosine"] = "constant"
+    """constant: weight_decay in every step. linear, cosine: from start_weight_decay to
+    end_weight_decay, over the decay length of the learning rate."""
+
+    start_weight_decay: NonNegative | None = None
+    """Weight decay before the first step of an increase. Requires weight_decay_incr_style linear or
+    cosine, as does end_weight_decay."""
+
+    end_weight_decay: NonNegative | None = None
+    """Weight decay at the end of an increase, and after it."""
 
     clip_grad: Positive = 1.0
     """Global gradient norm above which gradients are scaled down."""
 
     use_distributed_optimizer: bool = True
     """Shard optimizer state over dp (ZeRO-1). false: every replica keeps all of it."""
+
+    def decay_length(self, steps: int) -> int:
+        """Return the step at which the schedules end, in a run of ``steps`` steps."""
+        return self.lr_decay_steps or steps
+
+    def warmup_length(self, steps: int) -> int:
+        """Return the number of warm-up steps, in a run of ``steps`` steps."""
+        if self.lr_warmup_fraction is None:
+            return self.warmup_steps
+        return round(self.lr_warmup_fraction * self.decay_length(steps))
 
 
 class Checkpoint(Section):

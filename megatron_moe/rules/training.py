@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_moe.config.mixtures import starting_weights
+from megatron_moe.config.run import Optimizer
 from megatron_moe.errors import ConfigError
 from megatron_moe.rules.case import Case
 
@@ -18,11 +19,78 @@ def schedule(case: Case) -> Iterator[str]:
             "the schedule decays from lr to min_lr.\n"
             f"  largest optimizer.min_lr: {optimizer.lr}"
         )
-    if steps and optimizer.warmup_steps >= steps:
+    by_fraction = optimizer.lr_warmup_fraction is not None
+    if by_fraction and optimizer.warmup_steps != Optimizer.model_fields["warmup_steps"].default:
         yield (
-            f"optimizer.warmup_steps ({optimizer.warmup_steps}) must be less than train.steps "
-            f"({steps}): otherwise the learning rate never reaches its peak.\n"
-            f"  largest optimizer.warmup_steps: {steps - 1}"
+            f"optimizer.warmup_steps ({optimizer.warmup_steps}) and optimizer.lr_warmup_fraction "
+            f"({optimizer.lr_warmup_fraction}) are two lengths of the warm-up.\n"
+            "  set only one of them"
+        )
+    length, warmup = optimizer.decay_length(steps), optimizer.warmup_length(steps)
+    name = "train.steps" if optimizer.lr_decay_steps is None else "optimizer.lr_decay_steps"
+    if length and warmup >= length and not by_fraction:
+        yield (
+            f"optimizer.warmup_steps ({warmup}) must be less than {name} "
+            f"({length}): otherwise the learning rate never reaches its peak.\n"
+            f"  largest optimizer.warmup_steps: {length - 1}"
+        )
+    elif length and warmup >= length:
+        yield (
+            f"optimizer.lr_warmup_fraction ({optimizer.lr_warmup_fraction}) of {name} ({length}) "
+            "rounds to all of its steps: the learning rate never reaches its peak.\n"
+            "  set a smaller optimizer.lr_warmup_fraction"
+        )
+    yield from _stable_then_decay(optimizer, name, length, warmup)
+
+
+def _stable_then_decay(optimizer: Optimizer, name: str, length: int, warmup: int) -> Iterator[str]:
+    decay, style = optimizer.lr_wsd_decay_steps, optimizer.lr_decay_style
+    if style != "WSD":
+        for setting in ("lr_wsd_decay_steps", "lr_wsd_decay_style"):
+            value = getattr(optimizer, setting)
+            if value != Optimizer.model_fields[setting].default:
+                yield (
+                    f"optimizer.{setting} ({value}) requires optimizer.lr_decay_style ({style}) to "
+                    f"be WSD: no other style has a decay of its own at the end.\n"
+                    f"  set optimizer.lr_decay_style=WSD, or leave optimizer.{setting} unset"
+                )
+    elif decay is None:
+        yield (
+            "optimizer.lr_decay_style (WSD) requires optimizer.lr_wsd_decay_steps: the length of "
+            "the decay at the end.\n  often used: a tenth to a fifth of the run"
+        )
+    elif length and decay > length - warmup:
+        yield (
+            f"optimizer.lr_wsd_decay_steps ({decay}) must be at most {name} ({length}) minus the "
+            f"warm-up ({warmup}): the decay starts after the warm-up.\n"
+            f"  largest optimizer.lr_wsd_decay_steps: {length - warmup}"
+        )
+
+
+def weight_decay(case: Case) -> Iterator[str]:
+    """Check that an increase of weight decay has a start and an end, and a constant one neither."""
+    optimizer = case.config.optimizer
+    style = optimizer.weight_decay_incr_style
+    start, end = optimizer.start_weight_decay, optimizer.end_weight_decay
+    if style == "constant":
+        for name, value in (("start_weight_decay", start), ("end_weight_decay", end)):
+            if value is not None:
+                yield (
+                    f"optimizer.{name} ({value}) requires optimizer.weight_decay_incr_style "
+                    "(constant) to be linear or cosine: a constant decay is optimizer.weight_decay."
+                    f"\n  leave optimizer.{name} unset, or set optimizer.weight_decay_incr_style"
+                )
+    elif start is None or end is None:
+        yield (
+            f"optimizer.weight_decay_incr_style ({style}) requires optimizer.start_weight_decay "
+            f"({start}) and optimizer.end_weight_decay ({end}): the ends of the increase.\n"
+            "  set both"
+        )
+    elif start > end:
+        yield (
+            f"optimizer.start_weight_decay ({start}) must be at most optimizer.end_weight_decay "
+            f"({end}): Megatron-Core only increases weight decay.\n"
+            f"  largest optimizer.start_weight_decay: {end}"
         )
 
 

@@ -28,9 +28,9 @@ class OptimizerRow:
     They are saved, and sliced for any other layout."""
 
 
-def _adam(_: Optimizer) -> dict[str, Any]:
-    """Return LLaMA's betas (arXiv 2302.13971, section 2.3)."""
-    return {"adam_beta1": 0.9, "adam_beta2": 0.95, "adam_eps": 1e-8}
+def _adam(settings: Optimizer) -> dict[str, Any]:
+    """Return the settings of AdamW."""
+    return {name: getattr(settings, name) for name in ("adam_beta1", "adam_beta2", "adam_eps")}
 
 
 OPTIMIZERS: dict[str, OptimizerRow] = {

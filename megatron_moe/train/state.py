@@ -24,6 +24,7 @@ from megatron_moe.data.blend import BlendState, start_blend
 from megatron_moe.model.build import Model
 from megatron_moe.runtime.engine import Engine
 from megatron_moe.train.optimizers import optimizer_config
+from megatron_moe.train.schedule import make_schedule
 
 
 @dataclass(slots=True)
@@ -59,7 +60,7 @@ class TrainState:
         """Learning rate of the last step; the schedule itself has already advanced past it."""
         at_last_step = copy(self.schedule)
         at_last_step.num_steps = max(self.step - 1, 0)
-        return float(at_last_step.get_lr(self.optimizer.param_groups[0]))
+        return float(at_last_step.get_lr({}))
 
 
 def make_state(config: RunConfig, model: Model, groups: ProcessGroupCollection) -> TrainState:
@@ -136,24 +137,3 @@ def _overlaps_gather(config: RunConfig, engine: Engine) -> bool:
     """
     distributed = config.optimizer.use_distributed_optimizer
     return engine.on_cuda and distributed and config.train.overlap_param_gather
-
-
-def make_schedule(config: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """Return linear warm-up to ``lr``, then cosine decay to ``min_lr`` at the last step."""
-    settings = config.optimizer
-    steps = config.train.steps or settings.warmup_steps + 1  # a run of 0 steps needs a schedule too
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=settings.lr,
-        min_lr=settings.min_lr,
-        lr_warmup_steps=settings.warmup_steps,
-        lr_decay_steps=steps,
-        lr_decay_style="cosine",
-        start_wd=settings.weight_decay,
-        end_wd=settings.weight_decay,
-        wd_incr_steps=steps,
-        wd_incr_style="constant",
-        use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,
-    )

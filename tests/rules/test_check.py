@@ -242,6 +242,41 @@ REFUSALS = [
     ("warmup", {"optimizer.warmup_steps": 10}, 1,
      "optimizer.warmup_steps (10) must be less than train.steps (10): otherwise the learning rate "
      "never reaches its peak.\n  largest optimizer.warmup_steps: 9"),
+    ("warmup-decay", {"optimizer.lr_decay_steps": 2}, 1,
+     "optimizer.warmup_steps (2) must be less than optimizer.lr_decay_steps (2): otherwise the "
+     "learning rate never reaches its peak.\n  largest optimizer.warmup_steps: 1"),
+    ("warmup-twice", {"optimizer.lr_warmup_fraction": 0.5}, 1,
+     "optimizer.warmup_steps (2) and optimizer.lr_warmup_fraction (0.5) are two lengths of the "
+     "warm-up.\n  set only one of them"),
+    ("warmup-fraction", {"optimizer.warmup_steps": 100, "optimizer.lr_warmup_fraction": 0.99}, 1,
+     "optimizer.lr_warmup_fraction (0.99) of train.steps (10) rounds to all of its steps: the "
+     "learning rate never reaches its peak.\n  set a smaller optimizer.lr_warmup_fraction"),
+    ("wsd-length", {"optimizer.lr_decay_style": "WSD"}, 1,
+     "optimizer.lr_decay_style (WSD) requires optimizer.lr_wsd_decay_steps: the length of the "
+     "decay at the end.\n  often used: a tenth to a fifth of the run"),
+    ("wsd-too-long", {"optimizer.lr_decay_style": "WSD", "optimizer.lr_wsd_decay_steps": 9}, 1,
+     "optimizer.lr_wsd_decay_steps (9) must be at most train.steps (10) minus the warm-up (2): the "
+     "decay starts after the warm-up.\n  largest optimizer.lr_wsd_decay_steps: 8"),
+    ("wsd-steps-alone", {"optimizer.lr_wsd_decay_steps": 2}, 1,
+     "optimizer.lr_wsd_decay_steps (2) requires optimizer.lr_decay_style (cosine) to be WSD: no "
+     "other style has a decay of its own at the end.\n"
+     "  set optimizer.lr_decay_style=WSD, or leave optimizer.lr_wsd_decay_steps unset"),
+    ("wsd-style-alone", {"optimizer.lr_wsd_decay_style": "linear"}, 1,
+     "optimizer.lr_wsd_decay_style (linear) requires optimizer.lr_decay_style (cosine) to be WSD: "
+     "no other style has a decay of its own at the end.\n"
+     "  set optimizer.lr_decay_style=WSD, or leave optimizer.lr_wsd_decay_style unset"),
+    ("decay-ends", {"optimizer.weight_decay_incr_style": "linear"}, 1,
+     "optimizer.weight_decay_incr_style (linear) requires optimizer.start_weight_decay (None) and "
+     "optimizer.end_weight_decay (None): the ends of the increase.\n  set both"),
+    ("decay-constant", {"optimizer.end_weight_decay": 0.2}, 1,
+     "optimizer.end_weight_decay (0.2) requires optimizer.weight_decay_incr_style (constant) to be "
+     "linear or cosine: a constant decay is optimizer.weight_decay.\n"
+     "  leave optimizer.end_weight_decay unset, or set optimizer.weight_decay_incr_style"),
+    ("decay-falls", {"optimizer.weight_decay_incr_style": "cosine",
+     "optimizer.start_weight_decay": 0.2, "optimizer.end_weight_decay": 0.1}, 1,
+     "optimizer.start_weight_decay (0.2) must be at most optimizer.end_weight_decay (0.1): "
+     "Megatron-Core only increases weight decay.\n"
+     "  largest optimizer.start_weight_decay: 0.1"),
 ]  # fmt: skip
 
 
@@ -305,6 +340,9 @@ def test_all_violations_come_in_one_error():
         {"moe.moe_ffn_hidden_size": FFN},
         {"moe.moe_layers": [11]},
         {"optimizer.min_lr": 3e-5},
+        {"optimizer.lr_decay_style": "WSD", "optimizer.lr_wsd_decay_steps": 8},
+        {"optimizer.lr_decay_steps": 3},
+        {"optimizer.warmup_steps": 100, "optimizer.lr_warmup_fraction": 0.9},
     ],
     ids=lambda changes: ",".join(f"{k.split('.')[1]}={v}" for k, v in changes.items()),
 )
