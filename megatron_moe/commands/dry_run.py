@@ -28,6 +28,7 @@ from megatron_moe.model.upcycle import Filled, fill
 from megatron_moe.parallel.groups import create_groups
 from megatron_moe.parallel.layout import ParallelLayout, local_experts
 from megatron_moe.planner.memory import ModelState, RankMemory, model_state, rank_memory
+from megatron_moe.planner.parameters import total_parameters
 from megatron_moe.planner.shape import upcycled_shape
 from megatron_moe.planner.workload import Degrees, degrees_of, workload_of
 from megatron_moe.runtime.engine import (
@@ -117,9 +118,18 @@ def dry_run(config: RunConfig, *, rank: int, world_size: int) -> DryRun:
             )
         filled, _ = fill(model, dense, plan, layout=layout, rank=rank)  # 5. what it would read
         with META:  # 6. gradient buffers, optimizer
-            state = make_state(config, model, groups)
+            state = make_state(config, model, groups, step=largest_stage(config, spec))
         source_bytes = sum(checkpoint.source_bytes for checkpoint in dense)
         return _report(config, spec, layout, groups, state, filled, source_bytes)
+
+
+def largest_stage(config: RunConfig, spec: DenseSpec) -> int:
+    """Return the number of steps before the stage that trains the most parameters."""
+    shape, train = upcycled_shape(spec, config.moe), config.train
+    return max(
+        train.stage_starts(),
+        key=lambda step: total_parameters(shape, frozen=train.frozen_after(step)),
+    )
 
 
 def sized_plan(plan: ExpertPlan) -> ExpertPlan:
@@ -182,6 +192,8 @@ def state_bytes(state: TrainState) -> ModelState:
     weights = sum(p.numel() * p.element_size() for m in state.model.modules for p in m.parameters())
     if all(buffer.param_data is not None for buffer in buffers):  # padded, as the optimizer wants
         weights = sum(b.param_data.numel() * b.param_data.element_size() for b in buffers)
+        parameters = [p for m in state.model.modules for p in m.parameters()]
+        weights += sum(p.numel() * p.element_size() for p in parameters if not p.requires_grad)
     elements = _optimized(state)
     master = 4 if state.model.transformer.bf16 else 0
     return ModelState(
@@ -197,7 +209,7 @@ def _optimized(state: TrainState) -> int:
     return sum(
         parameter.numel()
         for optimizer in optimizers
-        for group in optimizer.optimizer.param_groups
+        for group in optimizer.param_groups
         for parameter in group["params"]
     )
 
@@ -219,6 +231,7 @@ def planned_bytes(
         bucket_size=max(40_000_000, 1_000_000 * degrees.dp) if overlaps else None,
         replica=attention["dp"] * layout.attention.size("cp") + attention["cp"],
         expert_replica=experts["edp"],
+        frozen=config.train.frozen_after(largest_stage(config, spec)),
     )
 
 

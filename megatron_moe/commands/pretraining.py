@@ -8,6 +8,7 @@ from functools import partial
 from megatron_moe.checkpoint.policy import roll_back, save_or_continue, step_message
 from megatron_moe.checkpoint.sharded import Saver
 from megatron_moe.commands.job import Job
+from megatron_moe.commands.stages import enter_next_stage, stage_message
 from megatron_moe.data.feed import DataRank, Feed
 from megatron_moe.data.mixing import adapted_weights, updates_due
 from megatron_moe.data.texts import Texts
@@ -55,43 +56,59 @@ def continue_pretraining(job: Job, state: TrainState, plan: ExpertPlan, feed: Fe
         StepProgress(total=config.train.steps, done=resumed_step, rank=job.world.rank) as progress,
         manual_collection(),
     ):
+        job.say(stage_message(job, state.model.spec, step=resumed_step))
         if config.train.steps == 0:
             _save(job, saver, state, last=True)
         boundary = Boundary(job.signals, job.watch, job.say)
-        run_loop(
-            state,
-            steps=config.train.steps,
-            take_step=partial(_take_step, job, state, feed, StepGuard(config.guard), saver),
-            wait=waiter(job.world.device),
-            describe=partial(_describe, job, state, feed, peak),
-            hooks=[
-                Hook(1, progress.show),
-                Hook(INTERVAL, _collect_garbage),
-                Hook(
-                    config.checkpoint.interval,
-                    partial(_validate, job, state, feed),
-                    when_stopped=False,
-                ),
-                Hook(1, partial(_move_mixture, job, state, feed)),
-                Hook(1, writer.write if writer is not None else _nothing),
-                Hook(
-                    config.checkpoint.interval,
-                    lambda numbers: _save(
-                        job,
-                        saver,
-                        state,
-                        last=boundary.stopped or numbers["step"] == config.train.steps,
-                    ),
-                ),
-            ],
-            keeps=partial(_keeps, job, state, saver, writer, plan.hash),
-            stopping=boundary.stopping,
-        )
+        guard = StepGuard(config.guard)
+        while True:
+            end = config.train.stage_end(state.step)
+            run_loop(
+                state,
+                steps=end,
+                take_step=partial(_take_step, job, state, feed, guard, saver),
+                wait=waiter(job.world.device),
+                describe=partial(_describe, job, state, feed, peak),
+                hooks=_hooks(job, saver, state, feed, writer, progress, boundary, end=end),
+                keeps=partial(_keeps, job, state, saver, writer, plan.hash),
+                stopping=boundary.stopping,
+            )
+            if boundary.stopped or state.step >= config.train.steps:
+                break
+            enter_next_stage(job, state, plan)
     if boundary.stopped:
         job.say(f"Stopped by a signal after step {state.step}. Run the same command to resume.")
     if writer is not None:
         writer.close()
     job.say(f"Run megatron-moe report {config.run.dir} to see the run on one page.")
+
+
+def _hooks(
+    job: Job,
+    saver: Saver,
+    state: TrainState,
+    feed: Feed,
+    writer: MetricsWriter | None,
+    progress: StepProgress,
+    boundary: Boundary,
+    *,
+    end: int,
+) -> list[Hook]:
+    """Return what runs between the steps of a stage that ends at step ``end``."""
+    interval = job.config.checkpoint.interval
+    return [
+        Hook(1, progress.show),
+        Hook(INTERVAL, _collect_garbage),
+        Hook(interval, partial(_validate, job, state, feed), when_stopped=False),
+        Hook(1, partial(_move_mixture, job, state, feed)),
+        Hook(1, writer.write if writer is not None else _nothing),
+        Hook(
+            interval,
+            lambda numbers: _save(
+                job, saver, state, last=boundary.stopped or numbers["step"] == end
+            ),
+        ),
+    ]
 
 
 def _take_step(

@@ -41,6 +41,8 @@ _EFFECTS = {
     "data.seq_length": "takes effect: the text is cut anew, so some of it is read again",
     "data.path": "takes effect: training continues on this text",
     "data.domains": "takes effect: training continues on these texts",
+    "train.freeze": "takes effect: parameters that were frozen start with empty optimizer state",
+    "train.stages": "takes effect: parameters that were frozen start with empty optimizer state",
     "train.steps": "takes effect: the learning rate follows the schedule of the new length, unless "
     "optimizer.lr_decay_steps is set",
 }

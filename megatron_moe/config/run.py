@@ -8,6 +8,7 @@ than one section (does tp divide the heads? does the world size fit the layout?)
 
 from __future__ import annotations
 
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -44,6 +45,10 @@ Method = Literal[
     "weaver",
     "mix",
 ]
+Role = Literal[
+    "router", "experts", "shared_experts", "dense_ffn", "attention", "norms", "embeddings"
+]
+"""Part of the model that settings name: every parameter has one role."""
 RouterGate = Literal["linear", "noisy_linear", "noisy_mlp"]
 RouterInit = Literal["normal", "uniform", "zero", "gate_mean", "virtual_groups", "centroids"]
 
@@ -397,8 +402,18 @@ class Data(Section):
     four epochs are nearly as good as new text (arXiv 2305.16264)."""
 
 
+class Stage(Section):
+    """Consecutive steps in which the same parameters are trained."""
+
+    steps: Count | None = None
+    """Number of optimizer steps. The last stage has none: it takes the rest of the run."""
+
+    freeze: list[Role] = []
+    """Roles that this stage does not train, as in train.freeze."""
+
+
 class Train(Section):
-    """Number of steps, batch sizes, precision and recomputation."""
+    """Number of steps, batch sizes, precision, recomputation, and what is trained."""
 
     steps: NonNegativeInt
     """Number of optimizer steps of the whole run. 0: upcycle, verify, save and stop."""
@@ -429,6 +444,37 @@ class Train(Section):
 
     gradient_accumulation_fusion: bool = True
     """Add weight gradients to their fp32 buffers inside the matrix products."""
+
+    freeze: list[Role] = []
+    """Roles whose parameters are not trained: they have no gradients, no optimizer state and no
+    reduction over dp. dense_ffn is the FFN of layers that stay dense, norms are all norms,
+    embeddings include the output layer. A frozen router keeps its expert biases too."""
+
+    stages: list[Stage] = []
+    """Stages that train different roles, in order, instead of freeze. Between two stages the run
+    saves a checkpoint and continues from it; parameters that a stage begins to train start with
+    empty optimizer state."""
+
+    def stage_starts(self) -> list[int]:
+        """Return the number of steps before each stage; a run without stages is one stage."""
+        return [0, *accumulate(stage.steps or 0 for stage in self.stages[:-1])]
+
+    def stage_end(self, step: int) -> int:
+        """Return the step at which the stage ends that takes the step after ``step``."""
+        later = (start for start in self.stage_starts() if start > step)
+        return min(next(later, self.steps), self.steps)
+
+    def frozen_after(self, step: int) -> frozenset[Role]:
+        """Return the roles that are frozen in the step after ``step``."""
+        if not self.stages:
+            return frozenset(self.freeze)
+        current = sum(start <= step for start in self.stage_starts())
+        return frozenset(self.stages[current - 1].freeze)
+
+    @property
+    def always_frozen(self) -> frozenset[Role]:
+        """Roles that are never trained."""
+        return frozenset.intersection(*map(self.frozen_after, self.stage_starts()))
 
 
 class Optimizer(Section):
@@ -485,6 +531,14 @@ class Optimizer(Section):
 
     end_weight_decay: NonNegative | None = None
     """Weight decay at the end of an increase, and after it."""
+
+    lr_multipliers: dict[Role, Positive] = {}
+    """Factors on the learning rate (lr and min_lr) of roles, such as router: 10. Other roles have
+    1. To train a role not at all, see train.freeze."""
+
+    weight_decay_multipliers: dict[Role, NonNegative] = {}
+    """Factors on the weight decay of the matrices of roles. Norms and biases have no weight decay
+    with any factor."""
 
     clip_grad: Positive = 1.0
     """Global gradient norm above which gradients are scaled down."""

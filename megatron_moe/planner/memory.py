@@ -7,12 +7,19 @@ Megatron-Core's allocations; the constants below are margins.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 
+from megatron_moe.config.run import Role
 from megatron_moe.parallel.shards import padded_vocabulary
 from megatron_moe.planner.activations import local_tokens, recomputed_layer, stage_activations
 from megatron_moe.planner.buffers import BufferLayout, distributed_layout
-from megatron_moe.planner.parameters import LocalTensor, rank_parameters, rank_tensors
+from megatron_moe.planner.parameters import (
+    LocalTensor,
+    rank_parameters,
+    rank_tensors,
+    trained_parameters,
+)
 from megatron_moe.planner.shape import MoeShape
 from megatron_moe.planner.workload import Degrees, Workload
 
@@ -89,6 +96,7 @@ def model_state(
     bucket_size: int | None = None,
     replica: int = 0,
     expert_replica: int = 0,
+    frozen: Collection[Role] = (),
 ) -> ModelState:
     """Return the exact bytes of weights, gradients and optimizer state of one rank.
 
@@ -104,11 +112,14 @@ def model_state(
             bucket.
         replica: Index of the rank among the dp * cp replicas of the dense parameters.
         expert_replica: Index of the rank among the edp replicas of its experts.
+        frozen: Roles that have no gradients and no optimizer state.
     """
     precision = precision or StatePrecision()
     state_bytes = precision.moments + (precision.master if weight_bytes < 4 else 0)
-    buffered = owned = 0
-    for chunk_id, chunk in enumerate(rank_tensors(shape, degrees, pp_rank=pp_rank)):
+    buffered = owned = unbuffered = 0
+    for chunk_id, tensors in enumerate(rank_tensors(shape, degrees, pp_rank=pp_rank)):
+        chunk = [tensor for tensor in tensors if tensor.role not in frozen]
+        unbuffered += sum(tensor.numel for tensor in tensors if tensor.role in frozen)
         for expert, replicas, index in (
             (False, degrees.dp * degrees.cp, replica),
             (True, degrees.edp, expert_replica),
@@ -124,20 +135,25 @@ def model_state(
             buffered += layout.elements
             owned += layout.owned(index, replicas=replicas)
     return ModelState(
-        weights=buffered * weight_bytes,
+        weights=(buffered + unbuffered) * weight_bytes,
         gradients=buffered * precision.gradient,
         optimizer=owned * state_bytes,
     )
 
 
-def buffer_elements(shape: MoeShape, degrees: Degrees, *, pp_rank: int) -> tuple[int, int]:
+def buffer_elements(
+    shape: MoeShape, degrees: Degrees, *, pp_rank: int, frozen: Collection[Role] = ()
+) -> tuple[int, int]:
     """Return the elements of a rank's buffers of dense and of expert parameters, with padding.
+
+    Parameters of ``frozen`` roles are in no buffer.
 
     Each buffer is assumed to have one bucket, as in models with fewer than 40 M parameters a rank;
     more buckets add a little padding.
     """
     elements = {False: 0, True: 0}
-    for chunk in rank_tensors(shape, degrees, pp_rank=pp_rank):
+    for tensors in rank_tensors(shape, degrees, pp_rank=pp_rank):
+        chunk = [tensor for tensor in tensors if tensor.role not in frozen]
         for expert, replicas in ((False, degrees.dp * degrees.cp), (True, degrees.edp)):
             tensors = _of_one_buffer(chunk, degrees, expert=expert)
             elements[expert] += _layout(shape, degrees, tensors, replicas=replicas).elements
@@ -174,16 +190,21 @@ def _layout(
 
 
 def estimated_state(
-    shape: MoeShape, degrees: Degrees, *, pp_rank: int, weight_bytes: int = 2
+    shape: MoeShape,
+    degrees: Degrees,
+    *,
+    pp_rank: int,
+    weight_bytes: int = 2,
+    frozen: Collection[Role] = (),
 ) -> ModelState:
     """Estimate `model_state` with the distributed optimizer in closed form, without padding."""
-    dense, experts = rank_parameters(shape, degrees, pp_rank=pp_rank)
-    held = dense + experts
+    held = sum(rank_parameters(shape, degrees, pp_rank=pp_rank))
+    dense, experts = trained_parameters(shape, degrees, pp_rank=pp_rank, frozen=frozen)
     shard = -(-dense // (degrees.dp * degrees.cp)) - (-experts // degrees.edp)
     defaults = StatePrecision()
     return ModelState(
         weights=held * weight_bytes,
-        gradients=held * defaults.gradient,
+        gradients=(dense + experts) * defaults.gradient,
         optimizer=shard * (defaults.moments + (defaults.master if weight_bytes < 4 else 0)),
     )
 
@@ -206,7 +227,7 @@ def rank_memory(
         state: Result of `model_state`; None computes `estimated_state`, which is fast.
     """
     state = state or estimated_state(
-        shape, degrees, pp_rank=pp_rank, weight_bytes=work.bytes_per_value
+        shape, degrees, pp_rank=pp_rank, weight_bytes=work.bytes_per_value, frozen=work.frozen
     )
     activations = stage_activations(shape, work, degrees, pp_rank=pp_rank)
     activations += recomputed_layer(shape, work, degrees)
@@ -257,7 +278,7 @@ def _expert_gradients(shape: MoeShape, work: Workload, degrees: Degrees) -> floa
     The torch engine computes those of all local experts at once; Transformer Engine accumulates in
     place.
     """
-    if work.engine != "torch" or not shape.moe_layers:
+    if work.engine != "torch" or not shape.moe_layers or "experts" in work.frozen:
         return 0.0
     neurons = shape.num_moe_experts // degrees.ep * shape.moe_ffn_hidden_size / degrees.etp
     return 2 * neurons * shape.hidden_size * work.bytes_per_value

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_moe.config.run import Parallel, RunConfig
+from megatron_moe.config.run import Parallel, Role, RunConfig
 
 Recompute = Literal["none", "selective", "moe", "full"]
 """Activations that the backward pass recomputes instead of keeping.
@@ -83,6 +83,8 @@ class Workload:
     precision: Literal["fp32", "bf16"] = "bf16"
     engine: Literal["torch", "transformer_engine"] = "transformer_engine"
     """Implementation of the layers; it determines which tensors the backward pass keeps."""
+    frozen: frozenset[Role] = frozenset()
+    """Roles that have no gradients and no optimizer state."""
 
     @property
     def recompute_settings(self) -> tuple[Recompute, ...]:
@@ -135,7 +137,7 @@ def engine_assumed(config: RunConfig) -> Literal["torch", "transformer_engine"]:
 
 
 def workload_of(config: RunConfig) -> Workload:
-    """Return the work of one step of a configuration."""
+    """Return the work of one step of a configuration; with stages, of the one that needs most."""
     return Workload(
         sequence_length=config.data.seq_length,
         global_batch_size=config.train.global_batch_size,
@@ -145,4 +147,5 @@ def workload_of(config: RunConfig) -> Workload:
         recompute=config.train.recompute,
         precision=config.train.precision,
         engine=engine_assumed(config),
+        frozen=config.train.always_frozen,
     )

@@ -5,15 +5,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.optimizer import OptimizerConfig
+from megatron.core.optimizer import OptimizerConfig, get_standard_config_overrides
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
+from torch import Tensor
 
-from megatron_moe.config.run import Optimizer, RunConfig
+from megatron_moe.config.run import Optimizer, Role, RunConfig
+from megatron_moe.hf.names import ROLES
 from megatron_moe.runtime.adamw import ClipsGradients
 
 
@@ -53,6 +56,54 @@ def optimizer_config(config: RunConfig, *, overlap_param_gather: bool) -> Optimi
         use_distributed_optimizer=settings.use_distributed_optimizer,
         overlap_param_gather=overlap_param_gather,
         **OPTIMIZERS["adam"].settings(settings),
+    )
+
+
+def group_overrides(
+    config: RunConfig, settings: OptimizerConfig, roles: Mapping[Tensor, Role], *, by_role: bool
+) -> dict[ParamKey, Any]:
+    """Return what distinguishes groups of parameters: weight decay, and settings by role.
+
+    Args:
+        config: The run's configuration.
+        settings: Megatron-Core's configuration of the optimizer.
+        roles: Role of each parameter of this rank.
+        by_role: Whether each role is a group even if no setting distinguishes roles.
+    """
+    overrides: dict[ParamKey, Any] = dict(get_standard_config_overrides(settings))
+    optimizer = config.optimizer
+    if not (by_role or uses_roles(config)):
+        return overrides
+    for role in ROLES:
+        factor = optimizer.lr_multipliers.get(role, 1.0)
+        rates = {"max_lr": optimizer.lr * factor, "min_lr": optimizer.min_lr * factor}
+        overrides[_of_role(role, roles)] = {"role": role} | (rates if factor != 1 else {})
+        decay = optimizer.weight_decay_multipliers.get(role, 1.0)
+        if decay != 1:
+            overrides[_of_role(role, roles, matrices=True)] = {"wd_mult": decay}
+    return overrides
+
+
+def _of_role(role: Role, roles: Mapping[Tensor, Role], *, matrices: bool = False) -> ParamKey:
+    """Match the parameters of a role, or only those of them that have weight decay."""
+
+    def matches(parameter: Tensor, name: str) -> bool:
+        decays = parameter.dim() > 1 and not name.endswith(".bias")
+        return roles[parameter] == role and (decays or not matrices)
+
+    return ParamKey(
+        with_name_predicate=ParamWithNamePredicate(name=f"{role} {matrices}", fn=matches)
+    )
+
+
+def uses_roles(config: RunConfig) -> bool:
+    """Return whether a setting treats roles differently."""
+    optimizer, train = config.optimizer, config.train
+    return bool(
+        train.freeze
+        or train.stages
+        or optimizer.lr_multipliers
+        or optimizer.weight_decay_multipliers
     )
 
 

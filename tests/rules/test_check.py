@@ -277,6 +277,30 @@ REFUSALS = [
      "optimizer.start_weight_decay (0.2) must be at most optimizer.end_weight_decay (0.1): "
      "Megatron-Core only increases weight decay.\n"
      "  largest optimizer.start_weight_decay: 0.1"),
+    ("freeze-absent", {"train.freeze": ["dense_ffn"]}, 1,
+     "train.freeze names dense_ffn, but this model has no such parameters.\n"
+     "  its roles: router, experts, attention, norms, embeddings"),
+    ("multiplier-absent", {"optimizer.lr_multipliers": {"shared_experts": 2.0}}, 1,
+     "optimizer.lr_multipliers names shared_experts, but this model has no such parameters.\n"
+     "  its roles: router, experts, attention, norms, embeddings"),
+    ("freeze-all", {"train.freeze": ["router", "experts", "attention", "norms", "embeddings"]}, 1,
+     "train.freeze (router, experts, attention, norms, embeddings) freezes all parameters: nothing "
+     "is left to train.\n  leave out at least one role"),
+    ("decay-norms", {"optimizer.weight_decay_multipliers": {"norms": 1.0}}, 1,
+     "optimizer.weight_decay_multipliers names norms, which have no weight decay.\n"
+     "  remove norms from optimizer.weight_decay_multipliers"),
+    ("freeze-twice", {"train.freeze": ["router"], "train.stages": [{}]}, 1,
+     "train.freeze (router) and train.stages both say what is frozen: a stage has its own list.\n"
+     "  remove train.freeze, or add its roles to each stage"),
+    ("stage-without-end", {"train.stages": [{}, {}]}, 1,
+     "train.stages.0.steps (None) must be set: each stage has a length but the last, which takes "
+     "the rest of train.steps.\n  set it to a number of steps"),
+    ("stage-with-end", {"train.stages": [{"steps": 3}]}, 1,
+     "train.stages.0.steps (3) must be unset: each stage has a length but the last, which takes "
+     "the rest of train.steps.\n  remove it, or add a stage"),
+    ("stage-never", {"train.stages": [{"steps": 10}, {}]}, 1,
+     "train.stages before the last have 10 steps, which must be fewer than train.steps (10): "
+     "otherwise the last stage never begins.\n  smallest train.steps: 11"),
 ]  # fmt: skip
 
 
@@ -342,6 +366,8 @@ def test_all_violations_come_in_one_error():
         {"optimizer.min_lr": 3e-5},
         {"optimizer.lr_decay_style": "WSD", "optimizer.lr_wsd_decay_steps": 8},
         {"optimizer.lr_decay_steps": 3},
+        {"train.stages": [{"steps": 9, "freeze": ["experts"]}, {}]},
+        {"train.freeze": ["router"], "optimizer.lr_multipliers": {"experts": 2.0}},
         {"optimizer.warmup_steps": 100, "optimizer.lr_warmup_fraction": 0.9},
     ],
     ids=lambda changes: ",".join(f"{k.split('.')[1]}={v}" for k, v in changes.items()),
