@@ -24,7 +24,7 @@ from pydantic.fields import FieldInfo  # noqa: E402
 from pydantic_core import PydanticUndefined  # noqa: E402
 
 from megatron_moe.commands.export import architecture_for  # noqa: E402
-from megatron_moe.config.run import Domain, Moe, RunConfig  # noqa: E402
+from megatron_moe.config.run import Domain, Moe, RunConfig, Stage  # noqa: E402
 from megatron_moe.errors import CheckpointError  # noqa: E402
 from megatron_moe.hf.families import FAMILIES, FamilyRow  # noqa: E402
 from megatron_moe.hf.rope import ROPE_TYPES  # noqa: E402

@@ -210,21 +210,27 @@ def test_stages_under_a_layout_equal_those_of_one_rank(inputs: dict[str, Path], 
         assert ours["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
 
 
-def test_a_role_that_a_stage_begins_to_train_starts_as_in_a_new_run(inputs: dict[str, Path]):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_role_that_a_stage_begins_to_train_starts_as_in_a_new_run(
+    inputs: dict[str, Path], precision: str
+):
     """Adam's first update is the sign of the gradient: bias correction counts its own updates.
 
-    |update| is below 1 only by eps; 1e-2 of it allows for gradients of 1e-6.
+    |update| is below 1 only by eps; 1e-2 of it allows for gradients of 1e-6. With bf16 weights, the
+    fp32 master weights begin with the weights.
     """
-    settings = {"train": {"steps": 3, "stages": [{"steps": 2, "freeze": ["experts"]}, {}]},
+    where, master = f"begins-{precision}", "optimizer.master." if precision == "bf16" else ""
+    settings = {"train": {"steps": 3, "precision": precision,
+                          "stages": [{"steps": 2, "freeze": ["experts"]}, {}]},
                 "checkpoint": {"interval": 1},
                 "optimizer": {"lr_decay_style": "constant", "weight_decay": 0.0}}  # fmt: skip
-    run(inputs, "begins", **settings)
-    before, after = tensors(inputs, "begins", 2), tensors(inputs, "begins", 3)
-    updates = read_progress(step_folder(inputs["root"] / "begins", 3)).updates_by_role
+    run(inputs, where, **settings)
+    before, after = tensors(inputs, where, 2), tensors(inputs, where, 3)
+    updates = read_progress(step_folder(inputs["root"] / where, 3)).updates_by_role
     assert updates == {role: 1 if role == "experts" else 3 for role in WORDS}
     for key in weights_of(after):
         if role_of(key) == "experts":
-            moved = ((after[key] - before[key]) / 1e-3).abs()
+            moved = ((after[master + key] - before[key]) / 1e-3).abs()
             trained = after[f"optimizer.exp_avg.{key}"].abs() > 1e-7
             assert trained.float().mean() > 0.5
             torch.testing.assert_close(
