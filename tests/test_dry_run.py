@@ -92,6 +92,38 @@ def test_parameters_and_state_are_the_planners_to_the_byte(
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("precision", "freeze"), [("bf16", []), ("fp32", []), ("bf16", ["experts"])]
+)
+def test_the_state_of_muon_is_the_planners_to_the_byte(
+    tmp_path: Path, precision: str, freeze: list[str]
+):
+    """One moment of a matrix and two of the rest, on the rank that updates it."""
+    dense = tmp_path / "dense"
+    dense.mkdir()
+    (dense / "config.json").write_text(json.dumps(DENSE))
+    parts = {"moe_ffn_hidden_size": 12, "moe_shared_expert_intermediate_size": 8}
+
+    def check() -> None:
+        for name in (*LAYOUTS, "tp2", "dp2 ep2", "cp2 tp2 dp2 ep2"):
+            world_size, parallel = layout(name)
+            config = build(
+                RunConfig,
+                tree(
+                    tmp_path, dense, tmp_path, parallel=parallel,
+                    moe={"num_moe_experts": 8, "moe_layers": [0, 1, 3, 6], **parts},
+                    upcycle={"method": "split_random"}, optimizer={"optimizer": "muon"},
+                    train={"precision": precision, "global_batch_size": 32, "freeze": freeze},
+                ),
+            )  # fmt: skip
+            for rank in {0, world_size // 3, world_size - 1}:
+                found = dry_run(config, rank=rank, world_size=world_size)
+                agrees_with_the_planner(found, config, read_spec(dense), world_size=world_size)
+
+    in_a_child(check)
+
+
+@pytest.mark.distributed
 @pytest.mark.parametrize("distributed", [True, False])
 @pytest.mark.parametrize(
     "stages",

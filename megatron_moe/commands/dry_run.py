@@ -18,6 +18,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from megatron_moe.checkpoint.moments import parts
 from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import ConfigError
 from megatron_moe.experts.plan import ExpertPlan, LayerTable, make_expert_plan
@@ -27,6 +28,7 @@ from megatron_moe.model.build import Model, build_model
 from megatron_moe.model.upcycle import Filled, fill
 from megatron_moe.parallel.groups import create_groups
 from megatron_moe.parallel.layout import ParallelLayout, local_experts
+from megatron_moe.planner.by_matrix import muon_state
 from megatron_moe.planner.memory import ModelState, RankMemory, model_state, rank_memory
 from megatron_moe.planner.parameters import total_parameters
 from megatron_moe.planner.shape import upcycled_shape
@@ -39,11 +41,12 @@ from megatron_moe.runtime.engine import (
     installed_version,
 )
 from megatron_moe.runtime.stand_in import META, simulated_rank
+from megatron_moe.train.optimizers import state_keys
 from megatron_moe.train.state import TrainState, make_state
 
 GIB = 2**30
-ADAM_BYTES = 8
-"""Both moments of one number, in fp32; Megatron-Core makes them at the first step."""
+STATE_BYTES = 4
+"""Each moment of one number, in fp32; Megatron-Core makes them at the first step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,23 +197,16 @@ def state_bytes(state: TrainState) -> ModelState:
         weights = sum(b.param_data.numel() * b.param_data.element_size() for b in buffers)
         parameters = [p for m in state.model.modules for p in m.parameters()]
         weights += sum(p.numel() * p.element_size() for p in parameters if not p.requires_grad)
-    elements = _optimized(state)
     master = 4 if state.model.transformer.bf16 else 0
     return ModelState(
         weights=weights,
         gradients=sum(b.grad_data.numel() * b.grad_data.element_size() for b in buffers),
-        optimizer=elements * (master + ADAM_BYTES),
-    )
-
-
-def _optimized(state: TrainState) -> int:
-    """Numbers that the optimizer of this rank updates."""
-    optimizers: Any = getattr(state.optimizer, "chained_optimizers", [state.optimizer])
-    return sum(
-        parameter.numel()
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-        for parameter in group["params"]
+        optimizer=sum(
+            parameter.numel() * (master + STATE_BYTES * len(state_keys(part)))
+            for part in parts(state.optimizer)
+            for group in part.param_groups
+            for parameter in group["params"]
+        ),
     )
 
 
@@ -221,17 +217,21 @@ def planned_bytes(
     attention, experts = layout.attention.coords(rank), layout.experts.coords(rank)
     degrees = degrees_of(config, gpus=dist.get_world_size())
     overlaps = config.train.overlap_grad_reduce
+    shape = upcycled_shape(spec, config.moe)
+    common: dict[str, Any] = {
+        "pp_rank": attention["pp"],
+        "weight_bytes": 2 if config.train.precision == "bf16" else 4,
+        "replica": attention["dp"] * layout.attention.size("cp") + attention["cp"],
+        "expert_replica": experts["edp"],
+        "frozen": config.train.frozen_after(largest_stage(config, spec)),
+    }
+    sharded = config.optimizer.use_distributed_optimizer
+    if config.optimizer.optimizer == "muon":
+        return muon_state(shape, degrees, sharded=sharded, **common)
+    # Megatron-Core's default, in force where gradients are reduced during the backward pass.
+    bucket_size = max(40_000_000, 1_000_000 * degrees.dp) if overlaps else None
     return model_state(
-        upcycled_shape(spec, config.moe),
-        degrees,
-        pp_rank=attention["pp"],
-        weight_bytes=2 if config.train.precision == "bf16" else 4,
-        distributed_optimizer=config.optimizer.use_distributed_optimizer,
-        # Megatron-Core's default, in force where gradients are reduced during the backward pass.
-        bucket_size=max(40_000_000, 1_000_000 * degrees.dp) if overlaps else None,
-        replica=attention["dp"] * layout.attention.size("cp") + attention["cp"],
-        expert_replica=experts["edp"],
-        frozen=config.train.frozen_after(largest_stage(config, spec)),
+        shape, degrees, distributed_optimizer=sharded, bucket_size=bucket_size, **common
     )
 
 

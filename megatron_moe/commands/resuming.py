@@ -20,6 +20,7 @@ from megatron_moe.errors import ConfigError
 _TEXTS_FILE = "texts.json"
 
 _REFUSED = {
+    "optimizer.optimizer": "the checkpoint holds the state of the other optimizer",
     "moe.moe_router_topk": "the trained experts and router would compute something else",
     "moe.router_order": "the trained experts and router would compute something else",
     "moe.moe_router_score_function": "the trained router would compute something else",

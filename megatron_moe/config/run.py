@@ -49,6 +49,7 @@ Role = Literal[
     "router", "experts", "shared_experts", "dense_ffn", "attention", "norms", "embeddings"
 ]
 """Part of the model that settings name: every parameter has one role."""
+OptimizerName = Literal["adam", "muon"]
 RouterGate = Literal["linear", "noisy_linear", "noisy_mlp"]
 RouterInit = Literal["normal", "uniform", "zero", "gate_mean", "virtual_groups", "centroids"]
 
@@ -480,6 +481,18 @@ class Train(Section):
 class Optimizer(Section):
     """The optimizer and its schedules. Megatron-Core computes both."""
 
+    optimizer: OptimizerName = "adam"
+    """adam: AdamW. muon: Muon (arXiv 2502.16982) for matrices, each expert, query, key, value, gate
+    and up on its own; AdamW for embeddings, the output layer, norms and biases."""
+
+    muon_momentum: Beta = 0.95
+    """Decay of the mean of gradients with muon, which looks one step ahead (Nesterov)."""
+
+    muon_extra_scale_factor: Positive = 0.2
+    """Factor on the updates of muon, besides sqrt(larger side of the matrix). The default gives
+    them AdamW's usual root mean square, so that lr and weight_decay of AdamW can be kept (arXiv
+    2502.16982, section 2.2)."""
+
     adam_beta1: Beta = 0.9
     """Decay of the mean of gradients. The default is LLaMA's (arXiv 2302.13971, section 2.3)."""
 
@@ -544,7 +557,8 @@ class Optimizer(Section):
     """Global gradient norm above which gradients are scaled down."""
 
     use_distributed_optimizer: bool = True
-    """Shard optimizer state over dp (ZeRO-1). false: every replica keeps all of it."""
+    """Shard optimizer state over dp (ZeRO-1; whole matrices with muon). false: every replica keeps
+    all of it."""
 
     def decay_length(self, steps: int) -> int:
         """Return the step at which the schedules end, in a run of ``steps`` steps."""

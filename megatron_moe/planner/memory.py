@@ -10,7 +10,7 @@ import math
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 
-from megatron_moe.config.run import Role
+from megatron_moe.config.run import OptimizerName, Role
 from megatron_moe.parallel.shards import padded_vocabulary
 from megatron_moe.planner.activations import local_tokens, recomputed_layer, stage_activations
 from megatron_moe.planner.buffers import BufferLayout, distributed_layout
@@ -39,6 +39,10 @@ FRAGMENTATION = 0.05
 """Extra memory for fragmentation, as a fraction of the memory allocated and freed in a step."""
 
 
+ADAM_ROLES: frozenset[Role] = frozenset({"norms", "embeddings"})
+"""Roles that Muon leaves to AdamW, besides biases."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelState:
     """Bytes that stay allocated for the whole run."""
@@ -58,6 +62,8 @@ class StatePrecision:
     """Master weights; an fp32 run has none."""
     moments: int = 8
     """Both moments of Adam; 4 with ``use_precision_aware_optimizer`` and bf16 moments."""
+    momentum: int = 4
+    """Muon's momentum of matrices."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,12 +169,14 @@ def buffer_elements(
 def _of_one_buffer(
     chunk: list[LocalTensor], degrees: Degrees, *, expert: bool
 ) -> list[LocalTensor]:
-    """Return the tensors of the dense or of the expert buffer.
-
-    Experts have a separate buffer only if their replicas differ from those of attention.
-    """
-    separate = degrees.ep > 1 or degrees.etp != degrees.tp
+    """Return the tensors of the dense or of the expert buffer, if experts have one."""
+    separate = has_own_replicas(degrees)
     return [tensor for tensor in chunk if (tensor.expert and separate) is expert]
+
+
+def has_own_replicas(degrees: Degrees) -> bool:
+    """Return whether Megatron-Core treats replicas of experts as other than those of attention."""
+    return degrees.ep > 1 or degrees.etp != degrees.tp
 
 
 def _layout(
@@ -196,16 +204,24 @@ def estimated_state(
     pp_rank: int,
     weight_bytes: int = 2,
     frozen: Collection[Role] = (),
+    optimizer: OptimizerName = "adam",
 ) -> ModelState:
-    """Estimate `model_state` with the distributed optimizer in closed form, without padding."""
+    """Estimate `model_state` in closed form: optimizer state sharded evenly, without padding."""
     held = sum(rank_parameters(shape, degrees, pp_rank=pp_rank))
     dense, experts = trained_parameters(shape, degrees, pp_rank=pp_rank, frozen=frozen)
     shard = -(-dense // (degrees.dp * degrees.cp)) - (-experts // degrees.edp)
     defaults = StatePrecision()
+    saved = 0
+    if optimizer == "muon":  # one moment less per element of a matrix
+        matrices = trained_parameters(
+            shape, degrees, pp_rank=pp_rank, frozen=ADAM_ROLES.union(frozen)
+        )
+        saved = -(-matrices[0] // (degrees.dp * degrees.cp)) - (-matrices[1] // degrees.edp)
     return ModelState(
         weights=held * weight_bytes,
         gradients=(dense + experts) * defaults.gradient,
-        optimizer=shard * (defaults.moments + (defaults.master if weight_bytes < 4 else 0)),
+        optimizer=shard * (defaults.moments + (defaults.master if weight_bytes < 4 else 0))
+        - saved * (defaults.moments - defaults.momentum),
     )
 
 
@@ -227,7 +243,12 @@ def rank_memory(
         state: Result of `model_state`; None computes `estimated_state`, which is fast.
     """
     state = state or estimated_state(
-        shape, degrees, pp_rank=pp_rank, weight_bytes=work.bytes_per_value, frozen=work.frozen
+        shape,
+        degrees,
+        pp_rank=pp_rank,
+        weight_bytes=work.bytes_per_value,
+        frozen=work.frozen,
+        optimizer=work.optimizer,
     )
     activations = stage_activations(shape, work, degrees, pp_rank=pp_rank)
     activations += recomputed_layer(shape, work, degrees)

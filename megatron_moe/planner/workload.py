@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_moe.config.run import Parallel, Role, RunConfig
+from megatron_moe.config.run import OptimizerName, Parallel, Role, RunConfig
 
 Recompute = Literal["none", "selective", "moe", "full"]
 """Activations that the backward pass recomputes instead of keeping.
@@ -85,6 +85,8 @@ class Workload:
     """Implementation of the layers; it determines which tensors the backward pass keeps."""
     frozen: frozenset[Role] = frozenset()
     """Roles that have no gradients and no optimizer state."""
+    optimizer: OptimizerName = "adam"
+    """Optimizer, which determines the bytes of its state."""
 
     @property
     def recompute_settings(self) -> tuple[Recompute, ...]:
@@ -148,4 +150,5 @@ def workload_of(config: RunConfig) -> Workload:
         precision=config.train.precision,
         engine=engine_assumed(config),
         frozen=config.train.always_frozen,
+        optimizer=config.optimizer.optimizer,
     )

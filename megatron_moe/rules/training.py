@@ -238,6 +238,19 @@ def roles(case: Case) -> Iterator[str]:
         )
 
 
+def muon(case: Case) -> Iterator[str]:
+    """Check that settings of Muon belong to a run that uses it."""
+    optimizer = case.config.optimizer
+    for name in ("muon_momentum", "muon_extra_scale_factor"):
+        value, default = getattr(optimizer, name), Optimizer.model_fields[name].default
+        if optimizer.optimizer != "muon" and value != default:
+            yield (
+                f"optimizer.{name} ({value}) requires optimizer.optimizer "
+                f"({optimizer.optimizer}) to be muon: AdamW does not use it.\n"
+                f"  set optimizer.optimizer=muon, or leave optimizer.{name} unset"
+            )
+
+
 def _present_roles(case: Case) -> list[Role]:
     """Return the roles that have parameters in this model."""
     moe, spec = case.config.moe, case.spec

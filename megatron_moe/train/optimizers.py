@@ -36,8 +36,18 @@ def _adam(settings: Optimizer) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in ("adam_beta1", "adam_beta2", "adam_eps")}
 
 
+def _muon(settings: Optimizer) -> dict[str, Any]:
+    """Return the settings of Muon, and those of AdamW for what is not a matrix.
+
+    tp ranks gather a matrix and orthogonalize all of it, so that tp changes nothing.
+    """
+    own = {name: getattr(settings, name) for name in ("muon_momentum", "muon_extra_scale_factor")}
+    return {**_adam(settings), **own, "muon_nesterov": True, "muon_tp_mode": "duplicated"}
+
+
 OPTIMIZERS: dict[str, OptimizerRow] = {
     "adam": OptimizerRow(_adam, state=("exp_avg", "exp_avg_sq")),
+    "muon": OptimizerRow(_muon, state=("momentum_buffer",)),
 }
 """Optimizers by Megatron-Core's name, ``OptimizerConfig.optimizer``."""
 
@@ -45,17 +55,20 @@ OPTIMIZERS: dict[str, OptimizerRow] = {
 def optimizer_config(config: RunConfig, *, overlap_param_gather: bool) -> OptimizerConfig:
     """Return the configuration of Megatron-Core's optimizer."""
     settings, bf16 = config.optimizer, config.train.precision == "bf16"
+    by_matrix = settings.optimizer == "muon"
     return OptimizerConfig(
-        optimizer="adam",
+        optimizer=settings.optimizer,
         lr=settings.lr,
         min_lr=settings.min_lr,
         weight_decay=settings.weight_decay,
         clip_grad=settings.clip_grad,
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
-        use_distributed_optimizer=settings.use_distributed_optimizer,
+        use_distributed_optimizer=settings.use_distributed_optimizer and not by_matrix,
+        use_layer_wise_distributed_optimizer=settings.use_distributed_optimizer and by_matrix,
         overlap_param_gather=overlap_param_gather,
-        **OPTIMIZERS["adam"].settings(settings),
+        muon_fp32_matmul_prec="medium" if bf16 else "highest",  # medium: in bf16
+        **OPTIMIZERS[settings.optimizer].settings(settings),
     )
 
 
@@ -109,7 +122,8 @@ def uses_roles(config: RunConfig) -> bool:
 
 def state_keys(part: Any) -> tuple[str, ...]:
     """Return the keys of the state of one of Megatron-Core's optimizers."""
-    return OPTIMIZERS[part.config.optimizer].state
+    (name,) = {group.get("optimizer", part.config.optimizer) for group in part.param_groups}
+    return OPTIMIZERS[name].state
 
 
 def clip_and_step(optimizer: Any, total_norm: float) -> None:

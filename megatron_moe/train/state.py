@@ -24,6 +24,7 @@ from megatron_moe.data.blend import BlendState, start_blend
 from megatron_moe.model.build import Model
 from megatron_moe.model.freezing import freeze, parameter_roles
 from megatron_moe.runtime.engine import Engine
+from megatron_moe.train.muon import complete, mark_fused, shards_by_matrix
 from megatron_moe.train.optimizers import group_overrides, optimizer_config
 from megatron_moe.train.schedule import make_schedule
 
@@ -104,8 +105,9 @@ def make_state(
     """
     transformer, engine = model.transformer, model.engine
     freeze(model, config.train.frozen_after(step))
+    settings = optimizer_config(config, overlap_param_gather=_overlaps_gather(config, engine))
     ddp = DistributedDataParallelConfig(
-        use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
+        use_distributed_optimizer=settings.use_distributed_optimizer,
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=config.train.overlap_grad_reduce,
         overlap_param_gather=_overlaps_gather(config, engine),
@@ -120,7 +122,9 @@ def make_state(
                 transformer, ddp, inner, disable_bucketing=index > 0, pg_collection=groups
             )
         )
-    settings = optimizer_config(config, overlap_param_gather=_overlaps_gather(config, engine))
+    if settings.optimizer == "muon":
+        mark_fused(model)
+        settings.use_layer_wise_distributed_optimizer &= shards_by_matrix(groups)
     optimizer = get_megatron_optimizer(
         settings,
         wrapped,
@@ -128,6 +132,8 @@ def make_state(
         pg_collection=groups,
         use_gloo_process_groups=False,
     )
+    if settings.optimizer == "muon":
+        complete(optimizer, settings, model)
     _gather_weights_once(optimizer)
     transformer.finalize_model_grads_func = _finalize
     if ddp.overlap_grad_reduce:  # only during the backward pass of the last micro-batch
@@ -171,5 +177,6 @@ def _overlaps_gather(config: RunConfig, engine: Engine) -> bool:
 
     Each module then waits for its own weights; `model.experts` waits for those of its experts.
     """
-    distributed = config.optimizer.use_distributed_optimizer
+    settings = config.optimizer
+    distributed = settings.use_distributed_optimizer and settings.optimizer == "adam"
     return engine.on_cuda and distributed and config.train.overlap_param_gather

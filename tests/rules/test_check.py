@@ -277,6 +277,9 @@ REFUSALS = [
      "optimizer.start_weight_decay (0.2) must be at most optimizer.end_weight_decay (0.1): "
      "Megatron-Core only increases weight decay.\n"
      "  largest optimizer.start_weight_decay: 0.1"),
+    ("muon-momentum", {"optimizer.muon_momentum": 0.9}, 1,
+     "optimizer.muon_momentum (0.9) requires optimizer.optimizer (adam) to be muon: AdamW does not "
+     "use it.\n  set optimizer.optimizer=muon, or leave optimizer.muon_momentum unset"),
     ("freeze-absent", {"train.freeze": ["dense_ffn"]}, 1,
      "train.freeze names dense_ffn, but this model has no such parameters.\n"
      "  its roles: router, experts, attention, norms, embeddings"),
