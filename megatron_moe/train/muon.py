@@ -1,9 +1,8 @@
-"""Complete Megatron-Core's Muon: fused matrices, fp32 runs, and masters of bf16 weights.
+"""Complete Megatron-Core's Muon: fused gate and up, and sharded state in fp32 runs.
 
 Muon replaces the momentum of a matrix by the nearest orthogonal matrix, by Newton-Schulz steps.
 Megatron-Core 0.19 does so for each expert and for query, key and value separately, but
-* orthogonalizes gate and up, which one matrix of ours holds, as one matrix;
-* forgets on fp32 master weights which of them are fused, and which are experts';
+* orthogonalizes gate and up, which one parameter holds, as one matrix;
 * shards optimizer state over dp (its layer-wise optimizer) for bf16 weights only.
 """
 
@@ -18,9 +17,6 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_moe.hf.names import Sharding, match
 from megatron_moe.model.build import Model
-
-_MARKS = ("is_qkv", "qkv_split_shapes", "expert_tp")
-"""Attributes of a parameter by which Megatron-Core's Muon knows what it consists of."""
 
 
 def mark_fused(model: Model) -> None:
@@ -45,20 +41,14 @@ def shards_by_matrix(groups: ProcessGroupCollection) -> bool:
     return groups.dp_cp.size() > 1
 
 
-def complete(optimizer: MegatronOptimizer, settings: OptimizerConfig, model: Model) -> None:
-    """Finish what Megatron-Core made of the parameters that `mark_fused` has marked."""
+def complete(optimizer: MegatronOptimizer, settings: OptimizerConfig) -> None:
+    """Wrap the parts of a layer-wise optimizer, which Megatron-Core does only with bf16."""
     if isinstance(optimizer, LayerWiseDistributedOptimizer):
         optimizer.config = settings
         optimizer.chained_optimizers = [
             part if isinstance(part, MegatronOptimizer) else FP32Optimizer(part, settings, _made)
             for part in optimizer.chained_optimizers
         ]
-    for module in model.modules:
-        for parameter in module.parameters():
-            if (master := getattr(parameter, "main_param", None)) is not None:
-                for mark in _MARKS:
-                    if hasattr(parameter, mark):
-                        setattr(master, mark, getattr(parameter, mark))
 
 
 def _made(*_: Any) -> None:

@@ -133,7 +133,7 @@ def make_state(
         use_gloo_process_groups=False,
     )
     if settings.optimizer == "muon":
-        complete(optimizer, settings, model)
+        complete(optimizer, settings)
     _gather_weights_once(optimizer)
     transformer.finalize_model_grads_func = _finalize
     if ddp.overlap_grad_reduce:  # only during the backward pass of the last micro-batch
