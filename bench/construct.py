@@ -47,10 +47,10 @@ def main() -> None:
         for name in args.only or ("clustering", "importance"):
             surroundings = machine()
             clusters = name == "clustering"
-            told = clustering(dense, scratch) if clusters else importance(dense, scratch, args)
-            told["weights"] = "SmolLM2-135M" if dense == SMOLLM2 else "random, of its shape"
-            keep("construct", {name: told}, surroundings)
-            print(json.dumps({name: told}, indent=1), flush=True)
+            output = clustering(dense, scratch) if clusters else importance(dense, scratch, args)
+            output["weights"] = "SmolLM2-135M" if dense == SMOLLM2 else "random, of its shape"
+            keep("construct", {name: output}, surroundings)
+            print(json.dumps({name: output}, indent=1), flush=True)
 
 
 def clustering(dense: Path, scratch: Path) -> dict[str, Any]:
@@ -67,9 +67,9 @@ def importance(dense: Path, scratch: Path, args: argparse.Namespace) -> dict[str
     moe = {"num_moe_experts": 8, "moe_ffn_hidden_size": 192}
     command = [sys.executable, "-m", "megatron_moe", "construct"]
     config = _config(dense, scratch, moe, settings, samples=args.samples)
-    told = _watched([*command, config, "--ranks", "2"], name="importance")
+    output = _watched([*command, config, "--ranks", "2"], name="importance")
     tokens = args.samples * 512
-    return {**told, "tokens": tokens, "tokens_per_second": round(tokens / told["seconds"])}
+    return {**output, "tokens": tokens, "tokens_per_second": round(tokens / output["seconds"])}
 
 
 def _config(
@@ -96,12 +96,12 @@ def _config(
 
 def _watched(command: list[str], *, name: str) -> dict[str, Any]:
     """Seconds of a command, and the most memory its processes held together."""
-    start, peak, told = time.perf_counter(), 0, 0.0
+    start, peak, output = time.perf_counter(), 0, 0.0
     process = psutil.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     while process.poll() is None:
         peak = max(peak, held_together(process))
-        if (seconds := time.perf_counter() - start) - told > 30:
-            told = seconds
+        if (seconds := time.perf_counter() - start) - output > 30:
+            output = seconds
             say(f"construct, {name}: {seconds:.0f} s, {peak / MIB:.0f} MiB")
         time.sleep(0.2)
     if process.returncode:

@@ -94,7 +94,7 @@ def tokenize(domains: Path, tokenizer_folder: Path, scratch: Path) -> dict[str, 
             report = tokenize_files(files, out, tokenizer, workers=workers)
             ours.append(report.seconds)
             tokens = report.counts.tokens
-    speeds = {name: round(tokens / min(found)) for name, found in seconds.items()}
+    speeds = {name: round(tokens / min(result)) for name, result in seconds.items()}
     megabytes = sum(map(len, texts)) / 1e6
     return {"megabytes": round(megabytes, 1), "tokens": tokens, "tokens_per_second": speeds}
 

@@ -6,7 +6,7 @@
     layers     4 to 32
     ranks      1 to 16 on the same cores, experts shared by all: the work stays
 
-Each is a power of its size, c * size^e, fitted to the fastest steps. "must" is what e would be if
+Each is a power of its size, c * size^e, fitted to the fastest steps. "ideal" is what e would be if
 only what has to grow did.
 
     python bench/growth.py          # bench/results/growth.json, docs/growth-*.svg
@@ -63,22 +63,22 @@ GROWTHS = {
     "experts": Growth(
         values=(8, 16, 32, 64, 128),
         sizes=lambda n: Sizes(experts=n),
-        why="optimizer: the parameters' 1; the rest: 0, and a call an expert",
+        why="optimizer 1, as the parameters; everything else 0, plus one call per expert",
     ),
     "sequence": Growth(
         values=(512, 1024, 2048, 4096, 8192),
         sizes=lambda n: Sizes(seq_length=n, batch=8192 // n),
-        why="scores grow with 1, products not",
+        why="attention scores 1, products 0",
     ),
     "layers": Growth(
         values=(4, 8, 16, 32),
         sizes=lambda n: Sizes(layers=n, batch=4),
-        why="1, less the output layer's share",
+        why="1, minus the share of the output layer",
     ),
     "ranks": Growth(
         values=(1, 2, 4, 8, 16),
         sizes=lambda n: Sizes(ranks=n, batch=16, experts=16),
-        why="0 from as many ranks as cores on; collectives and a process's own work add",
+        why="0 once every core has a rank, plus collectives and work that each process repeats",
     ),
 }
 
@@ -97,20 +97,20 @@ def main() -> None:
         for value in growth.values:
             points.append(step_seconds(growth.sizes(value), args.steps))
             say(f"growth, {name} {value}: {points[-1]}")
-        found = {
+        result = {
             "values": list(growth.values),
             "seconds": points,
-            "must": growth.why,
+            "ideal": growth.why,
             "exponents": {
                 part: exponent(growth.values, [point[part] for point in points])
                 for part in points[0]
             },
         }
-        keep("growth", {name: found}, surroundings)
+        keep("growth", {name: result}, surroundings)
         curves = [Curve(part, [point[part] for point in points]) for part in points[0]]
         svg = log_log(growth.values, curves, x_label=name, y_label="seconds a step")
         (ROOT / "docs" / f"growth-{name}.svg").write_text(svg)
-        print(json.dumps({name: found["exponents"]}), flush=True)
+        print(json.dumps({name: result["exponents"]}), flush=True)
 
 
 def exponent(values: tuple[int, ...], seconds: list[float]) -> dict[str, float]:
@@ -172,10 +172,10 @@ def _measure(world: Any, config: RunConfig, steps: int, out: Path) -> None:
         whole.append(time.perf_counter() - start)
         phases.append(it.profiled_step())
     if world.rank == 0:
-        found = {"whole step": min(whole)}
+        result = {"whole step": min(whole)}
         for part, names in PHASES.items():
-            found[part] = min(sum(phase[name] for name in names) for phase in phases)
-        out.write_text(json.dumps({part: round(value, 5) for part, value in found.items()}))
+            result[part] = min(sum(phase[name] for name in names) for phase in phases)
+        out.write_text(json.dumps({part: round(value, 5) for part, value in result.items()}))
 
 
 if __name__ == "__main__":

@@ -61,8 +61,8 @@ def _git(*arguments: str) -> str:
 
 def spread_of(values: Sequence[float], digits: int = 4) -> dict[str, float]:
     """Median, p10 and p90 of what was measured, as the results keep them."""
-    found = spread(list(values)).model_dump()
-    return {name: float(f"{value:.{digits}g}") for name, value in found.items()}
+    result = spread(list(values)).model_dump()
+    return {name: float(f"{value:.{digits}g}") for name, value in result.items()}
 
 
 def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> dict[str, float]:
@@ -73,9 +73,9 @@ def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> dict[s
 def keep(name: str, cases: Mapping[str, Any], surroundings: Mapping[str, Any]) -> Path:
     """Put cases into bench/results/NAME.json beside those that are there already."""
     path = RESULTS / f"{name}.json"
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    found |= {case: {**measured, "machine": surroundings} for case, measured in cases.items()}
-    write_text(path, json.dumps(found, indent=1) + "\n")
+    result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    result |= {case: {**measured, "machine": surroundings} for case, measured in cases.items()}
+    write_text(path, json.dumps(result, indent=1) + "\n")
     return path
 
 

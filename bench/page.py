@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""The tables of docs/performance.md, from bench/results/*.json; a test compares the two.
+"""Write the tables of docs/performance.md from bench/results/*.json; a test compares the two.
 
-python bench/page.py          # write them anew
+python bench/page.py          # rewrite the tables
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Cases = dict[str, Any]
 
 
 def with_tables(text: str, results: Path = RESULTS) -> str:
-    """The page with every table as the results have it."""
+    """Return the page with every table rewritten from the results."""
 
     def written(block: re.Match[str]) -> str:
         head, name, end = block.groups()
@@ -35,7 +35,7 @@ def with_tables(text: str, results: Path = RESULTS) -> str:
 
 
 def step_table(cases: Cases) -> str:
-    """Ours beside the peer, a row a case."""
+    """Return the table of training steps: one row per case, ours and the peer's."""
     rows = []
     for name, case in cases.items():
         ours, two = case["ours"], case.get("ranks2_speed")
@@ -69,23 +69,23 @@ def _mfu(value: float, target: float | None) -> str:
 
 
 def upcycle_table(cases: Cases) -> str:
-    """Sides of each case, then one rank of 512."""
+    """Return the table of upcycling: one row per case and side, then one rank of 512."""
     rows = [
         (
             name,
             side,
-            f"{told['seconds']['median']:.2f}",
-            f"{told['cpu_seconds']['median']:.2f}",
-            f"{told['peak_mib']:.0f}",
-            f"{told['beside_shard_mib']:.0f}",
+            f"{measured['seconds']['median']:.2f}",
+            f"{measured['cpu_seconds']['median']:.2f}",
+            f"{measured['peak_mib']:.0f}",
+            f"{measured['beside_shard_mib']:.0f}",
             _against(side, case),
             _load(case),
         )
         for name, case in cases.items()
-        for side, told in case.get("sides", {}).items()
+        for side, measured in case.get("sides", {}).items()
     ]
     head = (
-        "case", "side", "seconds", "CPU seconds", "peak MiB", "beside the shard MiB",
+        "case", "side", "seconds", "CPU seconds", "peak MiB", "MiB besides the shard",
         "wall (CPU) ratio", "load before",
     )  # fmt: skip
     one = cases.get("70B, one rank of 512")
@@ -101,7 +101,7 @@ def _against(side: str, case: dict[str, Any]) -> str:
         return ""
     over = {name: one["median"] for name, one in case[f"{side}_over_ours"].items()}
     return (
-        f"{over['seconds']:.1f} ({over['cpu_seconds']:.1f}) times as long as ours, "
+        f"{over['seconds']:.1f} ({over['cpu_seconds']:.1f}) times our time, "
         f"{_target(over['seconds'], 2, more=True)}; {over['peak']:.1f} times the memory, "
         f"{_target(over['peak'], 5, more=True)}"
     )
@@ -113,23 +113,23 @@ def _one_of_512(one: dict[str, Any]) -> str:
         f"\nOne rank of 512 ({', '.join(degrees)}) of a model of Llama-3-70B's shape, a sparse "
         f"file of {one['file_gib']} GiB: {one['seconds']} s for {one['shard_mib']} MiB, of which "
         f"{one['read_mib']} MiB are read; {one['open_seconds']} s to open the file; "
-        f"{one['beside_shard_mib']} MiB beside the shard; load before "
+        f"{one['beside_shard_mib']} MiB in addition to the shard; load before "
         f"{one['machine']['load_before']}.\n"
     )
 
 
 def communication_table(cases: Cases) -> str:
-    """Bytes by group: counted and by formula."""
+    """Return the table of bytes by process group: counted and by formula."""
     rows = []
     for name, case in cases.items():
-        for group, told in case["groups"].items():
-            counted = f"{told['counted_bytes']:,}" if "counted_bytes" in told else "-"
+        for group, count in case["groups"].items():
+            counted = f"{count['counted_bytes']:,}" if "counted_bytes" in count else "-"
             rows.append((
-                name, group, counted, f"{told['formula_bytes']:,}",
-                f"{told['sent_per_rank_bytes']:,}",
+                name, group, counted, f"{count['formula_bytes']:,}",
+                f"{count['sent_per_rank_bytes']:,}",
             ))  # fmt: skip
     return markdown_table(
-        ("layout", "group", "counted", "formula", "must leave a rank"), rows
+        ("layout", "group", "counted", "formula", "lower bound sent per rank"), rows
     ) + _machine(cases)
 
 
@@ -148,17 +148,17 @@ def startup_table(cases: Cases) -> str:
             (f"save of {case['mib']:.0f} MiB / dd", case["over_dd"], 1.5, case),
             (f"export of {export['mib']:.0f} MiB / dd", export["over_dd"], 1.5, case),
             ("async save: training waits / save", beside, 0.05, case),
-            ("the same and what steps beside it lose / save", whole, 0.05, case),
+            ("async save: training waits and slower steps / save", whole, 0.05, case),
         ]
-    told = (
-        (label, _spread(found), _target(found["median"], target, more=False), _load(case))
-        for label, found, target, case in rows
+    cells = (
+        (label, _spread(value), _target(value["median"], target, more=False), _load(case))
+        for label, value, target, case in rows
     )
-    return markdown_table(("what", "measured", "target", "load before"), told) + _machine(cases)
+    return markdown_table(("what", "measured", "target", "load before"), cells) + _machine(cases)
 
 
 def growth_table(cases: Cases) -> str:
-    """Fitted exponents of each curve."""
+    """Return the table of fitted exponents, one row per curve."""
     rows = []
     for name, case in cases.items():
         for part, exponents in case["exponents"].items():
@@ -166,15 +166,15 @@ def growth_table(cases: Cases) -> str:
             rows.append((
                 f"{name} {case['values'][0]} to {case['values'][-1]}", part, ends,
                 f"{exponents['fitted']:.2f}", f"{exponents['last']:.2f}",
-                case["must"], _load(case),
+                case["ideal"], _load(case),
             ))  # fmt: skip
-    head = ("size", "part", "seconds", "exponent", "last doubling", "must", "load before")
+    head = ("size", "part", "seconds", "exponent", "last doubling", "ideal exponent", "load before")
     plots = " ".join(f"![{name}](growth-{name}.svg)" for name in cases)
     return f"{markdown_table(head, rows)}{_machine(cases)}\n{plots}\n"
 
 
 def construct_table(cases: Cases) -> str:
-    """Minutes and memory."""
+    """Return the table of construction times and memory."""
     rows = [
         (
             name, case["weights"],
@@ -214,10 +214,10 @@ def _load(case: dict[str, Any]) -> str:
 
 def _machine(cases: Cases) -> str:
     """Return a line with the conditions of the measurements; cases may come from several runs."""
-    told = [case["machine"] for case in cases.values()]
-    commits = ", ".join(sorted({str(one["commit"]) for one in told}))
-    one = told[0]
-    first, last = min(o["time"] for o in told), max(o["time"] for o in told)
+    machines = [case["machine"] for case in cases.values()]
+    commits = ", ".join(sorted({str(one["commit"]) for one in machines}))
+    one = machines[0]
+    first, last = min(o["time"] for o in machines), max(o["time"] for o in machines)
     when = first[:16] if first[:16] == last[:16] else f"{first[:16]} to {last[:16]}"
     return (
         f"\n{when} UTC, {one['cores']} cores ({one['processor']}), torch {one['torch']}, "

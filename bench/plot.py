@@ -65,8 +65,8 @@ def log_log(x: Sequence[float], curves: Sequence[Curve], *, x_label: str, y_labe
 
 def _ticks(low: float, high: float) -> list[float]:
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    found = [base * 10**power for power in range(first, last + 1) for base in (1, 3)]
-    return [value for value in found if low * 0.999 <= value <= high * 1.001]
+    result = [base * 10**power for power in range(first, last + 1) for base in (1, 3)]
+    return [value for value in result if low * 0.999 <= value <= high * 1.001]
 
 
 def _decade_below(value: float) -> float:

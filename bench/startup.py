@@ -59,9 +59,9 @@ def main() -> None:
         # In runs/, not in /tmp: that may be memory, and dd must meet the same disk.
         SCRATCH.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=SCRATCH) as folder:
-            told = cases[name](Path(folder), args.rounds)
-        keep("startup", {name: told}, surroundings)
-        print(json.dumps({name: told}, indent=1), flush=True)
+            output = cases[name](Path(folder), args.rounds)
+        keep("startup", {name: output}, surroundings)
+        print(json.dumps({name: output}, indent=1), flush=True)
 
 
 def help_(scratch: Path, rounds: int) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def save(scratch: Path, rounds: int) -> dict[str, Any]:
         [sys.executable, __file__, "--save-rank", json.dumps(about)],
         stdout=subprocess.PIPE, text=True, check=True,
     )  # fmt: skip
-    told = json.loads(done.stdout.splitlines()[-1])
+    output = json.loads(done.stdout.splitlines()[-1])
     exports, copies = [], []
     for number in range(rounds):
         out = scratch / f"export-{number}"
@@ -119,13 +119,13 @@ def save(scratch: Path, rounds: int) -> dict[str, Any]:
         copies.append(dd(scratch, size))
         last = f"{exports[-1]:.2f} s, dd {copies[-1]:.2f} s"
         say(f"startup, export, round {number + 1}/{rounds}: {last}")
-    told["export"] = {
+    output["export"] = {
         "mib": round(size / MIB, 1),
         "seconds": spread_of(exports),
         "over_dd": ratios(exports, copies),
         "target_over_dd": 1.5,
     }
-    return told
+    return output
 
 
 def dd(scratch: Path, size: int) -> float:
@@ -182,10 +182,10 @@ def _save_rank(world: Any, about: dict[str, Any], out: Path) -> None:
 
     configs = {kind: _save_config(about, kind) for kind in ("sync", "async")}
     step, state, groups = _stepping(world, configs["sync"])
-    told: dict[str, list[float]] = {name: [] for name in SAVE_TIMES}
+    output: dict[str, list[float]] = {name: [] for name in SAVE_TIMES}
 
     def book(name: str, seconds: float) -> None:
-        told[name].append(seconds)
+        output[name].append(seconds)
         say(f"startup, save: {name} {seconds:.2f} s")
 
     savers = {kind: Saver(configs[kind], plan_hash="bench", say=lambda _: None) for kind in configs}
@@ -199,8 +199,8 @@ def _save_rank(world: Any, about: dict[str, Any], out: Path) -> None:
             during, waited = _steps_beside(step, beside)
             book("async save holds an update up for", waited)
             book("wait for it afterwards", _seconds(beside.wait))
-            book("steps beside it, longer by", sum(during) - 2 * told["step"][-1])
-    out.write_text(json.dumps(_save_record(told, size)))
+            book("steps beside it, longer by", sum(during) - 2 * output["step"][-1])
+    out.write_text(json.dumps(_save_record(output, size)))
 
 
 def _steps_beside(step: Callable[..., float], saver: Any) -> tuple[list[float], float]:
@@ -251,20 +251,22 @@ def _stepping(world: Any, config: Any) -> tuple[Callable[..., float], Any, Any]:
     return step, state, groups
 
 
-def _save_record(told: dict[str, list[float]], size: int) -> dict[str, Any]:
+def _save_record(output: dict[str, list[float]], size: int) -> dict[str, Any]:
     held = zip(
-        told["async save returns after"], told["async save holds an update up for"], strict=True
+        output["async save returns after"], output["async save holds an update up for"], strict=True
     )
     stalled = [sum(both) for both in held]
-    longer = told["steps beside it, longer by"]
-    lost = [a + max(0.0, b) for a, b in zip(told["async save returns after"], longer, strict=True)]
+    longer = output["steps beside it, longer by"]
+    lost = [
+        a + max(0.0, b) for a, b in zip(output["async save returns after"], longer, strict=True)
+    ]
     return {
         "mib": round(size / MIB, 1),
-        "seconds": {name: spread_of(values) for name, values in told.items()},
-        "over_dd": ratios(told["save"], told["dd"]),
+        "seconds": {name: spread_of(values) for name, values in output.items()},
+        "over_dd": ratios(output["save"], output["dd"]),
         "target_over_dd": 1.5,
-        "async_stall_over_save": ratios(stalled, told["save"]),
-        "async_all_over_save": ratios(lost, told["save"]),
+        "async_stall_over_save": ratios(stalled, output["save"]),
+        "async_all_over_save": ratios(lost, output["save"]),
         "target_async_over_save": 0.05,
     }
 

@@ -69,10 +69,10 @@ def main() -> None:
             case, surroundings = CASES[name], machine()
             sides = {side: workers[side] for side in case.sides}
             with tempfile.TemporaryDirectory() as folder:
-                told = measure(case, sides, Path(folder), args.rounds or case.rounds)
-            print(summary(case, told), flush=True)
+                output = measure(case, sides, Path(folder), args.rounds or case.rounds)
+            print(summary(case, output), flush=True)
             if args.record:
-                keep("step", {name: told}, surroundings)
+                keep("step", {name: output}, surroundings)
 
 
 def measure(case: Case, sides: dict[str, Worker], folder: Path, rounds: int) -> dict[str, Any]:
@@ -135,8 +135,8 @@ def _warm_up(case: Case, side: str, worker: Worker, turns: Turns) -> None:
     for mode in MODES * 2:  # the better of two each: one that was held up says nothing
         took[mode] = min(took[mode], worker.ask(do="step", mode=mode)["seconds"])
     turns.mode = min(took, key=lambda mode: took[mode])
-    told = ", ".join(f"{mode} {seconds:.2f} s" for mode, seconds in took.items())
-    say(f"{case.name}: peer's experts: {told}")
+    output = ", ".join(f"{mode} {seconds:.2f} s" for mode, seconds in took.items())
+    say(f"{case.name}: peer's experts: {output}")
 
 
 def _step(case: Case, side: str, worker: Worker, turns: Turns, where: str) -> None:
@@ -155,7 +155,7 @@ def _told(case: Case, dense: Path, folder: Path, turns: Turns) -> dict[str, Any]
     tokens = case.seq_length * case.batch
     flops = case.flops(case.config(dense, folder, 1))
     products = turns.product_flops
-    told: dict[str, Any] = {
+    output: dict[str, Any] = {
         "sizes": case.sizes, "experts": case.experts, "topk": case.topk,
         "seq_length": case.seq_length, "batch": case.batch, "precision": case.precision,
         "weights": "SmolLM2-135M" if dense.name.startswith("smollm2") else "random",
@@ -165,11 +165,11 @@ def _told(case: Case, dense: Path, folder: Path, turns: Turns) -> dict[str, Any]
         "peak_gib": {side: round(gib, 2) for side, gib in turns.peak_gib.items()},
     }  # fmt: skip
     if turns.ranks2:
-        told["layout_of_2_ranks"] = case.layout
-        told["ranks2_speed"] = ratios(turns.ours, turns.ranks2)
+        output["layout_of_2_ranks"] = case.layout
+        output["ranks2_speed"] = ratios(turns.ours, turns.ranks2)
     for side in SCRIPTS:
         if seconds := getattr(turns, side):
-            told[side] = {
+            output[side] = {
                 "step_seconds": spread_of(seconds),
                 "tokens_per_second": round(tokens / statistics.median(seconds), 1),
                 "mfu": spread_of(
@@ -177,26 +177,26 @@ def _told(case: Case, dense: Path, folder: Path, turns: Turns) -> dict[str, Any]
                 ),
             }
     if turns.peer:
-        told |= {"peer_mode": turns.mode, "ratio": ratios(turns.peer, turns.ours)}
-    return told
+        output |= {"peer_mode": turns.mode, "ratio": ratios(turns.peer, turns.ours)}
+    return output
 
 
-def summary(case: Case, told: dict[str, Any]) -> str:
+def summary(case: Case, output: dict[str, Any]) -> str:
     """One case for the terminal."""
-    product = f"matrix product {told['product_gflops']['median']:.0f} GFLOP/s"
+    product = f"matrix product {output['product_gflops']['median']:.0f} GFLOP/s"
     lines = [f"{case.name}, {product}"]
     for side in SCRIPTS:
-        if side in told:
-            found = told[side]
+        if side in output:
+            result = output[side]
             lines.append(
-                f"  {side:7s} {found['step_seconds']['median']:.3f} s a step, "
-                f"{found['tokens_per_second']:.0f} tokens/s, "
-                f"MFU {found['mfu']['median']:.1%}, {told['peak_gib'][side]:.1f} GiB"
+                f"  {side:7s} {result['step_seconds']['median']:.3f} s a step, "
+                f"{result['tokens_per_second']:.0f} tokens/s, "
+                f"MFU {result['mfu']['median']:.1%}, {output['peak_gib'][side]:.1f} GiB"
             )
-    if (ratio := told.get("ratio")) is not None:
+    if (ratio := output.get("ratio")) is not None:
         lines.append(
             f"  {ratio['median']:.2f} [{ratio['p10']:.2f}, {ratio['p90']:.2f}] times the peer, "
-            f"whose experts run in {told['peer_mode']}; {case.target} wanted"
+            f"whose experts run in {output['peer_mode']}; {case.target} wanted"
         )
     return "\n".join(lines)
 

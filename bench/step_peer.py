@@ -58,8 +58,8 @@ def measure(case: Case, dense: Path, folder: Path, pipes: Pipes) -> None:
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), ADAMW["clip"])
         optimizer.step()
-        found = {"loss": loss.item(), "grad_norm": norm.item()}
-        return {"seconds": time.perf_counter() - start, **found}
+        result = {"loss": loss.item(), "grad_norm": norm.item()}
+        return {"seconds": time.perf_counter() - start, **result}
 
     def answer(command: dict[str, Any]) -> dict[str, Any]:
         if command["do"] == "step":

@@ -90,16 +90,16 @@ def compare(
     worker: Worker, about: dict[str, Any], dense: Path, sides: tuple[str, ...], rounds: int
 ) -> dict[str, Any]:
     """Every side in turn, round after round; the file's pages are warm."""
-    found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    actual: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     _warm(dense)
     for number in range(rounds):
-        for side, told in measured(worker, sides, about, dense):
-            found[side].append(told)
+        for side, output in measured(worker, sides, about, dense):
+            actual[side].append(output)
             say(
-                f"upcycle, round {number + 1}/{rounds}: {side} {told['seconds']:.2f} s, "
-                f"peak {told['peak_bytes'] / MIB:.0f} MiB"
+                f"upcycle, round {number + 1}/{rounds}: {side} {output['seconds']:.2f} s, "
+                f"peak {output['peak_bytes'] / MIB:.0f} MiB"
             )
-    ours = found["ours"]
+    ours = actual["ours"]
     shard = ours[0]["parameter_bytes"]
     result: dict[str, Any] = {
         "shard_mib": round(shard / MIB, 1),
@@ -107,25 +107,26 @@ def compare(
         "mib_of_the_tensors_it_needs": round(ours[0]["bytes_of_its_tensors"] / MIB, 1),
         "sides": {
             side: {
-                "seconds": spread_of(_of(told, "seconds")),
-                "cpu_seconds": spread_of(_of(told, "cpu_seconds")),
-                "peak_mib": round(statistics.median(o["peak_bytes"] for o in told) / MIB, 1),
+                "seconds": spread_of(_of(output, "seconds")),
+                "cpu_seconds": spread_of(_of(output, "cpu_seconds")),
+                "peak_mib": round(statistics.median(o["peak_bytes"] for o in output) / MIB, 1),
                 "beside_shard_mib": round(
-                    statistics.median(o["peak_bytes"] - o["parameter_bytes"] for o in told) / MIB, 1
+                    statistics.median(o["peak_bytes"] - o["parameter_bytes"] for o in output) / MIB,
+                    1,
                 ),
             }
-            for side, told in found.items()
+            for side, output in actual.items()
         },
         "ours_over_copying": {
-            kind: ratios(_of(ours, kind), _of(found["copying"], kind))
+            kind: ratios(_of(ours, kind), _of(actual["copying"], kind))
             for kind in ("seconds", "cpu_seconds")
         },
     }
     for side in set(sides) - {"ours", "copying"}:
         result[f"{side}_over_ours"] = {
-            "seconds": ratios(_of(found[side], "seconds"), _of(ours, "seconds")),
-            "cpu_seconds": ratios(_of(found[side], "cpu_seconds"), _of(ours, "cpu_seconds")),
-            "peak": ratios(_of(found[side], "peak_bytes"), _of(ours, "peak_bytes")),
+            "seconds": ratios(_of(actual[side], "seconds"), _of(ours, "seconds")),
+            "cpu_seconds": ratios(_of(actual[side], "cpu_seconds"), _of(ours, "cpu_seconds")),
+            "peak": ratios(_of(actual[side], "peak_bytes"), _of(ours, "peak_bytes")),
         }
     return result
 
@@ -142,17 +143,17 @@ def one_of_512(worker: Worker, scratch: Path) -> dict[str, Any]:
             "expert_tensor_parallel_size": 4,
         },
     }  # fmt: skip
-    ((_, told),) = measured(worker, ("ours",), about, dense)
+    ((_, output),) = measured(worker, ("ours",), about, dense)
     file = dense / "model.safetensors"
     return {
         "file_gib": round(file.stat().st_size / GIB, 1),
         "file_on_disk_mib": round(file.stat().st_blocks * 512 / MIB, 1),
         "layout": about["parallel"],
-        "shard_mib": round(told["parameter_bytes"] / MIB, 1),
-        "read_mib": round(told["bytes_read"] / MIB, 1),
-        "seconds": round(told["seconds"], 2),
-        "open_seconds": round(told["open_seconds"], 3),
-        "beside_shard_mib": round((told["peak_bytes"] - told["parameter_bytes"]) / MIB, 1),
+        "shard_mib": round(output["parameter_bytes"] / MIB, 1),
+        "read_mib": round(output["bytes_read"] / MIB, 1),
+        "seconds": round(output["seconds"], 2),
+        "open_seconds": round(output["open_seconds"], 3),
+        "beside_shard_mib": round((output["peak_bytes"] - output["parameter_bytes"]) / MIB, 1),
     }
 
 
@@ -163,13 +164,13 @@ def measured(
     for side in sides:
         worker.begin(side=side, dense=str(dense), **about)
         worker.wait_ready()
-        told = worker.ask(do="fill")
+        output = worker.ask(do="fill")
         worker.end()
-        yield side, told
+        yield side, output
 
 
-def _of(told: list[dict[str, Any]], name: str) -> list[float]:
-    return [float(one[name]) for one in told]
+def _of(output: list[dict[str, Any]], name: str) -> list[float]:
+    return [float(one[name]) for one in output]
 
 
 def _warm(dense: Path) -> None:

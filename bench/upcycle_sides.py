@@ -114,8 +114,8 @@ def transformers(config: RunConfig, rank: int) -> Measured:
     dense = LlamaForCausalLM.from_pretrained(config.source.path, dtype=torch.bfloat16)
     state: dict[str, torch.Tensor] = {}
     for name, tensor in dense.state_dict().items():
-        before, found, after = name.partition(".mlp.")
-        for expert in range(config.moe.num_moe_experts) if found else (None,):
+        before, result, after = name.partition(".mlp.")
+        for expert in range(config.moe.num_moe_experts) if result else (None,):
             key = name if expert is None else f"{before}.mlp.experts.{expert}.{after}"
             state[key] = tensor.clone()
     mine = range(config.moe.num_moe_experts)[rank :: config.parallel.expert_parallel_size]
@@ -168,9 +168,9 @@ def _megatron_dense(config: RunConfig, spec: DenseSpec, groups: Any) -> Any:
 
     from megatron_moe.model.config import transformer_config
 
-    told = transformer_config(config, spec, engine=TORCH_ON_CPU)
+    output = transformer_config(config, spec, engine=TORCH_ON_CPU)
     dense = replace(
-        told,
+        output,
         num_moe_experts=None,
         moe_ffn_hidden_size=None,
         moe_layer_freq=1,

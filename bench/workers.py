@@ -72,24 +72,24 @@ class Worker:
 
 def take_pipes() -> Pipes:
     """The pipes of this worker, kept from whatever else prints; forked processes have them too."""
-    told, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    output, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    return told, answers
+    return output, answers
 
 
 def subjects(pipes: Pipes) -> Iterator[dict[str, Any]]:
     """Yield what to measure; asking for the next reports that the last one has ended."""
-    told, answers = pipes
-    while line := told.readline():
+    output, answers = pipes
+    while line := output.readline():
         yield json.loads(line)
         _say({}, answers)
 
 
 def serve(answer: Answers, pipes: Pipes, ready: dict[str, Any]) -> None:
     """Say that all is built, then answer every line until one says that this is the end."""
-    told, answers = pipes
+    output, answers = pipes
     _say(ready, answers)
-    while line := told.readline():
+    while line := output.readline():
         command = json.loads(line)
         if command == {"do": "end"}:
             return

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Functions of local.sh and nodes.sh: which interpreter, and how many ranks.
+# Functions of local.sh and nodes.sh: find the interpreter, and count ranks.
 
 # Set PYTHON, unless it is set, to the repository's .venv or the python in PATH.
 find_python() {
@@ -9,7 +9,7 @@ find_python() {
     fi
 }
 
-# What the program will see, not what the machine has: CUDA_VISIBLE_DEVICES counts, and -1 hides.
+# Print the number of GPUs that the program will see, which CUDA_VISIBLE_DEVICES may limit.
 visible_gpus() {
     if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
         tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -cE '^[[:alnum:]]' || true
@@ -20,7 +20,7 @@ visible_gpus() {
     fi
 }
 
-# Set GPUS, and RANKS unless it is set: one for each GPU, or one.
+# Set GPUS, and RANKS unless it is set: one per GPU, or one.
 count_ranks() {
     GPUS=$(visible_gpus)
     RANKS=${RANKS:-$((GPUS > 0 ? GPUS : 1))}

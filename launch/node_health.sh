@@ -1,26 +1,26 @@
 #!/usr/bin/env bash
-# Is this node fit to run? Says what is wrong, by the node's name, and fails.
+# Check that this node can run a job; otherwise print what is wrong with it, and fail.
 #
-#   launch/node_health.sh GPUS FOLDER     so many GPUs must answer, FOLDER must take a file
+#   launch/node_health.sh GPUS FOLDER     GPUS must respond, and FOLDER must be writable
 set -euo pipefail
 
-gpus=${1:?how many GPUs} folder=${2:?which folder}
+gpus=${1:?number of GPUs} folder=${2:?folder}
 node=$(hostname)
-sick=0
+failed=0
 complain() {
     echo "node_health: $node: $1" >&2
-    sick=1
+    failed=1
 }
 
 if ((gpus > 0)); then
-    # A GPU that fell off the bus hangs the tool that asks for it, so it gets a minute.
+    # nvidia-smi hangs if a GPU has fallen off the bus, so it has a minute.
     if ! uncorrected=$(timeout 60 nvidia-smi --format=csv,noheader \
         --query-gpu=ecc.errors.uncorrected.volatile.total); then
-        complain "nvidia-smi fails or does not answer: reboot the node, or exclude it"
+        complain "nvidia-smi fails or does not respond: reboot the node, or exclude it"
     else
-        found=$(grep -c . <<<"$uncorrected" || true)
-        ((found >= gpus)) || complain "$found of $gpus GPUs answer"
-        # Where a GPU counts none it says [N/A].
+        responding=$(grep -c . <<<"$uncorrected" || true)
+        ((responding >= gpus)) || complain "$responding of $gpus GPUs respond"
+        # A GPU without this counter prints [N/A].
         if grep -qE '^[1-9]' <<<"$uncorrected"; then
             complain "a GPU has uncorrected memory errors: $(tr '\n' ' ' <<<"$uncorrected")"
         fi
@@ -30,7 +30,7 @@ fi
 if probe=$(mktemp "$folder/.node_health.XXXXXX" 2>/dev/null); then
     rm -f "$probe"
 else
-    complain "cannot write to $folder: is the shared file system mounted, and is there room?"
+    complain "cannot write to $folder: check that the shared file system is mounted and has free space"
 fi
 
-exit "$sick"
+exit "$failed"

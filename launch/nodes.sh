@@ -3,20 +3,20 @@
 #
 #   NNODES=2 MASTER_ADDR=node0 launch/nodes.sh CONFIG.yaml [key.path=value ...]
 #
-#   NNODES=2                 number of machines; 2:4 starts with two to four, whoever is there
-#   MASTER_ADDR=node0        one of them, as the others reach it; torchrun meets there
-#   MASTER_PORT=29400        its port for that; another one for a second job on the same machines
-#   JOB_ID=megatron-moe      name of the job; machines with the same one belong together
-#   RESTARTS=3               how often torchrun starts all ranks again after one has failed
-#   NODE_ADDR=10.0.0.7       this machine as the others reach it; default: its name
-#   RANKS=8                  ranks on this machine; default: the GPUs in sight, or 1
-#   ACTION=bench             measure instead of training
-#   PYTHON=python3           the interpreter that has the package; default: .venv/bin/python of
+#   NNODES=2                 number of machines; 2:4 starts with two to four, as many as join
+#   MASTER_ADDR=node0        one of them, by a name or address that all others can reach
+#   MASTER_PORT=29400        port of the rendezvous; a second job on the same machines needs another
+#   JOB_ID=megatron-moe      name of the job, the same on all of its machines
+#   RESTARTS=3               times that torchrun restarts all ranks after one has failed
+#   NODE_ADDR=10.0.0.7       address of this machine for the others; default: its name
+#   RANKS=8                  ranks on this machine; default: number of visible GPUs, or 1
+#   ACTION=bench             command of megatron-moe to run; default: train
+#   PYTHON=python3           interpreter that has the package; default: .venv/bin/python of
 #                            the repository, or python
 #
 # run.dir, the data and the source must be on a file system that all machines share. The machines
-# must reach each other on all ports, and nobody else should (docs/security.md). The same commands
-# again resume from the newest checkpoint.
+# must reach each other on all ports, and nobody else should (docs/security.md). Run the same commands
+# again to resume from the newest checkpoint.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

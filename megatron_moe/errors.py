@@ -21,6 +21,10 @@ class JobError(UserError):
     """Training cannot continue: a rank is lost, or losses are not finite."""
 
 
+class DiskError(UserError):
+    """A disk is full, read-only, over its quota, or fails."""
+
+
 def nearest_multiples(value: int, unit: int) -> str:
     """Return the multiples of ``unit`` below and above ``value``."""
     below = value // unit * unit

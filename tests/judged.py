@@ -40,11 +40,11 @@ def make_judged(root: Path) -> Judged:
     texts = {"code": documents("argparse.py", size=150), "more": documents("ast.py", size=260)}
     domains = {
         name: {
-            "path": write(root / f"{name}.jsonl", found[10:]),
-            "validation_path": write(root / f"{name}-held-out.jsonl", found[:10]),
+            "path": write(root / f"{name}.jsonl", result[10:]),
+            "validation_path": write(root / f"{name}-held-out.jsonl", result[:10]),
             "weight": 0.5,
         }
-        for name, found in texts.items()
+        for name, result in texts.items()
     }
     settings = tree(
         root / "run", dense, root,
@@ -59,5 +59,5 @@ def make_judged(root: Path) -> Judged:
         root / "run",
         dense,
         root / "code.jsonl",
-        {name: found[:10] for name, found in texts.items()},
+        {name: result[:10] for name, result in texts.items()},
     )

@@ -43,20 +43,20 @@ def changes(name: str) -> tuple[int, dict[str, dict[str, Any]]]:
     allgather: tokens go to all ranks. replicated: no distributed optimizer.
     """
     world_size, parallel = layout(name)
-    found: dict[str, dict[str, Any]] = {"parallel": parallel, "moe": {}, "train": {}}
+    result: dict[str, dict[str, Any]] = {"parallel": parallel, "moe": {}, "train": {}}
     for word in name.split():
         match word.partition("-"):
             case ("capacity", _, _):
-                found["moe"] |= {"moe_expert_capacity_factor": 2.0}
+                result["moe"] |= {"moe_expert_capacity_factor": 2.0}
             case ("drops", _, _):
-                found["moe"] |= {"moe_expert_capacity_factor": 0.75, "capacity_scope": "sequence"}
+                result["moe"] |= {"moe_expert_capacity_factor": 0.75, "capacity_scope": "sequence"}
             case ("recompute", _, what):
-                found["train"] |= {"recompute": what}
+                result["train"] |= {"recompute": what}
             case ("allgather", _, _):
-                found["moe"] |= {"moe_token_dispatcher_type": "allgather"}
+                result["moe"] |= {"moe_token_dispatcher_type": "allgather"}
             case ("padded", _, _):
-                found["moe"] |= {"moe_expert_capacity_factor": 2.0,
+                result["moe"] |= {"moe_expert_capacity_factor": 2.0,
                                  "moe_pad_expert_input_to_capacity": True}  # fmt: skip
             case ("replicated", _, _):
-                found["optimizer"] = {"use_distributed_optimizer": False}
-    return world_size, found
+                result["optimizer"] = {"use_distributed_optimizer": False}
+    return world_size, result

@@ -55,7 +55,7 @@ def likelihoods(folder: Path, questions: list[Question]) -> list[list[float]]:
     """Log-likelihood of each choice after its question: one pass each, nothing shared."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    found = []
+    result = []
     for question in questions:
         before = len(tokenizer(question["question"]).input_ids)
         sums = []
@@ -64,14 +64,14 @@ def likelihoods(folder: Path, questions: list[Question]) -> list[list[float]]:
             logits_SV = model(ids_T[None, :-1]).logits[0].double()
             logp_S = logits_SV.log_softmax(dim=-1).gather(1, ids_T[1:, None])[:, 0]
             sums.append(logp_S[before - 1 :].sum().item())
-        found.append(sums)
-    return found
+        result.append(sums)
+    return result
 
 
-def scores_by_hand(questions: list[Question], found: list[list[float]]) -> dict[str, float]:
+def scores_by_hand(questions: list[Question], result: list[list[float]]) -> dict[str, float]:
     """Accuracy, and accuracy by likelihood per letter."""
     right = {"acc": 0, "acc_norm": 0}
-    for question, sums in zip(questions, found, strict=True):
+    for question, sums in zip(questions, result, strict=True):
         lengths = [len(choice) for choice in question["choices"]]
         per_letter = [s / n for s, n in zip(sums, lengths, strict=True)]
         right["acc"] += sums.index(max(sums)) == question["right"]

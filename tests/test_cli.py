@@ -16,6 +16,7 @@ from megatron_moe.cli import main as cli
 from megatron_moe.cli import start
 from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
+from megatron_moe.errors import ConfigError, JobError
 
 DENSE = {
     "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 4, "hidden_size": 32,
@@ -82,10 +83,10 @@ def test_help_and_a_wrong_setting_import_neither_torch_nor_megatron(yaml_file: P
         "except SystemExit as end:\n    print('exit', end.code)\n"
         "print(sorted({'torch', 'megatron', 'transformers'} & set(sys.modules)))\n"
     )
-    told = python("-c", script, "--help").stdout.splitlines()[-2:]
-    assert told == ["exit 0", "[]"]
-    told = python("-c", script, "train", yaml_file, "moe.experts=4").stdout.splitlines()
-    assert told == ["exit 2", "[]"]
+    output = python("-c", script, "--help").stdout.splitlines()[-2:]
+    assert output == ["exit 0", "[]"]
+    output = python("-c", script, "train", yaml_file, "moe.experts=4").stdout.splitlines()
+    assert output == ["exit 2", "[]"]
 
 
 def test_what_only_reads_a_run_imports_neither_torch_nor_megatron():
@@ -121,19 +122,19 @@ def test_a_refusal_of_the_real_program_has_no_traceback(tmp_path: Path):
     ids=["unknown-key", "wrong-type", "no-equals", "three-at-once"],
 )  # fmt: skip
 def test_a_wrong_setting_is_refused(yaml_file, capsys, monkeypatch, overrides, message):
-    told = refused(capsys, monkeypatch, "train", yaml_file, *overrides)
+    output = refused(capsys, monkeypatch, "train", yaml_file, *overrides)
     if message is not None:
-        assert told == message
+        assert output == message
     else:
-        assert [line.split()[1] for line in told.splitlines()] == [
+        assert [line.split()[1] for line in output.splitlines()] == [
             "moe.topk", "data.seq_length", "train.steps",
         ]  # fmt: skip
 
 
 def test_a_missing_dense_folder_is_refused(yaml_file, capsys, monkeypatch, tmp_path):
-    told = refused(capsys, monkeypatch, "train", yaml_file, f"source.path={tmp_path / 'nowhere'}")
+    output = refused(capsys, monkeypatch, "train", yaml_file, f"source.path={tmp_path / 'nowhere'}")
     path = tmp_path / "nowhere" / "config.json"
-    assert told.startswith(f"CheckpointError: cannot read {path}: No such file or directory.\n  ")
+    assert output.startswith(f"CheckpointError: cannot read {path}: No such file or directory.\n  ")
     assert not (tmp_path / "run").exists(), "nothing is made before everything is checked"
 
 
@@ -141,8 +142,8 @@ def test_a_missing_dense_folder_is_refused(yaml_file, capsys, monkeypatch, tmp_p
 def test_weights_and_biases_without_its_package_is_refused(
     yaml_file, capsys, monkeypatch, tmp_path
 ):
-    told = refused(capsys, monkeypatch, "train", yaml_file, "log.wandb_project=moe")
-    assert told == (
+    output = refused(capsys, monkeypatch, "train", yaml_file, "log.wandb_project=moe")
+    assert output == (
         "ConfigError: log.wandb_project (moe) requires the package wandb, which is not installed.\n"
         "  pip install 'megatron-moe[wandb]', or log.wandb_project=null\n"
     )
@@ -152,19 +153,19 @@ def test_weights_and_biases_without_its_package_is_refused(
 def test_an_unsupported_model_is_refused_with_all_reasons(yaml_file, capsys, monkeypatch, tmp_path):
     config = DENSE | {"hidden_act": "gelu", "mlp_bias": True}
     (tmp_path / "dense" / "config.json").write_text(json.dumps(config))
-    told = refused(capsys, monkeypatch, "train", yaml_file).splitlines()
-    assert told[0].startswith("CheckpointError: ")
-    assert [line[:2] for line in told[1:]] == ["  ", "  "]
+    output = refused(capsys, monkeypatch, "train", yaml_file).splitlines()
+    assert output[0].startswith("CheckpointError: ")
+    assert [line[:2] for line in output[1:]] == ["  ", "  "]
 
 
 def test_an_illegal_layout_is_refused_before_any_rank_starts(
     yaml_file, capsys, monkeypatch, tmp_path
 ):
-    told = refused(
+    output = refused(
         capsys, monkeypatch, "train", yaml_file, "--ranks", 3,
         "parallel.tensor_parallel_size=4", "parallel.expert_parallel_size=3",
     )  # fmt: skip
-    heads = [line for line in told.splitlines() if not line.startswith("  ")]
+    heads = [line for line in output.splitlines() if not line.startswith("  ")]
     assert len(heads) == 3
     assert all(line.startswith("ConfigError: ") for line in heads)
     for words in (
@@ -172,7 +173,7 @@ def test_an_illegal_layout_is_refused_before_any_rank_starts(
         "num_key_value_heads of the dense model (2)",
         "moe.num_moe_experts (4)",
     ):
-        assert words in told
+        assert words in output
     assert not (tmp_path / "run").exists()
 
 
@@ -195,14 +196,14 @@ def test_local_ranks_inside_a_started_job_are_refused(
 ):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    told = refused(capsys, monkeypatch, "train", yaml_file, "--ranks", 2)
-    assert told.startswith("ConfigError: --ranks (2) starts ranks on this machine")
-    assert "already started 4.\n  remove --ranks" in told
+    output = refused(capsys, monkeypatch, "train", yaml_file, "--ranks", 2)
+    assert output.startswith("ConfigError: --ranks (2) starts ranks on this machine")
+    assert "already started 4.\n  remove --ranks" in output
 
 
 def test_an_export_of_no_checkpoint_is_refused(capsys, monkeypatch, tmp_path):
-    told = refused(capsys, monkeypatch, "export", tmp_path, "--out", tmp_path / "out")
-    assert told.startswith(f"CheckpointError: {tmp_path} is neither a checkpoint")
+    output = refused(capsys, monkeypatch, "export", tmp_path, "--out", tmp_path / "out")
+    assert output.startswith(f"CheckpointError: {tmp_path} is neither a checkpoint")
     assert not (tmp_path / "out").exists()
 
 
@@ -210,8 +211,8 @@ def test_an_export_of_no_checkpoint_is_refused(capsys, monkeypatch, tmp_path):
     "args", [("train",), ("train", "x.yaml", "--ranks", "0"), ("tarin",), ("export", "x")], ids=str
 )
 def test_a_wrong_command_line_is_refused(capsys, monkeypatch, args):
-    told = refused(capsys, monkeypatch, *args)
-    assert "Usage" in told
+    output = refused(capsys, monkeypatch, *args)
+    assert "Usage" in output
 
 
 def test_a_bug_of_ours_keeps_its_traceback(yaml_file, monkeypatch):
@@ -270,3 +271,13 @@ def test_the_version_is_the_packages(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         cli.main()
     assert capsys.readouterr().out == f"megatron-moe {megatron_moe.__version__}\n"
+
+
+def test_a_lost_rank_ends_with_how_to_resume():
+    with (
+        pytest.raises(JobError, match=r"^rank 1 died\n  run the same command$"),
+        start.resumable("run the same command"),
+    ):
+        raise JobError("rank 1 died")
+    with pytest.raises(ConfigError, match=r"^not lost$"), start.resumable("run the same command"):
+        raise ConfigError("not lost")

@@ -163,10 +163,10 @@ def test_the_followed_tensor_has_rows():
 
 @pytest.mark.parametrize(("module", "function"), ROWS)
 def test_a_stage_of_the_followed_tensor_is_a_function(module, function):
-    found = importlib.import_module(module.replace("/", "."))
+    result = importlib.import_module(module.replace("/", "."))
     for name in function.split("."):
-        found = getattr(found, name)
-    assert callable(found)
+        result = getattr(result, name)
+    assert callable(result)
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -38,18 +38,18 @@ def in_a_child(check, *args) -> None:
 
 
 def agrees_with_the_planner(
-    found: DryRun, config: RunConfig, spec: DenseSpec, *, world_size: int
+    result: DryRun, config: RunConfig, spec: DenseSpec, *, world_size: int
 ) -> None:
-    assert found.counted == found.planned
-    shape, stage = upcycled_shape(spec, config.moe), found.groups["pp"].index(found.rank)
-    assert found.parameters == sum(rank_parameters(shape, found.degrees, pp_rank=stage))
-    chunks = rank_tensors(shape, found.degrees, pp_rank=stage)
-    assert found.filled.parameters == sum(map(len, chunks))
+    assert result.counted == result.planned
+    shape, stage = upcycled_shape(spec, config.moe), result.groups["pp"].index(result.rank)
+    assert result.parameters == sum(rank_parameters(shape, result.degrees, pp_rank=stage))
+    chunks = rank_tensors(shape, result.degrees, pp_rank=stage)
+    assert result.filled.parameters == sum(map(len, chunks))
     both = fold(config.parallel, world_size=world_size)
     for axis in ("tp", "cp", "dp", "pp"):
-        assert found.groups[axis] in both.attention.groups(axis)
+        assert result.groups[axis] in both.attention.groups(axis)
     for axis in ("etp", "ep", "edp"):
-        assert found.groups[axis] in both.experts.groups(axis)
+        assert result.groups[axis] in both.experts.groups(axis)
 
 
 @pytest.mark.distributed
@@ -85,8 +85,8 @@ def test_parameters_and_state_are_the_planners_to_the_byte(
                 ),
             )  # fmt: skip
             for rank in sorted({0, world_size // 3, world_size - 1}):
-                found = dry_run(config, rank=rank, world_size=world_size)
-                agrees_with_the_planner(found, config, read_spec(dense), world_size=world_size)
+                result = dry_run(config, rank=rank, world_size=world_size)
+                agrees_with_the_planner(result, config, read_spec(dense), world_size=world_size)
 
     in_a_child(check)
 
@@ -200,10 +200,10 @@ def test_bytes_read_are_those_of_real_ranks(tmp_path: Path, method: str, moe: di
 
     def check() -> None:
         for theirs in receipt["ranks"]:
-            found = dry_run(config, rank=theirs["rank"], world_size=world_size)
-            assert found.filled.bytes_read == theirs["bytes_read"] > 0
-            assert found.filled.parameter_bytes == theirs["parameter_bytes"]
-            assert found.source_bytes == receipt["source_bytes"]
+            result = dry_run(config, rank=theirs["rank"], world_size=world_size)
+            assert result.filled.bytes_read == theirs["bytes_read"] > 0
+            assert result.filled.parameter_bytes == theirs["parameter_bytes"]
+            assert result.source_bytes == receipt["source_bytes"]
 
     in_a_child(check)
 
@@ -222,10 +222,10 @@ def test_every_h100_configuration(tmp_path: Path):
             config = config.model_copy(
                 update={"source": config.source.model_copy(update={"path": folder})}
             )
-            found = dry_run(config, rank=0, world_size=gpus)
-            agrees_with_the_planner(found, config, spec, world_size=gpus)
-            assert found.memory.total < 80
-            assert 0 < found.filled.bytes_read <= found.source_bytes
+            result = dry_run(config, rank=0, world_size=gpus)
+            agrees_with_the_planner(result, config, spec, world_size=gpus)
+            assert result.memory.total < 80
+            assert 0 < result.filled.bytes_read <= result.source_bytes
 
     in_a_child(check)
 
@@ -247,12 +247,12 @@ def command(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_json_of_the_command(yaml_file: Path):
-    told = command(
+    output = command(
         yaml_file, "parallel.expert_parallel_size=4", "--dry-run", "--world-size", 4, "--rank", 3,
         "--json",
     )  # fmt: skip
-    assert told.returncode == 0, told.stderr
-    numbers = json.loads(told.stdout)
+    assert output.returncode == 0, output.stderr
+    numbers = json.loads(output.stdout)
     assert numbers["groups"]["ep"] == [0, 1, 2, 3]
     assert numbers["experts"] == [3]
     assert numbers["state_bytes"] == numbers["planned_state_bytes"]
@@ -273,20 +273,20 @@ def test_json_of_the_command(yaml_file: Path):
     ],
 )
 def test_refusals(yaml_file: Path, arguments: tuple, words: str):
-    told = command(yaml_file, *arguments)
-    assert told.returncode == 2
-    assert words in told.stderr
-    assert "Traceback" not in told.stderr
+    output = command(yaml_file, *arguments)
+    assert output.returncode == 2
+    assert words in output.stderr
+    assert "Traceback" not in output.stderr
 
 
 def test_recomputation_of_another_engine_does_not_stop_the_dry_run(yaml_file: Path):
     """As on a laptop, which builds torch-native layers for a configuration of H100s."""
-    told = command(
+    output = command(
         yaml_file, "run.device=auto", "train.recompute=selective", "--dry-run", "--world-size", 4,
         "--json",
     )  # fmt: skip
-    assert told.returncode == 0, told.stderr
-    assert "torch-native" in json.loads(told.stdout)["layer_spec"]
+    assert output.returncode == 0, output.stderr
+    assert "torch-native" in json.loads(output.stdout)["layer_spec"]
 
 
 def test_a_rank_that_is_not_there(yaml_file: Path):

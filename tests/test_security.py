@@ -43,7 +43,7 @@ def calls(path: Path) -> list[tuple[str, dict[str, str]]]:
 
 def modules_that_import(*names: str) -> set[str]:
     """Return the modules that import one of these packages, anywhere in them."""
-    found = set()
+    result = set()
     for path in MODULES:
         for node in ast.walk(ast.parse(path.read_text())):
             imported: list[str] = []
@@ -52,8 +52,8 @@ def modules_that_import(*names: str) -> set[str]:
             elif isinstance(node, ast.ImportFrom):
                 imported = [node.module or ""]
             if any(name == n or name.startswith(f"{n}.") for name in imported for n in names):
-                found.add(path.relative_to(PACKAGE).as_posix())
-    return found
+                result.add(path.relative_to(PACKAGE).as_posix())
+    return result
 
 
 @pytest.mark.parametrize("statement", re.findall(r"`(tests/\S+\.py)::(\w+)`", PAGE.read_text()))

@@ -39,16 +39,16 @@ def test_a_missing_model_is_named_with_the_command_that_gets_it(
     monkeypatch.chdir(tmp_path)  # a user may have the models in the repository's folder
     monkeypatch.setattr(sys, "argv", sys.argv)
     folder = load(RunConfig, file).source.path
-    told = refused(capsys, *(str(word).format(file) for word in words))
-    assert told.startswith(f"CheckpointError: cannot read {folder}/config.json: ")
+    output = refused(capsys, *(str(word).format(file) for word in words))
+    assert output.startswith(f"CheckpointError: cannot read {folder}/config.json: ")
     if file == DEMO:
-        assert f"python tools/get_dense.py {folder}\n" in told
+        assert f"python tools/get_dense.py {folder}\n" in output
         assert (ROOT / "tools" / "get_dense.py").is_file()
     elif folder.name == WITHOUT_WEIGHTS:
-        assert f"hf download ORGANIZATION/{WITHOUT_WEIGHTS} --local-dir {folder}\n" in told
+        assert f"hf download ORGANIZATION/{WITHOUT_WEIGHTS} --local-dir {folder}\n" in output
     else:
-        assert f"hf download {HUB_NAMES[folder.name]} --local-dir {folder}\n" in told
-        assert f"hf download {HUB_NAMES[folder.name]} config.json --local-dir {folder}\n" in told
+        assert f"hf download {HUB_NAMES[folder.name]} --local-dir {folder}\n" in output
+        assert f"hf download {HUB_NAMES[folder.name]} config.json --local-dir {folder}\n" in output
 
 
 def test_the_printed_command_is_one_of_the_hub_client():

@@ -174,7 +174,7 @@ def inject(stage: Stage, fault: Fault) -> Outcome:
             broken = stage.job(run_dir, fault)
             assert (broken.exit_code == 0) == fault.ends_well, broken.output
         else:
-            interrupted = stage.job(run_dir, faults.told(signal.SIGTERM))  # leaves steps to run
+            interrupted = stage.job(run_dir, faults.signaled(signal.SIGTERM))  # leaves steps to run
             assert interrupted.exit_code == 0, interrupted.output
             fault.damage(run_dir)
             broken = stage.job(run_dir)
@@ -204,8 +204,8 @@ def inject(stage: Stage, fault: Fault) -> Outcome:
 
 def check_output(fault: Fault, output: str) -> None:
     """Raise AssertionError if the operator had to read a traceback of a library's threads."""
-    found = re.search(r"Traceback \(most recent|Exception in thread|terminate called", output)
-    assert found is None, f"{fault.name}: the output contains a traceback\n{output}"
+    result = re.search(r"Traceback \(most recent|Exception in thread|terminate called", output)
+    assert result is None, f"{fault.name}: the output contains a traceback\n{output}"
 
 
 def _follow_the_way_out(run_dir: Path, message: str) -> None:
@@ -269,8 +269,8 @@ def all_faults(stage: Stage, checkpoint_bytes: int) -> list[Fault]:
         ),
         faults.kill_before_name(),
         faults.kill_job(),
-        faults.told(signal.SIGTERM),
-        faults.told(signal.SIGUSR1),
+        faults.signaled(signal.SIGTERM),
+        faults.signaled(signal.SIGUSR1),
         faults.stopped(1),
         faults.stopped(0),
         faults.hanging(1),

@@ -122,7 +122,7 @@ def kill_job() -> Fault:
     )
 
 
-def told(number: signal.Signals) -> Fault:
+def signaled(number: signal.Signals) -> Fault:
     """Send a signal that asks the job to save and stop."""
     return Fault(name=number.name, on_job=lambda pid, _: os.kill(pid, number), ends_well=True)
 

@@ -116,8 +116,8 @@ def _tensors(reader: GGUFReader, config: Mapping[str, Any]) -> dict[str, np.ndar
         "attn_k.weight": config["num_key_value_heads"],
     }
     names = _names(config["num_hidden_layers"], tied=config["tie_word_embeddings"])
-    found = {tensor.name for tensor in reader.tensors}
-    if wrong := sorted(found ^ names.keys()):
+    actual = {tensor.name for tensor in reader.tensors}
+    if wrong := sorted(actual ^ names.keys()):
         raise CheckpointError(
             "the GGUF is not a plain Llama; missing from it or unknown:\n  " + "\n  ".join(wrong)
         )

@@ -185,15 +185,15 @@ def describe_machine(rehearse: bool) -> dict[str, Any]:
     """Return date, commit, device and versions, asked in a process that then ends."""
     code = "from gpu_checks.machine import describe; import json; print(json.dumps(describe()))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    told = subprocess.run(
+    reported = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
     )
-    if told.returncode:
-        sys.exit(f"gpu_check: cannot describe the machine:\n{told.stderr}")
+    if reported.returncode:
+        sys.exit(f"gpu_check: cannot describe the machine:\n{reported.stderr}")
     return {
         "date": datetime.now(UTC).isoformat(timespec="minutes"),
         "rehearsal": rehearse,
-        **json.loads(told.stdout.splitlines()[-1]),
+        **json.loads(reported.stdout.splitlines()[-1]),
     }
 
 

@@ -11,10 +11,10 @@ from megatron_moe.analyze.load import between_others
 from megatron_moe.analyze.record import Analysis
 
 BY_LAYER = (
-    "layer", "max/mean", "entropy", "dead", "dropped", "confidence", "domain distance",
-    "half distance", "expert similarity", "dense similarity",
+    "layer", "max/mean", "entropy", "dead", "drops", "conf.", "domains", "halves", "experts",
+    "dense",
 )  # fmt: skip
-"""Columns by layer; docs/evaluation.md explains them."""
+"""Columns by layer, short enough for 80 characters; docs/evaluation.md explains them."""
 
 BY_DOMAIN = (
     "domain", "tokens", "loss", "max/mean", "entropy", "dead", "busiest expert's tokens",
@@ -40,7 +40,7 @@ def _by_layer(analysis: Analysis) -> list[tuple[str, ...]]:
     rows = [BY_LAYER, *_layers(analysis)]
     if len(analysis.domains) > 1:
         return rows
-    between = BY_LAYER.index("domain distance")
+    between = BY_LAYER.index("domains")
     return [(*row[:between], *row[between + 1 :]) for row in rows]
 
 

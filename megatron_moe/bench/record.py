@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from megatron_moe.errors import ConfigError
 from megatron_moe.hf.disk import write_text
+from megatron_moe.json_text import parse_json
 
 PHASES: tuple[str, ...] = (
     "data", "forward", "dispatch", "experts", "combine", "backward", "reduce", "optimizer", "other",
@@ -166,7 +166,7 @@ def read_record(path: Path) -> Record:
         ConfigError: There is none, or it is not what `write_record` writes.
     """
     try:
-        return _RECORD.validate_python(json.loads(path.read_text(encoding="utf-8")))
+        return _RECORD.validate_python(parse_json(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except (ValidationError, ValueError) as error:

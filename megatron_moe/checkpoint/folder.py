@@ -28,6 +28,7 @@ from megatron_moe.experts.plan import ExpertPlan, make_expert_plan
 from megatron_moe.hf.checksums import read_checksums
 from megatron_moe.hf.disk import fsync
 from megatron_moe.hf.spec import DenseSpec
+from megatron_moe.json_text import parse_json
 
 _STEP = re.compile(r"step_(\d{8,})")
 SOURCE_FILES = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",
@@ -68,7 +69,7 @@ def newest(run_dir: Path) -> Path | None:
     pointer = run_dir / "checkpoints" / "latest"
     if not pointer.exists():
         return None
-    name = pointer.read_text().strip()
+    name = pointer.read_text(errors="replace").strip()
     folder = pointer.parent / name
     if not _STEP.fullmatch(name):
         raise CheckpointError(
@@ -140,7 +141,7 @@ def with_way_out(error: CheckpointError, folder: Path) -> CheckpointError:
 def read_progress(folder: Path) -> Progress:
     """Read checkpoint.json of a complete checkpoint."""
     try:
-        return Progress(**json.loads((folder / "checkpoint.json").read_text()))
+        return Progress(**parse_json((folder / "checkpoint.json").read_text()))
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{folder / 'checkpoint.json'} is damaged: {error}") from error
 

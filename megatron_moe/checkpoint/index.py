@@ -50,14 +50,13 @@ class SafeReader(FileSystemReader):
             metadata = _Unpickler(io.BytesIO(pickled)).load()
         except Exception as error:  # a damaged pickle can raise almost any exception
             raise CheckpointError(f"cannot read {path}: {error}") from error
-        if not isinstance(metadata, Metadata) or metadata.storage_data is None:
-            raise CheckpointError(f"{path} is not the index of a checkpoint")
-        for stored in metadata.storage_data.values():
-            if (
-                Path(stored.relative_path).name != stored.relative_path
-                or stored.relative_path == ".."
-            ):
-                raise CheckpointError(f"{path} points outside its folder: {stored.relative_path}")
+        try:
+            names = [str(stored.relative_path) for stored in metadata.storage_data.values()]
+        except AttributeError as error:
+            raise CheckpointError(f"{path} is not the index of a checkpoint") from error
+        for name in names:
+            if Path(name).name != name or name == "..":
+                raise CheckpointError(f"{path} points outside its folder: {name}")
         self._index = metadata
         return metadata
 

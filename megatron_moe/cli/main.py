@@ -19,12 +19,18 @@ from megatron_moe.cli.analyze import analyze
 from megatron_moe.cli.evaluate import judging
 from megatron_moe.cli.options import ConfigFile, JsonFlag, Overrides, Ranks, parse_size, show
 from megatron_moe.cli.report import pages
-from megatron_moe.cli.start import joined_to, on_ranks, on_ranks_at_hand, position_of
+from megatron_moe.cli.start import (
+    joined_to,
+    on_ranks,
+    on_ranks_at_hand,
+    position_of,
+    resumable,
+)
 from megatron_moe.cli.verify import verifying
 from megatron_moe.config.load import load
 from megatron_moe.config.run import Mixing, Parallel, RunConfig
 from megatron_moe.errors import ConfigError, UserError
-from megatron_moe.hf.disk import make_folder
+from megatron_moe.hf.disk import disk_errors_in_words, make_folder, naming
 from megatron_moe.hf.spec import DenseSpec, read_spec
 from megatron_moe.rules.check import check
 from megatron_moe.rules.construction import measuring_violations
@@ -101,7 +107,8 @@ def train(
     if world_size is not None or rank is not None or as_json:
         raise ConfigError("--world-size, --rank and --json require --dry-run")
     require_packages(config)
-    on_ranks(_train, config, ranks)
+    with resumable("run the same command to resume from the newest checkpoint"):
+        on_ranks(_train, config, ranks)
 
 
 def _dry_run(
@@ -219,14 +226,15 @@ def tokenize(
         min_tokens=min_tokens,
         max_tokens=max_tokens,
     )
-    report = tokenize_files(
-        inputs,
-        out,
-        load_tokenizer(tokenizer),
-        rules=rules,
-        workers=workers,
-        max_malformed=max_malformed,
-    )
+    with naming(out):
+        report = tokenize_files(
+            inputs,
+            out,
+            load_tokenizer(tokenizer),
+            rules=rules,
+            workers=workers,
+            max_malformed=max_malformed,
+        )
     counted = dataclasses.asdict(report)
     show(counted if as_json else _counts_text(counted, out), as_json=as_json)
 
@@ -285,7 +293,8 @@ def construct(
     config = load(RunConfig, config_file, overrides or [])
     if result := list(measuring_violations(config, read_spec(config.source.path))):
         raise ConfigError("\n".join(result))
-    on_ranks_at_hand(_construct, config, ranks, overrides=overrides or [])
+    with resumable("run the same command to resume from the newest finished part"):
+        on_ranks_at_hand(_construct, config, ranks, overrides=overrides or [])
 
 
 def _construct(config: RunConfig, world: Any) -> None:
@@ -452,7 +461,8 @@ def flops(
 def main() -> None:
     """Run the command line and exit."""
     try:
-        app()
+        with disk_errors_in_words(Path.cwd()):
+            app()
     except UserError as error:
         kind = type(error).__name__
         for line in str(error).splitlines():

@@ -15,7 +15,8 @@ ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The run
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[key.path=value ...]", help="Settings that override the file: train.steps=20."
+        metavar="[key.path=value ...]",
+        help="Settings that override those of the file or run: train.steps=20.",
     ),
 ]
 Ranks = Annotated[

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from megatron_moe.config.run import RunConfig
-from megatron_moe.errors import ConfigError
-from megatron_moe.hf.disk import make_folder
+from megatron_moe.errors import ConfigError, JobError
+from megatron_moe.hf.disk import make_folder, naming
 from megatron_moe.hf.spec import read_spec
 from megatron_moe.rules.check import check, nearest_legal
 from megatron_moe.rules.nearest import changes
@@ -46,7 +47,22 @@ def on_ranks(
     check(resolved(config, engine), read_spec(config.source.path), world_size)
     make_folder(config.run.dir, "run.dir")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    joined_to(position, partial(story, config), ranks=ranks or 1, device=device)
+    story_of_rank = partial(_in_run_dir, story, config)
+    joined_to(position, story_of_rank, ranks=ranks or 1, device=device)
+
+
+def _in_run_dir(story: Callable[[RunConfig, World], None], config: RunConfig, world: World) -> None:
+    with naming(config.run.dir):  # errors of its disk that name no file
+        story(config, world)
+
+
+@contextlib.contextmanager
+def resumable(way_out: str) -> Iterator[None]:
+    """Append how to resume to the error of a job that lost a rank inside a ``with`` block."""
+    try:
+        yield
+    except JobError as error:
+        raise JobError(f"{error}\n  {way_out}") from error
 
 
 def on_ranks_at_hand(

@@ -8,7 +8,6 @@ package does not know. `check_export` reads both files back with transformers an
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from megatron_moe.hf.dtypes import OF_PRECISION
 from megatron_moe.hf.names import Architecture
 from megatron_moe.hf.rope import rope_parameters
 from megatron_moe.hf.spec import DenseSpec
+from megatron_moe.json_text import parse_json
 
 _MODEL_TYPES: dict[Architecture, str] = {
     "MixtralForCausalLM": "mixtral",
@@ -196,4 +196,4 @@ def _read_by_transformers(model_type: str, config: dict[str, Any]) -> dict[str, 
 
 def read_source_config(folder: Path) -> dict[str, Any]:
     """Return the parsed ``config.json`` of the source model."""
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return parse_json((folder / "config.json").read_text(encoding="utf-8"))

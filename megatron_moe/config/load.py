@@ -70,6 +70,8 @@ _resolve_implicitly(
 )
 
 
+MOST_VALUES = 100_000
+"""Values that a configuration may have; a mixture of a thousand domains has a few thousand."""
 RENAMED = {"dense": "source"}
 """Sections that had another name in version 0.1, and their names now. A file that a user wrote is
 refused with the new name; a file of a checkpoint is read as it is."""
@@ -95,18 +97,40 @@ def load(
         tree: Any = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or thousands of digits
         raise ConfigError(f"{path} is not YAML: {error}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path} is not a configuration: it is nested too deeply") from error
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must hold sections (run:, source:, ...), not {tree!r}")
+        raise ConfigError(f"{path} must hold sections (run:, source:, ...), not {tree!r:.100}")
+    if _count(tree, MOST_VALUES) > MOST_VALUES:
+        raise ConfigError(
+            f"{path} has more than {MOST_VALUES:,} values, aliases (*name) included.\n"
+            "  write values out instead of repeating them by aliases"
+        )
     if from_checkpoint:
         tree = {RENAMED.get(name, name): section for name, section in tree.items()}
     tree = _without_empty_sections(cls, tree)
     for override in overrides:
         _apply(tree, override)
     return build(cls, tree)
+
+
+def _count(value: Any, most: int) -> int:
+    """Return the number of values in a tree, or one more than ``most`` if there are more.
+
+    A few lines of YAML can name a list that names a list ten times, and so on: gigabytes as JSON.
+    """
+    if most < 0 or not isinstance(value, (dict, list)):
+        return 1
+    count = 1
+    for child in value.values() if isinstance(value, dict) else value:
+        count += _count(child, most - count)
+        if count > most:
+            return most + 1
+    return count
 
 
 def build(cls: type[Model], tree: dict[str, Any]) -> Model:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from megatron_moe.data.documents import Block, split_pieces
 from megatron_moe.data.tokenizer import Tokenizer
+from megatron_moe.json_text import parse_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,7 +154,7 @@ def parse_line(line: bytes, text_key: str) -> str:
         ValueError: The line is malformed; the message gives the reason.
     """
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 at byte {error.start} of the line") from error
     except json.JSONDecodeError as error:

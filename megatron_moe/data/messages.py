@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_moe.json_text import parse_json
+
 Message = Mapping[str, Any]
 
 _SHAREGPT_ROLES = {
@@ -45,7 +47,7 @@ def parse_dialogue(line: bytes) -> Dialogue:
         ValueError: The line is not a usable conversation; the message gives the reason.
     """
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from error
     if not isinstance(record, dict):
@@ -58,7 +60,7 @@ def parse_dialogue(line: bytes) -> Dialogue:
         raise ValueError("has no message of the assistant, so there is nothing to learn")
     tools = record.get("tools") or []
     if isinstance(tools, str):  # a Parquet file turned into JSON often holds JSON in a string
-        tools = json.loads(tools)
+        tools = parse_json(tools)
     dialogue = Dialogue(messages, tools if isinstance(tools, list) else [])
     for text in strings([dialogue.messages, dialogue.tools]):
         try:
@@ -125,7 +127,7 @@ def _call(call: object) -> dict[str, Any]:
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments)
+            arguments = parse_json(arguments)
         except ValueError as error:
             raise ValueError(f"the arguments of a tool call are not JSON: {arguments!r}") from error
     return {"type": "function", **call, "function": {**function, "arguments": arguments}}

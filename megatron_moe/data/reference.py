@@ -22,6 +22,7 @@ from megatron_moe.errors import DataError
 from megatron_moe.hf.disk import write_text
 from megatron_moe.hf.dtypes import OF_PRECISION
 from megatron_moe.hf.load import load_model
+from megatron_moe.json_text import parse_json
 from megatron_moe.model.attention import document_mask
 
 
@@ -90,7 +91,7 @@ def read_reference_losses(
         DataError: The file cannot be read, was made with another tokenizer, or lacks a domain.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read the reference losses {path}: {error}") from error
     if not isinstance(content, dict):

@@ -5,7 +5,6 @@ A run with ``data.path`` is a mixture of one domain, so that a single code path 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from megatron_moe.data.stream import TokenStream, fingerprint, split_documents
 from megatron_moe.data.tokenizer import fingerprint_of
 from megatron_moe.data.tokens import prepare_conversations, prepare_tokens
 from megatron_moe.errors import UserError
+from megatron_moe.json_text import parse_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +198,7 @@ def _left_out(prefix: Path) -> list[str]:
     report = Path(f"{prefix}.json")
     if not report.exists():
         return []
-    written = json.loads(report.read_text(encoding="utf-8"))
+    written = parse_json(report.read_text(encoding="utf-8"))
     malformed = [f"skipped as malformed: {line}" for line in written.get("malformed", [])]
     names = [f"not read because of its name: {file}" for file in written.get("left_out", [])]
     return malformed + names

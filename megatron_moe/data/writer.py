@@ -17,7 +17,7 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import _IndexWriter
 from numpy.typing import NDArray
 
-from megatron_moe.hf.disk import make_folder, write_text
+from megatron_moe.hf.disk import make_folder, naming, write_text
 
 _JOURNAL = "journal.json"
 _PARTS = ("tokens.bin", "lengths", "document_ends", "digests")
@@ -71,9 +71,10 @@ class TokenWriter:
 
     def commit(self, journal: dict[str, Any]) -> None:
         """Sync everything written so far to disk, with ``journal`` to resume from."""
-        for file in self._files.values():
-            file.flush()
-            os.fsync(file.fileno())
+        with naming(self.folder):
+            for file in self._files.values():
+                file.flush()
+                os.fsync(file.fileno())
         sizes = {name: file.tell() for name, file in self._files.items()}
         whole = {**journal, "identity": self._identity, "sizes": sizes}
         write_text(self.folder / _JOURNAL, json.dumps(whole))

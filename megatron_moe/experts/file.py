@@ -21,6 +21,7 @@ from megatron_moe.experts.plan import ExpertPlan, LayerTable
 from megatron_moe.experts.recipe import SCHEMA
 from megatron_moe.experts.solved import solved_folder
 from megatron_moe.hf.disk import replacing
+from megatron_moe.json_text import parse_json
 
 PLAN_FILE = "plan.safetensors"
 _KEY = "megatron_moe.expert_plan"
@@ -84,7 +85,10 @@ def read_plan(path: Path, plan: ExpertPlan, *, source: str | None) -> ExpertPlan
             "  create it again with megatron-moe construct"
         )
     solved = solved_folder(path)
-    tables = _tables(arrays, {int(i): digest for i, digest in header.get("down", {}).items()})
+    try:
+        tables = _tables(arrays, {int(i): digest for i, digest in header.get("down", {}).items()})
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
     result = plan.with_tables(tables, solved=solved if solved.is_dir() else None)
     if result.hash != header["hash"]:
         raise CheckpointError(
@@ -117,7 +121,7 @@ def _tables(arrays: dict[str, np.ndarray], down: dict[int, str]) -> dict[int, La
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     try:
         with safe_open(path, "numpy") as file:
-            header = json.loads((file.metadata() or {})[_KEY])
+            header = parse_json((file.metadata() or {})[_KEY])
             return header, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except FileNotFoundError as error:
         raise CheckpointError(

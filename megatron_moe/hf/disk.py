@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_moe.errors import ConfigError
+from megatron_moe.errors import ConfigError, DiskError
 
 _REASONS = {
     errno.ENOSPC: "no space left",
@@ -23,6 +24,8 @@ _REASONS = {
     errno.ESTALE: "the file server no longer knows this folder",
     errno.EACCES: "this user may not write there",
 }
+_FAILURES = _REASONS.keys() - {errno.EACCES}
+"""Errors that mean a failing disk wherever they occur; EACCES may be a file that is only read."""
 
 
 def make_folder(path: Path, setting: str) -> None:
@@ -33,14 +36,20 @@ def make_folder(path: Path, setting: str) -> None:
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        reason = None if os.access(path, os.W_OK | os.X_OK) else "this user may not write to it"
+        reason = None if os.access(path, os.W_OK | os.X_OK) else _why_not(path)
     except OSError as error:
-        reason = error.strerror or str(error)
+        reason = refusal(error, path)
     if reason is not None:
         raise ConfigError(
             f"{setting} ({path}) must be a folder that can be created and written to: {reason}.\n"
             "  choose another one"
         )
+
+
+def _why_not(path: Path) -> str:
+    if os.statvfs(path).f_flag & os.ST_RDONLY:
+        return _REASONS[errno.EROFS]
+    return "this user may not write to it"
 
 
 def fsync(path: Path) -> None:
@@ -50,6 +59,18 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Add the name of a file to errors of its disk that lack it, as those of a write do."""
+    try:
+        yield
+    except Exception as error:
+        failure = _disk_failure(error)
+        if failure is None or failure.filename is not None:
+            raise
+        raise OSError(failure.errno, failure.strerror, str(path)) from error
 
 
 @contextmanager
@@ -63,9 +84,10 @@ def replacing(path: Path) -> Iterator[Path]:
     make_folder(path.parent, f"the folder of {path.name}")
     staged = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
     try:
-        yield staged
-        fsync(staged)
-        staged.replace(path)
+        with naming(path):
+            yield staged
+            fsync(staged)
+            staged.replace(path)
     except BaseException:
         staged.unlink(missing_ok=True)
         raise
@@ -91,9 +113,42 @@ def refusal(error: OSError, folder: Path, *, needed: int | None = None) -> str:
     if error.errno != errno.ENOSPC:
         return f"{reason} ({path})"
     free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
-    asked = "" if needed is None else f"{_size(needed)} needed, "
-    return f"{reason} on the disk of {folder}: {asked}{_size(free)} free"
+    asked = "" if needed is None else f"{size_in_words(needed)} needed, "
+    return f"{reason} on the disk of {folder}: {asked}{size_in_words(free)} free"
 
 
-def _size(count: int) -> str:
+@contextmanager
+def disk_errors_in_words(folder: Path) -> Iterator[None]:
+    """Turn errors of a disk inside a ``with`` block into a `DiskError`.
+
+    Args:
+        folder: Folder whose free space is reported if the error names no file.
+
+    Raises:
+        DiskError: A disk is full, read-only, over its quota, or fails.
+    """
+    try:
+        yield
+    except Exception as error:
+        failure = _disk_failure(error)
+        if failure is None:
+            raise
+        folder = Path(failure.filename).parent if failure.filename else folder
+        raise DiskError(
+            f"{refusal(failure, folder)}.\n"
+            "  free space or repair the disk, or choose another folder, and run the command again"
+        ) from error
+
+
+def _disk_failure(error: Exception) -> OSError | None:
+    """Return the system's error behind an exception; safetensors has it in its message only."""
+    if isinstance(error, OSError):
+        return error if error.errno in _FAILURES else None
+    match = re.search(r"\(os error (\d+)\)", str(error))
+    number = int(match[1]) if match else 0
+    return OSError(number, os.strerror(number)) if number in _FAILURES else None
+
+
+def size_in_words(count: int) -> str:
+    """Return a number of bytes in MiB or GiB."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

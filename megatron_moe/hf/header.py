@@ -5,8 +5,8 @@ Nothing in a folder is executed or unpickled; ``pytorch_model.bin`` is rejected.
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import re
 import struct
 from collections.abc import Iterable, Mapping
@@ -18,6 +18,7 @@ import torch
 
 from megatron_moe.errors import CheckpointError
 from megatron_moe.hf.dtypes import OF_SAFETENSORS
+from megatron_moe.json_text import parse_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -25,6 +26,7 @@ _SHARD = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
 
 _MOST_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _MOST_LISTED = 20
+_LONGEST_NAME = 255  # bytes, of the usual file systems
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +135,7 @@ def _read_shards(folder: Path, file_of: Mapping[str, str]) -> dict[str, TensorIn
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        file_of = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        file_of = parse_json(path.read_text(encoding="utf-8"))["weight_map"]
         entries = [(str(name), str(file)) for name, file in file_of.items()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
@@ -142,11 +144,22 @@ def _read_index(path: Path) -> dict[str, str]:
         ) from error
     for name, file in entries:
         # Check the name, not the link target: the Hub's cache has links to ../../blobs.
-        if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
+        if not _is_below_the_folder(file):
             raise CheckpointError(
-                f"{path} lists the file {file!r} for {name}: it must be in the index's folder"
+                f"{path} lists the file {file[:99]!r} for {name}: it must be in the index's folder"
             )
     return dict(entries)
+
+
+def _is_below_the_folder(file: str) -> bool:
+    """Return whether a name from an index can be one of a file below its folder."""
+    parts = PurePosixPath(file).parts
+    try:
+        lengths = [len(os.fsencode(part)) for part in parts]
+    except UnicodeEncodeError:
+        return False
+    legal = "\0" not in file and 0 < max(lengths, default=0) <= _LONGEST_NAME
+    return legal and not PurePosixPath(file).is_absolute() and ".." not in parts
 
 
 def _read_header(path: Path) -> dict[str, TensorInfo]:
@@ -180,7 +193,7 @@ def _parse_header(path: Path) -> tuple[dict[str, Any], int, int]:
             header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
             if not 2 <= header_bytes <= min(_MOST_HEADER_BYTES, file_bytes - 8):
                 raise _bad_header(path, f"a header of {header_bytes} bytes in {file_bytes} bytes")
-            entries = json.loads(file.read(header_bytes))
+            entries = parse_json(file.read(header_bytes))
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:

@@ -7,7 +7,6 @@ make the model compute anything else than this package builds is rejected, with 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from megatron_moe.hf.rope import (
     rope_scaling,
     unsupported_rope,
 )
+from megatron_moe.json_text import parse_json
 
 COMMON_DEFAULTS: dict[str, Any] = {"rms_norm_eps": 1e-6, "initializer_range": 0.02}
 """Defaults of transformers 5 for keys missing in config.json; `FamilyRow.defaults` has others."""
@@ -72,7 +72,7 @@ def read_spec(folder: Path) -> DenseSpec:
     """
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(
             f"cannot read {path}: {error.strerror or error}.\n"
@@ -90,6 +90,8 @@ def spec_from_config(config: Mapping[str, Any], *, where: str = "config.json") -
     if family is None:
         raise _refusal(where, [_other_architecture(config)])
     config = {**COMMON_DEFAULTS, **FAMILIES[family].defaults, **config}
+    if wrong_kinds := _wrong_kinds(config):
+        raise _refusal(where, wrong_kinds)
     bad_numbers = _bad_numbers(config)
     reasons = [*bad_numbers, *_unsupported(config, family), *_unsupported_rope(config, family)]
     reasons += _unsupported_layers(config, family)
@@ -132,7 +134,8 @@ def _family(config: Mapping[str, Any]) -> Family | None:
     architectures = config.get("architectures")
     if not architectures:  # a config that was saved without a model; use its model_type
         return next((f for f in FAMILIES if f == config.get("model_type")), None)
-    return FAMILY_OF_ARCHITECTURE.get(architectures[0]) if len(architectures) == 1 else None
+    one = isinstance(architectures, list) and len(architectures) == 1
+    return FAMILY_OF_ARCHITECTURE.get(str(architectures[0])) if one else None
 
 
 def _other_architecture(config: object) -> str:
@@ -141,6 +144,28 @@ def _other_architecture(config: object) -> str:
         f"architectures is {name}: supported are {', '.join(FAMILY_OF_ARCHITECTURE)}, "
         "which use RMSNorm, rotary attention and SwiGLU"
     )
+
+
+_KINDS: dict[str, type] = {
+    "rope_scaling": dict, "rope_parameters": dict, "layer_types": list, "hidden_act": str,
+}  # fmt: skip
+"""Kinds of values that are not numbers; null counts as absent."""
+
+
+def _wrong_kinds(config: Mapping[str, Any]) -> list[str]:
+    """Return reasons for values of another JSON type than their key has."""
+    values = {key: (config.get(key), kind) for key, kind in _KINDS.items()}
+    for rope in ("rope_scaling", "rope_parameters"):
+        if isinstance(config.get(rope), dict):
+            values |= {
+                f"{rope}.{key}": (config[rope].get(key), str) for key in ("rope_type", "type")
+            }
+    names = {dict: "an object", list: "a list", str: "text"}
+    return [
+        f"{key} is {value!r:.100}: must be {names[kind]}"
+        for key, (value, kind) in values.items()
+        if value is not None and not isinstance(value, kind)
+    ]
 
 
 def _bad_numbers(config: Mapping[str, Any]) -> list[str]:

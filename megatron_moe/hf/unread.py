@@ -5,7 +5,6 @@ A folder with only a ``config.json`` is enough, because it determines every tens
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from megatron_moe.hf.header import INDEX_FILE, SINGLE_FILE, TensorInfo, read_hea
 from megatron_moe.hf.names import dense_tensors
 from megatron_moe.hf.reader import DenseCheckpoint, Selected
 from megatron_moe.hf.spec import read_spec
+from megatron_moe.json_text import parse_json
 
 
 @dataclass(slots=True)
@@ -46,7 +46,7 @@ def open_unread(folder: Path) -> UnreadCheckpoint:
 
 
 def _stored_dtype(path: Path) -> torch.dtype:
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = parse_json(path.read_text(encoding="utf-8"))
     name = config.get("dtype") or config.get("torch_dtype") or "float32"  # as in transformers
     if name not in OF_CONFIG:
         raise CheckpointError(

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from megatron_moe.errors import CheckpointError
 from megatron_moe.hf.checksums import Block, checksum, write_checksums
-from megatron_moe.hf.disk import fsync, make_folder
+from megatron_moe.hf.disk import fsync, make_folder, size_in_words
 from megatron_moe.hf.dtypes import NAME_IN_SAFETENSORS
 from megatron_moe.hf.header import INDEX_FILE, SINGLE_FILE
 
@@ -96,8 +96,8 @@ class FolderWriter:
         needed, free = sum(self._file_bytes().values()), shutil.disk_usage(self.folder.parent).free
         if needed > free:
             raise CheckpointError(
-                f"{self.folder} needs {needed / 2**30:.1f} GiB, but its disk has "
-                f"{free / 2**30:.1f} GiB free"
+                f"no space left on the disk of {self.folder}: {size_in_words(needed)} needed, "
+                f"{size_in_words(free)} free.\n  free space, or choose another --out"
             )
         self._partial.mkdir()
         try:

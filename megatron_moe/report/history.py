@@ -7,7 +7,6 @@ Shape letters of this module:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_moe.errors import DataError
+from megatron_moe.json_text import parse_json
 
 Numbers = dict[str, Any]
 Array = NDArray[np.float64]
@@ -110,7 +110,7 @@ def kept(lines: Iterable[Numbers]) -> Iterator[Numbers]:
 
 def _parse(line: str) -> Numbers | None:
     try:
-        entry = json.loads(line)
+        entry = parse_json(line)
     except ValueError:
         return None
     valid = isinstance(entry, dict) and isinstance(entry.get("step"), int)

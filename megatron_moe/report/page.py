@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_moe.errors import DataError
 from megatron_moe.hf.disk import write_text
 from megatron_moe.report.balance import balance
 from megatron_moe.report.evaluation import evaluation
@@ -58,12 +57,5 @@ def page(title: str, head: Child, sections: Sequence[Section]) -> Html:
 
 
 def write_page(html: Html, path: Path) -> None:
-    """Write a page atomically.
-
-    Raises:
-        DataError: The file cannot be written.
-    """
-    try:
-        write_text(path, html)
-    except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror}") from error
+    """Write a page atomically."""
+    write_text(path, html)

@@ -5,7 +5,6 @@ Missing parts are None; damaged parts are listed on the page.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -18,6 +17,7 @@ from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import ConfigError, UserError
 from megatron_moe.experts.resolve import moe_layer_ids
 from megatron_moe.hf.spec import DenseSpec, read_spec
+from megatron_moe.json_text import parse_json
 from megatron_moe.report.history import History, read_history
 from megatron_moe.report.records import Evaluation, TaskScores, read_records
 
@@ -110,7 +110,7 @@ def _receipt(path: Path, problems: list[str]) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        receipt = json.loads(path.read_text(encoding="utf-8"))
+        receipt = parse_json(path.read_text(encoding="utf-8"))
         receipt["ranks"][0]["bytes_read"]
     except (ValueError, KeyError, TypeError, IndexError):
         problems.append("receipt.json is not shown: it is damaged")

@@ -7,7 +7,9 @@ MPICH. A process without a launcher starts its own ranks.
 from __future__ import annotations
 
 import os
+import socket
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -15,6 +17,8 @@ from urllib.parse import urlsplit
 from megatron_moe.errors import ConfigError
 
 _PORT = "29500"
+RESOLVE_SECONDS = 60.0
+"""Seconds that the name of the first host may take to be published."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +118,30 @@ def _position(launcher: _Launcher, rank: int, size: int) -> RankPosition:
         env.setdefault("MASTER_PORT", _PORT)
         method = "env://"  # torchrun's agent may already serve the store
     return RankPosition(rank, size, local_rank, local_size, method)
+
+
+def wait_until_resolved(position: RankPosition, seconds: float = RESOLVE_SECONDS) -> None:
+    """Wait until this host can resolve the name at which rank 0 is reached.
+
+    The name of a pod is published some seconds after the pod has started. torch would try for hours
+    and print a warning each time.
+
+    Raises:
+        ConfigError: The name is still unknown after ``seconds``.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            socket.getaddrinfo(position.address, None)
+            return
+        except socket.gaierror as error:
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"MASTER_ADDR ({position.address}) cannot be resolved on {socket.gethostname()}"
+                    f" ({error.strerror}): ranks connect to that host.\n"
+                    "  set MASTER_ADDR to an IP address, or to a name that every node can resolve"
+                ) from error
+        time.sleep(min(1.0, seconds))
 
 
 def _integer(env: Mapping[str, str], name: str, default: int | None = None) -> int:

@@ -26,11 +26,12 @@ from torch.distributed import distributed_c10d
 
 from megatron_moe import errors
 from megatron_moe.errors import ConfigError, UserError
+from megatron_moe.hf.disk import disk_errors_in_words
 from megatron_moe.log import console, quiet_megatron
 from megatron_moe.runtime import cpu
 from megatron_moe.runtime.cores import threads_per_rank
 from megatron_moe.runtime.gpus import claim_gpu, gpu_of, visible_gpus
-from megatron_moe.runtime.launchers import RankPosition
+from megatron_moe.runtime.launchers import RankPosition, wait_until_resolved
 
 TIMEOUT = timedelta(hours=2)
 """Timeout of a collective; the watch (guard.hang_seconds) ends a stuck job long before."""
@@ -44,7 +45,6 @@ FORWARDED_SIGNALS = (
 )
 NOTICE_SECONDS = 15.0
 """Seconds that the other local ranks have to report and exit after one has failed."""
-RESUME_HINT = "  run the same command to resume from the newest checkpoint"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +108,7 @@ def joined(
 ) -> Iterator[World]:
     """Join the job at ``position`` inside a ``with`` block."""
     quiet_megatron(position.rank)
+    wait_until_resolved(position)
     if device == "cuda":
         local_device = _select_gpu(position)
     else:
@@ -270,7 +271,7 @@ def _local_rank(
             signal.signal(number, signal.SIG_DFL)
     position = RankPosition(rank, ranks, rank, ranks, f"file:{folder / 'rendezvous'}")
     try:
-        with joined(position, device, folder) as world:
+        with disk_errors_in_words(Path.cwd()), joined(position, device, folder) as world:
             fn(world)
     except UserError as error:
         _report(folder, rank, error)
@@ -284,11 +285,17 @@ def _report(folder: Path, rank: int, error: UserError) -> None:
     (folder / f"{type(error).__name__}-{rank:05d}").write_text(str(error))
 
 
+_CAUSES = (
+    errors.ConfigError, errors.CheckpointError, errors.DataError, errors.DiskError,
+    errors.UserError,
+)  # fmt: skip
+
+
 def _problem(folder: Path, exit_codes: list[int | None]) -> Exception | None:
     """Return the error to raise, if any: causes take precedence over their consequences."""
     if not any(exit_codes):
         return None
-    for kind in (errors.ConfigError, errors.CheckpointError, errors.DataError, errors.UserError):
+    for kind in _CAUSES:
         if messages := _messages(folder, kind.__name__):
             return kind("\n".join(messages))
     bugs = sorted(folder.glob("bug-*"))
@@ -298,7 +305,7 @@ def _problem(folder: Path, exit_codes: list[int | None]) -> Exception | None:
         _exit_message(rank, code) for rank, code in enumerate(exit_codes) if code not in (0, 1)
     ]
     messages = _messages(folder, "JobError")
-    return errors.JobError("\n".join([*messages, *killed, RESUME_HINT]))
+    return errors.JobError("\n".join([*messages, *killed]))
 
 
 def _messages(folder: Path, kind: str) -> list[str]:

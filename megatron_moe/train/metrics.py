@@ -51,7 +51,7 @@ from megatron_moe.config.run import RunConfig
 from megatron_moe.data.blend import BlendState
 from megatron_moe.data.held_out import HeldOut
 from megatron_moe.errors import ConfigError
-from megatron_moe.hf.disk import write_text
+from megatron_moe.hf.disk import naming, write_text
 from megatron_moe.runtime.memory import peak_bytes
 from megatron_moe.train.step import StepResult
 
@@ -189,8 +189,9 @@ class MetricsWriter:
 
     def write(self, numbers: Mapping[str, Any]) -> None:
         """Write one line and flush it to the file before returning."""
-        self._file.write(json.dumps(_finite(numbers), allow_nan=False) + "\n")
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(json.dumps(_finite(numbers), allow_nan=False) + "\n")
+            self._file.flush()
         step = numbers["step"]
         scalars = {k: v for k, v in numbers.items() if isinstance(v, int | float) and k != "step"}
         if self._tensorboard is not None:

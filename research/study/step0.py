@@ -77,14 +77,14 @@ def _measure(config: RunConfig, out: Path, world: World) -> None:
     )  # fmt: skip
     kept = PartialFiles(out.with_name(f".{out.name}.measuring"), "smollm2")
     measuring.run(kept, lambda done, total: print(f"{done} of {total}", flush=True))
-    found = measuring.sums
+    actual = measuring.sums
     with complete_or_absent(out) as staging:
         for layer in range(dense.spec.num_layers):
             np.savez(
                 staging / f"{layer}.npz",
-                inputs=found.inputs[layer].numpy(),
-                importance=found.importance_LCF[layer].numpy(),
-                activity=found.activity_LCF[layer].numpy(),
+                inputs=actual.inputs[layer].numpy(),
+                importance=actual.importance_LCF[layer].numpy(),
+                activity=actual.activity_LCF[layer].numpy(),
             )
     kept.remove()
 
@@ -131,9 +131,9 @@ def _solved(
         return plan
     tables = {}
     for layer in recipe.moe_layers:
-        with np.load(measured / f"{layer}.npz") as found:
+        with np.load(measured / f"{layer}.npz") as actual:
             of_layer = LayerMeasurements(
-                torch.from_numpy(found["inputs"]), found["importance"], found["activity"]
+                torch.from_numpy(actual["inputs"]), actual["importance"], actual["activity"]
             )
         tables[layer] = layer_table(plan, layer, of_layer, dense, config.moe)
     return plan.with_tables(tables)

@@ -143,8 +143,8 @@ def _watch(world: World, config: RunConfig) -> None:
     def owners() -> list[dict[str, Any]]:
         watched_objects = (schedules, it.state.optimizer, *it.state.wrapped)
         dispatchers = [layer.token_dispatcher for layer in layers]
-        found = [*watched_objects, *dispatchers, *(layer.experts for layer in layers)]
-        return [{k: id(v) for k, v in vars(one).items() if callable(v)} for one in found]
+        result = [*watched_objects, *dispatchers, *(layer.experts for layer in layers)]
+        return [{k: id(v) for k, v in vars(one).items() if callable(v)} for one in result]
 
     before = owners()
     with watched(it.state, Stopwatch(lambda: None)):
@@ -182,9 +182,9 @@ def test_collectives(tmp_path: Path):
     assert list(by_size) == [4096, 16384]
     whole = by_size[16384]  # over two ranks every byte crosses once: 2 * (2 - 1) / 2
     assert whole.bus_gb_per_second == pytest.approx(16384 / whole.seconds.median / 1e9)
-    told = command("--table", out)
-    assert told.returncode == 0, told.stderr
-    assert "| all_to_all | all ranks | 2 | 16,384 |" in told.stdout
+    output = command("--table", out)
+    assert output.returncode == 0, output.stderr
+    assert "| all_to_all | all ranks | 2 | 16,384 |" in output.stdout
 
 
 def _measure_collectives(world: World, out: Path) -> None:
@@ -225,6 +225,6 @@ def test_a_broken_record_is_named(tmp_path: Path):
 
 
 def test_nothing_or_two_things_to_do_is_refused():
-    told = command()
-    assert told.returncode == 2
-    assert "bench needs one of" in told.stderr
+    output = command()
+    assert output.returncode == 2
+    assert "bench needs one of" in output.stderr

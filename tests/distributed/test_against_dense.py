@@ -43,15 +43,15 @@ def compared(
 
 @pytest.mark.parametrize("layout", ["one", "tp2-etp2-dp2"])
 def test_copies_are_the_dense_model(folder: Path, tmp_path: Path, layout: str):
-    found, line = compared(folder, tmp_path, layout, {"num_moe_experts": 4}, {})
-    assert found["text"] == "held-out"
-    assert found["sequences"] == 7
+    result, line = compared(folder, tmp_path, layout, {"num_moe_experts": 4}, {})
+    assert result["text"] == "held-out"
+    assert result["sequences"] == 7
     # fp32, the same products summed in another order.
-    assert found["loss_moe"] == pytest.approx(found["loss_dense"], abs=1e-5)
-    assert found["loss_moe"] == pytest.approx(line["loss/validation"], abs=1e-5)
-    assert found["output_error"].keys() == {"0", "1"}
-    assert all(0 < error < 2e-6 for error in found["output_error"].values())
-    assert all(1 <= share < 4 for share in found["busiest_expert"].values())
+    assert result["loss_moe"] == pytest.approx(result["loss_dense"], abs=1e-5)
+    assert result["loss_moe"] == pytest.approx(line["loss/validation"], abs=1e-5)
+    assert result["output_error"].keys() == {"0", "1"}
+    assert all(0 < error < 2e-6 for error in result["output_error"].values())
+    assert all(1 <= share < 4 for share in result["busiest_expert"].values())
 
 
 def test_rescaling_brings_a_random_split_nearer_under_every_layout(folder: Path, tmp_path: Path):

@@ -108,10 +108,10 @@ def test_the_command_reports_what_it_omits_and_sets_the_reference(
         [sys.executable, "-m", "megatron_moe", "reference-loss", config, "--out", out],
         capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
-    told = " ".join(done.stdout.split())
-    assert "chat.jsonl:4: has no list 'messages'" in told
-    assert "1 conversations are longer than data.seq_length + 1 = 65 tokens" in told
-    assert "the first is number 4 " in told
+    output = " ".join(done.stdout.split())
+    assert "chat.jsonl:4: has no list 'messages'" in output
+    assert "1 conversations are longer than data.seq_length + 1 = 65 tokens" in output
+    assert "the first is number 4 " in output
     written = json.loads(out.read_text())
     assert written["losses"]["text"] == pytest.approx(one_rank[0]["loss/validation"], rel=1e-5)
     assert written["seq_length"] == LENGTH

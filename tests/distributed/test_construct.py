@@ -64,13 +64,13 @@ PARALLEL = {
 def test_importance_is_what_transformers_says(folder: Path, tmp_path: Path, layout: str):
     config = build(RunConfig, settings(folder, tmp_path, parallel=PARALLEL[layout]))
     run_on_ranks(measure, config, tmp_path, world_size=4)
-    found = np.load(tmp_path / "measured.npz")
-    assert np.bincount(found["cluster"]).tolist() == [2, 2, 2, 2]
-    expected = oracle(folder, found["tokens"], found["cluster"])
+    result = np.load(tmp_path / "measured.npz")
+    assert np.bincount(result["cluster"]).tolist() == [2, 2, 2, 2]
+    expected = oracle(folder, result["tokens"], result["cluster"])
     for name in ("importance", "activity"):
         # Sums of some 64 products in fp32, in another order.
-        np.testing.assert_allclose(found[name], expected[name], rtol=1e-3, atol=1e-4)
-    np.testing.assert_allclose(found["inputs"], expected["inputs"], rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(result[name], expected[name], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(result["inputs"], expected["inputs"], rtol=1e-3, atol=1e-4)
 
 
 def measure(world: World, config: RunConfig, out: Path) -> None:
@@ -87,11 +87,11 @@ def measure(world: World, config: RunConfig, out: Path) -> None:
     command._solved = keep
     config.run.dir.mkdir(parents=True, exist_ok=True)
     command.construct(config, world)
-    found = kept[0].sums
-    inputs = world_sum(found.inputs.get(0, torch.zeros(64, 32)))
+    result = kept[0].sums
+    inputs = world_sum(result.inputs.get(0, torch.zeros(64, 32)))
     if world.size > 1 and config.parallel.pipeline_parallel_size == 1:
-        assert 0 in found.inputs
-    importance, activity = world_sum(found.importance_LCF), world_sum(found.activity_LCF)
+        assert 0 in result.inputs
+    importance, activity = world_sum(result.importance_LCF), world_sum(result.activity_LCF)
     if world.rank == 0:
         text = kept[0].texts[0]
         tokens = np.stack([text.chunk(i).ids_T for i in range(SAMPLES)])
@@ -152,10 +152,10 @@ def test_train_builds_what_construct_planned(folder: Path, tmp_path: Path, metho
     receipt = json.loads((tmp_path / "receipt.json").read_text())
     plan = make_expert_plan(read_spec(config.source.path), config.moe, config.upcycle)
     assert config.upcycle.plan is not None
-    found = read_plan(config.upcycle.plan, plan, source=None)
-    assert receipt["plan_hash"] == found.hash
-    if found.recipe.calibrated:
-        assert all(0.1 < (table.output_scale or 0) < 10 for table in found.tables.values())
+    result = read_plan(config.upcycle.plan, plan, source=None)
+    assert receipt["plan_hash"] == result.hash
+    if result.recipe.calibrated:
+        assert all(0.1 < (table.output_scale or 0) < 10 for table in result.tables.values())
 
 
 def plan_only(world: World, config: RunConfig) -> None:

@@ -75,8 +75,8 @@ def test_weights_move_as_the_rule_says(one_rank: list[dict[str, Any]]):
             weights = [0.99 * w / sum(grown) + 0.01 / 3 for w in grown]
         else:
             assert "loss/validation" not in line
-        told = [line[f"mixing/weight/{d}"] for d in DOMAINS]
-        assert told == pytest.approx(weights, abs=1e-12), line["step"]
+        output = [line[f"mixing/weight/{d}"] for d in DOMAINS]
+        assert output == pytest.approx(weights, abs=1e-12), line["step"]
     assert max(abs(w - s) for w, s in zip(weights, (0.5, 0.3, 0.2), strict=True)) > 0.1
 
 
@@ -146,15 +146,15 @@ def test_weights_that_stay_are_those_of_the_configuration(inputs: dict[str, Path
     first["data"] |= {"mixing": {}, "validation_fraction": None}
     first["train"]["steps"] = 2
     run_training(first, world_size=1)
-    told = " ".join(capfd.readouterr().out.split())
-    assert "data code: 187 samples of 32 tokens, weight 0.5, 0.02 epochs in this run" in told
+    output = " ".join(capfd.readouterr().out.split())
+    assert "data code: 187 samples of 32 tokens, weight 0.5, 0.02 epochs in this run" in output
     first["data"]["domains"]["code"]["weight"] = 0.2
     first["data"]["domains"]["books"]["weight"] = 0.5
     first["train"]["steps"] = 3
     lines = run_training(first, world_size=1)
     assert column(lines[1:], "mixing/weight") == [(0.5, 0.3, 0.2)] * 2 + [(0.2, 0.3, 0.5)]
-    told = " ".join(capfd.readouterr().out.split())
-    assert "Domain weights changed on resume. Previous weights: {'code': 0.5" in told
+    output = " ".join(capfd.readouterr().out.split())
+    assert "Domain weights changed on resume. Previous weights: {'code': 0.5" in output
 
 
 def test_one_text_reports_no_mixture(inputs: dict[str, Path]):

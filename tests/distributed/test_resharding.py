@@ -124,10 +124,10 @@ def save_again(world: World, config: RunConfig, source: Path) -> None:
     from megatron_moe.parallel.groups import create_groups
     from megatron_moe.train.state import make_state
 
-    found, groups = create_groups(config.parallel, seed=0)
+    result, groups = create_groups(config.parallel, seed=0)
     spec = read_spec(config.source.path)
     model = build_model(
-        config, spec, layout=found, groups=groups, rank=world.rank, engine=TORCH_ON_CPU
+        config, spec, layout=result, groups=groups, rank=world.rank, engine=TORCH_ON_CPU
     )
     for parameter in model.modules[0].parameters():
         parameter.data.fill_(torch.nan)  # whatever is not restored tells

@@ -39,11 +39,11 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def run(inputs: dict[str, Path], name: str, kind: str, **more: Any) -> list[dict[str, Any]]:
-    world_size, found = changes(name)
-    found["moe"] |= {"num_moe_experts": 4, **KINDS[kind], **more}
-    found["train"] |= {"steps": 3}
+    world_size, result = changes(name)
+    result["moe"] |= {"num_moe_experts": 4, **KINDS[kind], **more}
+    result["train"] |= {"steps": 3}
     where = inputs["root"] / f"{name}-{kind}".replace(" ", "-")
-    settings = tree(where, inputs["dense"], inputs["tokens"], **found)
+    settings = tree(where, inputs["dense"], inputs["tokens"], **result)
     return run_training(settings, world_size=world_size)
 
 

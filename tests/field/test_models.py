@@ -151,8 +151,8 @@ def test_sequences_beyond_what_a_source_allows_are_refused(
 ):
     with_config(save_dense(tmp_path / "dense", family, num_hidden_layers=2), **changes)
     config = build(RunConfig, tree(tmp_path / "run", tmp_path / "dense", tmp_path / "tokens"))
-    found = violations(config, read_spec(tmp_path / "dense"), 1)
-    assert any(re.search(message, violation) for violation in found), found
+    result = violations(config, read_spec(tmp_path / "dense"), 1)
+    assert any(re.search(message, violation) for violation in result), result
 
 
 # ---- names and files -----------------------------------------------------------------------------

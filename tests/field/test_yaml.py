@@ -1,6 +1,7 @@
 """Rows 7, 8, 9, 24, 37: YAML says what the user meant, or an error says where it does not."""
 
 import os
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,24 @@ def loaded(tmp_path: Path, text: str, *overrides: str) -> RunConfig:
     text += "" if "data:" in text else "data: {path: x}\n"
     (tmp_path / "run.yaml").write_text(text)
     return load(RunConfig, tmp_path / "run.yaml", overrides)
+
+
+def test_aliases_cannot_multiply(tmp_path: Path):
+    lines = ["a: &a [x]"]
+    lines += [f"{b}: &{b} [{', '.join([f'*{a}'] * 20)}]" for a, b in pairwise("abcdefgh")]
+    with pytest.raises(ConfigError, match="more than 100,000 values, aliases"):
+        loaded(tmp_path, BASE + "\n".join(lines) + "\n")
+
+
+def test_an_alias_is_read(tmp_path: Path):
+    text = BASE.replace("{dir: runs/x}", "&run {dir: runs/x}") + "data: {path: x}\n"
+    assert loaded(tmp_path, text).run.dir == Path("runs/x")
+
+
+@pytest.mark.parametrize("text", ["[" * 5000, "a: " + "9" * 5000, "{" * 3000])
+def test_text_that_breaks_parsers(tmp_path: Path, text: str):
+    with pytest.raises(ConfigError, match=r"run\.yaml"):
+        loaded(tmp_path, text)
 
 
 @pytest.mark.parametrize(

@@ -65,8 +65,8 @@ def both_models(config: RunConfig) -> tuple[Any, Any]:
     return built[0], built[1]
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    return float((found.float() - expected.float()).abs().max() / expected.float().abs().max())
+def relative_error(result: Tensor, expected: Tensor) -> float:
+    return float((result.float() - expected.float()).abs().max() / expected.float().abs().max())
 
 
 def inputs(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -111,8 +111,8 @@ def test_grouped_products_are_a_loop(tmp_path: Path, counts: tuple[int, ...]):
             out_TD, _ = experts(x_TD, tokens_E, prob_T)
             out_TD.float().square().sum().backward()
             results.append((out_TD.detach(), x_TD.grad))
-        for found, expected in zip(*results, strict=True):
-            assert relative_error(found, expected) <= BF16
+        for result, expected in zip(*results, strict=True):
+            assert relative_error(result, expected) <= BF16
 
     on_a_gpu(check, run_config(tmp_path, "bf16"))
 
@@ -155,8 +155,8 @@ def test_fp8_products_of_a_built_layer(tmp_path: Path):
                 out = linear(x_SBD)[0]
             out.float().square().sum().backward()
             results.append((out.detach(), x_SBD.grad))
-        for found, expected in zip(*results, strict=True):
-            assert 0 < relative_error(found, expected) <= FP8
+        for result, expected in zip(*results, strict=True):
+            assert 0 < relative_error(result, expected) <= FP8
 
     # Asked in another process: this one must fork ranks, and CUDA does not survive a fork.
     asked = "import torch; print(torch.cuda.get_device_capability() >= (8, 9))"
@@ -181,11 +181,11 @@ def losses(folder: Path, device: str, *, ranks: int = 1, **parallel: int) -> lis
     )  # fmt: skip
     path = folder / f"{run.name}.yaml"
     path.write_text(json.dumps(settings))
-    told = subprocess.run(
+    output = subprocess.run(
         [sys.executable, "-m", "megatron_moe", "train", path, "--ranks", str(ranks)],
         capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
-    assert told.returncode == 0, told.stderr
+    assert output.returncode == 0, output.stderr
     receipt = json.loads((run / "receipt.json").read_text())
     assert receipt["verification"]["argmax_agreement"] > 0.9
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())

@@ -163,7 +163,7 @@ def test_an_existing_folder_is_not_overwritten_unless_it_is_empty(tmp_path: Path
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(tmp_path: Path):
     petabytes = {"w": ((2**26, 2**26), torch.float32)}
     with (
-        pytest.raises(CheckpointError, match=r"needs 16777216.0 GiB, but its disk has .* GiB free"),
+        pytest.raises(CheckpointError, match=r"16777216.0 GiB needed, .* GiB free"),
         FolderWriter(tmp_path / "out", petabytes),
     ):
         pass

@@ -51,8 +51,8 @@ class Stage:
     def calls(self, name: str) -> list[tuple[list[str], dict[str, str]]]:
         if not self.calls_file.exists():
             return []
-        found = [json.loads(line) for line in self.calls_file.read_text().splitlines()]
-        return [(argv[1:], env) for argv, env in found if Path(argv[0]).name == name]
+        actual = [json.loads(line) for line in self.calls_file.read_text().splitlines()]
+        return [(argv[1:], env) for argv, env in actual if Path(argv[0]).name == name]
 
     def run(self, *command: object) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -155,6 +155,10 @@ def job(stage: Stage) -> Stage:
     return stage
 
 
+def requeues(job: Stage) -> list[list[str]]:
+    return [words for words, _ in job.calls("scontrol") if words[0] == "requeue"]
+
+
 class TestSlurm:
     train = ("-m", "megatron_moe", "train", "run.yaml", "train.steps=3", "run.dir=a b")
     srun = ("--kill-on-bad-exit=1", "--cpus-per-task=12")
@@ -208,7 +212,7 @@ class TestSlurm:
         job.env |= {"HEALTH_CHECK": "yes"}
         job.stand_in("srun", "sys.exit(1)")
         result = job.run(SLURM, "run.yaml")
-        assert (result.returncode, "not fit to run" in result.stderr) == (4, True)
+        assert (result.returncode, "is unhealthy" in result.stderr) == (4, True)
         assert len(job.calls("srun")) == 1
 
     def test_a_failed_step_fails_the_job(self, job: Stage):
@@ -223,10 +227,23 @@ class TestSlurm:
         )
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
-        assert len(job.calls("scontrol")) == 1
+        assert requeues(job) == []
         process.send_signal(signal.SIGUSR1)
         assert process.wait(timeout=30) == 0
-        assert [call for call, _ in job.calls("scontrol")[1:]] == [["requeue", "123456"]]
+        assert requeues(job) == [["requeue", "123456"]]
+
+    @pytest.mark.parametrize("time", ["None", "2026-11-29T04:00:00"])
+    def test_a_preempted_job_is_requeued_although_its_ranks_saved(self, job: Stage, time: str):
+        job.stand_in("scontrol", f"print('node17 PreemptTime={time}')")
+        assert job.run(SLURM, "run.yaml").returncode == 0
+        assert requeues(job) == ([["requeue", "123456"]] if time != "None" else [])
+
+    def test_a_name_that_only_slurm_knows_becomes_an_address(self, job: Stage):
+        job.stand_in(
+            "scontrol", "print('NodeAddr=10.0.0.7 x' if 'node' in sys.argv else 'no-such-host')"
+        )
+        _, env = self.argv(job)
+        assert env["MASTER_ADDR"] == "10.0.0.7"
 
     def test_a_save_that_takes_too_long_is_given_up(self, job: Stage):
         deaf = "import signal, time; signal.signal(signal.SIGUSR1, signal.SIG_IGN);"
@@ -238,10 +255,10 @@ class TestSlurm:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGUSR1)
-        wait_until(lambda: len(job.calls("scontrol")) == 2)
+        wait_until(lambda: len(requeues(job)) == 1)
         assert process.poll() is None, "requeued while the step was still there"
         assert process.wait(timeout=30) == 0
-        assert len(job.calls("scontrol")) == 2, "requeued once"
+        assert len(requeues(job)) == 1, "requeued once"
 
     @pytest.mark.parametrize(
         ("remove", "config", "message"),
@@ -283,11 +300,11 @@ def test_a_container_runs_as_the_owner_of_the_mounted_folder(user: int, owner: i
         script = mounted / "entrypoint.sh"  # others may not read this checkout
         shutil.copy(ENTRYPOINT, script)
         who = ["bash", "-c", "id -u; id -g; touch written"]
-        found = subprocess.run(
+        actual = subprocess.run(
             ["setpriv", "--reuid", str(user), "--regid", str(user), "--clear-groups", script, *who],
             cwd=mounted, capture_output=True, text=True, check=False, timeout=60,
         )  # fmt: skip
-        assert found.stdout.split() == [str(becomes)] * 2, found.stderr
+        assert actual.stdout.split() == [str(becomes)] * 2, actual.stderr
         assert (mounted / "written").stat().st_uid == becomes
     finally:
         shutil.rmtree(mounted)
@@ -332,7 +349,7 @@ HEALTH = ROOT / "launch" / "node_health.sh"
     [
         ("print('0\\n' * 8)", 8, None),
         ("print('[N/A]\\n' * 8)", 8, None),
-        ("print('0\\n' * 7)", 8, "7 of 8 GPUs answer"),
+        ("print('0\\n' * 7)", 8, "7 of 8 GPUs respond"),
         ("print('0\\n' * 7 + '3')", 8, "uncorrected memory errors"),
         ("sys.exit(9)", 8, "nvidia-smi fails"),
         ("sys.exit(9)", 0, None),

@@ -26,8 +26,8 @@ def test_weights_follow_from_losses():
         ]
         floor = NUMBERS["floor"]
         weights = [(1 - floor) * w / sum(grown) + floor / 7 for w in grown]
-        told = [NUMBERS["weights"][name][update] for name in SLIMPAJAMA]
-        assert told == pytest.approx(weights, abs=1e-9), update
+        output = [NUMBERS["weights"][name][update] for name in SLIMPAJAMA]
+        assert output == pytest.approx(weights, abs=1e-9), update
 
 
 def test_weights_moved():

@@ -19,8 +19,8 @@ def test_the_picture_is_of_these_numbers():
 @pytest.mark.parametrize("step", NUMBERS["steps"])
 def test_trends_follow_from_the_layers(step: str):
     rows = NUMBERS["steps"][step]
-    for name, told in rows["trend"].items():
-        assert told == pytest.approx(trend(rows[name]), abs=2e-5), name
+    for name, output in rows["trend"].items():
+        assert output == pytest.approx(trend(rows[name]), abs=2e-5), name
     for shares_ZE in rows["shares"].values():
         assert np.sum(shares_ZE, axis=1) == pytest.approx(1, abs=1e-3)
 

@@ -58,7 +58,7 @@ def test_seeds_are_compared_one_by_one():
 
 
 @pytest.mark.parametrize(
-    ("found", "said"),
+    ("actual", "said"),
     [
         ([-0.1, -0.2, -0.3], "confirmed"),
         ([0.1, 0.2, 0.3], "reversed"),
@@ -67,8 +67,8 @@ def test_seeds_are_compared_one_by_one():
         ([], "not run"),
     ],
 )
-def test_a_verdict_needs_seeds_that_agree(found, said: str):
-    assert verdict(found) == said
+def test_a_verdict_needs_seeds_that_agree(actual, said: str):
+    assert verdict(actual) == said
 
 
 def test_a_spread_is_mean_smallest_and_largest():
@@ -113,12 +113,12 @@ def work(path: Path, needs: list[Path], order: Path) -> None:
 
 
 def jobs(folder: Path, needs: dict[str, list[str]]) -> list[Job]:
-    found = []
+    actual = []
     for name, needed in needs.items():
         paths = [folder / other for other in needed]
         doing = partial(work, folder / name, paths, folder / "order")
-        found.append(Job(name, folder / name, doing, needs=tuple(paths)))
-    return found
+        actual.append(Job(name, folder / name, doing, needs=tuple(paths)))
+    return actual
 
 
 def test_jobs_wait_for_what_they_need_and_are_done_once(tmp_path: Path):

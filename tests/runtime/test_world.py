@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +16,11 @@ import torch.distributed as dist
 
 from megatron_moe.errors import ConfigError, JobError, UserError
 from megatron_moe.runtime import world as world_module
-from megatron_moe.runtime.launchers import RankPosition, position_from_environment
+from megatron_moe.runtime.launchers import (
+    RankPosition,
+    position_from_environment,
+    wait_until_resolved,
+)
 from megatron_moe.runtime.world import (
     World,
     resolve_device,
@@ -71,6 +76,26 @@ def environment(monkeypatch: pytest.MonkeyPatch):
 def test_the_environment_says_where_a_process_stands(environment, variables, position):
     environment(variables)
     assert position_from_environment() == position
+
+
+def test_a_name_that_nobody_knows_is_refused():
+    position = RankPosition(0, 2, 0, 1, "tcp://no-such-host.invalid:29500")
+    with pytest.raises(ConfigError, match=r"^MASTER_ADDR \(no-such-host.invalid\) cannot be res"):
+        wait_until_resolved(position, seconds=0.1)
+
+
+def test_a_name_may_be_published_late(monkeypatch: pytest.MonkeyPatch):
+    answers = iter([socket.gaierror(socket.EAI_NONAME, "unknown"), []])
+
+    def lookup(*_: object):
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(socket, "getaddrinfo", lookup)
+    wait_until_resolved(RankPosition(0, 2, 0, 1, "tcp://late:29500"), seconds=30)
+    assert next(answers, None) is None
 
 
 def test_the_cpu_hides_gpus_from_this_process_and_its_children():

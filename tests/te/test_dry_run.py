@@ -20,10 +20,10 @@ def test_h100_configuration(tmp_path: Path, path: Path):
     dense = config.source.model_copy(update={"path": tmp_path})
     config = config.model_copy(update={"source": dense})
     for rank in (0, gpus - 1):
-        found = dry_run(config, rank=rank, world_size=gpus)
-        assert found.layer_spec == "Transformer Engine"
-        assert found.counted == found.planned
-        stage = found.groups["pp"].index(rank)
-        chunks = rank_tensors(upcycled_shape(spec, config.moe), found.degrees, pp_rank=stage)
-        assert found.filled.parameters == sum(map(len, chunks))
-        assert found.parameters == sum(tensor.numel for chunk in chunks for tensor in chunk)
+        result = dry_run(config, rank=rank, world_size=gpus)
+        assert result.layer_spec == "Transformer Engine"
+        assert result.counted == result.planned
+        stage = result.groups["pp"].index(rank)
+        chunks = rank_tensors(upcycled_shape(spec, config.moe), result.degrees, pp_rank=stage)
+        assert result.filled.parameters == sum(map(len, chunks))
+        assert result.parameters == sum(tensor.numel for chunk in chunks for tensor in chunk)

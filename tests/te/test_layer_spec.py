@@ -64,22 +64,22 @@ class Built:
 
     def by_meaning(self) -> dict[tuple, Tensor]:
         """Parameters by what the name table says they are; a meaning that occurs twice fails."""
-        found: dict[tuple, Tensor] = {}
+        result: dict[tuple, Tensor] = {}
         for chunk, name, parameter in self.parameters():
             row = match(name)
             assert row is not None, f"the name table has no row for {name}"
             meaning = (chunk, row.row.role, row.layer, row.expert)
-            assert meaning not in found, f"{name} is a second {meaning}"
-            found[meaning] = parameter.detach()
-        return found
+            assert meaning not in result, f"{name} is a second {meaning}"
+            result[meaning] = parameter.detach()
+        return result
 
 
 def boxes(model: Model, groups: ProcessGroupCollection) -> dict[tuple, Tensor]:
-    found = {}
+    result = {}
     for place in placements(model, groups):
         for box in place.boxes(place.parameter.detach().view(-1), begin=0):
-            found[place.key, box.offset, box.global_shape, place.writes] = box.tensor
-    return found
+            result[place.key, box.offset, box.global_shape, place.writes] = box.tensor
+    return result
 
 
 def run_config(

@@ -127,9 +127,9 @@ def _one_kernel(
     inputs: _ExpertInputs, expected: list[Tensor], large: float,
 ) -> None:  # fmt: skip
     out_TD = inputs.backward(run)
-    found = [out_TD.detach(), *(leaf.grad for leaf in inputs.leaves)]
-    errors = [relative_error(a, b) for a, b in zip(found, expected, strict=True) if b.any()]
-    wrong_zeros = any(a.any() for a, b in zip(found, expected, strict=True) if not b.any())
+    result = [out_TD.detach(), *(leaf.grad for leaf in inputs.leaves)]
+    errors = [relative_error(a, b) for a, b in zip(result, expected, strict=True) if b.any()]
+    wrong_zeros = any(a.any() for a, b in zip(result, expected, strict=True) if not b.any())
     ok = max(errors) <= BF16_ERROR and not wrong_zeros
     device = inputs.x_TD.device
     elapsed = milliseconds(lambda: inputs.backward(run), device)

@@ -89,14 +89,14 @@ def _compare_logits(session: Session, configs: dict[str, RunConfig], world: Worl
     for precision, config in configs.items():
         with _upcycled(config, world) as bench:
             tokens_S = torch.randint(0, 257, (128,), generator=torch.Generator().manual_seed(0))
-            found = compare_with_dense(
+            result = compare_with_dense(
                 bench.state.model, config.source.path, tokens_S, groups=bench.groups
             )
         limit = LOGIT_ERROR[precision]
         session.add(
-            f"logits, {precision}", f"{found.max_logit_error:.1e}", expected=f"<= {limit:.0e}",
-            verdict=passed(found.max_logit_error <= limit),
-            max_logit_error=found.max_logit_error, argmax_agreement=found.argmax_agreement,
+            f"logits, {precision}", f"{result.max_logit_error:.1e}", expected=f"<= {limit:.0e}",
+            verdict=passed(result.max_logit_error <= limit),
+            max_logit_error=result.max_logit_error, argmax_agreement=result.argmax_agreement,
         )  # fmt: skip
 
 

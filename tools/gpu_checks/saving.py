@@ -80,11 +80,11 @@ def _train(config: RunConfig, world: World) -> None:
     destroy_groups()
 
 
-def _compare(session: Session, what: str, found: list[float], expected: list[float]) -> None:
+def _compare(session: Session, what: str, result: list[float], expected: list[float]) -> None:
     differ = [
-        step for step, pair in enumerate(zip(found, expected, strict=True), 1) if len({*pair}) > 1
+        step for step, pair in enumerate(zip(result, expected, strict=True), 1) if len({*pair}) > 1
     ]
-    worst = max(abs(a - b) for a, b in zip(found, expected, strict=True))
+    worst = max(abs(a - b) for a, b in zip(result, expected, strict=True))
     session.add(
         what, "equal" if not differ else f"differ from step {differ[0]} on, by up to {worst:.1e}",
         expected="losses equal bit for bit", verdict=passed(not differ),
