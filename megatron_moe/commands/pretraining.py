@@ -19,6 +19,7 @@ from megatron_moe.planner.shape import upcycled_shape
 from megatron_moe.runtime.wait import waiter
 from megatron_moe.train.garbage import INTERVAL, manual_collection
 from megatron_moe.train.guard import Boundary, StepGuard
+from megatron_moe.train.health import RouterHealth
 from megatron_moe.train.loop import Hook, Numbers, run_loop
 from megatron_moe.train.metrics import (
     MetricsWriter,
@@ -61,6 +62,13 @@ def continue_pretraining(job: Job, state: TrainState, plan: ExpertPlan, feed: Fe
             _save(job, saver, state, last=True)
         boundary = Boundary(job.signals, job.watch, job.say)
         guard = StepGuard(config.guard)
+        health = RouterHealth(
+            plan.recipe.moe_layers,
+            num_experts=plan.recipe.num_experts,
+            topk=config.moe.moe_router_topk,
+            steps=config.log.router_warning_steps,
+            max_load=config.log.router_max_load,
+        )
         while True:
             end = config.train.stage_end(state.step)
             run_loop(
@@ -68,7 +76,7 @@ def continue_pretraining(job: Job, state: TrainState, plan: ExpertPlan, feed: Fe
                 steps=end,
                 take_step=partial(_take_step, job, state, feed, guard, saver),
                 wait=waiter(job.world.device),
-                describe=partial(_describe, job, state, feed, peak),
+                describe=partial(_describe, job, state, feed, peak, health),
                 hooks=_hooks(job, saver, state, feed, writer, progress, boundary, end=end),
                 keeps=partial(_keeps, job, state, saver, writer, plan.hash),
                 stopping=boundary.stopping,
@@ -157,8 +165,16 @@ def _save(job: Job, saver: Saver, state: TrainState, *, last: bool) -> None:
 
 
 def _describe(
-    job: Job, state: TrainState, feed: Feed, peak: Peak, result: StepResult, seconds: float
+    job: Job,
+    state: TrainState,
+    feed: Feed,
+    peak: Peak,
+    health: RouterHealth,
+    result: StepResult,
+    seconds: float,
 ) -> Numbers:
+    for warning in health.after(state.step, result.chosen_LE.numpy()):
+        job.say(warning)
     shape = upcycled_shape(state.model.spec, job.config.moe)
     forward = forward_flops(shape, sequence_length=job.config.data.seq_length).model
     return step_numbers(

@@ -607,13 +607,22 @@ class Guard(Section):
 
 
 class Log(Section):
-    """Destinations of metrics besides metrics.jsonl."""
+    """Destinations of metrics besides metrics.jsonl, and warnings about routers."""
 
     tensorboard: bool = True
     """Write TensorBoard files to run.dir/tensorboard."""
 
     wandb_project: str | None = None
-    """Name of a Weights & Biases project. Requires the extra wandb."""
+    """Name of a Weights & Biases project. Requires the extra wandb. All jobs of a run write to one
+    run there; with WANDB_MODE=offline, to files for `wandb sync`."""
+
+    router_warning_steps: Count = 100
+    """Warn about a router after this many consecutive steps in which an expert got no token, K
+    experts got 99% of the choices (collapse), or the load exceeded router_max_load."""
+
+    router_max_load: Annotated[float, Field(gt=1)] | None = None
+    """Bound for the warning on the load of a layer's busiest expert, in multiples of the mean.
+    None: no bound."""
 
 
 class RunConfig(Section):

@@ -178,6 +178,7 @@ class MetricsWriter:
                 project=config.log.wandb_project,
                 id=_wandb_id(config.run.dir),
                 name=config.run.dir.name,
+                dir=str(config.run.dir),
                 config=config.model_dump(mode="json"),
                 resume="allow",
             )
@@ -236,11 +237,14 @@ def _wandb_id(run_dir: Path) -> str:
 
 
 def _finite(numbers: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace NaN and infinity by None (null), because JSON has neither."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in numbers.items()
-    }
+    """Replace NaN and infinity, in lists too, by None (null), because JSON has neither."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, list):
+            return [finite(entry) for entry in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {name: finite(value) for name, value in numbers.items()}
 
 
 def _reopen(path: Path, resumed_step: int) -> TextIO:

@@ -91,3 +91,19 @@ def test_bf16_follows_fp32(inputs: dict[str, Path], one_rank: list[dict[str, Any
     lines = run_training(settings, world_size=2)
     for ours, expected in zip(lines[1:], one_rank[1:], strict=True):
         assert ours["loss/lm"] == pytest.approx(expected["loss/lm"], rel=2e-2)
+
+
+def test_unhealthy_routers_are_reported_in_the_log(
+    inputs: dict[str, Path], capfd: pytest.CaptureFixture[str]
+):
+    """Every router has a busiest expert, which exceeds a bound next to the mean."""
+    settings = tree(
+        inputs["root"] / "health", inputs["dense"], inputs["tokens"],
+        train={"steps": 4}, log={"router_warning_steps": 3, "router_max_load": 1.0001},
+    )  # fmt: skip
+    run_training(settings, world_size=1)
+    log = " ".join(capfd.readouterr().out.split())
+    assert [f"Step 3: the busiest expert of layer {n} has had more" in log for n in range(4)] == (
+        [True] * 4
+    )
+    assert "Step 4: the busiest" not in log
