@@ -93,10 +93,16 @@ def test_parameters_and_state_are_the_planners_to_the_byte(
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("precision", "freeze"), [("bf16", []), ("fp32", []), ("bf16", ["experts"])]
+    ("optimizer", "precision", "freeze", "in_fp32"),
+    [
+        ("muon", "bf16", [], True),
+        ("muon", "fp32", [], True),
+        ("muon", "bf16", ["experts"], False),
+        ("adam", "bf16", [], False),
+    ],
 )
-def test_the_state_of_muon_is_the_planners_to_the_byte(
-    tmp_path: Path, precision: str, freeze: list[str]
+def test_state_of_muon_and_bf16_gradients_are_the_planners_to_the_byte(
+    tmp_path: Path, optimizer: str, precision: str, freeze: list[str], in_fp32: bool
 ):
     """One moment of a matrix and two of the rest, on the rank that updates it."""
     dense = tmp_path / "dense"
@@ -112,8 +118,9 @@ def test_the_state_of_muon_is_the_planners_to_the_byte(
                 tree(
                     tmp_path, dense, tmp_path, parallel=parallel,
                     moe={"num_moe_experts": 8, "moe_layers": [0, 1, 3, 6], **parts},
-                    upcycle={"method": "split_random"}, optimizer={"optimizer": "muon"},
-                    train={"precision": precision, "global_batch_size": 32, "freeze": freeze},
+                    upcycle={"method": "split_random"}, optimizer={"optimizer": optimizer},
+                    train={"precision": precision, "global_batch_size": 32, "freeze": freeze,
+                           "grad_reduce_in_fp32": in_fp32},
                 ),
             )  # fmt: skip
             for rank in {0, world_size // 3, world_size - 1}:

@@ -29,7 +29,13 @@ from megatron_moe.model.upcycle import Filled, fill
 from megatron_moe.parallel.groups import create_groups
 from megatron_moe.parallel.layout import ParallelLayout, local_experts
 from megatron_moe.planner.by_matrix import muon_state
-from megatron_moe.planner.memory import ModelState, RankMemory, model_state, rank_memory
+from megatron_moe.planner.memory import (
+    ModelState,
+    RankMemory,
+    StatePrecision,
+    model_state,
+    rank_memory,
+)
 from megatron_moe.planner.parameters import total_parameters
 from megatron_moe.planner.shape import upcycled_shape
 from megatron_moe.planner.workload import Degrees, degrees_of, workload_of
@@ -223,6 +229,7 @@ def planned_bytes(
         "weight_bytes": 2 if config.train.precision == "bf16" else 4,
         "replica": attention["dp"] * layout.attention.size("cp") + attention["cp"],
         "expert_replica": experts["edp"],
+        "precision": StatePrecision(gradient=4 if config.train.grad_reduce_in_fp32 else 2),
         "frozen": config.train.frozen_after(largest_stage(config, spec)),
     }
     sharded = config.optimizer.use_distributed_optimizer

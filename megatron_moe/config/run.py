@@ -446,6 +446,11 @@ class Train(Section):
     gradient_accumulation_fusion: bool = True
     """Add weight gradients to their fp32 buffers inside the matrix products."""
 
+    grad_reduce_in_fp32: bool = True
+    """Accumulate and reduce gradients in fp32. false: in bf16, which halves the bytes of gradients
+    and of their reduction, and rounds each sum over micro-batches and ranks to 8 bits. Only with
+    precision bf16."""
+
     freeze: list[Role] = []
     """Roles whose parameters are not trained: they have no gradients, no optimizer state and no
     reduction over dp. dense_ffn is the FFN of layers that stay dense, norms are all norms,

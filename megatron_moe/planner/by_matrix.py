@@ -30,12 +30,13 @@ def muon_state(
     replica: int = 0,
     expert_replica: int = 0,
     frozen: Collection[Role] = (),
+    precision: StatePrecision | None = None,
 ) -> ModelState:
     """Return the exact bytes of one rank; see `memory.model_state` for the arguments.
 
     Gradients are not in padded buffers, because Megatron-Core's distributed optimizer is off.
     """
-    precision = StatePrecision()
+    precision = precision or StatePrecision()
     chunks = rank_tensors(shape, degrees, pp_rank=pp_rank)
     held = [tensor for chunk in chunks for tensor in chunk]
     trained = [tensor for tensor in held if tensor.role not in frozen]

@@ -205,6 +205,7 @@ def estimated_state(
     weight_bytes: int = 2,
     frozen: Collection[Role] = (),
     optimizer: OptimizerName = "adam",
+    gradient_bytes: int = 4,
 ) -> ModelState:
     """Estimate `model_state` in closed form: optimizer state sharded evenly, without padding."""
     held = sum(rank_parameters(shape, degrees, pp_rank=pp_rank))
@@ -219,7 +220,7 @@ def estimated_state(
         saved = -(-matrices[0] // (degrees.dp * degrees.cp)) - (-matrices[1] // degrees.edp)
     return ModelState(
         weights=held * weight_bytes,
-        gradients=(dense + experts) * defaults.gradient,
+        gradients=(dense + experts) * gradient_bytes,
         optimizer=shard * (defaults.moments + (defaults.master if weight_bytes < 4 else 0))
         - saved * (defaults.moments - defaults.momentum),
     )
@@ -249,6 +250,7 @@ def rank_memory(
         weight_bytes=work.bytes_per_value,
         frozen=work.frozen,
         optimizer=work.optimizer,
+        gradient_bytes=work.gradient_bytes,
     )
     activations = stage_activations(shape, work, degrees, pp_rank=pp_rank)
     activations += recomputed_layer(shape, work, degrees)

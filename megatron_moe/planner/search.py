@@ -201,6 +201,7 @@ def _state_gib(shape: MoeShape, degrees: Degrees, work: Workload) -> float:
         weight_bytes=work.bytes_per_value,
         frozen=work.frozen,
         optimizer=work.optimizer,
+        gradient_bytes=work.gradient_bytes,
     )
     return (state.weights + state.gradients + state.optimizer) / GIB + FRAMEWORK_GIB
 

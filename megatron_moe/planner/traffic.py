@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections import Counter
 
 from megatron_moe.parallel.shards import padded_vocabulary
-from megatron_moe.planner.memory import StatePrecision, buffer_elements
+from megatron_moe.planner.memory import buffer_elements
 from megatron_moe.planner.shape import MoeShape
 from megatron_moe.planner.workload import Degrees, Workload
 
@@ -29,7 +29,6 @@ Traffic = dict[tuple[str, str], int]
 """Bytes by group and kind of collective, over all ranks, without groups of one rank."""
 
 FP32, INT64, INT32 = 4, 8, 4
-GRADIENT = StatePrecision().gradient
 
 
 def step_traffic(
@@ -158,7 +157,7 @@ def _replicated(shape: MoeShape, work: Workload, degrees: Degrees) -> Traffic:
     norms += 2 * shape.num_layers * shape.kv_channels * shape.qk_layernorm
     routers = shape.num_moe_layers * sum(shape.router_sizes.values())
     trained = norms * ("norms" not in work.frozen) + routers * ("router" not in work.frozen)
-    return {("tp", "all_reduce"): degrees.gpus // degrees.pp * trained * GRADIENT}
+    return {("tp", "all_reduce"): degrees.gpus // degrees.pp * trained * work.gradient_bytes}
 
 
 def _replicas(shape: MoeShape, work: Workload, degrees: Degrees) -> Traffic:
@@ -171,7 +170,7 @@ def _replicas(shape: MoeShape, work: Workload, degrees: Degrees) -> Traffic:
     for pp_rank in range(degrees.pp):
         dense, experts = buffer_elements(shape, degrees, pp_rank=pp_rank, frozen=work.frozen)
         for group, elements in (("dp_cp", dense), ("edp", experts)):
-            traffic[group, "reduce_scatter"] += ranks * elements * GRADIENT
+            traffic[group, "reduce_scatter"] += ranks * elements * work.gradient_bytes
             traffic[group, "all_gather"] += ranks * elements * work.bytes_per_value
     traffic["dp_cp", "all_reduce"] += degrees.gpus * INT32  # tokens of the batch
     traffic["optimizer", "all_reduce"] += degrees.gpus * FP32  # the squared norm
@@ -188,7 +187,7 @@ def _stages(shape: MoeShape, work: Workload, degrees: Degrees) -> Traffic:
     tied *= shape.tied_embeddings and "embeddings" not in work.frozen
     return {
         ("pp", "send"): 2 * ranks * batches * neighbors * sent,
-        ("embedding", "all_reduce"): 2 * ranks * tied * GRADIENT,
+        ("embedding", "all_reduce"): 2 * ranks * tied * work.gradient_bytes,
     }
 
 

@@ -87,6 +87,8 @@ class Workload:
     """Roles that have no gradients and no optimizer state."""
     optimizer: OptimizerName = "adam"
     """Optimizer, which determines the bytes of its state."""
+    gradient_bytes: int = 4
+    """Bytes of an element of the buffers that accumulate gradients (``grad_reduce_in_fp32``)."""
 
     @property
     def recompute_settings(self) -> tuple[Recompute, ...]:
@@ -151,4 +153,5 @@ def workload_of(config: RunConfig) -> Workload:
         engine=engine_assumed(config),
         frozen=config.train.always_frozen,
         optimizer=config.optimizer.optimizer,
+        gradient_bytes=4 if config.train.grad_reduce_in_fp32 else 2,
     )

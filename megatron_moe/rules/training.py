@@ -238,6 +238,17 @@ def roles(case: Case) -> Iterator[str]:
         )
 
 
+def gradients(case: Case) -> Iterator[str]:
+    """Check that gradients have a precision below that of the run only with bf16 weights."""
+    train = case.config.train
+    if not train.grad_reduce_in_fp32 and train.precision != "bf16":
+        yield (
+            f"train.grad_reduce_in_fp32 (false) requires train.precision ({train.precision}) to be "
+            "bf16: gradients otherwise have the dtype of the weights.\n"
+            "  set train.precision=bf16, or leave train.grad_reduce_in_fp32 unset"
+        )
+
+
 def muon(case: Case) -> Iterator[str]:
     """Check that settings of Muon belong to a run that uses it."""
     optimizer = case.config.optimizer

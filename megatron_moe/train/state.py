@@ -108,7 +108,7 @@ def make_state(
     settings = optimizer_config(config, overlap_param_gather=_overlaps_gather(config, engine))
     ddp = DistributedDataParallelConfig(
         use_distributed_optimizer=settings.use_distributed_optimizer,
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=config.train.grad_reduce_in_fp32,
         overlap_grad_reduce=config.train.overlap_grad_reduce,
         overlap_param_gather=_overlaps_gather(config, engine),
     )

@@ -41,7 +41,10 @@ def test_bytes_of_a_step_are_the_formula(
     bare = {**SHAPE, "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": tied}
     (tmp_path / "dense" / "config.json").write_text(json.dumps(bare))
     settings["moe"] = {"num_moe_experts": EXPERTS, **settings["moe"]}
-    settings["train"] |= {"precision": precision, "freeze": frozen}
+    in_fp32 = "attention" not in frozen or precision == "fp32"
+    settings["train"] |= {
+        "precision": precision, "freeze": frozen, "grad_reduce_in_fp32": in_fp32,
+    }  # fmt: skip
     if "dense_ffn" in frozen:
         settings["moe"] |= {"moe_layers": [1, 2]}
     config = build(

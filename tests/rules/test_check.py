@@ -277,6 +277,10 @@ REFUSALS = [
      "optimizer.start_weight_decay (0.2) must be at most optimizer.end_weight_decay (0.1): "
      "Megatron-Core only increases weight decay.\n"
      "  largest optimizer.start_weight_decay: 0.1"),
+    ("gradients", {"train.grad_reduce_in_fp32": False, "train.precision": "fp32"}, 1,
+     "train.grad_reduce_in_fp32 (false) requires train.precision (fp32) to be bf16: gradients "
+     "otherwise have the dtype of the weights.\n"
+     "  set train.precision=bf16, or leave train.grad_reduce_in_fp32 unset"),
     ("muon-momentum", {"optimizer.muon_momentum": 0.9}, 1,
      "optimizer.muon_momentum (0.9) requires optimizer.optimizer (adam) to be muon: AdamW does not "
      "use it.\n  set optimizer.optimizer=muon, or leave optimizer.muon_momentum unset"),
