@@ -20,7 +20,7 @@ from megatron_moe.bench.record import PHASES
 from megatron_moe.config.run import RunConfig
 from megatron_moe.model.config import check_dispatcher
 from megatron_moe.parallel.groups import create_groups
-from megatron_moe.planner.flops import forward_flops, training_flops
+from megatron_moe.planner.flops import forward_flops, step_flops
 from megatron_moe.planner.shape import upcycled_shape
 from megatron_moe.runtime.engine import engine_of
 from megatron_moe.runtime.wait import waiter
@@ -57,8 +57,8 @@ class Bench:
         spec = self.state.model.spec
         self._supply: Supply = make_supply(config, spec, self._groups, random=options.random)
         self.shape = upcycled_shape(spec, config.moe)
-        forward = forward_flops(self.shape, sequence_length=config.data.seq_length).model
-        self.flops_per_sequence = training_flops(forward)
+        forward = forward_flops(self.shape, sequence_length=config.data.seq_length)
+        self.flops_per_sequence = step_flops(forward, config.train.frozen_after(0))
         self.peak: Peak = device_peak(world.device, self.state.model.transformer.params_dtype)
         self._guard = StepGuard(config.guard)
         self._stopwatch = Stopwatch(waiter(world.device))

@@ -14,7 +14,7 @@ from megatron_moe.data.mixing import adapted_weights, updates_due
 from megatron_moe.data.texts import Texts
 from megatron_moe.experts.plan import ExpertPlan
 from megatron_moe.log import StepProgress
-from megatron_moe.planner.flops import forward_flops, training_flops
+from megatron_moe.planner.flops import forward_flops, step_flops
 from megatron_moe.planner.shape import upcycled_shape
 from megatron_moe.runtime.wait import waiter
 from megatron_moe.train.garbage import INTERVAL, manual_collection
@@ -176,7 +176,7 @@ def _describe(
     for warning in health.after(state.step, result.chosen_LE.numpy()):
         job.say(warning)
     shape = upcycled_shape(state.model.spec, job.config.moe)
-    forward = forward_flops(shape, sequence_length=job.config.data.seq_length).model
+    forward = forward_flops(shape, sequence_length=job.config.data.seq_length)
     return step_numbers(
         result,
         step=state.step,
@@ -184,7 +184,7 @@ def _describe(
         learning_rate=state.learning_rate,
         seconds=seconds,
         data_seconds=feed.seconds,
-        flops_per_sequence=training_flops(forward),
+        flops_per_sequence=step_flops(forward, job.config.train.frozen_after(state.step - 1)),
         peak_flops=peak.flops_per_second,
         config=job.config,
     )

@@ -10,8 +10,10 @@ The router's product is counted separately, because the papers exclude it.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
+from megatron_moe.config.run import Role
 from megatron_moe.planner.shape import MoeShape
 
 
@@ -83,6 +85,18 @@ def forward_flops(
         * expert_row
         * _padding_rows(shape, rows, padded_capacity_factor),
     )
+
+
+def step_flops(forward: ForwardFlops, frozen: Collection[Role]) -> int:
+    """Return `training_flops` of the model without the weight gradients of ``frozen`` roles."""
+    weights: dict[Role, int] = {
+        "attention": forward.attention_projections,
+        "dense_ffn": forward.dense_ffn,
+        "experts": forward.experts,
+        "shared_experts": forward.shared_experts,
+        "embeddings": forward.output_layer,
+    }
+    return training_flops(forward.model) - sum(weights.get(role, 0) for role in frozen)
 
 
 def training_flops(forward: int) -> int:

@@ -23,7 +23,8 @@ router/*_by_layer                         each of these three, as a list over Mo
 router/load_by_expert                     an expert's tokens / mean, a list over MoE layers of lists
                                           over experts; about a hundred times per run
 throughput/tokens_per_second_per_gpu      tokens of the global batch / seconds / ranks
-throughput/tflops_per_gpu                 model FLOPs (planner/flops.py: full attention, no padding)
+throughput/tflops_per_gpu                 model FLOPs (planner/flops.py: full attention, no padding,
+                                          no weight gradients of frozen roles)
 throughput/mfu                            the same / the peak that the log states at start
 memory/peak_gib                           maximum over ranks; resident memory on CPU
 time/step_seconds                         wall time of the step on the slowest rank
