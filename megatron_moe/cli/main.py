@@ -29,9 +29,9 @@ from megatron_moe.cli.start import (
     resumable,
 )
 from megatron_moe.cli.verify import verifying
-from megatron_moe.config.load import load
 from megatron_moe.config.run import Mixing, Parallel, RunConfig
 from megatron_moe.errors import ConfigError, UserError
+from megatron_moe.experts.from_source import load_run
 from megatron_moe.hf.disk import disk_errors_in_words, make_folder, naming
 from megatron_moe.hf.spec import DenseSpec, read_spec
 from megatron_moe.rules.check import check
@@ -100,7 +100,7 @@ def train(
 
     Example: megatron-moe train configs/demo.yaml train.steps=20 --ranks 4
     """
-    config = load(RunConfig, config_file, overrides or [])
+    config = load_run(config_file, overrides)
     from megatron_moe.commands.resuming import with_source
 
     config = with_source(config)
@@ -266,7 +266,7 @@ def reference_loss(
     """
     from megatron_moe.runtime.world import resolve_device, run_local_ranks
 
-    config = load(RunConfig, config_file, overrides or [])
+    config = load_run(config_file, overrides)
     mixing = Mixing(weights=config.data.mixing.weights)  # the file it names does not exist yet
     data = config.data.model_copy(update={"mixing": mixing})
     config = config.model_copy(update={"data": data, "parallel": Parallel()})
@@ -295,7 +295,7 @@ def construct(
 
     Example: megatron-moe construct configs/demo.yaml upcycle.plan=runs/plan.safetensors --ranks 4
     """
-    config = load(RunConfig, config_file, overrides or [])
+    config = load_run(config_file, overrides)
     if result := list(measuring_violations(config, read_spec(config.source.path))):
         raise ConfigError("\n".join(result))
     with resumable("run the same command to resume from the newest finished part"):
@@ -364,7 +364,7 @@ def bench(
         story = partial(_collectives, largest_mib, out or Path("collectives.json"))
         joined_to(position_of(ranks), story, ranks=ranks or 1, device="auto")
     else:
-        config = load(RunConfig, Path(given[0]), given[1:])
+        config = load_run(Path(given[0]), given[1:])
         options = {"steps": steps, "warmup": warmup, "routing": routing, "random": random}
         path = out or config.run.dir / f"bench-{routing}.json"
         on_ranks(partial(_bench, options, path), config, ranks)

@@ -10,9 +10,10 @@ from typing import Annotated
 import typer
 
 from megatron_moe.cli.options import JsonFlag, parse_size, show
-from megatron_moe.config.load import load, overridden
+from megatron_moe.config.load import overridden
 from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import ConfigError
+from megatron_moe.experts.from_source import load_run
 from megatron_moe.hf.disk import write_text
 from megatron_moe.hf.known import model_named
 from megatron_moe.hf.planned import spec_to_plan
@@ -125,7 +126,7 @@ def _run_to_plan(
         return overridden(start, arguments), spec
     if not arguments or "=" in arguments[0]:
         raise ConfigError("plan needs CONFIG.yaml, or --model NAME of a known model")
-    config = load(RunConfig, Path(arguments[0]), arguments[1:])
+    config = load_run(Path(arguments[0]), arguments[1:])
     return config, spec_with_note(config.source.path)
 
 

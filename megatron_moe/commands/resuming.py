@@ -20,6 +20,7 @@ from megatron_moe.errors import ConfigError
 _TEXTS_FILE = "texts.json"
 
 _REFUSED = {
+    "optimizer.optimizer": "the checkpoint holds the state of the other optimizer",
     "moe.moe_router_topk": "the trained experts and router would compute something else",
     "moe.router_order": "the trained experts and router would compute something else",
     "moe.moe_router_score_function": "the trained router would compute something else",
@@ -30,6 +31,7 @@ _REFUSED = {
     "moe.first_dense_layers": "other layers were trained as MoE layers",
     "moe.last_dense_layers": "other layers were trained as MoE layers",
     "moe.moe_shared_expert_intermediate_size": "the trained shared expert has another size",
+    "moe.moe_shared_expert_gate": "the trained shared expert has or lacks a gate",
 }
 """Settings that the trained weights depend on, with the reason."""
 _EFFECTS = {
@@ -41,7 +43,10 @@ _EFFECTS = {
     "data.seq_length": "takes effect: the text is cut anew, so some of it is read again",
     "data.path": "takes effect: training continues on this text",
     "data.domains": "takes effect: training continues on these texts",
-    "train.steps": "takes effect: the learning rate follows the schedule of the new length",
+    "train.freeze": "takes effect: parameters that were frozen start with empty optimizer state",
+    "train.stages": "takes effect: parameters that were frozen start with empty optimizer state",
+    "train.steps": "takes effect: the learning rate follows the schedule of the new length, unless "
+    "optimizer.lr_decay_steps is set",
 }
 """Effect of other settings; the longest prefix counts, and the default is ``takes effect``."""
 
@@ -66,7 +71,9 @@ def with_source(config: RunConfig) -> RunConfig:
     checkpoint = newest(config.run.dir)
     if checkpoint is None:
         return config
-    folder = keep_source_files(config.run.dir, source_copy(checkpoint))
+    folder = config.run.dir / "source"
+    if not (folder / "config.json").exists():  # other ranks may be reading it
+        folder = keep_source_files(config.run.dir, source_copy(checkpoint))
     return config.model_copy(update={"source": Source(path=folder)})
 
 

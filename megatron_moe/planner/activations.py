@@ -128,7 +128,7 @@ def chunks_in_flight(*, micro_batches: int, degrees: Degrees, pp_rank: int) -> i
 def stage_activations(shape: MoeShape, work: Workload, degrees: Degrees, *, pp_rank: int) -> float:
     """Return the bytes that a rank of stage ``pp_rank`` keeps at the peak of the schedule.
 
-    Each of the pp * vpp chunks is assumed to have the model's mean mix of MoE and dense layers.
+    Each chunk is assumed to have the model's mean mix of MoE and dense layers.
     """
     routed = kept_bytes(shape, work, degrees, routes=True) if shape.moe_layers else 0.0
     dense = kept_bytes(shape, work, degrees, routes=False) if shape.num_dense_layers else 0.0
@@ -136,7 +136,7 @@ def stage_activations(shape: MoeShape, work: Workload, degrees: Degrees, *, pp_r
     in_flight = chunks_in_flight(
         micro_batches=work.micro_batches(degrees), degrees=degrees, pp_rank=pp_rank
     )
-    return in_flight * model / (degrees.pp * degrees.vpp)
+    return in_flight * model * degrees.stage_shares(shape.num_layers)[pp_rank] / degrees.vpp
 
 
 def recomputed_layer(shape: MoeShape, work: Workload, degrees: Degrees) -> float:

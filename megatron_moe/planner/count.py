@@ -6,9 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_moe.config.load import load
-from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import ConfigError
+from megatron_moe.experts.from_source import load_run
 from megatron_moe.hf.known import model_named
 from megatron_moe.hf.planned import spec_to_plan
 from megatron_moe.planner.flops import ForwardFlops, forward_flops, training_flops
@@ -63,7 +62,7 @@ def count(path: Path, *, sequence_length: int | None = None) -> ModelCounts:
         model = model_named(str(path))
         shape = shape_from_hf(model.config, where=model.name)
         return count_shape(shape, sequence_length=sequence_length or DEFAULT_SEQUENCE)
-    config = load(RunConfig, path)
+    config = load_run(path)
     spec, _ = spec_to_plan(config.source.path)
     shape = upcycled_shape(spec, config.moe)
     return count_shape(

@@ -48,8 +48,9 @@ def step_time(shape: MoeShape, work: Workload, degrees: Degrees, machine: Machin
     """Predict the time of one step; the layout must be legal for the batch."""
     batches = work.micro_batches(degrees)
     layers, output = _model(shape, work, degrees, machine)
-    slowest = sum(layers.values()) / degrees.pp + output
-    parts = {name: batches * seconds / degrees.pp for name, seconds in layers.items()}
+    share = max(degrees.stage_shares(shape.num_layers))
+    slowest = sum(layers.values()) * share + output
+    parts = {name: batches * seconds * share for name, seconds in layers.items()}
     parts["output_layer"] = batches * output
     parts["bubble"] = (degrees.pp - 1) / degrees.vpp * slowest
     parts["pp"] = batches * _send(shape, work, degrees, machine)

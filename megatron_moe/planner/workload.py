@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_moe.config.run import Parallel, RunConfig
+from megatron_moe.config.run import OptimizerName, Parallel, Role, RunConfig
+from megatron_moe.parallel.layout import ends_of
+from megatron_moe.parallel.stages import EVEN, Ends, stage_sizes
 
 Engine = Literal["torch", "transformer_engine"]
 """Implementation of the layers, with ``auto`` resolved."""
@@ -35,6 +37,8 @@ class Degrees:
     vpp: int = 1
     ep: int = 1
     etp: int = 1
+    ends: Ends = EVEN
+    """Layers of the first and the last pipeline stage, if they differ from the others."""
 
     @property
     def dp(self) -> int:
@@ -45,6 +49,12 @@ class Degrees:
     def edp(self) -> int:
         """Number of replicas of the experts."""
         return self.gpus // (self.ep * self.etp * self.pp)
+
+    def stage_shares(self, num_layers: int) -> list[float]:
+        """Return each stage's part of the layers."""
+        sizes = stage_sizes(num_layers, self.pp, self.ends)
+        assert sizes is not None, "the rules refuse other layouts"
+        return [size / num_layers for size in sizes]
 
     def __str__(self) -> str:
         return (
@@ -66,6 +76,8 @@ class Degrees:
             virtual_pipeline_parallel_size=self.vpp if self.vpp > 1 else None,
             expert_parallel_size=self.ep,
             expert_tensor_parallel_size=self.etp,
+            num_layers_in_first_pipeline_stage=self.ends.first,
+            num_layers_in_last_pipeline_stage=self.ends.last,
         )
 
 
@@ -88,6 +100,12 @@ class Workload:
     """Whether all tp collectives overlap with products, in pieces (``train.tp_comm_overlap``)."""
     engine: Engine = "transformer_engine"
     """Implementation of the layers; it determines which tensors the backward pass keeps."""
+    frozen: frozenset[Role] = frozenset()
+    """Roles that have no gradients and no optimizer state."""
+    optimizer: OptimizerName = "adam"
+    """Optimizer, which determines the bytes of its state."""
+    gradient_bytes: int = 4
+    """Bytes of an element of the buffers that accumulate gradients (``grad_reduce_in_fp32``)."""
 
     @property
     def recompute_settings(self) -> tuple[Recompute, ...]:
@@ -126,6 +144,7 @@ def degrees_of(config: RunConfig, *, gpus: int) -> Degrees:
         vpp=parallel.virtual_pipeline_parallel_size or 1,
         ep=parallel.expert_parallel_size,
         etp=parallel.expert_tensor_parallel_size,
+        ends=ends_of(parallel),
     )
 
 
@@ -140,7 +159,7 @@ def engine_assumed(config: RunConfig) -> Engine:
 
 
 def workload_of(config: RunConfig) -> Workload:
-    """Return the work of one step of a configuration."""
+    """Return the work of one step of a configuration; with stages, of the one that needs most."""
     return Workload(
         sequence_length=config.data.seq_length,
         global_batch_size=config.train.global_batch_size,
@@ -151,4 +170,7 @@ def workload_of(config: RunConfig) -> Workload:
         precision=config.train.precision,
         tp_comm_overlap=config.train.tp_comm_overlap,
         engine=engine_assumed(config),
+        frozen=config.train.always_frozen,
+        optimizer=config.optimizer.optimizer,
+        gradient_bytes=4 if config.train.grad_reduce_in_fp32 else 2,
     )

@@ -96,7 +96,7 @@ def _loss(run: RunFiles) -> Html | None:
         for line in lines
     ]  # fmt: skip
     dense = ((run.receipt or {}).get("against_dense") or {}).get("loss_dense")
-    level = ("dense model, held-out text", float(dense)) if dense is not None else None
+    level = ("source model, held-out text", float(dense)) if dense is not None else None
     picture = line_picture(lines, alt=alt_of("Loss", lines), y="nats per token", level=level)
     return figure(
         "Training and held-out loss", picture, steps_table(lines, "Loss, nats per token"),

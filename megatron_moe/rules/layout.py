@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from megatron_moe.errors import nearest_multiples
 from megatron_moe.experts.resolve import moe_layer_ids
 from megatron_moe.hf.spec import DenseSpec
-from megatron_moe.parallel.layout import indivisible_world
+from megatron_moe.parallel.layout import ends_of, indivisible_world
+from megatron_moe.parallel.stages import EVEN, stage_sizes
 from megatron_moe.rules.case import Case, indivisible
 
 
@@ -96,6 +97,15 @@ def pipeline(case: Case) -> Iterator[str]:
             "parallel.pipeline_parallel_size of at least 2: chunks are interleaved between stages."
             "\n  leave parallel.virtual_pipeline_parallel_size unset"
         )
+    elif (ends := ends_of(case.config.parallel)) != EVEN:
+        sizes = stage_sizes(layers, pp, ends)
+        if pp == 1 or sizes is None or any(size % case.vpp for size in sizes):
+            yield (
+                f"parallel.num_layers_in_first_pipeline_stage ({ends.first}) and "
+                f"num_layers_in_last_pipeline_stage ({ends.last}) must leave equal shares of the "
+                f"{layers} layers to the other of {pp} stages, and vpp ({case.vpp}) must divide "
+                f"every stage.\n  {_uneven(layers, pp, case.vpp) or 'leave both unset'}"
+            )
     elif layers % (pp * case.vpp):
         fits = [f"{a}x{b}" for a in range(1, layers + 1) for b in range(1, layers // a + 1)
                 if layers % (a * b) == 0 and (a > 1 or b == 1)]  # fmt: skip
@@ -105,7 +115,21 @@ def pipeline(case: Case) -> Iterator[str]:
             f"pp * vpp = {pp} * {case.vpp} = {pp * case.vpp}: every chunk must hold the same "
             "number of layers.\n"
             f"  nearest pp x vpp: {', '.join(near[:4])}"
+            + (f"\n  or set {uneven}" if (uneven := _uneven(layers, pp, case.vpp)) else "")
         )
+
+
+def _uneven(layers: int, pp: int, vpp: int) -> str | None:
+    """Return settings for stages of about the same size, the first and the last the smallest."""
+    for middle in range(vpp, layers + 1, vpp):
+        left = layers - (pp - 2) * middle
+        first = left // 2 // vpp * vpp
+        if pp > 1 and 0 < left - first <= middle and first > 0 and not (left - first) % vpp:
+            return (
+                f"parallel.num_layers_in_first_pipeline_stage={first} "
+                f"parallel.num_layers_in_last_pipeline_stage={left - first}"
+            )
+    return None
 
 
 def sequence(case: Case) -> Iterator[str]:

@@ -127,7 +127,7 @@ def check_logits(world: World, config: RunConfig) -> None:
             parameter.data.fill_(float("nan"))  # what is not filled shows
     set_output_scales(model.modules, plan)
     filled = upcycle(model, dense, plan, layout=layout, rank=world.rank)
-    assert check_coverage(filled, dense) == len(dict(dense_tensors(dense.spec)))
+    assert check_coverage(filled, dense, plan) == len(dict(dense_tensors(dense.spec)))
 
     torch.manual_seed(0)
     tokens_S = torch.randint(0, dense.spec.vocab_size, (32,))
