@@ -13,7 +13,7 @@ from megatron_moe.data.mixing import adapted_weights, updates_due
 from megatron_moe.data.texts import Texts
 from megatron_moe.experts.plan import ExpertPlan
 from megatron_moe.log import StepProgress
-from megatron_moe.planner.flops import forward_flops, training_flops
+from megatron_moe.planner.flops import sequence_flops
 from megatron_moe.planner.shape import upcycled_shape
 from megatron_moe.runtime.wait import waiter
 from megatron_moe.train.garbage import INTERVAL, manual_collection
@@ -41,7 +41,10 @@ def continue_pretraining(job: Job, state: TrainState, plan: ExpertPlan, feed: Fe
     config = job.config
     peak = device_peak(job.world.device, state.model.transformer.params_dtype)
     tflops = peak.flops_per_second / 1e12
-    job.say(f"MFU is relative to a peak of {tflops:.3g} TFLOP/s ({peak.source})")
+    job.say(
+        f"MFU is relative to a peak of {tflops:.3g} TFLOP/s ({peak.source}); it counts the "
+        "attention that a causal model needs"
+    )
     writer = MetricsWriter(config, resumed_step=state.step) if job.world.rank == 0 else None
     resumed_step = state.step
     if resumed_step == 0:
@@ -143,7 +146,6 @@ def _describe(
     job: Job, state: TrainState, feed: Feed, peak: Peak, result: StepResult, seconds: float
 ) -> Numbers:
     shape = upcycled_shape(state.model.spec, job.config.moe)
-    forward = forward_flops(shape, sequence_length=job.config.data.seq_length).model
     return step_numbers(
         result,
         step=state.step,
@@ -151,7 +153,7 @@ def _describe(
         learning_rate=state.learning_rate,
         seconds=seconds,
         data_seconds=feed.seconds,
-        flops_per_sequence=training_flops(forward),
+        flops=sequence_flops(shape, job.config.data.seq_length),
         peak_flops=peak.flops_per_second,
         config=job.config,
     )

@@ -128,6 +128,14 @@ def load(
     return build(cls, complete(tree))
 
 
+def overridden(config: Model, overrides: Iterable[str]) -> Model:
+    """Return the configuration with ``key.path=value`` arguments applied; see `load` for errors."""
+    tree = config.model_dump(mode="json")
+    for override in overrides:
+        _apply(tree, override)
+    return build(type(config), tree)
+
+
 def _count(value: Any, most: int) -> int:
     """Return the number of values in a tree, or one more than ``most`` if there are more.
 

@@ -323,6 +323,14 @@ class Parallel(Section):
     virtual_pipeline_parallel_size: Count | None = None
     """Number of interleaved model chunks per pipeline rank (vpp). None or 1: one."""
 
+    num_layers_in_first_pipeline_stage: Count | None = None
+    """Number of layers of the first pipeline stage. Set it, or the next one, if the stages cannot
+    be equally large, or to give a stage less work. None: as many as any other stage."""
+
+    num_layers_in_last_pipeline_stage: Count | None = None
+    """Number of layers of the last pipeline stage, which also computes logits and loss. None: as
+    many as any other stage."""
+
     expert_parallel_size: Count = 1
     """Number of ranks that share the experts of a layer; each holds whole experts (ep)."""
 

@@ -7,6 +7,7 @@ make the model compute anything else than this package builds is rejected, with 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,12 +206,13 @@ def _bad_numbers(config: Mapping[str, Any], family: Family) -> list[str]:
         optional.remove("sliding_window")
     reasons = [f"{key} is missing" for key in integers if key not in config]
     reasons += [
-        f"{key} is {config[key]!r}: must be a positive integer"
+        f"{key} is {config[key]!r:.99}: must be a positive integer of at most {_largest(key):,}"
         for key in (*integers, *optional)
-        if key in config and not _is_positive(config[key], int)
+        if key in config
+        if not (_is_positive(config[key], int) and config[key] <= _largest(key))
     ]
     reasons += [
-        f"{key} is {value!r}: must be a positive number"
+        f"{key} is {value!r:.99}: must be a positive number"
         for key, value in _real_numbers(config).items()
         if not _is_positive(value, int, float)
     ]
@@ -225,8 +227,14 @@ def _real_numbers(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _largest(key: str) -> int:
+    """Return the largest plausible value, beyond which even listing the tensors takes forever."""
+    return 10_000 if key == "num_hidden_layers" else 2**31 - 1
+
+
 def _is_positive(value: Any, *kinds: type) -> bool:
-    return isinstance(value, kinds) and not isinstance(value, bool) and 0 < value < float("inf")
+    number = isinstance(value, kinds) and not isinstance(value, bool)
+    return number and 0 < value <= sys.float_info.max
 
 
 def _misfits(config: Mapping[str, Any]) -> list[str]:

@@ -122,6 +122,8 @@ def _parallel(parallel: Parallel) -> dict[str, Any]:
         "context_parallel_size": parallel.context_parallel_size,
         "pipeline_model_parallel_size": parallel.pipeline_parallel_size,
         "virtual_pipeline_model_parallel_size": vpp if vpp > 1 else None,
+        "num_layers_in_first_pipeline_stage": parallel.num_layers_in_first_pipeline_stage,
+        "num_layers_in_last_pipeline_stage": parallel.num_layers_in_last_pipeline_stage,
         "expert_model_parallel_size": parallel.expert_parallel_size,
         "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
         "sequence_parallel": parallel.tensor_parallel_size > 1,

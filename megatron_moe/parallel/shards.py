@@ -147,13 +147,22 @@ def _vocabulary(name: str, part: ShardIndex, vocab_size: int) -> list[Piece]:
 
 
 def _qkv(names: list[str], part: ShardIndex, spec: DenseSpec) -> Iterator[tuple[str, slice, int]]:
-    """Yield query heads, key and value of each query group, as in Megatron-Core's fused QKV."""
+    """Yield query heads, key and value of each query group, as in Megatron-Core's fused QKV.
+
+    With more ranks than groups, Megatron-Core cuts the fused rows into equal parts, wherever that
+    is, and gathers the output of the projection over tp.
+    """
     head = spec.kv_channels
     queries = spec.num_attention_heads // spec.num_query_groups * head
-    groups = part.slice_of(spec.num_query_groups)
-    for group in range(groups.start, groups.stop):
+    window = part.slice_of(spec.num_query_groups * (queries + 2 * head))
+    start = 0
+    for group in range(spec.num_query_groups):
         for name, size in zip(names, (queries, head, head), strict=True):
-            yield name, slice(group * size, (group + 1) * size), size
+            first, stop = max(start, window.start), min(start + size, window.stop)
+            if first < stop:
+                offset = group * size - start
+                yield name, slice(first + offset, stop + offset), stop - first
+            start += size
 
 
 def _stack(runs: list[tuple[str, slice | NDArray[np.int64], int]]) -> list[Piece]:

@@ -62,6 +62,7 @@ def rank_parameters(shape: MoeShape, degrees: Degrees, *, pp_rank: int) -> tuple
             num_layers=shape.num_layers,
             pp=degrees.pp,
             vpp=degrees.vpp,
+            ends=degrees.ends,
             pp_rank=pp_rank,
             vpp_rank=vpp_rank,
         )
@@ -97,6 +98,7 @@ def chunk_tensors(
         num_layers=shape.num_layers,
         pp=degrees.pp,
         vpp=degrees.vpp,
+        ends=degrees.ends,
         pp_rank=pp_rank,
         vpp_rank=vpp_rank,
     )

@@ -65,6 +65,10 @@ class MoeShape:
             return self.query_width // tp, self.kv_width // tp
         return self.kv_channels * self.qk_layernorm, self.kv_channels * self.qk_layernorm
 
+    def kv_width_of_rank(self, tp: int) -> int:
+        """Return the width of the keys (or values) that a tp rank attends to: at least one head."""
+        return max(self.kv_width // tp, self.kv_channels)
+
     @property
     def router_sizes(self) -> dict[str, int]:
         """Number of parameters of one router, by name."""

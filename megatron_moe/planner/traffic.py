@@ -100,11 +100,15 @@ def _attention(shape: MoeShape, work: Workload, degrees: Degrees) -> Traffic:
     shared_by_tp = shape.num_layers + shape.num_dense_layers
     shared_by_tp += shape.num_moe_layers * (shape.shared_expert_size > 0)
     block = ranks * batches * _tokens(work, degrees) * shape.hidden_size * work.bytes_per_value
-    kv = work.sequence_length * work.micro_batch_size * shape.kv_width // degrees.tp
+    kv = work.sequence_length * work.micro_batch_size * shape.kv_width_of_rank(degrees.tp)
     keys_and_values = 2 * ranks * batches * shape.num_layers * kv * work.bytes_per_value
+    # With more tp ranks than query groups, the output of the fused projection is gathered.
+    fused = shape.query_width + 2 * shape.kv_width
+    fused *= shape.num_layers * (degrees.tp > shape.num_query_groups)
+    fused_bytes = ranks * batches * _tokens(work, degrees) * fused * work.bytes_per_value
     return {
-        ("tp", "all_gather"): 3 * shared_by_tp * block,
-        ("tp", "reduce_scatter"): 2 * shared_by_tp * block,
+        ("tp", "all_gather"): 3 * shared_by_tp * block + fused_bytes,
+        ("tp", "reduce_scatter"): 2 * shared_by_tp * block + fused_bytes,
         ("cp", "all_gather"): keys_and_values,
         ("cp", "reduce_scatter"): keys_and_values,
     }

@@ -8,7 +8,7 @@ import numpy as np
 
 from megatron_moe.config.run import Section as Settings
 from megatron_moe.errors import ConfigError
-from megatron_moe.parallel.layout import ParallelLayout, fold, local_experts
+from megatron_moe.parallel.layout import ParallelLayout, ends_of, fold, local_experts
 from megatron_moe.parallel.stages import chunk_layers
 from megatron_moe.report.grids import draw_grids
 from megatron_moe.report.html import Child, Html, command, el, folded, join, missing, number, table
@@ -180,8 +180,11 @@ def _layers(run: RunFiles, ranks: ParallelLayout, stage: int) -> str:
     vpp = run.config.parallel.virtual_pipeline_parallel_size or 1
     if run.spec is None:
         return "all" if pp == 1 else f"of stage {stage}"
+    ends = ends_of(run.config.parallel)
     chunks = [
-        chunk_layers(num_layers=run.spec.num_layers, pp=pp, vpp=vpp, pp_rank=stage, vpp_rank=chunk)
+        chunk_layers(
+            num_layers=run.spec.num_layers, pp=pp, vpp=vpp, ends=ends, pp_rank=stage, vpp_rank=chunk
+        )
         for chunk in range(vpp)
     ]
     return ", ".join(_range(chunk) for chunk in chunks)

@@ -49,7 +49,11 @@ def speed(run: RunFiles) -> Section:
         ),
         _one(
             run, "throughput/mfu", "MFU",
-            "model FLOPs / the peak in the run's log", from_zero=True,
+            "FLOPs with causal attention / the peak in the log", from_zero=True,
+        ),
+        _one(
+            run, "throughput/mfu_full_attention", "MFU with full attention",
+            "FLOPs with the whole square / the peak in the log", from_zero=True,
         ),
         _seconds(run),
         _one(run, "memory/peak_gib", "Memory, GiB", "peak over ranks", from_zero=True),

@@ -35,6 +35,8 @@ MODELS = {
     "qwen2-bias": ("qwen2", {}),
     "qwen3-qk-norm": ("qwen3", {"head_dim": 16}),
     "phi3-fused": ("phi3", {}),
+    "llama-1-kv-head": ("llama", {"num_key_value_heads": 1}),
+    "qwen3-2-kv-heads": ("qwen3", {"num_key_value_heads": 2, "head_dim": 16}),
 }  # fmt: skip
 
 ALL_LAYOUTS = [pytest.param("llama-tied", layout, id=f"llama-tied-{layout}") for layout in LAYOUTS]
@@ -43,7 +45,7 @@ ALL_MODELS = [
     for model in MODELS
     if model != "llama-tied"
     for layout in ("1", "tp2-ep4-etp1", "pp2")
-]
+] + [pytest.param("qwen3-2-kv-heads", "tp4-ep2", id="qwen3-2-kv-heads-tp4")]
 
 
 @pytest.fixture(scope="module")
