@@ -15,10 +15,13 @@ from pathlib import Path
 import pytest
 import typer
 import yaml
+from dense_models import DENSE_MODELS
 
 from megatron_moe.cli.main import app
 from megatron_moe.config.load import load
 from megatron_moe.config.run import RunConfig
+from megatron_moe.hf.spec import spec_from_config
+from megatron_moe.rules.check import violations
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -48,12 +51,22 @@ def _words(line: str) -> list[str]:
 
 
 def test_the_example_is_a_configuration(tmp_path):
-    (example,) = [body for language, body in BLOCK.findall(TRAINING) if language == "yaml"]
+    """The first example is complete; the settings of the others can be added to it."""
+    example, *others = [body for language, body in BLOCK.findall(TRAINING) if language == "yaml"]
     path = tmp_path / "example.yaml"
     path.write_text(example)
     config = load(RunConfig, path)
     assert set(yaml.safe_load(example)) <= set(type(config).model_fields)
     assert config.parallel.expert_parallel_size == 4
+    for other in others:
+        tree = yaml.safe_load(example)
+        for section, settings in yaml.safe_load(other).items():
+            tree[section] = {**tree.get(section, {}), **settings}
+        path.write_text(yaml.safe_dump(tree))
+        assert (
+            violations(load(RunConfig, path), spec_from_config(DENSE_MODELS["Llama-3.2-3B"]), 8)
+            == []
+        )
 
 
 def test_there_are_commands():

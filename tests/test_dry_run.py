@@ -93,6 +93,92 @@ def test_parameters_and_state_are_the_planners_to_the_byte(
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
+    ("optimizer", "precision", "freeze", "in_fp32"),
+    [
+        ("muon", "bf16", [], True),
+        ("muon", "fp32", [], True),
+        ("muon", "bf16", ["experts"], False),
+        ("adam", "bf16", [], False),
+    ],
+)
+def test_state_of_muon_and_bf16_gradients_are_the_planners_to_the_byte(
+    tmp_path: Path, optimizer: str, precision: str, freeze: list[str], in_fp32: bool
+):
+    """One moment of a matrix and two of the rest, on the rank that updates it."""
+    dense = tmp_path / "dense"
+    dense.mkdir()
+    (dense / "config.json").write_text(json.dumps(DENSE))
+    parts = {"moe_ffn_hidden_size": 12, "moe_shared_expert_intermediate_size": 8}
+
+    def check() -> None:
+        for name in (*LAYOUTS, "tp2", "dp2 ep2", "cp2 tp2 dp2 ep2"):
+            world_size, parallel = layout(name)
+            config = build(
+                RunConfig,
+                tree(
+                    tmp_path, dense, tmp_path, parallel=parallel,
+                    moe={"num_moe_experts": 8, "moe_layers": [0, 1, 3, 6], **parts},
+                    upcycle={"method": "split_random"}, optimizer={"optimizer": optimizer},
+                    train={"precision": precision, "global_batch_size": 32, "freeze": freeze,
+                           "grad_reduce_in_fp32": in_fp32},
+                ),
+            )  # fmt: skip
+            for rank in {0, world_size // 3, world_size - 1}:
+                found = dry_run(config, rank=rank, world_size=world_size)
+                agrees_with_the_planner(found, config, read_spec(dense), world_size=world_size)
+
+    in_a_child(check)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("distributed", [True, False])
+@pytest.mark.parametrize(
+    "stages",
+    [
+        [{"freeze": ["experts", "embeddings"]}],
+        [{"freeze": ["attention", "norms", "router", "dense_ffn", "shared_experts"]}],
+        [{"freeze": ["attention", "norms", "embeddings", "dense_ffn"]}],
+        [{"steps": 2, "freeze": ["experts", "shared_experts"]}, {"freeze": ["norms", "router"]}],
+    ],
+    ids=["no-experts", "experts", "ffn", "stages"],
+)
+def test_frozen_roles_take_no_gradients_and_no_optimizer_state(
+    tmp_path: Path, stages: list, distributed: bool
+):
+    """To the byte, as without freezing; of several stages, the one that trains the most."""
+    dense = tmp_path / "dense"
+    dense.mkdir()
+    (dense / "config.json").write_text(json.dumps(DENSE))
+    parts = {"moe_ffn_hidden_size": 12, "moe_shared_expert_intermediate_size": 8}
+
+    def check() -> None:
+        for name in LAYOUTS:
+            world_size, parallel = layout(name)
+            whole, config = (
+                build(
+                    RunConfig,
+                    tree(
+                        tmp_path, dense, tmp_path, parallel=parallel,
+                        moe={"num_moe_experts": 8, "moe_layers": [0, 1, 3, 6], **parts},
+                        upcycle={"method": "split_random"},
+                        train={"precision": "bf16", "global_batch_size": 32, "stages": stages},
+                        optimizer={"use_distributed_optimizer": distributed},
+                    ),
+                )
+                for stages in ([], stages)
+            )  # fmt: skip
+            for rank in {0, world_size - 1}:
+                free = dry_run(whole, rank=rank, world_size=world_size).counted
+                found = dry_run(config, rank=rank, world_size=world_size)
+                agrees_with_the_planner(found, config, read_spec(dense), world_size=world_size)
+                assert found.counted.gradients < free.gradients
+                assert found.counted.optimizer <= free.optimizer
+
+    in_a_child(check)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
     ("method", "moe"),
     [
         ("copy", {}),

@@ -24,7 +24,7 @@ from pydantic.fields import FieldInfo  # noqa: E402
 from pydantic_core import PydanticUndefined  # noqa: E402
 
 from megatron_moe.commands.export import architecture_for  # noqa: E402
-from megatron_moe.config.run import Domain, Moe, RunConfig  # noqa: E402
+from megatron_moe.config.run import Domain, Moe, RunConfig, Stage  # noqa: E402
 from megatron_moe.errors import CheckpointError  # noqa: E402
 from megatron_moe.hf.families import FAMILIES, FamilyRow  # noqa: E402
 from megatron_moe.hf.rope import ROPE_TYPES  # noqa: E402
@@ -100,6 +100,10 @@ FOLDERS = {
 """Folders of the package in the order of imports, with what each is for."""
 
 
+ENTRIES: dict[str, type[BaseModel]] = {"data.domains.NAME": Domain, "train.stages.N": Stage}
+"""Sections that a mapping or a list holds any number of, by their place."""
+
+
 def settings_page() -> str:
     """Return docs/settings.md."""
     sections = [_section(name, field) for name, field in RunConfig.model_fields.items()]
@@ -109,9 +113,9 @@ def settings_page() -> str:
 def _section(name: str, field: FieldInfo) -> str:
     model: Any = field.annotation
     text = f"\n## {name}\n\n{_text(model.__doc__)}\n\n{_table(name, model)}"
-    if name == "data":
-        text += f"\n### data.domains.NAME\n\n{_text(Domain.__doc__)}\n\n"
-        text += _table("data.domains.NAME", Domain)
+    for place, entry in ENTRIES.items():
+        if place.startswith(f"{name}."):
+            text += f"\n### {place}\n\n{_text(entry.__doc__)}\n\n" + _table(place, entry)
     return text
 
 
@@ -134,7 +138,8 @@ def _type(kind: Any) -> str:
     if kind is type(None):
         return "null"
     if get_origin(kind) is dict:
-        return "mapping of names to sections"
+        of_sections = isinstance(arguments[1], type) and issubclass(arguments[1], BaseModel)
+        return "mapping of names to " + ("sections" if of_sections else "numbers")
     if get_origin(kind) is list:
         return f"list of {_type(arguments[0])}"
     if hasattr(kind, "__metadata__"):
@@ -143,6 +148,8 @@ def _type(kind: Any) -> str:
         return ", ".join(f"`{argument}`" for argument in arguments)
     if arguments:
         return " or ".join(_type(argument) for argument in arguments)
+    if issubclass(kind, BaseModel):
+        return "sections"
     names = {"int": "integer", "float": "number", "bool": "true or false", "Path": "path",
              "str": "text"}  # fmt: skip
     return names[kind.__name__]

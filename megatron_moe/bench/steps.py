@@ -57,7 +57,9 @@ class Bench:
         spec = self.state.model.spec
         self._supply: Supply = make_supply(config, spec, self._groups, random=options.random)
         self.shape = upcycled_shape(spec, config.moe)
-        self.flops: SequenceFlops = sequence_flops(self.shape, config.data.seq_length)
+        self.flops: SequenceFlops = sequence_flops(
+            self.shape, config.data.seq_length, config.train.frozen_after(0)
+        )
         self.peak: Peak = device_peak(world.device, self.state.model.transformer.params_dtype)
         self._guard = StepGuard(config.guard)
         self._stopwatch = Stopwatch(waiter(world.device))

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moe.config.load import load
-from megatron_moe.config.run import RunConfig, Source
+from megatron_moe.config.run import Role, RunConfig, Source
 from megatron_moe.errors import CheckpointError
 from megatron_moe.experts.file import PLAN_FILE, read_plan
 from megatron_moe.experts.plan import ExpertPlan, make_expert_plan
@@ -45,6 +45,8 @@ class Progress:
     plan_hash: str
     optimizer_updates: int
     """Weight updates, as counted by Adam; a skipped step makes none."""
+    updates_by_role: dict[Role, int] | None = None
+    """Weight updates of each role that the last step trained; None: all roles are alike."""
     world_size: int
     precision: str
     tokens: int | None = None

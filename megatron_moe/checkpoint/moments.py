@@ -6,11 +6,12 @@ the other two keep whole parameters. With bf16 weights there are fp32 master wei
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import (
     ChainedOptimizer,
@@ -19,6 +20,8 @@ from megatron.core.optimizer.optimizer import (
 )
 from torch import Tensor
 
+from megatron_moe.config.run import Role
+from megatron_moe.hf.names import ROLES
 from megatron_moe.train.optimizers import state_keys
 
 
@@ -31,6 +34,8 @@ class Owned:
     """Index of the first element, in the flattened parameter, that the tensors below hold."""
     tensors: dict[str, Tensor]
     """One-dimensional, same length: `OptimizerRow.state` and, with bf16 weights, master."""
+    role: Role | None
+    """Role of the parameter, if the updates of roles are counted separately."""
 
 
 def parts(optimizer: MegatronOptimizer) -> list[Any]:
@@ -43,6 +48,7 @@ def parts(optimizer: MegatronOptimizer) -> list[Any]:
 def owned(optimizer: MegatronOptimizer) -> Iterator[Owned]:
     """Yield all optimizer state of this rank; create moments that do not exist yet, as zeros."""
     for part in parts(optimizer):
+        roles = {p: group.get("role") for group in part.param_groups for p in group["params"]}
         for parameter, begin, main in _main_parameters(part):
             moments = part.optimizer.state[main]
             keys = state_keys(part)
@@ -52,11 +58,13 @@ def owned(optimizer: MegatronOptimizer) -> Iterator[Owned]:
             tensors = {name: moments[name].view(-1) for name in keys}
             if main.dtype != parameter.dtype:
                 tensors["master"] = main.detach().view(-1)
-            yield Owned(parameter, begin, tensors)
+            yield Owned(parameter, begin, tensors, roles[main])
 
 
 def _main_parameters(part: Any) -> Iterator[tuple[Tensor, int, Tensor]]:
     """Yield each model parameter, its first held element, and the tensor the optimizer updates."""
+    if part.is_stub_optimizer:  # all parameters of this kind are frozen
+        return
     if isinstance(part, DistributedOptimizer):
         for parameter, (group, order) in part.model_param_group_index_map.items():
             begin = part._get_model_param_range_map(parameter)["param"].start
@@ -78,18 +86,39 @@ def _main_parameters(part: Any) -> Iterator[tuple[Tensor, int, Tensor]]:
 
 def updates_made(optimizer: MegatronOptimizer) -> int:
     """Return the number of updates so far, which Adam's bias correction uses."""
-    return max(
-        (int(group.get("step", 0)) for part in parts(optimizer) for group in _groups(part)),
-        default=0,
-    )
+    return max((int(group.get("step", 0)) for group in _groups(optimizer)), default=0)
 
 
-def set_updates_made(optimizer: MegatronOptimizer, updates: int) -> None:
-    """Set the number of updates to that of a checkpoint."""
-    for part in parts(optimizer):
-        for group in _groups(part):
-            group["step"] = updates
+def updates_by_role(optimizer: MegatronOptimizer) -> dict[Role, int] | None:
+    """Return the number of updates of each trained role; None if roles are not distinguished.
+
+    All ranks must call it. A rank may hold no parameter of a role, and then not count its updates.
+    """
+    own: dict[Role, int] = {}
+    for group in _groups(optimizer):
+        if "role" in group:
+            own[group["role"]] = max(own.get(group["role"], 0), int(group.get("step", 0)))
+    if not own:
+        return None
+    of_ranks: list[dict[Role, int]] = [own] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, own)
+    trained: list[Role] = [role for role in ROLES if any(role in updates for updates in of_ranks)]
+    return {role: max(updates.get(role, 0) for updates in of_ranks) for role in trained}
 
 
-def _groups(part: Any) -> list[dict[str, Any]]:
-    return part.optimizer.param_groups
+def set_updates_made(
+    optimizer: MegatronOptimizer, updates: int, by_role: Mapping[Role, int] | None = None
+) -> None:
+    """Set the number of updates to that of a checkpoint.
+
+    Args:
+        optimizer: Megatron-Core's optimizer.
+        updates: Updates of all parameters.
+        by_role: Updates of each role, if they were counted; 0 for roles that were frozen.
+    """
+    for group in _groups(optimizer):
+        group["step"] = updates if by_role is None else by_role.get(group["role"], 0)
+
+
+def _groups(optimizer: MegatronOptimizer) -> list[dict[str, Any]]:
+    return [group for part in parts(optimizer) for group in part.param_groups]

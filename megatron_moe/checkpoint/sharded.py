@@ -9,7 +9,7 @@ its seed, and the schedule is a function of the step.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,13 @@ from megatron_moe.checkpoint import folder as folders
 from megatron_moe.checkpoint.boxes import Box, Placement, placements
 from megatron_moe.checkpoint.folder import Progress
 from megatron_moe.checkpoint.host import copied_to_host
-from megatron_moe.checkpoint.moments import owned, set_updates_made, updates_made
+from megatron_moe.checkpoint.moments import (
+    Owned,
+    owned,
+    set_updates_made,
+    updates_by_role,
+    updates_made,
+)
 from megatron_moe.checkpoint.storage import Boxes, read_boxes, write_boxes, write_format
 from megatron_moe.config.load import dump
 from megatron_moe.config.run import RunConfig
@@ -92,13 +98,15 @@ class Saver:
         start = time.perf_counter()
         with torch.no_grad():
             state.gather_weights()
-        boxes = _boxes(state, groups, step=state.step, writing=True)
+        kept = owned(state.optimizer) if state.step else ()  # at 0, masters equal weights
+        boxes = _boxes(state, groups, kept, writing=True)
         progress = Progress(
             step=state.step,
             samples=state.samples,
             tokens=state.tokens,
             plan_hash=self._plan_hash,
             optimizer_updates=updates_made(state.optimizer),
+            updates_by_role=updates_by_role(state.optimizer),
             world_size=dist.get_world_size(),
             precision=self._config.train.precision,
             blend=state.blend.to_json(),
@@ -202,16 +210,21 @@ def restore(
         CheckpointError: The checkpoint has another model or precision, or is damaged.
     """
     progress = _checked_progress(folder, config, plan_hash)
-    boxes = _boxes(state, groups, step=progress.step, writing=False)
-    _clear(state.model)
+    by_role = progress.updates_by_role
+    stored, new = [], []
     for kept in owned(state.optimizer):
+        frozen = by_role is not None and kept.role not in by_role
+        (new if frozen or not progress.step else stored).append(kept)
+    boxes = _boxes(state, groups, stored, writing=False)
+    _clear(state.model)
+    for kept in (*stored, *new):
         for tensor in kept.tensors.values():
             tensor.zero_()
     _read(boxes, folder)
-    if progress.step == 0:
-        state.optimizer.reload_model_params()
-    else:
-        set_updates_made(state.optimizer, progress.optimizer_updates)
+    for kept in new:
+        _copy_to_master(kept)
+    if progress.step:
+        set_updates_made(state.optimizer, progress.optimizer_updates, by_role)
     state.schedule.step(increment=progress.step - state.step)
     state.step, state.samples = progress.step, progress.samples
     state.tokens = folders.tokens_of(progress, folder)
@@ -273,13 +286,25 @@ def _clear(model: Model) -> None:
             parameter.zero_()
 
 
-def _boxes(state: TrainState, groups: ProcessGroupCollection, *, step: int, writing: bool) -> Boxes:
-    """Return this rank's boxes of the model and, if ``step`` is not 0, of the optimizer.
+def _copy_to_master(kept: Owned) -> None:
+    """Begin master weights, if there are any, with the weights: the checkpoint has none."""
+    if (master := kept.tensors.get("master")) is not None:
+        master.copy_(kept.parameter.detach().view(-1)[kept.begin : kept.begin + len(master)])
+
+
+def _boxes(
+    state: TrainState,
+    groups: ProcessGroupCollection,
+    optimizer_state: Iterable[Owned],
+    *,
+    writing: bool,
+) -> Boxes:
+    """Return this rank's boxes of the model and of optimizer state.
 
     Args:
         state: Training state; the boxes are views of its memory.
         groups: This rank's process groups.
-        step: Step of the checkpoint; at 0 there are no moments, and master weights equal weights.
+        optimizer_state: Optimizer state that the checkpoint holds.
         writing: Omit boxes that another tp or pp rank writes.
     """
     placed: dict[Tensor, list[Placement]] = {}
@@ -291,7 +316,7 @@ def _boxes(state: TrainState, groups: ProcessGroupCollection, *, step: int, writ
         flat = parameter.detach().view(-1)
         for run in runs:
             boxes.setdefault(run.key, []).extend(run.boxes(flat, begin=0))
-    for kept in owned(state.optimizer) if step else ():
+    for kept in optimizer_state:
         for name, flat in kept.tensors.items():
             for run in wanted[kept.parameter]:
                 key = f"optimizer.{name}.{run.key}"

@@ -18,6 +18,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from megatron_moe.checkpoint.moments import parts
 from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import ConfigError
 from megatron_moe.experts.plan import ExpertPlan, LayerTable, make_expert_plan
@@ -27,7 +28,15 @@ from megatron_moe.model.build import Model, build_model
 from megatron_moe.model.upcycle import Filled, fill
 from megatron_moe.parallel.groups import create_groups
 from megatron_moe.parallel.layout import ParallelLayout, local_experts
-from megatron_moe.planner.memory import ModelState, RankMemory, model_state, rank_memory
+from megatron_moe.planner.by_matrix import muon_state
+from megatron_moe.planner.memory import (
+    ModelState,
+    RankMemory,
+    StatePrecision,
+    model_state,
+    rank_memory,
+)
+from megatron_moe.planner.parameters import total_parameters
 from megatron_moe.planner.shape import upcycled_shape
 from megatron_moe.planner.workload import Degrees, degrees_of, workload_of
 from megatron_moe.runtime.engine import (
@@ -38,11 +47,12 @@ from megatron_moe.runtime.engine import (
     installed_version,
 )
 from megatron_moe.runtime.stand_in import META, simulated_rank
+from megatron_moe.train.optimizers import state_keys
 from megatron_moe.train.state import TrainState, make_state
 
 GIB = 2**30
-ADAM_BYTES = 8
-"""Both moments of one number, in fp32; Megatron-Core makes them at the first step."""
+STATE_BYTES = 4
+"""Each moment of one number, in fp32; Megatron-Core makes them at the first step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,9 +127,18 @@ def dry_run(config: RunConfig, *, rank: int, world_size: int) -> DryRun:
             )
         filled, _ = fill(model, dense, plan, layout=layout, rank=rank)  # 5. what it would read
         with META:  # 6. gradient buffers, optimizer
-            state = make_state(config, model, groups)
+            state = make_state(config, model, groups, step=largest_stage(config, spec))
         source_bytes = sum(checkpoint.source_bytes for checkpoint in dense)
         return _report(config, spec, layout, groups, state, filled, source_bytes)
+
+
+def largest_stage(config: RunConfig, spec: DenseSpec) -> int:
+    """Return the number of steps before the stage that trains the most parameters."""
+    shape, train = upcycled_shape(spec, config.moe), config.train
+    return max(
+        train.stage_starts(),
+        key=lambda step: total_parameters(shape, frozen=train.frozen_after(step)),
+    )
 
 
 def sized_plan(plan: ExpertPlan) -> ExpertPlan:
@@ -186,23 +205,18 @@ def state_bytes(state: TrainState) -> ModelState:
     weights = sum(p.numel() * p.element_size() for m in state.model.modules for p in m.parameters())
     if all(buffer.param_data is not None for buffer in buffers):  # padded, as the optimizer wants
         weights = sum(b.param_data.numel() * b.param_data.element_size() for b in buffers)
-    elements = _optimized(state)
+        parameters = [p for m in state.model.modules for p in m.parameters()]
+        weights += sum(p.numel() * p.element_size() for p in parameters if not p.requires_grad)
     master = 4 if state.model.transformer.bf16 else 0
     return ModelState(
         weights=weights,
         gradients=sum(b.grad_data.numel() * b.grad_data.element_size() for b in buffers),
-        optimizer=elements * (master + ADAM_BYTES),
-    )
-
-
-def _optimized(state: TrainState) -> int:
-    """Numbers that the optimizer of this rank updates."""
-    optimizers: Any = getattr(state.optimizer, "chained_optimizers", [state.optimizer])
-    return sum(
-        parameter.numel()
-        for optimizer in optimizers
-        for group in optimizer.optimizer.param_groups
-        for parameter in group["params"]
+        optimizer=sum(
+            parameter.numel() * (master + STATE_BYTES * len(state_keys(part)))
+            for part in parts(state.optimizer)
+            for group in part.param_groups
+            for parameter in group["params"]
+        ),
     )
 
 
@@ -213,16 +227,22 @@ def planned_bytes(
     attention, experts = layout.attention.coords(rank), layout.experts.coords(rank)
     degrees = degrees_of(config, gpus=dist.get_world_size())
     overlaps = config.train.overlap_grad_reduce
+    shape = upcycled_shape(spec, config.moe)
+    common: dict[str, Any] = {
+        "pp_rank": attention["pp"],
+        "weight_bytes": 2 if config.train.precision == "bf16" else 4,
+        "replica": attention["dp"] * layout.attention.size("cp") + attention["cp"],
+        "expert_replica": experts["edp"],
+        "precision": StatePrecision(gradient=4 if config.train.grad_reduce_in_fp32 else 2),
+        "frozen": config.train.frozen_after(largest_stage(config, spec)),
+    }
+    sharded = config.optimizer.use_distributed_optimizer
+    if config.optimizer.optimizer == "muon":
+        return muon_state(shape, degrees, sharded=sharded, **common)
+    # Megatron-Core's default, in force where gradients are reduced during the backward pass.
+    bucket_size = max(40_000_000, 1_000_000 * degrees.dp) if overlaps else None
     return model_state(
-        upcycled_shape(spec, config.moe),
-        degrees,
-        pp_rank=attention["pp"],
-        weight_bytes=2 if config.train.precision == "bf16" else 4,
-        distributed_optimizer=config.optimizer.use_distributed_optimizer,
-        # Megatron-Core's default, in force where gradients are reduced during the backward pass.
-        bucket_size=max(40_000_000, 1_000_000 * degrees.dp) if overlaps else None,
-        replica=attention["dp"] * layout.attention.size("cp") + attention["cp"],
-        expert_replica=experts["edp"],
+        shape, degrees, distributed_optimizer=sharded, bucket_size=bucket_size, **common
     )
 
 

@@ -28,6 +28,6 @@ class Job:
     signals: Signals
 
     def say(self, text: str) -> None:
-        """Print a line on rank 0."""
-        if self.world.rank == 0:
+        """Print a line on rank 0, unless it is empty."""
+        if text and self.world.rank == 0:
             console.print(text)

@@ -8,6 +8,7 @@ from functools import partial
 from megatron_moe.checkpoint.policy import roll_back, save_or_continue, step_message
 from megatron_moe.checkpoint.sharded import Saver
 from megatron_moe.commands.job import Job
+from megatron_moe.commands.stages import enter_next_stage, stage_message
 from megatron_moe.data.feed import DataRank, Feed
 from megatron_moe.data.mixing import adapted_weights, updates_due
 from megatron_moe.data.texts import Texts
@@ -18,6 +19,7 @@ from megatron_moe.planner.shape import upcycled_shape
 from megatron_moe.runtime.wait import waiter
 from megatron_moe.train.garbage import INTERVAL, manual_collection
 from megatron_moe.train.guard import Boundary, StepGuard
+from megatron_moe.train.health import RouterHealth
 from megatron_moe.train.loop import Hook, Numbers, run_loop
 from megatron_moe.train.metrics import (
     MetricsWriter,
@@ -58,43 +60,66 @@ def continue_pretraining(job: Job, state: TrainState, plan: ExpertPlan, feed: Fe
         StepProgress(total=config.train.steps, done=resumed_step, rank=job.world.rank) as progress,
         manual_collection(),
     ):
+        job.say(stage_message(job, state.model.spec, step=resumed_step))
         if config.train.steps == 0:
             _save(job, saver, state, last=True)
         boundary = Boundary(job.signals, job.watch, job.say)
-        run_loop(
-            state,
-            steps=config.train.steps,
-            take_step=partial(_take_step, job, state, feed, StepGuard(config.guard), saver),
-            wait=waiter(job.world.device),
-            describe=partial(_describe, job, state, feed, peak),
-            hooks=[
-                Hook(1, progress.show),
-                Hook(INTERVAL, _collect_garbage),
-                Hook(
-                    config.checkpoint.interval,
-                    partial(_validate, job, state, feed),
-                    when_stopped=False,
-                ),
-                Hook(1, partial(_move_mixture, job, state, feed)),
-                Hook(1, writer.write if writer is not None else _nothing),
-                Hook(
-                    config.checkpoint.interval,
-                    lambda numbers: _save(
-                        job,
-                        saver,
-                        state,
-                        last=boundary.stopped or numbers["step"] == config.train.steps,
-                    ),
-                ),
-            ],
-            keeps=partial(_keeps, job, state, saver, writer, plan.hash),
-            stopping=boundary.stopping,
+        guard = StepGuard(config.guard)
+        health = RouterHealth(
+            plan.recipe.moe_layers,
+            num_experts=plan.recipe.num_experts,
+            topk=config.moe.moe_router_topk,
+            steps=config.log.router_warning_steps,
+            max_load=config.log.router_max_load,
         )
+        while True:
+            end = config.train.stage_end(state.step)
+            run_loop(
+                state,
+                steps=end,
+                take_step=partial(_take_step, job, state, feed, guard, saver),
+                wait=waiter(job.world.device),
+                describe=partial(_describe, job, state, feed, peak, health),
+                hooks=_hooks(job, saver, state, feed, writer, progress, boundary, end=end),
+                keeps=partial(_keeps, job, state, saver, writer, plan.hash),
+                stopping=boundary.stopping,
+            )
+            if boundary.stopped or state.step >= config.train.steps:
+                break
+            enter_next_stage(job, state, plan)
     if boundary.stopped:
         job.say(f"Stopped by a signal after step {state.step}. Run the same command to resume.")
     if writer is not None:
         writer.close()
     job.say(f"Run megatron-moe report {config.run.dir} to see the run on one page.")
+
+
+def _hooks(
+    job: Job,
+    saver: Saver,
+    state: TrainState,
+    feed: Feed,
+    writer: MetricsWriter | None,
+    progress: StepProgress,
+    boundary: Boundary,
+    *,
+    end: int,
+) -> list[Hook]:
+    """Return what runs between the steps of a stage that ends at step ``end``."""
+    interval = job.config.checkpoint.interval
+    return [
+        Hook(1, progress.show),
+        Hook(INTERVAL, _collect_garbage),
+        Hook(interval, partial(_validate, job, state, feed), when_stopped=False),
+        Hook(1, partial(_move_mixture, job, state, feed)),
+        Hook(1, writer.write if writer is not None else _nothing),
+        Hook(
+            interval,
+            lambda numbers: _save(
+                job, saver, state, last=boundary.stopped or numbers["step"] == end
+            ),
+        ),
+    ]
 
 
 def _take_step(
@@ -143,8 +168,16 @@ def _save(job: Job, saver: Saver, state: TrainState, *, last: bool) -> None:
 
 
 def _describe(
-    job: Job, state: TrainState, feed: Feed, peak: Peak, result: StepResult, seconds: float
+    job: Job,
+    state: TrainState,
+    feed: Feed,
+    peak: Peak,
+    health: RouterHealth,
+    result: StepResult,
+    seconds: float,
 ) -> Numbers:
+    for warning in health.after(state.step, result.chosen_LE.numpy()):
+        job.say(warning)
     shape = upcycled_shape(state.model.spec, job.config.moe)
     return step_numbers(
         result,
@@ -153,7 +186,9 @@ def _describe(
         learning_rate=state.learning_rate,
         seconds=seconds,
         data_seconds=feed.seconds,
-        flops=sequence_flops(shape, job.config.data.seq_length),
+        flops=sequence_flops(
+            shape, job.config.data.seq_length, job.config.train.frozen_after(state.step - 1)
+        ),
         peak_flops=peak.flops_per_second,
         config=job.config,
     )

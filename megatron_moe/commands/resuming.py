@@ -20,6 +20,7 @@ from megatron_moe.errors import ConfigError
 _TEXTS_FILE = "texts.json"
 
 _REFUSED = {
+    "optimizer.optimizer": "the checkpoint holds the state of the other optimizer",
     "moe.moe_router_topk": "the trained experts and router would compute something else",
     "moe.router_order": "the trained experts and router would compute something else",
     "moe.moe_router_score_function": "the trained router would compute something else",
@@ -42,7 +43,10 @@ _EFFECTS = {
     "data.seq_length": "takes effect: the text is cut anew, so some of it is read again",
     "data.path": "takes effect: training continues on this text",
     "data.domains": "takes effect: training continues on these texts",
-    "train.steps": "takes effect: the learning rate follows the schedule of the new length",
+    "train.freeze": "takes effect: parameters that were frozen start with empty optimizer state",
+    "train.stages": "takes effect: parameters that were frozen start with empty optimizer state",
+    "train.steps": "takes effect: the learning rate follows the schedule of the new length, unless "
+    "optimizer.lr_decay_steps is set",
 }
 """Effect of other settings; the longest prefix counts, and the default is ``takes effect``."""
 

@@ -12,7 +12,6 @@ from megatron_moe.checkpoint.folder import (
     read_config,
     source_copy,
 )
-from megatron_moe.checkpoint.sharded import restore
 from megatron_moe.commands.job import Job
 from megatron_moe.commands.pretraining import continue_pretraining, feed_of
 from megatron_moe.commands.resuming import (
@@ -22,7 +21,8 @@ from megatron_moe.commands.resuming import (
     changed_texts,
     record_changes,
 )
-from megatron_moe.commands.upcycling import empty_model, upcycled_model
+from megatron_moe.commands.stages import restored_state
+from megatron_moe.commands.upcycling import upcycled_model
 from megatron_moe.config.load import dump
 from megatron_moe.config.mixtures import starting_weights
 from megatron_moe.config.run import RunConfig
@@ -92,13 +92,11 @@ def _train(job: Job) -> None:
     _announce(job, spec, plan)
 
     if dense is not None:
-        model = upcycled_model(job, dense, plan, texts)  # 4. filled online, verified
-        state = make_state(config, model, groups)
+        # 4. filled online, verified; no other reference to the model, which a stage may replace
+        state = make_state(config, upcycled_model(job, dense, plan, texts), groups)
     else:
         assert resume_from is not None
-        model = empty_model(job, spec, plan)
-        state = make_state(config, model, groups)
-        restore(state, resume_from, config, groups, plan_hash=plan.hash)
+        state = restored_state(job, spec, plan, resume_from)
         _report_resume(job, state, resume_from, changes)
         _take_configured_weights(job, state)
 

@@ -71,6 +71,7 @@ def upcycled_model(job: Job, dense: DenseCheckpoint, plan: ExpertPlan, texts: Te
         source_bytes=dense.source_bytes,
         plan_hash=plan.hash,
         method=plan.recipe.method,
+        frozen=config.train.frozen_after(0),
         agreement=agreement,
         against_dense=None if against_dense is None else against_dense.to_json(),
     )

@@ -30,6 +30,7 @@ from enum import Enum
 from itertools import accumulate
 from typing import TYPE_CHECKING, Literal, cast
 
+from megatron_moe.config.run import Role
 from megatron_moe.hf.families import FAMILIES
 from megatron_moe.hf.spec import DenseSpec
 
@@ -175,6 +176,18 @@ gate before up, and ``(E, D, M)``."""
 
 ROW_OF_ROLE = {row.role: row for row in ROWS}
 
+ROLES: dict[Role, tuple[str, ...]] = {
+    "router": ("router", "router_noise", "router_output"),
+    "experts": ("expert_fc1", "expert_fc2"),
+    "shared_experts": ("shared_fc1", "shared_fc2"),
+    "dense_ffn": ("fc1", "fc2"),
+    "attention": ("qkv", "qkv_bias", "proj"),
+    "norms": ("input_norm", "q_norm", "k_norm", "ffn_norm", "final_norm"),
+    "embeddings": ("embedding", "output"),
+}
+"""Rows of each role that settings name (train.freeze, optimizer.lr_multipliers)."""
+_ROLE_OF_ROW: dict[str, Role] = {row: role for role, rows in ROLES.items() for row in rows}
+
 
 @dataclass(frozen=True, slots=True)
 class Match:
@@ -207,6 +220,17 @@ def match(parameter: str) -> Match | None:
             groups = {key: int(value) for key, value in parsed.groupdict().items()}
             return Match(row, groups.get("layer"), groups.get("expert"))
     return None
+
+
+def parameter_role(parameter: str) -> Role:
+    """Return the role of ``parameter``, a Megatron-Core name, in settings.
+
+    >>> parameter_role("decoder.layers.3.mlp.experts.linear_fc1.weight12")
+    'experts'
+    """
+    parsed = match(parameter)
+    assert parsed is not None, f"{parameter} has no row"
+    return _ROLE_OF_ROW[parsed.row.role]
 
 
 def dense_tensors(spec: DenseSpec) -> Iterator[tuple[str, tuple[int, ...]]]:

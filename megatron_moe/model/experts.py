@@ -183,12 +183,16 @@ def _swiglu_backward(
     return act_RM.mul_(prob_R1), h_grad_R2M, prob_grad_R
 
 
-def _weight_grad(weight: Tensor, out_grad_RO: Tensor, in_RI: Tensor) -> Tensor:
+def _weight_grad(weight: Tensor, out_grad_RO: Tensor, in_RI: Tensor) -> Tensor | None:
     """Return the gradient of ``F.linear(in, weight)``, or a placeholder if main_grad holds it.
+
+    A frozen weight has no gradient.
 
     The flag on the weight tells Megatron-Core's data parallelism not to read the placeholder, as
     after its own fused accumulation on CUDA.
     """
+    if not weight.requires_grad:
+        return None
     main_grad: Tensor | None = getattr(weight, "main_grad", None)
     if main_grad is None:
         return out_grad_RO.t() @ in_RI

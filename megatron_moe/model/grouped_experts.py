@@ -218,12 +218,16 @@ def swiglu_backward(
 
 def _weight_grads(
     weights: Sequence[Tensor], out_grad_TO: Tensor, in_TI: Tensor, count_E: Tensor, end_E: Tensor
-) -> list[Tensor]:
+) -> Sequence[Tensor | None]:
     """Return the gradients of the experts' weights, or add them to ``main_grad``.
+
+    Frozen weights have no gradients; a layer's experts are frozen together.
 
     In the latter case each result is a view of one tensor that nothing reads: data parallelism only
     asserts that a gradient exists.
     """
+    if not weights[0].requires_grad:
+        return [None] * len(weights)
     if len(in_TI):
         grad_EOI = F.grouped_mm(out_grad_TO.t(), in_TI, offs=end_E)
     else:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from megatron_moe.config.run import Role
 from megatron_moe.hf.disk import write_text
 from megatron_moe.model.upcycle import Filled
 from megatron_moe.model.verify import Agreement
@@ -51,6 +53,7 @@ def gather_receipt(
     source_bytes: int,
     plan_hash: str,
     method: str,
+    frozen: Collection[Role],
     agreement: Agreement | None,
     against_dense: dict[str, Any] | None,
 ) -> dict[str, Any]:
@@ -60,6 +63,7 @@ def gather_receipt(
     return {
         "method": method,
         "plan_hash": plan_hash,
+        "frozen": sorted(frozen),
         "tensors_covered": tensors_used,
         "source_bytes": source_bytes,
         "bytes_read": sum(rank.bytes_read for rank in ranks),

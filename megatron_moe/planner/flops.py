@@ -12,9 +12,11 @@ The router's product is counted separately, because the papers exclude it.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
+from megatron_moe.config.run import Role
 from megatron_moe.planner.shape import MoeShape
 
 
@@ -99,13 +101,30 @@ class SequenceFlops:
 
 
 @lru_cache
-def sequence_flops(shape: MoeShape, sequence_length: int) -> SequenceFlops:
-    """Count the operations of training on one sequence in both conventions."""
+def sequence_flops(
+    shape: MoeShape, sequence_length: int, frozen: frozenset[Role] = frozenset()
+) -> SequenceFlops:
+    """Count the operations of training on one sequence in both conventions.
+
+    The weight gradients of ``frozen`` roles are not computed, so they are left out.
+    """
     forward = partial(forward_flops, shape, sequence_length=sequence_length)
     return SequenceFlops(
-        causal=training_flops(forward(causal=True).model),
-        full_attention=training_flops(forward().model),
+        causal=step_flops(forward(causal=True), frozen),
+        full_attention=step_flops(forward(), frozen),
     )
+
+
+def step_flops(forward: ForwardFlops, frozen: Collection[Role]) -> int:
+    """Return `training_flops` of the model without the weight gradients of ``frozen`` roles."""
+    weights: dict[Role, int] = {
+        "attention": forward.attention_projections,
+        "dense_ffn": forward.dense_ffn,
+        "experts": forward.experts,
+        "shared_experts": forward.shared_experts,
+        "embeddings": forward.output_layer,
+    }
+    return training_flops(forward.model) - sum(weights.get(role, 0) for role in frozen)
 
 
 def training_flops(forward: int) -> int:

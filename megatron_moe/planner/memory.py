@@ -7,13 +7,20 @@ Megatron-Core's allocations; the constants below are margins.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 
+from megatron_moe.config.run import OptimizerName, Role
 from megatron_moe.parallel.shards import padded_vocabulary
 from megatron_moe.parallel.stages import EVEN
 from megatron_moe.planner.activations import local_tokens, recomputed_layer, stage_activations
 from megatron_moe.planner.buffers import BufferLayout, distributed_layout
-from megatron_moe.planner.parameters import LocalTensor, rank_parameters, rank_tensors
+from megatron_moe.planner.parameters import (
+    LocalTensor,
+    rank_parameters,
+    rank_tensors,
+    trained_parameters,
+)
 from megatron_moe.planner.shape import MoeShape
 from megatron_moe.planner.workload import Degrees, Workload
 
@@ -31,6 +38,10 @@ buffers of the protocols)."""
 
 FRAGMENTATION = 0.05
 """Extra memory for fragmentation, as a fraction of the memory allocated and freed in a step."""
+
+
+ADAM_ROLES: frozenset[Role] = frozenset({"norms", "embeddings"})
+"""Roles that Muon leaves to AdamW, besides biases."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +63,8 @@ class StatePrecision:
     """Master weights; an fp32 run has none."""
     moments: int = 8
     """Both moments of Adam; 4 with ``use_precision_aware_optimizer`` and bf16 moments."""
+    momentum: int = 4
+    """Muon's momentum of matrices."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +103,7 @@ def model_state(
     bucket_size: int | None = None,
     replica: int = 0,
     expert_replica: int = 0,
+    frozen: Collection[Role] = (),
 ) -> ModelState:
     """Return the exact bytes of weights, gradients and optimizer state of one rank.
 
@@ -105,11 +119,14 @@ def model_state(
             bucket.
         replica: Index of the rank among the dp * cp replicas of the dense parameters.
         expert_replica: Index of the rank among the edp replicas of its experts.
+        frozen: Roles that have no gradients and no optimizer state.
     """
     precision = precision or StatePrecision()
     state_bytes = precision.moments + (precision.master if weight_bytes < 4 else 0)
-    buffered = owned = 0
-    for chunk_id, chunk in enumerate(rank_tensors(shape, degrees, pp_rank=pp_rank)):
+    buffered = owned = unbuffered = 0
+    for chunk_id, tensors in enumerate(rank_tensors(shape, degrees, pp_rank=pp_rank)):
+        chunk = [tensor for tensor in tensors if tensor.role not in frozen]
+        unbuffered += sum(tensor.numel for tensor in tensors if tensor.role in frozen)
         for expert, replicas, index in (
             (False, degrees.dp * degrees.cp, replica),
             (True, degrees.edp, expert_replica),
@@ -125,20 +142,25 @@ def model_state(
             buffered += layout.elements
             owned += layout.owned(index, replicas=replicas)
     return ModelState(
-        weights=buffered * weight_bytes,
+        weights=(buffered + unbuffered) * weight_bytes,
         gradients=buffered * precision.gradient,
         optimizer=owned * state_bytes,
     )
 
 
-def buffer_elements(shape: MoeShape, degrees: Degrees, *, pp_rank: int) -> tuple[int, int]:
+def buffer_elements(
+    shape: MoeShape, degrees: Degrees, *, pp_rank: int, frozen: Collection[Role] = ()
+) -> tuple[int, int]:
     """Return the elements of a rank's buffers of dense and of expert parameters, with padding.
+
+    Parameters of ``frozen`` roles are in no buffer.
 
     Each buffer is assumed to have one bucket, as in models with fewer than 40 M parameters a rank;
     more buckets add a little padding.
     """
     elements = {False: 0, True: 0}
-    for chunk in rank_tensors(shape, degrees, pp_rank=pp_rank):
+    for tensors in rank_tensors(shape, degrees, pp_rank=pp_rank):
+        chunk = [tensor for tensor in tensors if tensor.role not in frozen]
         for expert, replicas in ((False, degrees.dp * degrees.cp), (True, degrees.edp)):
             tensors = _of_one_buffer(chunk, degrees, expert=expert)
             elements[expert] += _layout(shape, degrees, tensors, replicas=replicas).elements
@@ -148,12 +170,14 @@ def buffer_elements(shape: MoeShape, degrees: Degrees, *, pp_rank: int) -> tuple
 def _of_one_buffer(
     chunk: list[LocalTensor], degrees: Degrees, *, expert: bool
 ) -> list[LocalTensor]:
-    """Return the tensors of the dense or of the expert buffer.
-
-    Experts have a separate buffer only if their replicas differ from those of attention.
-    """
-    separate = degrees.ep > 1 or degrees.etp != degrees.tp
+    """Return the tensors of the dense or of the expert buffer, if experts have one."""
+    separate = has_own_replicas(degrees)
     return [tensor for tensor in chunk if (tensor.expert and separate) is expert]
+
+
+def has_own_replicas(degrees: Degrees) -> bool:
+    """Return whether Megatron-Core treats replicas of experts as other than those of attention."""
+    return degrees.ep > 1 or degrees.etp != degrees.tp
 
 
 def _layout(
@@ -175,17 +199,31 @@ def _layout(
 
 
 def estimated_state(
-    shape: MoeShape, degrees: Degrees, *, pp_rank: int, weight_bytes: int = 2
+    shape: MoeShape,
+    degrees: Degrees,
+    *,
+    pp_rank: int,
+    weight_bytes: int = 2,
+    frozen: Collection[Role] = (),
+    optimizer: OptimizerName = "adam",
+    gradient_bytes: int = 4,
 ) -> ModelState:
-    """Estimate `model_state` with the distributed optimizer in closed form, without padding."""
-    dense, experts = rank_parameters(shape, degrees, pp_rank=pp_rank)
-    held = dense + experts
+    """Estimate `model_state` in closed form: optimizer state sharded evenly, without padding."""
+    held = sum(rank_parameters(shape, degrees, pp_rank=pp_rank))
+    dense, experts = trained_parameters(shape, degrees, pp_rank=pp_rank, frozen=frozen)
     shard = -(-dense // (degrees.dp * degrees.cp)) - (-experts // degrees.edp)
     defaults = StatePrecision()
+    saved = 0
+    if optimizer == "muon":  # one moment less per element of a matrix
+        matrices = trained_parameters(
+            shape, degrees, pp_rank=pp_rank, frozen=ADAM_ROLES.union(frozen)
+        )
+        saved = -(-matrices[0] // (degrees.dp * degrees.cp)) - (-matrices[1] // degrees.edp)
     return ModelState(
         weights=held * weight_bytes,
-        gradients=held * defaults.gradient,
-        optimizer=shard * (defaults.moments + (defaults.master if weight_bytes < 4 else 0)),
+        gradients=(dense + experts) * gradient_bytes,
+        optimizer=shard * (defaults.moments + (defaults.master if weight_bytes < 4 else 0))
+        - saved * (defaults.moments - defaults.momentum),
     )
 
 
@@ -207,7 +245,13 @@ def rank_memory(
         state: Result of `model_state`; None computes `estimated_state`, which is fast.
     """
     state = state or estimated_state(
-        shape, degrees, pp_rank=pp_rank, weight_bytes=work.bytes_per_value
+        shape,
+        degrees,
+        pp_rank=pp_rank,
+        weight_bytes=work.bytes_per_value,
+        frozen=work.frozen,
+        optimizer=work.optimizer,
+        gradient_bytes=work.gradient_bytes,
     )
     activations = stage_activations(shape, work, degrees, pp_rank=pp_rank)
     activations += recomputed_layer(shape, work, degrees)
@@ -256,7 +300,7 @@ def _expert_gradients(shape: MoeShape, work: Workload, degrees: Degrees) -> floa
     The torch engine computes those of all local experts at once; Transformer Engine accumulates in
     place.
     """
-    if work.engine != "torch" or not shape.moe_layers:
+    if work.engine != "torch" or not shape.moe_layers or "experts" in work.frozen:
         return 0.0
     neurons = shape.num_moe_experts // degrees.ep * shape.moe_ffn_hidden_size / degrees.etp
     return 2 * neurons * shape.hidden_size * work.bytes_per_value

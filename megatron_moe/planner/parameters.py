@@ -6,8 +6,12 @@ pad tensors, and because dense and expert parameters are replicated over differe
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 
+from megatron_moe.config.run import Role
+from megatron_moe.hf.names import parameter_role
 from megatron_moe.parallel.shards import padded_vocabulary
 from megatron_moe.parallel.stages import chunk_layers, is_first, is_last
 from megatron_moe.planner.shape import MoeShape
@@ -23,10 +27,24 @@ class LocalTensor:
     expert: bool = False
     """Whether the parameter belongs to an expert, and is replicated over edp instead of dp x cp."""
 
+    @property
+    def role(self) -> Role:
+        """Role of the parameter in settings."""
+        if self.name.endswith(_SHARED_EXPERT_GATE):  # of other models: this package has none
+            return "shared_experts"
+        return parameter_role(self.name)
 
-def total_parameters(shape: MoeShape) -> int:
-    """Return the number of parameters of the whole model, without vocabulary padding."""
-    return sum(tensor.numel for tensor in chunk_tensors(shape, Degrees(gpus=1)))
+
+_SHARED_EXPERT_GATE = "mlp.shared_experts.gate_weight"
+
+
+def total_parameters(shape: MoeShape, *, frozen: Collection[Role] = ()) -> int:
+    """Return the number of parameters of the whole model, without vocabulary padding.
+
+    Parameters of ``frozen`` roles are left out.
+    """
+    dense, experts = trained_parameters(shape, Degrees(gpus=1), pp_rank=0, frozen=frozen)
+    return dense + experts
 
 
 def active_parameters(shape: MoeShape) -> int:
@@ -55,18 +73,7 @@ def rank_parameters(shape: MoeShape, degrees: Degrees, *, pp_rank: int) -> tuple
 
     Computes the sum of `rank_tensors` in closed form, because a search needs it thousands of times.
     """
-    layers = [
-        layer
-        for vpp_rank in range(degrees.vpp)
-        for layer in chunk_layers(
-            num_layers=shape.num_layers,
-            pp=degrees.pp,
-            vpp=degrees.vpp,
-            ends=degrees.ends,
-            pp_rank=pp_rank,
-            vpp_rank=vpp_rank,
-        )
-    ]
+    layers = rank_layers(shape, degrees, pp_rank=pp_rank)
     routed = len(shape.moe_layers.intersection(layers))
     d, tp = shape.hidden_size, degrees.tp
     qkv = (shape.query_width + 2 * shape.kv_width) // tp
@@ -83,6 +90,47 @@ def rank_parameters(shape: MoeShape, degrees: Degrees, *, pp_rank: int) -> tuple
     local = shape.num_moe_experts // degrees.ep
     experts = routed * local * 3 * d * (shape.moe_ffn_hidden_size // degrees.etp)
     return dense, experts
+
+
+def rank_layers(shape: MoeShape, degrees: Degrees, *, pp_rank: int) -> list[int]:
+    """Return the ids of the layers of all chunks of a pipeline rank."""
+    return [
+        layer
+        for vpp_rank in range(degrees.vpp)
+        for layer in chunk_layers(
+            num_layers=shape.num_layers,
+            pp=degrees.pp,
+            vpp=degrees.vpp,
+            ends=degrees.ends,
+            pp_rank=pp_rank,
+            vpp_rank=vpp_rank,
+        )
+    ]
+
+
+def trained_parameters(
+    shape: MoeShape, degrees: Degrees, *, pp_rank: int, frozen: Collection[Role] = ()
+) -> tuple[int, int]:
+    """Return `rank_parameters` without those of ``frozen`` roles."""
+    dense, experts = rank_parameters(shape, degrees, pp_rank=pp_rank)
+    if not frozen:
+        return dense, experts
+    held: Counter[Role] = Counter()
+    kinds: dict[bool, Counter[Role]] = {}
+    vocabulary = padded_vocabulary(shape.vocab_size, degrees.tp) // degrees.tp * shape.hidden_size
+    held["embeddings"] += vocabulary * (pp_rank == 0)
+    if pp_rank == degrees.pp - 1:
+        held["norms"] += shape.hidden_size
+        held["embeddings"] += vocabulary * (not shape.tied_embeddings or degrees.pp > 1)
+    for layer in rank_layers(shape, degrees, pp_rank=pp_rank):
+        kind = layer in shape.moe_layers
+        if kind not in kinds:  # all layers of a kind are alike
+            kinds[kind] = Counter()
+            for tensor in layer_tensors(shape, degrees, layer=layer):
+                kinds[kind][tensor.role] += tensor.numel
+        held.update(kinds[kind])
+    left_out = sum(held[role] for role in frozen if role != "experts")
+    return dense - left_out, 0 if "experts" in frozen else experts
 
 
 def chunk_tensors(
@@ -133,7 +181,7 @@ def layer_tensors(shape: MoeShape, degrees: Degrees, *, layer: int) -> list[Loca
             experts[f"mlp.experts.linear_fc1.weight{expert}"] = 2 * neurons * d
             experts[f"mlp.experts.linear_fc2.weight{expert}"] = neurons * d
         shared = _ffn("mlp.shared_experts.", d, shape.shared_expert_size // tp)
-        shared["mlp.shared_experts.gate_weight"] = d * shape.shared_expert_gate
+        shared[_SHARED_EXPERT_GATE] = d * shape.shared_expert_gate
     else:
         sizes |= _ffn("mlp.", d, shape.ffn_hidden_size // tp)
     return [

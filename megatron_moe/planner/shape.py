@@ -59,15 +59,15 @@ class MoeShape:
         """Width of the keys (or values) of all groups, G * kv_channels."""
         return self.num_query_groups * self.kv_channels
 
+    def kv_width_of_rank(self, tp: int) -> int:
+        """Return the width of the keys (or values) that a tp rank attends to: at least one head."""
+        return max(self.kv_width // tp, self.kv_channels)
+
     def qk_norm_sizes(self, tp: int) -> tuple[int, int]:
         """Return the parameters of a layer's norms of query and key on one of ``tp`` ranks."""
         if self.qk_norm_spans_heads:
             return self.query_width // tp, self.kv_width // tp
         return self.kv_channels * self.qk_layernorm, self.kv_channels * self.qk_layernorm
-
-    def kv_width_of_rank(self, tp: int) -> int:
-        """Return the width of the keys (or values) that a tp rank attends to: at least one head."""
-        return max(self.kv_width // tp, self.kv_channels)
 
     @property
     def router_sizes(self) -> dict[str, int]:

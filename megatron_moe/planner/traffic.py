@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections import Counter
 
 from megatron_moe.parallel.shards import padded_vocabulary
-from megatron_moe.planner.memory import StatePrecision, buffer_elements
+from megatron_moe.planner.memory import buffer_elements
 from megatron_moe.planner.shape import MoeShape
 from megatron_moe.planner.workload import Degrees, Workload
 
@@ -29,7 +29,6 @@ Traffic = dict[tuple[str, str], int]
 """Bytes by group and kind of collective, over all ranks, without groups of one rank."""
 
 FP32, INT64, INT32 = 4, 8, 4
-GRADIENT = StatePrecision().gradient
 
 
 def step_traffic(
@@ -57,7 +56,7 @@ def step_traffic(
         _attention(shape, work, degrees),
         _ends(shape, work, degrees),
         _experts(shape, work, degrees, padded_rows),
-        _replicated(shape, degrees),
+        _replicated(shape, work, degrees),
         _replicas(shape, work, degrees),
         _stages(shape, work, degrees),
     ):
@@ -99,6 +98,14 @@ def _attention(shape: MoeShape, work: Workload, degrees: Degrees) -> Traffic:
     # One gather and one scatter forward; one of each backward, plus a second gather of the input.
     shared_by_tp = shape.num_layers + shape.num_dense_layers
     shared_by_tp += shape.num_moe_layers * (shape.shared_expert_size > 0)
+    # A frozen matrix does not need its input in the backward pass.
+    again = shape.num_layers * ("attention" not in work.frozen)
+    again += shape.num_dense_layers * ("dense_ffn" not in work.frozen)
+    again += (
+        shape.num_moe_layers
+        * (shape.shared_expert_size > 0)
+        * ("shared_experts" not in work.frozen)
+    )
     block = ranks * batches * _tokens(work, degrees) * shape.hidden_size * work.bytes_per_value
     kv = work.sequence_length * work.micro_batch_size * shape.kv_width_of_rank(degrees.tp)
     keys_and_values = 2 * ranks * batches * shape.num_layers * kv * work.bytes_per_value
@@ -107,7 +114,7 @@ def _attention(shape: MoeShape, work: Workload, degrees: Degrees) -> Traffic:
     fused *= shape.num_layers * (degrees.tp > shape.num_query_groups)
     fused_bytes = ranks * batches * _tokens(work, degrees) * fused * work.bytes_per_value
     return {
-        ("tp", "all_gather"): 3 * shared_by_tp * block + fused_bytes,
+        ("tp", "all_gather"): (2 * shared_by_tp + again) * block + fused_bytes,
         ("tp", "reduce_scatter"): 2 * shared_by_tp * block + fused_bytes,
         ("cp", "all_gather"): keys_and_values,
         ("cp", "reduce_scatter"): keys_and_values,
@@ -121,7 +128,8 @@ def _ends(shape: MoeShape, work: Workload, degrees: Degrees) -> Traffic:
     block = ranks * batches * tokens * shape.hidden_size * work.bytes_per_value
     # Cross entropy: the largest logit, the label's logit and the sum, one fp32 value per token.
     return {
-        ("tp", "all_gather"): 3 * block,
+        # The gradient of the embedding's output, and the output layer's input, twice.
+        ("tp", "all_gather"): (1 if "embeddings" in work.frozen else 3) * block,
         ("tp", "reduce_scatter"): 2 * block,
         ("tp", "all_reduce"): ranks * batches * 3 * tokens * FP32,
     }
@@ -147,14 +155,15 @@ def _experts(shape: MoeShape, work: Workload, degrees: Degrees, padded_rows: int
     }
 
 
-def _replicated(shape: MoeShape, degrees: Degrees) -> Traffic:
+def _replicated(shape: MoeShape, work: Workload, degrees: Degrees) -> Traffic:
     """Count the gradients of parameters that tp replicates while it shards the sequence."""
     norms = (2 * shape.num_layers + 1) * shape.hidden_size
     if not shape.qk_norm_spans_heads:
         norms += 2 * shape.num_layers * shape.kv_channels * shape.qk_layernorm
     gate = shape.hidden_size * shape.shared_expert_gate
     routers = shape.num_moe_layers * (sum(shape.router_sizes.values()) + gate)
-    return {("tp", "all_reduce"): degrees.gpus // degrees.pp * (norms + routers) * GRADIENT}
+    trained = norms * ("norms" not in work.frozen) + routers * ("router" not in work.frozen)
+    return {("tp", "all_reduce"): degrees.gpus // degrees.pp * trained * work.gradient_bytes}
 
 
 def _replicas(shape: MoeShape, work: Workload, degrees: Degrees) -> Traffic:
@@ -165,9 +174,9 @@ def _replicas(shape: MoeShape, work: Workload, degrees: Degrees) -> Traffic:
     traffic: Counter[tuple[str, str]] = Counter()
     ranks = degrees.gpus // degrees.pp
     for pp_rank in range(degrees.pp):
-        dense, experts = buffer_elements(shape, degrees, pp_rank=pp_rank)
+        dense, experts = buffer_elements(shape, degrees, pp_rank=pp_rank, frozen=work.frozen)
         for group, elements in (("dp_cp", dense), ("edp", experts)):
-            traffic[group, "reduce_scatter"] += ranks * elements * GRADIENT
+            traffic[group, "reduce_scatter"] += ranks * elements * work.gradient_bytes
             traffic[group, "all_gather"] += ranks * elements * work.bytes_per_value
     traffic["dp_cp", "all_reduce"] += degrees.gpus * INT32  # tokens of the batch
     traffic["optimizer", "all_reduce"] += degrees.gpus * FP32  # the squared norm
@@ -181,9 +190,10 @@ def _stages(shape: MoeShape, work: Workload, degrees: Degrees) -> Traffic:
     sent = tokens * shape.hidden_size * work.bytes_per_value
     neighbors = degrees.pp * degrees.vpp - 1
     tied = padded_vocabulary(shape.vocab_size, degrees.tp) // degrees.tp * shape.hidden_size
+    tied *= shape.tied_embeddings and "embeddings" not in work.frozen
     return {
         ("pp", "send"): 2 * ranks * batches * neighbors * sent,
-        ("embedding", "all_reduce"): 2 * ranks * tied * GRADIENT * shape.tied_embeddings,
+        ("embedding", "all_reduce"): 2 * ranks * tied * work.gradient_bytes,
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_moe.config.run import Parallel, RunConfig
+from megatron_moe.config.run import OptimizerName, Parallel, Role, RunConfig
 from megatron_moe.parallel.layout import ends_of
 from megatron_moe.parallel.stages import EVEN, Ends, stage_sizes
 
@@ -100,6 +100,12 @@ class Workload:
     """Whether all tp collectives overlap with products, in pieces (``train.tp_comm_overlap``)."""
     engine: Engine = "transformer_engine"
     """Implementation of the layers; it determines which tensors the backward pass keeps."""
+    frozen: frozenset[Role] = frozenset()
+    """Roles that have no gradients and no optimizer state."""
+    optimizer: OptimizerName = "adam"
+    """Optimizer, which determines the bytes of its state."""
+    gradient_bytes: int = 4
+    """Bytes of an element of the buffers that accumulate gradients (``grad_reduce_in_fp32``)."""
 
     @property
     def recompute_settings(self) -> tuple[Recompute, ...]:
@@ -153,7 +159,7 @@ def engine_assumed(config: RunConfig) -> Engine:
 
 
 def workload_of(config: RunConfig) -> Workload:
-    """Return the work of one step of a configuration."""
+    """Return the work of one step of a configuration; with stages, of the one that needs most."""
     return Workload(
         sequence_length=config.data.seq_length,
         global_batch_size=config.train.global_batch_size,
@@ -164,4 +170,7 @@ def workload_of(config: RunConfig) -> Workload:
         precision=config.train.precision,
         tp_comm_overlap=config.train.tp_comm_overlap,
         engine=engine_assumed(config),
+        frozen=config.train.always_frozen,
+        optimizer=config.optimizer.optimizer,
+        gradient_bytes=4 if config.train.grad_reduce_in_fp32 else 2,
     )

@@ -72,6 +72,7 @@ RULES = (
     *LAYOUT_RULES, layout.tp_overlap,
     moe.capacity, moe.dispatcher, moe.router, moe.construction,
     moe.shared_expert, moe.moe_layers,
-    training.schedule, training.texts, training.mixing, training.context,
-    training.recompute, training.reset_attention,
+    training.schedule, training.weight_decay, training.gradients, training.muon,
+    training.roles, training.stages,
+    training.texts, training.mixing, training.context, training.recompute, training.reset_attention,
 )  # fmt: skip

@@ -65,7 +65,7 @@ def _degrees(parallel: Parallel) -> Degrees:
 
 
 def _parallel(parallel: Parallel, degrees: Degrees) -> Parallel:
-    update: dict[str, Any] = dict(zip(SETTINGS, degrees, strict=True)) | dict.fromkeys(ENDS)
+    update: dict[str, Any] = {**dict(zip(SETTINGS, degrees, strict=True)), **dict.fromkeys(ENDS)}
     if degrees[3] == 1:
         update["virtual_pipeline_parallel_size"] = parallel.virtual_pipeline_parallel_size and 1
     return parallel.model_copy(update=update)

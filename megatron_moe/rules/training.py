@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_moe.config.mixtures import starting_weights
+from megatron_moe.config.run import Optimizer, Role
 from megatron_moe.errors import ConfigError
+from megatron_moe.experts.resolve import moe_layer_ids
+from megatron_moe.hf.names import ROLES
 from megatron_moe.rules.case import Case
 
 
@@ -18,11 +21,78 @@ def schedule(case: Case) -> Iterator[str]:
             "the schedule decays from lr to min_lr.\n"
             f"  largest optimizer.min_lr: {optimizer.lr}"
         )
-    if steps and optimizer.warmup_steps >= steps:
+    by_fraction = optimizer.lr_warmup_fraction is not None
+    if by_fraction and optimizer.warmup_steps != Optimizer.model_fields["warmup_steps"].default:
         yield (
-            f"optimizer.warmup_steps ({optimizer.warmup_steps}) must be less than train.steps "
-            f"({steps}): otherwise the learning rate never reaches its peak.\n"
-            f"  largest optimizer.warmup_steps: {steps - 1}"
+            f"optimizer.warmup_steps ({optimizer.warmup_steps}) and optimizer.lr_warmup_fraction "
+            f"({optimizer.lr_warmup_fraction}) are two lengths of the warm-up.\n"
+            "  set only one of them"
+        )
+    length, warmup = optimizer.decay_length(steps), optimizer.warmup_length(steps)
+    name = "train.steps" if optimizer.lr_decay_steps is None else "optimizer.lr_decay_steps"
+    if length and warmup >= length and not by_fraction:
+        yield (
+            f"optimizer.warmup_steps ({warmup}) must be less than {name} "
+            f"({length}): otherwise the learning rate never reaches its peak.\n"
+            f"  largest optimizer.warmup_steps: {length - 1}"
+        )
+    elif length and warmup >= length:
+        yield (
+            f"optimizer.lr_warmup_fraction ({optimizer.lr_warmup_fraction}) of {name} ({length}) "
+            "rounds to all of its steps: the learning rate never reaches its peak.\n"
+            "  set a smaller optimizer.lr_warmup_fraction"
+        )
+    yield from _stable_then_decay(optimizer, name, length, warmup)
+
+
+def _stable_then_decay(optimizer: Optimizer, name: str, length: int, warmup: int) -> Iterator[str]:
+    decay, style = optimizer.lr_wsd_decay_steps, optimizer.lr_decay_style
+    if style != "WSD":
+        for setting in ("lr_wsd_decay_steps", "lr_wsd_decay_style"):
+            value = getattr(optimizer, setting)
+            if value != Optimizer.model_fields[setting].default:
+                yield (
+                    f"optimizer.{setting} ({value}) requires optimizer.lr_decay_style ({style}) to "
+                    f"be WSD: no other style has a decay of its own at the end.\n"
+                    f"  set optimizer.lr_decay_style=WSD, or leave optimizer.{setting} unset"
+                )
+    elif decay is None:
+        yield (
+            "optimizer.lr_decay_style (WSD) requires optimizer.lr_wsd_decay_steps: the length of "
+            "the decay at the end.\n  often used: a tenth to a fifth of the run"
+        )
+    elif length and decay > length - warmup:
+        yield (
+            f"optimizer.lr_wsd_decay_steps ({decay}) must be at most {name} ({length}) minus the "
+            f"warm-up ({warmup}): the decay starts after the warm-up.\n"
+            f"  largest optimizer.lr_wsd_decay_steps: {length - warmup}"
+        )
+
+
+def weight_decay(case: Case) -> Iterator[str]:
+    """Check that an increase of weight decay has a start and an end, and a constant one neither."""
+    optimizer = case.config.optimizer
+    style = optimizer.weight_decay_incr_style
+    start, end = optimizer.start_weight_decay, optimizer.end_weight_decay
+    if style == "constant":
+        for name, value in (("start_weight_decay", start), ("end_weight_decay", end)):
+            if value is not None:
+                yield (
+                    f"optimizer.{name} ({value}) requires optimizer.weight_decay_incr_style "
+                    "(constant) to be linear or cosine: a constant decay is optimizer.weight_decay."
+                    f"\n  leave optimizer.{name} unset, or set optimizer.weight_decay_incr_style"
+                )
+    elif start is None or end is None:
+        yield (
+            f"optimizer.weight_decay_incr_style ({style}) requires optimizer.start_weight_decay "
+            f"({start}) and optimizer.end_weight_decay ({end}): the ends of the increase.\n"
+            "  set both"
+        )
+    elif start > end:
+        yield (
+            f"optimizer.start_weight_decay ({start}) must be at most optimizer.end_weight_decay "
+            f"({end}): Megatron-Core only increases weight decay.\n"
+            f"  largest optimizer.start_weight_decay: {end}"
         )
 
 
@@ -137,3 +207,92 @@ def reset_attention(case: Case) -> Iterator[str]:
                 "1: it takes packed documents as a single row.\n"
                 "  set run.engine=torch, which has no such limit, or use more micro-batches"
             )
+
+
+def roles(case: Case) -> Iterator[str]:
+    """Check that settings by role name roles of this model, and that something is trained."""
+    train, optimizer = case.config.train, case.config.optimizer
+    present = _present_roles(case)
+    lists = {"train.freeze": train.freeze}
+    lists |= {f"train.stages.{i}.freeze": stage.freeze for i, stage in enumerate(train.stages)}
+    for name, named in (
+        *lists.items(),
+        ("optimizer.lr_multipliers", optimizer.lr_multipliers),
+        ("optimizer.weight_decay_multipliers", optimizer.weight_decay_multipliers),
+    ):
+        if absent := [role for role in named if role not in present]:
+            yield (
+                f"{name} names {', '.join(absent)}, but this model has no such parameters.\n"
+                f"  its roles: {', '.join(present)}"
+            )
+    for name, named in lists.items():
+        if set(present) <= set(named):
+            yield (
+                f"{name} ({', '.join(named)}) freezes all parameters: nothing is left to train.\n"
+                "  leave out at least one role"
+            )
+    if "norms" in optimizer.weight_decay_multipliers:
+        yield (
+            "optimizer.weight_decay_multipliers names norms, which have no weight decay.\n"
+            "  remove norms from optimizer.weight_decay_multipliers"
+        )
+
+
+def gradients(case: Case) -> Iterator[str]:
+    """Check that gradients have a precision below that of the run only with bf16 weights."""
+    train = case.config.train
+    if not train.grad_reduce_in_fp32 and train.precision != "bf16":
+        yield (
+            f"train.grad_reduce_in_fp32 (false) requires train.precision ({train.precision}) to be "
+            "bf16: gradients otherwise have the dtype of the weights.\n"
+            "  set train.precision=bf16, or leave train.grad_reduce_in_fp32 unset"
+        )
+
+
+def muon(case: Case) -> Iterator[str]:
+    """Check that settings of Muon belong to a run that uses it."""
+    optimizer = case.config.optimizer
+    for name in ("muon_momentum", "muon_extra_scale_factor"):
+        value, default = getattr(optimizer, name), Optimizer.model_fields[name].default
+        if optimizer.optimizer != "muon" and value != default:
+            yield (
+                f"optimizer.{name} ({value}) requires optimizer.optimizer "
+                f"({optimizer.optimizer}) to be muon: AdamW does not use it.\n"
+                f"  set optimizer.optimizer=muon, or leave optimizer.{name} unset"
+            )
+
+
+def _present_roles(case: Case) -> list[Role]:
+    """Return the roles that have parameters in this model."""
+    moe, spec = case.config.moe, case.spec
+    some_dense = len(moe_layer_ids(moe, spec.num_layers)) < spec.num_layers
+    absent = {"shared_experts": not moe.shared_size, "dense_ffn": not some_dense}
+    return [role for role in ROLES if not absent.get(role)]
+
+
+def stages(case: Case) -> Iterator[str]:
+    """Check that every stage but the last has a length, and that each of them is reached."""
+    train = case.config.train
+    if not train.stages:
+        return
+    if train.freeze:
+        yield (
+            f"train.freeze ({', '.join(train.freeze)}) and train.stages both say what is frozen: a "
+            "stage has its own list.\n  remove train.freeze, or add its roles to each stage"
+        )
+    for index, stage in enumerate(train.stages):
+        last = index == len(train.stages) - 1
+        if (stage.steps is None) != last:
+            yield (
+                f"train.stages.{index}.steps ({stage.steps}) must be "
+                f"{'unset' if last else 'set'}: each stage has a length but the last, which takes "
+                "the rest of train.steps.\n"
+                f"  {'remove it, or add a stage' if last else 'set it to a number of steps'}"
+            )
+    before = train.stage_starts()[-1]
+    if train.steps and before >= train.steps:
+        yield (
+            f"train.stages before the last have {before} steps, which must be fewer than "
+            f"train.steps ({train.steps}): otherwise the last stage never begins.\n"
+            f"  smallest train.steps: {before + 1}"
+        )

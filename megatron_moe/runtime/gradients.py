@@ -80,3 +80,7 @@ def zero_stale(params: Any) -> None:
 def wgrad_gemm_accum_fp32(in_RI: Tensor, out_grad_RO: Tensor, main_grad: Tensor) -> None:
     """Replace the function of ``fused_weight_gradient_mlp_cuda`` that Megatron-Core calls."""
     add_product(main_grad, out_grad_RO, in_RI)
+
+
+wgrad_gemm_accum_fp16 = wgrad_gemm_accum_fp32
+"""Function that Megatron-Core calls for buffers in the dtype of the weights."""

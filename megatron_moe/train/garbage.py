@@ -30,3 +30,10 @@ def manual_collection() -> Iterator[None]:
         gc.unfreeze()
         if was_enabled:
             gc.enable()
+
+
+def collect_everything() -> None:
+    """Collect also what existed before `manual_collection` began, such as an old model."""
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()

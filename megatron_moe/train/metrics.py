@@ -23,7 +23,8 @@ router/*_by_layer                         each of these three, as a list over Mo
 router/load_by_expert                     an expert's tokens / mean, a list over MoE layers of lists
                                           over experts; about a hundred times per run
 throughput/tokens_per_second_per_gpu      tokens of the global batch / seconds / ranks
-throughput/tflops_per_gpu                 model FLOPs (planner/flops.py; causal attention, unpadded)
+throughput/tflops_per_gpu                 model FLOPs (planner/flops.py; causal attention, unpadded,
+                                          no weight gradients of frozen roles)
 throughput/mfu                            the same / the peak that the log states at start
 throughput/mfu_full_attention             the same with the whole square of the attention scores
 memory/peak_gib                           maximum over ranks; resident memory on CPU
@@ -181,6 +182,7 @@ class MetricsWriter:
                 project=config.log.wandb_project,
                 id=_wandb_id(config.run.dir),
                 name=config.run.dir.name,
+                dir=str(config.run.dir),
                 config=config.model_dump(mode="json"),
                 resume="allow",
             )
@@ -239,11 +241,14 @@ def _wandb_id(run_dir: Path) -> str:
 
 
 def _finite(numbers: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace NaN and infinity by None (null), because JSON has neither."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in numbers.items()
-    }
+    """Replace NaN and infinity, in lists too, by None (null), because JSON has neither."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, list):
+            return [finite(entry) for entry in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {name: finite(value) for name, value in numbers.items()}
 
 
 def _reopen(path: Path, resumed_step: int) -> TextIO:

@@ -5,15 +5,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.optimizer import OptimizerConfig
+from megatron.core.optimizer import OptimizerConfig, get_standard_config_overrides
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
+from torch import Tensor
 
-from megatron_moe.config.run import Optimizer, RunConfig
+from megatron_moe.config.run import Optimizer, Role, RunConfig
+from megatron_moe.hf.names import ROLES
 from megatron_moe.runtime.adamw import ClipsGradients
 
 
@@ -28,13 +31,23 @@ class OptimizerRow:
     They are saved, and sliced for any other layout."""
 
 
-def _adam(_: Optimizer) -> dict[str, Any]:
-    """Return LLaMA's betas (arXiv 2302.13971, section 2.3)."""
-    return {"adam_beta1": 0.9, "adam_beta2": 0.95, "adam_eps": 1e-8}
+def _adam(settings: Optimizer) -> dict[str, Any]:
+    """Return the settings of AdamW."""
+    return {name: getattr(settings, name) for name in ("adam_beta1", "adam_beta2", "adam_eps")}
+
+
+def _muon(settings: Optimizer) -> dict[str, Any]:
+    """Return the settings of Muon, and those of AdamW for what is not a matrix.
+
+    tp ranks gather a matrix and orthogonalize all of it, so that tp changes nothing.
+    """
+    own = {name: getattr(settings, name) for name in ("muon_momentum", "muon_extra_scale_factor")}
+    return {**_adam(settings), **own, "muon_nesterov": True, "muon_tp_mode": "duplicated"}
 
 
 OPTIMIZERS: dict[str, OptimizerRow] = {
     "adam": OptimizerRow(_adam, state=("exp_avg", "exp_avg_sq")),
+    "muon": OptimizerRow(_muon, state=("momentum_buffer",)),
 }
 """Optimizers by Megatron-Core's name, ``OptimizerConfig.optimizer``."""
 
@@ -42,23 +55,75 @@ OPTIMIZERS: dict[str, OptimizerRow] = {
 def optimizer_config(config: RunConfig, *, overlap_param_gather: bool) -> OptimizerConfig:
     """Return the configuration of Megatron-Core's optimizer."""
     settings, bf16 = config.optimizer, config.train.precision == "bf16"
+    by_matrix = settings.optimizer == "muon"
     return OptimizerConfig(
-        optimizer="adam",
+        optimizer=settings.optimizer,
         lr=settings.lr,
         min_lr=settings.min_lr,
         weight_decay=settings.weight_decay,
         clip_grad=settings.clip_grad,
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
-        use_distributed_optimizer=settings.use_distributed_optimizer,
+        use_distributed_optimizer=settings.use_distributed_optimizer and not by_matrix,
+        use_layer_wise_distributed_optimizer=settings.use_distributed_optimizer and by_matrix,
         overlap_param_gather=overlap_param_gather,
-        **OPTIMIZERS["adam"].settings(settings),
+        muon_fp32_matmul_prec="medium" if bf16 else "highest",  # medium: in bf16
+        **OPTIMIZERS[settings.optimizer].settings(settings),
+    )
+
+
+def group_overrides(
+    config: RunConfig, settings: OptimizerConfig, roles: Mapping[Tensor, Role], *, by_role: bool
+) -> dict[ParamKey, Any]:
+    """Return what distinguishes groups of parameters: weight decay, and settings by role.
+
+    Args:
+        config: The run's configuration.
+        settings: Megatron-Core's configuration of the optimizer.
+        roles: Role of each parameter of this rank.
+        by_role: Whether each role is a group even if no setting distinguishes roles.
+    """
+    overrides: dict[ParamKey, Any] = dict(get_standard_config_overrides(settings))
+    optimizer = config.optimizer
+    if not (by_role or uses_roles(config)):
+        return overrides
+    for role in ROLES:
+        factor = optimizer.lr_multipliers.get(role, 1.0)
+        rates = {"max_lr": optimizer.lr * factor, "min_lr": optimizer.min_lr * factor}
+        overrides[_of_role(role, roles)] = {"role": role} | (rates if factor != 1 else {})
+        decay = optimizer.weight_decay_multipliers.get(role, 1.0)
+        if decay != 1:
+            overrides[_of_role(role, roles, matrices=True)] = {"wd_mult": decay}
+    return overrides
+
+
+def _of_role(role: Role, roles: Mapping[Tensor, Role], *, matrices: bool = False) -> ParamKey:
+    """Match the parameters of a role, or only those of them that have weight decay."""
+
+    def matches(parameter: Tensor, name: str) -> bool:
+        decays = parameter.dim() > 1 and not name.endswith(".bias")
+        return roles[parameter] == role and (decays or not matrices)
+
+    return ParamKey(
+        with_name_predicate=ParamWithNamePredicate(name=f"{role} {matrices}", fn=matches)
+    )
+
+
+def uses_roles(config: RunConfig) -> bool:
+    """Return whether a setting treats roles differently."""
+    optimizer, train = config.optimizer, config.train
+    return bool(
+        train.freeze
+        or train.stages
+        or optimizer.lr_multipliers
+        or optimizer.weight_decay_multipliers
     )
 
 
 def state_keys(part: Any) -> tuple[str, ...]:
     """Return the keys of the state of one of Megatron-Core's optimizers."""
-    return OPTIMIZERS[part.config.optimizer].state
+    (name,) = {group.get("optimizer", part.config.optimizer) for group in part.param_groups}
+    return OPTIMIZERS[name].state
 
 
 def clip_and_step(optimizer: Any, total_norm: float) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -22,8 +22,11 @@ from megatron_moe.config.mixtures import starting_weights
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.blend import BlendState, start_blend
 from megatron_moe.model.build import Model
+from megatron_moe.model.freezing import freeze, parameter_roles
 from megatron_moe.runtime.engine import Engine
-from megatron_moe.train.optimizers import optimizer_config
+from megatron_moe.train.muon import complete, mark_fused, shards_by_matrix
+from megatron_moe.train.optimizers import group_overrides, optimizer_config
+from megatron_moe.train.schedule import make_schedule
 
 
 @dataclass(slots=True)
@@ -54,24 +57,58 @@ class TrainState:
             if chunk.ddp_config.overlap_param_gather:
                 chunk.start_param_sync(force_sync=True)
 
+    def release(self) -> None:
+        """Drop the model, its buffers and the optimizer, to free their memory; see `replace`.
+
+        Data parallelism's hooks on gradients refer back to it from C++, where the garbage collector
+        sees no cycle, so the cycle is cut here.
+        """
+        for chunk in self.wrapped:
+            chunk.grad_accs.clear()
+            del chunk.module
+        for name in ("model", "wrapped", "optimizer", "schedule"):
+            delattr(self, name)
+
+    def replace(self, other: TrainState) -> None:
+        """Become ``other``, so that whoever holds this object continues with it."""
+        for field in fields(self):
+            setattr(self, field.name, getattr(other, field.name))
+
     @property
     def learning_rate(self) -> float:
         """Learning rate of the last step; the schedule itself has already advanced past it."""
         at_last_step = copy(self.schedule)
         at_last_step.num_steps = max(self.step - 1, 0)
-        return float(at_last_step.get_lr(self.optimizer.param_groups[0]))
+        return float(at_last_step.get_lr({}))
 
 
-def make_state(config: RunConfig, model: Model, groups: ProcessGroupCollection) -> TrainState:
+def make_state(
+    config: RunConfig,
+    model: Model,
+    groups: ProcessGroupCollection,
+    *,
+    step: int = 0,
+    by_role: bool = False,
+) -> TrainState:
     """Wrap a filled model for training.
 
     The optimizer copies fp32 master weights from the parameters, so the parameters must hold
     their values already (or be restored afterwards, together with the optimizer).
+
+    Args:
+        config: The run's configuration.
+        model: This rank's part of the model.
+        groups: This rank's process groups.
+        step: Steps taken so far, which determine the stage and so what is frozen.
+        by_role: Count the updates of each role separately, even if the configuration treats all
+            roles alike: the checkpoint to restore has such counts.
     """
     transformer, engine = model.transformer, model.engine
+    freeze(model, config.train.frozen_after(step))
+    settings = optimizer_config(config, overlap_param_gather=_overlaps_gather(config, engine))
     ddp = DistributedDataParallelConfig(
-        use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
-        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=settings.use_distributed_optimizer,
+        grad_reduce_in_fp32=config.train.grad_reduce_in_fp32,
         overlap_grad_reduce=config.train.overlap_grad_reduce,
         overlap_param_gather=_overlaps_gather(config, engine),
     )
@@ -85,12 +122,18 @@ def make_state(config: RunConfig, model: Model, groups: ProcessGroupCollection) 
                 transformer, ddp, inner, disable_bucketing=index > 0, pg_collection=groups
             )
         )
+    if settings.optimizer == "muon":
+        mark_fused(model)
+        settings.use_layer_wise_distributed_optimizer &= shards_by_matrix(groups)
     optimizer = get_megatron_optimizer(
-        optimizer_config(config, overlap_param_gather=_overlaps_gather(config, engine)),
+        settings,
         wrapped,
+        group_overrides(config, settings, parameter_roles(model), by_role=by_role),
         pg_collection=groups,
         use_gloo_process_groups=False,
     )
+    if settings.optimizer == "muon":
+        complete(optimizer, settings)
     _gather_weights_once(optimizer)
     transformer.finalize_model_grads_func = _finalize
     if ddp.overlap_grad_reduce:  # only during the backward pass of the last micro-batch
@@ -134,26 +177,6 @@ def _overlaps_gather(config: RunConfig, engine: Engine) -> bool:
 
     Each module then waits for its own weights; `model.experts` waits for those of its experts.
     """
-    distributed = config.optimizer.use_distributed_optimizer
-    return engine.on_cuda and distributed and config.train.overlap_param_gather
-
-
-def make_schedule(config: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """Return linear warm-up to ``lr``, then cosine decay to ``min_lr`` at the last step."""
     settings = config.optimizer
-    steps = config.train.steps or settings.warmup_steps + 1  # a run of 0 steps needs a schedule too
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=settings.lr,
-        min_lr=settings.min_lr,
-        lr_warmup_steps=settings.warmup_steps,
-        lr_decay_steps=steps,
-        lr_decay_style="cosine",
-        start_wd=settings.weight_decay,
-        end_wd=settings.weight_decay,
-        wd_incr_steps=steps,
-        wd_incr_style="constant",
-        use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,
-    )
+    distributed = settings.use_distributed_optimizer and settings.optimizer == "adam"
+    return engine.on_cuda and distributed and config.train.overlap_param_gather

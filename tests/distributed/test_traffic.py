@@ -24,15 +24,20 @@ LAYERS, EXPERTS = SHAPE["num_hidden_layers"], 4
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("layout", "precision", "tied"),
+    ("layout", "precision", "tied", "frozen"),
     [
-        ("tp2 dp2 ep2", "fp32", False),
-        ("pp2 cp2 ep2", "bf16", True),
-        ("tp2 etp2 padded", "bf16", False),
-        ("tp2 cp2 ep2 kv1", "bf16", False),
+        ("tp2 dp2 ep2", "fp32", False, []),
+        ("pp2 cp2 ep2", "bf16", True, []),
+        ("tp2 etp2 padded", "bf16", False, []),
+        ("tp2 cp2 ep2 kv1", "bf16", False, []),
+        ("tp2 dp2 ep2", "fp32", False, ["attention", "norms", "experts", "dense_ffn"]),
+        ("pp2 dp2", "bf16", True, ["embeddings", "router", "attention"]),
+        ("tp2 dp2", "bf16", False, ["embeddings", "router"]),
     ],
 )
-def test_bytes_of_a_step_are_the_formula(tmp_path: Path, layout: str, precision: str, tied: bool):
+def test_bytes_of_a_step_are_the_formula(
+    tmp_path: Path, layout: str, precision: str, tied: bool, frozen: list[str]
+):
     world_size, settings = changes(layout.removesuffix(" kv1"))
     (tmp_path / "dense").mkdir()
     shape: dict[str, Any] = dict(SHAPE)
@@ -41,7 +46,12 @@ def test_bytes_of_a_step_are_the_formula(tmp_path: Path, layout: str, precision:
     bare = {**shape, "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": tied}
     (tmp_path / "dense" / "config.json").write_text(json.dumps(bare))
     settings["moe"] = {"num_moe_experts": EXPERTS, **settings["moe"]}
-    settings["train"] |= {"precision": precision}
+    in_fp32 = "attention" not in frozen or precision == "fp32"
+    settings["train"] |= {
+        "precision": precision, "freeze": frozen, "grad_reduce_in_fp32": in_fp32,
+    }  # fmt: skip
+    if "dense_ffn" in frozen:
+        settings["moe"] |= {"moe_layers": [1, 2]}
     config = build(
         RunConfig, tree(tmp_path / "run", tmp_path / "dense", tmp_path / "none", **settings)
     )
@@ -49,6 +59,7 @@ def test_bytes_of_a_step_are_the_formula(tmp_path: Path, layout: str, precision:
     run_on_ranks(_count, config, tmp_path / "counted.json", world_size=world_size)
     counted = json.loads((tmp_path / "counted.json").read_text())
     # The numbers of the log: (2 + 4 L + 2 L E) of a step and three of its time, in fp64.
+    # Layers that stay dense are in them too.
     numbers = 2 + 4 * LAYERS + 2 * LAYERS * EXPERTS + 3
     assert counted.pop("world all_reduce") == world_size * numbers * 8
     expected = step_traffic(

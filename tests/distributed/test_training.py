@@ -91,3 +91,39 @@ def test_bf16_follows_fp32(inputs: dict[str, Path], one_rank: list[dict[str, Any
     lines = run_training(settings, world_size=2)
     for ours, expected in zip(lines[1:], one_rank[1:], strict=True):
         assert ours["loss/lm"] == pytest.approx(expected["loss/lm"], rel=2e-2)
+
+
+def test_unhealthy_routers_are_reported_in_the_log(
+    inputs: dict[str, Path], capfd: pytest.CaptureFixture[str]
+):
+    """Every router has a busiest expert, which exceeds a bound next to the mean."""
+    settings = tree(
+        inputs["root"] / "health", inputs["dense"], inputs["tokens"],
+        train={"steps": 4}, log={"router_warning_steps": 3, "router_max_load": 1.0001},
+    )  # fmt: skip
+    run_training(settings, world_size=1)
+    log = " ".join(capfd.readouterr().out.split())
+    assert [f"Step 3: the busiest expert of layer {n} has had more" in log for n in range(4)] == (
+        [True] * 4
+    )
+    assert "Step 4: the busiest" not in log
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_bf16_gradients_follow_fp32_ones(inputs: dict[str, Path], optimizer: str):
+    """Two micro-batches and two ranks: 2 roundings of 2^-9 to a gradient, 1e-2 to its norm.
+
+    Losses differ through weights that moved by at most 5 steps of 1e-3: 2e-3 of a loss of 7.
+    """
+    found = {}
+    for in_fp32 in (True, False):
+        settings = tree(
+            inputs["root"] / f"gradients-{optimizer}-{in_fp32}", inputs["dense"], inputs["tokens"],
+            parallel={"expert_parallel_size": 2}, optimizer={"optimizer": optimizer},
+            train={"precision": "bf16", "grad_reduce_in_fp32": in_fp32},
+        )  # fmt: skip
+        found[in_fp32] = run_training(settings, world_size=2)[1:]
+    assert found[True] != found[False]
+    for ours, expected in zip(found[False], found[True], strict=True):
+        assert ours["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-2)
+        assert ours["loss/lm"] == pytest.approx(expected["loss/lm"], rel=2e-3)

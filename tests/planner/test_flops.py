@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from megatron_moe.planner.flops import forward_flops, training_flops
+from megatron_moe.planner.flops import forward_flops, step_flops, training_flops
 from megatron_moe.planner.moe_config import shape_from_hf
 from megatron_moe.planner.parameters import total_parameters
 from megatron_moe.planner.shape import MoeShape
@@ -94,3 +95,34 @@ def test_agrees_with_torchs_counter_on_mixtral():
     shape = shape_from_hf(config.to_dict())
     assert counter.get_total_flops() == forward_flops(shape, sequence_length=32).executed
     assert total_parameters(shape) == model.num_parameters()
+
+
+@pytest.mark.parametrize(
+    ("frozen", "words"),
+    [
+        ([], ()),
+        (["dense_ffn"], ("mlp",)),
+        (["attention", "norms"], ("self_attn", "norm")),
+        (["embeddings", "dense_ffn"], ("embed_tokens", "lm_head", "mlp")),
+    ],
+)
+def test_a_step_leaves_out_the_weight_gradients_of_frozen_roles(frozen, words):
+    """What torch counts in a step of a frozen model of transformers, less what it counts of all."""
+    sizes = {
+        "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "vocab_size": 64,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 16,
+    }  # fmt: skip
+
+    def counted(words: tuple[str, ...]) -> int:
+        model = LlamaForCausalLM(LlamaConfig(**sizes, attn_implementation="eager"))
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not any(word in name for word in words))
+        ids = torch.zeros(1, 16, dtype=torch.long)
+        embedded = model.model.embed_tokens(ids).detach().requires_grad_()
+        with FlopCounterMode(display=False) as counter:
+            model(inputs_embeds=embedded).logits.sum().backward()
+        return counter.get_total_flops()
+
+    config = LlamaConfig(**sizes).to_dict() | {"architectures": ["LlamaForCausalLM"]}
+    forward = forward_flops(shape_from_hf(config), sequence_length=16)
+    assert step_flops(forward, []) - step_flops(forward, frozen) == counted(()) - counted(words)

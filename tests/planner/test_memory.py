@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from megatron_moe.planner.activations import chunks_in_flight, kept_bytes, stage_activations
 from megatron_moe.planner.buffers import distributed_layout
+from megatron_moe.planner.by_matrix import muon_state
 from megatron_moe.planner.hardware import GPUS
 from megatron_moe.planner.memory import (
     StatePrecision,
@@ -107,6 +108,30 @@ def test_closed_form_state_is_within_padding_of_the_exact(llama3_e8t2):
         quick = estimated_state(llama3_e8t2, degrees, pp_rank=0)
         assert quick.weights == pytest.approx(exact.weights, rel=1e-5)
         assert quick.optimizer == pytest.approx(exact.optimizer, rel=1e-4)
+
+
+@pytest.mark.parametrize("frozen", [(), ("experts",), ("attention", "norms", "embeddings")])
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_closed_form_state_follows_roles_and_the_optimizer(llama3_e8t2, frozen, optimizer):
+    """Whole matrices cannot be spread evenly: within a tenth of the mean over the replicas."""
+    degrees = Degrees(gpus=16, tp=2, pp=2, ep=4)
+    for pp_rank in range(2):
+        if optimizer == "muon":
+            exact = [
+                muon_state(llama3_e8t2, degrees, pp_rank=pp_rank, frozen=frozen, replica=r,
+                           expert_replica=0)
+                for r in range(degrees.dp)
+            ]  # fmt: skip
+        else:
+            exact = [model_state(llama3_e8t2, degrees, pp_rank=pp_rank, frozen=frozen)]
+        quick = estimated_state(
+            llama3_e8t2, degrees, pp_rank=pp_rank, frozen=frozen, optimizer=optimizer
+        )
+        assert quick.weights == pytest.approx(exact[0].weights, rel=1e-5)
+        assert quick.gradients == pytest.approx(exact[0].gradients, rel=1e-4)
+        mean = sum(state.optimizer for state in exact) / len(exact)
+        tolerance = 0.1 if optimizer == "muon" else 1e-3
+        assert quick.optimizer == pytest.approx(mean, rel=tolerance)
 
 
 def test_recomputing_more_keeps_less(llama3_e8t2):

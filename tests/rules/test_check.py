@@ -251,6 +251,72 @@ REFUSALS = [
     ("warmup", {"optimizer.warmup_steps": 10}, 1,
      "optimizer.warmup_steps (10) must be less than train.steps (10): otherwise the learning rate "
      "never reaches its peak.\n  largest optimizer.warmup_steps: 9"),
+    ("warmup-decay", {"optimizer.lr_decay_steps": 2}, 1,
+     "optimizer.warmup_steps (2) must be less than optimizer.lr_decay_steps (2): otherwise the "
+     "learning rate never reaches its peak.\n  largest optimizer.warmup_steps: 1"),
+    ("warmup-twice", {"optimizer.lr_warmup_fraction": 0.5}, 1,
+     "optimizer.warmup_steps (2) and optimizer.lr_warmup_fraction (0.5) are two lengths of the "
+     "warm-up.\n  set only one of them"),
+    ("warmup-fraction", {"optimizer.warmup_steps": 100, "optimizer.lr_warmup_fraction": 0.99}, 1,
+     "optimizer.lr_warmup_fraction (0.99) of train.steps (10) rounds to all of its steps: the "
+     "learning rate never reaches its peak.\n  set a smaller optimizer.lr_warmup_fraction"),
+    ("wsd-length", {"optimizer.lr_decay_style": "WSD"}, 1,
+     "optimizer.lr_decay_style (WSD) requires optimizer.lr_wsd_decay_steps: the length of the "
+     "decay at the end.\n  often used: a tenth to a fifth of the run"),
+    ("wsd-too-long", {"optimizer.lr_decay_style": "WSD", "optimizer.lr_wsd_decay_steps": 9}, 1,
+     "optimizer.lr_wsd_decay_steps (9) must be at most train.steps (10) minus the warm-up (2): the "
+     "decay starts after the warm-up.\n  largest optimizer.lr_wsd_decay_steps: 8"),
+    ("wsd-steps-alone", {"optimizer.lr_wsd_decay_steps": 2}, 1,
+     "optimizer.lr_wsd_decay_steps (2) requires optimizer.lr_decay_style (cosine) to be WSD: no "
+     "other style has a decay of its own at the end.\n"
+     "  set optimizer.lr_decay_style=WSD, or leave optimizer.lr_wsd_decay_steps unset"),
+    ("wsd-style-alone", {"optimizer.lr_wsd_decay_style": "linear"}, 1,
+     "optimizer.lr_wsd_decay_style (linear) requires optimizer.lr_decay_style (cosine) to be WSD: "
+     "no other style has a decay of its own at the end.\n"
+     "  set optimizer.lr_decay_style=WSD, or leave optimizer.lr_wsd_decay_style unset"),
+    ("decay-ends", {"optimizer.weight_decay_incr_style": "linear"}, 1,
+     "optimizer.weight_decay_incr_style (linear) requires optimizer.start_weight_decay (None) and "
+     "optimizer.end_weight_decay (None): the ends of the increase.\n  set both"),
+    ("decay-constant", {"optimizer.end_weight_decay": 0.2}, 1,
+     "optimizer.end_weight_decay (0.2) requires optimizer.weight_decay_incr_style (constant) to be "
+     "linear or cosine: a constant decay is optimizer.weight_decay.\n"
+     "  leave optimizer.end_weight_decay unset, or set optimizer.weight_decay_incr_style"),
+    ("decay-falls", {"optimizer.weight_decay_incr_style": "cosine",
+     "optimizer.start_weight_decay": 0.2, "optimizer.end_weight_decay": 0.1}, 1,
+     "optimizer.start_weight_decay (0.2) must be at most optimizer.end_weight_decay (0.1): "
+     "Megatron-Core only increases weight decay.\n"
+     "  largest optimizer.start_weight_decay: 0.1"),
+    ("gradients", {"train.grad_reduce_in_fp32": False, "train.precision": "fp32"}, 1,
+     "train.grad_reduce_in_fp32 (false) requires train.precision (fp32) to be bf16: gradients "
+     "otherwise have the dtype of the weights.\n"
+     "  set train.precision=bf16, or leave train.grad_reduce_in_fp32 unset"),
+    ("muon-momentum", {"optimizer.muon_momentum": 0.9}, 1,
+     "optimizer.muon_momentum (0.9) requires optimizer.optimizer (adam) to be muon: AdamW does not "
+     "use it.\n  set optimizer.optimizer=muon, or leave optimizer.muon_momentum unset"),
+    ("freeze-absent", {"train.freeze": ["dense_ffn"]}, 1,
+     "train.freeze names dense_ffn, but this model has no such parameters.\n"
+     "  its roles: router, experts, attention, norms, embeddings"),
+    ("multiplier-absent", {"optimizer.lr_multipliers": {"shared_experts": 2.0}}, 1,
+     "optimizer.lr_multipliers names shared_experts, but this model has no such parameters.\n"
+     "  its roles: router, experts, attention, norms, embeddings"),
+    ("freeze-all", {"train.freeze": ["router", "experts", "attention", "norms", "embeddings"]}, 1,
+     "train.freeze (router, experts, attention, norms, embeddings) freezes all parameters: nothing "
+     "is left to train.\n  leave out at least one role"),
+    ("decay-norms", {"optimizer.weight_decay_multipliers": {"norms": 1.0}}, 1,
+     "optimizer.weight_decay_multipliers names norms, which have no weight decay.\n"
+     "  remove norms from optimizer.weight_decay_multipliers"),
+    ("freeze-twice", {"train.freeze": ["router"], "train.stages": [{}]}, 1,
+     "train.freeze (router) and train.stages both say what is frozen: a stage has its own list.\n"
+     "  remove train.freeze, or add its roles to each stage"),
+    ("stage-without-end", {"train.stages": [{}, {}]}, 1,
+     "train.stages.0.steps (None) must be set: each stage has a length but the last, which takes "
+     "the rest of train.steps.\n  set it to a number of steps"),
+    ("stage-with-end", {"train.stages": [{"steps": 3}]}, 1,
+     "train.stages.0.steps (3) must be unset: each stage has a length but the last, which takes "
+     "the rest of train.steps.\n  remove it, or add a stage"),
+    ("stage-never", {"train.stages": [{"steps": 10}, {}]}, 1,
+     "train.stages before the last have 10 steps, which must be fewer than train.steps (10): "
+     "otherwise the last stage never begins.\n  smallest train.steps: 11"),
 ]  # fmt: skip
 
 
@@ -314,6 +380,11 @@ def test_all_violations_come_in_one_error():
         {"moe.moe_ffn_hidden_size": FFN},
         {"moe.moe_layers": [11]},
         {"optimizer.min_lr": 3e-5},
+        {"optimizer.lr_decay_style": "WSD", "optimizer.lr_wsd_decay_steps": 8},
+        {"optimizer.lr_decay_steps": 3},
+        {"train.stages": [{"steps": 9, "freeze": ["experts"]}, {}]},
+        {"train.freeze": ["router"], "optimizer.lr_multipliers": {"experts": 2.0}},
+        {"optimizer.warmup_steps": 100, "optimizer.lr_warmup_fraction": 0.9},
     ],
     ids=lambda changes: ",".join(f"{k.split('.')[1]}={v}" for k, v in changes.items()),
 )

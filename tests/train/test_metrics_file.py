@@ -1,6 +1,7 @@
 """Tests of metrics.jsonl: one line per step, each step once, even after crashes."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -107,3 +108,16 @@ def test_loads_are_recorded_by_layer_and_expert_over_their_mean():
 def test_loads_are_recorded_about_a_hundred_times_in_a_run(steps: int, recorded: list[int]):
     balanced_LE = torch.ones(1, 2)
     assert [s for s in range(1, steps + 1) if expert_loads(balanced_LE, s, steps=steps)] == recorded
+
+
+def test_a_line_is_strict_json_whatever_was_measured(tmp_path: Path):
+    """NaN and infinity are null, in lists too: a step with a non-finite loss has a line as well."""
+    writer = MetricsWriter(config(tmp_path), resumed_step=0)
+    bad = [math.nan, 1.0, [math.inf, -math.inf, 2.0]]
+    writer.write({"step": 1, "loss/lm": math.nan, "router/entropy_by_layer": bad})
+    writer.close()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    line = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert line == {
+        "step": 1, "loss/lm": None, "router/entropy_by_layer": [None, 1.0, [None, None, 2.0]],
+    }  # fmt: skip

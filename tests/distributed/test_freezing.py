@@ -1,0 +1,290 @@
+"""Frozen roles keep their bits, the others train as if nothing were frozen, under any layout.
+
+The oracle is one rank, and for one step the run without freezing: its gradients do not depend on
+what is frozen, so the moments of the trained parameters are the same.
+"""
+
+import shutil
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from layouts import changes
+from ranks import run_on_ranks
+from tiny import save_dense
+from training_runs import read_metrics, run_training, tree, write_tokens
+
+from megatron_moe.checkpoint.folder import read_progress, step_folder
+from megatron_moe.checkpoint.global_tensors import GlobalTensors
+from megatron_moe.config.load import build
+from megatron_moe.config.run import RunConfig
+from megatron_moe.runtime.world import World
+
+pytestmark = pytest.mark.distributed
+WORDS = {  # a part of Megatron-Core's names for each role; norms come first
+    "norms": "norm", "router": ".router.", "shared_experts": ".shared_experts.",
+    "experts": ".experts.", "attention": ".self_attention.", "dense_ffn": ".mlp.linear",
+    "embeddings": "",
+}  # fmt: skip
+EVERY = {
+    "moe": {"num_moe_experts": 4, "moe_layers": [1, 2], "moe_ffn_hidden_size": 16,
+            "moe_shared_expert_intermediate_size": 32},
+    "upcycle": {"method": "split_random"},
+}  # fmt: skip
+"""A model with every role: two layers stay dense, experts are parts, one of them shared."""
+
+
+def role_of(key: str) -> str:
+    return next(role for role, word in WORDS.items() if word in key)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("freezing")
+    return {
+        "root": root,
+        "dense": save_dense(root / "dense", "qwen3", tie_word_embeddings=True),
+        "tokens": write_tokens(root / "tokens"),
+    }
+
+
+def run(
+    inputs: dict[str, Path], where: str, *, layout: str = "1", **sections: Any
+) -> list[dict[str, Any]]:
+    """Train under a layout, without a warm-up, so that the first step changes weights."""
+    world_size, settings = changes(layout)
+    for section, values in (*EVERY.items(), *sections.items()):
+        settings[section] = {**settings.get(section, {}), **values}
+    settings["optimizer"] = {"warmup_steps": 0, **settings.get("optimizer", {})}
+    settings["checkpoint"] = {"keep": 100, **settings.get("checkpoint", {})}
+    where_ = inputs["root"] / where
+    return run_training(tree(where_, inputs["dense"], inputs["tokens"], **settings),
+                        world_size=world_size)  # fmt: skip
+
+
+def tensors(inputs: dict[str, Path], where: str, step: int) -> dict[str, torch.Tensor]:
+    with GlobalTensors(step_folder(inputs["root"] / where, step)) as stored:
+        return {key: stored.read(key, index=None, dtype=torch.float32) for key in stored.names}
+
+
+def weights_of(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in stored.items() if not key.startswith("optimizer.")}
+
+
+@pytest.fixture(scope="module")
+def start(inputs: dict[str, Path]) -> dict[str, torch.Tensor]:
+    """The weights before the first step."""
+    run(inputs, "start", train={"steps": 0})
+    return tensors(inputs, "start", 0)
+
+
+@pytest.fixture(scope="module")
+def free(inputs: dict[str, Path]) -> dict[str, torch.Tensor]:
+    """The checkpoint after one step that trains everything."""
+    run(inputs, "free", train={"steps": 1}, optimizer={"clip_grad": 1e9})
+    return tensors(inputs, "free", 1)
+
+
+FROZEN = [
+    ("1", ["embeddings"]),
+    pytest.param("1", ["experts"], marks=pytest.mark.slow),
+    ("tp2", ["attention", "norms", "embeddings"]),
+    ("pp2 vpp2 recompute-full", ["router", "embeddings", "dense_ffn", "attention", "norms"]),
+    ("dp2 ep2", ["attention", "dense_ffn", "norms", "embeddings", "router", "shared_experts"]),
+    pytest.param("tp2 dp2 ep2 etp2", ["shared_experts", "experts"], marks=pytest.mark.slow),
+    ("dp2 replicated", ["experts", "dense_ffn", "embeddings"]),
+    ("pp2", ["experts", "shared_experts", "attention", "dense_ffn", "norms", "embeddings"]),
+]
+
+
+@pytest.mark.parametrize(("layout", "frozen"), FROZEN, ids=lambda value: str(value)[:40])
+def test_frozen_roles_keep_their_bits_and_the_others_their_gradients(
+    inputs: dict[str, Path],
+    start: dict[str, torch.Tensor],
+    free: dict[str, torch.Tensor],
+    layout: str,
+    frozen: list[str],
+):
+    """fp32 sums have another order under another layout: 1e-4 of the largest of a tensor."""
+    where = f"frozen {layout} {'-'.join(frozen)}"
+    run(inputs, where, layout=layout, train={"steps": 1, "freeze": frozen},
+        optimizer={"clip_grad": 1e9}, checkpoint={"interval": 1})  # fmt: skip
+    after = tensors(inputs, where, 1)
+    assert weights_of(after).keys() == weights_of(free).keys()
+    assert {role_of(key) for key in weights_of(after)} == set(WORDS)
+    for key, value in weights_of(after).items():
+        moments = [f"optimizer.{name}.{key}" for name in ("exp_avg", "exp_avg_sq")]
+        if role_of(key) in frozen:
+            assert torch.equal(value, start[key]), key
+            assert not any(moment in after for moment in moments), key
+        else:
+            assert not torch.equal(value, start[key]), key
+            for moment in moments:
+                largest = float(free[moment].abs().max())
+                torch.testing.assert_close(after[moment], free[moment], rtol=0, atol=1e-4 * largest)
+    updates = read_progress(step_folder(inputs["root"] / where, 1)).updates_by_role
+    assert updates == {role: 1 for role in WORDS if role not in frozen}
+
+
+# ---- multipliers ---------------------------------------------------------------------------------
+
+
+def test_multipliers_scale_the_update_of_their_role(
+    inputs: dict[str, Path], start: dict[str, torch.Tensor], free: dict[str, torch.Tensor]
+):
+    """One step moves weights by -lr * (Adam's update + weight decay * weight), in float64.
+
+    fp32 rounds the weight: half a unit in the last place, 2^-24 of it, and as much of the update.
+    """
+    rates, decays = {"router": 10.0, "norms": 0.5}, {"router": 3.0, "attention": 0.0}
+    run(inputs, "multipliers", train={"steps": 1}, optimizer={
+        "clip_grad": 1e9, "lr": 1e-3, "min_lr": 1e-3, "lr_multipliers": rates,
+        "weight_decay_multipliers": decays, "weight_decay": 0.2})  # fmt: skip
+    after = tensors(inputs, "multipliers", 1)
+    for key, weight in weights_of(start).items():
+        role, w = role_of(key), weight.double()
+        m, v = (after[f"optimizer.{name}.{key}"].double() for name in ("exp_avg", "exp_avg_sq"))
+        assert torch.equal(m.float(), free[f"optimizer.exp_avg.{key}"]), key
+        update = (m / 0.1) / ((v / 0.05).sqrt() + 1e-8)
+        decay = 0.0 if role == "norms" else 0.2 * decays.get(role, 1.0)
+        expected = w - 1e-3 * rates.get(role, 1.0) * (update + decay * w)
+        torch.testing.assert_close(after[key].double(), expected, rtol=2**-22, atol=1e-8)
+
+
+# ---- stages --------------------------------------------------------------------------------------
+
+LAST = ["attention", "dense_ffn", "norms", "embeddings"]
+STAGES = [
+    {"steps": 2, "freeze": [role for role in WORDS if role != "router"]},
+    {"steps": 2, "freeze": LAST},
+    {},
+]
+"""Routers only, then also experts, then everything."""
+EXACT = ("step", "loss/lm", "grad_norm", "learning_rate", "router/load_imbalance")
+
+
+def staged(inputs: dict[str, Path], where: str, layout: str = "1", **sections: Any) -> list[Any]:
+    train = {"steps": 6, "stages": STAGES, **sections.pop("train", {})}
+    return run(inputs, where, layout=layout, train=train, **sections)
+
+
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
+def test_stages_across_a_resume_are_the_uninterrupted_run(inputs: dict[str, Path], precision: str):
+    """Stopped within a stage and at the end of one; the optimizer state is the same too."""
+    settings = {"train": {"precision": precision}, "checkpoint": {"interval": 1}}
+    where = f"stages-{precision}"
+    whole = staged(inputs, where, "dp2 ep2", **settings)
+    assert [line["step"] for line in whole] == list(range(7))
+    last = tensors(inputs, where, 6)
+    for step in (2, 3, 4):
+        again = f"{where}-from-{step}"
+        shutil.copytree(inputs["root"] / where, inputs["root"] / again)
+        latest = inputs["root"] / again / "checkpoints" / "latest"
+        latest.write_text(f"step_{step:08d}\n")
+        lines = staged(inputs, again, "dp2 ep2", **settings)
+        for ours, expected in zip(lines[1:], whole[1:], strict=True):
+            assert {k: ours[k] for k in EXACT} == {k: expected[k] for k in EXACT}
+        ours = tensors(inputs, again, 6)
+        assert ours.keys() == last.keys()
+        assert all(torch.equal(ours[key], last[key]) for key in last)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "pp2",
+        "dp2 ep2",
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ("tp2", "dp2 replicated")),
+    ],
+)
+def test_stages_under_a_layout_equal_those_of_one_rank(inputs: dict[str, Path], layout: str):
+    """1e-5 and 1e-4 as in test_invariance.py."""
+    if not (inputs["root"] / "stages-one").exists():
+        staged(inputs, "stages-one", "1")
+    lines = staged(inputs, f"stages {layout}", layout)
+    for ours, expected in zip(lines[1:], read_metrics(inputs["root"] / "stages-one")[1:],
+                              strict=True):  # fmt: skip
+        assert ours["loss/lm"] == pytest.approx(expected["loss/lm"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_role_that_a_stage_begins_to_train_starts_as_in_a_new_run(
+    inputs: dict[str, Path], precision: str
+):
+    """Adam's first update is the sign of the gradient: bias correction counts its own updates.
+
+    |update| is below 1 only by eps; 1e-2 of it allows for gradients of 1e-6. With bf16 weights, the
+    fp32 master weights begin with the weights.
+    """
+    where, master = f"begins-{precision}", "optimizer.master." if precision == "bf16" else ""
+    settings = {"train": {"steps": 3, "precision": precision,
+                          "stages": [{"steps": 2, "freeze": ["experts"]}, {}]},
+                "checkpoint": {"interval": 1},
+                "optimizer": {"lr_decay_style": "constant", "weight_decay": 0.0}}  # fmt: skip
+    run(inputs, where, **settings)
+    before, after = tensors(inputs, where, 2), tensors(inputs, where, 3)
+    updates = read_progress(step_folder(inputs["root"] / where, 3)).updates_by_role
+    assert updates == {role: 1 if role == "experts" else 3 for role in WORDS}
+    for key in weights_of(after):
+        if role_of(key) == "experts":
+            moved = ((after[master + key] - before[key]) / 1e-3).abs()
+            trained = after[f"optimizer.exp_avg.{key}"].abs() > 1e-7
+            assert trained.float().mean() > 0.5
+            torch.testing.assert_close(
+                moved[trained], torch.ones_like(moved[trained]), rtol=0, atol=1e-2
+            )
+
+
+def test_settings_of_freezing_may_change_on_a_resume(inputs: dict[str, Path]):
+    """A run without roles takes a checkpoint that counts them, and the other way round."""
+
+    def steps(number: int, freeze: list[str]) -> dict[str, Any]:
+        return {"train": {"steps": number, "freeze": freeze}, "checkpoint": {"interval": 1}}
+
+    run(inputs, "changing", **steps(1, []))
+    run(inputs, "changing", **steps(2, ["experts"]))
+    run(inputs, "changing", layout="tp2", **steps(3, []))
+    updates = [
+        read_progress(step_folder(inputs["root"] / "changing", step)).updates_by_role
+        for step in (1, 2, 3)
+    ]
+    assert updates[0] is None
+    assert updates[1] == {role: 2 for role in WORDS if role != "experts"}
+    assert updates[2] == {role: 1 if role == "experts" else 3 for role in WORDS}
+    changed = (inputs["root"] / "changing" / "resumed.jsonl").read_text()
+    assert "parameters that were frozen start with empty optimizer state" in changed
+
+
+def test_the_model_of_the_stage_before_is_freed(inputs: dict[str, Path]):
+    config = build(RunConfig, tree(
+        inputs["root"] / "freed", inputs["dense"], inputs["tokens"], **EVERY,
+        train={"steps": 2, "stages": [{"steps": 1, "freeze": ["experts"]}, {}]},
+        optimizer={"warmup_steps": 0}))  # fmt: skip
+    config.run.dir.mkdir()
+    run_on_ranks(check_freed, config, world_size=1)
+
+
+def check_freed(world: World, config: RunConfig) -> None:
+    from megatron_moe.commands import stages
+    from megatron_moe.commands.train import train
+
+    restored = stages.restored_state
+    release = stages.TrainState.release
+    seen: list[weakref.ref] = []
+
+    def watched(*args: Any) -> Any:
+        assert all(tensor() is None for tensor in seen)
+        return restored(*args)
+
+    def releasing(state: Any) -> None:
+        seen.extend(weakref.ref(p) for module in state.model.modules for p in module.parameters())
+        seen.extend(weakref.ref(b.grad_data) for chunk in state.wrapped for b in chunk.buffers)
+        release(state)
+
+    stages.restored_state = watched
+    stages.TrainState.release = releasing
+    train(config, world)
+    assert len(seen) > 20

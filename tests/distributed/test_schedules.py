@@ -1,0 +1,98 @@
+"""Schedules in whole runs: AdamW's settings reach the weights, and a longer run is one run."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from layouts import layout
+from tiny import save_dense
+from training_runs import run_training, tree, write_tokens
+
+from megatron_moe.checkpoint.folder import step_folder
+from megatron_moe.checkpoint.global_tensors import GlobalTensors
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("schedules")
+    return {
+        "root": root,
+        "dense": save_dense(root / "dense", num_hidden_layers=2),
+        "tokens": write_tokens(root / "tokens"),
+    }
+
+
+def settings(inputs: dict[str, Path], name: str, **changes: Any) -> dict[str, Any]:
+    return tree(inputs["root"] / name, inputs["dense"], inputs["tokens"], **changes)
+
+
+def tensors(inputs: dict[str, Path], name: str, step: int) -> dict[str, torch.Tensor]:
+    with GlobalTensors(step_folder(inputs["root"] / name, step)) as stored:
+        return {
+            key: stored.read(key, index=None, dtype=torch.float32).double() for key in stored.names
+        }
+
+
+def test_adamw_with_other_settings_is_adamw_in_float64(inputs: dict[str, Path]):
+    """The weights after two steps follow from those after one, by the formula of Adam.
+
+    fp32 rounds the moments and the update: 1e-6 of the learning rate is eight units in the last
+    place of an update of one.
+    """
+    beta1, beta2, eps, lr, decay = 0.7, 0.8, 1e-3, 1e-3, 0.2
+    run_training(
+        settings(
+            inputs, "adamw", train={"steps": 2, "global_batch_size": 4},
+            checkpoint={"interval": 1},
+            optimizer={"adam_beta1": beta1, "adam_beta2": beta2, "adam_eps": eps, "lr": lr,
+                       "lr_decay_style": "constant", "warmup_steps": 0, "weight_decay": decay},
+        ),
+        world_size=1,
+    )  # fmt: skip
+    first, second = tensors(inputs, "adamw", 1), tensors(inputs, "adamw", 2)
+    weights = [key for key in first if not key.startswith("optimizer.")]
+    assert len(weights) > 10
+    for key in weights:
+        m, v = (second[f"optimizer.{moment}.{key}"] for moment in ("exp_avg", "exp_avg_sq"))
+        gradient = (m - beta1 * first[f"optimizer.exp_avg.{key}"]) / (1 - beta1)
+        squared = beta2 * first[f"optimizer.exp_avg_sq.{key}"] + (1 - beta2) * gradient**2
+        torch.testing.assert_close(v, squared, rtol=1e-4, atol=1e-10)
+        update = (m / (1 - beta1**2)) / ((v / (1 - beta2**2)).sqrt() + eps)
+        decayed = first[key] * (1 - lr * decay) if "norm" not in key else first[key]
+        torch.testing.assert_close(second[key], decayed - lr * update, rtol=2e-7, atol=1e-6 * lr)
+
+
+LONG = {
+    "lr_decay_style": "WSD", "lr_decay_steps": 8, "lr_wsd_decay_steps": 4,
+    "lr_wsd_decay_style": "minus_sqrt", "lr_warmup_fraction": 0.25, "warmup_steps": 100,
+    "weight_decay_incr_style": "linear", "start_weight_decay": 0.0, "end_weight_decay": 0.3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("1", 0), ("dp2 ep2", 1e-5)])
+def test_an_extended_run_is_the_run_that_took_all_steps(
+    inputs: dict[str, Path], name: str, tolerance: float
+):
+    """With lr_decay_steps, train.steps only says when to stop; another layout changes nothing.
+
+    Under the same layout to the last bit; under another, sums have another order (see
+    test_invariance.py for 1e-5).
+    """
+    whole = run_training(
+        settings(inputs, f"whole {name}", optimizer=LONG, train={"steps": 8}), world_size=1
+    )
+    run_training(
+        settings(inputs, f"parts {name}", optimizer=LONG, train={"steps": 5}), world_size=1
+    )
+    world_size, parallel = layout(name)
+    longer = run_training(
+        settings(inputs, f"parts {name}", optimizer=LONG, train={"steps": 8}, parallel=parallel),
+        world_size=world_size,
+    )
+    for ours, expected in zip(longer[1:], whole[1:], strict=True):
+        assert ours["learning_rate"] == expected["learning_rate"]
+        for key in ("loss/lm", "grad_norm"):
+            assert ours[key] == pytest.approx(expected[key], rel=tolerance, abs=0), key
