@@ -255,8 +255,8 @@ def _variant(row: FamilyRow) -> str:
     windows = {"ignored": "", "always": "sliding window", "all_on_request": "sliding window"}
     rotary = "layers without rotary embedding" * row.skips_rotary
     norms = "norms of q and k" + (" over all heads" if row.qk_norm_spans_heads else "")
-    parts = [rotary, _on_request("biases of q, k, v", row.qkv_bias),
-             _on_request(norms, row.qk_layernorm),
+    biases = _on_request("biases of q, k, v", row.qkv_bias)
+    parts = [rotary, biases, _on_request(norms, row.qk_layernorm),
              windows.get(row.windows, "sliding window in some layers"), *_experts(row)]  # fmt: skip
     return ", ".join(part for part in parts if part) or "-"
 

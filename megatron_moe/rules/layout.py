@@ -38,6 +38,12 @@ def heads(case: Case) -> Iterator[str]:
             "groups, or equally many ranks share each group.\n"
             f"  valid tensor_parallel_size: {', '.join(valid)}"
         )
+    elif spec.qk_norm_spans_heads and spec.num_query_groups % tp:
+        yield indivisible(
+            "num_key_value_heads of the source model", spec.num_query_groups,
+            "parallel.tensor_parallel_size", tp,
+            "its norm of the key is over all heads, each of which belongs to one tp rank",
+        )  # fmt: skip
 
 
 def shards_heads(spec: DenseSpec, tp: int) -> bool:

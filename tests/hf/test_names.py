@@ -29,6 +29,7 @@ from megatron_moe.hf.families import FAMILIES as FAMILIES_TABLE
 from megatron_moe.hf.header import read_headers
 from megatron_moe.hf.names import (
     MOE_NAMES,
+    ROLES,
     ROW_OF_ROLE,
     ROWS,
     Scope,
@@ -200,6 +201,11 @@ def test_fused_rows_name_their_parts_in_megatrons_order(role: str, parts: tuple[
 def test_an_exported_expert_names_its_gate_first(architecture: str, gate: str, up: str):
     names = MOE_NAMES[architecture]["expert_fc1"]
     assert [name.split(".")[-2] for name in names] == [gate, up]
+
+
+def test_every_row_has_one_role():
+    rows = [row for rows in ROLES.values() for row in rows]
+    assert sorted(rows) == sorted(ROW_OF_ROLE)
 
 
 def test_no_megatron_name_stands_twice():
