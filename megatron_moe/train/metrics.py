@@ -29,6 +29,7 @@ throughput/mfu                            the same / the peak that the log state
 memory/peak_gib                           maximum over ranks; resident memory on CPU
 time/step_seconds                         wall time of the step on the slowest rank
 time/data_seconds                         of which waiting for data, on the slowest rank
+tokens/batch                              tokens of the global batch
 tokens/seen                               tokens since the start of the run
 ========================================  ========================================================
 """
@@ -77,7 +78,7 @@ def step_numbers(
     """Return one step's line of metrics.jsonl; it is the same on every rank."""
     slowest, waited, most_bytes = _max_over_ranks(seconds, data_seconds, peak_bytes())
     ranks = dist.get_world_size()
-    sequences = config.train.global_batch_size
+    sequences = result.sequences
     step_tokens = sequences * config.data.seq_length
     achieved = flops_per_sequence * sequences / slowest / ranks
     imbalance_L = result.chosen_LE.amax(dim=1) / result.chosen_LE.mean(dim=1)
@@ -103,6 +104,7 @@ def step_numbers(
         "memory/peak_gib": most_bytes / GIB,
         "time/step_seconds": slowest,
         "time/data_seconds": waited,
+        "tokens/batch": step_tokens,
         "tokens/seen": tokens,
     }
 
