@@ -58,8 +58,8 @@ def step_table(cases: Cases) -> str:
             _load(case),
         ))  # fmt: skip
     head = (
-        "case", "ours tok/s", "our MFU", "peer tok/s", "peer MFU", "ours / peer", "target",
-        "2 ranks / 1 process", "product GFLOP/s", "rounds", "load before",
+        "case", "ours tok/s", "our MFU, causal", "peer tok/s", "peer MFU, causal",
+        "ours / peer", "target", "2 ranks / 1 process", "product GFLOP/s", "rounds", "load before",
     )  # fmt: skip
     return markdown_table(head, rows) + _machine(cases)
 

@@ -94,7 +94,9 @@ class StepProgress(_Progress):
         text = (
             f"loss {numbers['loss/lm']:.4f}  "
             f"{numbers['throughput/tokens_per_second_per_gpu']:.1f} tok/s/rank  "
-            f"MFU {numbers['throughput/mfu']:.1%}  grad norm {numbers['grad_norm']:.2f}"
+            f"MFU {numbers['throughput/mfu']:.1%} "
+            f"({numbers['throughput/mfu_full_attention']:.1%} with full attention)  "
+            f"grad norm {numbers['grad_norm']:.2f}"
         )
         if self._bar is not None:
             self._bar.update(self._task, completed=step, numbers=text)

@@ -44,6 +44,14 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # moe, upcycle
     ),
     "sharing_inter": (SHARED, {"method": "sharing_inter", "plan": PLAN, "rescale": "calibrated"}),
     "qwen": ({"num_moe_experts": 4, "moe_ffn_hidden_size": 40}, {"method": "qwen"}),
+    "qwen-shared": (  # a shared expert of more neurons than the FFN has
+        {
+            "num_moe_experts": 4,
+            "moe_ffn_hidden_size": 40,
+            "moe_shared_expert_intermediate_size": 112,
+        },
+        {"method": "qwen"},
+    ),
     "weaver": (SHARED, {"method": "weaver", "plan": PLAN}),
     "mix": (COPY, {"method": "mix", "mix_with": ["other"]}),
 }

@@ -31,6 +31,12 @@ DENSE_MODELS = {
         "intermediate_size": 11008, "num_key_value_heads": 32, "vocab_size": 32000,
         "max_position_embeddings": 4096,
     },
+    "Qwen2-7B": {
+        "architectures": ["Qwen2ForCausalLM"], "num_hidden_layers": 28, "hidden_size": 3584,
+        "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4,
+        "vocab_size": 152064, "max_position_embeddings": 131072, "rope_theta": 1e6,
+        "torch_dtype": "bfloat16",
+    },
     "dense-56x6144": LLAMA3 | {
         "num_hidden_layers": 56, "hidden_size": 6144, "intermediate_size": 16384,
         "num_attention_heads": 48, "vocab_size": 32000,

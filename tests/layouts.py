@@ -15,6 +15,8 @@ LAYOUTS = {
     "pp2-vpp2": (2, {"pipeline_parallel_size": 2, "virtual_pipeline_parallel_size": 2}),
     "tp2-ep2": (2, {"tensor_parallel_size": 2, "expert_parallel_size": 2}),
     "tp2-ep4-etp1": (4, {"tensor_parallel_size": 2, "expert_parallel_size": 4}),
+    "pp2-first-1": (2, {"pipeline_parallel_size": 2, "num_layers_in_first_pipeline_stage": 1}),
+    "tp4-ep2": (4, {"tensor_parallel_size": 4, "expert_parallel_size": 2}),
     "tp2-ep2-etp2": (4, {"tensor_parallel_size": 2, "expert_parallel_size": 2,
                          "expert_tensor_parallel_size": 2}),
     "tp2-pp2-ep4": (8, {"tensor_parallel_size": 2, "pipeline_parallel_size": 2,
@@ -40,12 +42,15 @@ def changes(name: str) -> tuple[int, dict[str, dict[str, Any]]]:
 
     capacity: a limit that no expert reaches. drops: one that a quarter of the choices exceeds,
     decided over whole sequences. padded: every expert gets its capacity, which holds all tokens.
+    first-N, last-N: layers of the first or last pipeline stage.
     allgather: tokens go to all ranks. replicated: no distributed optimizer.
     """
     world_size, parallel = layout(name)
     result: dict[str, dict[str, Any]] = {"parallel": parallel, "moe": {}, "train": {}}
     for word in name.split():
         match word.partition("-"):
+            case ("first" | "last" as end, _, count):
+                parallel[f"num_layers_in_{end}_pipeline_stage"] = int(count)
             case ("capacity", _, _):
                 result["moe"] |= {"moe_expert_capacity_factor": 2.0}
             case ("drops", _, _):

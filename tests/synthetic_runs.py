@@ -105,6 +105,7 @@ def _line(
         "throughput/tokens_per_second_per_gpu": random.normal(9000, 200),
         "throughput/tflops_per_gpu": 400.0,
         "throughput/mfu": random.normal(0.4, 0.01),
+        "throughput/mfu_full_attention": random.normal(0.45, 0.01),
         "memory/peak_gib": 60.0,
         "time/step_seconds": random.normal(3, 0.05),
         "time/data_seconds": 0.002,

@@ -163,14 +163,14 @@ def test_an_illegal_layout_is_refused_before_any_rank_starts(
 ):
     output = refused(
         capsys, monkeypatch, "train", yaml_file, "--ranks", 3,
-        "parallel.tensor_parallel_size=4", "parallel.expert_parallel_size=3",
+        "parallel.tensor_parallel_size=5", "parallel.expert_parallel_size=3",
     )  # fmt: skip
     heads = [line for line in output.splitlines() if not line.startswith("  ")]
     assert len(heads) == 3
     assert all(line.startswith("ConfigError: ") for line in heads)
     for words in (
-        "world_size (3) must be divisible by pp * cp * tp = 1 * 1 * 4 = 4",
-        "num_key_value_heads of the dense model (2)",
+        "world_size (3) must be divisible by pp * cp * tp = 1 * 1 * 5 = 5",
+        "parallel.tensor_parallel_size (5) must divide num_attention_heads",
         "moe.num_moe_experts (4)",
     ):
         assert words in output

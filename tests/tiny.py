@@ -1,4 +1,4 @@
-"""Tiny dense models with random weights and small tokenizers: real folders, made in a second."""
+"""Tiny models with random weights and small tokenizers: real folders, made in a second."""
 
 from pathlib import Path
 from typing import Any
@@ -6,17 +6,27 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 FAMILIES = {
@@ -26,6 +36,25 @@ FAMILIES = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     "phi3": (Phi3Config, Phi3ForCausalLM),
 }
+
+QWEN_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+MOES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "mixtral": (MixtralConfig, MixtralForCausalLM, {"num_local_experts": 4}),
+    "qwen2_moe": (
+        Qwen2MoeConfig, Qwen2MoeForCausalLM, {**QWEN_MOE, "shared_expert_intermediate_size": 48},
+    ),
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM, {**QWEN_MOE, "head_dim": 16}),
+    "olmoe": (OlmoeConfig, OlmoeForCausalLM, {"num_experts": 4, "num_experts_per_tok": 2}),
+    "glm4_moe": (
+        Glm4MoeConfig, Glm4MoeForCausalLM,
+        {
+            "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0,
+            },
+        },
+    ),
+}  # fmt: skip
 
 SHAPE = {
     "num_hidden_layers": 4,
@@ -55,13 +84,33 @@ def save_dense(folder: Path, family: str = "llama", *, seed: int = 0, **changes:
         settings = {"pad_token_id": 0, "eos_token_id": 2, **settings}
     torch.manual_seed(seed)
     model = model_class(config_class(**settings, initializer_range=0.2)).float()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 1:  # norms and biases start as constants; make them tell
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-            assert torch.isfinite(parameter).all(), name
+    _make_constants_tell(model)
     model.save_pretrained(folder)
     return folder
+
+
+def save_moe(
+    folder: Path, family: str, *, stacked: bool = False, seed: int = 0, **changes: Any
+) -> Path:
+    """Write a random MoE model, in one tensor per expert or in tensors that stack all experts."""
+    config_class, model_class, sizes = MOES[family]
+    settings = {**SHAPE, "pad_token_id": 0, "eos_token_id": 2, **sizes, **changes}
+    if family != "mixtral":
+        settings.pop("sliding_window")
+    torch.manual_seed(seed)
+    model = model_class(config_class(**settings, initializer_range=0.2)).float()
+    _make_constants_tell(model)
+    model.save_pretrained(folder, save_original_format=not stacked)
+    return folder
+
+
+@torch.no_grad()
+def _make_constants_tell(model: Any) -> None:
+    """Change what starts as constants: norms, and biases of attention and of experts."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.dim() == 1 and "inv_freq" not in name:
+            tensor.add_(torch.randn_like(tensor) * 0.1)
+        assert torch.isfinite(tensor).all(), name
 
 
 TOKENIZER_SIZE = 600

@@ -230,7 +230,10 @@ def closing_table(trained: Trained, other: Trained, dense: float, exported: floa
         ("read by the busiest rank, MiB", [f"{t.bytes_read / 2**20:.1f}" for t in both]),
         ("parameters of that rank, MiB", [f"{t.shard_bytes / 2**20:.1f}" for t in both]),
         ("tokens/s, all ranks", [_or_nothing(trained.tokens_per_second, ".0f"), ""]),
-        ("MFU, relative to a measured matrix product", [_or_nothing(trained.mfu, ".1%"), ""]),
+        (
+            "MFU (causal), relative to a measured matrix product",
+            [_or_nothing(trained.mfu, ".1%"), ""],
+        ),
     ]
     for name, cells in rows:
         table.add_row(name, *cells)

@@ -33,7 +33,10 @@ from megatron_moe.markdown import markdown_table  # noqa: E402
 
 SETTINGS, ARCHITECTURE = ROOT / "docs/settings.md", ROOT / "docs/architecture.md"
 MODELS = ROOT / "docs/models.md"
-TESTED: dict[str, tuple[str, dict[str, Any]]] = importlib.import_module("test_parity").MODELS
+TESTED: dict[str, tuple[str, dict[str, Any]]] = {
+    **importlib.import_module("test_parity").MODELS,
+    **importlib.import_module("test_moe_source").MODELS,
+}
 
 HEAD_OF_SETTINGS = """# Settings
 
@@ -46,8 +49,8 @@ This page is generated from `megatron_moe/config/run.py` by `python tools/write_
 
 HEAD_OF_MODELS = """# Supported models
 
-A source model must be dense and have Llama's block: RMSNorm before attention and FFN, rotary
-attention, and SwiGLU. Anything else is refused, with all reasons at once.
+A source model must have Llama's block: RMSNorm before attention and FFN, rotary attention, and
+SwiGLU, in a dense FFN or in experts. Anything else is refused, with all reasons at once.
 [docs/extending.md](extending.md) shows how to add a family.
 
 This page is generated from `megatron_moe/hf/families.py` by `python tools/write_reference.py`.
@@ -214,6 +217,7 @@ MOES = {
     "some layers dense": {"first_dense_layers": 1},
     "shared expert": {"moe_shared_expert_intermediate_size": 32},
     "router_order softmax_topk": {"router_order": "softmax_topk"},
+    "sigmoid scores": {"moe_router_score_function": "sigmoid"},
 }
 """Kinds of MoE that are exported to different classes."""
 
@@ -223,7 +227,7 @@ def models_page() -> str:
     variants = [(f"`{family}`", f"`{row.architecture}`", _variant(row), _names(row))
                 for family, row in FAMILIES.items()]  # fmt: skip
     targets = [(f"`{family}`", *(_target(row, moe) for moe in MOES.values()))
-               for family, row in FAMILIES.items()]  # fmt: skip
+               for family, row in FAMILIES.items() if row.moe is None]  # fmt: skip
     tested = [(f"`{name}`", family, f"`{json.dumps(changes)}`" if changes else "")
               for name, (family, changes) in TESTED.items()]  # fmt: skip
     return (
@@ -231,7 +235,8 @@ def models_page() -> str:
         + markdown_table(("family", "class in transformers", "differs from Llama", "tensors"),
                          variants)
         + "\n## Exports\n\nClass that `megatron-moe export` writes, by the kind of MoE. `-`: no "
-        "class of transformers computes the same; the checkpoint stays usable.\n\n"
+        "class of transformers computes the same; the checkpoint stays usable. A run that starts "
+        "from a MoE is exported as the class of its source.\n\n"
         + markdown_table(("family", *MOES), targets)
         + "\n## Variants of all families\n\n"
         f"Rotary scaling: {', '.join(f'`{kind}`' for kind in ROPE_TYPES)}, as `rope_scaling` or "
@@ -239,19 +244,45 @@ def models_page() -> str:
         "`data.seq_length` must be at most `max_position_embeddings`; with a sliding window, at "
         "most the window. Tied embeddings may be saved under either name. Refused, with the "
         "reason: `attention_bias`, `mlp_bias`, other activations than SiLU, partial rotation.\n"
+        "\nMoE families are read in two spellings: one tensor per expert, and tensors that stack "
+        "all experts of a layer, as transformers 5 may save them.\n"
         "\n## Tested with\n\nSmall random models of these shapes; logits equal those of "
         "transformers to 1e-4 under one rank, tp2 x ep4 and pp2 "
-        "(`tests/distributed/test_parity.py`). `tests/field/` has the variants above.\n\n"
+        "(`tests/distributed/test_parity.py`), those of MoE models under one rank and "
+        "tp2 x ep2 x etp2 (`tests/distributed/test_moe_source.py`). `tests/field/` has the "
+        "variants above.\n\n"
         + markdown_table(("model", "family", "changes"), tested)
     )  # fmt: skip
 
 
 def _variant(row: FamilyRow) -> str:
-    windows = {"ignored": "", "always": "sliding window", "on_request": "sliding window in some "
-               "layers"}[row.windows]  # fmt: skip
-    parts = ["biases of q, k, v" if row.qkv_bias else "",
-             "norms of q and k" if row.qk_layernorm else "", windows]  # fmt: skip
+    windows = {"ignored": "", "always": "sliding window", "all_on_request": "sliding window"}
+    norms = "norms of q and k" + (" over all heads" if row.qk_norm_spans_heads else "")
+    parts = [_on_request("biases of q, k, v", row.qkv_bias), _on_request(norms, row.qk_layernorm),
+             windows.get(row.windows, "sliding window in some layers"), *_experts(row)]  # fmt: skip
     return ", ".join(part for part in parts if part) or "-"
+
+
+def _on_request(what: str, property_or_key: bool | str) -> str:
+    if isinstance(property_or_key, str):
+        return f"{what} if `{property_or_key}`"
+    return what if property_or_key else ""
+
+
+def _experts(row: FamilyRow) -> list[str]:
+    """Describe the experts of a MoE family."""
+    moe = row.moe
+    if moe is None:
+        return []
+    scores = "sigmoid scores with expert biases" if moe.sigmoid else "softmax"
+    order = {None: " (`norm_topk_prob`)", True: " over the chosen experts", False: ""}
+    dense = {"none": "", "qwen": "some layers dense", "first": "first layers dense"}
+    shared = "shared expert" if moe.shared_size or moe.shared_count else ""
+    return [
+        "**MoE**: " + scores + ("" if moe.sigmoid else order[moe.renormalizes]),
+        dense[moe.dense_layers],
+        shared + (" with a gate" if moe.shared_gate else ""),
+    ]
 
 
 def _names(row: FamilyRow) -> str:

@@ -3,7 +3,8 @@
 Weights are read from the checkpoint one expert at a time, without a model. The order of an expert's
 neurons has no meaning, so each neuron is placed at the position of the dense neuron that it was
 copied from before experts are compared. Disjoint parts of one layer have a cosine of 0; copies have
-a cosine of 1, whatever the order of their neurons.
+a cosine of 1, whatever the order of their neurons. Neurons of different experts of a MoE source are
+compared by position, which gives a cosine near 0.
 
 Shape letters of this module:
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from megatron_moe.checkpoint.global_tensors import GlobalTensors
 from megatron_moe.checkpoint.keys import checkpoint_key
 from megatron_moe.experts.plan import ExpertPlan
-from megatron_moe.hf.names import ROW_OF_ROLE, ffn_names
+from megatron_moe.hf.names import ROW_OF_ROLE, expert_names, ffn_names
 from megatron_moe.hf.reader import DenseCheckpoint
 
 BLOCK_NUMBERS = 2**23
@@ -119,10 +120,13 @@ def _matrices(
 def _origin(
     dense: Sequence[DenseCheckpoint], plan: ExpertPlan, layer: int, expert: int, part: int
 ) -> Tensor:
-    """Return the scaled dense neurons of an expert in its own order: ``(M, D)``."""
+    """Return the scaled source neurons of an expert in its own order: ``(M, D)``."""
     built = plan.layer(layer)
     source, neurons_M = dense[int(built.source_E[expert])], built.neurons_EM[expert].copy()
-    name = ffn_names(layer)[part]
+    names = ffn_names(layer)
+    if built.expert_E is not None:
+        names = expert_names(layer, int(built.expert_E[expert]))
+    name = names[part]
     if part == 2:
         values_MD = source.read(name, columns=neurons_M).T
     else:

@@ -9,9 +9,14 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from megatron_moe.config.load import build
+from megatron_moe.config.run import Moe
 from megatron_moe.errors import ConfigError
 from megatron_moe.hf.disk import write_text
+from megatron_moe.hf.spec import DenseSpec
 from megatron_moe.json_text import parse_json
+from megatron_moe.planner.flops import SequenceFlops, sequence_flops
+from megatron_moe.planner.shape import MoeShape, upcycled_shape
 
 PHASES: tuple[str, ...] = (
     "data", "forward", "dispatch", "experts", "combine", "backward", "reduce", "optimizer", "other",
@@ -68,6 +73,9 @@ class Mfu(Part):
 
     formula: str
     flops_per_sequence: float
+    """With the attention that a causal model needs."""
+    flops_per_sequence_full_attention: float
+    """With the whole square of the attention scores."""
     denominator_flops_per_second: float
     denominator_source: str
 
@@ -117,8 +125,11 @@ class StepsRecord(Part):
     step_seconds: Spread
     tokens_per_second_per_gpu: Spread
     tflops_per_gpu: Spread
+    """Counts the attention that a causal model needs, as `mfu` does."""
     mfu: Spread
     """A fraction of one."""
+    mfu_full_attention: Spread
+    """A fraction of one, with the whole square of the attention scores."""
     mfu_is: Mfu
     phases: Phases
     load_imbalance: Spread
@@ -166,11 +177,50 @@ def read_record(path: Path) -> Record:
         ConfigError: There is none, or it is not what `write_record` writes.
     """
     try:
-        return _RECORD.validate_python(parse_json(path.read_text(encoding="utf-8")))
+        return _RECORD.validate_python(_with_both_mfu(parse_json(path.read_text("utf-8"))))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (ValidationError, ValueError) as error:
+    except (ValidationError, ValueError, KeyError, TypeError) as error:
         first = str(error).splitlines()[:3]
         raise ConfigError(
             f"{path} is not a record of megatron-moe bench: {'; '.join(first)}"
         ) from (error)
+
+
+def _with_both_mfu(tree: dict[str, Any]) -> dict[str, Any]:
+    """Add the causal MFU to a record of version 0.1.0, whose figures counted the whole square.
+
+    Both follow from the same seconds, so the old figure times the ratio of FLOPs is the new one.
+    """
+    if tree.get("kind") != "steps" or "mfu_full_attention" in tree:
+        return tree
+    formula = tree["mfu_is"]
+    flops = _flops_of(tree)
+    full = formula["flops_per_sequence"]
+    return tree | {
+        "mfu_full_attention": tree["mfu"],
+        "mfu": _times(tree["mfu"], flops.causal / full),
+        "tflops_per_gpu": _times(tree["tflops_per_gpu"], flops.causal / full),
+        "mfu_is": formula
+        | {
+            "formula": formula["formula"].replace("full attention", "causal attention"),
+            "flops_per_sequence": flops.causal,
+            "flops_per_sequence_full_attention": full,
+        },
+    }
+
+
+def _flops_of(tree: dict[str, Any]) -> SequenceFlops:
+    """Count the model of a record."""
+    config = tree["config"]
+    shape = shape_of(tree["dense"], config["moe"])
+    return sequence_flops(shape, config["data"]["seq_length"])
+
+
+def shape_of(dense: dict[str, Any], moe: dict[str, Any]) -> MoeShape:
+    """Return the shape of a record's model from its dense model and its section ``moe``."""
+    return upcycled_shape(DenseSpec(**dense), build(Moe, moe))
+
+
+def _times(value: dict[str, float], factor: float) -> dict[str, float]:
+    return {name: number * factor for name, number in value.items()}

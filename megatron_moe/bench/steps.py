@@ -20,7 +20,7 @@ from megatron_moe.bench.record import PHASES
 from megatron_moe.config.run import RunConfig
 from megatron_moe.model.config import check_dispatcher
 from megatron_moe.parallel.groups import create_groups
-from megatron_moe.planner.flops import forward_flops, step_flops
+from megatron_moe.planner.flops import SequenceFlops, sequence_flops
 from megatron_moe.planner.shape import upcycled_shape
 from megatron_moe.runtime.engine import engine_of
 from megatron_moe.runtime.wait import waiter
@@ -57,8 +57,9 @@ class Bench:
         spec = self.state.model.spec
         self._supply: Supply = make_supply(config, spec, self._groups, random=options.random)
         self.shape = upcycled_shape(spec, config.moe)
-        forward = forward_flops(self.shape, sequence_length=config.data.seq_length)
-        self.flops_per_sequence = step_flops(forward, config.train.frozen_after(0))
+        self.flops: SequenceFlops = sequence_flops(
+            self.shape, config.data.seq_length, config.train.frozen_after(0)
+        )
         self.peak: Peak = device_peak(world.device, self.state.model.transformer.params_dtype)
         self._guard = StepGuard(config.guard)
         self._stopwatch = Stopwatch(waiter(world.device))
@@ -84,7 +85,7 @@ class Bench:
             learning_rate=self.state.learning_rate,
             seconds=time.perf_counter() - start,
             data_seconds=data_seconds,
-            flops_per_sequence=self.flops_per_sequence,
+            flops=self.flops,
             peak_flops=self.peak.flops_per_second,
             config=self.config,
         )

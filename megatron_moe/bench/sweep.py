@@ -87,5 +87,7 @@ def _command(sweep: Sweep, row: Row) -> str:
         f"--out={sweep.out / row.name}.json",
     ]
     job = f"ACTION=bench sbatch --nodes={sweep.nodes} --job-name={row.name} launch/slurm.sbatch"
-    published = f"  # {sweep.source}: {row.published_mfu}% MFU" if row.published_mfu else ""
+    published = (
+        f"  # {sweep.source}: {row.published_mfu}% MFU, full attention" if row.published_mfu else ""
+    )
     return f"{job} {shlex.join(arguments)}{published}"

@@ -16,7 +16,7 @@ from megatron_moe.markdown import markdown_table
 
 STEPS_HEAD = (
     "run", "device", "layout", "routing", "capacity", "weights", "step s", "tokens/s/GPU",
-    "TFLOP/s/GPU", "MFU %", "imbalance", "dropped %", "peak GiB", "commit",
+    "TFLOP/s/GPU", "MFU %", "MFU % full attention", "imbalance", "dropped %", "peak GiB", "commit",
 )  # fmt: skip
 
 
@@ -48,6 +48,7 @@ def _steps_row(record: StepsRecord) -> tuple[str, ...]:
         str(record.tokens_per_second_per_gpu),
         str(record.tflops_per_gpu),
         str(_percent(record.mfu)),
+        str(_percent(record.mfu_full_attention)),
         f"{record.load_imbalance.median:.2f}",
         f"{100 * record.drop_rate.median:.1f}",
         f"{record.peak_memory_gib:.1f}",

@@ -17,7 +17,9 @@ import typer
 from megatron_moe import __version__
 from megatron_moe.cli.analyze import analyze
 from megatron_moe.cli.evaluate import judging
+from megatron_moe.cli.init import starting
 from megatron_moe.cli.options import ConfigFile, JsonFlag, Overrides, Ranks, parse_size, show
+from megatron_moe.cli.plan import planning, spec_with_note
 from megatron_moe.cli.report import pages
 from megatron_moe.cli.start import (
     joined_to,
@@ -27,9 +29,9 @@ from megatron_moe.cli.start import (
     resumable,
 )
 from megatron_moe.cli.verify import verifying
-from megatron_moe.config.load import load
 from megatron_moe.config.run import Mixing, Parallel, RunConfig
 from megatron_moe.errors import ConfigError, UserError
+from megatron_moe.experts.from_source import load_run
 from megatron_moe.hf.disk import disk_errors_in_words, make_folder, naming
 from megatron_moe.hf.spec import DenseSpec, read_spec
 from megatron_moe.rules.check import check
@@ -43,6 +45,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(judging)
+app.add_typer(planning)
+app.add_typer(starting)
 app.add_typer(pages)
 app.add_typer(verifying)
 app.command()(analyze)
@@ -96,14 +100,15 @@ def train(
 
     Example: megatron-moe train configs/demo.yaml train.steps=20 --ranks 4
     """
-    config = load(RunConfig, config_file, overrides or [])
+    config = load_run(config_file, overrides)
     from megatron_moe.commands.resuming import with_source
 
     config = with_source(config)
-    spec = read_spec(config.source.path)
     if dry:
+        spec = spec_with_note(config.source.path)
         _dry_run(config, spec, ranks, world_size, rank or 0, as_json=as_json)
         return
+    read_spec(config.source.path)  # says at once what is missing
     if world_size is not None or rank is not None or as_json:
         raise ConfigError("--world-size, --rank and --json require --dry-run")
     require_packages(config)
@@ -261,7 +266,7 @@ def reference_loss(
     """
     from megatron_moe.runtime.world import resolve_device, run_local_ranks
 
-    config = load(RunConfig, config_file, overrides or [])
+    config = load_run(config_file, overrides)
     mixing = Mixing(weights=config.data.mixing.weights)  # the file it names does not exist yet
     data = config.data.model_copy(update={"mixing": mixing})
     config = config.model_copy(update={"data": data, "parallel": Parallel()})
@@ -290,7 +295,7 @@ def construct(
 
     Example: megatron-moe construct configs/demo.yaml upcycle.plan=runs/plan.safetensors --ranks 4
     """
-    config = load(RunConfig, config_file, overrides or [])
+    config = load_run(config_file, overrides)
     if result := list(measuring_violations(config, read_spec(config.source.path))):
         raise ConfigError("\n".join(result))
     with resumable("run the same command to resume from the newest finished part"):
@@ -359,7 +364,7 @@ def bench(
         story = partial(_collectives, largest_mib, out or Path("collectives.json"))
         joined_to(position_of(ranks), story, ranks=ranks or 1, device="auto")
     else:
-        config = load(RunConfig, Path(given[0]), given[1:])
+        config = load_run(Path(given[0]), given[1:])
         options = {"steps": steps, "warmup": warmup, "routing": routing, "random": random}
         path = out or config.run.dir / f"bench-{routing}.json"
         on_ranks(partial(_bench, options, path), config, ranks)
@@ -389,40 +394,6 @@ def _keep(record: Any, world: Any, out: Path) -> None:
 
 
 @app.command()
-def plan(
-    config_file: ConfigFile,
-    overrides: Overrides = None,
-    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")] = 8,
-    gpu: Annotated[str, typer.Option(help="GPU model: a100, h100, h200 or b200.")] = "h100",
-    check_only: Annotated[
-        bool, typer.Option("--check", help="Explain the layout in CONFIG instead of searching.")
-    ] = False,
-    as_json: JsonFlag = False,
-) -> None:
-    """Find the fastest layout that fits, or explain one, before you queue a job.
-
-    Needs no GPU. With --check, the exit status is 1 if the layout is illegal. docs/planning.md
-    describes the model behind the prediction and its accuracy.
-
-    Example: megatron-moe plan configs/h100/llama3-8b-e8t2-cf1-128.yaml --gpus 128
-    """
-    from megatron_moe.planner.check import check_layout
-    from megatron_moe.planner.search import search
-    from megatron_moe.planner.tables import check_report, search_report
-
-    config = load(RunConfig, config_file, overrides or [])
-    spec = read_spec(config.source.path)
-    if check_only:
-        checked = check_layout(config, spec, gpus=gpus, gpu=gpu)
-        show(checked.to_json() if as_json else check_report(checked), as_json=as_json)
-        if not checked.legal:
-            raise typer.Exit(1)
-    else:
-        result = search(config, spec, gpus=gpus, gpu=gpu)
-        show(result.to_json() if as_json else search_report(result), as_json=as_json)
-
-
-@app.command()
 def schema() -> None:
     """Print a JSON schema of the configuration, with which editors complete and check YAML files.
 
@@ -434,28 +405,6 @@ def schema() -> None:
     from megatron_moe.config.schema import json_schema
 
     print(json.dumps(json_schema(), indent=2))
-
-
-@app.command()
-def flops(
-    source: Annotated[
-        Path,
-        typer.Argument(
-            metavar="HF_DIR_OR_CONFIG", help="Folder with a config.json, or a run's YAML file."
-        ),
-    ],
-    sequence: Annotated[int | None, typer.Option(min=1, help="Sequence length in tokens.")] = None,
-    as_json: JsonFlag = False,
-) -> None:
-    """Count the parameters and matrix-product FLOPs of a dense or MoE model.
-
-    Example: megatron-moe flops models/Llama-2-7b --sequence 4096
-    """
-    from megatron_moe.planner.count import count
-    from megatron_moe.planner.tables import counts_report
-
-    counts = count(source, sequence_length=sequence)
-    show(counts.to_json() if as_json else counts_report(counts), as_json=as_json)
 
 
 def main() -> None:

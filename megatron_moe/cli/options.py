@@ -48,3 +48,19 @@ def parse_size(text: str, *, option: str) -> int:
     if size < 1:
         raise ConfigError(f"{option} ({text}) must be a size, such as 500MB, 5GB or 2GiB")
     return size
+
+
+_COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+
+
+def parse_count(text: str, *, option: str) -> int:
+    """Return a number of tokens such as ``100B`` or ``1.5T``.
+
+    Raises:
+        ConfigError: The text is not a number of at least one.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]?)", text.strip().lower())
+    count = int(float(match[1]) * _COUNTS.get(match[2], 0)) if match else 0
+    if count < 1:
+        raise ConfigError(f"{option} ({text}) must be a number of tokens, such as 500M, 100B or 2T")
+    return count

@@ -102,7 +102,7 @@ def _dense(config: RunConfig, say: Say) -> list[DenseCheckpoint] | None:
         dense = open_dense(config.source.path)
         return [dense, *open_mixed(dense, config.upcycle.mix_with)]
     except CheckpointError as error:
-        say(f"experts are not compared with the dense weights: {str(error).splitlines()[0]}")
+        say(f"experts are not compared with the source weights: {str(error).splitlines()[0]}")
         return None
 
 

@@ -20,7 +20,8 @@ PROFILED_STEPS = 3
 FORMULA = (
     "flops_per_sequence * global_batch_size / step_seconds / ranks / denominator_flops_per_second; "
     "flops_per_sequence: matrix products of forward and backward (twice forward), two operations a "
-    "multiply-add, full attention, output layer included, router, padding and recomputation not"
+    "multiply-add, the attention that a causal model needs, output layer included, router, padding "
+    "and recomputation not; mfu_full_attention counts the whole square of the attention scores"
 )
 HOW = (
     "steps of their own, the device waited for where a phase begins and ends; time counts for the "
@@ -59,9 +60,11 @@ def bench(config: RunConfig, world: World, options: BenchOptions) -> StepsRecord
         tokens_per_second_per_gpu=spread(of["throughput/tokens_per_second_per_gpu"]),
         tflops_per_gpu=spread(of["throughput/tflops_per_gpu"]),
         mfu=spread(of["throughput/mfu"]),
+        mfu_full_attention=spread(of["throughput/mfu_full_attention"]),
         mfu_is=Mfu(
             formula=FORMULA,
-            flops_per_sequence=it.flops_per_sequence,
+            flops_per_sequence=it.flops.causal,
+            flops_per_sequence_full_attention=it.flops.full_attention,
             denominator_flops_per_second=it.peak.flops_per_second,
             denominator_source=it.peak.source,
         ),
@@ -75,7 +78,8 @@ def bench(config: RunConfig, world: World, options: BenchOptions) -> StepsRecord
 
 _NUMBERS = (
     "time/step_seconds", "throughput/tokens_per_second_per_gpu", "throughput/tflops_per_gpu",
-    "throughput/mfu", "router/load_imbalance", "router/drop_rate", "memory/peak_gib", "loss/lm",
+    "throughput/mfu", "throughput/mfu_full_attention", "router/load_imbalance",
+    "router/drop_rate", "memory/peak_gib", "loss/lm",
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Implement the command `construct`: measure the dense model on text and write the plan file."""
+"""Implement the command `construct`: measure the source model on text and write the plan file."""
 
 from __future__ import annotations
 
@@ -10,27 +10,30 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_moe.config.judging import dense_config
 from megatron_moe.config.load import dump
 from megatron_moe.config.run import RunConfig
 from megatron_moe.construct.complete import gather_tables, tables_from_weights
 from megatron_moe.construct.finished import remove_records, start
 from megatron_moe.construct.fit import Fit, fit_table
 from megatron_moe.construct.measure import Measurement, calibration_batch, world_sum
+from megatron_moe.construct.measure_experts import ExpertMeasurement
 from megatron_moe.construct.partial import PartialFiles
 from megatron_moe.construct.solve import LayerMeasurements, layer_table
 from megatron_moe.construct.stream import LayerStream
 from megatron_moe.data.samples import Text
 from megatron_moe.data.texts import open_texts
 from megatron_moe.experts.file import write_plan
+from megatron_moe.experts.from_source import check_ep, source_config
 from megatron_moe.experts.methods import METHODS, measures
-from megatron_moe.experts.plan import ExpertPlan, make_expert_plan
+from megatron_moe.experts.partition import Evidence
+from megatron_moe.experts.plan import ExpertPlan, LayerTable, make_expert_plan
 from megatron_moe.experts.solved import solved_folder
 from megatron_moe.hf.names import dense_tensors
 from megatron_moe.hf.reader import DenseCheckpoint
 from megatron_moe.log import RoundProgress, console
-from megatron_moe.model.build import build_model
+from megatron_moe.model.build import Model, build_model
 from megatron_moe.model.upcycle import upcycle
 from megatron_moe.parallel.groups import create_groups, destroy_groups
 from megatron_moe.runtime.engine import engine_of
@@ -39,9 +42,9 @@ from megatron_moe.source.dense import open_dense
 
 
 def construct(config: RunConfig, world: World) -> None:
-    """Measure the dense model, solve for what `upcycle.fit` names, and write ``upcycle.plan``.
+    """Measure the source model, solve for what `upcycle.fit` names, and write ``upcycle.plan``.
 
-    Runs on every rank. The dense model is sharded by the settings of ``parallel`` while neurons are
+    Runs on every rank. The source model is sharded by the settings of ``parallel`` while it is
     measured; a fit has one layer in memory and divides the text among all ranks.
     """
     path = config.upcycle.plan
@@ -52,7 +55,9 @@ def construct(config: RunConfig, world: World) -> None:
     texts = open_texts(config, vocab_size=dense.spec.vocab_size)
     job = _Construction(config, world, dense, list(texts.training.values()), path)
     results: dict[str, Any] = {}
-    if measures(plan.recipe) == "text":
+    if plan.recipe.source_experts:
+        plan, results["experts"] = job.chosen(plan)
+    elif measures(plan.recipe) == "text":
         plan, results["sequences_by_cluster"] = job.measured(plan)
     elif measures(plan.recipe) == "weights":
         plan = plan.with_tables(tables_from_weights(plan, dense))
@@ -81,22 +86,50 @@ class _Construction:
     texts: list[Text]
     path: Path
 
+    def source_model(self) -> tuple[Model, RunConfig, ProcessGroupCollection]:
+        """Build this rank's shard of the source model; return its configuration and groups too."""
+        config, dense, rank = self.config, self.dense, self.world.rank
+        layout, groups = create_groups(config.parallel, seed=config.run.seed)
+        as_source = source_config(config, dense.spec)
+        model = build_model(
+            as_source, dense.spec, layout=layout, groups=groups, rank=rank,
+            engine=engine_of(config.run.engine, self.world),
+        )  # fmt: skip
+        unchanged = make_expert_plan(dense.spec, as_source.moe, as_source.upcycle)
+        upcycle(model, dense, unchanged, layout=layout, rank=rank)
+        return model, as_source, groups
+
+    def chosen(self, plan: ExpertPlan) -> tuple[ExpertPlan, dict[str, list[int]]]:
+        """Return the plan with the experts that their scores on text choose, by layer."""
+        config, choose = self.config, plan.recipe.choose
+        check_ep(config, self.dense.spec)
+        model, as_source, groups = self.source_model()
+        measurement = ExpertMeasurement(
+            model, as_source, self.texts, groups, gradients=choose == "utility"
+        )
+        partial = PartialFiles(_partial_folder(self.path), _key(config, self.dense))
+        with RoundProgress("measuring experts", rank=self.world.rank) as progress:
+            measurement.run(partial, progress.show)
+        scores_LO = measurement.scores(choose)
+        partial.remove()
+        destroy_groups()
+        tables = {}
+        for layer in plan.recipe.moe_layers:
+            evidence = Evidence(score_O=scores_LO[layer])
+            part = METHODS[plan.recipe.method].partition(plan.recipe, layer, evidence)
+            tables[layer] = LayerTable(expert_E=part.expert_E)
+        chosen = {str(layer): table.expert_E.tolist() for layer, table in tables.items()}
+        return plan.with_tables(tables), chosen
+
     def measured(self, plan: ExpertPlan) -> tuple[ExpertPlan, list[int] | None]:
         """Return the plan with the tables that the dense model's activations give.
 
         Also returns the number of sequences of each cluster, if the method needs clusters.
         """
         config, dense, rank = self.config, self.dense, self.world.rank
-        layout, groups = create_groups(config.parallel, seed=config.run.seed)
-        as_dense = dense_config(config)
-        model = build_model(
-            as_dense, dense.spec, layout=layout, groups=groups, rank=rank,
-            engine=engine_of(config.run.engine, self.world),
-        )  # fmt: skip
-        unchanged = make_expert_plan(dense.spec, as_dense.moe, as_dense.upcycle)
-        upcycle(model, dense, unchanged, layout=layout, rank=rank)
+        model, as_source, groups = self.source_model()
         measurement = Measurement(
-            model, as_dense, self.texts, groups, clusters=config.moe.num_moe_experts,
+            model, as_source, self.texts, groups, clusters=config.moe.num_moe_experts,
             seed=config.upcycle.seed, by_cluster=METHODS[plan.recipe.method].by_cluster,
         )  # fmt: skip
         partial = PartialFiles(_partial_folder(self.path), _key(config, dense))

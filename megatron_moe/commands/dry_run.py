@@ -142,13 +142,17 @@ def largest_stage(config: RunConfig, spec: DenseSpec) -> int:
 
 
 def sized_plan(plan: ExpertPlan) -> ExpertPlan:
-    """``plan`` as it is, or with any neurons where finding the right ones takes the dense weights.
+    """``plan`` as it is, or with any neurons where finding the right ones takes the source.
 
-    How many bytes are read depends on how many neurons an expert has, not on which.
+    How many bytes are read depends on how many neurons an expert has, not on which. With copies of
+    the experts of a MoE it also depends on how often each is copied: here as evenly as possible.
     """
     recipe = plan.recipe
     if plan.needs == "nothing":
         return plan
+    if recipe.source_experts:
+        expert_E = np.arange(recipe.num_experts) * recipe.source_experts // recipe.num_experts
+        return plan.with_tables(dict.fromkeys(recipe.moe_layers, LayerTable(expert_E=expert_E)))
     generator = np.random.default_rng(0)
     every = [generator.permutation(recipe.dense_ffn_hidden_size) for _ in range(recipe.num_experts)]
     table = LayerTable(

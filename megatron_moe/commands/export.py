@@ -16,7 +16,7 @@ import json
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -24,12 +24,18 @@ from torch import Tensor
 from megatron_moe.checkpoint import folder as folders
 from megatron_moe.checkpoint.global_tensors import GlobalTensors
 from megatron_moe.checkpoint.keys import checkpoint_key
-from megatron_moe.commands.export_config import check_export, moe_config, read_source_config
+from megatron_moe.commands.export_config import (
+    check_export,
+    exported_shared_size,
+    moe_config,
+    read_source_config,
+)
 from megatron_moe.commands.model_card import model_card
 from megatron_moe.config.run import Moe
 from megatron_moe.errors import CheckpointError
 from megatron_moe.experts.plan import ExpertPlan, moe_layer_ids
 from megatron_moe.hf.dtypes import OF_PRECISION
+from megatron_moe.hf.families import FAMILIES
 from megatron_moe.hf.names import (
     MOE_NAMES,
     ROWS,
@@ -86,13 +92,12 @@ def export_checkpoint(
     entries = list(_entries(spec, config.moe, architecture))
     torch_dtype = _DTYPES[kind]
     announced = {
-        tensor_name: (shape, torch_dtype)
+        tensor_name: (shape, _dtype_of(entry.row, torch_dtype))
         for entry in entries
         for tensor_name, shape in zip(entry.names, entry.shapes, strict=True)
     }
-    absent = _fixed_zeros(spec, config.moe, architecture)
+    half_open = architecture == "Qwen2MoeForCausalLM" and not config.moe.moe_shared_expert_gate
     plan = folders.plan_of(checkpoint, spec, config)
-    announced |= {tensor_name: (shape, torch_dtype) for tensor_name, shape in absent.items()}
     progress = folders.read_progress(checkpoint)
     card = model_card(
         config=config, spec=spec, progress=progress,
@@ -103,13 +108,10 @@ def export_checkpoint(
         GlobalTensors(checkpoint) as tensors,
         FolderWriter(out, announced, max_shard_bytes=max_shard_bytes) as writer,
     ):
-        for tensor_name, shape in absent.items():
-            writer.write(tensor_name, torch.zeros(shape, dtype=torch_dtype))
         for entry in entries:
-            fused = tensors.read(entry.key, index=entry.expert, dtype=torch_dtype)
-            fused = _folded(fused, _output_factor(entry, plan))
-            _check_range(fused, entry.key)
-            for tensor_name, tensor in zip(entry.names, _cut(fused, entry, spec), strict=True):
+            factor = _output_factor(entry, plan, half_open=half_open)
+            values = _values(entry, tensors, spec, _dtype_of(entry.row, torch_dtype), factor)
+            for tensor_name, tensor in zip(entry.names, values, strict=True):
                 writer.write(tensor_name, tensor)
         writer.add_file("config.json", (json.dumps(hf_config, indent=2) + "\n").encode())
         writer.add_file("README.md", card.encode())
@@ -117,6 +119,18 @@ def export_checkpoint(
             if file.name != "config.json":
                 writer.add_file(file.name, file)
     return architecture
+
+
+def _values(
+    entry: _Entry, tensors: GlobalTensors, spec: DenseSpec, dtype: torch.dtype, factor: float
+) -> list[Tensor]:
+    """Return the Hugging Face tensors of an entry."""
+    if entry.key is None:
+        return [torch.zeros(shape, dtype=dtype) for shape in entry.shapes]
+    fused = _folded(tensors.read(entry.key, index=entry.expert, dtype=dtype), factor)
+    _check_range(fused, entry.key)
+    cut = _cut(fused, entry, spec)
+    return [_padded(tensor, shape) for tensor, shape in zip(cut, entry.shapes, strict=True)]
 
 
 def _check_range(tensor: Tensor, key: str) -> None:
@@ -137,6 +151,8 @@ def architecture_for(spec: DenseSpec, moe: Moe) -> Architecture:
     Raises:
         CheckpointError: There is none; says why.
     """
+    if spec.experts is not None:  # rules keep what its architecture computes
+        return cast("Architecture", FAMILIES[spec.family].architecture)
     if moe.router_gate not in _LINEAR_AFTER_TRAINING:
         raise CheckpointError(
             f"no Hugging Face architecture means the same as a {spec.family} model with "
@@ -144,11 +160,7 @@ def architecture_for(spec: DenseSpec, moe: Moe) -> Architecture:
             "  use moe.router_gate=noisy_linear, or keep the checkpoint"
         )
     if moe.moe_router_score_function == "sigmoid":
-        raise CheckpointError(
-            f"no Hugging Face architecture means the same as a {spec.family} model with "
-            "moe.moe_router_score_function (sigmoid): Mixtral, Qwen2-MoE and Qwen3-MoE take a "
-            "softmax.\n  use moe.moe_router_score_function=softmax, or keep the checkpoint"
-        )
+        return _of_sigmoid_scores(spec, moe)
     shared = moe.moe_shared_expert_intermediate_size
     if spec.qk_layernorm and shared:
         raise CheckpointError(
@@ -166,16 +178,37 @@ def architecture_for(spec: DenseSpec, moe: Moe) -> Architecture:
     return "MixtralForCausalLM"
 
 
-def _output_factor(entry: _Entry, plan: ExpertPlan) -> float:
+def _of_sigmoid_scores(spec: DenseSpec, moe: Moe) -> Architecture:
+    """Return the architecture with sigmoid scores and expert biases.
+
+    Raises:
+        CheckpointError: It does not have this model's layers.
+    """
+    layers = moe_layer_ids(moe, spec.num_layers)
+    reason = ""
+    if layers != tuple(range(spec.num_layers - len(layers), spec.num_layers)):
+        reason = f"MoE layers {list(layers)}: in GLM-4-MoE only the first layers can be dense.\n"
+    elif spec.attention_windows:
+        reason = "attention windows: GLM-4-MoE has none.\n"
+    if reason:
+        raise CheckpointError(
+            f"no Hugging Face architecture means the same as a {spec.family} model with "
+            f"moe.moe_router_score_function (sigmoid) and {reason}"
+            "  use moe.moe_router_score_function=softmax, or keep the checkpoint"
+        )
+    return "Glm4MoeForCausalLM"
+
+
+def _output_factor(entry: _Entry, plan: ExpertPlan, *, half_open: bool) -> float:
     """By what the tensor is multiplied to do in Hugging Face what it did in the run.
 
-    Routed experts' outputs may be scaled at run time. Qwen2-MoE's shared expert passes a gate: its
-    rows are zero, so it lets half of the output through.
+    Routed experts' outputs may be scaled at run time. A shared expert without a gate that becomes
+    one of Qwen2-MoE passes a gate whose rows are zero: it is ``half_open``.
     """
     if entry.row.role == "expert_fc2":
         assert entry.layer is not None
         return plan.layer(entry.layer).output_scale
-    return 2.0 if entry.row.role == "shared_fc2" else 1.0
+    return 2.0 if entry.row.role == "shared_fc2" and half_open else 1.0
 
 
 def _folded(tensor: Tensor, factor: float) -> Tensor:
@@ -186,7 +219,9 @@ def _folded(tensor: Tensor, factor: float) -> Tensor:
 class _Entry:
     """One global tensor (or one expert of it) and the Hugging Face tensors it becomes."""
 
-    key: str
+    key: str | None
+    """None for tensors of zeros that the architecture has and the run does not: the gate of a
+    shared expert, a shared expert of no neurons, the biases of experts."""
     layer: int | None
     expert: int | None
     row: Row
@@ -194,31 +229,41 @@ class _Entry:
     shapes: tuple[tuple[int, ...], ...]
 
 
+def _dtype_of(row: Row, weights: torch.dtype) -> torch.dtype:
+    """Return the dtype in the folder: fp32 for biases of experts, as transformers keeps them."""
+    return torch.float32 if row.role == "expert_bias" else weights
+
+
 def _entries(spec: DenseSpec, moe: Moe, architecture: Architecture) -> Iterator[_Entry]:
     routed = set(moe_layer_ids(moe, spec.num_layers))
     for row in ROWS:
-        if not has_row(row, spec) or not _exported(row.scope, moe):
+        names = row.hf if row.scope.in_dense_model else MOE_NAMES[architecture].get(row.role, ())
+        stored = _exported(row, moe)
+        if not has_row(row, spec) or not (stored or names):
             continue
-        names = row.hf if row.scope.in_dense_model else MOE_NAMES[architecture][row.role]
         experts = range(moe.num_moe_experts) if row.scope is Scope.EXPERT else (None,)
         for layer in _layers(row.scope, routed, spec.num_layers):
             for expert in experts:
                 yield _Entry(
-                    key=checkpoint_key(row, layer=layer, moe_layer=layer in routed),
+                    key=checkpoint_key(row, layer=layer, moe_layer=layer in routed)
+                    if stored
+                    else None,
                     layer=layer,
                     expert=expert,
                     row=row,
                     names=tuple(name.format(layer=layer, expert=expert) for name in names),
-                    shapes=_hf_shapes(row, spec, moe),
+                    shapes=_hf_shapes(row, spec, moe, architecture),
                 )
 
 
-def _exported(scope: Scope, moe: Moe) -> bool:
-    """Return whether rows of this scope are part of an export.
+def _exported(row: Row, moe: Moe) -> bool:
+    """Return whether a row is part of an export.
 
     The noise of a noisy gate is not: after training, the plain gate routes alone.
     """
-    return scope is not Scope.GATE and (scope is not Scope.SHARED or bool(moe.shared_size))
+    if row.scope is Scope.GATE or (row.setting is not None and not getattr(moe, row.setting)):
+        return False
+    return row.scope is not Scope.SHARED or bool(moe.shared_size)
 
 
 def _layers(scope: Scope, routed: Set[int], num_layers: int) -> Iterable[int | None]:
@@ -234,36 +279,20 @@ def _layers(scope: Scope, routed: Set[int], num_layers: int) -> Iterable[int | N
             return sorted(routed)
 
 
-def _hf_shapes(row: Row, spec: DenseSpec, moe: Moe) -> tuple[tuple[int, ...], ...]:
+def _hf_shapes(
+    row: Row, spec: DenseSpec, moe: Moe, architecture: Architecture
+) -> tuple[tuple[int, ...], ...]:
     size = moe.expert_size(spec.ffn_hidden_size)
-    return shapes_of(row, spec, E=moe.num_moe_experts, M=size, S=moe.shared_size)
+    shared = exported_shared_size(spec, moe, architecture)
+    return shapes_of(row, spec, E=moe.num_moe_experts, M=size, S=shared)
 
 
-def _fixed_zeros(
-    spec: DenseSpec, moe: Moe, architecture: Architecture
-) -> dict[str, tuple[int, ...]]:
-    """Tensors that Qwen2-MoE has and a run does not.
-
-    The gate of the shared expert, and, where there is none, that expert itself: of no neurons, so
-    it adds zero.
-    """
-    if architecture != "Qwen2MoeForCausalLM":
-        return {}
-    hidden = spec.hidden_size
-    shapes = {
-        "shared_expert_gate": (1, hidden),
-    }
-    if not moe.shared_size:
-        shapes |= {
-            "shared_expert.gate_proj": (0, hidden),
-            "shared_expert.up_proj": (0, hidden),
-            "shared_expert.down_proj": (hidden, 0),
-        }
-    return {
-        f"model.layers.{layer}.mlp.{name}.weight": shape
-        for layer in moe_layer_ids(moe, spec.num_layers)
-        for name, shape in shapes.items()
-    }
+def _padded(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return the tensor with zeros added to ``shape``: neurons of zeros add zero."""
+    missing = [size - own for size, own in zip(shape, tensor.shape, strict=True)]
+    if not any(missing):
+        return tensor
+    return torch.nn.functional.pad(tensor, [n for size in reversed(missing) for n in (0, size)])
 
 
 def _cut(fused: Tensor, entry: _Entry, spec: DenseSpec) -> list[Tensor]:

@@ -11,7 +11,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from megatron_moe.config.run import RunConfig
+from megatron_moe.config.run import Moe, RunConfig
 from megatron_moe.errors import CheckpointError
 from megatron_moe.experts.plan import moe_layer_ids
 from megatron_moe.hf.dtypes import OF_PRECISION
@@ -24,6 +24,8 @@ _MODEL_TYPES: dict[Architecture, str] = {
     "MixtralForCausalLM": "mixtral",
     "Qwen2MoeForCausalLM": "qwen2_moe",
     "Qwen3MoeForCausalLM": "qwen3_moe",
+    "OlmoeForCausalLM": "olmoe",
+    "Glm4MoeForCausalLM": "glm4_moe",
 }
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _PROGRAM_SETTINGS = frozenset(
@@ -39,6 +41,10 @@ _NOT_COMPARED = _PROGRAM_SETTINGS | {
     "architectures", "model_type", "intermediate_size", "head_dim", "pad_token_id",
     # Some families write windows that no layer uses, and biases that no layer has.
     "layer_types", "max_window_layers", "sliding_window", "use_sliding_window", "attention_bias",
+    # Methods for MoE sources change these, and training its loss; the export states each of them.
+    "num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok",
+    "norm_topk_prob", "n_shared_experts", "router_aux_loss_coef", "router_jitter_noise",
+    "num_nextn_predict_layers", "num_mtp_layers", "decoder_sparse_step", "mlp_only_layers",
 }  # fmt: skip
 """Fields that may differ between transformers' config objects of the source and of the export."""
 
@@ -69,7 +75,7 @@ def moe_config(
         "initializer_range": spec.initializer_range,
         "rms_norm_eps": spec.layernorm_epsilon,
         "tie_word_embeddings": spec.tied_embeddings,
-        **_rope(spec, source),
+        **_rope(spec, source, architecture),
         **_token_ids(spec, source),
         "attention_dropout": 0.0,
         "use_cache": True,
@@ -95,6 +101,17 @@ def moe_config(
             "router_jitter_noise": 0.0,
             "sliding_window": next(iter(windows), None),
         }
+    if architecture == "OlmoeForCausalLM":
+        return {
+            **result,
+            "intermediate_size": size,
+            "num_experts": moe.num_moe_experts,
+            "norm_topk_prob": moe.router_order == "topk_softmax",
+            "attention_bias": False,
+            "clip_qkv": None,
+        }
+    if architecture == "Glm4MoeForCausalLM":
+        return {**result, **_glm(spec, moe)}
     return {**result, **_qwen(spec, config, architecture, size)}
 
 
@@ -130,10 +147,43 @@ def _qwen(
     }
 
 
-def _rope(spec: DenseSpec, source: dict[str, Any]) -> dict[str, Any]:
+def _glm(spec: DenseSpec, moe: Moe) -> dict[str, Any]:
+    size = moe.expert_size(spec.ffn_hidden_size)
+    return {
+        "intermediate_size": spec.ffn_hidden_size,
+        "n_routed_experts": moe.num_moe_experts,
+        "moe_intermediate_size": size,
+        "n_shared_experts": exported_shared_size(spec, moe, "Glm4MoeForCausalLM") // size,
+        "first_k_dense_replace": spec.num_layers - len(moe_layer_ids(moe, spec.num_layers)),
+        "norm_topk_prob": moe.moe_router_topk > 1,
+        "routed_scaling_factor": 1.0,
+        "n_group": 1,
+        "topk_group": 1,
+        "attention_bias": spec.qkv_bias,
+        "use_qk_norm": spec.qk_layernorm,
+        "num_nextn_predict_layers": 0,
+        "partial_rotary_factor": 1.0,
+    }
+
+
+def exported_shared_size(spec: DenseSpec, moe: Moe, architecture: Architecture) -> int:
+    """Return the neurons of the shared expert in an export.
+
+    GLM-4-MoE counts them in multiples of a routed expert; neurons of zeros fill the last one.
+    """
+    if architecture != "Glm4MoeForCausalLM":
+        return moe.shared_size
+    size = moe.expert_size(spec.ffn_hidden_size)
+    return -(-moe.shared_size // size) * size
+
+
+def _rope(spec: DenseSpec, source: dict[str, Any], architecture: Architecture) -> dict[str, Any]:
     """Return the rotary settings as transformers 5 and, in the last two keys, 4 read them."""
     rope = rope_parameters({"max_position_embeddings": spec.max_position_embeddings, **source})
+    rope = _whole_heads(rope)
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    if architecture == "Glm4MoeForCausalLM":  # half of a head by default
+        rope["partial_rotary_factor"] = 1.0
     return {
         "rope_parameters": rope,
         "rope_theta": spec.rotary_base,
@@ -164,6 +214,7 @@ def check_export(export: dict[str, Any], family: str, source: dict[str, Any]) ->
     stated = (export.keys() & written.keys()) - _PROGRAM_SETTINGS
     common = (read.keys() & written.keys()) - _NOT_COMPARED
     expected = {key: export[key] for key in stated} | {key: read[key] for key in common}
+    expected["rope_parameters"] = _whole_heads(expected["rope_parameters"])
     problems = [
         f"  {key} is {written[key]}, but must be {value}"
         for key, value in sorted(expected.items())
@@ -189,9 +240,15 @@ def _read_by_transformers(model_type: str, config: dict[str, Any]) -> dict[str, 
         ) from error
     result = read.to_dict()
     result["rope_parameters"].pop("type", None)  # version 4's name of rope_type
-    if result["rope_parameters"].get("partial_rotary_factor") == 1:  # Phi-3 states the default
-        del result["rope_parameters"]["partial_rotary_factor"]
+    result["rope_parameters"] = _whole_heads(result["rope_parameters"])
     return result
+
+
+def _whole_heads(rope: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings without the statement that heads are rotated as a whole."""
+    if rope.get("partial_rotary_factor") != 1:
+        return rope
+    return {key: value for key, value in rope.items() if key != "partial_rotary_factor"}
 
 
 def read_source_config(folder: Path) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def model_card(
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n"
         "tags:\n- moe\n- upcycling\n---\n\n"
         f"# {name}\n\n"
-        f"A Mixture-of-Experts model, built from a dense model and trained further by "
+        f"A Mixture-of-Experts model, built from the source model and trained further by "
         f"megatron_moe {__version__}.\n\n"
         f"| | |\n| --- | --- |\n{table}\n\n"
         "Losses are nats per token. Weights of the source model come with its license.\n\n"
@@ -86,7 +86,7 @@ def _receipt(path: Path) -> dict[str, str]:
     if not path.exists():
         return {}
     receipt: dict[str, Any] = json.loads(path.read_text())
-    rows = {"upcycled tensors": str(receipt.get("tensors_used"))}
+    rows = {"upcycled tensors": str(receipt.get("tensors_covered"))}
     if agreement := receipt.get("verification"):
         rows["max logit error against the source at step 0"] = (
             f"{agreement['max_logit_error']:.2e} over {agreement['tokens']} tokens"

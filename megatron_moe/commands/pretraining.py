@@ -14,7 +14,7 @@ from megatron_moe.data.mixing import adapted_weights, updates_due
 from megatron_moe.data.texts import Texts
 from megatron_moe.experts.plan import ExpertPlan
 from megatron_moe.log import StepProgress
-from megatron_moe.planner.flops import forward_flops, step_flops
+from megatron_moe.planner.flops import sequence_flops
 from megatron_moe.planner.shape import upcycled_shape
 from megatron_moe.runtime.wait import waiter
 from megatron_moe.train.garbage import INTERVAL, manual_collection
@@ -43,7 +43,10 @@ def continue_pretraining(job: Job, state: TrainState, plan: ExpertPlan, feed: Fe
     config = job.config
     peak = device_peak(job.world.device, state.model.transformer.params_dtype)
     tflops = peak.flops_per_second / 1e12
-    job.say(f"MFU is relative to a peak of {tflops:.3g} TFLOP/s ({peak.source})")
+    job.say(
+        f"MFU is relative to a peak of {tflops:.3g} TFLOP/s ({peak.source}); it counts the "
+        "attention that a causal model needs"
+    )
     writer = MetricsWriter(config, resumed_step=state.step) if job.world.rank == 0 else None
     resumed_step = state.step
     if resumed_step == 0:
@@ -176,7 +179,6 @@ def _describe(
     for warning in health.after(state.step, result.chosen_LE.numpy()):
         job.say(warning)
     shape = upcycled_shape(state.model.spec, job.config.moe)
-    forward = forward_flops(shape, sequence_length=job.config.data.seq_length)
     return step_numbers(
         result,
         step=state.step,
@@ -184,7 +186,9 @@ def _describe(
         learning_rate=state.learning_rate,
         seconds=seconds,
         data_seconds=feed.seconds,
-        flops_per_sequence=step_flops(forward, job.config.train.frozen_after(state.step - 1)),
+        flops=sequence_flops(
+            shape, job.config.data.seq_length, job.config.train.frozen_after(state.step - 1)
+        ),
         peak_flops=peak.flops_per_second,
         config=job.config,
     )

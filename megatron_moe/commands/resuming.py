@@ -31,6 +31,7 @@ _REFUSED = {
     "moe.first_dense_layers": "other layers were trained as MoE layers",
     "moe.last_dense_layers": "other layers were trained as MoE layers",
     "moe.moe_shared_expert_intermediate_size": "the trained shared expert has another size",
+    "moe.moe_shared_expert_gate": "the trained shared expert has or lacks a gate",
 }
 """Settings that the trained weights depend on, with the reason."""
 _EFFECTS = {
@@ -70,7 +71,9 @@ def with_source(config: RunConfig) -> RunConfig:
     checkpoint = newest(config.run.dir)
     if checkpoint is None:
         return config
-    folder = keep_source_files(config.run.dir, source_copy(checkpoint))
+    folder = config.run.dir / "source"
+    if not (folder / "config.json").exists():  # other ranks may be reading it
+        folder = keep_source_files(config.run.dir, source_copy(checkpoint))
     return config.model_copy(update={"source": Source(path=folder)})
 
 

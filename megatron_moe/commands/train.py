@@ -79,7 +79,8 @@ def _train(job: Job) -> None:
     resume_from = newest(config.run.dir)
     before = None if resume_from is None else read_config(resume_from)
     changes = [] if before is None else changed_settings(before, config)
-    if job.world.rank == 0:
+    # If the source is gone, all ranks read the run's copy, which must not be replaced meanwhile.
+    if job.world.rank == 0 and config.source.path != config.run.dir / "source":
         kept = config.source.path if resume_from is None else source_copy(resume_from)
         keep_source_files(config.run.dir, kept)
     dense, spec, plan = _source(job, resume_from)  # 1. read, 2. which neurons each expert takes

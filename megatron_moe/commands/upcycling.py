@@ -1,4 +1,4 @@
-"""Fill a model from the dense checkpoint, verify it, and write its receipt."""
+"""Fill a model from the source checkpoint, verify it, and write its receipt."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from megatron_moe.construct.against_dense import (
 )
 from megatron_moe.data.texts import Texts
 from megatron_moe.errors import ConfigError
+from megatron_moe.experts.from_source import divides_source
 from megatron_moe.experts.plan import ExpertPlan
 from megatron_moe.hf.reader import DenseCheckpoint, open_mixed
 from megatron_moe.hf.spec import DenseSpec
@@ -52,7 +53,7 @@ def upcycled_model(job: Job, dense: DenseCheckpoint, plan: ExpertPlan, texts: Te
         peak_bytes=peak_bytes(),
         seconds=time.perf_counter() - start,
     )
-    tensors_used = check_coverage(filled, dense, num_sources=plan.recipe.num_sources)
+    tensors_used = check_coverage(filled, dense, plan)
     agreement, against_dense = None, None
     if _wants_verification(config, dense):
         with without_tp_overlap(model.modules):  # its buffers are for training's micro-batches
@@ -60,7 +61,10 @@ def upcycled_model(job: Job, dense: DenseCheckpoint, plan: ExpertPlan, texts: Te
                 job.say("Logits not compared: transformers cannot load a distributed checkpoint")
             else:
                 agreement = _verify(job, model, texts)
-            against_dense = _compare(job, model, dense, texts)
+            if divides_source(config, dense.spec):
+                against_dense = _compare(job, model, dense, texts)
+            else:
+                job.say("Layers not compared: ep does not divide the experts of the source")
     receipt = gather_receipt(
         mine,
         tensors_used=tensors_used,
@@ -107,7 +111,7 @@ def _verify(job: Job, model: Model, texts: Texts) -> Agreement:
     tokens_S = torch.from_numpy(texts.first_sample().ids_T[:length].copy())
     agreement = compare_with_dense(model, config.source.path, tokens_S, groups=job.groups)
     job.say(
-        f"Compared with the dense model on {agreement.tokens} tokens: max logit error "
+        f"Compared with the source model on {agreement.tokens} tokens: max logit error "
         f"{agreement.max_logit_error:.2e}, same next token at {agreement.argmax_agreement:.1%}"
     )
     return agreement

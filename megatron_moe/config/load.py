@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -77,8 +77,17 @@ RENAMED = {"dense": "source"}
 refused with the new name; a file of a checkpoint is read as it is."""
 
 
+def _unchanged(tree: dict[str, Any]) -> dict[str, Any]:
+    return tree
+
+
 def load(
-    cls: type[Model], path: Path, overrides: Iterable[str] = (), *, from_checkpoint: bool = False
+    cls: type[Model],
+    path: Path,
+    overrides: Iterable[str] = (),
+    *,
+    from_checkpoint: bool = False,
+    complete: Callable[[dict[str, Any]], dict[str, Any]] = _unchanged,
 ) -> Model:
     """Read ``path`` into an instance of ``cls``, the root section.
 
@@ -88,6 +97,7 @@ def load(
         overrides: ``parallel.expert_parallel_size=4`` style arguments, applied in order.
         from_checkpoint: Whether an older version may have written the file; renamed sections are
             then read under their old names too.
+        complete: Function that adds settings which follow from others, before validation.
 
     Raises:
         ConfigError: No such file, broken YAML, or any number of unknown keys, missing keys and
@@ -115,7 +125,15 @@ def load(
     tree = _without_empty_sections(cls, tree)
     for override in overrides:
         _apply(tree, override)
-    return build(cls, tree)
+    return build(cls, complete(tree))
+
+
+def overridden(config: Model, overrides: Iterable[str]) -> Model:
+    """Return the configuration with ``key.path=value`` arguments applied; see `load` for errors."""
+    tree = config.model_dump(mode="json")
+    for override in overrides:
+        _apply(tree, override)
+    return build(type(config), tree)
 
 
 def _count(value: Any, most: int) -> int:

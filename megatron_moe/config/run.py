@@ -44,6 +44,9 @@ Method = Literal[
     "qwen",
     "weaver",
     "mix",
+    "keep",
+    "grow",
+    "prune",
 ]
 Role = Literal[
     "router", "experts", "shared_experts", "dense_ffn", "attention", "norms", "embeddings"
@@ -84,12 +87,15 @@ class Source(Section):
     """The model that the run starts from."""
 
     path: HomePath
-    """Hugging Face folder: config.json, safetensors files and tokenizer files. A dense torch_dist
-    checkpoint of Megatron-Core may take the place of the safetensors files."""
+    """Hugging Face folder of a dense or MoE model: config.json, safetensors files and tokenizer
+    files. A torch_dist checkpoint of Megatron-Core may take the place of the safetensors files."""
 
 
 class Moe(Section):
-    """Shape and router of the Mixture-of-Experts (MoE) layers."""
+    """Shape and router of the Mixture-of-Experts (MoE) layers.
+
+    With a MoE source, settings that are left out are those of the source; see docs/growing.md.
+    """
 
     num_moe_experts: Count
     """Number of experts per MoE layer (E)."""
@@ -117,6 +123,10 @@ class Moe(Section):
     moe_shared_expert_intermediate_size: Count | None = None
     """Number of neurons of the shared expert (S), which processes every token in addition to the
     routed experts. None: no shared expert."""
+
+    moe_shared_expert_gate: bool = False
+    """Multiply the shared expert's output by the sigmoid of a learned row (Qwen2-MoE). Only for a
+    MoE source that has it."""
 
     moe_router_score_function: Literal["softmax", "sigmoid"] = "softmax"
     """sigmoid (DeepSeek-V3): score each expert independently and divide the scores of the K chosen
@@ -192,10 +202,10 @@ class Moe(Section):
 
 
 class Upcycle(Section):
-    """Construction of experts from the dense FFN of F neurons."""
+    """Construction of experts from the dense FFN of F neurons, or from the experts of a MoE."""
 
     method: Method = "copy"
-    """Which dense neurons each expert of M neurons consists of.
+    """Which dense neurons each expert of M neurons consists of. The last three are for MoE sources.
 
     copy             all of them (arXiv 2412.09952, 2212.05055)
     drop             all of them, some redrawn at random (Drop-Upcycling, 2502.19261)
@@ -211,7 +221,22 @@ class Upcycle(Section):
     weaver           one cluster of similar activations; evenly active neurons are shared
                      (2602.15521; needs a plan)
     mix              all of them, from one of several dense models (Branch-Train-MiX, 2403.07816)
+    keep             the expert of the MoE source, unchanged
+    grow             an expert of the MoE source, several times (Expert Upcycling, 2604.19835)
+    prune            an expert of the MoE source, some of which are left out (REAP, 2510.13999)
     """
+
+    twins: Literal["noise", "bias", "exact"] | None = None
+    """Difference between the copies of an expert with method grow. noise (also None): noise on the
+    weights and router rows of all but the first copy. bias: equal weights; the router adds the same
+    random row to the first copies of all experts, and another to the second ones. exact: none, and
+    top-k grows with the number of copies, so that the output is that of the source."""
+
+    choose: Literal["even", "load", "utility", "reap"] | None = None
+    """Which experts of a MoE source to copy or keep. even (default for grow): each as often, or
+    every so many. load: those that most tokens choose. utility: those whose weights matter most to
+    the loss. reap (default for prune): those with the largest mean of combine weight times output
+    norm. All but even need a plan."""
 
     plan: HomePath | None = None
     """Plan file, written by `megatron-moe construct` and read by `train`. Required if the method,
@@ -232,9 +257,9 @@ class Upcycle(Section):
     """Fraction of each expert's neurons that is redrawn, with the mean and standard deviation of
     what it replaces, on top of any method. None: 0.5 for drop and qwen, otherwise 0."""
 
-    noise_std: NonNegative = 0.0
+    noise_std: NonNegative | None = None
     """Standard deviation of noise that is added to the weights of routed experts, so that copies
-    differ."""
+    differ. None: 0.001 with twins noise, otherwise 0."""
 
     scale: Literal["exact", "paper", "calibrated", "none"] | None = None
     """Restore the magnitude of the dense output with method granular. exact (also None):
@@ -304,6 +329,14 @@ class Parallel(Section):
 
     virtual_pipeline_parallel_size: Count | None = None
     """Number of interleaved model chunks per pipeline rank (vpp). None or 1: one."""
+
+    num_layers_in_first_pipeline_stage: Count | None = None
+    """Number of layers of the first pipeline stage. Set it, or the next one, if the stages cannot
+    be equally large, or to give a stage less work. None: as many as any other stage."""
+
+    num_layers_in_last_pipeline_stage: Count | None = None
+    """Number of layers of the last pipeline stage, which also computes logits and loss. None: as
+    many as any other stage."""
 
     expert_parallel_size: Count = 1
     """Number of ranks that share the experts of a layer; each holds whole experts (ep)."""

@@ -1,8 +1,9 @@
-"""Compare the upcycled model with the dense model before the first step, by layer and by loss.
+"""Compare the upcycled model with its source before the first step, by layer and by loss.
 
-The dense model runs on text, sharded like the run. The input of each FFN also goes to the MoE layer
-with the same index, and their outputs are compared. As a baseline, the comparison includes the loss
-of the simplest construction: a random split without rescaling.
+The source model runs on text, sharded like the run. The input of each FFN, or of each MoE layer of
+a MoE source, also goes to the MoE layer with the same index, and their outputs are compared. As a
+baseline for a dense source, the comparison includes the loss of the simplest construction: a random
+split without rescaling.
 
 Shape letters: s positions of this rank, D hidden_size, E experts, L layers, B = 1 sequence.
 """
@@ -18,13 +19,14 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
-from megatron_moe.config.judging import dense_config
 from megatron_moe.config.run import RunConfig, Upcycle
 from megatron_moe.construct.measure import normalized, world_sum
 from megatron_moe.data.batches import Batch, slice_for_context_parallel, validation_batches
 from megatron_moe.data.texts import Texts
+from megatron_moe.experts.from_source import source_config
 from megatron_moe.experts.plan import make_expert_plan
 from megatron_moe.hf.reader import DenseCheckpoint
+from megatron_moe.hf.spec import DenseSpec
 from megatron_moe.model.build import Model, build_model
 from megatron_moe.model.upcycle import upcycle
 from megatron_moe.parallel.layout import ParallelLayout
@@ -92,7 +94,9 @@ class ComparisonJob:
 
     def loss(self, model: Model, batches: list[Batch]) -> float:
         """Return nats per token over the batches of all ranks, each with one sequence."""
-        return mean_loss(model.modules, batches, dense_config(self.config), model, self.groups)
+        return mean_loss(
+            model.modules, batches, source_config(self.config, self.dense.spec), model, self.groups
+        )
 
 
 def compare_layers_and_losses(job: ComparisonJob, moe: Model, texts: Texts) -> AgainstDense:
@@ -101,7 +105,7 @@ def compare_layers_and_losses(job: ComparisonJob, moe: Model, texts: Texts) -> A
     Temporarily needs memory for the dense model, and then for another model of the run's shape.
     """
     batches, sequences = _batches(job, texts)
-    dense_model = job.build(dense_config(job.config))
+    dense_model = job.build(source_config(job.config, job.dense.spec))
     layers = _LayerComparison(moe, counted=[bool(batch.loss_mask_BS.any()) for batch in batches])
     layers.register_hooks(dense_model)
     cp = job.groups.cp
@@ -109,7 +113,7 @@ def compare_layers_and_losses(job: ComparisonJob, moe: Model, texts: Texts) -> A
     loss_dense = job.loss(dense_model, slices)
     del dense_model
     loss_moe = job.loss(moe, slices)
-    baseline = unscaled_random_split(job.config, job.dense.spec.ffn_hidden_size, job.layout)
+    baseline = unscaled_random_split(job.config, job.dense.spec, job.layout)
     output_error, busiest_expert = layers.result()
     return AgainstDense(
         text="held-out" if texts.validation else "training",
@@ -123,11 +127,14 @@ def compare_layers_and_losses(job: ComparisonJob, moe: Model, texts: Texts) -> A
 
 
 def unscaled_random_split(
-    config: RunConfig, dense_size: int, layout: ParallelLayout
+    config: RunConfig, spec: DenseSpec, layout: ParallelLayout
 ) -> RunConfig | None:
-    """Return the run's configuration with an unscaled random split; None if sizes do not divide."""
-    experts = config.moe.num_moe_experts
-    if dense_size % (experts * layout.experts.size("etp")):
+    """Return the run's configuration with an unscaled random split of the dense FFN.
+
+    Return None if sizes do not divide, or if the source is a MoE.
+    """
+    experts, dense_size = config.moe.num_moe_experts, spec.ffn_hidden_size
+    if spec.experts is not None or dense_size % (experts * layout.experts.size("etp")):
         return None
     sizes = {
         "moe_ffn_hidden_size": dense_size // experts,

@@ -113,17 +113,18 @@ class Measurement:
         Returns:
             The cluster of each sequence; None without a second pass.
         """
-        rounds = list(self._rounds())
+        turns = list(rounds(self.config.measure.samples, self.groups))
         done = partial.restore(self.sums.tensors())
-        total = len(rounds) * (2 if self.by_cluster else 1)
+        total = len(turns) * (2 if self.by_cluster else 1)
         for index in range(done, total):
-            if index >= len(rounds) and self._cluster_N is None:
+            if index >= len(turns) and self._cluster_N is None:
                 self._cluster_N = self._clustered()
-            backward = index >= len(rounds)
-            self._sequences = rounds[index % len(rounds)]
+            backward = index >= len(turns)
+            self._sequences = turns[index % len(turns)]
             self._seen = {}
+            batches = batches_of(self._sequences, self.texts, self.config, self.groups)
             run_schedule(
-                self.model.modules, self._batches(), self.config, self.model, self.groups,
+                self.model.modules, batches, self.config, self.model, self.groups,
                 forward_only=not backward,
             )  # fmt: skip
             for module in self.model.modules:
@@ -134,22 +135,6 @@ class Measurement:
         if self.by_cluster and self._cluster_N is None:  # resumed after the last round
             self._cluster_N = self._clustered()
         return self._cluster_N
-
-    def _rounds(self) -> Iterator[list[int]]:
-        """Yield this dp rank's sequences, one per pipeline stage in each round."""
-        dp, stages = self.groups.dp, self.groups.pp.size()
-        each = dp.size() * stages
-        for start in range(0, self.config.measure.samples, each):
-            first = start + dp.rank() * stages
-            yield list(range(first, first + stages))
-
-    def _batches(self) -> list[Batch]:
-        cp, batches = self.groups.cp, []
-        for sequence in self._sequences:
-            index = sequence % self.config.measure.samples  # padding of the last round wraps around
-            batch = calibration_batch(self.texts, index)
-            batches.append(slice_for_context_parallel(batch, cp_rank=cp.rank(), cp_size=cp.size()))
-        return batches
 
     def _next(self, hook: int) -> int | None:
         """Return the index of the sequence that reaches ``hook`` now, or None if it is padding."""
@@ -215,6 +200,25 @@ class Measurement:
         return clusters[0]
 
 
+def rounds(samples: int, groups: ProcessGroupCollection) -> Iterator[list[int]]:
+    """Yield this dp rank's sequences, one per pipeline stage in each round."""
+    dp, stages = groups.dp, groups.pp.size()
+    for start in range(0, samples, dp.size() * stages):
+        first = start + dp.rank() * stages
+        yield list(range(first, first + stages))
+
+
+def batches_of(
+    sequences: list[int], texts: list[Text], config: RunConfig, groups: ProcessGroupCollection
+) -> list[Batch]:
+    """Return this cp rank's part of sequences; padding of the last round wraps around."""
+    cp, batches = groups.cp, []
+    for sequence in sequences:
+        batch = calibration_batch(texts, sequence % config.measure.samples)
+        batches.append(slice_for_context_parallel(batch, cp_rank=cp.rank(), cp_size=cp.size()))
+    return batches
+
+
 def calibration_batch(texts: list[Text], index: int) -> Batch:
     """Return a sequence of the calibration text as a batch; domains take turns."""
     text = texts[index % len(texts)]
@@ -235,7 +239,7 @@ def _sum(values_sBf: Tensor) -> Tensor:
 
 def normalized(x_sD: Tensor, mlp: Any) -> Tensor:
     """Return the FFN's normalized input; Transformer Engine normalizes in its first linear."""
-    weight_D = getattr(mlp.linear_fc1, "layer_norm_weight", None)
+    weight_D = getattr(getattr(mlp, "linear_fc1", None), "layer_norm_weight", None)
     if weight_D is None:
         return x_sD
     mean_s1 = x_sD.float().square().mean(dim=-1, keepdim=True)

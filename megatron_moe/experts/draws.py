@@ -31,6 +31,8 @@ class Use(IntEnum):
     NOISE = 4
     PERMUTATION = 5
     CLUSTERS = 6
+    TWINS = 7
+    SHARED_NEURONS = 8
 
 
 def generator(seed: int, layer: int, *key: int) -> np.random.Generator:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_moe.config.run import Method, RouterInit
-from megatron_moe.experts import replicate, share, split
+from megatron_moe.experts import replicate, reuse, share, split
 from megatron_moe.experts.partition import Evidence, Partition
 from megatron_moe.experts.recipe import Recipe
 
@@ -39,6 +39,9 @@ class MethodRow:
     """Whether the method can fill a shared expert, or must."""
     without_shared: Method | None = None
     """Nearest method without a shared expert, if this one requires it."""
+    choices: tuple[str, ...] = ()
+    """Values of ``upcycle.choose``, the default first, for a method that takes its experts from a
+    MoE source; empty for a method that splits or copies a dense FFN."""
     several_sources: bool = False
     """Whether experts come from several dense models (``upcycle.mix_with``)."""
     router_init: RouterInit = "normal"
@@ -54,7 +57,12 @@ class MethodRow:
     @property
     def by_position(self) -> bool:
         """Whether experts take the neurons in order, which ``permutation_seed`` can change."""
-        return self.experts in ("whole", "shards")
+        return self.experts in ("whole", "shards") and not self.of_moe
+
+    @property
+    def of_moe(self) -> bool:
+        """Whether the source is a MoE model."""
+        return bool(self.choices)
 
 
 METHODS: dict[Method, MethodRow] = {
@@ -79,12 +87,19 @@ METHODS: dict[Method, MethodRow] = {
         partition=share.sharing_inter, experts="subsets", needs="text", by_cluster=True,
         shared="required", without_shared="sharing_inner",
     ),
-    "qwen": MethodRow(partition=replicate.qwen, experts="pieces", reinit_ratio=0.5),
+    "qwen": MethodRow(
+        partition=replicate.qwen, experts="pieces", shared="optional", reinit_ratio=0.5
+    ),
     "weaver": MethodRow(
         partition=share.weaver, experts="parts", needs="text", by_cluster=True, shared="required",
         without_shared="split_clustered", router_init="gate_mean",
     ),
     "mix": MethodRow(partition=replicate.copy, experts="whole", several_sources=True),
+    "keep": MethodRow(partition=reuse.keep, experts="whole", choices=("even",)),
+    "grow": MethodRow(
+        partition=reuse.grow, experts="whole", choices=("even", "load", "utility")
+    ),
+    "prune": MethodRow(partition=reuse.prune, experts="whole", choices=("reap", "load", "even")),
 }  # fmt: skip
 
 
@@ -95,6 +110,6 @@ def needs(recipe: Recipe) -> Needs:
 
 def measures(recipe: Recipe) -> Needs:
     """Return what a plan of this recipe needs before anything is fitted."""
-    if recipe.router_init == "centroids" or recipe.calibrated:
+    if recipe.router_init == "centroids" or recipe.calibrated or recipe.choose != "even":
         return "text"
     return METHODS[recipe.method].needs

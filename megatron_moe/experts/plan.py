@@ -1,9 +1,10 @@
-"""The ExpertPlan: the dense neurons of each expert, their scales, and the initial router rows.
+"""The ExpertPlan: the source neurons of each expert, their scales, and the initial router rows.
 
 A SwiGLU layer is a sum over its neurons (row of gate, row of up, column of down). An expert is
 therefore a list of neurons, and every construction method is another list. A plan is derived from
 (method, seed, layer) alone: each rank computes the part it needs, without communication. Methods
-that depend on weights or activations store their results in one table per layer.
+that depend on weights or activations store their results in one table per layer. Neurons are those
+of a dense FFN or those of one expert of a MoE source.
 
 Shape letters of this module:
 
@@ -24,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_moe.config.run import Moe, Upcycle
-from megatron_moe.experts import replicate
+from megatron_moe.experts import replicate, reuse
 from megatron_moe.experts.draws import Use, generator
 from megatron_moe.experts.methods import METHODS, Needs, needs
 from megatron_moe.experts.partition import Evidence, Partition
@@ -42,6 +43,8 @@ class LayerTable:
 
     neurons_EM: NDArray[np.int64] | None = None
     shared_S: NDArray[np.int64] | None = None
+    expert_E: NDArray[np.int64] | None = None
+    """Source expert of each expert, for a MoE source whose experts are chosen by a measurement."""
     router_ED: NDArray[np.float32] | None = None
     output_scale: float | None = None
     """Factor that scales the routed output to the magnitude of the dense layer's."""
@@ -62,8 +65,14 @@ class LayerPlan:
     source_E: NDArray[np.int64]
     """Index of the dense checkpoint of each expert."""
 
+    expert_E: NDArray[np.int64] | None
+    """Source expert of each expert; None for a dense source."""
+
     reinit_EM: NDArray[np.bool_] | None
     """Neurons to reinitialize, with the mean and std of those they replace; None if none."""
+
+    reinit_S: NDArray[np.bool_] | None
+    """Neurons of the shared expert to reinitialize; None if none."""
 
     weight_scales: tuple[float, float, float]
     """Factors of gate, up and down of the routed experts."""
@@ -72,7 +81,8 @@ class LayerPlan:
     """Factor of the routed experts' output at run time."""
 
     router_ED: NDArray[np.float32] | None
-    """Initial rows of the router; None uses the mean of the expert's rows of gate."""
+    """Initial rows of the router; None uses the mean of the expert's rows of gate, or the rows of a
+    MoE source."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +111,12 @@ class ExpertPlan:
             neurons_EM=part.neurons_EM,
             shared_S=part.shared_S,
             source_E=replicate.source_of_experts(recipe),
-            reinit_EM=_reinit_mask(recipe, layer) if recipe.reinit_ratio else None,
+            expert_E=part.expert_E,
+            reinit_EM=_reinit_masks(recipe, layer) if recipe.reinit_ratio else None,
+            reinit_S=_shared_mask(recipe, layer),
             weight_scales=(*recipe.weight_scales[:2], down),
             output_scale=runtime,
-            router_ED=router_rows(recipe, layer) if table.router_ED is None else table.router_ED,
+            router_ED=_router_rows(recipe, layer, table),
         )
 
     @property
@@ -124,7 +136,7 @@ class ExpertPlan:
         digest = hashlib.sha256(json.dumps(self.recipe.content(), sort_keys=True).encode())
         for layer in sorted(self.tables):
             table = self.tables[layer]
-            for name in ("neurons_EM", "shared_S", "router_ED", "output_scale"):
+            for name in ("neurons_EM", "shared_S", "expert_E", "router_ED", "output_scale"):
                 if (value := getattr(table, name)) is not None:
                     values = np.ascontiguousarray(value)
                     digest.update(f"{layer} {name} {values.dtype} {values.shape}".encode())
@@ -142,8 +154,17 @@ def make_expert_plan(spec: DenseSpec, moe: Moe, upcycle: Upcycle) -> ExpertPlan:
     return ExpertPlan(make_recipe(spec, moe, upcycle))
 
 
+def _router_rows(recipe: Recipe, layer: int, table: LayerTable) -> NDArray[np.float32] | None:
+    if recipe.source_experts:
+        return None
+    return router_rows(recipe, layer) if table.router_ED is None else table.router_ED
+
+
 def _partition(recipe: Recipe, layer: int, table: LayerTable) -> Partition:
     row = METHODS[recipe.method]
+    if row.of_moe and recipe.choose != "even":
+        assert table.expert_E is not None, f"layer {layer} was not measured"
+        return reuse.of_experts(recipe, table.expert_E)
     if row.needs == "nothing":
         return row.partition(recipe, layer, Evidence())
     assert table.neurons_EM is not None, f"layer {layer} of {recipe.method} has no table"
@@ -151,12 +172,24 @@ def _partition(recipe: Recipe, layer: int, table: LayerTable) -> Partition:
     return Partition(table.neurons_EM, none if table.shared_S is None else table.shared_S)
 
 
-def _reinit_mask(recipe: Recipe, layer: int) -> NDArray[np.bool_]:
+def _reinit_masks(recipe: Recipe, layer: int) -> NDArray[np.bool_]:
     """Choose the neurons to reinitialize, the same for gate, up and down (arXiv 2502.19261)."""
-    size = recipe.expert_ffn_hidden_size
-    mask_EM = np.zeros((recipe.num_experts, size), dtype=np.bool_)
-    count = round(recipe.reinit_ratio * size)
-    for expert in range(recipe.num_experts):
-        rng = generator(recipe.seed, layer, Use.REINIT_MASK, expert)
-        mask_EM[expert, rng.permutation(size)[:count]] = True
-    return mask_EM
+    size, experts = recipe.expert_ffn_hidden_size, range(recipe.num_experts)
+    return np.stack([_reinit_mask(recipe, layer, expert, size) for expert in experts])
+
+
+def _shared_mask(recipe: Recipe, layer: int) -> NDArray[np.bool_] | None:
+    """Choose the shared expert's neurons to reinitialize, if it is made of pieces as all others."""
+    if not recipe.reinit_ratio or not recipe.shared_size:
+        return None
+    if METHODS[recipe.method].experts != "pieces":
+        return None
+    return _reinit_mask(recipe, layer, recipe.num_experts, recipe.shared_size)
+
+
+def _reinit_mask(recipe: Recipe, layer: int, expert: int, size: int) -> NDArray[np.bool_]:
+    """Choose the neurons of one expert; the shared expert counts as the last."""
+    mask_M = np.zeros(size, dtype=np.bool_)
+    rng = generator(recipe.seed, layer, Use.REINIT_MASK, expert)
+    mask_M[rng.permutation(size)[: round(recipe.reinit_ratio * size)]] = True
+    return mask_M

@@ -51,6 +51,11 @@ class Recipe:
     max_load: float = 0.0
     """Bound on the load with a fitted router; 0 without one."""
     fit_stream: float = 0.0
+    source_experts: int = 0
+    """Experts of a MoE source; 0 for a dense one."""
+    choose: str = "even"
+    twins: str = ""
+    """Difference between copies of an expert, with method grow."""
 
     def content(self) -> dict[str, Any]:
         """Return the values that are hashed and stored in a plan file."""

@@ -28,15 +28,21 @@ def granular(recipe: Recipe, layer: int, _: Evidence) -> Partition:
 def qwen(recipe: Recipe, layer: int, _: Evidence) -> Partition:
     """Shuffle as many copies of the FFN as needed and split them into experts (Qwen1.5-MoE).
 
-    The rest of the last copy is discarded.
+    The rest of the last copy is discarded. A shared expert gets copies of its own.
     """
     size, experts = recipe.expert_ffn_hidden_size, recipe.num_experts
-    copies = -(-experts * size // recipe.dense_ffn_hidden_size)
+    routed = _shuffled_copies(recipe, experts * size, layer, Use.NEURONS)
+    shared_S = _shuffled_copies(recipe, recipe.shared_size, layer, Use.SHARED_NEURONS)
+    return Partition(routed.reshape(experts, size), shared_S)
+
+
+def _shuffled_copies(recipe: Recipe, neurons: int, layer: int, use: Use) -> NDArray[np.int64]:
+    """Return the first ``neurons`` of shuffled copies of the FFN, one copy after the other."""
     shuffled = [
-        generator(recipe.seed, layer, Use.NEURONS, index).permutation(recipe.dense_ffn_hidden_size)
-        for index in range(copies)
+        generator(recipe.seed, layer, use, index).permutation(recipe.dense_ffn_hidden_size)
+        for index in range(-(-neurons // recipe.dense_ffn_hidden_size))
     ]
-    return Partition(np.concatenate(shuffled)[: experts * size].reshape(experts, size))
+    return np.concatenate([np.zeros(0, dtype=np.int64), *shuffled])[:neurons]
 
 
 def source_of_experts(recipe: Recipe) -> NDArray[np.int64]:

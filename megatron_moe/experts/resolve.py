@@ -11,9 +11,13 @@ from megatron_moe.experts.methods import METHODS
 from megatron_moe.experts.recipe import Recipe
 from megatron_moe.hf.spec import DenseSpec
 
+TWIN_NOISE_STD = 1e-3
+"""Default noise on the weights of copies, a twentieth of the usual weights' 0.02."""
+
 
 def make_recipe(spec: DenseSpec, moe: Moe, upcycle: Upcycle) -> Recipe:
-    """Create the recipe of a configuration, for a dense model of this shape."""
+    """Create the recipe of a configuration, for a source model of this shape."""
+    size = spec.ffn_hidden_size if spec.experts is None else spec.experts.moe_ffn_hidden_size
     factor, calibrated = output_factor(spec, moe, upcycle)
     in_weights = upcycle.rescale_at == "weights"
     paper = METHODS[upcycle.method].experts == "shards" and upcycle.scale == "paper"
@@ -23,7 +27,7 @@ def make_recipe(spec: DenseSpec, moe: Moe, upcycle: Upcycle) -> Recipe:
         seed=upcycle.seed,
         num_experts=moe.num_moe_experts,
         expert_ffn_hidden_size=moe.expert_size(spec.ffn_hidden_size),
-        dense_ffn_hidden_size=spec.ffn_hidden_size,
+        dense_ffn_hidden_size=size,
         hidden_size=spec.hidden_size,
         router_init_std=upcycle.router_init_std,
         moe_layers=moe_layer_ids(moe, spec.num_layers),
@@ -35,12 +39,25 @@ def make_recipe(spec: DenseSpec, moe: Moe, upcycle: Upcycle) -> Recipe:
         calibrated=calibrated,
         rescale_at=upcycle.rescale_at if calibrated else "weights",
         reinit_ratio=_reinit_ratio(upcycle),
-        noise_std=upcycle.noise_std,
+        noise_std=_noise_std(upcycle),
         permutation_seed=upcycle.permutation_seed,
         fit=tuple(sorted(set(upcycle.fit))),
         max_load=upcycle.max_load if "router" in upcycle.fit else 0.0,
         fit_stream=upcycle.fit_stream if "down" in upcycle.fit else 0.0,
+        source_experts=0 if spec.experts is None else spec.experts.num_moe_experts,
+        choose=chosen_by(upcycle),
+        twins=twins_of(upcycle),
     )
+
+
+def chosen_by(upcycle: Upcycle) -> str:
+    """Return how experts of a MoE source are chosen: the setting, or the method's default."""
+    return upcycle.choose or next(iter(METHODS[upcycle.method].choices), "even")
+
+
+def twins_of(upcycle: Upcycle) -> str:
+    """Return the difference between copies of an expert; empty if the method makes none."""
+    return (upcycle.twins or "noise") if upcycle.method == "grow" else ""
 
 
 def moe_layer_ids(moe: Moe, num_layers: int) -> tuple[int, ...]:
@@ -73,6 +90,12 @@ def output_factor(spec: DenseSpec, moe: Moe, upcycle: Upcycle) -> tuple[float, b
             return float(experts), False
         case rescale:
             return 1.0, rescale == "calibrated"
+
+
+def _noise_std(upcycle: Upcycle) -> float:
+    if upcycle.noise_std is None:
+        return TWIN_NOISE_STD if twins_of(upcycle) == "noise" else 0.0
+    return upcycle.noise_std
 
 
 def _reinit_ratio(upcycle: Upcycle) -> float:

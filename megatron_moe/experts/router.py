@@ -8,8 +8,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_moe.experts.draws import generator
+from megatron_moe.experts.draws import Use, generator
 from megatron_moe.experts.recipe import Recipe
+from megatron_moe.experts.reuse import copy_index
 
 TIE_BREAK_STD = 1e-6
 """Standard deviation of near-zero rows. Zero rows would send every token to the first K experts;
@@ -35,6 +36,27 @@ def router_rows(recipe: Recipe, layer: int) -> NDArray[np.float32] | None:
             return np.repeat(rows_RD, granularity, axis=0)
         case "gate_mean" | "centroids":
             return None
+
+
+def twin_rows(
+    recipe: Recipe, layer: int, expert_E: NDArray[np.int64]
+) -> NDArray[np.float32] | None:
+    """Return what is added to router rows of copies of the experts of a MoE; None if nothing.
+
+    With ``noise``, every copy but the first gets random rows of its own. With ``bias``, all first
+    copies get the same row, all second copies another, and so on. A softmax over the chosen experts
+    does not change if all of them are copies of the same number.
+    """
+    copy_E = copy_index(expert_E)
+    if recipe.twins not in ("noise", "bias"):
+        return None
+    rows = len(expert_E) if recipe.twins == "noise" else int(copy_E.max()) + 1
+    drawn_RD = generator(recipe.seed, layer, Use.TWINS).standard_normal(
+        (rows, recipe.hidden_size), dtype=np.float32
+    ) * np.float32(recipe.router_init_std)
+    if recipe.twins == "bias":
+        return drawn_RD[copy_E]
+    return drawn_RD * (copy_E > 0).astype(np.float32)[:, None]
 
 
 def _normal(recipe: Recipe, layer: int, rows: int) -> NDArray[np.float32]:

@@ -49,6 +49,10 @@ class TensorInfo:
         row = math.prod(self.shape[1:]) * self.dtype.itemsize
         return replace(self, shape=(count, *self.shape[1:]), offset=self.offset + first * row)
 
+    def at(self, index: int) -> TensorInfo:
+        """Return the location of one tensor of a stack of them."""
+        return replace(self.rows(index, 1), shape=self.shape[1:])
+
 
 def read_headers(folder: Path) -> dict[str, TensorInfo]:
     """Return every tensor of the folder, by name.

@@ -4,14 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-HUB_NAMES = {
-    "Llama-2-7b-hf": "meta-llama/Llama-2-7b-hf",
-    "Llama-3.2-1B": "meta-llama/Llama-3.2-1B",
-    "Llama-3.2-3B": "meta-llama/Llama-3.2-3B",
-    "Meta-Llama-3-8B": "meta-llama/Meta-Llama-3-8B",
-    "Meta-Llama-3-70B": "meta-llama/Meta-Llama-3-70B",
-}
-"""Names on the Hugging Face hub of the models in configs/, by the name of their folder."""
+from megatron_moe.hf.known import known_model
 
 DEMO_MODEL = "smollm2-135m"
 
@@ -23,9 +16,15 @@ def how_to_get(folder: Path) -> str:
             f"  get it:  python tools/get_dense.py {folder}\n"
             "  make demo gets it and the text of configs/demo.yaml"
         )
-    name = HUB_NAMES.get(folder.name, f"ORGANIZATION/{folder.name}")
+    model = known_model(folder.name)
+    if model is not None and model.hub is None:
+        return "  no published model has this shape; plan and train --dry-run need no folder"
+    name = f"ORGANIZATION/{folder.name}" if model is None else model.hub
+    get = f"  get it:  hf download {name} --local-dir {folder}"
+    if model is not None:
+        return get
     return (
-        f"  get it:  hf download {name} --local-dir {folder}\n"
+        f"{get}\n"
         f"  plan and train --dry-run read only its config.json:\n"
         f"           hf download {name} config.json --local-dir {folder}"
     )

@@ -1,4 +1,4 @@
-"""Read the shape of a dense Hugging Face model from its ``config.json``.
+"""Read the shape of a Hugging Face model, dense or MoE, from its ``config.json``.
 
 Needs neither torch nor transformers: ``plan`` reads a folder that has only a ``config.json``.
 Missing keys get the defaults of transformers 5 for the model's family. A configuration that would
@@ -7,6 +7,7 @@ make the model compute anything else than this package builds is rejected, with 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 from megatron_moe.errors import CheckpointError
 from megatron_moe.hf.families import FAMILIES, FAMILY_OF_ARCHITECTURE, Family
+from megatron_moe.hf.moe_spec import ExpertsSpec, expert_sizes, read_experts, unsupported_experts
 from megatron_moe.hf.obtain import how_to_get
 from megatron_moe.hf.rope import (
     RopeScaling,
@@ -30,12 +32,13 @@ COMMON_DEFAULTS: dict[str, Any] = {"rms_norm_eps": 1e-6, "initializer_range": 0.
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DenseSpec:
-    """Shape of a dense Llama-family model, with Megatron-Core's names."""
+    """Shape of a Llama-family model, dense or MoE, with Megatron-Core's names."""
 
     family: Family
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
+    """Neurons of the FFN of layers without experts."""
     num_attention_heads: int
     num_query_groups: int
     kv_channels: int
@@ -56,6 +59,10 @@ class DenseSpec:
     attention_windows: tuple[int | None, ...] = ()
     """Tokens that each layer attends to, None for the whole context; empty if no layer has a
     window."""
+    qk_norm_spans_heads: bool = False
+    """Whether the RMSNorm of query and key is over all heads at once."""
+    experts: ExpertsSpec | None = None
+    """The MoE layers; None for a dense model."""
 
     @property
     def separate_output(self) -> bool:
@@ -64,7 +71,7 @@ class DenseSpec:
 
 
 def read_spec(folder: Path) -> DenseSpec:
-    """Read the shape of the dense model from ``folder/config.json``.
+    """Read the shape of the model from ``folder/config.json``.
 
     Raises:
         CheckpointError: config.json cannot be read, or this package cannot reproduce the model
@@ -92,9 +99,12 @@ def spec_from_config(config: Mapping[str, Any], *, where: str = "config.json") -
     config = {**COMMON_DEFAULTS, **FAMILIES[family].defaults, **config}
     if wrong_kinds := _wrong_kinds(config):
         raise _refusal(where, wrong_kinds)
-    bad_numbers = _bad_numbers(config)
+    bad_numbers = _bad_numbers(config, family)
     reasons = [*bad_numbers, *_unsupported(config, family), *_unsupported_rope(config, family)]
     reasons += _unsupported_layers(config, family)
+    moe = FAMILIES[family].moe
+    if moe is not None and not bad_numbers:
+        reasons += unsupported_experts(config, moe)
     if reasons:
         raise _refusal(where, reasons)
     return DenseSpec(
@@ -111,13 +121,22 @@ def spec_from_config(config: Mapping[str, Any], *, where: str = "config.json") -
         rotary_base=float(rope_parameters(config)["rope_theta"]),
         rope_scaling=rope_scaling(config),
         tied_embeddings=bool(config.get("tie_word_embeddings")),
-        qkv_bias=FAMILIES[family].qkv_bias,
-        qk_layernorm=FAMILIES[family].qk_layernorm,
+        qkv_bias=_has(config, FAMILIES[family].qkv_bias),
+        qk_layernorm=_has(config, FAMILIES[family].qk_layernorm),
         initializer_range=config["initializer_range"],
         eos_token_id=_first(config.get("eos_token_id")),
         bos_token_id=_first(config.get("bos_token_id")),
         attention_windows=_attention_windows(config, family),
+        qk_norm_spans_heads=FAMILIES[family].qk_norm_spans_heads,
+        experts=None if moe is None else read_experts(config, moe),
     )
+
+
+def _has(config: Mapping[str, Any], property_or_key: bool | str) -> bool:
+    """Return a property of a family that is fixed, or that a key of config.json switches on."""
+    if isinstance(property_or_key, str):
+        return bool(config.get(property_or_key))
+    return property_or_key
 
 
 # ---- rejected models -----------------------------------------------------------------------------
@@ -125,7 +144,7 @@ def spec_from_config(config: Mapping[str, Any], *, where: str = "config.json") -
 
 def _refusal(where: str, reasons: list[str]) -> CheckpointError:
     return CheckpointError(
-        f"{where} is not a dense model that can be upcycled:\n"
+        f"{where} is not a model that can be upcycled:\n"
         + "\n".join(f"  {reason}" for reason in reasons)
     )
 
@@ -148,6 +167,7 @@ def _other_architecture(config: object) -> str:
 
 _KINDS: dict[str, type] = {
     "rope_scaling": dict, "rope_parameters": dict, "layer_types": list, "hidden_act": str,
+    "mlp_only_layers": list,
 }  # fmt: skip
 """Kinds of values that are not numbers; null counts as absent."""
 
@@ -168,26 +188,31 @@ def _wrong_kinds(config: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _bad_numbers(config: Mapping[str, Any]) -> list[str]:
+def _bad_numbers(config: Mapping[str, Any], family: Family) -> list[str]:
     """Return reasons for sizes that are missing, not numbers, or inconsistent."""
-    integers = (
+    moe = FAMILIES[family].moe
+    integers = [
         "num_hidden_layers",
         "hidden_size",
         "intermediate_size",
         "num_attention_heads",
         "vocab_size",
         "max_position_embeddings",
-    )
+        *(expert_sizes(config, moe) if moe is not None else ()),
+    ]
     optional = ("num_key_value_heads", "head_dim", "sliding_window")
     optional = [key for key in optional if config.get(key) is not None]
+    if config.get("sliding_window") == 0:  # transformers 5 writes 0 for no window in Qwen2-MoE
+        optional.remove("sliding_window")
     reasons = [f"{key} is missing" for key in integers if key not in config]
     reasons += [
-        f"{key} is {config[key]!r}: must be a positive integer"
+        f"{key} is {config[key]!r:.99}: must be a positive integer of at most {_largest(key):,}"
         for key in (*integers, *optional)
-        if key in config and not _is_positive(config[key], int)
+        if key in config
+        if not (_is_positive(config[key], int) and config[key] <= _largest(key))
     ]
     reasons += [
-        f"{key} is {value!r}: must be a positive number"
+        f"{key} is {value!r:.99}: must be a positive number"
         for key, value in _real_numbers(config).items()
         if not _is_positive(value, int, float)
     ]
@@ -202,8 +227,14 @@ def _real_numbers(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _largest(key: str) -> int:
+    """Return the largest plausible value, beyond which even listing the tensors takes forever."""
+    return 10_000 if key == "num_hidden_layers" else 2**31 - 1
+
+
 def _is_positive(value: Any, *kinds: type) -> bool:
-    return isinstance(value, kinds) and not isinstance(value, bool) and 0 < value < float("inf")
+    number = isinstance(value, kinds) and not isinstance(value, bool)
+    return number and 0 < value <= sys.float_info.max
 
 
 def _misfits(config: Mapping[str, Any]) -> list[str]:
@@ -276,6 +307,14 @@ def _attention_windows(config: Mapping[str, Any], family: Family) -> tuple[int |
             windowed = [False] * count
         case "always":
             windowed = [True] * count
+        case "all_on_request":
+            windowed = [bool(config.get("use_sliding_window"))] * count
+        case "even_on_request":
+            last = min(config["max_window_layers"], count)
+            named = ["sliding_attention" if i % 2 == 0 and i < last else "full_attention"
+                     for i in range(count)]  # fmt: skip
+            on = bool(config.get("use_sliding_window"))
+            windowed = [on and kind == "sliding_attention" for kind in (kinds or named)[:count]]
         case "on_request":
             first = config["max_window_layers"]
             kinds = kinds or ["full_attention"] * first + ["sliding_attention"] * (count - first)
@@ -290,7 +329,7 @@ def _unsupported_layers(config: Mapping[str, Any], family: Family) -> list[str]:
     """Return a reason if a layer is of a kind that this package does not build."""
     kinds = {str(kind) for kind in config.get("layer_types") or []}
     known = {"full_attention"}
-    if FAMILIES[family].windows == "on_request":
+    if FAMILIES[family].windows in ("on_request", "even_on_request"):
         known.add("sliding_attention")
     if others := sorted(kinds - known):
         return [f"layer_types has {', '.join(others)}: every layer must be full_attention"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +16,11 @@ from megatron_moe.config.run import RunConfig
 from megatron_moe.hf.spec import DenseSpec
 from megatron_moe.model.config import transformer_config
 from megatron_moe.model.grouped_experts import lay_out_experts
+from megatron_moe.model.norm import HeadsRMSNorm
 from megatron_moe.model.rope import scaled_frequencies
 from megatron_moe.model.routers import router_factory
-from megatron_moe.model.spec import block_spec
-from megatron_moe.parallel.layout import ParallelLayout
+from megatron_moe.model.spec import QkNorms, block_spec
+from megatron_moe.parallel.layout import ParallelLayout, ends_of
 from megatron_moe.parallel.shards import padded_vocabulary
 from megatron_moe.parallel.stages import chunk_layers, is_first, is_last
 from megatron_moe.runtime.engine import Engine
@@ -48,6 +50,16 @@ class Model:
         return [chunk.module for chunk in self.chunks]
 
 
+def _qk_norms(spec: DenseSpec, groups: ProcessGroupCollection) -> QkNorms | None:
+    if not spec.qk_norm_spans_heads:
+        return None
+    query, key = (
+        partial(HeadsRMSNorm, heads=heads, tp_group=groups.tp)
+        for heads in (spec.num_attention_heads, spec.num_query_groups)
+    )
+    return query, key
+
+
 def build_model(
     config: RunConfig,
     spec: DenseSpec,
@@ -74,11 +86,14 @@ def build_model(
     chunks = []
     for vpp_rank in range(vpp):
         stage = {"pp_rank": layout.attention.coords(rank)["pp"], "vpp_rank": vpp_rank}
-        layers = chunk_layers(num_layers=spec.num_layers, pp=pp, vpp=vpp, **stage)
+        layers = chunk_layers(
+            num_layers=spec.num_layers, pp=pp, vpp=vpp, ends=ends_of(config.parallel), **stage
+        )
         vp_stage = vpp_rank if vpp > 1 else None
         spec_of_layers: Any = block_spec(
-            transformer, layers, router=router, engine=engine, vp_stage=vp_stage
-        )
+            transformer, layers, router=router, engine=engine, vp_stage=vp_stage,
+            qk_norms=_qk_norms(spec, groups),
+        )  # fmt: skip
         rotary_base: Any = spec.rotary_base  # declared int by Megatron-Core, but any number works
         module = GPTModel(
             config=transformer,
@@ -103,5 +118,9 @@ def build_model(
                 rotary.inv_freq, spec.rope_scaling, base=spec.rotary_base
             )
         chunks.append(Chunk(module, layers))
+    if spec.qk_norm_spans_heads:
+        # If this is true, Megatron-Core sums the gradients of all parameters called q_layernorm or
+        # k_layernorm over tp. Each rank has the weights of other heads here.
+        transformer.qk_layernorm = False
     tp_rank = layout.attention.coords(rank)["tp"]
     return Model(tuple(chunks), transformer, spec, tp_rank, engine)

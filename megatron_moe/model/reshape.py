@@ -16,15 +16,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_moe.experts.draws import BLOCK_NEURONS, Use, normal_rows
 from megatron_moe.experts.plan import LayerPlan
 from megatron_moe.experts.recipe import Recipe
+from megatron_moe.experts.reuse import copy_index
+from megatron_moe.experts.router import twin_rows
 from megatron_moe.experts.solved import read_solved
-from megatron_moe.parallel.layout import ParallelLayout
 from megatron_moe.parallel.shards import ShardIndex
 
 FIXED_POINT = 2**28
@@ -35,12 +38,16 @@ ROWS_AT_ONCE = 512
 
 @dataclass(frozen=True, slots=True)
 class LocalExpert:
-    """This rank's shard of one expert of one layer."""
+    """This rank's shard of one expert of one layer; the shared expert's id is E."""
 
     expert: int
     fc1_2mD: Tensor
     fc2_Dm: Tensor
     part: ShardIndex
+    size: int
+    """Neurons of the whole expert."""
+    counts: bool
+    """Whether this rank's shard enters sums over the ranks, which hold replicas of it."""
 
     @property
     def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,9 +55,10 @@ class LocalExpert:
         gate_mD, up_mD = self.fc1_2mD.chunk(2)
         return gate_mD, up_mD, self.fc2_Dm.T
 
-    def neurons(self, size: int) -> slice:
-        """Return which of the expert's ``size`` neurons this rank holds."""
-        return self.part.slice_of(size)
+    @property
+    def neurons(self) -> slice:
+        """Neurons of the expert that this rank holds."""
+        return self.part.slice_of(self.size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +69,16 @@ class LocalLayer:
     plan: LayerPlan
     experts: list[LocalExpert]
     router_ED: Tensor
-    shared_fc2_Ds: Tensor | None = None
-    """This tp rank's columns of the shared expert's ``down``, if there is a shared expert."""
-    shared_part: ShardIndex | None = None
+    shared: LocalExpert | None = None
+    """The shared expert, if there is one."""
+
+    def redrawn(self) -> list[tuple[LocalExpert, NDArray[np.bool_]]]:
+        """Return the experts that have neurons to reinitialize, each with its mask."""
+        masks = self.plan.reinit_EM
+        pairs = [] if masks is None else [(e, masks[e.expert]) for e in self.experts]
+        if self.shared is not None and self.plan.reinit_S is not None:
+            pairs.append((self.shared, self.plan.reinit_S))
+        return pairs
 
 
 @torch.no_grad()
@@ -71,8 +86,6 @@ def reshape_values(
     layers: list[LocalLayer],
     recipe: Recipe,
     *,
-    layout: ParallelLayout,
-    rank: int,
     solved: Path | None = None,
 ) -> None:
     """Apply the plan's changes of values to the filled ``layers`` of this rank.
@@ -80,25 +93,32 @@ def reshape_values(
     Every rank of the world must call it, even one without MoE layers. ``solved`` is the folder of
     solved ``down`` matrices (`experts.solved`), if there are any.
     """
-    counts_once = layout.experts.coords(rank)["edp"] == 0
     if recipe.reinit_ratio:
-        moments = _world_sums(layers, recipe, _moments, (3, 2), counts_once=counts_once)
+        moments = _world_sums(layers, recipe, _moments, (3, 2))
         for local in layers:
             _redraw(local, recipe, moments[recipe.moe_layers.index(local.layer)])
     if recipe.router_init == "gate_mean":
-        rows = _world_sums(
-            layers, recipe, _gate_rows, (recipe.hidden_size,), counts_once=counts_once
-        )
+        rows = _world_sums(layers, recipe, _gate_rows, (recipe.hidden_size,))
         for local in layers:
             mean_ED = rows[recipe.moe_layers.index(local.layer)] / recipe.expert_ffn_hidden_size
-            local.router_ED.copy_(mean_ED.float())
+            local.router_ED.copy_(mean_ED[: recipe.num_experts].float())
     for local in layers:
         if solved is not None:
             _put_solved(local, recipe, solved)
         for expert in local.experts:
             _scale(expert, local.plan.weight_scales)
-            if recipe.noise_std:
+            if recipe.noise_std and _gets_noise(local.plan, expert.expert):
                 _add_noise(local, expert, recipe)
+        if local.plan.expert_E is not None:
+            difference_ED = twin_rows(recipe, local.layer, local.plan.expert_E)
+            if difference_ED is not None:
+                rows_ED = torch.from_numpy(difference_ED).to(local.router_ED.device)
+                local.router_ED.copy_(local.router_ED.float() + rows_ED)
+
+
+def _gets_noise(plan: LayerPlan, expert: int) -> bool:
+    """Return whether noise is added: to all experts of a dense source, to copies of a MoE's."""
+    return plan.expert_E is None or bool(copy_index(plan.expert_E)[expert])
 
 
 def _world_sums(
@@ -106,17 +126,17 @@ def _world_sums(
     recipe: Recipe,
     measure: Callable[[LocalLayer, LocalExpert], Tensor],
     shape: tuple[int, ...],
-    *,
-    counts_once: bool,
 ) -> Tensor:
-    """Sum ``measure`` over the shards of each expert, ``(L, E, *shape)``, in float64."""
+    """Sum ``measure`` over the shards of each expert, ``(L, E + 1, *shape)``, in float64."""
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    size = (len(recipe.moe_layers), recipe.num_experts, *shape)
+    size = (len(recipe.moe_layers), recipe.num_experts + 1, *shape)
     sums = torch.zeros(size, dtype=torch.int64, device=device)
-    for local in layers if counts_once else ():
-        for expert in local.experts:
-            index = recipe.moe_layers.index(local.layer)
-            sums[index, expert.expert] = measure(local, expert)
+    for local in layers:
+        shared = [local.shared] if local.shared is not None else []
+        for expert in [*local.experts, *shared]:
+            if expert.counts:
+                index = recipe.moe_layers.index(local.layer)
+                sums[index, expert.expert] = measure(local, expert)
     dist.all_reduce(sums)
     return sums.double() / FIXED_POINT
 
@@ -127,9 +147,10 @@ def _fixed(values: Tensor) -> Tensor:
 
 def _reinitialized(local: LocalLayer, expert: LocalExpert) -> Tensor:
     """Return the indices of this rank's neurons that are reinitialized."""
-    assert local.plan.reinit_EM is not None
-    mask_M = local.plan.reinit_EM[expert.expert]
-    return torch.from_numpy(mask_M[expert.neurons(len(mask_M))].nonzero()[0])
+    for redrawn, mask_M in local.redrawn():
+        if redrawn is expert:
+            return torch.from_numpy(mask_M[expert.neurons].nonzero()[0])
+    return torch.zeros(0, dtype=torch.int64)
 
 
 def _moments(local: LocalLayer, expert: LocalExpert) -> Tensor:
@@ -152,9 +173,7 @@ def _gate_rows(local: LocalLayer, expert: LocalExpert) -> Tensor:
 
 def _redraw(local: LocalLayer, recipe: Recipe, moments: Tensor) -> None:
     """Overwrite neurons with normal numbers of their joint mean and standard deviation."""
-    assert local.plan.reinit_EM is not None
-    for expert in local.experts:
-        mask_M = local.plan.reinit_EM[expert.expert]
+    for expert, mask_M in local.redrawn():
         count = int(mask_M.sum()) * recipe.hidden_size
         for i in range(3 if count else 0):
             total, squares = moments[expert.expert, i].tolist()
@@ -176,7 +195,7 @@ def _drawn(
     local: LocalLayer, expert: LocalExpert, recipe: Recipe, use: Use, matrix: int
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Yield runs of this rank's neurons: their range in the expert, the target, normal numbers."""
-    own = expert.neurons(recipe.expert_ffn_hidden_size)
+    own = expert.neurons
     matrix_mD = expert.matrices[matrix]
     key = (use, expert.expert, matrix)
     for start in range(own.start // BLOCK_NEURONS * BLOCK_NEURONS, own.stop, BLOCK_NEURONS):
@@ -192,13 +211,13 @@ def _put_solved(local: LocalLayer, recipe: Recipe, folder: Path) -> None:
     """Overwrite ``down`` of this rank's experts with their rows of the solution."""
     size = recipe.expert_ffn_hidden_size
     for expert in local.experts:
-        own, first = expert.neurons(size), expert.expert * size
+        own, first = expert.neurons, expert.expert * size
         rows = slice(first + own.start, first + own.stop)
         expert.fc2_Dm.copy_(torch.from_numpy(read_solved(folder, local.layer, rows)).T)
-    if local.shared_fc2_Ds is not None and local.shared_part is not None:
-        own, first = local.shared_part.slice_of(recipe.shared_size), recipe.num_experts * size
+    if local.shared is not None:
+        own, first = local.shared.neurons, recipe.num_experts * size
         rows = slice(first + own.start, first + own.stop)
-        local.shared_fc2_Ds.copy_(torch.from_numpy(read_solved(folder, local.layer, rows)).T)
+        local.shared.fc2_Dm.copy_(torch.from_numpy(read_solved(folder, local.layer, rows)).T)
 
 
 def _scale(expert: LocalExpert, scales: tuple[float, float, float]) -> None:

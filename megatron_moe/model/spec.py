@@ -30,6 +30,9 @@ from megatron_moe.model.grouped_experts import GroupedExperts
 from megatron_moe.model.norm import RMSNorm
 from megatron_moe.runtime.engine import Engine
 
+QkNorms = tuple[Any, Any]
+"""Builders of the norms of query and key, with the arguments of `RMSNorm`."""
+
 
 def block_spec(
     config: TransformerConfig,
@@ -38,6 +41,7 @@ def block_spec(
     router: Any,
     engine: Engine,
     vp_stage: int | None,
+    qk_norms: QkNorms | None = None,
 ) -> TransformerBlockSubmodules:
     """Return the layer specs of one model chunk.
 
@@ -47,17 +51,17 @@ def block_spec(
         router: Factory of a layer's router, with the arguments of Megatron-Core's TopKRouter.
         engine: Implementation of the layers.
         vp_stage: Index of this chunk on its pipeline rank; None if there is only one.
+        qk_norms: Builders of the norms of query and key; None for the usual ones.
     """
     if not engine.is_torch:
-        return _with_router(
-            router,
-            get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage),
-        )
+        block = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+        return _with_qk_norms(qk_norms, _with_router(router, block))
     is_moe: Any = config.moe_layer_freq
-    return TransformerBlockSubmodules(
+    block = TransformerBlockSubmodules(
         layer_specs=[_layer(config, router if is_moe[layer] else None, engine) for layer in layers],
         layer_norm=RMSNorm,
     )
+    return _with_qk_norms(qk_norms, block)
 
 
 def _layer(config: TransformerConfig, router: Any, engine: Engine) -> ModuleSpec:
@@ -117,6 +121,21 @@ def _with_router(router: Any, block: TransformerBlockSubmodules) -> TransformerB
             layer.submodules = replace(
                 layer.submodules, mlp=partial(MoELayer, submodules=submodules)
             )
+    return block
+
+
+def _with_qk_norms(
+    norms: QkNorms | None, block: TransformerBlockSubmodules
+) -> TransformerBlockSubmodules:
+    """Replace the norms of query and key in the block's layers, unless ``norms`` is None."""
+    layers: Any = block.layer_specs
+    if norms is None:
+        return block
+    for layer in layers:
+        attention = layer.submodules.self_attention
+        attention.submodules = replace(
+            attention.submodules, q_layernorm=norms[0], k_layernorm=norms[1]
+        )
     return block
 
 

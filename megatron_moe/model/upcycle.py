@@ -1,10 +1,10 @@
-"""Online upcycling: fill this rank's parameters from the dense checkpoint, in place.
+"""Online upcycling: fill this rank's parameters from the source checkpoint, in place.
 
 For every local parameter, the name table gives its source tensors, the plan gives the neurons that
-an expert takes, and ``parallel/shards.py`` gives this rank's slices. These slices are read directly
-into the parameter. There is no dense model, no full tensor, no second copy and no broadcast. Each
-parameter is filled exactly once by one rule, and the ranks together use each tensor of the
-checkpoint; otherwise the run stops and lists what is missing.
+an expert takes of a dense FFN or of a source expert, and ``parallel/shards.py`` gives this rank's
+slices. These slices are read directly into the parameter. There is no source model, no full tensor,
+no second copy and no broadcast. Each parameter is filled exactly once by one rule, and the ranks
+together use each tensor of the checkpoint; otherwise the run stops and lists what is missing.
 
 If a plan also changes values (scales, reinitialized neurons, noise, router rows that are means of
 weights), `model/reshape.py` does so afterwards, in place.
@@ -22,8 +22,17 @@ from torch import Tensor
 
 from megatron_moe.errors import CheckpointError
 from megatron_moe.experts.plan import ExpertPlan, LayerPlan
-from megatron_moe.hf.names import ROW_OF_ROLE, Match, Scope, Sharding, dense_tensors, match
+from megatron_moe.hf.names import (
+    MOE_TENSORS,
+    ROW_OF_ROLE,
+    Match,
+    Scope,
+    Sharding,
+    dense_tensors,
+    match,
+)
 from megatron_moe.hf.reader import DenseCheckpoint, ReadRequest
+from megatron_moe.hf.spec import DenseSpec
 from megatron_moe.hf.windows import WINDOW_BYTES
 from megatron_moe.model.build import Chunk, Model
 from megatron_moe.model.reshape import LocalExpert, LocalLayer, reshape_values
@@ -127,7 +136,7 @@ def upcycle(
         CheckpointError: No rule fills a parameter, or a tensor holds NaN or infinity.
     """
     filled, layers = fill(model, [dense, *mix_with], plan, layout=layout, rank=rank)
-    reshape_values(layers, plan.recipe, layout=layout, rank=rank, solved=plan.solved)
+    reshape_values(layers, plan.recipe, solved=plan.solved)
     return filled
 
 
@@ -151,9 +160,11 @@ def fill(
     assert len(checkpoints) == plan.recipe.num_sources, (len(checkpoints), plan.recipe)
     filler = _Filler(checkpoints)
     before, count, size = _bytes_read(checkpoints), 0, 0
+    experts = checkpoints[0].spec.experts
+    biases = experts is not None and experts.moe_router_enable_expert_bias
     local_layers: list[LocalLayer] = []
     for chunk in model.chunks:
-        for layer, parameters in _by_layer(chunk):
+        for layer, parameters in _by_layer(chunk, biases=biases):
             if layers_only and layer is None:
                 continue
             local = _LayerSource(checkpoints[0], layer, plan, layout, rank)
@@ -168,15 +179,20 @@ def fill(
     return Filled(count, size, read, frozenset(filler.sources)), local_layers
 
 
-def check_coverage(filled: Filled, dense: DenseCheckpoint, *, num_sources: int = 1) -> int:
-    """Return the number of tensors that the ranks used together, which must be all of them.
+def check_coverage(filled: Filled, dense: DenseCheckpoint, plan: ExpertPlan) -> int:
+    """Return the number of tensors that the ranks used together.
+
+    These must be all tensors of the source, but for those of experts that the plan leaves out.
 
     Raises:
-        CheckpointError: On every rank, if no rank used some tensor of the dense model.
+        CheckpointError: On every rank, if no rank used some tensor of the source model.
     """
     gathered: list[frozenset[tuple[int, str]]] = [frozenset()] * dist.get_world_size()
     dist.all_gather_object(gathered, filled.sources)
-    expected = {(i, name) for i in range(num_sources) for name, _ in dense_tensors(dense.spec)}
+    expected = {
+        (i, name) for i in range(plan.recipe.num_sources) for name, _ in dense_tensors(dense.spec)
+    }
+    expected -= {(0, name) for name in _left_out(dense.spec, plan)}
     used = frozenset().union(*gathered)
     if unused := sorted(expected - used):
         listed = "\n".join(f"    {name}" for _, name in unused)
@@ -184,15 +200,35 @@ def check_coverage(filled: Filled, dense: DenseCheckpoint, *, num_sources: int =
     return len(used)
 
 
+def _left_out(spec: DenseSpec, plan: ExpertPlan) -> Iterator[str]:
+    """Yield the names of the tensors of source experts that the plan leaves out."""
+    names = [name for role in ("expert_fc1", "expert_fc2") for name in MOE_TENSORS[role]]
+    if spec.experts is None:
+        return
+    for layer in spec.experts.moe_layers:
+        expert_E = plan.layer(layer).expert_E
+        assert expert_E is not None
+        for expert in sorted(set(range(spec.experts.num_moe_experts)) - set(expert_E.tolist())):
+            yield from (name.format(layer=layer, expert=expert) for name in names)
+
+
 def _bytes_read(checkpoints: Sequence[DenseCheckpoint]) -> int:
     return sum(checkpoint.bytes_read for checkpoint in checkpoints)
 
 
-def _by_layer(chunk: Chunk) -> Iterator[tuple[int | None, list[tuple[Tensor, Match]]]]:
-    """Yield the chunk's parameters with their rules by layer; None is outside the layers."""
+def _by_layer(
+    chunk: Chunk, *, biases: bool
+) -> Iterator[tuple[int | None, list[tuple[Tensor, Match]]]]:
+    """Yield the chunk's parameters with their rules by layer; None is outside the layers.
+
+    With ``biases``, also the experts' biases, which are buffers; otherwise they stay zero.
+    """
     groups: dict[int | None, list[tuple[Tensor, Match]]] = {}
     unknown = []
-    for name, parameter in chunk.module.named_parameters():
+    tensors = list(chunk.module.named_parameters())
+    if biases:
+        tensors += [pair for pair in chunk.module.named_buffers() if match(pair[0])]
+    for name, parameter in tensors:
         matched = match(name)
         if matched is None:
             unknown.append(name)
@@ -218,21 +254,21 @@ class _LayerSource:
         layout: ParallelLayout,
         rank: int,
     ) -> None:
-        self.dense, self.layer = dense, layer
+        self.dense, self.layer, self.recipe = dense, layer, plan.recipe
+        self.coords = {**layout.attention.coords(rank), **layout.experts.coords(rank)}
         self.layer_plan: LayerPlan | None = None
         if layer is not None and layer in plan.recipe.moe_layers:
             self.layer_plan = plan.layer(layer)
         self.experts = local_experts(layout, rank=rank, num_experts=plan.recipe.num_experts)
-        self.tp = ShardIndex(layout.attention.coords(rank)["tp"], layout.attention.size("tp"))
-        self.etp = ShardIndex(layout.experts.coords(rank)["etp"], layout.experts.size("etp"))
+        self.tp = ShardIndex(self.coords["tp"], layout.attention.size("tp"))
+        self.etp = ShardIndex(self.coords["etp"], layout.experts.size("etp"))
 
     def fill(self, parameter: Tensor, matched: Match, filler: _Filler) -> None:
         """Fill one parameter from the dense model, or schedule its reads."""
         row, part, neurons, source = matched.row, self.tp, None, None
+        source_expert: int | None = None
         if row.scope is Scope.MOE:
-            assert self.layer_plan is not None
-            if self.layer_plan.router_ED is not None:
-                parameter.copy_(torch.from_numpy(self.layer_plan.router_ED))
+            self._fill_router(parameter, matched, filler)
             return
         if row.scope is Scope.GATE:
             GATE_VALUES[row.role](parameter)
@@ -242,15 +278,30 @@ class _LayerSource:
             expert, part = self.experts[matched.expert], self.etp
             neurons = self.layer_plan.neurons_EM[expert]
             source = int(self.layer_plan.source_E[expert])
+            if self.layer_plan.expert_E is not None:
+                source_expert = int(self.layer_plan.expert_E[expert])
         elif row.scope is Scope.SHARED:
             assert self.layer_plan is not None
             neurons = self.layer_plan.shared_S
         if row.role == "output" and self.dense.spec.tied_embeddings:
             row = ROW_OF_ROLE["embedding"]  # the last stage's copy
-        parts = pieces(row, layer=self.layer, part=part, spec=self.dense.spec, neurons_M=neurons)
+        parts = pieces(
+            row, layer=self.layer, part=part, spec=self.dense.spec, neurons_M=neurons,
+            expert=source_expert,
+        )  # fmt: skip
         if row.sharding is Sharding.VOCABULARY:
             parameter[parts[-1].into.stop if parts else 0 :].zero_()  # padding of the vocabulary
         filler.fill(parameter, parts, source=source)
+
+    def _fill_router(self, parameter: Tensor, matched: Match, filler: _Filler) -> None:
+        """Fill router rows and expert biases by the plan, or from the experts of a MoE source."""
+        assert self.layer_plan is not None
+        plan, row = self.layer_plan, matched.row
+        if plan.expert_E is not None:
+            name = MOE_TENSORS[row.role][0].format(layer=self.layer)
+            filler.fill(parameter, [Piece(name, plan.expert_E, None, slice(None))], source=0)
+        elif plan.router_ED is not None:
+            parameter.copy_(torch.from_numpy(plan.router_ED))
 
     def local_layer(self, parameters: list[tuple[Tensor, Match]]) -> LocalLayer:
         """Return the filled experts of the layer for `reshape_values`."""
@@ -258,8 +309,17 @@ class _LayerSource:
         assert self.layer_plan is not None
         by_role = {(m.row.role, m.expert): tensor for tensor, m in parameters}
         experts = [
-            LocalExpert(expert, by_role["expert_fc1", i], by_role["expert_fc2", i], self.etp)
+            LocalExpert(
+                expert, by_role["expert_fc1", i], by_role["expert_fc2", i], self.etp,
+                size=self.recipe.expert_ffn_hidden_size, counts=self.coords["edp"] == 0,
+            )
             for i, expert in enumerate(self.experts)
-        ]
-        router_ED, shared_fc2 = by_role["router", None], by_role.get(("shared_fc2", None))
-        return LocalLayer(self.layer, self.layer_plan, experts, router_ED, shared_fc2, self.tp)
+        ]  # fmt: skip
+        shared = None
+        if ("shared_fc1", None) in by_role:
+            shared = LocalExpert(
+                self.recipe.num_experts, by_role["shared_fc1", None], by_role["shared_fc2", None],
+                self.tp, size=self.recipe.shared_size,
+                counts=self.coords["dp"] == 0 and self.coords["cp"] == 0,
+            )  # fmt: skip
+        return LocalLayer(self.layer, self.layer_plan, experts, by_role["router", None], shared)

@@ -22,6 +22,7 @@ import numpy as np
 
 from megatron_moe.config.run import Parallel
 from megatron_moe.errors import ConfigError, nearest_multiples
+from megatron_moe.parallel.stages import Ends
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +99,14 @@ def fold(config: Parallel, *, world_size: int) -> ParallelLayout:
     return ParallelLayout(
         attention=RankGrid(("pp", "dp", "cp", "tp"), (pp, dp, cp, tp)),
         experts=RankGrid(("pp", "edp", "ep", "etp"), (pp, edp, ep, etp)),
+    )
+
+
+def ends_of(config: Parallel) -> Ends:
+    """Return the configured sizes of the first and the last pipeline stage."""
+    return Ends(
+        first=config.num_layers_in_first_pipeline_stage,
+        last=config.num_layers_in_last_pipeline_stage,
     )
 
 

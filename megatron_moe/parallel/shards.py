@@ -1,4 +1,4 @@
-"""Compute which slice of which dense tensor a rank holds, by arithmetic; no other code does.
+"""Compute which slice of which source tensor a rank holds, by arithmetic; no other code does.
 
 A local parameter is a stack of pieces. Each is a rectangle of one source tensor: the rows and
 columns to read, and the rows of the local parameter to fill. Upcycling reads exactly these.
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_moe.hf.names import Row, Sharding, shapes_of
+from megatron_moe.hf.names import Row, Scope, Sharding, shapes_of, source_names, source_sizes
 from megatron_moe.hf.spec import DenseSpec
 
 Selection = slice | NDArray[np.int64] | None
@@ -60,7 +60,13 @@ class ShardIndex:
 
 
 def pieces(
-    row: Row, *, layer: int | None, part: ShardIndex, spec: DenseSpec, neurons_M: Selection = None
+    row: Row,
+    *,
+    layer: int | None,
+    part: ShardIndex,
+    spec: DenseSpec,
+    neurons_M: Selection = None,
+    expert: int | None = None,
 ) -> list[Piece]:
     """Return the pieces of source tensors that make up one local parameter.
 
@@ -68,14 +74,16 @@ def pieces(
         row: The parameter's row of the name table.
         layer: Global layer id, for the source's name.
         part: Index of the shard in the group that shards the parameter: tp, or etp for an expert.
-        spec: The dense model.
-        neurons_M: For an expert, the dense neurons it consists of; None takes all of them.
+        spec: The source model.
+        neurons_M: For an expert, the source neurons it consists of; None takes all of them.
+        expert: For an expert of a MoE source, the source expert that has these neurons.
 
     Returns:
         Pieces that tile the local parameter from row 0 on. Rows of vocabulary padding are not
         covered.
     """
-    names = [template.format(layer=layer) for template in row.hf]
+    routed = spec.experts is not None and layer in spec.experts.moe_layers
+    names = [name.format(layer=layer, expert=expert) for name in source_names(row, routed)]
     match row.sharding:
         case Sharding.WHOLE:
             return [Piece(names[0], None, None, slice(None))]
@@ -84,11 +92,16 @@ def pieces(
         case Sharding.QKV:
             return _stack(list(_qkv(names, part, spec)))
         case Sharding.GATED:
-            neurons = select(neurons_M, part, spec.ffn_hidden_size)
+            neurons = select(neurons_M, part, _neurons(row, spec))
             return _stack([(name, neurons, length(neurons)) for name in names])
         case Sharding.COLUMNS:
             columns = select(neurons_M, part, _width(row, spec))
             return [Piece(names[0], None, columns, slice(None))]
+        case Sharding.QK_NORM if spec.qk_norm_spans_heads:
+            rows = part.slice_of(shapes_of(row, spec)[0][0])
+            return [Piece(names[0], rows, None, slice(None))]
+        case Sharding.QK_NORM:
+            return [Piece(names[0], None, None, slice(None))]
 
 
 def select(indices: Selection, part: ShardIndex, total: int) -> slice | NDArray[np.int64]:
@@ -134,13 +147,22 @@ def _vocabulary(name: str, part: ShardIndex, vocab_size: int) -> list[Piece]:
 
 
 def _qkv(names: list[str], part: ShardIndex, spec: DenseSpec) -> Iterator[tuple[str, slice, int]]:
-    """Yield query heads, key and value of each query group, as in Megatron-Core's fused QKV."""
+    """Yield query heads, key and value of each query group, as in Megatron-Core's fused QKV.
+
+    With more ranks than groups, Megatron-Core cuts the fused rows into equal parts, wherever that
+    is, and gathers the output of the projection over tp.
+    """
     head = spec.kv_channels
     queries = spec.num_attention_heads // spec.num_query_groups * head
-    groups = part.slice_of(spec.num_query_groups)
-    for group in range(groups.start, groups.stop):
+    window = part.slice_of(spec.num_query_groups * (queries + 2 * head))
+    start = 0
+    for group in range(spec.num_query_groups):
         for name, size in zip(names, (queries, head, head), strict=True):
-            yield name, slice(group * size, (group + 1) * size), size
+            first, stop = max(start, window.start), min(start + size, window.stop)
+            if first < stop:
+                offset = group * size - start
+                yield name, slice(first + offset, stop + offset), stop - first
+            start += size
 
 
 def _stack(runs: list[tuple[str, slice | NDArray[np.int64], int]]) -> list[Piece]:
@@ -151,6 +173,13 @@ def _stack(runs: list[tuple[str, slice | NDArray[np.int64], int]]) -> list[Piece
     return stacked
 
 
+def _neurons(row: Row, spec: DenseSpec) -> int:
+    """Return the neurons of the source tensor; an expert takes its own from all of them."""
+    sizes = source_sizes(spec)
+    letter = {Scope.EXPERT: "M", Scope.SHARED: "S"}.get(row.scope)
+    return spec.ffn_hidden_size if letter is None else sizes[letter]
+
+
 def _width(row: Row, spec: DenseSpec) -> int:
-    """Return the columns of the dense tensor; an expert takes its neurons from all F."""
-    return shapes_of(row, spec, M=spec.ffn_hidden_size, S=spec.ffn_hidden_size)[0][1]
+    """Return the columns of the source tensor; an expert takes its neurons from all of them."""
+    return shapes_of(row, spec, **source_sizes(spec))[0][1]

@@ -53,10 +53,12 @@ def saved_tensors(
     tokens, value = local_tokens(shape, work, degrees), work.bytes_per_value
     stream = tokens.sequence_parallel * shape.hidden_size * value
     heads = tokens.gathered / degrees.tp
+    # With more tp ranks than query groups, each keeps the gathered projection of all groups.
+    qkv_tokens = tokens.gathered if degrees.tp > shape.num_query_groups else heads
     saved = {
         "layer_input": stream,
         "attention_norm_output": stream,
-        "qkv": heads * (shape.query_width + 2 * shape.kv_width) * value,
+        "qkv": qkv_tokens * (shape.query_width + 2 * shape.kv_width) * value,
         "attention_output": heads * shape.query_width * value,
         "softmax_statistics": heads * shape.num_attention_heads * 4,
         "ffn_norm_input": stream,
@@ -89,7 +91,10 @@ def _rotary_tensors(shape: MoeShape, work: Workload, degrees: Degrees) -> dict[s
     """
     tokens, value = local_tokens(shape, work, degrees), work.bytes_per_value
     heads = tokens.gathered / degrees.tp
-    query, pair = heads * shape.query_width * value, heads * 2 * shape.kv_width * value
+    query, pair = (
+        heads * shape.query_width * value,
+        tokens.gathered * 2 * shape.kv_width_of_rank(degrees.tp) * value,
+    )
     positions = tokens.gathered / work.micro_batch_size
     return {
         "rotated": query + pair / 2 if degrees.cp == 1 else pair * (degrees.cp - 1),
@@ -123,7 +128,7 @@ def chunks_in_flight(*, micro_batches: int, degrees: Degrees, pp_rank: int) -> i
 def stage_activations(shape: MoeShape, work: Workload, degrees: Degrees, *, pp_rank: int) -> float:
     """Return the bytes that a rank of stage ``pp_rank`` keeps at the peak of the schedule.
 
-    Each of the pp * vpp chunks is assumed to have the model's mean mix of MoE and dense layers.
+    Each chunk is assumed to have the model's mean mix of MoE and dense layers.
     """
     routed = kept_bytes(shape, work, degrees, routes=True) if shape.moe_layers else 0.0
     dense = kept_bytes(shape, work, degrees, routes=False) if shape.num_dense_layers else 0.0
@@ -131,7 +136,7 @@ def stage_activations(shape: MoeShape, work: Workload, degrees: Degrees, *, pp_r
     in_flight = chunks_in_flight(
         micro_batches=work.micro_batches(degrees), degrees=degrees, pp_rank=pp_rank
     )
-    return in_flight * model / (degrees.pp * degrees.vpp)
+    return in_flight * model * degrees.stage_shares(shape.num_layers)[pp_rank] / degrees.vpp
 
 
 def recomputed_layer(shape: MoeShape, work: Workload, degrees: Degrees) -> float:

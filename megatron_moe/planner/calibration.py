@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from megatron_moe.errors import ConfigError
+from megatron_moe.json_text import parse_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,8 +26,30 @@ class Calibration:
 PRIOR = Calibration()
 
 FITTED = Calibration(
-    gemm_efficiency=0.783,
-    link_efficiency=0.661,
-    layer_overhead_seconds=9.07e-4,
+    gemm_efficiency=0.732,
+    link_efficiency=0.662,
+    layer_overhead_seconds=1.056e-3,
 )
 """Result of a fit to published throughput, by research/calibration; see docs/planning.md."""
+
+
+def read_constants(path: Path) -> Calibration:
+    """Read the constants that ``plan --calibrate`` wrote.
+
+    Raises:
+        ConfigError: The file cannot be read or holds other values.
+    """
+    names = {field.name for field in fields(Calibration)}
+    try:
+        tree = parse_json(path.read_text(encoding="utf-8"))["constants"]
+        values = {name: float(tree[name]) for name in names}
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path} holds no constants of the time model: {error}.\n"
+            "  megatron-moe plan --calibrate RECORDS --constants FILE writes such a file"
+        ) from error
+    if bad := [f"{name} ({value})" for name, value in values.items() if not 0 < value < math.inf]:
+        raise ConfigError(f"{path}: {', '.join(bad)} must be positive numbers")
+    return Calibration(**values)

@@ -8,10 +8,11 @@ from typing import Any
 
 from megatron_moe.config.run import RunConfig
 from megatron_moe.hf.spec import DenseSpec
-from megatron_moe.planner.calibration import FITTED
+from megatron_moe.planner.calibration import FITTED, Calibration
 from megatron_moe.planner.hardware import gpu_named
 from megatron_moe.planner.layer import Machine
 from megatron_moe.planner.memory import peak_memory
+from megatron_moe.planner.relief import reliefs
 from megatron_moe.planner.search import Candidate, configured
 from megatron_moe.planner.shape import MoeShape, upcycled_shape
 from megatron_moe.planner.time import step_time
@@ -36,13 +37,15 @@ class CheckResult:
     """The prediction; None if the layout is not legal."""
     advice: tuple[str, ...]
     """Changes of one setting that fit and are predicted to be faster."""
+    reliefs: tuple[str, ...] = ()
+    """If the layout does not fit: changes after which the run does, cheapest first."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for ``--json``; numbers are null if the layout is not legal."""
         predicted = self.candidate.to_json() if self.candidate else {}
         numbers = (
-            "mfu", "tokens_per_second_per_gpu", "memory_gib", "step_seconds", "seconds_by_part",
-            "limit", "layout",
+            "mfu", "mfu_full_attention", "tokens_per_second_per_gpu", "memory_gib", "step_seconds",
+            "seconds_by_part", "limit", "layout",
         )  # fmt: skip
         return {
             "legal": self.legal,
@@ -50,18 +53,24 @@ class CheckResult:
             "reasons": list(self.reasons),
             **{name: predicted.get(name) for name in numbers},
             "advice": list(self.advice),
+            "reliefs": list(self.reliefs),
         }
 
 
 def check_layout(
-    config: RunConfig, spec: DenseSpec, *, gpus: int, gpu: str = "h100"
+    config: RunConfig,
+    spec: DenseSpec,
+    *,
+    gpus: int,
+    gpu: str = "h100",
+    constants: Calibration = FITTED,
 ) -> CheckResult:
     """Check the layout, batch and model of a configuration on ``gpus`` ranks.
 
     Raises:
         ConfigError: ``gpu`` is not in the hardware table.
     """
-    machine = Machine(gpu_named(gpu), FITTED)
+    machine = Machine(gpu_named(gpu), constants)
     if broken_rules := violations(config, spec, gpus):
         return CheckResult(
             legal=False, fits=False, reasons=tuple(broken_rules), candidate=None, advice=()
@@ -76,6 +85,9 @@ def check_layout(
         reasons=reasons,
         candidate=candidate,
         advice=tuple(_advice(config, spec, shape, candidate, machine)),
+        reliefs=tuple(map(str, reliefs(config, spec, gpus=gpus, gpu=gpu, current=candidate)))
+        if excess > 0
+        else (),
     )
 
 
@@ -119,7 +131,7 @@ def _advice(
 
 def _neighbors(shape: MoeShape, current: Candidate) -> Iterator[tuple[str, Degrees, Workload]]:
     """Yield layouts with one degree or the micro-batch halved or doubled, or with maximum vpp."""
-    for axis in (f.name for f in fields(Degrees) if f.name != "gpus"):
+    for axis in (f.name for f in fields(Degrees) if f.name not in ("gpus", "ends")):
         value = getattr(current.degrees, axis)
         values = {value * 2, max(1, value // 2)}
         if axis == "vpp":

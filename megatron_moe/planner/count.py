@@ -1,4 +1,4 @@
-"""``megatron-moe flops``: count the parameters and FLOPs of a folder or a configuration."""
+"""``megatron-moe flops``: count the parameters and FLOPs of a model or a configuration."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_moe.config.load import load
-from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import ConfigError
-from megatron_moe.hf.spec import read_spec
+from megatron_moe.experts.from_source import load_run
+from megatron_moe.hf.known import model_named
+from megatron_moe.hf.planned import spec_to_plan
 from megatron_moe.planner.flops import ForwardFlops, forward_flops, training_flops
 from megatron_moe.planner.moe_config import read_config, shape_from_hf
 from megatron_moe.planner.parameters import active_parameters, total_parameters
@@ -31,6 +31,8 @@ class ModelCounts:
     """Forward and backward FLOPs, counted like `forward_flops`."""
     causal_forward_flops: int
     """`forward_flops` with only the half of the attention scores that a causal model uses."""
+    causal_training_flops: int
+    """Forward and backward FLOPs, counted like `causal_forward_flops`."""
     forward_flops_by_part: dict[str, int]
 
     def to_json(self) -> dict[str, Any]:
@@ -39,12 +41,13 @@ class ModelCounts:
 
 
 def count(path: Path, *, sequence_length: int | None = None) -> ModelCounts:
-    """Count a Hugging Face folder (a config.json is enough) or the MoE of a run's YAML file.
+    """Count a Hugging Face folder, a known model, or the MoE of a run's YAML file.
 
     Args:
-        path: The folder, its config.json, or the YAML file of a run.
+        path: The folder (a config.json is enough), its config.json, the name of a known model, or
+            the YAML file of a run.
         sequence_length: Tokens of the sequence; None takes ``data.seq_length`` of a YAML file, or
-            4096 for a folder.
+            4096 otherwise.
 
     Raises:
         ConfigError, CheckpointError: ``path`` holds no model that can be counted.
@@ -54,9 +57,14 @@ def count(path: Path, *, sequence_length: int | None = None) -> ModelCounts:
         shape = shape_from_hf(read_config(folder), where=str(folder / "config.json"))
         return count_shape(shape, sequence_length=sequence_length or DEFAULT_SEQUENCE)
     if not path.exists():
-        raise ConfigError(f"{path} is neither a Hugging Face folder nor a configuration file")
-    config = load(RunConfig, path)
-    shape = upcycled_shape(read_spec(config.source.path), config.moe)
+        if path.suffix in (".yaml", ".yml"):
+            raise ConfigError(f"{path} is neither a Hugging Face folder nor a configuration file")
+        model = model_named(str(path))
+        shape = shape_from_hf(model.config, where=model.name)
+        return count_shape(shape, sequence_length=sequence_length or DEFAULT_SEQUENCE)
+    config = load_run(path)
+    spec, _ = spec_to_plan(config.source.path)
+    shape = upcycled_shape(spec, config.moe)
     return count_shape(
         shape,
         sequence_length=sequence_length or config.data.seq_length,
@@ -81,6 +89,7 @@ def count_shape(
         forward_flops=full.model,
         training_flops=training_flops(full.model),
         causal_forward_flops=causal.model,
+        causal_training_flops=training_flops(causal.model),
         forward_flops_by_part=_by_part(full),
     )
 

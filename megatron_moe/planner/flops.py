@@ -1,9 +1,11 @@
-"""Floating-point operations of one sequence, counted the way published figures count them.
+"""Floating-point operations of one sequence, in the two conventions of published figures.
 
 Only matrix products count, with two operations per multiply-add; norms, activations and softmax do
-not. The backward pass costs twice the forward pass. Attention scores count as the full ``S x S``
-square unless ``causal`` is set: LLaMA-MoE (arXiv 2406.16554, table 3), arXiv 2412.09952 (table 1)
-and 2504.14960 all count that way, although a causal kernel computes half of it.
+not. The backward pass costs twice the forward pass. The conventions differ in attention scores:
+
+    causal           the triangle that a causal model needs
+    full attention   the whole ``S x S`` square, as LLaMA-MoE (arXiv 2406.16554, table 3) and
+                     arXiv 2412.09952 (table 1) count, although no causal kernel computes it
 
 The router's product is counted separately, because the papers exclude it.
 """
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import lru_cache, partial
 
 from megatron_moe.config.run import Role
 from megatron_moe.planner.shape import MoeShape
@@ -84,6 +87,31 @@ def forward_flops(
         padding=shape.num_moe_layers
         * expert_row
         * _padding_rows(shape, rows, padded_capacity_factor),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceFlops:
+    """Operations of training on one sequence, forward and backward: the numerators of MFU."""
+
+    causal: int
+    """Operations that a causal model needs."""
+    full_attention: int
+    """Operations if the whole square of the attention scores counted."""
+
+
+@lru_cache
+def sequence_flops(
+    shape: MoeShape, sequence_length: int, frozen: frozenset[Role] = frozenset()
+) -> SequenceFlops:
+    """Count the operations of training on one sequence in both conventions.
+
+    The weight gradients of ``frozen`` roles are not computed, so they are left out.
+    """
+    forward = partial(forward_flops, shape, sequence_length=sequence_length)
+    return SequenceFlops(
+        causal=step_flops(forward(causal=True), frozen),
+        full_attention=step_flops(forward(), frozen),
     )
 
 

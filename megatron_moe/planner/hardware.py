@@ -21,6 +21,10 @@ class Gpu:
     """Bandwidth to the GPUs of the same node, in one direction."""
     network_bytes_per_second: float
     """Bandwidth to other nodes, in one direction; each GPU has one network adapter."""
+    torch_attention_efficiency: float = 0.35
+    """Fraction of the peak that FlashAttention-2, which torch has, reaches: 0.35 on H100 (arXiv
+    2407.08608, abstract), and as much as FlashAttention-3 there on A100. Never measured by this
+    project; newer GPUs are assumed to be like H100."""
     gpus_per_node: int = 8
 
     @property
@@ -44,6 +48,7 @@ GPUS: dict[str, Gpu] = {
             hbm_bytes_per_second=2.04e12,
             nvlink_bytes_per_second=300e9,
             network_bytes_per_second=25e9,
+            torch_attention_efficiency=0.62,
         ),
         Gpu(
             name="h100",

@@ -1,7 +1,8 @@
 """Predict the forward and backward seconds of one layer's compute kernels, without communication.
 
-A kernel's time is its operations at the fitted efficiency plus its bytes at the memory bandwidth
-(an additive roofline), so small or thin products slow down without a constant of their own.
+A kernel's time is its operations at the fitted efficiency plus its operands at the memory bandwidth
+(an additive roofline), so small or thin products slow down without a constant of their own. The
+fp32 buffer of a weight's gradient is read and written meanwhile.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 
 from megatron_moe.planner.calibration import Calibration
 from megatron_moe.planner.hardware import Gpu
+from megatron_moe.planner.workload import Engine
 
 HBM_EFFICIENCY = 0.8
 """Fraction of the data-sheet bandwidth that element-wise kernels and operands reach (like
@@ -47,21 +49,39 @@ class Kernels:
     gpu: Gpu
     calibration: Calibration
     bytes_per_value: int = 2
+    engine: Engine = "transformer_engine"
 
-    def linear(self, rows: float, inputs: int, outputs: int, *, copies: int = 1) -> Seconds:
-        """Return the time of a linear layer, or of ``copies`` experts that share ``rows``.
+    def linear(self, rows: float, inputs: int, outputs: int) -> Seconds:
+        """Return the time of a linear layer; see `grouped`."""
+        return self._products(rows, inputs, outputs, copies=1, separate=False)
 
-        The backward pass has two products: the input's gradient, and the weight's gradient, which
-        is accumulated into an fp32 buffer that is read and written.
+    def grouped(self, rows: float, inputs: int, outputs: int, *, copies: int) -> Seconds:
+        """Return the time of the linear layers of ``copies`` experts that share ``rows``.
+
+        Torch's grouped product cannot add to the fp32 buffer: its result is written and read once
+        more, after the product. Its efficiency is assumed to be that of other products.
+        """
+        separate = self.engine == "torch"
+        return self._products(rows, inputs, outputs, copies=copies, separate=separate)
+
+    def _products(
+        self, rows: float, inputs: int, outputs: int, *, copies: int, separate: bool
+    ) -> Seconds:
+        """Return the time of a product and of the products of its backward pass.
+
+        The backward pass has two products: the input's gradient, and the weight's gradient. The
+        latter is accumulated into an fp32 buffer, tile by tile: while one tile is read and written,
+        the next is computed, so the longer of the two counts.
         """
         flops = 2 * rows * inputs * outputs / (self.gpu.peak_flops * self._gemm)
         weights = copies * inputs * outputs
-        operands = self.bytes_per_value * (rows * (inputs + outputs) + weights)
-        gradient = self.bytes_per_value * rows * (inputs + outputs) + 8 * weights
-        return Seconds(
-            flops + operands / self._bandwidth,
-            2 * flops + (operands + gradient) / self._bandwidth,
-        )
+        activations = self.bytes_per_value * rows * (inputs + outputs) / self._bandwidth
+        product = flops + activations + self.bytes_per_value * weights / self._bandwidth
+        buffer = 8 * weights / self._bandwidth
+        accumulated = max(flops + activations, buffer)
+        if separate:
+            accumulated = flops + activations + buffer + 4 * weights / self._bandwidth
+        return Seconds(product, product + accumulated)
 
     def attention(self, batch: int, length: float, sequence: int, width: float) -> Seconds:
         """Return the time of causal flash attention for ``length`` queries of each sequence.
@@ -71,7 +91,9 @@ class Kernels:
         """
         seen = sequence / 2
         flops = 4 * batch * length * seen * width
-        reached = ATTENTION_EFFICIENCY * length / (length + ATTENTION_HALF_LENGTH)
+        torch = self.engine == "torch"
+        best = self.gpu.torch_attention_efficiency if torch else ATTENTION_EFFICIENCY
+        reached = best * length / (length + ATTENTION_HALF_LENGTH)
         forward = flops / (self.gpu.peak_flops * reached)
         return Seconds(forward, 2.5 * forward)
 

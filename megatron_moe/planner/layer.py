@@ -44,7 +44,7 @@ def layer_seconds(
     shape: MoeShape, work: Workload, degrees: Degrees, machine: Machine, *, routes: bool
 ) -> Parts:
     """Return the time of one layer by part; ``routes`` selects an MoE layer."""
-    kernels = Kernels(machine.gpu, machine.calibration, work.bytes_per_value)
+    kernels = Kernels(machine.gpu, machine.calibration, work.bytes_per_value, work.engine)
     attention = _attention(shape, work, degrees, kernels, machine.links)
     if routes:
         ffn = _experts(shape, work, degrees, kernels, machine.links)
@@ -97,16 +97,17 @@ def _attention(
         shape.query_width / tp,
     )  # fmt: skip
     # Norms and additions read or write the residual stream 2 x 5 times forward, 2 x 6 backward;
-    # the rotary embedding reads and writes queries and keys.
+    # the rotary embedding reads and writes queries and keys, three times without fusion.
+    passes = 6 if work.engine == "torch" else 2
     stream = kernels.elementwise(tokens / tp * d, forward=10, backward=12)
     rotary = kernels.elementwise(
-        tokens * (shape.query_width + shape.kv_width) / tp, forward=2, backward=2
+        tokens * (shape.query_width + shape.kv_width) / tp, forward=passes, backward=passes
     )
     return {
         "gemm": kernels.linear(tokens, d, qkv) + kernels.linear(tokens, shape.query_width // tp, d),
         "attention": core,
         "memory": stream + rotary,
-        "tp": _sequence_parallel(tokens * d * work.bytes_per_value, degrees, links),
+        "tp": _sequence_parallel(tokens * d, work, degrees, links),
         "cp": _exchange_kv(shape, work, degrees, links, attention=core),
     }
 
@@ -125,14 +126,16 @@ def _experts(
     permute = kernels.elementwise(received * d, forward=3.5, backward=3.5)
     if local > 1:
         permute += kernels.elementwise(rows * d, forward=4, backward=4)
+    # The torch engine recomputes the activation in the backward pass, and writes it.
+    swiglu = 6 if work.engine == "torch" else 5
     shared = {}
     if shape.shared_expert_size:
         shared = _ffn(shape.shared_expert_size, shape, work, degrees, kernels, links)
     dispatch = _overlapped(Seconds(2 * exchange, 2 * exchange), behind=shared.get("gemm", ZERO))
     routed = {
-        "gemm": kernels.linear(rows, d, 2 * neurons, copies=local)
-        + kernels.linear(rows, neurons, d, copies=local),
-        "memory": permute + kernels.elementwise(rows * neurons, forward=3, backward=5),
+        "gemm": kernels.grouped(rows, d, 2 * neurons, copies=local)
+        + kernels.grouped(rows, neurons, d, copies=local),
+        "memory": permute + kernels.elementwise(rows * neurons, forward=3, backward=swiglu),
         "ep": dispatch,
         "etp": Seconds(2 * gather, 2 * gather),
     }
@@ -148,18 +151,21 @@ def _ffn(
     return {
         "gemm": kernels.linear(tokens, d, 2 * local) + kernels.linear(tokens, local, d),
         "memory": kernels.elementwise(tokens * local, forward=3, backward=5),
-        "tp": _sequence_parallel(tokens * d * work.bytes_per_value, degrees, links),
+        "tp": _sequence_parallel(tokens * d, work, degrees, links),
     }
 
 
-def _sequence_parallel(total_bytes: float, degrees: Degrees, links: Links) -> Seconds:
-    """Return the time of sequence parallelism's collectives.
+def _sequence_parallel(values: float, work: Workload, degrees: Degrees, links: Links) -> Seconds:
+    """Return the exposed time of sequence parallelism's collectives.
 
-    The forward pass has an all-gather and a reduce-scatter; the backward pass has both, and gathers
-    the input again.
+    The forward pass has an all-gather and a reduce-scatter. The backward pass gathers the output's
+    gradient, and overlaps two collectives with products: the input is gathered again during the
+    product of the input's gradient, and that gradient is scattered during the product of the
+    weight's (Megatron-Core, tensor_parallel/layers.py). ``tp_comm_overlap`` overlaps the others.
     """
-    once = links.gather(group_of("tp", degrees), total_bytes)
-    return Seconds(2 * once, 3 * once)
+    once = links.gather(group_of("tp", degrees), values * work.bytes_per_value)
+    alone = EXPOSED if work.tp_comm_overlap else 1.0
+    return Seconds(2 * alone * once, (alone + 2 * EXPOSED) * once)
 
 
 def _exchange_kv(

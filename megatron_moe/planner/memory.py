@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 
 from megatron_moe.config.run import OptimizerName, Role
 from megatron_moe.parallel.shards import padded_vocabulary
+from megatron_moe.parallel.stages import EVEN
 from megatron_moe.planner.activations import local_tokens, recomputed_layer, stage_activations
 from megatron_moe.planner.buffers import BufferLayout, distributed_layout
 from megatron_moe.planner.parameters import (
@@ -273,14 +274,12 @@ def rank_memory(
 def peak_memory(shape: MoeShape, work: Workload, degrees: Degrees) -> RankMemory:
     """Return the memory of the rank that needs most, in closed form.
 
-    That rank is in the first stage, which has the most micro-batches in flight, or in the last,
-    which has the logits.
+    That rank is in the first stage, which has the most micro-batches in flight, in the last, which
+    has the logits, or in the second, if the first has fewer layers.
     """
-    first = rank_memory(shape, work, degrees, pp_rank=0)
-    if degrees.pp == 1:
-        return first
-    last = rank_memory(shape, work, degrees, pp_rank=degrees.pp - 1)
-    return max(first, last, key=lambda memory: memory.total)
+    stages = {0, degrees.pp - 1} | ({min(1, degrees.pp - 1)} if degrees.ends != EVEN else set())
+    memories = (rank_memory(shape, work, degrees, pp_rank=stage) for stage in sorted(stages))
+    return max(memories, key=lambda memory: memory.total)
 
 
 def _dispatcher(shape: MoeShape, work: Workload, degrees: Degrees) -> float:

@@ -78,7 +78,7 @@ def rank_parameters(shape: MoeShape, degrees: Degrees, *, pp_rank: int) -> tuple
     d, tp = shape.hidden_size, degrees.tp
     qkv = (shape.query_width + 2 * shape.kv_width) // tp
     attention = d * (qkv + shape.query_width // tp + 2) + qkv * shape.qkv_bias
-    attention += 2 * shape.kv_channels * shape.qk_layernorm
+    attention += sum(shape.qk_norm_sizes(tp))
     router = sum(shape.router_sizes.values()) + d * shape.shared_expert_gate
     dense = len(layers) * attention
     dense += routed * (router + 3 * d * (shape.shared_expert_size // tp))
@@ -101,6 +101,7 @@ def rank_layers(shape: MoeShape, degrees: Degrees, *, pp_rank: int) -> list[int]
             num_layers=shape.num_layers,
             pp=degrees.pp,
             vpp=degrees.vpp,
+            ends=degrees.ends,
             pp_rank=pp_rank,
             vpp_rank=vpp_rank,
         )
@@ -145,6 +146,7 @@ def chunk_tensors(
         num_layers=shape.num_layers,
         pp=degrees.pp,
         vpp=degrees.vpp,
+        ends=degrees.ends,
         pp_rank=pp_rank,
         vpp_rank=vpp_rank,
     )
@@ -166,8 +168,8 @@ def layer_tensors(shape: MoeShape, degrees: Degrees, *, layer: int) -> list[Loca
         "self_attention.linear_proj.weight": d * shape.query_width // tp,
         "self_attention.linear_qkv.weight": d * qkv,
         "self_attention.linear_qkv.bias": qkv * shape.qkv_bias,
-        "self_attention.q_layernorm.weight": shape.kv_channels * shape.qk_layernorm,
-        "self_attention.k_layernorm.weight": shape.kv_channels * shape.qk_layernorm,
+        "self_attention.q_layernorm.weight": shape.qk_norm_sizes(tp)[0],
+        "self_attention.k_layernorm.weight": shape.qk_norm_sizes(tp)[1],
         "pre_mlp_layernorm.weight": d,
     }
     experts: dict[str, int] = {}

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import ConfigError
 from megatron_moe.hf.spec import DenseSpec
-from megatron_moe.planner.calibration import FITTED
+from megatron_moe.planner.calibration import FITTED, Calibration
 from megatron_moe.planner.candidates import MICRO_BATCH_SIZES, chunkings, layouts
 from megatron_moe.planner.frontier import Family, Frontier, Setting
 from megatron_moe.planner.hardware import gpu_named
@@ -23,6 +23,10 @@ MAX_SHOWN_TOO_LARGE = 5
 MAX_ILLEGAL_SETTINGS = 20
 """Number of settings that may break rules before any legal one; then the configuration itself,
 not the layout, is assumed to be illegal."""
+
+
+class NothingFitsError(ConfigError):
+    """Legal layouts exist, but none fits into the memory of the GPUs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +45,7 @@ class Candidate:
             "micro_batch_size": self.work.micro_batch_size,
             "recompute": self.work.recompute,
             "mfu": self.time.mfu,
+            "mfu_full_attention": self.time.mfu_full_attention,
             "tokens_per_second_per_gpu": self.time.tokens_per_second_per_gpu,
             "step_seconds": self.time.step_seconds,
             "seconds_by_part": self.time.parts,
@@ -104,7 +109,13 @@ class SearchResult:
 
 
 def search(
-    config: RunConfig, spec: DenseSpec, *, gpus: int, gpu: str = "h100", keep: int = 10
+    config: RunConfig,
+    spec: DenseSpec,
+    *,
+    gpus: int,
+    gpu: str = "h100",
+    keep: int = 10,
+    constants: Calibration = FITTED,
 ) -> SearchResult:
     """Rank all layouts of a configuration on ``gpus`` ranks by predicted tokens per second.
 
@@ -117,11 +128,13 @@ def search(
         gpus: Number of ranks.
         gpu: Name of a GPU in the hardware table.
         keep: Number of layouts to return.
+        constants: Constants of the time model.
 
     Raises:
-        ConfigError: The GPU is unknown, no layout is legal, or none fits.
+        ConfigError: The GPU is unknown, or no layout is legal.
+        NothingFitsError: No legal layout fits.
     """
-    shape, machine = upcycled_shape(spec, config.moe), Machine(gpu_named(gpu), FITTED)
+    shape, machine = upcycled_shape(spec, config.moe), Machine(gpu_named(gpu), constants)
     space = _space(shape, workload_of(config), gpus, machine)
     if not space.num_legal:
         broken_rules = violations(config, spec, gpus)
@@ -132,7 +145,7 @@ def search(
         )
     best, too_large = _walk(config, spec, space, Frontier(shape, machine, space.families), keep)
     if not best:
-        raise ConfigError(_nothing_fits(space, too_large))
+        raise NothingFitsError(_nothing_fits(space, too_large))
     return SearchResult(
         gpu=gpu,
         gpus=gpus,
@@ -260,13 +273,11 @@ def _nothing_fits(space: _Space, too_large: list[TooLarge]) -> str:
         return (
             f"no layout of {space.gpus} {gpu.name} holds the model: weights, gradients and "
             f"optimizer state need at least {space.least_state_gib:.1f} GiB a rank, "
-            f"{space.least_state_gib - gpu.usable_gib:.1f} GiB more than usable.\n"
-            "  use more GPUs"
+            f"{space.least_state_gib - gpu.usable_gib:.1f} GiB more than usable."
         )
     closest = min(too_large, key=lambda one: one.excess_gib)
     return (
         f"no layout of {space.gpus} {gpu.name} holds the model and a micro-batch: the closest, "
         f"{closest.degrees} with recompute {closest.work.recompute}, needs "
-        f"{closest.excess_gib:.1f} GiB more than usable on a rank.\n"
-        "  use more GPUs or a shorter data.seq_length"
+        f"{closest.excess_gib:.1f} GiB more than usable on a rank."
     )

@@ -37,6 +37,8 @@ class MoeShape:
     tied_embeddings: bool = False
     qkv_bias: bool = False
     qk_layernorm: bool = False
+    qk_norm_spans_heads: bool = False
+    """Whether the norms of query and key have a weight for each head, which tp ranks share."""
     num_moe_experts: int = 1
     moe_router_topk: int = 1
     moe_ffn_hidden_size: int = 0
@@ -56,6 +58,16 @@ class MoeShape:
     def kv_width(self) -> int:
         """Width of the keys (or values) of all groups, G * kv_channels."""
         return self.num_query_groups * self.kv_channels
+
+    def kv_width_of_rank(self, tp: int) -> int:
+        """Return the width of the keys (or values) that a tp rank attends to: at least one head."""
+        return max(self.kv_width // tp, self.kv_channels)
+
+    def qk_norm_sizes(self, tp: int) -> tuple[int, int]:
+        """Return the parameters of a layer's norms of query and key on one of ``tp`` ranks."""
+        if self.qk_norm_spans_heads:
+            return self.query_width // tp, self.kv_width // tp
+        return self.kv_channels * self.qk_layernorm, self.kv_channels * self.qk_layernorm
 
     @property
     def router_sizes(self) -> dict[str, int]:
@@ -92,6 +104,7 @@ def upcycled_shape(spec: DenseSpec, moe: Moe) -> MoeShape:
         moe_router_topk=moe.moe_router_topk,
         moe_ffn_hidden_size=moe.expert_size(spec.ffn_hidden_size),
         shared_expert_size=moe.shared_size,
+        shared_expert_gate=moe.moe_shared_expert_gate,
         router_gate=moe.router_gate,
         **_attention_of(spec),
     )
@@ -101,5 +114,6 @@ def _attention_of(spec: DenseSpec) -> dict[str, Any]:
     names = (
         "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
         "kv_channels", "vocab_size", "tied_embeddings", "qkv_bias", "qk_layernorm",
+        "qk_norm_spans_heads",
     )  # fmt: skip
     return {name: getattr(spec, name) for name in names}

@@ -34,6 +34,7 @@ def search_report(result: SearchResult) -> RenderableType:
     best = result.best[0]
     return Group(
         _engine_line(best.work),
+        *_dropped_lines(best.work),
         Text(),
         _best_table(result),
         Text(),
@@ -57,15 +58,19 @@ def check_report(result: CheckResult, *, gpus_per_node: int = 8) -> RenderableTy
     time = result.candidate.time
     lines.append(
         Text(
-            f"{time.mfu:.1f}% MFU, {time.tokens_per_second_per_gpu:.0f} tokens/s a GPU, "
+            f"{time.mfu:.1f}% MFU with causal attention ({time.mfu_full_attention:.1f}% with full "
+            f"attention), {time.tokens_per_second_per_gpu:.0f} tokens/s a GPU, "
             f"{time.step_seconds:.2f} s a step"
         )
     )
     return Group(
         *lines,
         _engine_line(result.candidate.work),
+        *_dropped_lines(result.candidate.work),
         _parts_table(result.candidate),
         *(Text(f"faster: {advice}") for advice in result.advice),
+        *([Text("changes that make it fit, cheapest first:")] if result.reliefs else []),
+        *(Text(f"  {relief}") for relief in result.reliefs),
         layout_report(result.candidate.degrees, gpus_per_node=gpus_per_node),
     )
 
@@ -74,10 +79,23 @@ def _engine_line(work: Workload) -> Text:
     """Name the engine that the figures are for."""
     if work.engine == "torch":
         return Text(
-            "engine: torch. Memory is predicted for it; times are those of Transformer Engine's\n"
-            "kernels, because the torch engine has not been measured."
+            "engine: torch, which has never been measured. Its terms are passes over memory and\n"
+            "the published efficiency of FlashAttention-2."
         )
     return Text("engine: Transformer Engine. If it is not installed, plan with run.engine=torch.")
+
+
+def _dropped_lines(work: Workload) -> list[Text]:
+    """Say that MFU counts dropped choices, if a capacity drops some of them for certain."""
+    factor = work.capacity_factor
+    if factor is None or factor >= 1:
+        return []
+    return [
+        Text(
+            f"At least {1 - factor:.0%} of the routed choices are dropped. MFU counts them as "
+            "computed,\nas published figures do, so it is higher than what the GPU does."
+        )
+    ]
 
 
 def counts_report(counts: ModelCounts) -> RenderableType:
@@ -86,9 +104,10 @@ def counts_report(counts: ModelCounts) -> RenderableType:
     rows = {
         "total parameters": f"{counts.total_parameters / 1e9:.2f} B",
         "active parameters": f"{counts.active_parameters / 1e9:.2f} B",
-        "forward": f"{counts.forward_flops / 1e12:.1f} TFLOP",
-        "forward, causal half of the scores": f"{counts.causal_forward_flops / 1e12:.1f} TFLOP",
-        "forward and backward": f"{counts.training_flops / 1e12:.1f} TFLOP",
+        "forward, causal attention": f"{counts.causal_forward_flops / 1e12:.1f} TFLOP",
+        "forward, full attention": f"{counts.forward_flops / 1e12:.1f} TFLOP",
+        "training, causal attention": f"{counts.causal_training_flops / 1e12:.1f} TFLOP",
+        "training, full attention": f"{counts.training_flops / 1e12:.1f} TFLOP",
     }
     for name, value in rows.items():
         table.add_row(name, value)
@@ -153,6 +172,9 @@ def _legend(result: SearchResult) -> Text:
     limits = dict.fromkeys(one.time.limit for one in result.best)
     lines = [
         "layout: degrees of parallelism other than 1. micro: train.micro_batch_size.",
+        "MFU: with causal attention; papers that count full attention print "
+        f"{result.best[0].time.mfu_full_attention:.1f}",
+        f"for the {result.best[0].time.mfu:.1f} of the first.",
         "tokens/s: of one GPU. GiB: of the rank that needs most. limited by: the largest",
         "part of a step besides matrix products, with its share:",
         *(f"  {_SHORT.get(name, name)}: {MEANING[name]}" for name in limits),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from megatron_moe.parallel.shards import padded_vocabulary
-from megatron_moe.planner.flops import forward_flops, training_flops
+from megatron_moe.planner.flops import sequence_flops
 from megatron_moe.planner.kernels import HBM_EFFICIENCY, Kernels, Seconds
 from megatron_moe.planner.layer import EXPOSED, Machine, layer_seconds
 from megatron_moe.planner.network import group_of
@@ -29,7 +29,10 @@ class StepTime:
     step_seconds: float
     tokens_per_second_per_gpu: float
     mfu: float
-    """Percent of the GPU's dense bf16 peak, counting full attention and no padding."""
+    """Percent of the GPU's dense bf16 peak. Counts the attention that a causal model needs, and no
+    padding."""
+    mfu_full_attention: float
+    """Percent of the peak with the whole square of the attention scores, as some papers count."""
     parts: dict[str, float]
     """Seconds of the step by part; they sum to `step_seconds`."""
 
@@ -45,19 +48,22 @@ def step_time(shape: MoeShape, work: Workload, degrees: Degrees, machine: Machin
     """Predict the time of one step; the layout must be legal for the batch."""
     batches = work.micro_batches(degrees)
     layers, output = _model(shape, work, degrees, machine)
-    slowest = sum(layers.values()) / degrees.pp + output
-    parts = {name: batches * seconds / degrees.pp for name, seconds in layers.items()}
+    share = max(degrees.stage_shares(shape.num_layers))
+    slowest = sum(layers.values()) * share + output
+    parts = {name: batches * seconds * share for name, seconds in layers.items()}
     parts["output_layer"] = batches * output
     parts["bubble"] = (degrees.pp - 1) / degrees.vpp * slowest
     parts["pp"] = batches * _send(shape, work, degrees, machine)
     parts["dp"], parts["optimizer"] = _update(shape, work, degrees, machine)
     seconds = sum(parts.values())
-    flops = work.global_batch_size * _sequence_flops(shape, work.sequence_length)
+    flops = sequence_flops(shape, work.sequence_length)
+    percent = 100 * work.global_batch_size / (seconds * degrees.gpus * machine.gpu.peak_flops)
     tokens = work.sequence_length * work.global_batch_size
     return StepTime(
         step_seconds=seconds,
         tokens_per_second_per_gpu=tokens / seconds / degrees.gpus,
-        mfu=100 * flops / (seconds * degrees.gpus * machine.gpu.peak_flops),
+        mfu=percent * flops.causal,
+        mfu_full_attention=percent * flops.full_attention,
         parts=parts,
     )
 
@@ -130,11 +136,6 @@ def _update(
     shard = dense / replicas.size + experts / expert_replicas.size
     moved = 8 * (dense + experts) + 30 * shard
     return EXPOSED * communicate, moved / (machine.gpu.hbm_bytes_per_second * HBM_EFFICIENCY)
-
-
-@lru_cache
-def _sequence_flops(shape: MoeShape, sequence_length: int) -> int:
-    return training_flops(forward_flops(shape, sequence_length=sequence_length).model)
 
 
 @lru_cache(maxsize=4096)

@@ -107,11 +107,15 @@ def _attention(shape: MoeShape, work: Workload, degrees: Degrees) -> Traffic:
         * ("shared_experts" not in work.frozen)
     )
     block = ranks * batches * _tokens(work, degrees) * shape.hidden_size * work.bytes_per_value
-    kv = work.sequence_length * work.micro_batch_size * shape.kv_width // degrees.tp
+    kv = work.sequence_length * work.micro_batch_size * shape.kv_width_of_rank(degrees.tp)
     keys_and_values = 2 * ranks * batches * shape.num_layers * kv * work.bytes_per_value
+    # With more tp ranks than query groups, the output of the fused projection is gathered.
+    fused = shape.query_width + 2 * shape.kv_width
+    fused *= shape.num_layers * (degrees.tp > shape.num_query_groups)
+    fused_bytes = ranks * batches * _tokens(work, degrees) * fused * work.bytes_per_value
     return {
-        ("tp", "all_gather"): (2 * shared_by_tp + again) * block,
-        ("tp", "reduce_scatter"): 2 * shared_by_tp * block,
+        ("tp", "all_gather"): (2 * shared_by_tp + again) * block + fused_bytes,
+        ("tp", "reduce_scatter"): 2 * shared_by_tp * block + fused_bytes,
         ("cp", "all_gather"): keys_and_values,
         ("cp", "reduce_scatter"): keys_and_values,
     }
@@ -154,8 +158,10 @@ def _experts(shape: MoeShape, work: Workload, degrees: Degrees, padded_rows: int
 def _replicated(shape: MoeShape, work: Workload, degrees: Degrees) -> Traffic:
     """Count the gradients of parameters that tp replicates while it shards the sequence."""
     norms = (2 * shape.num_layers + 1) * shape.hidden_size
-    norms += 2 * shape.num_layers * shape.kv_channels * shape.qk_layernorm
-    routers = shape.num_moe_layers * sum(shape.router_sizes.values())
+    if not shape.qk_norm_spans_heads:
+        norms += 2 * shape.num_layers * shape.kv_channels * shape.qk_layernorm
+    gate = shape.hidden_size * shape.shared_expert_gate
+    routers = shape.num_moe_layers * (sum(shape.router_sizes.values()) + gate)
     trained = norms * ("norms" not in work.frozen) + routers * ("router" not in work.frozen)
     return {("tp", "all_reduce"): degrees.gpus // degrees.pp * trained * work.gradient_bytes}
 

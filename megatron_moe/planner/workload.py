@@ -6,6 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_moe.config.run import OptimizerName, Parallel, Role, RunConfig
+from megatron_moe.parallel.layout import ends_of
+from megatron_moe.parallel.stages import EVEN, Ends, stage_sizes
+
+Engine = Literal["torch", "transformer_engine"]
+"""Implementation of the layers, with ``auto`` resolved."""
 
 Recompute = Literal["none", "selective", "moe", "full"]
 """Activations that the backward pass recomputes instead of keeping.
@@ -32,6 +37,8 @@ class Degrees:
     vpp: int = 1
     ep: int = 1
     etp: int = 1
+    ends: Ends = EVEN
+    """Layers of the first and the last pipeline stage, if they differ from the others."""
 
     @property
     def dp(self) -> int:
@@ -42,6 +49,12 @@ class Degrees:
     def edp(self) -> int:
         """Number of replicas of the experts."""
         return self.gpus // (self.ep * self.etp * self.pp)
+
+    def stage_shares(self, num_layers: int) -> list[float]:
+        """Return each stage's part of the layers."""
+        sizes = stage_sizes(num_layers, self.pp, self.ends)
+        assert sizes is not None, "the rules refuse other layouts"
+        return [size / num_layers for size in sizes]
 
     def __str__(self) -> str:
         return (
@@ -63,6 +76,8 @@ class Degrees:
             virtual_pipeline_parallel_size=self.vpp if self.vpp > 1 else None,
             expert_parallel_size=self.ep,
             expert_tensor_parallel_size=self.etp,
+            num_layers_in_first_pipeline_stage=self.ends.first,
+            num_layers_in_last_pipeline_stage=self.ends.last,
         )
 
 
@@ -81,7 +96,9 @@ class Workload:
     """Load of the busiest expert rank relative to the mean, before tokens are dropped."""
     recompute: Recompute = "none"
     precision: Literal["fp32", "bf16"] = "bf16"
-    engine: Literal["torch", "transformer_engine"] = "transformer_engine"
+    tp_comm_overlap: bool = False
+    """Whether all tp collectives overlap with products, in pieces (``train.tp_comm_overlap``)."""
+    engine: Engine = "transformer_engine"
     """Implementation of the layers; it determines which tensors the backward pass keeps."""
     frozen: frozenset[Role] = frozenset()
     """Roles that have no gradients and no optimizer state."""
@@ -127,10 +144,11 @@ def degrees_of(config: RunConfig, *, gpus: int) -> Degrees:
         vpp=parallel.virtual_pipeline_parallel_size or 1,
         ep=parallel.expert_parallel_size,
         etp=parallel.expert_tensor_parallel_size,
+        ends=ends_of(parallel),
     )
 
 
-def engine_assumed(config: RunConfig) -> Literal["torch", "transformer_engine"]:
+def engine_assumed(config: RunConfig) -> Engine:
     """Return the engine to predict for; ``auto`` means Transformer Engine, except on a CPU.
 
     The prediction is for other machines, so the packages installed here do not matter.
@@ -150,6 +168,7 @@ def workload_of(config: RunConfig) -> Workload:
         pad_to_capacity=config.moe.moe_pad_expert_input_to_capacity,
         recompute=config.train.recompute,
         precision=config.train.precision,
+        tp_comm_overlap=config.train.tp_comm_overlap,
         engine=engine_assumed(config),
         frozen=config.train.always_frozen,
         optimizer=config.optimizer.optimizer,

@@ -44,7 +44,8 @@ LOSS = (
 )
 SPEED = (
     _Metric("throughput/tokens_per_second_per_gpu", "Tokens per second and rank", "tokens/s", True),
-    _Metric("throughput/mfu", "MFU", "relative to the peak in the log", True),
+    _Metric("throughput/mfu", "MFU", "causal attention, relative to the log's peak", True),
+    _Metric("throughput/mfu_full_attention", "MFU with full attention", "the whole square", True),
     _Metric("time/step_seconds", "Seconds per step", "seconds", True),
     _Metric("memory/peak_gib", "Memory", "GiB, peak over ranks", True),
 )
@@ -101,8 +102,8 @@ def names_of(paths: Sequence[Path]) -> list[str]:
 
 def _summary(names: list[str], runs: Sequence[RunFiles]) -> Html:
     head = [
-        "run", "step", "tokens seen", "training loss", "held-out loss", "tokens/s and rank", "MFU",
-        "busiest expert",
+        "run", "step", "tokens seen", "training loss", "held-out loss", "tokens/s and rank",
+        "MFU, causal", "busiest expert",
     ]  # fmt: skip
     rows: list[list[Child]] = [
         [

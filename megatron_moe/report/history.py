@@ -114,4 +114,11 @@ def _parse(line: str) -> Numbers | None:
     except ValueError:
         return None
     valid = isinstance(entry, dict) and isinstance(entry.get("step"), int)
-    return entry if valid else None
+    return _with_named_mfu(entry) if valid else None
+
+
+def _with_named_mfu(entry: Numbers) -> Numbers:
+    """Rename the MFU of version 0.1.0, which counted the whole square of the attention scores."""
+    if "throughput/mfu" in entry and "throughput/mfu_full_attention" not in entry:
+        entry["throughput/mfu_full_attention"] = entry.pop("throughput/mfu")
+    return entry

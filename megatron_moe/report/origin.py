@@ -8,7 +8,7 @@ import numpy as np
 
 from megatron_moe.config.run import Section as Settings
 from megatron_moe.errors import ConfigError
-from megatron_moe.parallel.layout import ParallelLayout, fold, local_experts
+from megatron_moe.parallel.layout import ParallelLayout, ends_of, fold, local_experts
 from megatron_moe.parallel.stages import chunk_layers
 from megatron_moe.report.grids import draw_grids
 from megatron_moe.report.html import Child, Html, command, el, folded, join, missing, number, table
@@ -42,10 +42,10 @@ def receipt(run: RunFiles) -> Section:
 def _receipt_facts(receipt: dict[str, Any]) -> Html:
     check = receipt.get("verification")
     agreement = (
-        ("logits, MoE and dense", "not compared", "upcycle.verify")
+        ("logits, MoE and source", "not compared", "upcycle.verify")
         if check is None
         else (
-            "largest logit difference to dense",
+            "largest logit difference to the source",
             f"{check['max_logit_error']:.2g}",
             f"{check['argmax_agreement']:.1%} of {check['tokens']} next tokens identical",
         )
@@ -63,7 +63,7 @@ def _receipt_facts(receipt: dict[str, Any]) -> Html:
             (
                 "seconds",
                 number(receipt["seconds"]),
-                f"{receipt['tensors_covered']} dense tensors used",
+                f"{receipt['tensors_covered']} source tensors used",
             ),
         ]
     )
@@ -73,7 +73,7 @@ def _against_dense(comparison: dict[str, Any] | None) -> Html | None:
     if comparison is None:
         return None
     rows: list[list[Child]] = [
-        ["dense model", number(comparison["loss_dense"])],
+        ["source model", number(comparison["loss_dense"])],
         ["MoE as upcycled", number(comparison["loss_moe"])],
     ]
     if comparison.get("loss_split_random_unscaled") is not None:
@@ -85,7 +85,7 @@ def _against_dense(comparison: dict[str, Any] | None) -> Html | None:
     losses = table(["model", "loss"], rows, caption=caption)
     errors, busiest = comparison.get("output_error"), comparison.get("busiest_expert")
     pictures = [
-        _by_layer(errors, "Error of each layer's output", "relative to dense"),
+        _by_layer(errors, "Error of each layer's output", "relative to the source"),
         _by_layer(busiest, "Busiest expert as upcycled", "tokens / mean"),
     ]
     return join([losses, figures(*pictures)])
@@ -180,8 +180,11 @@ def _layers(run: RunFiles, ranks: ParallelLayout, stage: int) -> str:
     vpp = run.config.parallel.virtual_pipeline_parallel_size or 1
     if run.spec is None:
         return "all" if pp == 1 else f"of stage {stage}"
+    ends = ends_of(run.config.parallel)
     chunks = [
-        chunk_layers(num_layers=run.spec.num_layers, pp=pp, vpp=vpp, pp_rank=stage, vpp_rank=chunk)
+        chunk_layers(
+            num_layers=run.spec.num_layers, pp=pp, vpp=vpp, ends=ends, pp_rank=stage, vpp_rank=chunk
+        )
         for chunk in range(vpp)
     ]
     return ", ".join(_range(chunk) for chunk in chunks)

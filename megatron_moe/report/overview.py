@@ -40,7 +40,8 @@ def facts_of(run: RunFiles) -> list[Fact]:
         _held_out(run),
         _last(run, "loss/lm", "training loss", "last step, nats per token"),
         _middle(run, "throughput/tokens_per_second_per_gpu", "tokens/s and rank"),
-        _middle(run, "throughput/mfu", "MFU", percent=True),
+        _middle(run, "throughput/mfu", "MFU, causal attention", percent=True),
+        _middle(run, "throughput/mfu_full_attention", "MFU, full attention", percent=True),
         _last(run, "router/load_imbalance", "busiest expert", "times the mean, last step"),
         _last(run, "router/drop_rate", "choices dropped", "last step", percent=True),
     ]

@@ -241,7 +241,7 @@ def _similarity(analyses: list[Analysis]) -> list[Html]:
         _cosines(title, cosines)
         for title, cosines in [
             ("Similarity between experts", between),
-            ("Similarity of experts to the dense layer", to_dense),
+            ("Similarity of experts to the source", to_dense),
         ]
         if cosines
     ]

@@ -49,7 +49,11 @@ def speed(run: RunFiles) -> Section:
         ),
         _one(
             run, "throughput/mfu", "MFU",
-            "model FLOPs / the peak in the run's log", from_zero=True,
+            "FLOPs with causal attention / the peak in the log", from_zero=True,
+        ),
+        _one(
+            run, "throughput/mfu_full_attention", "MFU with full attention",
+            "FLOPs with the whole square / the peak in the log", from_zero=True,
         ),
         _seconds(run),
         _one(run, "memory/peak_gib", "Memory, GiB", "peak over ranks", from_zero=True),
@@ -92,7 +96,7 @@ def _loss(run: RunFiles) -> Html | None:
         for line in lines
     ]  # fmt: skip
     dense = ((run.receipt or {}).get("against_dense") or {}).get("loss_dense")
-    level = ("dense model, held-out text", float(dense)) if dense is not None else None
+    level = ("source model, held-out text", float(dense)) if dense is not None else None
     picture = line_picture(lines, alt=alt_of("Loss", lines), y="nats per token", level=level)
     return figure(
         "Training and held-out loss", picture, steps_table(lines, "Loss, nats per token"),

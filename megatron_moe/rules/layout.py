@@ -7,7 +7,9 @@ from collections.abc import Iterator
 
 from megatron_moe.errors import nearest_multiples
 from megatron_moe.experts.resolve import moe_layer_ids
-from megatron_moe.parallel.layout import indivisible_world
+from megatron_moe.hf.spec import DenseSpec
+from megatron_moe.parallel.layout import ends_of, indivisible_world
+from megatron_moe.parallel.stages import EVEN, stage_sizes
 from megatron_moe.rules.case import Case, indivisible
 
 
@@ -25,13 +27,24 @@ def world(case: Case) -> Iterator[str]:
 
 
 def heads(case: Case) -> Iterator[str]:
-    """Check that tp divides the query groups."""
-    tp = case.config.parallel.tensor_parallel_size
-    if case.spec.num_query_groups % tp:
-        yield indivisible(
-            "num_key_value_heads of the dense model", case.spec.num_query_groups,
-            "parallel.tensor_parallel_size", tp, "each tp rank holds whole query groups",
-        )  # fmt: skip
+    """Check that tp can shard the attention heads."""
+    tp, spec = case.config.parallel.tensor_parallel_size, case.spec
+    if not shards_heads(spec, tp):
+        valid = (str(n) for n in range(1, spec.num_attention_heads + 1) if shards_heads(spec, n))
+        yield (
+            f"parallel.tensor_parallel_size ({tp}) must divide num_attention_heads of the dense "
+            f"model ({spec.num_attention_heads}), and divide num_key_value_heads "
+            f"({spec.num_query_groups}) or be a multiple of it: a tp rank holds whole query "
+            "groups, or equally many ranks share each group.\n"
+            f"  valid tensor_parallel_size: {', '.join(valid)}"
+        )
+
+
+def shards_heads(spec: DenseSpec, tp: int) -> bool:
+    """Return whether Megatron-Core can shard the attention of a model over tp ranks."""
+    heads, groups = spec.num_attention_heads, spec.num_query_groups
+    rows = (heads + 2 * groups) * spec.kv_channels  # of the fused projection, cut into equal parts
+    return not heads % tp and not (groups % tp and tp % groups) and not rows % tp
 
 
 def experts(case: Case) -> Iterator[str]:
@@ -84,6 +97,15 @@ def pipeline(case: Case) -> Iterator[str]:
             "parallel.pipeline_parallel_size of at least 2: chunks are interleaved between stages."
             "\n  leave parallel.virtual_pipeline_parallel_size unset"
         )
+    elif (ends := ends_of(case.config.parallel)) != EVEN:
+        sizes = stage_sizes(layers, pp, ends)
+        if pp == 1 or sizes is None or any(size % case.vpp for size in sizes):
+            yield (
+                f"parallel.num_layers_in_first_pipeline_stage ({ends.first}) and "
+                f"num_layers_in_last_pipeline_stage ({ends.last}) must leave equal shares of the "
+                f"{layers} layers to the other of {pp} stages, and vpp ({case.vpp}) must divide "
+                f"every stage.\n  {_uneven(layers, pp, case.vpp) or 'leave both unset'}"
+            )
     elif layers % (pp * case.vpp):
         fits = [f"{a}x{b}" for a in range(1, layers + 1) for b in range(1, layers // a + 1)
                 if layers % (a * b) == 0 and (a > 1 or b == 1)]  # fmt: skip
@@ -93,7 +115,21 @@ def pipeline(case: Case) -> Iterator[str]:
             f"pp * vpp = {pp} * {case.vpp} = {pp * case.vpp}: every chunk must hold the same "
             "number of layers.\n"
             f"  nearest pp x vpp: {', '.join(near[:4])}"
+            + (f"\n  or set {uneven}" if (uneven := _uneven(layers, pp, case.vpp)) else "")
         )
+
+
+def _uneven(layers: int, pp: int, vpp: int) -> str | None:
+    """Return settings for stages of about the same size, the first and the last the smallest."""
+    for middle in range(vpp, layers + 1, vpp):
+        left = layers - (pp - 2) * middle
+        first = left // 2 // vpp * vpp
+        if pp > 1 and 0 < left - first <= middle and first > 0 and not (left - first) % vpp:
+            return (
+                f"parallel.num_layers_in_first_pipeline_stage={first} "
+                f"parallel.num_layers_in_last_pipeline_stage={left - first}"
+            )
+    return None
 
 
 def sequence(case: Case) -> Iterator[str]:

@@ -7,11 +7,15 @@ from collections.abc import Iterator
 from megatron_moe.experts.resolve import moe_layer_ids
 from megatron_moe.rules.case import Case, indivisible
 from megatron_moe.rules.construction import construction_violations
+from megatron_moe.rules.moe_source import source_violations
 
 
 def construction(case: Case) -> Iterator[str]:
-    """Check that the method can build these experts."""
-    return construction_violations(case.config, case.spec)
+    """Check that the method can build these experts from this source."""
+    if problems := list(source_violations(case.config, case.spec)):
+        yield from problems
+    elif case.spec.experts is None:
+        yield from construction_violations(case.config, case.spec)
 
 
 def shared_expert(case: Case) -> Iterator[str]:

@@ -26,7 +26,6 @@ from torch.distributed import distributed_c10d
 
 from megatron_moe import errors
 from megatron_moe.errors import ConfigError, UserError
-from megatron_moe.hf.disk import disk_errors_in_words
 from megatron_moe.log import console, quiet_megatron
 from megatron_moe.runtime import cpu
 from megatron_moe.runtime.cores import threads_per_rank
@@ -271,7 +270,7 @@ def _local_rank(
             signal.signal(number, signal.SIG_DFL)
     position = RankPosition(rank, ranks, rank, ranks, f"file:{folder / 'rendezvous'}")
     try:
-        with disk_errors_in_words(Path.cwd()), joined(position, device, folder) as world:
+        with joined(position, device, folder) as world:
             fn(world)
     except UserError as error:
         _report(folder, rank, error)

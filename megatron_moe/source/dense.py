@@ -1,10 +1,12 @@
-"""Read a dense model that Megatron-Core trained as if it were a Hugging Face folder.
+"""Read a model that Megatron-Core trained as if it were a Hugging Face folder.
 
 ``source.path`` holds config.json and the tokenizer as usual, but the files of a ``torch_dist``
 checkpoint instead of safetensors. Each Hugging Face tensor consists of rows of a global tensor::
 
     qkv   | q q k v | q q k v | ..      query groups, one by one   k_proj = every 4th head
     fc1   | gate ......... | up ....... |                           up_proj = the second half
+
+All experts of a MoE layer are one global tensor, with an axis for the expert.
 
 Rows are copied from memory-mapped chunks (a chunk is what one rank wrote), so only the rows that a
 rank needs are read from the files. The chunks of the last tensors stay mapped, because all experts
@@ -14,7 +16,7 @@ of a layer read from the same tensors.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,10 +25,20 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from megatron_moe.checkpoint.global_tensors import GlobalTensors
+from megatron_moe.checkpoint.keys import checkpoint_key
 from megatron_moe.checkpoint.mapped import MappedTensor
 from megatron_moe.errors import CheckpointError
 from megatron_moe.hf.header import INDEX_FILE, SINGLE_FILE, TensorInfo
-from megatron_moe.hf.names import ROWS, Row, Scope, Sharding, has_row, shapes_of
+from megatron_moe.hf.names import (
+    ROWS,
+    Row,
+    Scope,
+    Sharding,
+    in_source,
+    shapes_of,
+    source_names,
+    source_sizes,
+)
 from megatron_moe.hf.reader import DenseCheckpoint, Selected, open_dense_checkpoint
 from megatron_moe.hf.spec import DenseSpec, read_spec
 
@@ -36,7 +48,7 @@ KEPT_TENSORS = 2
 
 
 def open_dense(folder: Path) -> DenseCheckpoint:
-    """Open the dense model in ``folder``: safetensors, or Megatron-Core's distributed checkpoint.
+    """Open the model in ``folder``: safetensors, or Megatron-Core's distributed checkpoint.
 
     Raises:
         CheckpointError: As in `open_dense_checkpoint`, or the folder holds both formats.
@@ -65,8 +77,8 @@ class _Location:
     """Location of the rows of a Hugging Face tensor in a global tensor."""
 
     key: str
-    layer: int | None
-    """Index into the first axis, if all layers of the model are one tensor."""
+    index: int | None
+    """Index into the first axis, if all layers or all experts of a layer are one tensor."""
     shape: tuple[int, ...]
     dtype: torch.dtype
     start: int = 0
@@ -90,7 +102,7 @@ class _Location:
 
 @dataclass(slots=True, kw_only=True)
 class DistributedDense(DenseCheckpoint):
-    """A dense checkpoint that reads slices from the chunks of global tensors."""
+    """A checkpoint that reads slices from the chunks of global tensors."""
 
     source: GlobalTensors
     locations: Mapping[str, _Location]
@@ -115,9 +127,9 @@ class DistributedDense(DenseCheckpoint):
     def _copy_one(self, name: str, selection: Selected, into: Tensor) -> None:
         location = self.locations[name]
         rows_R, filled = location.rows(selection.rows), 0
-        for chunk in self.source.chunks(location.key, index=location.layer):
+        for chunk in self.source.chunks(location.key, index=location.index):
             first, size = (chunk.offsets, chunk.sizes)
-            skip = 0 if location.layer is None else 1
+            skip = 0 if location.index is None else 1
             here_R = (rows_R >= first[skip]) & (rows_R < first[skip] + size[skip])
             if not here_R.any():
                 continue
@@ -154,8 +166,8 @@ class DistributedDense(DenseCheckpoint):
         return location.shape[1] if len(location.shape) == 2 else 1
 
     def _chunk(self, location: _Location, chunk: ChunkStorageMetadata) -> MappedTensor:
-        """Map a chunk, or only the part of it that belongs to this layer, and keep it mapped."""
-        tensor = (location.key, location.layer)
+        """Map a chunk, or only the part of it at this index, and keep it mapped."""
+        tensor = (location.key, location.index)
         if tensor not in self._kept:
             while len(self._kept) >= KEPT_TENSORS:
                 del self._kept[next(iter(self._kept))]
@@ -164,7 +176,7 @@ class DistributedDense(DenseCheckpoint):
         if offsets not in kept:
             values = self.source.mapped(location.key, chunk)
             kept[offsets] = (
-                values if location.layer is None else values.at(location.layer - offsets[0])
+                values if location.index is None else values.at(location.index - offsets[0])
             )
         return kept[offsets]
 
@@ -178,23 +190,21 @@ def _column_indices(columns: slice | Tensor | None, width: int) -> Tensor:
 def _locations(spec: DenseSpec, source: GlobalTensors) -> list[tuple[str, _Location]]:
     """Return the location of every Hugging Face tensor in the checkpoint, with its name."""
     locations, problems = [], []
-    for row in ROWS:
-        if not row.scope.in_dense_model or not has_row(row, spec):
+    for row, layer, expert in _source_parts(spec):
+        located = _locate(row, layer, expert, source)
+        if located is None:
+            continue  # check_tensors reports missing tensors
+        key, index = located
+        size, dtype = source.shape_and_dtype(key)
+        size = size if index is None else size[1:]
+        if not _fits(row, size, spec):
+            expected = _fused_shape(row, spec)
+            problems.append(f"    {key} has shape {size}, but config.json requires {expected}")
             continue
-        for layer in (None,) if row.scope is Scope.MODEL else range(spec.num_layers):
-            located = _locate(row, layer, source)
-            if located is None:
-                continue  # check_tensors reports missing tensors
-            key, index = located
-            size, dtype = source.shape_and_dtype(key)
-            size = size if index is None else size[1:]
-            if not _fits(row, size, spec):
-                expected = _fused_shape(row, spec)
-                problems.append(f"    {key} has shape {size}, but config.json requires {expected}")
-                continue
-            for part, template in enumerate(row.hf):
-                location = _part(row, part, spec, _Location(key, index, (), dtype))
-                locations.append((template.format(layer=layer), location))
+        routed = spec.experts is not None and layer in spec.experts.moe_layers
+        for part, template in enumerate(source_names(row, routed)):
+            location = _part(row, part, spec, _Location(key, index, (), dtype))
+            locations.append((template.format(layer=layer, expert=expert), location))
     if problems:
         raise CheckpointError(
             f"{source.folder} must hold the tensors that its config.json describes.\n"
@@ -203,8 +213,23 @@ def _locations(spec: DenseSpec, source: GlobalTensors) -> list[tuple[str, _Locat
     return locations
 
 
-def _locate(row: Row, layer: int | None, source: GlobalTensors) -> tuple[str, int | None] | None:
-    """Return the key of a row's global tensor, and the layer index if all layers are one tensor."""
+def _source_parts(spec: DenseSpec) -> Iterator[tuple[Row, int | None, int | None]]:
+    """Yield the rows of a source model, with layer and expert of each of its parameters."""
+    for row in ROWS:
+        experts = range(source_sizes(spec).get("E", 0)) if row.scope is Scope.EXPERT else (None,)
+        for layer in (None,) if row.scope is Scope.MODEL else range(spec.num_layers):
+            if in_source(row, spec, layer or 0):
+                for expert in experts:
+                    yield row, layer, expert
+
+
+def _locate(
+    row: Row, layer: int | None, expert: int | None, source: GlobalTensors
+) -> tuple[str, int | None] | None:
+    """Return the key of a row's global tensor, and the index in a stack of layers or experts."""
+    if expert is not None:
+        key = checkpoint_key(row, layer=layer, moe_layer=True)
+        return (key, expert) if key in source else None
     for template in row.megatron:
         if (key := template.format(layer=layer)) in source:
             return key, None
@@ -215,7 +240,7 @@ def _locate(row: Row, layer: int | None, source: GlobalTensors) -> tuple[str, in
 
 
 def _fused_shape(row: Row, spec: DenseSpec) -> tuple[int, ...]:
-    shapes = shapes_of(row, spec)
+    shapes = shapes_of(row, spec, **source_sizes(spec))
     return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
@@ -228,11 +253,11 @@ def _fits(row: Row, size: tuple[int, ...], spec: DenseSpec) -> bool:
 
 def _part(row: Row, part: int, spec: DenseSpec, whole: _Location) -> _Location:
     """Return the location of part ``part`` of a fused tensor."""
-    shapes = shapes_of(row, spec)
+    shapes = shapes_of(row, spec, **source_sizes(spec))
     shape = shapes[part]
     if row.sharding is Sharding.QKV:
         runs = [s[0] // spec.num_query_groups for s in shapes]
         start, run, stride = sum(runs[:part]), runs[part], sum(runs)
     else:
         start, run, stride = sum(s[0] for s in shapes[:part]), None, 0
-    return _Location(whole.key, whole.layer, shape, whole.dtype, start, run, stride)
+    return _Location(whole.key, whole.index, shape, whole.dtype, start, run, stride)

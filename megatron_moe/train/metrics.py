@@ -23,9 +23,10 @@ router/*_by_layer                         each of these three, as a list over Mo
 router/load_by_expert                     an expert's tokens / mean, a list over MoE layers of lists
                                           over experts; about a hundred times per run
 throughput/tokens_per_second_per_gpu      tokens of the global batch / seconds / ranks
-throughput/tflops_per_gpu                 model FLOPs (planner/flops.py: full attention, no padding,
+throughput/tflops_per_gpu                 model FLOPs (planner/flops.py; causal attention, unpadded,
                                           no weight gradients of frozen roles)
 throughput/mfu                            the same / the peak that the log states at start
+throughput/mfu_full_attention             the same with the whole square of the attention scores
 memory/peak_gib                           maximum over ranks; resident memory on CPU
 time/step_seconds                         wall time of the step on the slowest rank
 time/data_seconds                         of which waiting for data, on the slowest rank
@@ -54,6 +55,7 @@ from megatron_moe.data.blend import BlendState
 from megatron_moe.data.held_out import HeldOut
 from megatron_moe.errors import ConfigError
 from megatron_moe.hf.disk import naming, write_text
+from megatron_moe.planner.flops import SequenceFlops
 from megatron_moe.runtime.memory import peak_bytes
 from megatron_moe.train.step import StepResult
 
@@ -71,7 +73,7 @@ def step_numbers(
     learning_rate: float,
     seconds: float,
     data_seconds: float,
-    flops_per_sequence: float,
+    flops: SequenceFlops,
     peak_flops: float,
     config: RunConfig,
 ) -> Numbers:
@@ -80,7 +82,7 @@ def step_numbers(
     ranks = dist.get_world_size()
     sequences = result.sequences
     step_tokens = sequences * config.data.seq_length
-    achieved = flops_per_sequence * sequences / slowest / ranks
+    rate = sequences / slowest / ranks
     imbalance_L = result.chosen_LE.amax(dim=1) / result.chosen_LE.mean(dim=1)
     drop_rate_L = 1 - result.kept_L / result.chosen_LE.sum(dim=1)
     return {
@@ -99,8 +101,9 @@ def step_numbers(
         "router/drop_rate_by_layer": _rounded(drop_rate_L),
         **expert_loads(result.chosen_LE, step, steps=config.train.steps),
         "throughput/tokens_per_second_per_gpu": step_tokens / slowest / ranks,
-        "throughput/tflops_per_gpu": achieved / 1e12,
-        "throughput/mfu": achieved / peak_flops,
+        "throughput/tflops_per_gpu": flops.causal * rate / 1e12,
+        "throughput/mfu": flops.causal * rate / peak_flops,
+        "throughput/mfu_full_attention": flops.full_attention * rate / peak_flops,
         "memory/peak_gib": most_bytes / GIB,
         "time/step_seconds": slowest,
         "time/data_seconds": waited,

@@ -14,8 +14,9 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
-from megatron_moe.config.load import build
+from megatron_moe.config.load import build, load
 from megatron_moe.config.run import RunConfig
+from megatron_moe.hf.known import model_named
 from megatron_moe.hf.spec import DenseSpec, spec_from_config
 from megatron_moe.markdown import markdown_table
 from megatron_moe.planner.calibration import FITTED, PRIOR, Calibration
@@ -26,18 +27,23 @@ from megatron_moe.planner.search import Candidate, search
 from megatron_moe.planner.shape import dense_shape, upcycled_shape
 from megatron_moe.planner.tables import MEANING
 from research.calibration.fit import (
+    Score,
     leave_one_model_out,
+    mfu_of,
     predict,
+    predicted_mfu,
     rescaled,
     score,
     sensitivity,
     without,
 )
-from research.calibration.published import published
+from research.calibration.published import Convention, Published, published, validation
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "planning.md"
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 DATE = re.compile(r"(Tables of )\d{4}-\d{2}-\d{2}")
+
+COUNTS: dict[Convention, str] = {"causal": "causal", "full_attention": "full"}
 
 LLAMA3_8B = {
     "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 32, "hidden_size": 4096,
@@ -76,7 +82,17 @@ def predictions() -> str:
     rows = published()
     held_out = leave_one_model_out(rows)
     return markdown_table(
-        ("model", "GPUs", "layout", "batch", "capacity", "published", "model left out", "fitted"),
+        (
+            "model",
+            "GPUs",
+            "layout",
+            "batch",
+            "capacity",
+            "counts",
+            "published",
+            "model left out",
+            "fitted",
+        ),
         [
             (
                 row.model,
@@ -84,9 +100,10 @@ def predictions() -> str:
                 str(row.degrees).split(" dp")[0],
                 row.work.global_batch_size,
                 row.work.capacity_factor or "dropless",
+                COUNTS[row.convention],
                 f"{row.mfu:.1f}",
                 f"{unseen:.1f}",
-                f"{predict(row).mfu:.1f}",
+                f"{predicted_mfu(row):.1f}",
             )
             for row, unseen in zip(rows, held_out, strict=True)
         ],
@@ -98,8 +115,9 @@ def scores() -> str:
     rows = published()
     cases = {
         "model left out of the fit": score(leave_one_model_out(rows), rows),
-        "fitted on all rows": score([predict(row).mfu for row in rows], rows),
-        "priors, nothing fitted": score([predict(row, PRIOR).mfu for row in rows], rows),
+        **_by_convention(rows),
+        "fitted on all rows": score([predicted_mfu(row) for row in rows], rows),
+        "priors, nothing fitted": score([predicted_mfu(row, PRIOR) for row in rows], rows),
         "model left out, batch 128 if a row gives none": sensitivity(rows, global_batch=128),
         "model left out, batch 512 if a row gives none": sensitivity(rows, global_batch=512),
     }
@@ -118,7 +136,8 @@ def ablation() -> str:
         shares = [100 * time.parts[term] / time.step_seconds for time in times]
         error = score(rescaled(without(term, rows), rows), rows).mean_absolute_error
         lines.append((error, term, f"{min(shares):.1f} to {max(shares):.1f}"))
-    full = score(rescaled([time.mfu for time in times], rows), rows).mean_absolute_error
+    whole = [mfu_of(time, row.convention) for time, row in zip(times, rows, strict=True)]
+    full = score(rescaled(whole, rows), rows).mean_absolute_error
     return markdown_table(
         ("without", "meaning", "share of a step, %", "mean absolute error, points"),
         [
@@ -128,6 +147,48 @@ def ablation() -> str:
     )
 
 
+def unseen() -> str:
+    """Return a table of errors on rows that no constant was fitted to, by class and length."""
+    groups: dict[tuple[str, str, int], list[Published]] = {}
+    for row in validation():
+        key = (row.model, "yes" if row.folding else "no", row.work.sequence_length)
+        groups.setdefault(key, []).append(row)
+    lines = []
+    for (model, folding, length), rows in groups.items():
+        errors = [predicted_mfu(row) - row.mfu for row in rows]
+        square = [predicted_mfu(row, convention="full_attention") - row.mfu for row in rows]
+        mean, largest = sum(errors) / len(errors), max(errors, key=abs)
+        lines.append((
+            model, folding, length, len(rows), f"{mean:+.1f}", f"{largest:+.1f}",
+            f"{sum(square) / len(square):+.1f}",
+        ))  # fmt: skip
+    head = ("model", "folding", "sequence", "rows", "mean error", "largest error",
+            "mean error if they counted the square")  # fmt: skip
+    rows = validation()
+    whole = score([predicted_mfu(row) for row in rows], rows)
+    total = ("all", "", "", len(rows), f"{whole.mean_absolute_error:.2f} absolute", "", "")
+    return markdown_table(head, [*lines, total])
+
+
+def shipped() -> str:
+    """Return a table of predictions for the files of configs/h100, in both conventions."""
+    lines = []
+    for path in sorted((DOCUMENT.parents[1] / "configs" / "h100").glob("*.yaml")):
+        config = load(RunConfig, path)
+        known = model_named(config.source.path.name)
+        gpus = int(path.stem.rpartition("-")[2])
+        one = check_layout(config, spec_from_config(known.config), gpus=gpus).candidate
+        assert one is not None
+        lines.append((
+            path.stem, gpus, config.data.seq_length, f"{one.time.mfu:.1f}",
+            f"{one.time.mfu_full_attention:.1f}", f"{one.time.tokens_per_second_per_gpu:.0f}",
+            f"{one.memory.total:.1f}",
+        ))  # fmt: skip
+    head = ("configuration", "GPUs", "sequence", "MFU, causal", "MFU, full attention",
+            "tokens/s a GPU", "GiB")  # fmt: skip
+    return markdown_table(head, lines)
+
+
 def case() -> str:
     """Return a table of the best layouts for Llama-3-8B E8T2 on 128 H100 and the published one."""
     config, spec = _paper_case()
@@ -135,8 +196,8 @@ def case() -> str:
     published_layout = check_layout(config, spec, gpus=128).candidate
     assert published_layout is not None
     lines = [_candidate_row(rank, candidate) for rank, candidate in enumerate(best, start=1)]
-    head = ("", "layout", "micro-batch", "recompute", "MFU", "GiB", "output layer", "bubble",
-            "tp + cp", "dp")  # fmt: skip
+    head = ("", "layout", "micro-batch", "recompute", "MFU, causal", "MFU, full attention", "GiB",
+            "output layer", "bubble", "tp + cp", "dp")  # fmt: skip
     return markdown_table(head, [*lines, _candidate_row("published", published_layout)])
 
 
@@ -196,8 +257,29 @@ def flops() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
-    for function in (constants, predictions, scores, ablation, case, memory, flops)
+    for function in (
+        constants,
+        predictions,
+        scores,
+        ablation,
+        unseen,
+        shipped,
+        case,
+        memory,
+        flops,
+    )
 }
+
+
+def _by_convention(rows: tuple[Published, ...]) -> dict[str, Score]:
+    """Return the leave-one-model-out score of the rows of each convention."""
+    left_out = leave_one_model_out(rows)
+    scores = {}
+    for convention, name in COUNTS.items():
+        pairs = [(p, r) for p, r in zip(left_out, rows, strict=True) if r.convention == convention]
+        title = f"... of these, rows that count {name} attention"
+        scores[title] = score([p for p, _ in pairs], [r for _, r in pairs])
+    return scores
 
 
 def _paper_case() -> tuple[RunConfig, DenseSpec]:
@@ -235,6 +317,7 @@ def _candidate_row(rank: int | str, candidate: Candidate) -> tuple[object, ...]:
         candidate.work.micro_batch_size,
         candidate.work.recompute,
         f"{time.mfu:.1f}",
+        f"{time.mfu_full_attention:.1f}",
         f"{candidate.memory.total:.1f}",
         *(f"{value:.1f}%" for value in (share["output_layer"], share["bubble"])),
         *(f"{value:.1f}%" for value in (share["tp"] + share["cp"], share["dp"])),

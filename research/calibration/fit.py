@@ -5,23 +5,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_moe.planner.calibration import FITTED, PRIOR, Calibration
+from megatron_moe.planner.fit import fit_constants
 from megatron_moe.planner.hardware import GPUS
 from megatron_moe.planner.layer import Machine
 from megatron_moe.planner.time import StepTime, step_time
-from research.calibration.published import Published
+from research.calibration.published import Convention, Published
 
 ERROR_POINTS = 2.0
 """Expected standard deviation of a row's MFU in points; measurements vary by 1 between runs."""
-
-PRIOR_SPREAD = 0.3
-"""Standard deviation of a constant's logarithm around its prior."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,22 +37,26 @@ def predict(row: Published, calibration: Calibration = FITTED) -> StepTime:
     return step_time(row.shape, row.work, row.degrees, Machine(GPUS["h100"], calibration))
 
 
+def predicted_mfu(
+    row: Published, calibration: Calibration = FITTED, *, convention: Convention | None = None
+) -> float:
+    """Predict the MFU of a row in the convention of its source, or in another one."""
+    return mfu_of(predict(row, calibration), convention or row.convention)
+
+
+def mfu_of(time: StepTime, convention: Convention) -> float:
+    """Return the MFU of a predicted step in one convention."""
+    return time.mfu if convention == "causal" else time.mfu_full_attention
+
+
 def fit(rows: Sequence[Published]) -> Calibration:
-    """Return the most probable constants given the rows and priors (Gauss-Newton on logarithms)."""
-    start = np.array(astuple(PRIOR))
+    """Return the most probable constants given the rows and priors."""
+
+    def predicted(calibration: Calibration) -> NDArray[np.float64]:
+        return np.array([predicted_mfu(row, calibration) for row in rows])
+
     published = np.array([row.mfu for row in rows])
-
-    def residuals(shift: NDArray[np.float64]) -> NDArray[np.float64]:
-        calibration = Calibration(**_named(start * np.exp(shift)))
-        errors = np.array([predict(row, calibration).mfu for row in rows]) - published
-        return np.concatenate([errors / ERROR_POINTS, shift / PRIOR_SPREAD])
-
-    shift = np.zeros(len(start))
-    for _ in range(8):
-        shift = (
-            shift - np.linalg.lstsq(_jacobian(residuals, shift), residuals(shift), rcond=None)[0]
-        )
-    return Calibration(**_named(start * np.exp(shift)))
+    return fit_constants(predicted, published, spread=ERROR_POINTS, prior=PRIOR)
 
 
 def leave_one_model_out(rows: Sequence[Published]) -> list[float]:
@@ -63,7 +65,7 @@ def leave_one_model_out(rows: Sequence[Published]) -> list[float]:
         model: fit([row for row in rows if row.model != model])
         for model in dict.fromkeys(row.model for row in rows)
     }
-    return [predict(row, fits[row.model]).mfu for row in rows]
+    return [predicted_mfu(row, fits[row.model]) for row in rows]
 
 
 def score(predicted: Sequence[float], rows: Sequence[Published]) -> Score:
@@ -82,7 +84,7 @@ def without(term: str, rows: Sequence[Published]) -> list[float]:
     for row in rows:
         time = predict(row)
         rest = time.step_seconds - time.parts[term]
-        predicted.append(time.mfu * time.step_seconds / rest)
+        predicted.append(mfu_of(time, row.convention) * time.step_seconds / rest)
     return predicted
 
 
@@ -101,17 +103,6 @@ def sensitivity(rows: Sequence[Published], *, global_batch: int) -> Score:
         for row in rows
     ]
     return score(leave_one_model_out(other), other)
-
-
-def _named(values: NDArray[np.float64]) -> dict[str, float]:
-    return {f.name: float(v) for f, v in zip(fields(Calibration), values, strict=True)}
-
-
-def _jacobian(
-    function: Callable[[NDArray[np.float64]], NDArray[np.float64]], at: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    step, here = 1e-4, function(at)
-    return np.stack([(function(at + step * axis) - here) / step for axis in np.eye(len(at))], 1)
 
 
 def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -82,6 +82,31 @@ def test_steps_are_those_of_training(tmp_path: Path):
     assert record.tokens_per_second_per_gpu.median == pytest.approx(
         4 * 32 / record.step_seconds.median / 2, rel=1e-6
     )
+    # The conventions differ in the scores: 32 tokens attend to 32, or to 16.5 on average.
+    square = 3 * 4 * (4 * 32 * 32 * 64)  # forward and backward, 4 layers, 8 heads of 8
+    more = record.mfu_is.flops_per_sequence_full_attention - record.mfu_is.flops_per_sequence
+    assert more == square * (1 - 33 / 64)
+    assert record.mfu_full_attention.median / record.mfu.median == pytest.approx(
+        record.mfu_is.flops_per_sequence_full_attention / record.mfu_is.flops_per_sequence
+    )
+    read_back_as_written_by_an_earlier_version(record, tmp_path / "old.json")
+
+
+def read_back_as_written_by_an_earlier_version(record: StepsRecord, path: Path) -> None:
+    """Version 0.1.0 wrote one MFU, with the whole square of the attention scores."""
+    old = json.loads(record.model_dump_json())
+    of, full = old["mfu_is"], old["mfu_is"].pop("flops_per_sequence_full_attention")
+    ratio = full / of["flops_per_sequence"]
+    of["flops_per_sequence"] = full
+    old["mfu"] = old.pop("mfu_full_attention")
+    old["tflops_per_gpu"] = {k: v * ratio for k, v in old["tflops_per_gpu"].items()}
+    path.write_text(json.dumps(old))
+    read = read_record(path)
+    assert isinstance(read, StepsRecord)
+    assert read.mfu_full_attention == record.mfu_full_attention
+    assert read.mfu.median == pytest.approx(record.mfu.median)
+    assert read.tflops_per_gpu.median == pytest.approx(record.tflops_per_gpu.median)
+    assert read.mfu_is.flops_per_sequence == record.mfu_is.flops_per_sequence
 
 
 @pytest.mark.distributed
@@ -207,7 +232,9 @@ def test_the_sweep_has_one_command_a_row():
         assert gpus == 8 * sweep.nodes
         load(RunConfig, ROOT / path, [part for part in rest if not part.startswith("--")])
         assert rest[-1] == f"--out=runs/table2/{row.name}.json"
-        assert line.endswith(f"# arXiv 2412.09952, table 2: {row.published_mfu}% MFU")
+        assert line.endswith(
+            f"# arXiv 2412.09952, table 2: {row.published_mfu}% MFU, full attention"
+        )
 
 
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,28 @@ def test_the_architecture_means_the_same(family, order, layers, architecture):
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
 def test_a_shared_expert_is_qwen2_moes(family: str):
     assert architecture_for(spec_of(family), Moe(**SHARED)) == QWEN2
+
+
+SIGMOID = {"num_moe_experts": 4, "moe_router_score_function": "sigmoid"}
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_sigmoid_scores_are_glm4_moes(family: str):
+    for changes in ({}, {"first_dense_layers": 2}, SHARED):
+        moe = Moe(**SIGMOID | changes)
+        assert architecture_for(spec_of(family), moe) == "Glm4MoeForCausalLM"
+
+
+@pytest.mark.parametrize(
+    ("spec", "changes", "reason"),
+    [
+        ({}, {"moe_layers": [0, 2]}, r"MoE layers \[0, 2\]: in GLM-4-MoE only the first layers"),
+        ({"attention_windows": (8, 8, 8, 8)}, {}, "attention windows: GLM-4-MoE has none"),
+    ],
+)
+def test_sigmoid_scores_that_no_architecture_has(spec: dict, changes: dict, reason: str):
+    with pytest.raises(CheckpointError, match=reason):
+        architecture_for(replace(spec_of("llama"), **spec), Moe(**SIGMOID | changes))
 
 
 def test_a_shared_expert_with_norms_on_q_and_k_is_refused():

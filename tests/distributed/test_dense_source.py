@@ -1,4 +1,4 @@
-"""A dense checkpoint that Megatron-Core wrote gives the same model as the folder it came from."""
+"""A checkpoint that Megatron-Core wrote gives the same model as the folder it came from."""
 
 import shutil
 from pathlib import Path
@@ -8,14 +8,16 @@ import torch
 from layouts import LAYOUTS
 from megatron.core import dist_checkpointing
 from ranks import run_on_ranks
-from tiny import save_dense
+from tiny import save_dense, save_moe
 from training_runs import run_training, tree, write_tokens
 
 from megatron_moe.checkpoint.global_tensors import GlobalTensors
 from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import CheckpointError, ConfigError
+from megatron_moe.experts.from_source import complete_from_source, source_config
 from megatron_moe.hf.names import dense_tensors
+from megatron_moe.hf.spec import read_spec
 from megatron_moe.runtime.engine import TORCH_ON_CPU
 from megatron_moe.runtime.world import World
 from megatron_moe.source.dense import DistributedDense, open_dense
@@ -53,6 +55,24 @@ def test_it_upcycles_to_the_same_bits(tmp_path: Path, layers: str):
             run_on_ranks(compare, build(RunConfig, settings), saved, world_size=world_size)
 
 
+@pytest.mark.parametrize("family", ["qwen2_moe", "glm4_moe"])
+def test_a_moe_is_read_to_the_same_bits(tmp_path: Path, family: str):
+    hf = save_moe(tmp_path / "hf", family)
+    saved = tmp_path / "distributed"
+    saved.mkdir()
+    shutil.copy(hf / "config.json", saved)
+    for name, fn, upcycle in (
+        ("tp2-ep2", save, {"method": "keep"}),
+        ("tp2-ep2-etp2", compare, {"method": "grow", "twins": "exact"}),
+    ):
+        world_size, parallel = LAYOUTS[name]
+        settings = tree(tmp_path, hf, tmp_path / "tokens", parallel=parallel, upcycle=upcycle)
+        settings["moe"] = {} if fn is save else {"num_moe_experts": 8}
+        config = build(RunConfig, complete_from_source(settings))
+        arguments = (config, saved, True) if fn is save else (config, saved)
+        run_on_ranks(fn, *arguments, world_size=world_size)
+
+
 def test_a_run_starts_from_it_and_asks_for_no_logits(tmp_path: Path):
     hf = save_dense(tmp_path / "hf")
     saved = tmp_path / "distributed"
@@ -72,14 +92,16 @@ def test_a_run_starts_from_it_and_asks_for_no_logits(tmp_path: Path):
 
 
 def save(world: World, config: RunConfig, out: Path, apart: bool) -> None:
-    from megatron_moe.config.judging import dense_config
     from megatron_moe.parallel.groups import create_groups
 
     layout, groups = create_groups(config.parallel, seed=0)
-    (module,), _ = filled(dense_config(config), config.source.path, layout, groups, world.rank)
-    # A model with experts somewhere keeps its layers apart; Megatron-Core's dense models need not.
-    module.config.moe_layer_freq = 1
-    module.config.num_moe_experts = None
+    spec = read_spec(config.source.path)
+    as_source = source_config(config, spec)
+    (module,), _ = filled(as_source, config.source.path, layout, groups, world.rank)
+    if spec.experts is None:
+        # A model with experts somewhere keeps its layers apart; a dense one need not.
+        module.config.moe_layer_freq = 1
+        module.config.num_moe_experts = None
     metadata = {"dp_cp_group": groups.dp_cp, "non_homogeneous_layers": apart}
     dist_checkpointing.save(module.sharded_state_dict(metadata=metadata), str(out))
 
@@ -92,9 +114,9 @@ def compare(world: World, config: RunConfig, distributed: Path) -> None:
     theirs, theirs_read = filled(config, config.source.path, layout, groups, world.rank)
     assert ours_read == theirs_read  # no more of the chunks than of safetensors
     for module, other in zip(ours, theirs, strict=True):
-        expected = dict(other.named_parameters())
-        for name, parameter in module.named_parameters():
-            assert torch.equal(parameter, expected[name]), name
+        expected = dict([*other.named_parameters(), *other.named_buffers()])
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            assert torch.equal(tensor, expected[name]), name
 
 
 def filled(config, folder, layout, groups, rank):

@@ -26,6 +26,7 @@ from megatron_moe.runtime.world import World
 
 pytestmark = pytest.mark.distributed
 
+SIGMOID = {"moe_router_score_function": "sigmoid"}
 CASES = {
     "mixtral": ("llama", {}, "tp2-ep4-etp1", {}, "MixtralForCausalLM"),
     "mixtral-tied": ("llama", {"tie_word_embeddings": True}, "pp2", {}, "MixtralForCausalLM"),
@@ -44,6 +45,12 @@ CASES = {
     "shared-from-llama": ("llama", {}, "tp2-ep2", {
         "moe_ffn_hidden_size": 16, "moe_shared_expert_intermediate_size": 32,
         "moe_layers": [0, 1, 3]}, "Qwen2MoeForCausalLM"),
+    "sigmoid-bias-from-llama": ("llama", {}, "tp2-ep2", {
+        **SIGMOID, "first_dense_layers": 1, "moe_router_enable_expert_bias": True,
+        "moe_router_bias_update_rate": 0.05}, "Glm4MoeForCausalLM"),
+    "sigmoid-shared-from-qwen3": ("qwen3", {"head_dim": 16}, "tp2", {
+        **SIGMOID, "moe_ffn_hidden_size": 20, "moe_shared_expert_intermediate_size": 16,
+        "moe_router_topk": 1}, "Glm4MoeForCausalLM"),
 }  # fmt: skip
 
 

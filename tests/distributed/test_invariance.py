@@ -22,7 +22,7 @@ QUICK = [
     "tp2", "dp2 etp2", "cp2 drops", "pp2 recompute-selective",
     "tp2 dp2 ep4 capacity", "cp2 dp2 ep2 etp2", "pp2 vpp2 dp2 ep2", "tp2 cp2 ep2 recompute-full",
     "tp2 pp2 etp2 drops", "cp2 pp2 vpp2 ep2 capacity", "dp2 ep2 replicated", "tp2 pp2 dp2 ep4",
-    "dp2 ep2 allgather", "cp2 ep2 padded",
+    "dp2 ep2 allgather", "cp2 ep2 padded", "pp2 dp2 ep2 first-3",
 ]  # fmt: skip
 THOROUGH = [
     "cp2 pp2 ep2 recompute-moe", "dp4 ep4 drops recompute-moe",
@@ -34,6 +34,7 @@ THOROUGH = [
     "cp2 pp2 vpp2 dp2 ep4 drops recompute-full", "tp2 pp2 vpp2 dp2 ep2 etp2 drops",
     "tp2 pp2 vpp2 dp2 ep4 recompute-moe",
     "tp2 cp2 pp2 dp2 ep4 etp2", "tp2 cp2 pp2 vpp2 dp2 ep4 etp2 capacity recompute-full",
+    "pp3 first-1 last-1",
     "tp2 cp2 dp4 ep4", "tp2 dp2 ep2 etp2 allgather drops", "tp2 dp2 ep2 etp2 padded",
 ]  # fmt: skip
 LAYOUTS = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in THOROUGH)]
@@ -54,29 +55,44 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
         "root": root,
         "dense": save_dense(root / "dense", tie_word_embeddings=True),
+        "kv2": save_dense(root / "kv2", "qwen3", num_key_value_heads=2),
         "tokens": write_tokens(root / "tokens"),
     }
 
 
-def trained(inputs: dict[str, Path], name: str) -> tuple[list[dict[str, Any]], Path]:
+def trained(
+    inputs: dict[str, Path], name: str, dense: str = "dense"
+) -> tuple[list[dict[str, Any]], Path]:
     """The metrics and the export of five steps under ``name``, run once."""
-    where = inputs["root"] / name.replace(" ", "-")
+    where = inputs["root"] / f"{dense}-{name.replace(' ', '-')}"
     out = where.with_name(f"{where.name}-hf")
     if not out.exists():
         world_size, settings = changes(name)
         validation = {"validation_path": str(inputs["tokens"]), "validation_samples": 5}
         settings["moe"] |= {"num_moe_experts": 4, "moe_z_loss_coeff": 1e-3}
         settings["train"] |= {"steps": 5}
-        run = tree(where, inputs["dense"], inputs["tokens"], data=validation, **settings)
+        run = tree(where, inputs[dense], inputs["tokens"], data=validation, **settings)
         run_training(run, world_size=world_size)
         export_checkpoint(where, out)
     return read_metrics(where), out
 
 
+def test_more_tp_ranks_than_key_value_heads(inputs: dict[str, Path]):
+    """Two ranks share a query group, and the norm of its keys."""
+    assert_equal_steps(trained(inputs, "1", "kv2"), trained(inputs, "tp4 ep2", "kv2"), "tp4 ep2")
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_five_steps_equal_those_of_one_rank(inputs: dict[str, Path], name: str):
-    oracle, oracle_export = trained(inputs, "1 drops" if "drops" in name else "1")
-    lines, exported = trained(inputs, name)
+    oracle = trained(inputs, "1 drops" if "drops" in name else "1")
+    assert_equal_steps(oracle, trained(inputs, name), name)
+
+
+Trained = tuple[list[dict[str, Any]], Path]
+
+
+def assert_equal_steps(expected_run: Trained, run: Trained, name: str) -> None:
+    (oracle, oracle_export), (lines, exported) = expected_run, run
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 5]
     for ours, expected in zip(lines, oracle, strict=True):
         for key, tolerance in [

@@ -35,6 +35,8 @@ MODELS = {
     "qwen2-bias": ("qwen2", {}),
     "qwen3-qk-norm": ("qwen3", {"head_dim": 16}),
     "phi3-fused": ("phi3", {}),
+    "llama-1-kv-head": ("llama", {"num_key_value_heads": 1}),
+    "qwen3-2-kv-heads": ("qwen3", {"num_key_value_heads": 2, "head_dim": 16}),
 }  # fmt: skip
 
 ALL_LAYOUTS = [pytest.param("llama-tied", layout, id=f"llama-tied-{layout}") for layout in LAYOUTS]
@@ -43,7 +45,7 @@ ALL_MODELS = [
     for model in MODELS
     if model != "llama-tied"
     for layout in ("1", "tp2-ep4-etp1", "pp2")
-]
+] + [pytest.param("qwen3-2-kv-heads", "tp4-ep2", id="qwen3-2-kv-heads-tp4")]
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +127,7 @@ def check_logits(world: World, config: RunConfig) -> None:
             parameter.data.fill_(float("nan"))  # what is not filled shows
     set_output_scales(model.modules, plan)
     filled = upcycle(model, dense, plan, layout=layout, rank=world.rank)
-    assert check_coverage(filled, dense) == len(dict(dense_tensors(dense.spec)))
+    assert check_coverage(filled, dense, plan) == len(dict(dense_tensors(dense.spec)))
 
     torch.manual_seed(0)
     tokens_S = torch.randint(0, dense.spec.vocab_size, (32,))

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from layouts import changes
@@ -28,6 +29,7 @@ LAYERS, EXPERTS = SHAPE["num_hidden_layers"], 4
         ("tp2 dp2 ep2", "fp32", False, []),
         ("pp2 cp2 ep2", "bf16", True, []),
         ("tp2 etp2 padded", "bf16", False, []),
+        ("tp2 cp2 ep2 kv1", "bf16", False, []),
         ("tp2 dp2 ep2", "fp32", False, ["attention", "norms", "experts", "dense_ffn"]),
         ("pp2 dp2", "bf16", True, ["embeddings", "router", "attention"]),
         ("tp2 dp2", "bf16", False, ["embeddings", "router"]),
@@ -36,9 +38,12 @@ LAYERS, EXPERTS = SHAPE["num_hidden_layers"], 4
 def test_bytes_of_a_step_are_the_formula(
     tmp_path: Path, layout: str, precision: str, tied: bool, frozen: list[str]
 ):
-    world_size, settings = changes(layout)
+    world_size, settings = changes(layout.removesuffix(" kv1"))
     (tmp_path / "dense").mkdir()
-    bare = {**SHAPE, "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": tied}
+    shape: dict[str, Any] = dict(SHAPE)
+    if layout.endswith("kv1"):  # more tp ranks than query groups
+        shape |= {"num_key_value_heads": 1}
+    bare = {**shape, "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": tied}
     (tmp_path / "dense" / "config.json").write_text(json.dumps(bare))
     settings["moe"] = {"num_moe_experts": EXPERTS, **settings["moe"]}
     in_fp32 = "attention" not in frozen or precision == "fp32"

@@ -55,6 +55,13 @@ def test_a_random_split_is_a_partition(experts, size, shared, seed, layer):
     np.testing.assert_array_equal(part.shared_S, again.shared_S)
 
 
+def test_qwens_shared_expert_has_whole_copies_and_a_part_of_one():
+    recipe_ = recipe("qwen", experts=2, size=10, shared_size=100)
+    counts_F = np.bincount(replicate.qwen(recipe_, 0, Evidence()).shared_S, minlength=48)
+    assert sorted(set(counts_F)) == [2, 3]
+    assert counts_F.sum() == 100
+
+
 @QUICK
 @given(experts=st.integers(1, 8), size=st.integers(1, 60), seed=SEEDS, layer=st.integers(0, 50))
 def test_qwen_uses_each_copy_once_and_discards_the_rest(experts, size, seed, layer):

@@ -10,8 +10,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, save_dense
 from transformers import (
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     Phi3ForCausalLM,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
@@ -62,6 +66,11 @@ MOE_MODELS = {
         Qwen2MoeConfig, Qwen2MoeForCausalLM, {"shared_expert_intermediate_size": 8},
     ),
     "Qwen3MoeForCausalLM": (Qwen3MoeConfig, Qwen3MoeForCausalLM, {}),
+    "OlmoeForCausalLM": (OlmoeConfig, OlmoeForCausalLM, {"intermediate_size": 20}),
+    "Glm4MoeForCausalLM": (
+        Glm4MoeConfig, Glm4MoeForCausalLM,
+        {"n_routed_experts": 3, "moe_intermediate_size": 8, "first_k_dense_replace": 0},
+    ),
 }  # fmt: skip
 
 
@@ -115,35 +124,38 @@ def test_a_stacked_tensor_of_another_shape_is_reported_by_its_name(tmp_path: Pat
 def test_moe_names_are_those_transformers_writes(tmp_path: Path, architecture: str):
     config_class, model_class, sizes = MOE_MODELS[architecture]
     model_class(config_class(**MOE_SHAPE | sizes)).save_pretrained(tmp_path)
-    hidden, size, experts = 32, 20, 3
+    hidden, experts = 32, 3
+    size = sizes.get("moe_intermediate_size", 20)
     shapes = {
         "router": ((experts, hidden),),
         "expert_fc1": ((size, hidden), (size, hidden)),
         "expert_fc2": ((hidden, size),),
         "shared_fc1": ((8, hidden), (8, hidden)),
         "shared_fc2": ((hidden, 8),),
+        "shared_gate": ((1, hidden),),
+        "expert_bias": ((experts,),),
     }
     named = [
         (template.format(layer=layer, expert=expert), shape)
         for role, templates in MOE_NAMES[architecture].items()
         for template, shape in zip(templates, shapes[role], strict=True)
         for layer in range(2)
-        for expert in range(experts if role.startswith("expert") else 1)
+        for expert in range(experts if role.startswith("expert_fc") else 1)
     ]
     on_disk = shapes_on_disk(tmp_path)
     routed = {
         name: shape
         for name, shape in on_disk.items()
         if ".mlp." in name + "." or "block_sparse_moe" in name
-        if "shared_expert_gate" not in name
     }
     assert len(named) == len(dict(named))
     assert dict(named) == routed
     # Tensors outside the experts keep their names of the dense model.
-    others = {name for name in on_disk if name not in routed and "_expert_gate" not in name}
+    others = {name for name in on_disk if name not in routed}
     roles = {row.role for row in ROWS if row.scope in (Scope.MODEL, Scope.LAYER)}
     roles -= {"qkv_bias"} if architecture != "Qwen2MoeForCausalLM" else set()
-    roles -= {"q_norm", "k_norm"} if architecture != "Qwen3MoeForCausalLM" else set()
+    with_norms = ("Qwen3MoeForCausalLM", "OlmoeForCausalLM")
+    roles -= {"q_norm", "k_norm"} if architecture not in with_norms else set()
     assert others == {
         template.format(layer=layer)
         for role in roles
@@ -181,6 +193,8 @@ def test_fused_rows_name_their_parts_in_megatrons_order(role: str, parts: tuple[
         ("MixtralForCausalLM", "w1", "w3"),
         ("Qwen2MoeForCausalLM", "gate_proj", "up_proj"),
         ("Qwen3MoeForCausalLM", "gate_proj", "up_proj"),
+        ("OlmoeForCausalLM", "gate_proj", "up_proj"),
+        ("Glm4MoeForCausalLM", "gate_proj", "up_proj"),
     ],
 )
 def test_an_exported_expert_names_its_gate_first(architecture: str, gate: str, up: str):
@@ -266,6 +280,8 @@ def expected_parameters(spec: DenseSpec, *, moe_layers: set[int], experts: int):
                     yield row.role, layer, None
                 case Scope.DENSE:
                     yield from [(row.role, layer, None)] * (not routed)
+                case _ if row.setting is not None:
+                    pass
                 case Scope.MOE | Scope.SHARED:
                     yield from [(row.role, layer, None)] * routed
                 case Scope.EXPERT:

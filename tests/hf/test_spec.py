@@ -181,7 +181,7 @@ def test_a_model_that_would_differ_is_refused(change: dict, reason: str):
     with pytest.raises(CheckpointError) as refusal:
         spec_from_config(LLAMA | change, where="somewhere/config.json")
     message = str(refusal.value)
-    assert message.startswith("somewhere/config.json is not a dense model that can be upcycled:")
+    assert message.startswith("somewhere/config.json is not a model that can be upcycled:")
     assert reason in message
     assert message.count("\n") == 1, "one change is one reason"
 

@@ -22,16 +22,24 @@ SPEC = spec_from_config(
         "intermediate_size": NEURONS, "num_attention_heads": 4, "vocab_size": 64,
     }
 )  # fmt: skip
-PLAN = make_expert_plan(SPEC, Moe(num_moe_experts=2), Upcycle(method="drop", reinit_ratio=0.3))
+SHARED = Moe(
+    num_moe_experts=2, moe_ffn_hidden_size=NEURONS, moe_shared_expert_intermediate_size=NEURONS
+)
+PLAN = make_expert_plan(SPEC, SHARED, Upcycle(method="qwen", reinit_ratio=0.3))
 
 
 def test_redrawn_neurons_keep_mean_and_std(tmp_path: Path):
-    """Experts are sharded with etp 2: mean and std are those of both halves together."""
+    """Experts are sharded with etp 2, and the shared expert over as many tp ranks.
+
+    Mean and std are those of both halves together.
+    """
     run_on_ranks(redraw, tmp_path, world_size=2)
     halves = [np.load(tmp_path / f"{rank}.npz") for rank in (0, 1)]
-    mask_EM = PLAN.layer(0).reinit_EM
+    mask_EM, shared_S = PLAN.layer(0).reinit_EM, PLAN.layer(0).reinit_S
     assert mask_EM is not None
-    for expert, mask_M in enumerate(mask_EM):
+    assert shared_S is not None
+    assert len({tuple(mask_M) for mask_M in [*mask_EM, shared_S]}) == 3
+    for expert, mask_M in enumerate([*mask_EM, shared_S]):
         assert mask_M.sum() == 300
         for name in STATISTICS:
             key = f"{name}.{expert}"
@@ -63,14 +71,17 @@ def redraw(world: World, out: Path) -> None:
     from megatron_moe.parallel.groups import create_groups
     from megatron_moe.parallel.shards import ShardIndex
 
-    layout, _ = create_groups(Parallel(expert_tensor_parallel_size=2), seed=0)
+    create_groups(Parallel(expert_tensor_parallel_size=2), seed=0)
     part = ShardIndex(world.rank, 2)
     gate, up, down = (dense(name)[part.slice_of(NEURONS)] for name in STATISTICS)
     experts = [
-        LocalExpert(expert, torch.cat([gate, up]), down.T.contiguous(), part) for expert in (0, 1)
+        LocalExpert(
+            expert, torch.cat([gate, up]), down.T.contiguous(), part, size=NEURONS, counts=True
+        )
+        for expert in (0, 1, 2)
     ]
-    local = LocalLayer(0, PLAN.layer(0), experts, torch.zeros(2, HIDDEN))
-    reshape_values([local], PLAN.recipe, layout=layout, rank=world.rank)
+    local = LocalLayer(0, PLAN.layer(0), experts[:2], torch.zeros(2, HIDDEN), experts[2])
+    reshape_values([local], PLAN.recipe)
     arrays = {
         f"{name}.{expert.expert}": matrix.numpy()
         for expert in experts

@@ -3,6 +3,7 @@
 Shape letters: D hidden_size, F ffn_hidden_size, M neurons of an expert, V vocab_size, G groups.
 """
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -36,12 +37,16 @@ def specs_and_sizes(draw: st.DrawFn) -> tuple[DenseSpec, int]:
     """Draw a dense model and a number of tensor-parallel ranks that can shard it."""
     size = draw(st.sampled_from([1, 2, 3, 4, 8]))
     groups = size * draw(st.integers(1, 3))
+    if size > 1 and draw(st.booleans()):  # fewer query groups than ranks
+        groups = draw(st.sampled_from([n for n in range(1, size) if size % n == 0]))
+    heads = math.lcm(groups, size) * draw(st.integers(1, 3))
+    channels = draw(st.sampled_from([2, 4])) * (1 if groups % size == 0 else size)
     spec = make_spec(
         hidden_size=draw(st.integers(1, 6)),
         ffn_hidden_size=size * draw(st.integers(1, 5)),
-        num_attention_heads=groups * draw(st.integers(1, 3)),
+        num_attention_heads=heads,
         num_query_groups=groups,
-        kv_channels=draw(st.sampled_from([2, 4])),
+        kv_channels=channels,
         vocab_size=draw(st.integers(1, 40)),
     )
     return spec, size
@@ -80,10 +85,10 @@ def fill(shape: tuple[int, ...], parts: list[Piece], tensors: dict[str, Array]) 
 
 
 def fused_qkv(tensors: list[Array], spec: DenseSpec, size: int) -> list[Array]:
-    """Shard SelfAttention.linear_qkv, viewed as (groups, queries of a group + key + value, ...)."""
+    """Shard the rows of SelfAttention.linear_qkv: queries, key and value of group after group."""
     by_group = [t.reshape(spec.num_query_groups, -1, *t.shape[1:]) for t in tensors]
     fused = np.concatenate(by_group, axis=1)
-    return [part.reshape(-1, *fused.shape[2:]) for part in np.split(fused, size)]
+    return np.split(fused.reshape(-1, *fused.shape[2:]), size)
 
 
 def fused_gated(tensors: list[Array], spec: DenseSpec, size: int) -> list[Array]:

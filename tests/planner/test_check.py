@@ -3,6 +3,7 @@
 import io
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,6 +47,17 @@ def test_a_good_layout(make_config, llama3_spec):
     parts = {k: v for k, v in tree["memory_gib"].items() if k != "total"}
     assert sum(parts.values()) == pytest.approx(tree["memory_gib"]["total"])
     assert "matrix products" in printed(check_report(result))
+
+
+def test_dropped_choices_are_named(make_config, llama3_spec):
+    """Half of the choices do not fit into half of the mean; MFU counts them all the same."""
+    half = {"moe_expert_capacity_factor": 0.5}
+    text = printed(
+        check_report(check_layout(make_config(moe=half, **PAPER), llama3_spec, gpus=128))
+    )
+    assert "At least 50% of the routed choices are dropped" in text
+    text = printed(check_report(check_layout(make_config(**PAPER), llama3_spec, gpus=128)))
+    assert "dropped" not in text
 
 
 def test_an_illegal_layout_has_reasons_and_no_numbers(make_config, llama3_spec):
@@ -161,6 +173,8 @@ def test_count_agrees_with_hugging_face(model_type, tmp_path):
 def test_count_rejects_missing_and_incomplete_files(tmp_path):
     with pytest.raises(ConfigError, match="neither a Hugging Face folder nor"):
         count(tmp_path / "missing.yaml")
+    with pytest.raises(ConfigError, match=r"nor the name of a known model.\n  similar names: .*"):
+        count(Path("llama3-8"))
     with pytest.raises(CheckpointError, match=r"cannot read .*config\.json"):
         count(tmp_path)
     (tmp_path / "config.json").write_text('{"architectures": ["MixtralForCausalLM"]}')

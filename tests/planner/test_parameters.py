@@ -3,8 +3,11 @@
 from dataclasses import replace
 
 import pytest
+import torch
+from dense_models import H100_FILES, shipped
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from megatron_moe.parallel.shards import padded_vocabulary
 from megatron_moe.planner.parameters import (
@@ -13,7 +16,7 @@ from megatron_moe.planner.parameters import (
     rank_tensors,
     total_parameters,
 )
-from megatron_moe.planner.shape import MoeShape
+from megatron_moe.planner.shape import MoeShape, upcycled_shape
 from megatron_moe.planner.workload import Degrees
 
 SMALL = MoeShape(
@@ -91,3 +94,21 @@ def test_more_ranks_hold_less(axis, llama3_e8t2):
     held = [sum(rank_parameters(llama3_e8t2, d, pp_rank=0)) for d in layouts]
     assert held == sorted(held, reverse=True)
     assert len(set(held)) == 4
+
+
+def test_the_shape_of_qwen2_57b_a14b_has_its_parameters():
+    """All of transformers' but the gates of the shared experts, which a dense model lacks."""
+    (path,) = [path for path in H100_FILES if path.stem.startswith("qwen2-7b-e64t8")]
+    config, spec, _ = shipped(path)
+    shape = upcycled_shape(spec, config.moe)
+    published = Qwen2MoeConfig(
+        hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+        num_key_value_heads=4, vocab_size=spec.vocab_size, num_experts=64, num_experts_per_tok=8,
+        moe_intermediate_size=2560, shared_expert_intermediate_size=20480,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = Qwen2MoeForCausalLM(published)
+    expected = sum(parameter.numel() for parameter in model.parameters())
+    assert total_parameters(shape) == expected - 28 * 3584
+    assert round(total_parameters(shape) / 1e9) == 57
+    assert round(active_parameters(shape) / 1e9) == 14

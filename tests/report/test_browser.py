@@ -14,7 +14,11 @@ from synthetic_runs import DOMAINS, HOSTILE, write_run
 from tiny import save_dense
 from training_runs import run_training, tree, write_tokens
 
+from megatron_moe.cli.plan import known_dense_model
+from megatron_moe.commands.plan import plan
 from megatron_moe.commands.report import compare, report
+from megatron_moe.planner.starting import Request, starting_config
+from megatron_moe.planner.whole_run import Circumstances
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt install chromium")
@@ -79,7 +83,18 @@ def both(large: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return compare([large.parent, other], folder / "compare.html")
 
 
-@pytest.fixture(params=["real", "large", "both"])
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the page of a plan."""
+    path = tmp_path_factory.mktemp("planned") / "plan.html"
+    spec, source = known_dense_model("llama-3-70b")
+    config = starting_config(Request(source=source, gpus=1024), spec)
+    options = {"gpus": 1024, "gpu": "h100", "check_only": False}
+    plan(config, spec, Circumstances(price=2.0), **options).write_page(path)
+    return path
+
+
+@pytest.fixture(params=["real", "large", "both", "planned"])
 def path(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(request.param)
 
@@ -111,7 +126,7 @@ def test_a_page_is_complete_without_a_network(browser: Browser, path: Path, dark
     opened = Opened(browser, path, width=1280, dark=dark)
     sizes = opened.page.evaluate(SIZES)
     assert (opened.messages, opened.outside()) == ([], [])
-    assert len(sizes) >= 8
+    assert len(sizes) >= (4 if path.name == "plan.html" else 8)
     assert min(sizes) > 20
     paper = opened.page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert paper == ("rgb(20, 23, 26)" if dark else "rgb(255, 255, 255)")

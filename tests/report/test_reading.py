@@ -43,6 +43,20 @@ def test_damaged_lines_are_counted_and_null_is_nan(tmp_path):
     assert np.isnan(series.values[1])
 
 
+def test_the_mfu_of_version_010_counted_full_attention(tmp_path):
+    """A run that was resumed with this version has lines of both kinds."""
+    lines = [
+        {"step": 1, "throughput/mfu": 0.4},
+        {"step": 2, "throughput/mfu": 0.3, "throughput/mfu_full_attention": 0.41},
+    ]
+    history = read_history(write_lines(tmp_path / "m", *lines))
+    causal, full = (history.series(f"throughput/{n}") for n in ("mfu", "mfu_full_attention"))
+    assert causal is not None
+    assert full is not None
+    assert causal.values.tolist() == [0.3]
+    assert full.values.tolist() == [0.4, 0.41]
+
+
 def test_a_value_that_was_never_finite_is_none(tmp_path):
     history = read_history(write_lines(tmp_path / "m", step(1, None)))
     assert history.series("loss/lm") is None

@@ -77,9 +77,10 @@ REFUSALS = [
      "world_size (4) must be divisible by pp * ep * etp = 1 * 8 * 1 = 8: edp is the quotient.\n"
      "  nearest world_size: 8"),
     ("heads", parallel(tp=4), 4,
-     "num_key_value_heads of the dense model (6) must be divisible by "
-     "parallel.tensor_parallel_size (4): each tp rank holds whole query groups.\n"
-     "  valid tensor_parallel_size: 1, 2, 3, 6"),
+     "parallel.tensor_parallel_size (4) must divide num_attention_heads of the dense model (12), "
+     "and divide num_key_value_heads (6) or be a multiple of it: a tp rank holds whole query "
+     "groups, or equally many ranks share each group.\n"
+     "  valid tensor_parallel_size: 1, 2, 3, 6, 12"),
     ("experts", parallel(ep=3), 3,
      "moe.num_moe_experts (8) must be divisible by parallel.expert_parallel_size (3): each ep rank "
      "holds whole experts.\n  valid expert_parallel_size: 1, 2, 4, 8"),
@@ -169,7 +170,15 @@ REFUSALS = [
     ("layers", parallel(pp=2, vpp=4), 2,
      "num_hidden_layers of the dense model (12) must be divisible by pp * vpp = 2 * 4 = 8: every "
      "chunk must hold the same number of layers.\n"
-     "  nearest pp x vpp: 2x3, 3x2, 6x1, 2x2"),
+     "  nearest pp x vpp: 2x3, 3x2, 6x1, 2x2\n"
+     "  or set parallel.num_layers_in_first_pipeline_stage=4 "
+     "parallel.num_layers_in_last_pipeline_stage=8"),
+    ("uneven", parallel(pp=4) | {"parallel.num_layers_in_first_pipeline_stage": 2}, 4,
+     "parallel.num_layers_in_first_pipeline_stage (2) and num_layers_in_last_pipeline_stage (None) "
+     "must leave equal shares of the 12 layers to the other of 4 stages, and vpp (1) must divide "
+     "every stage.\n"
+     "  parallel.num_layers_in_first_pipeline_stage=3 "
+     "parallel.num_layers_in_last_pipeline_stage=3"),
     ("sequence", parallel(tp=2) | {"data.seq_length": 47}, 2,
      "data.seq_length (47) must be divisible by tp = 2: the sequence is sharded over these "
      "ranks.\n"
@@ -489,6 +498,8 @@ def rule_of(message: str) -> str:
 def suggested(message: str):
     """Yield each value of the indented line as a change of settings."""
     lines = r"\n  (?:valid|nearest|largest|smallest) ([\w. ]+): (.*)"
+    if ends := re.findall(r"(parallel\.num_layers_in_\w+)=(\d+)", message):
+        yield {name: int(value) for name, value in ends}
     for name, values in re.findall(lines, message):
         for value in values.split(", "):
             if name == "pp x vpp":

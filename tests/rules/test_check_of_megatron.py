@@ -58,12 +58,14 @@ def layouts(draw: st.DrawFn) -> tuple[RunConfig, int]:
     return build(RunConfig, tree), world
 
 
-def test_the_rules_reject_whatever_megatron_rejects():
+@pytest.mark.parametrize("groups", [6, 2])
+def test_the_rules_reject_whatever_megatron_rejects(groups: int):
     # Use a child process, because Megatron-Core's groups are global to a process.
-    mp.start_processes(_compare, nprocs=1, start_method="fork")
+    mp.start_processes(_compare, args=(groups,), nprocs=1, start_method="fork")
 
 
-def _compare(_: int) -> None:
+def _compare(_: int, groups: int) -> None:
+    dense = DENSE | {"num_key_value_heads": groups}
     seen = {"both": 0, "neither": 0, "stricter": 0}
 
     @settings(max_examples=120, deadline=None, phases=[Phase.generate], derandomize=True,
@@ -71,8 +73,8 @@ def _compare(_: int) -> None:
     @given(layouts())
     def agree(drawn: tuple[RunConfig, int]) -> None:
         config, world = drawn
-        messages = violations(config, spec_from_config(DENSE), world)
-        error = _error_of_megatron(config, world)
+        messages = violations(config, spec_from_config(dense), world)
+        error = _error_of_megatron(config, world, dense)
         if error is not None:
             assert messages, (
                 f"the rules accept what Megatron-Core rejects: {config.parallel} {world}: {error}"
@@ -89,7 +91,7 @@ def _compare(_: int) -> None:
     assert min(seen.values()) >= 5, f"some outcomes were too rare: {seen}"
 
 
-def _error_of_megatron(config: RunConfig, world: int) -> str | None:
+def _error_of_megatron(config: RunConfig, world: int, dense: dict[str, Any]) -> str | None:
     """Return Megatron-Core's error for the layout on the first or last rank, or None."""
     import torch.distributed as dist
     from megatron.core import parallel_state
@@ -107,7 +109,7 @@ def _error_of_megatron(config: RunConfig, world: int) -> str | None:
             layout, groups = create_groups(config.parallel, seed=0)
             with torch.device("meta"):
                 model = build_model(
-                    config, spec_from_config(DENSE), layout=layout, groups=groups, rank=rank,
+                    config, spec_from_config(dense), layout=layout, groups=groups, rank=rank,
                     engine=TORCH_ON_CPU,
                 )  # fmt: skip
             for stage in range(len(model.chunks)):  # our spec computes layers itself

@@ -73,7 +73,7 @@ REFUSALS = [
      "moe.moe_shared_expert_intermediate_size (16) with upcycle.method (copy) has no neurons to "
      "use: the routed experts hold the whole dense FFN, and its neurons would count twice.\n"
      "  methods with a shared expert: split_random, split_clustered, split_coactivation, "
-     "sharing_inter, weaver"),
+     "sharing_inter, qwen, weaver"),
     ("no-shared", sizes(6), {"method": "weaver", **PLAN},
      "upcycle.method (weaver) needs moe.moe_shared_expert_intermediate_size: the method moves "
      "common neurons to a shared expert.\n"
@@ -181,6 +181,7 @@ LEGAL = [
     (sizes(24), {"method": "sharing_inner", **PLAN}),
     (sizes(32, 16), {"method": "sharing_inter", **PLAN}),
     (sizes(20), {"method": "qwen"}),
+    (sizes(20, 64), {"method": "qwen"}),
     (sizes(4, 16), {"method": "weaver", **PLAN}),
     ({}, {"method": "mix", "mix_with": ["a"]}),
 ]

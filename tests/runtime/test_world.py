@@ -235,7 +235,7 @@ def test_a_gpu_is_current_before_the_job_is_joined_and_not_bound_to_it(
 ):
     """A device_id would create communicators eagerly and serialize unbatched transfers."""
     joining = Joining(monkeypatch)
-    with world_module.joined(RankPosition(5, 16, 1, 4, "tcp://node0:1"), "cuda") as world:
+    with world_module.joined(RankPosition(5, 16, 1, 4, "tcp://127.0.0.1:1"), "cuda") as world:
         assert world.device == torch.device("cuda", 1)
     (first, index), (second, kwargs) = joining.calls
     assert (first, index, second) == ("set_device", 1, "init")

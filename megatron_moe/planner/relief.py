@@ -1,0 +1,215 @@
+"""Find changes that make a run fit into memory, from the cheapest to the most expensive.
+
+A change of settings costs speed only, and another layout not even that. More or larger GPUs cost
+money, and a shorter sequence or fewer experts make another model. Each change is tried, so its
+numbers are predictions for the run after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from megatron_moe.config.run import RunConfig
+from megatron_moe.errors import ConfigError
+from megatron_moe.hf.spec import DenseSpec
+from megatron_moe.planner.calibration import FITTED, Calibration
+from megatron_moe.planner.candidates import divisors
+from megatron_moe.planner.hardware import GPUS, gpu_named
+from megatron_moe.planner.layer import Machine
+from megatron_moe.planner.memory import peak_memory
+from megatron_moe.planner.search import (
+    Candidate,
+    NothingFitsError,
+    SearchResult,
+    configured,
+    search,
+)
+from megatron_moe.planner.shape import upcycled_shape
+from megatron_moe.planner.time import step_time
+from megatron_moe.planner.workload import Degrees, Workload
+from megatron_moe.rules.check import violations
+
+MAX_DOUBLINGS = 7
+"""Number of times that the GPUs are doubled in search of a number that fits."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Relief:
+    """A change after which the run fits."""
+
+    change: str
+    mfu: float
+    tokens_per_second: float
+    """Rate of all GPUs together."""
+    gib: float
+    usable_gib: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.change}: {self.gib:.1f} of {self.usable_gib:.1f} GiB, {self.mfu:.1f}% MFU, "
+            f"{self.tokens_per_second:,.0f} tokens/s in all"
+        )
+
+
+def searched(
+    config: RunConfig, spec: DenseSpec, *, gpus: int, gpu: str, constants: Calibration = FITTED
+) -> SearchResult:
+    """Search as `search` does, and add to its message what to change if nothing fits.
+
+    Raises:
+        ConfigError: See `search`.
+    """
+    try:
+        return search(config, spec, gpus=gpus, gpu=gpu, constants=constants)
+    except NothingFitsError as error:
+        changes = reliefs(config, spec, gpus=gpus, gpu=gpu) or ["none was found"]
+        lines = [str(error), "  changes that make it fit, cheapest first:"]
+        raise NothingFitsError("\n".join([*lines, *(f"    {one}" for one in changes)])) from error
+
+
+def reliefs(
+    config: RunConfig, spec: DenseSpec, *, gpus: int, gpu: str, current: Candidate | None = None
+) -> list[Relief]:
+    """Return changes that make a run fit, cheapest first.
+
+    Args:
+        config: The run.
+        spec: The dense model.
+        gpus: Number of ranks.
+        gpu: Name of a GPU in the hardware table.
+        current: The layout that does not fit; None if no layout of ``gpus`` ranks fits.
+    """
+    result: list[Relief] = []
+    if current is not None:
+        result += _settings(config, spec, gpu, current)
+        result += _best("another layout", config, spec, gpus, gpu, name_layout=True)
+    result += _more_gpus(config, spec, gpus, gpu)
+    result += _larger_gpus(config, spec, gpus, gpu)
+    result += _first_that_fits(_shorter(config), spec, gpus, gpu)
+    result += _first_that_fits(_fewer_experts(config), spec, gpus, gpu)
+    return result
+
+
+def _settings(config: RunConfig, spec: DenseSpec, gpu: str, current: Candidate) -> Iterator[Relief]:
+    """Yield the least recomputation that fits, for the micro-batch and each half of it."""
+    shape, machine = upcycled_shape(spec, config.moe), Machine(gpu_named(gpu), FITTED)
+    work, degrees = current.work, current.degrees
+    later = work.recompute_settings[work.recompute_settings.index(work.recompute) :]
+    size = work.micro_batch_size
+    while size:
+        for recompute in later:
+            tried = replace(work, recompute=recompute, micro_batch_size=size)
+            memory = peak_memory(shape, tried, degrees)
+            if memory.total > machine.gpu.usable_gib or _illegal(config, spec, degrees, tried):
+                continue
+            time = step_time(shape, tried, degrees, machine)
+            yield Relief(
+                change=_difference(work, tried),
+                mfu=time.mfu,
+                tokens_per_second=time.tokens_per_second_per_gpu * degrees.gpus,
+                gib=memory.total,
+                usable_gib=machine.gpu.usable_gib,
+            )
+            break
+        size //= 2
+
+
+def _illegal(config: RunConfig, spec: DenseSpec, degrees: Degrees, work: Workload) -> bool:
+    return bool(violations(configured(config, degrees, work), spec, degrees.gpus))
+
+
+def _difference(before: Workload, after: Workload) -> str:
+    changes = []
+    if after.recompute != before.recompute:
+        changes.append(f"train.recompute={after.recompute}")
+    if after.micro_batch_size != before.micro_batch_size:
+        changes.append(f"train.micro_batch_size={after.micro_batch_size}")
+    return " ".join(changes)
+
+
+def _best(
+    change: str,
+    config: RunConfig,
+    spec: DenseSpec,
+    gpus: int,
+    gpu: str,
+    *,
+    name_layout: bool = False,
+) -> list[Relief]:
+    """Return the best layout after a change, or nothing if none is legal and fits."""
+    try:
+        result = search(config, spec, gpus=gpus, gpu=gpu, keep=1)
+    except ConfigError:
+        return []
+    best = result.best[0]
+    if name_layout:
+        change += f" ({best.degrees}, recompute {best.work.recompute})"
+    return [
+        Relief(
+            change=change,
+            mfu=best.time.mfu,
+            tokens_per_second=best.time.tokens_per_second_per_gpu * gpus,
+            gib=best.memory.total,
+            usable_gib=result.usable_gib,
+        )
+    ]
+
+
+def _more_gpus(config: RunConfig, spec: DenseSpec, gpus: int, gpu: str) -> list[Relief]:
+    """Return the smallest power-of-two multiple of the GPUs that fits.
+
+    If there is none, stages of an odd number of layers may help: the numbers then have an odd
+    divisor of the layers as a factor.
+    """
+    doubled = [gpus * 2**doubling for doubling in range(1, MAX_DOUBLINGS + 1)]
+    odd = [divisor for divisor in divisors(spec.num_layers) if divisor % 2 and divisor > 1]
+    mixed = {factor * 2**power for factor in odd for power in range(3, 15)}
+    in_range = sorted(number for number in mixed if gpus < number <= doubled[-1])
+    for more in [*doubled, *in_range]:
+        batch = -(-config.train.global_batch_size // more) * more
+        train = config.train.model_copy(update={"global_batch_size": batch})
+        changed = config if more in doubled else config.model_copy(update={"train": train})
+        if fitting := _best(f"{more} {gpu} instead of {gpus}", changed, spec, more, gpu):
+            return fitting
+    return []
+
+
+def _larger_gpus(config: RunConfig, spec: DenseSpec, gpus: int, gpu: str) -> list[Relief]:
+    """Return the smallest GPU of more memory on which the run fits."""
+    memory = gpu_named(gpu).hbm_gib
+    larger = sorted((o for o in GPUS.values() if o.hbm_gib > 1.1 * memory), key=lambda o: o.hbm_gib)
+    for other in larger:
+        change = f"{gpus} {other.name} instead of {gpu}"
+        if fitting := _best(change, config, spec, gpus, other.name):
+            return fitting
+    return []
+
+
+def _first_that_fits(
+    changed: Iterator[tuple[str, RunConfig]], spec: DenseSpec, gpus: int, gpu: str
+) -> list[Relief]:
+    """Return the first of increasingly strong changes that fits."""
+    for change, config in changed:
+        if fitting := _best(change, config, spec, gpus, gpu):
+            return fitting
+    return []
+
+
+def _shorter(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
+    """Yield the run with shorter sequences, and more of them, so that a step has equal tokens."""
+    for parts in (2, 4, 8):
+        length = config.data.seq_length // parts
+        batch = config.train.global_batch_size * parts
+        data = config.data.model_copy(update={"seq_length": length})
+        train = config.train.model_copy(update={"global_batch_size": batch})
+        change = f"data.seq_length={length} train.global_batch_size={batch}"
+        yield change, config.model_copy(update={"data": data, "train": train})
+
+
+def _fewer_experts(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
+    experts = config.moe.num_moe_experts // 2
+    while experts > config.moe.moe_router_topk:
+        moe = config.moe.model_copy(update={"num_moe_experts": experts})
+        yield f"moe.num_moe_experts={experts}", config.model_copy(update={"moe": moe})
+        experts //= 2

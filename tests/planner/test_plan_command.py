@@ -1,0 +1,52 @@
+"""Test ``plan`` and ``flops`` as typed, with known models and without arguments."""
+
+import json
+import sys
+
+import pytest
+
+from megatron_moe.cli import main as cli
+
+
+def printed(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, *words: str) -> dict:
+    """Run the command line with --json and return what it prints."""
+    monkeypatch.setattr(sys, "argv", ["megatron-moe", *words, "--json"])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def refused(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, *words: str) -> str:
+    """Run the command line and return its message on stderr."""
+    monkeypatch.setattr(sys, "argv", ["megatron-moe", *words])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_a_known_model_is_planned_by_name(capsys, monkeypatch):
+    plain = printed(capsys, monkeypatch, "plan", "--model", "llama-3-8b", "--gpus", "128")
+    sixteen = printed(
+        capsys, monkeypatch, "plan", "--model", "meta-llama/Meta-Llama-3-8B", "--gpus", "128",
+        "moe.num_moe_experts=16",
+    )  # fmt: skip
+    assert len(plain["best"]) == 10
+    assert sixteen["num_legal"] > plain["num_legal"]
+
+
+def test_a_known_model_is_counted_by_name(capsys, monkeypatch):
+    counts = printed(capsys, monkeypatch, "flops", "qwen3-30b-a3b")
+    assert counts["total_parameters"] == 30_532_122_624
+    assert 3.3e9 <= counts["active_parameters"] < 3.4e9  # the model card says 3.3 B
+
+
+def test_plan_refuses_what_it_cannot_plan(capsys, monkeypatch):
+    for words in ([], ["train.steps=5"]):
+        message = refused(capsys, monkeypatch, "plan", *words)
+        assert message.startswith("ConfigError: plan needs CONFIG.yaml, or --model NAME")
+    message = refused(capsys, monkeypatch, "plan", "--model", "mixtral-8x7b")
+    assert "has experts already, so it cannot be upcycled" in message
+    message = refused(capsys, monkeypatch, "plan", "--model", "lama-3-8b")
+    assert "similar names: llama-3-8b" in message
