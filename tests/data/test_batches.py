@@ -194,10 +194,9 @@ def test_a_sequence_that_context_parallelism_cannot_cut_is_refused(samples: Samp
 def test_batches_for_a_gpu_are_pinned_after_they_are_sliced(monkeypatch: pytest.MonkeyPatch):
     """Non-blocking copies need pinned memory; slicing allocates new memory, so pin after it."""
     from types import SimpleNamespace
-
-    from megatron_moe.config.run import Train
     from typing import Any
 
+    from megatron_moe.config.run import Train
     from megatron_moe.data import feed as feed_module
     from megatron_moe.data.feed import DataRank, Feed
 
