@@ -177,9 +177,9 @@ gate before up, and ``(E, D, M)``."""
 ROW_OF_ROLE = {row.role: row for row in ROWS}
 
 ROLES: dict[Role, tuple[str, ...]] = {
-    "router": ("router", "router_noise", "router_output"),
+    "router": ("router", "expert_bias", "router_noise", "router_output"),
     "experts": ("expert_fc1", "expert_fc2"),
-    "shared_experts": ("shared_fc1", "shared_fc2"),
+    "shared_experts": ("shared_fc1", "shared_fc2", "shared_gate"),
     "dense_ffn": ("fc1", "fc2"),
     "attention": ("qkv", "qkv_bias", "proj"),
     "norms": ("input_norm", "q_norm", "k_norm", "ffn_norm", "final_norm"),
