@@ -76,7 +76,9 @@ LONG = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("1", 0), ("dp2 ep2", 1e-5)])
+@pytest.mark.parametrize(
+    ("name", "tolerance"), [("1", 0), pytest.param("dp2 ep2", 1e-5, marks=pytest.mark.slow)]
+)
 def test_an_extended_run_is_the_run_that_took_all_steps(
     inputs: dict[str, Path], name: str, tolerance: float
 ):
