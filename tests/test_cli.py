@@ -164,6 +164,7 @@ def test_an_illegal_layout_is_refused_before_any_rank_starts(
     output = refused(
         capsys, monkeypatch, "train", yaml_file, "--ranks", 3,
         "parallel.tensor_parallel_size=5", "parallel.expert_parallel_size=3",
+        "data.seq_length=60",
     )  # fmt: skip
     heads = [line for line in output.splitlines() if not line.startswith("  ")]
     assert len(heads) == 3

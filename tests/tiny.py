@@ -27,6 +27,8 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 FAMILIES = {
@@ -35,6 +37,7 @@ FAMILIES = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     "phi3": (Phi3Config, Phi3ForCausalLM),
+    "smollm3": (SmolLM3Config, SmolLM3ForCausalLM),
 }
 
 QWEN_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
@@ -80,7 +83,7 @@ def save_dense(folder: Path, family: str = "llama", *, seed: int = 0, **changes:
     settings = {**SHAPE, **changes}
     if family not in ("mistral", "phi3"):
         settings.pop("sliding_window")
-    if family == "phi3":  # its defaults are ids of a larger vocabulary
+    if family in ("phi3", "smollm3"):  # their defaults are ids of a larger vocabulary
         settings = {"pad_token_id": 0, "eos_token_id": 2, **settings}
     torch.manual_seed(seed)
     model = model_class(config_class(**settings, initializer_range=0.2)).float()

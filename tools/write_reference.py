@@ -209,7 +209,7 @@ def _summary(path: Path) -> str:
 
 
 TINY = {
-    "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 32,
+    "num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 32,
     "num_key_value_heads": 32, "vocab_size": 257, "sliding_window": None,
 }  # fmt: skip
 MOES = {
@@ -257,8 +257,10 @@ def models_page() -> str:
 
 def _variant(row: FamilyRow) -> str:
     windows = {"ignored": "", "always": "sliding window", "all_on_request": "sliding window"}
+    rotary = "layers without rotary embedding" * row.skips_rotary
     norms = "norms of q and k" + (" over all heads" if row.qk_norm_spans_heads else "")
-    parts = [_on_request("biases of q, k, v", row.qkv_bias), _on_request(norms, row.qk_layernorm),
+    parts = [rotary, _on_request("biases of q, k, v", row.qkv_bias),
+             _on_request(norms, row.qk_layernorm),
              windows.get(row.windows, "sliding window in some layers"), *_experts(row)]  # fmt: skip
     return ", ".join(part for part in parts if part) or "-"
 

@@ -153,6 +153,12 @@ def architecture_for(spec: DenseSpec, moe: Moe) -> Architecture:
     """
     if spec.experts is not None:  # rules keep what its architecture computes
         return cast("Architecture", FAMILIES[spec.family].architecture)
+    if spec.layers_without_rotary:
+        raise CheckpointError(
+            f"no Hugging Face architecture means the same as a MoE of a {spec.family} model, whose "
+            f"layers {', '.join(map(str, spec.layers_without_rotary))} have no rotary embedding.\n"
+            "  keep the checkpoint, which trains, evaluates and generates"
+        )
     if moe.router_gate not in _LINEAR_AFTER_TRAINING:
         raise CheckpointError(
             f"no Hugging Face architecture means the same as a {spec.family} model with "

@@ -179,7 +179,10 @@ def exported_shared_size(spec: DenseSpec, moe: Moe, architecture: Architecture) 
 
 def _rope(spec: DenseSpec, source: dict[str, Any], architecture: Architecture) -> dict[str, Any]:
     """Return the rotary settings as transformers 5 and, in the last two keys, 4 read them."""
-    rope = rope_parameters({"max_position_embeddings": spec.max_position_embeddings, **source})
+    defaults = {
+        "max_position_embeddings": spec.max_position_embeddings, "rope_theta": spec.rotary_base,
+    }  # fmt: skip
+    rope = rope_parameters({**defaults, **source})
     rope = _whole_heads(rope)
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     if architecture == "Glm4MoeForCausalLM":  # half of a head by default

@@ -11,14 +11,17 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Family = Literal[
-    "llama", "mistral", "qwen2", "qwen3", "phi3",
+    "llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3",
     "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe",
 ]  # fmt: skip
 
-Windows = Literal["ignored", "always", "on_request", "all_on_request", "even_on_request"]
+Windows = Literal[
+    "ignored", "always", "on_request", "all_on_request", "even_on_request",
+    "without_rotary_on_request",
+]  # fmt: skip
 """Meaning of ``sliding_window`` in a family: none; for every layer; or if ``use_sliding_window`` is
 true, for the layers from ``max_window_layers`` on, for all layers, or for every other layer before
-``max_window_layers``."""
+``max_window_layers``, or for the layers without rotary embedding."""
 
 DenseLayers = Literal["none", "qwen", "first"]
 """Layers of a MoE family without experts: none; those of ``mlp_only_layers`` and between the
@@ -66,6 +69,9 @@ class FamilyRow:
     """Whether that RMSNorm is over all heads at once instead of over each head."""
     rope_scaling: bool = True
     """Whether transformers scales rotary frequencies in the ways of `hf/rope.py`."""
+    skips_rotary: bool = False
+    """Whether ``no_rope_layers`` or ``no_rope_layer_interval`` names layers without rotary
+    embedding."""
     windows: Windows = "ignored"
     tensors: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Tensors whose name differs from Llama's, and the tensors of Llama that they stack by rows.
@@ -121,6 +127,16 @@ FAMILIES: dict[Family, FamilyRow] = {
                 _L + "mlp.gate_proj.weight", _L + "mlp.up_proj.weight",
             ),
         },
+    ),
+    "smollm3": FamilyRow(
+        architecture="SmolLM3ForCausalLM",
+        defaults={
+            "max_position_embeddings": 32768, "num_key_value_heads": 4, "rope_theta": 2e6,
+            "no_rope_layer_interval": 4, "tie_word_embeddings": True, "bos_token_id": 128000,
+            "eos_token_id": 128001,
+        },
+        skips_rotary=True,
+        windows="without_rotary_on_request",
     ),
     "mixtral": FamilyRow(
         architecture="MixtralForCausalLM",

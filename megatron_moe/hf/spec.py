@@ -59,6 +59,8 @@ class DenseSpec:
     attention_windows: tuple[int | None, ...] = ()
     """Tokens that each layer attends to, None for the whole context; empty if no layer has a
     window."""
+    layers_without_rotary: tuple[int, ...] = ()
+    """Layers whose queries and keys are not rotated."""
     qk_norm_spans_heads: bool = False
     """Whether the RMSNorm of query and key is over all heads at once."""
     experts: ExpertsSpec | None = None
@@ -127,6 +129,7 @@ def spec_from_config(config: Mapping[str, Any], *, where: str = "config.json") -
         eos_token_id=_first(config.get("eos_token_id")),
         bos_token_id=_first(config.get("bos_token_id")),
         attention_windows=_attention_windows(config, family),
+        layers_without_rotary=_layers_without_rotary(config, family),
         qk_norm_spans_heads=FAMILIES[family].qk_norm_spans_heads,
         experts=None if moe is None else read_experts(config, moe),
     )
@@ -167,6 +170,7 @@ def _other_architecture(config: object) -> str:
 
 _KINDS: dict[str, type] = {
     "rope_scaling": dict, "rope_parameters": dict, "layer_types": list, "hidden_act": str,
+    "no_rope_layers": list,
     "mlp_only_layers": list,
 }  # fmt: skip
 """Kinds of values that are not numbers; null counts as absent."""
@@ -200,7 +204,7 @@ def _bad_numbers(config: Mapping[str, Any], family: Family) -> list[str]:
         "max_position_embeddings",
         *(expert_sizes(config, moe) if moe is not None else ()),
     ]
-    optional = ("num_key_value_heads", "head_dim", "sliding_window")
+    optional = ("num_key_value_heads", "head_dim", "sliding_window", "no_rope_layer_interval")
     optional = [key for key in optional if config.get(key) is not None]
     if config.get("sliding_window") == 0:  # transformers 5 writes 0 for no window in Qwen2-MoE
         optional.remove("sliding_window")
@@ -305,6 +309,10 @@ def _attention_windows(config: Mapping[str, Any], family: Family) -> tuple[int |
     match FAMILIES[family].windows:
         case "ignored":
             windowed = [False] * count
+        case "without_rotary_on_request":
+            without = _layers_without_rotary(config, family)
+            on = bool(config.get("use_sliding_window"))
+            windowed = [on and layer in without for layer in range(count)]
         case "always":
             windowed = [True] * count
         case "all_on_request":
@@ -325,11 +333,25 @@ def _attention_windows(config: Mapping[str, Any], family: Family) -> tuple[int |
     return tuple(window if sliding else None for sliding in windowed)
 
 
+def _layers_without_rotary(config: Mapping[str, Any], family: Family) -> tuple[int, ...]:
+    """Return the layers whose entry of ``no_rope_layers`` is 0, or every n-th layer."""
+    if not FAMILIES[family].skips_rotary:
+        return ()
+    count, every = config["num_hidden_layers"], config["no_rope_layer_interval"]
+    rotates = config.get("no_rope_layers") or [(i + 1) % every != 0 for i in range(count)]
+    return tuple(i for i in range(count) if not rotates[i])
+
+
 def _unsupported_layers(config: Mapping[str, Any], family: Family) -> list[str]:
     """Return a reason if a layer is of a kind that this package does not build."""
     kinds = {str(kind) for kind in config.get("layer_types") or []}
+    rotates = config.get("no_rope_layers")
+    if FAMILIES[family].skips_rotary and rotates:
+        count = config.get("num_hidden_layers")
+        if not set(map(str, rotates)) <= {"0", "1"} or len(rotates) < (count or 0):
+            return ["no_rope_layers must have a 1 (rotary embedding) or 0 (none) for every layer"]
     known = {"full_attention"}
-    if FAMILIES[family].windows in ("on_request", "even_on_request"):
+    if FAMILIES[family].windows.endswith("on_request"):
         known.add("sliding_attention")
     if others := sorted(kinds - known):
         return [f"layer_types has {', '.join(others)}: every layer must be full_attention"]

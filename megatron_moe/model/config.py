@@ -71,6 +71,7 @@ def _dense_shape(spec: DenseSpec) -> dict[str, Any]:
         "add_qkv_bias": spec.qkv_bias,
         "qk_layernorm": spec.qk_layernorm,
         **_softmax(spec),
+        **_rotary(spec),
     }
 
 
@@ -83,6 +84,14 @@ def _softmax(spec: DenseSpec) -> dict[str, Any]:
     if spec.rope_scaling is None or spec.rope_scaling.attention_factor == 1.0:
         return {}
     return {"softmax_scale": spec.rope_scaling.attention_factor**2 / spec.kv_channels**0.5}
+
+
+def _rotary(spec: DenseSpec) -> dict[str, Any]:
+    """Return which layers skip rotary embedding, if some do."""
+    if not spec.layers_without_rotary:
+        return {}
+    skipped = (layer in spec.layers_without_rotary for layer in range(spec.num_layers))
+    return {"no_rope_freq": list(map(int, skipped))}
 
 
 def _moe(moe: Moe, spec: DenseSpec) -> dict[str, Any]:

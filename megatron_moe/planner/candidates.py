@@ -25,8 +25,8 @@ def layouts(
             continue
         stage = gpus // pp
         grids = list(_expert_grids(shape, stage, gpus_per_node))
-        for tp in divisors(min(shape.num_query_groups, gpus_per_node)):
-            if shape.num_query_groups % tp or stage % tp or not _divides_ffns(shape, tp):
+        for tp in range(1, gpus_per_node + 1):
+            if stage % tp or not _shards_heads(shape, tp) or not _divides_ffns(shape, tp):
                 continue
             for cp in divisors(stage // tp):
                 unit = 2 * cp * tp if cp > 1 else tp
@@ -57,6 +57,13 @@ def _expert_grids(shape: MoeShape, stage: int, gpus_per_node: int) -> Iterator[t
         for etp in divisors(gpus_per_node):
             if stage % (ep * etp) == 0 and shape.moe_ffn_hidden_size % etp == 0:
                 yield ep, etp
+
+
+def _shards_heads(shape: MoeShape, tp: int) -> bool:
+    """Return whether ranks hold whole query groups, or equally many ranks share each group."""
+    heads, groups = shape.num_attention_heads, shape.num_query_groups
+    fused_rows = shape.query_width + 2 * shape.kv_width
+    return not heads % tp and not (groups % tp and tp % groups) and not fused_rows % tp
 
 
 def _divides_ffns(shape: MoeShape, tp: int) -> bool:

@@ -101,13 +101,16 @@ def _attention(
     passes = 6 if work.engine == "torch" else 2
     stream = kernels.elementwise(tokens / tp * d, forward=10, backward=12)
     rotary = kernels.elementwise(
-        tokens * (shape.query_width + shape.kv_width) / tp, forward=passes, backward=passes
+        tokens * (shape.query_width / tp + shape.kv_width_of_rank(tp)),
+        forward=passes,
+        backward=passes,
     )
     return {
         "gemm": kernels.linear(tokens, d, qkv) + kernels.linear(tokens, shape.query_width // tp, d),
         "attention": core,
         "memory": stream + rotary,
-        "tp": _sequence_parallel(tokens * d, work, degrees, links),
+        "tp": _sequence_parallel(tokens * d, work, degrees, links)
+        + _shared_groups(tokens, shape, work, degrees, links),
         "cp": _exchange_kv(shape, work, degrees, links, attention=core),
     }
 
@@ -168,6 +171,20 @@ def _sequence_parallel(values: float, work: Workload, degrees: Degrees, links: L
     return Seconds(2 * alone * once, (alone + 2 * EXPOSED) * once)
 
 
+def _shared_groups(
+    tokens: float, shape: MoeShape, work: Workload, degrees: Degrees, links: Links
+) -> Seconds:
+    """Return the time of gathering the fused projection if several tp ranks share a query group.
+
+    Its gradient is scattered in the backward pass. Nothing overlaps with either.
+    """
+    if degrees.tp <= shape.num_query_groups:
+        return ZERO
+    fused = tokens * (shape.query_width + 2 * shape.kv_width) * work.bytes_per_value
+    once = links.gather(group_of("tp", degrees), fused)
+    return Seconds(once, once)
+
+
 def _exchange_kv(
     shape: MoeShape, work: Workload, degrees: Degrees, links: Links, *, attention: Seconds
 ) -> Seconds:
@@ -175,7 +192,7 @@ def _exchange_kv(
 
     The backward pass sends their gradients too. Attention hides most of it.
     """
-    kv_bytes = 2 * shape.kv_width / degrees.tp * work.bytes_per_value
+    kv_bytes = 2 * shape.kv_width_of_rank(degrees.tp) * work.bytes_per_value
     kv_bytes *= work.sequence_length * work.micro_batch_size
     once = links.gather(group_of("cp", degrees), kv_bytes)
     return _overlapped(Seconds(once, 2 * once), behind=attention)

@@ -35,6 +35,8 @@ MODELS = {
     "qwen2-bias": ("qwen2", {}),
     "qwen3-qk-norm": ("qwen3", {"head_dim": 16}),
     "phi3-fused": ("phi3", {}),
+    "smollm3-no-rotary": ("smollm3", {"no_rope_layer_interval": 2}),
+    "smollm3-list": ("smollm3", {"no_rope_layers": [0, 1, 1, 0], "tie_word_embeddings": True}),
     "llama-1-kv-head": ("llama", {"num_key_value_heads": 1}),
     "qwen3-2-kv-heads": ("qwen3", {"num_key_value_heads": 2, "head_dim": 16}),
 }  # fmt: skip

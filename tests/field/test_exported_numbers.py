@@ -44,7 +44,7 @@ CONFIG = SHAPE | {
 def write_source(folder: Path, family: str, absent: set[str]) -> dict[str, Any]:
     """Write a folder whose config.json lacks the keys ``absent``; weights fit what it means."""
     config_class, model_class = FAMILIES[family]
-    if family == "phi3":  # its default is an id beyond this small vocabulary
+    if family in ("phi3", "smollm3"):  # their default is an id beyond this small vocabulary
         absent = absent - {"pad_token_id"}
     config = {k: v for k, v in CONFIG.items() if k not in absent} | {
         "model_type": family,

@@ -39,10 +39,11 @@ def every_setting(shape, config, gpus):
                     yield degrees, vpp, sized
 
 
-def test_the_fast_filter_is_legality(make_config, llama3_spec):
+@pytest.mark.parametrize("groups", [8, 2])
+def test_the_fast_filter_is_legality(make_config, llama3_spec, groups: int):
     """Compare with calling `violations` for each combination of degrees; tp and etp up to 8."""
-    config = make_config(gbs=32)
-    shape = upcycled_shape(llama3_spec, config.moe)
+    config, spec = make_config(gbs=32), replace(llama3_spec, num_query_groups=groups)
+    shape = upcycled_shape(spec, config.moe)
     filtered = {
         (*(getattr(d, a) for a in ("tp", "cp", "pp", "ep", "etp")), vpp, work.micro_batch_size)
         for d, vpp, work in every_setting(shape, config, 16)
@@ -54,9 +55,10 @@ def test_the_fast_filter_is_legality(make_config, llama3_spec):
         for vpp, size in itertools.product((1, 2, 4, 8, 16, 32), MICRO_BATCH_SIZES):
             degrees = Degrees(gpus=16, tp=tp, cp=cp, pp=pp, vpp=vpp, ep=ep, etp=etp)
             work = Workload(sequence_length=8192, global_batch_size=32, micro_batch_size=size)
-            if not violations(configured(config, degrees, work), llama3_spec, 16):
+            if not violations(configured(config, degrees, work), spec, 16):
                 legal.add((tp, cp, pp, ep, etp, vpp, size))
     assert filtered == legal
+    assert {tp for tp, *_ in legal} == {1, 2, 4, 8}
 
 
 def test_best_first_is_brute_force(make_config, llama3_spec):

@@ -163,6 +163,20 @@ def test_overlapped_tensor_parallelism_leaves_a_part_exposed():
     assert overlapped / alone == pytest.approx(5 * 0.3 / (3 + 2 * 0.3))
 
 
+def test_ranks_that_share_a_query_group_gather_the_fused_projection():
+    """With 2 query groups, tp 4 gathers it once in each pass; with 4 it does not."""
+    row = next(r for r in published() if r.degrees.tp == 4)
+    few, enough = (
+        step_time(replace(row.shape, num_query_groups=groups), row.work, row.degrees, H100).parts
+        for groups in (2, 4)
+    )
+    shape = replace(row.shape, num_query_groups=2)
+    fused = 4096 * (shape.query_width + 2 * shape.kv_width) * 2
+    once = H100.links.gather(Group(4, 1), fused)
+    layers = shape.num_layers * row.work.micro_batches(row.degrees) / row.degrees.pp
+    assert few["tp"] - enough["tp"] == pytest.approx(2 * once * layers)
+
+
 def test_accumulation_of_gradients_hides_behind_large_products_only():
     """The backward pass of a product of many rows is twice its forward pass, of few rows longer."""
     kernels = Kernels(GPUS["h100"], FITTED)
