@@ -24,7 +24,7 @@ from pydantic.fields import FieldInfo  # noqa: E402
 from pydantic_core import PydanticUndefined  # noqa: E402
 
 from megatron_moe.commands.export import architecture_for  # noqa: E402
-from megatron_moe.config.run import Domain, Moe, RunConfig, Stage  # noqa: E402
+from megatron_moe.config.run import BatchRamp, Domain, Moe, RunConfig, Stage  # noqa: E402
 from megatron_moe.errors import CheckpointError  # noqa: E402
 from megatron_moe.hf.families import FAMILIES, FamilyRow  # noqa: E402
 from megatron_moe.hf.rope import ROPE_TYPES  # noqa: E402
@@ -100,7 +100,11 @@ FOLDERS = {
 """Folders of the package in the order of imports, with what each is for."""
 
 
-ENTRIES: dict[str, type[BaseModel]] = {"data.domains.NAME": Domain, "train.stages.N": Stage}
+ENTRIES: dict[str, type[BaseModel]] = {
+    "data.domains.NAME": Domain,
+    "train.stages.N": Stage,
+    "train.rampup_batch_size": BatchRamp,
+}
 """Sections that a mapping or a list holds any number of, by their place."""
 
 
@@ -149,7 +153,7 @@ def _type(kind: Any) -> str:
     if arguments:
         return " or ".join(_type(argument) for argument in arguments)
     if issubclass(kind, BaseModel):
-        return "sections"
+        return "section" if kind is BatchRamp else "sections"
     names = {"int": "integer", "float": "number", "bool": "true or false", "Path": "path",
              "str": "text"}  # fmt: skip
     return names[kind.__name__]

@@ -218,7 +218,7 @@ def _validate(job: Job, state: TrainState, feed: Feed, numbers: Numbers) -> None
 def _move_mixture(job: Job, state: TrainState, feed: Feed, numbers: Numbers) -> None:
     """Update the domain weights from their losses when an update is due, and log them."""
     mixing, tokens = job.config.data.mixing, numbers["tokens/seen"]
-    before = tokens - job.config.train.global_batch_size * job.config.data.seq_length
+    before = tokens - numbers["tokens/batch"]
     if mixing.update != "never" and updates_due(before, tokens, interval=mixing.interval):
         if "loss/validation" not in numbers:
             _validate(job, state, feed, numbers)

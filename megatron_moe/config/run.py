@@ -446,6 +446,19 @@ class Stage(Section):
     """Roles that this stage does not train, as in train.freeze."""
 
 
+class BatchRamp(Section):
+    """Growth of the global batch at the beginning of a run, as Megatron-LM's rampup_batch_size."""
+
+    start: Count
+    """Number of sequences of the first step."""
+
+    increment: Count
+    """Number of sequences by which the batch grows at a time."""
+
+    samples: Count
+    """Number of sequences over which the batch grows to global_batch_size, in equal parts."""
+
+
 class Train(Section):
     """Number of steps, batch sizes, precision, recomputation, and what is trained."""
 
@@ -457,6 +470,9 @@ class Train(Section):
 
     global_batch_size: Count = 1
     """Number of sequences per optimizer step over all replicas."""
+
+    rampup_batch_size: BatchRamp | None = None
+    """Begin with smaller batches. Schedules go on by steps, whatever their size."""
 
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16: train in bfloat16 with fp32 master weights in the optimizer."""
@@ -493,6 +509,14 @@ class Train(Section):
     """Stages that train different roles, in order, instead of freeze. Between two stages the run
     saves a checkpoint and continues from it; parameters that a stage begins to train start with
     empty optimizer state."""
+
+    def batch_size_after(self, samples: int) -> int:
+        """Return the sequences of the step before which the run has consumed ``samples``."""
+        ramp = self.rampup_batch_size
+        if ramp is None or samples >= ramp.samples:
+            return self.global_batch_size
+        parts = (self.global_batch_size - ramp.start) // ramp.increment
+        return ramp.start + ramp.increment * (samples * parts // ramp.samples)
 
     def stage_starts(self) -> list[int]:
         """Return the number of steps before each stage; a run without stages is one stage."""

@@ -11,7 +11,7 @@ def announcement(texts: Texts, blend: BlendState, config: RunConfig) -> str:
     """Return one line per domain, then skipped records, then warnings about repeated data."""
     chunks = {name: text.num_chunks for name, text in texts.training.items()}
     weights = blend.by_domain
-    num_samples = config.train.steps * config.train.global_batch_size
+    num_samples = samples_of_run(config)
     epochs = epochs_of_domains(weights, chunks, num_samples=num_samples)
     length = config.data.seq_length
     lines = [
@@ -23,3 +23,13 @@ def announcement(texts: Texts, blend: BlendState, config: RunConfig) -> str:
         lines.append("epochs assume the current weights, which will change during the run")
     repeated = repetition_warnings(epochs, limit=config.data.warn_above_epochs)
     return "\n".join([*lines, *texts.remarks, *repeated])
+
+
+def samples_of_run(config: RunConfig) -> int:
+    """Return the number of sequences of a run; its first batches may be smaller."""
+    train, samples, step = config.train, 0, 0
+    while train.rampup_batch_size and samples < train.rampup_batch_size.samples:
+        if step == train.steps:
+            return samples
+        samples, step = samples + train.batch_size_after(samples), step + 1
+    return samples + (train.steps - step) * train.global_batch_size

@@ -61,16 +61,17 @@ class Feed:
         """Return this rank's micro-batches of the step at ``blend``, and the state after it."""
         start = time.perf_counter()
         train = self._config.train
+        size = train.batch_size_after(blend.position)
         samples, after = next_global_batch(
             self.texts.training,
             blend,
-            global_batch_size=train.global_batch_size,
+            global_batch_size=size,
             seed=self._config.run.seed,
         )
         batches = micro_batches(
             samples,
             position=blend.position,
-            global_batch_size=train.global_batch_size,
+            global_batch_size=size,
             micro_batch_size=train.micro_batch_size,
             dp_rank=self._rank.dp_rank,
             dp_size=self._rank.dp_size,

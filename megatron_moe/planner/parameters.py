@@ -30,12 +30,7 @@ class LocalTensor:
     @property
     def role(self) -> Role:
         """Role of the parameter in settings."""
-        if self.name.endswith(_SHARED_EXPERT_GATE):  # of other models: this package has none
-            return "shared_experts"
         return parameter_role(self.name)
-
-
-_SHARED_EXPERT_GATE = "mlp.shared_experts.gate_weight"
 
 
 def total_parameters(shape: MoeShape, *, frozen: Collection[Role] = ()) -> int:
@@ -181,7 +176,7 @@ def layer_tensors(shape: MoeShape, degrees: Degrees, *, layer: int) -> list[Loca
             experts[f"mlp.experts.linear_fc1.weight{expert}"] = 2 * neurons * d
             experts[f"mlp.experts.linear_fc2.weight{expert}"] = neurons * d
         shared = _ffn("mlp.shared_experts.", d, shape.shared_expert_size // tp)
-        shared[_SHARED_EXPERT_GATE] = d * shape.shared_expert_gate
+        shared["mlp.shared_experts.gate_weight"] = d * shape.shared_expert_gate
     else:
         sizes |= _ffn("mlp.", d, shape.ffn_hidden_size // tp)
     return [

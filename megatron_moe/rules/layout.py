@@ -202,3 +202,30 @@ def batch(case: Case) -> Iterator[str]:
             "  nearest train.global_batch_size: "
             f"{nearest_multiples(train.global_batch_size, unit * p.pipeline_parallel_size)}"
         )
+
+
+def batch_ramp(case: Case) -> Iterator[str]:
+    """Check that the batch grows in equal parts, and that each of its sizes suits the layout."""
+    p, train = case.config.parallel, case.config.train
+    ramp = train.rampup_batch_size
+    model = p.pipeline_parallel_size * p.context_parallel_size * p.tensor_parallel_size
+    if ramp is None or case.world_size % model:
+        return
+    growth = train.global_batch_size - ramp.start
+    if growth <= 0 or growth % ramp.increment:
+        yield (
+            f"train.global_batch_size ({train.global_batch_size}) minus "
+            f"train.rampup_batch_size.start ({ramp.start}) must be a multiple of "
+            f"train.rampup_batch_size.increment ({ramp.increment}): the batch grows by increments."
+            "\n  set train.rampup_batch_size.increment to a divisor of the difference"
+        )
+    unit = train.micro_batch_size * case.world_size // model
+    unit *= p.pipeline_parallel_size if case.vpp > 1 else 1
+    for name, value in (("start", ramp.start), ("increment", ramp.increment)):
+        if value % unit:
+            yield (
+                f"train.rampup_batch_size.{name} ({value}) must be divisible by "
+                f"train.micro_batch_size * dp (* pp if chunks are interleaved) = {unit}: every "
+                "batch of the ramp consists of whole micro-batches of each replica.\n"
+                f"  nearest train.rampup_batch_size.{name}: {nearest_multiples(value, unit)}"
+            )

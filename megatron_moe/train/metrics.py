@@ -30,6 +30,7 @@ throughput/mfu_full_attention             the same with the whole square of the 
 memory/peak_gib                           maximum over ranks; resident memory on CPU
 time/step_seconds                         wall time of the step on the slowest rank
 time/data_seconds                         of which waiting for data, on the slowest rank
+tokens/batch                              tokens of the global batch
 tokens/seen                               tokens since the start of the run
 ========================================  ========================================================
 """
@@ -79,7 +80,7 @@ def step_numbers(
     """Return one step's line of metrics.jsonl; it is the same on every rank."""
     slowest, waited, most_bytes = _max_over_ranks(seconds, data_seconds, peak_bytes())
     ranks = dist.get_world_size()
-    sequences = config.train.global_batch_size
+    sequences = result.sequences
     step_tokens = sequences * config.data.seq_length
     rate = sequences / slowest / ranks
     imbalance_L = result.chosen_LE.amax(dim=1) / result.chosen_LE.mean(dim=1)
@@ -106,6 +107,7 @@ def step_numbers(
         "memory/peak_gib": most_bytes / GIB,
         "time/step_seconds": slowest,
         "time/data_seconds": waited,
+        "tokens/batch": step_tokens,
         "tokens/seen": tokens,
     }
 

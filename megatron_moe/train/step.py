@@ -48,6 +48,8 @@ class StepResult:
     """Mean over tokens and MoE layers of the squared log-sum-exp of the router's logits, before its
     coefficient; 0 if the coefficient is not set."""
     grad_norm: float
+    sequences: int
+    """Sequences of the global batch."""
     chosen_LE: Tensor
     """Tokens that chose each expert, before any were dropped, by MoE layer."""
     kept_L: Tensor
@@ -86,7 +88,8 @@ def train_step(
     totals = _total_over_ranks(state.model, losses, len(batches))
     optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())
-    result = _result(totals, state.model, grad_norm, groups)
+    sequences = len(batches) * config.train.micro_batch_size * groups.dp.size()
+    result = _result(totals, state.model, grad_norm, groups, sequences=sequences)
     decision = guard(step=state.step + 1, loss=result.lm_loss, grad_norm=grad_norm)
     if decision == "keep":
         clip_and_step(optimizer, grad_norm)
@@ -95,8 +98,8 @@ def train_step(
             bias_E.copy_(before_E)
     state.schedule.step(increment=1)
     state.step += 1
-    state.samples += config.train.global_batch_size
-    state.tokens += config.train.global_batch_size * config.data.seq_length
+    state.samples += result.sequences
+    state.tokens += result.sequences * config.data.seq_length
     return replace(result, decision=decision)
 
 
@@ -255,7 +258,12 @@ def _total_over_ranks(model: Model, losses: list[Tensor], num_micro_batches: int
 
 
 def _result(
-    totals: Tensor, model: Model, grad_norm: float, groups: ProcessGroupCollection
+    totals: Tensor,
+    model: Model,
+    grad_norm: float,
+    groups: ProcessGroupCollection,
+    *,
+    sequences: int,
 ) -> StepResult:
     """Compute the step's numbers from the totals, which are copied to the host in one transfer."""
     num_layers, num_experts = _moe_shape(model)
@@ -277,6 +285,7 @@ def _result(
         load_balancing_loss=balance,
         router_z_loss=float(z_L[moe].mean()) / groups.tp_dp_cp.size(),
         grad_norm=grad_norm,
+        sequences=sequences,
         chosen_LE=chosen_LE[moe],
         kept_L=kept_L[moe],
         entropy_L=-logs_L[moe] / tokens_L,

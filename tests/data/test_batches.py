@@ -196,6 +196,7 @@ def test_batches_for_a_gpu_are_pinned_after_they_are_sliced(monkeypatch: pytest.
     from types import SimpleNamespace
     from typing import Any
 
+    from megatron_moe.config.run import Train
     from megatron_moe.data import feed as feed_module
     from megatron_moe.data.feed import DataRank, Feed
 
@@ -210,7 +211,7 @@ def test_batches_for_a_gpu_are_pinned_after_they_are_sliced(monkeypatch: pytest.
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
     monkeypatch.setattr(feed_module, "next_global_batch", lambda *args, **kwargs: ([], "after"))
     monkeypatch.setattr(feed_module, "micro_batches", lambda *args, **kwargs: [batch])
-    train = SimpleNamespace(global_batch_size=1, micro_batch_size=1)
+    train = Train(steps=1)  # batches of one sequence
     config: Any = SimpleNamespace(train=train, run=SimpleNamespace(seed=0))
     texts: Any = SimpleNamespace(training={})
     blend: Any = SimpleNamespace(position=0)

@@ -88,13 +88,13 @@ def free(inputs: dict[str, Path]) -> dict[str, torch.Tensor]:
 
 
 FROZEN = [
-    ("1", ["embeddings"]),
+    pytest.param("1", ["embeddings"], marks=pytest.mark.slow),
     pytest.param("1", ["experts"], marks=pytest.mark.slow),
     ("tp2", ["attention", "norms", "embeddings"]),
     ("pp2 vpp2 recompute-full", ["router", "embeddings", "dense_ffn", "attention", "norms"]),
     ("dp2 ep2", ["attention", "dense_ffn", "norms", "embeddings", "router", "shared_experts"]),
     pytest.param("tp2 dp2 ep2 etp2", ["shared_experts", "experts"], marks=pytest.mark.slow),
-    ("dp2 replicated", ["experts", "dense_ffn", "embeddings"]),
+    pytest.param("dp2 replicated", ["experts", "dense_ffn", "embeddings"], marks=pytest.mark.slow),
     ("pp2", ["experts", "shared_experts", "attention", "dense_ffn", "norms", "embeddings"]),
 ]
 
@@ -210,7 +210,7 @@ def test_stages_under_a_layout_equal_those_of_one_rank(inputs: dict[str, Path], 
         assert ours["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_a_role_that_a_stage_begins_to_train_starts_as_in_a_new_run(
     inputs: dict[str, Path], precision: str
 ):

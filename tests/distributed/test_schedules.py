@@ -6,11 +6,15 @@ from typing import Any
 import pytest
 import torch
 from layouts import layout
+from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
 from tiny import save_dense
 from training_runs import run_training, tree, write_tokens
 
 from megatron_moe.checkpoint.folder import step_folder
 from megatron_moe.checkpoint.global_tensors import GlobalTensors
+from megatron_moe.config.load import build
+from megatron_moe.config.run import RunConfig
+from megatron_moe.data.announce import samples_of_run
 
 pytestmark = pytest.mark.distributed
 
@@ -72,7 +76,9 @@ LONG = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("1", 0), ("dp2 ep2", 1e-5)])
+@pytest.mark.parametrize(
+    ("name", "tolerance"), [("1", 0), pytest.param("dp2 ep2", 1e-5, marks=pytest.mark.slow)]
+)
 def test_an_extended_run_is_the_run_that_took_all_steps(
     inputs: dict[str, Path], name: str, tolerance: float
 ):
@@ -96,3 +102,37 @@ def test_an_extended_run_is_the_run_that_took_all_steps(
         assert ours["learning_rate"] == expected["learning_rate"]
         for key in ("loss/lm", "grad_norm"):
             assert ours[key] == pytest.approx(expected[key], rel=tolerance, abs=0), key
+
+
+def test_the_batch_grows_as_in_megatron_core_and_across_a_resume(inputs: dict[str, Path]):
+    """The oracle is Megatron-Core's calculator of micro-batches, with a threshold every 10 samples.
+
+    Under another layout, losses agree to 1e-5, as in test_invariance.py.
+    """
+    ramp = {"start": 4, "increment": 2, "samples": 30}
+    train = {"steps": 7, "global_batch_size": 10, "rampup_batch_size": ramp}
+    whole = run_training(settings(inputs, "ramp", train=train), world_size=1)
+    calculator = StepBatchsizeNumMicroBatchesCalculator(
+        micro_batch_size=1, data_parallel_size=1, decrease_batch_size_if_needed=False, rank=1,
+        schedule="0:4 10:6 20:8 30:10",
+    )  # fmt: skip
+    expected, samples = [], 0
+    for _ in range(7):
+        calculator.update(samples, consistency_check=True)
+        expected.append(calculator.get_current_global_batch_size())
+        samples += expected[-1]
+    assert [line["tokens/batch"] // 32 for line in whole[1:]] == expected
+    assert whole[-1]["tokens/seen"] == samples * 32
+    assert len(set(expected)) == 4
+    run_training(settings(inputs, "ramp-parts", train={**train, "steps": 3},
+                          optimizer={"lr_decay_steps": 7}), world_size=1)  # fmt: skip
+    parts = run_training(
+        settings(inputs, "ramp-parts", train=train, parallel={"expert_parallel_size": 2},
+                 optimizer={"lr_decay_steps": 7}),
+        world_size=2,
+    )  # fmt: skip
+    for ours, theirs in zip(parts[1:], whole[1:], strict=True):
+        assert ours["tokens/seen"] == theirs["tokens/seen"]
+        assert ours["loss/lm"] == pytest.approx(theirs["loss/lm"], rel=1e-5)
+    config = build(RunConfig, settings(inputs, "ramp", train=train))
+    assert samples_of_run(config) == samples

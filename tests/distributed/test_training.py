@@ -109,7 +109,7 @@ def test_unhealthy_routers_are_reported_in_the_log(
     assert "Step 4: the busiest" not in log
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+@pytest.mark.parametrize("optimizer", ["adam", pytest.param("muon", marks=pytest.mark.slow)])
 def test_bf16_gradients_follow_fp32_ones(inputs: dict[str, Path], optimizer: str):
     """Two micro-batches and two ranks: 2 roundings of 2^-9 to a gradient, 1e-2 to its norm.
 

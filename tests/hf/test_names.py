@@ -2,6 +2,7 @@
 
 import itertools
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from megatron_moe.config.run import Data, Moe, Parallel, Run, RunConfig, Source, Train
+from megatron_moe.config.run import Data, Moe, Parallel, Role, Run, RunConfig, Source, Train
 from megatron_moe.errors import CheckpointError
 from megatron_moe.hf.families import FAMILIES as FAMILIES_TABLE
 from megatron_moe.hf.header import read_headers
@@ -292,3 +293,10 @@ def expected_parameters(spec: DenseSpec, *, moe_layers: set[int], experts: int):
                     yield from [(row.role, layer, None)] * routed
                 case Scope.EXPERT:
                     yield from ((row.role, layer, e) for e in range(experts if routed else 0))
+
+
+def test_every_row_has_one_role():
+    """Settings by role reach every parameter of a model, and none twice."""
+    named = [row for rows in ROLES.values() for row in rows]
+    assert sorted(named) == sorted(row.role for row in ROWS)
+    assert set(ROLES) == set(get_args(Role))

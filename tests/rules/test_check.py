@@ -286,6 +286,14 @@ REFUSALS = [
      "optimizer.start_weight_decay (0.2) must be at most optimizer.end_weight_decay (0.1): "
      "Megatron-Core only increases weight decay.\n"
      "  largest optimizer.start_weight_decay: 0.1"),
+    ("ramp-parts", {"train.rampup_batch_size": {"start": 8, "increment": 12, "samples": 99}}, 1,
+     "train.global_batch_size (48) minus train.rampup_batch_size.start (8) must be a multiple of "
+     "train.rampup_batch_size.increment (12): the batch grows by increments.\n"
+     "  set train.rampup_batch_size.increment to a divisor of the difference"),
+    ("ramp-replicas", {"train.rampup_batch_size": {"start": 8, "increment": 5, "samples": 99}}, 4,
+     "train.rampup_batch_size.increment (5) must be divisible by train.micro_batch_size * dp (* pp "
+     "if chunks are interleaved) = 4: every batch of the ramp consists of whole micro-batches of "
+     "each replica.\n  nearest train.rampup_batch_size.increment: 4, 8"),
     ("gradients", {"train.grad_reduce_in_fp32": False, "train.precision": "fp32"}, 1,
      "train.grad_reduce_in_fp32 (false) requires train.precision (fp32) to be bf16: gradients "
      "otherwise have the dtype of the weights.\n"
