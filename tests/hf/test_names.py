@@ -204,11 +204,6 @@ def test_an_exported_expert_names_its_gate_first(architecture: str, gate: str, u
     assert [name.split(".")[-2] for name in names] == [gate, up]
 
 
-def test_every_row_has_one_role():
-    rows = [row for rows in ROLES.values() for row in rows]
-    assert sorted(rows) == sorted(ROW_OF_ROLE)
-
-
 def test_no_megatron_name_stands_twice():
     names = [template for row in ROWS for template in row.megatron]
     assert len(names) == len(set(names))
