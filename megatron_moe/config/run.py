@@ -38,7 +38,6 @@ Method = Literal[
     "split_random",
     "split_clustered",
     "split_coactivation",
-    "split_coactivation",
     "sharing_inner",
     "sharing_inter",
     "qwen",
