@@ -68,9 +68,8 @@ def test_the_wheel_holds_the_package_alone(wheel: Path):
     files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "megatron_moe").rglob("*.py")}
     assert files <= set(names)
     others = {name for name in names if name.startswith("megatron_moe/")} - files
-    assert others == {
-        "megatron_moe/hf/known_models.yaml", "megatron_moe/py.typed", "megatron_moe/report/page.css",
-    }  # fmt: skip
+    data = ("hf/known_models.yaml", "py.typed", "report/page.css")
+    assert others == {f"megatron_moe/{name}" for name in data}
 
 
 def test_the_program_is_the_wheels(installed: Path, tmp_path: Path):
