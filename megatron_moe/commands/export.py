@@ -16,7 +16,7 @@ import json
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ from megatron_moe.commands.export_config import (
     read_source_config,
 )
 from megatron_moe.commands.model_card import model_card
-from megatron_moe.config.run import Moe
+from megatron_moe.config.run import Moe, RunConfig
 from megatron_moe.errors import CheckpointError
 from megatron_moe.experts.plan import ExpertPlan, moe_layer_ids
 from megatron_moe.hf.dtypes import OF_PRECISION
@@ -84,15 +84,11 @@ def export_checkpoint(
     checkpoint = folders.find_checkpoint(source)
     config, spec = folders.read_config(checkpoint), read_spec(folders.source_copy(checkpoint))
     architecture = architecture_for(spec, config.moe)
-    source_config = read_source_config(folders.source_copy(checkpoint))
     kind: Dtype = dtype or config.train.precision
-    hf_config = moe_config(spec, config, architecture, source_config)
-    hf_config["dtype"] = str(_DTYPES[kind]).removeprefix("torch.")
-    check_export(hf_config, spec.family, source_config)
+    hf_config = _config_of_export(checkpoint, config, spec, architecture, _DTYPES[kind])
     entries = list(_entries(spec, config.moe, architecture))
-    torch_dtype = _DTYPES[kind]
     announced = {
-        tensor_name: (shape, _dtype_of(entry.row, torch_dtype))
+        tensor_name: (shape, _dtype_of(entry.row, _DTYPES[kind]))
         for entry in entries
         for tensor_name, shape in zip(entry.names, entry.shapes, strict=True)
     }
@@ -110,7 +106,7 @@ def export_checkpoint(
     ):
         for entry in entries:
             factor = _output_factor(entry, plan, half_open=half_open)
-            values = _values(entry, tensors, spec, _dtype_of(entry.row, torch_dtype), factor)
+            values = _values(entry, tensors, spec, _dtype_of(entry.row, _DTYPES[kind]), factor)
             for tensor_name, tensor in zip(entry.names, values, strict=True):
                 writer.write(tensor_name, tensor)
         writer.add_file("config.json", (json.dumps(hf_config, indent=2) + "\n").encode())
@@ -119,6 +115,25 @@ def export_checkpoint(
             if file.name != "config.json":
                 writer.add_file(file.name, file)
     return architecture
+
+
+def _config_of_export(
+    checkpoint: Path,
+    config: RunConfig,
+    spec: DenseSpec,
+    architecture: Architecture,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """Return the config.json of the export, after comparing it with that of the source.
+
+    Raises:
+        CheckpointError: transformers would read another meaning into it.
+    """
+    source_config = read_source_config(folders.source_copy(checkpoint))
+    hf_config = moe_config(spec, config, architecture, source_config)
+    hf_config["dtype"] = str(dtype).removeprefix("torch.")
+    check_export(hf_config, spec.family, source_config)
+    return hf_config
 
 
 def _values(
