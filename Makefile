@@ -82,7 +82,7 @@ test-gpu: $(INSTALLED) ## the tests that need a GPU; the others hide GPUs and ru
 	@MEGATRON_MOE_TEST_DEVICE=cuda $(PYTHON) -m pytest -q -m gpu tests/gpu
 
 test-slurm: $(INSTALLED) ## launch/slurm.sbatch on two nodes of a real SLURM; needs root, munge, slurmctld, slurmd
-	@$(PYTHON) -m pytest -q -rs -m slurm tests/slurm
+	@$(PYTHON) -m pytest -q -rs -m slurm $(if $(SLURM_TESTS),-k '$(SLURM_TESTS)') tests/slurm
 
 fuzz: $(INSTALLED) ## damage every kind of file that is read, at random, for FUZZ_SECONDS (600)
 	@FUZZ_SECONDS=$(or $(FUZZ_SECONDS),600) $(PYTHON) -m pytest -q tests/fuzz
