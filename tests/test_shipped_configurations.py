@@ -67,7 +67,7 @@ def test_a_shipped_configuration_is_planned_without_its_model(
         cli.main()
     out, err = capsys.readouterr()
     assert json.loads(out)["fits"]
-    assert err.startswith(f"{load(RunConfig, file).source.path} is not here. Its shape is taken")
+    assert err.startswith(f"{load(RunConfig, file).source.path} does not exist. Its shape is taken")
     assert way_to(load(RunConfig, file).source.path) in err
 
 
@@ -82,7 +82,7 @@ def test_a_dry_run_needs_no_model(tmp_path: Path):
     )  # fmt: skip
     result = json.loads(done.stdout)
     assert result["state_bytes"] == result["planned_state_bytes"]
-    assert "is not here. Its shape is taken" in done.stderr
+    assert "does not exist. Its shape is taken" in done.stderr
 
 
 def test_a_missing_model_that_is_not_known_is_named(capsys, tmp_path: Path):

@@ -119,6 +119,11 @@ def _run_to_plan(
 ) -> tuple[RunConfig, DenseSpec]:
     """Return the run of CONFIG, or the one that `init` would start from a known model."""
     if model is not None:
+        if files := [word for word in arguments if "=" not in word]:
+            raise ConfigError(
+                f"plan takes --model ({model}) or a configuration ({files[0]}), not both.\n"
+                "  remove one of them"
+            )
         spec, source = known_dense_model(model)
         from megatron_moe.planner.starting import Request, starting_config
 
@@ -139,8 +144,9 @@ def known_dense_model(name: str) -> tuple[DenseSpec, Path]:
     known = model_named(name)
     if known.is_moe:
         raise ConfigError(
-            f"{name} has experts already, so it cannot be upcycled.\n"
-            f"  megatron-moe flops {known.name} counts it; plan needs a dense model"
+            f"{name} is a MoE: init and plan --model start from a dense model.\n"
+            "  to continue, grow or prune a MoE, write a configuration with upcycle.method "
+            f"(docs/growing.md); megatron-moe flops {known.name} counts its parameters"
         )
     return spec_from_config(known.config, where=known.name), Path("models") / known.folder_name
 

@@ -61,11 +61,11 @@ def _head(draft: Draft, request: Request, spec: DenseSpec) -> Iterator[str]:
     )  # fmt: skip
     yield (
         f"Predicted on {request.gpus} {request.gpu}: {time.tokens_per_second_per_gpu:,.0f} "
-        f"tokens/s a GPU ({time.mfu:.1f}% MFU, causal),"
+        f"tokens/s per GPU ({time.mfu:.1f}% MFU, causal),"
     )
     yield (
         f"{duration(draft.whole.hours)} for {amount(draft.whole.tokens)} tokens, "
-        f"{memory.total:.1f} of {usable:.1f} GiB a GPU, {size(draft.whole.disk_bytes)} of disk."
+        f"{memory.total:.1f} of {usable:.1f} GiB per GPU, {size(draft.whole.disk_bytes)} of disk."
     )
 
 
@@ -157,7 +157,7 @@ def _train_settings(config: RunConfig, whole: WholeRun | None) -> Iterator[Setti
     yield "steps", train.steps, f"{amount(tokens)} tokens"
     yield "micro_batch_size", train.micro_batch_size, "sequences that a replica processes at once"
     step = train.global_batch_size * config.data.seq_length
-    yield "global_batch_size", train.global_batch_size, f"sequences, {amount(step)} tokens a step"
+    yield "global_batch_size", train.global_batch_size, f"sequences, {amount(step)} tokens per step"
     yield "precision", train.precision, ""
     if train.recompute != "none":
         yield "recompute", train.recompute, "needed to fit"

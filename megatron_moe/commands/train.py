@@ -158,8 +158,8 @@ def _announce(job: Job, spec: DenseSpec, plan: ExpertPlan) -> None:
         f"experts {experts}\n"
         f"Engine: {job.engine.name} ({job.engine.reason})\n"
         f"{spec.family} with {spec.num_layers} layers, "
-        f"{len(plan.recipe.moe_layers)} of them {plan.recipe.num_experts} experts by "
-        f"{plan.recipe.method!r}; plan {plan.hash[:12]}"
+        f"{len(plan.recipe.moe_layers)} of them with {plan.recipe.num_experts} experts "
+        f"(method {plan.recipe.method}, plan {plan.hash[:12]})"
     )
 
 

@@ -162,9 +162,10 @@ class Checksums:
     def _compare(self, name: str, block: Block, length: int, actual: str) -> None:
         end = block.offset + block.length
         if length != block.length:
+            path, written = self.folder / name, self.blocks[name].values()
             raise CheckpointError(
-                f"{self.folder / name} is damaged: it has only {block.offset + length} of its "
-                f"first {end} bytes"
+                f"{path} is damaged: it has {path.stat().st_size} bytes, but "
+                f"{max(one.offset + one.length for one in written)} were written"
             )
         if actual != block.checksum:
             raise CheckpointError(

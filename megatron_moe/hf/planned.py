@@ -28,7 +28,7 @@ def spec_to_plan(folder: Path) -> tuple[DenseSpec, str | None]:
     if model is None:
         return read_spec(folder), None
     name = model.hub or model.name
-    note = f"{folder} is not here. Its shape is taken from the known model {name}.\n"
+    note = f"{folder} does not exist. Its shape is taken from the known model {name}.\n"
     return spec_from_config(model.config, where=model.name), note + how_to_get(folder)
 
 

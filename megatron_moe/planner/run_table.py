@@ -41,7 +41,7 @@ def run_rows(run: WholeRun) -> list[tuple[str, str]]:
             f"{run.failures:.1f} expected, one in {duration(run.mtbf_hours)}; lost: "
             f"{duration(run.failure_hours)}",
         ),
-        ("saving", f"{duration(run.saving_hours)}; {run.save_seconds:.0f} s a checkpoint"),
+        ("saving", f"{duration(run.saving_hours)}; {run.save_seconds:.0f} s per checkpoint"),
         ("checkpoint.interval", _interval(run)),
         (
             "read",

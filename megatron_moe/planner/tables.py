@@ -40,8 +40,8 @@ def search_report(result: SearchResult) -> RenderableType:
         Text(),
         _legend(result),
         Text(
-            f"\n{result.num_legal} legal settings; in {result.num_state_too_large} of them, the "
-            "model's state alone does not fit\n(weights, gradients and optimizer)."
+            f"\n{result.num_legal} legal settings. In {result.num_state_too_large} of them, "
+            "weights, gradients and\noptimizer state alone do not fit."
         ),
         *([Text(), _too_large_table(result)] if result.too_large else []),
         Text("\nWhere the ranks of the first layout lie:"),
@@ -52,15 +52,16 @@ def search_report(result: SearchResult) -> RenderableType:
 def check_report(result: CheckResult, *, gpus_per_node: int = 8) -> RenderableType:
     """Format the check of one layout, its time and memory by part, and faster changes."""
     verdict = "fits" if result.fits else "legal, does not fit" if result.legal else "not legal"
-    lines = [Text(f"layout: {verdict}"), *(Text(reason) for reason in result.reasons)]
+    subject = "layout" if result.legal else "configuration"
+    lines = [Text(f"{subject}: {verdict}"), *(Text(reason) for reason in result.reasons)]
     if result.candidate is None:
         return Group(*lines)
     time = result.candidate.time
     lines.append(
         Text(
             f"{time.mfu:.1f}% MFU with causal attention ({time.mfu_full_attention:.1f}% with full "
-            f"attention), {time.tokens_per_second_per_gpu:.0f} tokens/s a GPU, "
-            f"{time.step_seconds:.2f} s a step"
+            f"attention), {time.tokens_per_second_per_gpu:.0f} tokens/s per GPU, "
+            f"{time.step_seconds:.2f} s per step"
         )
     )
     return Group(

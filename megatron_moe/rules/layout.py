@@ -34,8 +34,9 @@ def heads(case: Case) -> Iterator[str]:
         yield (
             f"parallel.tensor_parallel_size ({tp}) must divide num_attention_heads of the dense "
             f"model ({spec.num_attention_heads}), and divide num_key_value_heads "
-            f"({spec.num_query_groups}) or be a multiple of it: a tp rank holds whole query "
-            "groups, or equally many ranks share each group.\n"
+            f"({spec.num_query_groups}) or be a multiple of it, and divide the rows of the fused "
+            f"projection ({fused_rows(spec)}): a tp rank holds whole query groups, or equally many "
+            "ranks share each group.\n"
             f"  valid tensor_parallel_size: {', '.join(valid)}"
         )
     elif spec.qk_norm_spans_heads and spec.num_query_groups % tp:
@@ -49,8 +50,12 @@ def heads(case: Case) -> Iterator[str]:
 def shards_heads(spec: DenseSpec, tp: int) -> bool:
     """Return whether Megatron-Core can shard the attention of a model over tp ranks."""
     heads, groups = spec.num_attention_heads, spec.num_query_groups
-    rows = (heads + 2 * groups) * spec.kv_channels  # of the fused projection, cut into equal parts
-    return not heads % tp and not (groups % tp and tp % groups) and not rows % tp
+    return not heads % tp and not (groups % tp and tp % groups) and not fused_rows(spec) % tp
+
+
+def fused_rows(spec: DenseSpec) -> int:
+    """Return the rows of the fused projection to query, key and value."""
+    return (spec.num_attention_heads + 2 * spec.num_query_groups) * spec.kv_channels
 
 
 def experts(case: Case) -> Iterator[str]:
@@ -107,10 +112,11 @@ def pipeline(case: Case) -> Iterator[str]:
         sizes = stage_sizes(layers, pp, ends)
         if pp == 1 or sizes is None or any(size % case.vpp for size in sizes):
             yield (
-                f"parallel.num_layers_in_first_pipeline_stage ({ends.first}) and "
-                f"num_layers_in_last_pipeline_stage ({ends.last}) must leave equal shares of the "
-                f"{layers} layers to the other of {pp} stages, and vpp ({case.vpp}) must divide "
-                f"every stage.\n  {_uneven(layers, pp, case.vpp) or 'leave both unset'}"
+                f"parallel.num_layers_in_first_pipeline_stage ({ends.first or 'unset'}) and "
+                f"num_layers_in_last_pipeline_stage ({ends.last or 'unset'}) must leave equal "
+                f"numbers of the {layers} layers to all other stages (pp = {pp}), and vpp = "
+                f"{case.vpp} must divide the layers of every stage.\n"
+                f"  {_uneven(layers, pp, case.vpp) or 'leave both unset'}"
             )
     elif layers % (pp * case.vpp):
         fits = [f"{a}x{b}" for a in range(1, layers + 1) for b in range(1, layers // a + 1)

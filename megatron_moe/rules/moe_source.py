@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import fields
 
 from megatron_moe.config.run import RunConfig
-from megatron_moe.errors import nearest_multiples
 from megatron_moe.experts.methods import METHODS
 from megatron_moe.experts.resolve import chosen_by, moe_layer_ids, twins_of
 from megatron_moe.hf.moe_spec import ExpertsSpec
@@ -100,7 +99,7 @@ def _number(config: RunConfig, spec: DenseSpec, experts: ExpertsSpec) -> Iterato
         yield (
             f"moe.num_moe_experts ({ours}) must be a multiple of the source's {theirs} with "
             "upcycle.choose (even): each expert is copied equally often.\n"
-            f"  nearest num_moe_experts: {nearest_multiples(ours, theirs)}; or set upcycle.choose"
+            f"  nearest num_moe_experts: {_grown(ours, theirs)}; or set upcycle.choose"
         )
     elif method == "prune" and even and theirs % ours:
         yield (
@@ -108,6 +107,12 @@ def _number(config: RunConfig, spec: DenseSpec, experts: ExpertsSpec) -> Iterato
             "(even): one of every so many experts is kept.\n"
             f"  valid num_moe_experts: {[n for n in range(1, theirs) if theirs % n == 0]}"
         )
+
+
+def _grown(ours: int, theirs: int) -> str:
+    """Return the multiples of the source's number of experts next to ``ours``, itself left out."""
+    below = ours // theirs * theirs
+    return ", ".join(str(n) for n in (below, below + theirs) if n > theirs)
 
 
 def _top_k(config: RunConfig, spec: DenseSpec, experts: ExpertsSpec) -> Iterator[str]:

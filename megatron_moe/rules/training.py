@@ -85,8 +85,7 @@ def weight_decay(case: Case) -> Iterator[str]:
     elif start is None or end is None:
         yield (
             f"optimizer.weight_decay_incr_style ({style}) requires optimizer.start_weight_decay "
-            f"({start}) and optimizer.end_weight_decay ({end}): the ends of the increase.\n"
-            "  set both"
+            "and optimizer.end_weight_decay, the ends of the increase.\n  set both"
         )
     elif start > end:
         yield (

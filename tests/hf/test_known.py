@@ -123,7 +123,7 @@ def test_a_folder_that_exists_counts_more_than_its_name(tmp_path: Path):
     spec, note = spec_to_plan(folder)
     assert (spec.num_layers, spec.hidden_size) == (32, 4096)
     assert note is not None
-    assert note.startswith(f"{folder} is not here")
+    assert note.startswith(f"{folder} does not exist")
     folder.mkdir()
     config = {**model_named("llama-3-8b").config, "num_hidden_layers": 2}
     (folder / "config.json").write_text(json.dumps(config))

@@ -47,6 +47,6 @@ def test_plan_refuses_what_it_cannot_plan(capsys, monkeypatch):
         message = refused(capsys, monkeypatch, "plan", *words)
         assert message.startswith("ConfigError: plan needs CONFIG.yaml, or --model NAME")
     message = refused(capsys, monkeypatch, "plan", "--model", "mixtral-8x7b")
-    assert "has experts already, so it cannot be upcycled" in message
+    assert "is a MoE: init and plan --model start from a dense model" in message
     message = refused(capsys, monkeypatch, "plan", "--model", "lama-3-8b")
     assert "similar names: llama-3-8b" in message

@@ -78,8 +78,9 @@ REFUSALS = [
      "  nearest world_size: 8"),
     ("heads", parallel(tp=4), 4,
      "parallel.tensor_parallel_size (4) must divide num_attention_heads of the dense model (12), "
-     "and divide num_key_value_heads (6) or be a multiple of it: a tp rank holds whole query "
-     "groups, or equally many ranks share each group.\n"
+     "and divide num_key_value_heads (6) or be a multiple of it, and divide the rows of the fused "
+     "projection (96): a tp rank holds whole query groups, or equally many ranks share each "
+     "group.\n"
      "  valid tensor_parallel_size: 1, 2, 3, 6, 12"),
     ("experts", parallel(ep=3), 3,
      "moe.num_moe_experts (8) must be divisible by parallel.expert_parallel_size (3): each ep rank "
@@ -174,9 +175,9 @@ REFUSALS = [
      "  or set parallel.num_layers_in_first_pipeline_stage=4 "
      "parallel.num_layers_in_last_pipeline_stage=8"),
     ("uneven", parallel(pp=4) | {"parallel.num_layers_in_first_pipeline_stage": 2}, 4,
-     "parallel.num_layers_in_first_pipeline_stage (2) and num_layers_in_last_pipeline_stage (None) "
-     "must leave equal shares of the 12 layers to the other of 4 stages, and vpp (1) must divide "
-     "every stage.\n"
+     "parallel.num_layers_in_first_pipeline_stage (2) and "
+     "num_layers_in_last_pipeline_stage (unset) must leave equal numbers of the 12 layers to all "
+     "other stages (pp = 4), and vpp = 1 must divide the layers of every stage.\n"
      "  parallel.num_layers_in_first_pipeline_stage=3 "
      "parallel.num_layers_in_last_pipeline_stage=3"),
     ("sequence", parallel(tp=2) | {"data.seq_length": 47}, 2,
@@ -275,8 +276,8 @@ REFUSALS = [
      "no other style has a decay of its own at the end.\n"
      "  set optimizer.lr_decay_style=WSD, or leave optimizer.lr_wsd_decay_style unset"),
     ("decay-ends", {"optimizer.weight_decay_incr_style": "linear"}, 1,
-     "optimizer.weight_decay_incr_style (linear) requires optimizer.start_weight_decay (None) and "
-     "optimizer.end_weight_decay (None): the ends of the increase.\n  set both"),
+     "optimizer.weight_decay_incr_style (linear) requires optimizer.start_weight_decay and "
+     "optimizer.end_weight_decay, the ends of the increase.\n  set both"),
     ("decay-constant", {"optimizer.end_weight_decay": 0.2}, 1,
      "optimizer.end_weight_decay (0.2) requires optimizer.weight_decay_incr_style (constant) to be "
      "linear or cosine: a constant decay is optimizer.weight_decay.\n"
