@@ -247,6 +247,7 @@ def start(run_yaml: Path, run_dir: Path, *, prefix: tuple[str, ...] = ()) -> sub
 def _heed_interrupts() -> None:
     """Undo what a shell does to programs that it starts in the background, such as these tests."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def wait_for_step(process: subprocess.Popen[str]) -> None:

@@ -25,7 +25,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> chaos.Stage:
     [
         (
             faults.kill(1, "backward"),
-            r"(?s)^JobError: rank 1 died in the backward stage of step 5: .*\n  run the same ",
+            r"^JobError: rank 1 died in the backward stage of step 5: ",
             1,
         ),
         (faults.kill(0, "load", 0), r"^JobError: rank 0 died in the load stage: killed", 0),
