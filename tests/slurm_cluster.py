@@ -65,6 +65,7 @@ class Cluster:
         self.root = root
         self.environment = {**os.environ, "SLURM_CONF": str(root / "slurm.conf")}
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self._hurried: set[tuple[str, str]] = set()
         for name in ("munge", "state", *NODES):
             (root / name).mkdir()
         key = root / "munge" / "key"
@@ -146,9 +147,13 @@ class Cluster:
 
     def _ended(self, number: str) -> bool:
         job = self.job(number)
-        if (job["JobState"], job["Reason"]) == ("PENDING", "BeginTime"):
-            # SLURM delays a requeued job by two minutes, which tests need not wait for.
-            self.run("scontrol", "update", f"JobId={number}", "StartTime=now")
+        attempt = (number, job["Restarts"])
+        waits = (job["JobState"], job["Reason"]) == ("PENDING", "BeginTime")
+        if waits and attempt not in self._hurried:
+            # SLURM delays a requeued job by two minutes. Its daemons need a few seconds of them, to
+            # end the old attempt: an immediate start would fail.
+            self._hurried.add(attempt)
+            self.run("scontrol", "update", f"JobId={number}", "StartTime=now+15seconds")
         return job["JobState"] not in ("PENDING", "RUNNING", "COMPLETING")
 
     def _start(self, name: str, *words: str) -> None:
