@@ -14,9 +14,9 @@ from pathlib import Path
 
 NODES = ("n1", "n2")
 CPUS_PER_NODE = 4
-"""CPUs that SLURM believes a node to have; it is told so, whatever this machine has."""
+"""Number of CPUs of a node in SLURM's configuration, whatever this machine has."""
 DEAD_AFTER_SECONDS = 10
-"""A node that does not answer for so long is down, and its jobs are requeued."""
+"""Seconds without an answer after which a node is down and its jobs are requeued."""
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 CONFIG = """\
 ClusterName=test

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import ConfigError, JobError
-from megatron_moe.hf.disk import disk_errors_in_words, make_folder, naming
+from megatron_moe.hf.disk import disk_errors_in_words, make_folder
 from megatron_moe.hf.spec import read_spec
 from megatron_moe.rules.check import check, nearest_legal
 from megatron_moe.rules.nearest import changes
@@ -52,7 +52,7 @@ def on_ranks(
 
 
 def _in_run_dir(story: Callable[[RunConfig, World], None], config: RunConfig, world: World) -> None:
-    with disk_errors_in_words(config.run.dir), naming(config.run.dir):
+    with disk_errors_in_words(config.run.dir):
         story(config, world)
 
 

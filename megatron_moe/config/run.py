@@ -233,7 +233,7 @@ class Upcycle(Section):
 
     choose: Literal["even", "load", "utility", "reap"] | None = None
     """Which experts of a MoE source to copy or keep. even (default for grow): each as often, or
-    every so many. load: those that most tokens choose. utility: those whose weights matter most to
+    at equal distances. load: those that most tokens choose. utility: those whose weights matter most to
     the loss. reap (default for prune): those with the largest mean of combine weight times output
     norm. All but even need a plan."""
 

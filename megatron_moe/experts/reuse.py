@@ -30,7 +30,7 @@ def grow(recipe: Recipe, layer: int, evidence: Evidence) -> Partition:
 
 
 def prune(recipe: Recipe, layer: int, evidence: Evidence) -> Partition:
-    """Take the experts of the highest scores (REAP, arXiv 2510.13999), or every so many."""
+    """Take the experts of the highest scores (REAP, arXiv 2510.13999), or at equal distances."""
     if recipe.choose == "even":
         step = recipe.source_experts // recipe.num_experts
         return of_experts(recipe, np.arange(recipe.num_experts) * step)

@@ -31,13 +31,14 @@ class KnownModel:
     hub: str | None
     """Name on the Hugging Face hub; None if it was not published."""
     parameters: int | None
-    """Number of different weights that the hub states; None if not known."""
+    """Number of different weights, tied ones counted once; None if not known. Typed from memory, as
+    the shape is; a test requires that both agree."""
     config: Mapping[str, Any]
     """The part of config.json that determines what is computed."""
 
     @property
     def is_moe(self) -> bool:
-        """Whether it has experts already."""
+        """Whether the model is a MoE."""
         return "num_experts_per_tok" in self.config
 
     @property

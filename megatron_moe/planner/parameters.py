@@ -89,18 +89,19 @@ def rank_parameters(shape: MoeShape, degrees: Degrees, *, pp_rank: int) -> tuple
 
 def rank_layers(shape: MoeShape, degrees: Degrees, *, pp_rank: int) -> list[int]:
     """Return the ids of the layers of all chunks of a pipeline rank."""
-    return [
-        layer
-        for vpp_rank in range(degrees.vpp)
-        for layer in chunk_layers(
-            num_layers=shape.num_layers,
-            pp=degrees.pp,
-            vpp=degrees.vpp,
-            ends=degrees.ends,
-            pp_rank=pp_rank,
-            vpp_rank=vpp_rank,
-        )
-    ]
+    chunks = (_chunk_layers(shape, degrees, pp_rank, vpp) for vpp in range(degrees.vpp))
+    return [layer for chunk in chunks for layer in chunk]
+
+
+def _chunk_layers(shape: MoeShape, degrees: Degrees, pp_rank: int, vpp_rank: int) -> range:
+    return chunk_layers(
+        num_layers=shape.num_layers,
+        pp=degrees.pp,
+        vpp=degrees.vpp,
+        ends=degrees.ends,
+        pp_rank=pp_rank,
+        vpp_rank=vpp_rank,
+    )
 
 
 def trained_parameters(
@@ -137,15 +138,7 @@ def chunk_tensors(
     tensors: list[LocalTensor] = []
     if is_first(pp_rank=pp_rank, vpp_rank=vpp_rank):
         tensors.append(LocalTensor("embedding.word_embeddings.weight", vocabulary))
-    layers = chunk_layers(
-        num_layers=shape.num_layers,
-        pp=degrees.pp,
-        vpp=degrees.vpp,
-        ends=degrees.ends,
-        pp_rank=pp_rank,
-        vpp_rank=vpp_rank,
-    )
-    for layer in layers:
+    for layer in _chunk_layers(shape, degrees, pp_rank, vpp_rank):
         tensors += layer_tensors(shape, degrees, layer=layer)
     if is_last(pp=degrees.pp, vpp=degrees.vpp, pp_rank=pp_rank, vpp_rank=vpp_rank):
         tensors.append(LocalTensor("decoder.final_layernorm.weight", shape.hidden_size))

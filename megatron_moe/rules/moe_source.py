@@ -104,7 +104,7 @@ def _number(config: RunConfig, spec: DenseSpec, experts: ExpertsSpec) -> Iterato
     elif method == "prune" and even and theirs % ours:
         yield (
             f"moe.num_moe_experts ({ours}) must divide the source's {theirs} with upcycle.choose "
-            "(even): one of every so many experts is kept.\n"
+            "(even): experts at equal distances are kept.\n"
             f"  valid num_moe_experts: {[n for n in range(1, theirs) if theirs % n == 0]}"
         )
 

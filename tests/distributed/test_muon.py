@@ -20,7 +20,7 @@ COEFFICIENTS = (
     (4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037),
     (2.8769, -3.1427, 1.2046), (2.8366, -3.0525, 1.2012),
 )  # fmt: skip
-"""Of the quintic steps, from KellerJordan/modded-nanogpt (train_gpt_medium.py)."""
+"""Coefficients of the quintic steps, from KellerJordan/modded-nanogpt (train_gpt_medium.py)."""
 LR, MOMENTUM, DECAY = 1e-3, 0.9, 0.2
 HEADS, GROUPS = SHAPE["num_attention_heads"], SHAPE["num_key_value_heads"]
 HEAD = SHAPE["hidden_size"] // HEADS

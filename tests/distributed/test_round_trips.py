@@ -1,4 +1,4 @@
-"""What was exported can be a source again, and is exported as the same bytes."""
+"""An export can be a source again, and is exported as the same bytes."""
 
 import json
 from pathlib import Path

@@ -190,7 +190,7 @@ class Mutation:
 
     kind: str
     place: float
-    """Where, as a fraction of the file or of the document's values."""
+    """Position, as a fraction of the file or of the document's values."""
     length: int
     value: Any
 

@@ -1,4 +1,4 @@
-"""Known shapes against the hub's parameter counts, transformers' defaults, and real folders."""
+"""Compare known shapes with their parameter counts, transformers' defaults, and real folders."""
 
 import json
 from pathlib import Path
