@@ -232,10 +232,10 @@ class Upcycle(Section):
     top-k grows with the number of copies, so that the output is that of the source."""
 
     choose: Literal["even", "load", "utility", "reap"] | None = None
-    """Which experts of a MoE source to copy or keep. even (default for grow): each as often, or
-    at equal distances. load: those that most tokens choose. utility: those whose weights matter most to
-    the loss. reap (default for prune): those with the largest mean of combine weight times output
-    norm. All but even need a plan."""
+    """Which experts of a MoE source to copy or keep. even (default for grow): copy all equally
+    often, or keep experts at equal distances. load: those that most tokens choose. utility: those
+    whose weights matter most to the loss. reap (default for prune): those with the largest mean of
+    combine weight times output norm. All but even need a plan."""
 
     plan: HomePath | None = None
     """Plan file, written by `megatron-moe construct` and read by `train`. Required if the method,

@@ -107,7 +107,7 @@ def test_agrees_with_torchs_counter_on_mixtral():
     ],
 )
 def test_a_step_leaves_out_the_weight_gradients_of_frozen_roles(frozen, words):
-    """Return torch's count for a step of a partly frozen model of transformers minus that of all."""
+    """Return torch's count for a step of a partly frozen model, minus that of the whole model."""
     sizes = {
         "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "vocab_size": 64,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 16,
