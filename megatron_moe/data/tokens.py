@@ -16,6 +16,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 from megatron_moe.data.chat import ChatTokenizer, write_conversations
 from megatron_moe.data.corpus import TAKE_ALL, do_nothing, tokenize_files
@@ -142,6 +143,8 @@ def _cached(
         return prefix
     with _own_folder(cache_dir, prefix.name) as folder:
         unfinished = folder / "tokens"
+        if Path(f"{prefix}.idx").exists():  # another job finished while this one opened its folder
+            return prefix
         if not Path(f"{unfinished}.json").exists():  # the last file that ``write`` writes
             Path(f"{unfinished}.idx").unlink(missing_ok=True)
             write(unfinished)
@@ -156,20 +159,41 @@ def _own_folder(cache_dir: Path, name: str) -> Iterator[Path]:
 
     A second job that tokenizes the same text at the same time gets a temporary folder instead.
     """
-    folder = cache_dir / f".tokenizing-{name}"
-    make_folder(folder, "the folder for tokens")
-    with contextlib.ExitStack() as stack:
-        lock = stack.enter_context((folder / "lock").open("a"))
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # another job holds it, or the file system has no locks
-            yield Path(
-                stack.enter_context(tempfile.TemporaryDirectory(dir=cache_dir, prefix=".tokens-"))
-            )
-            return
+    make_folder(cache_dir, "the folder for tokens")
+    path = cache_dir / f".tokenizing-{name}.lock"
+    lock = _take_lock(path)
+    if lock is None:
+        with tempfile.TemporaryDirectory(dir=cache_dir, prefix=".tokens-") as temporary:
+            yield Path(temporary)
+        return
+    folder = path.with_suffix("")
+    with lock:
+        folder.mkdir(exist_ok=True)
         try:
             yield folder
         except DataError:  # the text must change first, so nothing can be continued
-            shutil.rmtree(folder)
+            _remove(folder, path)
             raise
-        shutil.rmtree(folder)
+        _remove(folder, path)
+
+
+def _take_lock(path: Path) -> IO[str] | None:
+    """Return a file at ``path`` that this job has locked, or None if another job holds it."""
+    while True:
+        lock = path.open("a")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # held, or the file system has no locks
+            lock.close()
+            return None
+        # The last holder may have removed the file after it was opened: that lock is worth nothing.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                return lock
+        lock.close()
+
+
+def _remove(folder: Path, lock: Path) -> None:
+    """Remove a job's folder, then its lock, after which another job may make both again."""
+    shutil.rmtree(folder)
+    lock.unlink()

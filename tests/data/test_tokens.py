@@ -4,6 +4,7 @@ import json
 import os
 import tempfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 
 from megatron_moe.data.stream import TokenStream, split_documents
 from megatron_moe.data.tokenizer import load_tokenizer
-from megatron_moe.data.tokens import prepare_tokens
+from megatron_moe.data.tokens import _cached, prepare_tokens
 from megatron_moe.errors import DataError
 
 TEXTS = ["one document\n", "another, \u00e9 and \u6f22\n\nwith lines", "third"]
@@ -98,6 +99,25 @@ def test_jobs_that_race_leave_one_whole_pair(tmp_path: Path, bpe_folder: Path):
     names = {file.name for file in (tmp_path / "cache").iterdir()}
     assert names == {f"{prefixes[0].name}{suffix}" for suffix in (".bin", ".idx", ".json")}
     assert len(IndexedDataset(str(prefixes[0]))) == 150
+
+
+def test_no_job_that_races_fails(tmp_path: Path):
+    """Eight jobs at a time, whose text takes no time, so that they meet at the lock."""
+
+    def write(unfinished: Path) -> None:
+        for suffix in (".bin", ".idx", ".json"):
+            Path(f"{unfinished}{suffix}").write_text("tokens")
+
+    text = tmp_path / "text.txt"
+    text.write_text("text")
+    for attempt in range(100):
+        cache = tmp_path / str(attempt)
+        with ThreadPoolExecutor(8) as jobs:
+            futures = [
+                jobs.submit(_cached, text, cache, depends_on="rules", write=write) for _ in range(8)
+            ]
+        assert len({future.result() for future in futures}) == 1
+        assert sorted(file.suffix for file in cache.iterdir()) == [".bin", ".idx", ".json"]
 
 
 def test_a_failure_leaves_nothing_behind(tmp_path: Path, bpe_folder: Path):
