@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_moe.config.run import Moe, Upcycle
+from megatron_moe.config.moe import Moe, Upcycle
 from megatron_moe.construct.solve import LayerMeasurements, layer_table
 from megatron_moe.experts.plan import ExpertPlan, make_expert_plan
 from megatron_moe.experts.recipe import Recipe

@@ -24,7 +24,10 @@ from pydantic.fields import FieldInfo  # noqa: E402
 from pydantic_core import PydanticUndefined  # noqa: E402
 
 from megatron_moe.commands.export import architecture_for  # noqa: E402
-from megatron_moe.config.run import BatchRamp, Domain, Moe, RunConfig, Stage  # noqa: E402
+from megatron_moe.config.data import Domain  # noqa: E402
+from megatron_moe.config.moe import Moe  # noqa: E402
+from megatron_moe.config.run import RunConfig  # noqa: E402
+from megatron_moe.config.train import BatchRamp, Stage  # noqa: E402
 from megatron_moe.errors import CheckpointError  # noqa: E402
 from megatron_moe.hf.families import FAMILIES, FamilyRow  # noqa: E402
 from megatron_moe.hf.rope import ROPE_TYPES  # noqa: E402
@@ -44,7 +47,7 @@ A run is configured by one YAML file; `key.path=value` arguments override it. An
 error that suggests the right one. Settings that Megatron-Core has under the same name keep its
 meaning. `megatron-moe schema > run.schema.json` writes the same as a JSON schema for editors.
 
-This page is generated from `megatron_moe/config/run.py` by `python tools/write_reference.py`.
+This page is generated from `megatron_moe/config/` by `python tools/write_reference.py`.
 """
 
 HEAD_OF_MODELS = """# Supported models

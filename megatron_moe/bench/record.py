@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from megatron_moe.config.load import build
-from megatron_moe.config.run import Moe
+from megatron_moe.config.moe import Moe
 from megatron_moe.errors import ConfigError
 from megatron_moe.hf.disk import write_text
 from megatron_moe.hf.spec import DenseSpec

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from megatron_moe.config.load import load
-from megatron_moe.config.run import Count, Section
+from megatron_moe.config.values import Count, Section
 
 
 class Row(Section):

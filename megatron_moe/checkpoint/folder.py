@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moe.config.load import load
-from megatron_moe.config.run import Role, RunConfig, Source
+from megatron_moe.config.moe import Source
+from megatron_moe.config.run import RunConfig
+from megatron_moe.config.train import Role
 from megatron_moe.errors import CheckpointError
 from megatron_moe.experts.file import PLAN_FILE, read_plan
 from megatron_moe.experts.plan import ExpertPlan, make_expert_plan

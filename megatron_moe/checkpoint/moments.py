@@ -20,7 +20,7 @@ from megatron.core.optimizer.optimizer import (
 )
 from torch import Tensor
 
-from megatron_moe.config.run import Role
+from megatron_moe.config.train import Role
 from megatron_moe.hf.names import ROLES
 from megatron_moe.train.optimizers import state_keys
 

@@ -29,7 +29,8 @@ from megatron_moe.cli.start import (
     resumable,
 )
 from megatron_moe.cli.verify import verifying
-from megatron_moe.config.run import Mixing, Parallel, RunConfig
+from megatron_moe.config.data import Mixing
+from megatron_moe.config.run import Parallel, RunConfig
 from megatron_moe.errors import ConfigError, UserError
 from megatron_moe.experts.from_source import load_run
 from megatron_moe.hf.disk import disk_errors_in_words, make_folder, naming

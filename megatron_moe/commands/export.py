@@ -31,7 +31,8 @@ from megatron_moe.commands.export_config import (
     read_source_config,
 )
 from megatron_moe.commands.model_card import model_card
-from megatron_moe.config.run import Moe, RunConfig
+from megatron_moe.config.moe import Moe
+from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import CheckpointError
 from megatron_moe.experts.plan import ExpertPlan, moe_layer_ids
 from megatron_moe.hf.dtypes import OF_PRECISION

@@ -11,7 +11,8 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from megatron_moe.config.run import Moe, RunConfig
+from megatron_moe.config.moe import Moe
+from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import CheckpointError
 from megatron_moe.experts.plan import moe_layer_ids
 from megatron_moe.hf.dtypes import OF_PRECISION

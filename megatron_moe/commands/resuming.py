@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moe.checkpoint.folder import keep_source_files, newest, source_copy
-from megatron_moe.config.run import RunConfig, Source
+from megatron_moe.config.moe import Source
+from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import ConfigError
 
 _TEXTS_FILE = "texts.json"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from megatron_moe.config.run import Domain, Mixing, Moe, RunConfig, Upcycle
+from megatron_moe.config.data import Domain, Mixing
+from megatron_moe.config.moe import Moe, Upcycle
+from megatron_moe.config.run import RunConfig
 
 
 def judging(config: RunConfig, world_size: int) -> RunConfig:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from megatron_moe.config.run import Data
+from megatron_moe.config.data import Data
 from megatron_moe.errors import ConfigError
 
 SINGLE = "text"

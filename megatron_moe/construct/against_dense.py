@@ -19,7 +19,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
-from megatron_moe.config.run import RunConfig, Upcycle
+from megatron_moe.config.moe import Upcycle
+from megatron_moe.config.run import RunConfig
 from megatron_moe.construct.measure import normalized, world_sum
 from megatron_moe.data.batches import Batch, slice_for_context_parallel, validation_batches
 from megatron_moe.data.texts import Texts

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_moe.config.run import Moe
+from megatron_moe.config.moe import Moe
 from megatron_moe.experts.plan import LayerPlan
 from megatron_moe.hf.names import ffn_names
 from megatron_moe.hf.reader import DenseCheckpoint

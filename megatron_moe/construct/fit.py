@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_moe.config.run import Moe
+from megatron_moe.config.moe import Moe
 from megatron_moe.construct.dense_ffn import (
     DenseFfn,
     combine_weights,

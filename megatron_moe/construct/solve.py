@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_moe.config.run import Moe
+from megatron_moe.config.moe import Moe
 from megatron_moe.construct.complete import up_weights
 from megatron_moe.construct.dense_ffn import DenseFfn, combine_weights, router_of
 from megatron_moe.experts import split

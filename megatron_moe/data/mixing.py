@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from megatron_moe.config.run import Mixing
+from megatron_moe.config.data import Mixing
 from megatron_moe.errors import DataError
 
 Rule = Literal["sheared_llama", "doremi"]

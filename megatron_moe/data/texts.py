@@ -12,8 +12,9 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_moe.config.data import Domain
 from megatron_moe.config.mixtures import SINGLE
-from megatron_moe.config.run import Domain, RunConfig
+from megatron_moe.config.run import RunConfig
 from megatron_moe.data.chat_samples import ChatSamples, split_conversations
 from megatron_moe.data.corpus import do_nothing
 from megatron_moe.data.encode import Rules

@@ -8,7 +8,8 @@ from typing import Any
 
 from megatron_moe.config.judging import dense_config
 from megatron_moe.config.load import load
-from megatron_moe.config.run import Moe, RunConfig, Upcycle
+from megatron_moe.config.moe import Moe, Upcycle
+from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import ConfigError
 from megatron_moe.hf.moe_spec import ExpertsSpec
 from megatron_moe.hf.spec import DenseSpec, read_spec

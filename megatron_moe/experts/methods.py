@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_moe.config.run import Method, RouterInit
+from megatron_moe.config.moe import Method, RouterInit
 from megatron_moe.experts import replicate, reuse, share, split
 from megatron_moe.experts.partition import Evidence, Partition
 from megatron_moe.experts.recipe import Recipe

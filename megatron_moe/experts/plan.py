@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_moe.config.run import Moe, Upcycle
+from megatron_moe.config.moe import Moe, Upcycle
 from megatron_moe.experts import replicate, reuse
 from megatron_moe.experts.draws import Use, generator
 from megatron_moe.experts.methods import METHODS, Needs, needs

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
-from megatron_moe.config.run import Method, RouterInit
+from megatron_moe.config.moe import Method, RouterInit
 
 SCHEMA = 1
 HELD_OUT_EVERY = 8

@@ -6,7 +6,7 @@ G = F / M granularity, R = N / G replicas of the dense layer.
 
 from __future__ import annotations
 
-from megatron_moe.config.run import Moe, Upcycle
+from megatron_moe.config.moe import Moe, Upcycle
 from megatron_moe.experts.methods import METHODS
 from megatron_moe.experts.recipe import Recipe
 from megatron_moe.hf.spec import DenseSpec

@@ -30,7 +30,7 @@ from enum import Enum
 from itertools import accumulate
 from typing import TYPE_CHECKING, Literal, cast
 
-from megatron_moe.config.run import Role
+from megatron_moe.config.train import Role
 from megatron_moe.hf.families import FAMILIES
 from megatron_moe.hf.spec import DenseSpec
 

@@ -20,7 +20,7 @@ from megatron.core.transformer.moe.moe_utils import get_capacity
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_moe.config.run import Moe
+from megatron_moe.config.moe import Moe
 
 
 @dataclass(frozen=True, slots=True)

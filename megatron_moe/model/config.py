@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_moe.config.run import Moe, Parallel, RunConfig, Train
+from megatron_moe.config.moe import Moe
+from megatron_moe.config.run import Parallel, RunConfig
+from megatron_moe.config.train import Train
 from megatron_moe.errors import ConfigError
 from megatron_moe.experts.resolve import moe_layer_ids
 from megatron_moe.hf.dtypes import OF_PRECISION

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_moe.config.run import Role
+from megatron_moe.config.train import Role
 from megatron_moe.hf.names import parameter_role
 from megatron_moe.model.build import Model
 from megatron_moe.model.routers import routers_in

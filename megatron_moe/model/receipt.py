@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_moe.config.run import Role
+from megatron_moe.config.train import Role
 from megatron_moe.hf.disk import write_text
 from megatron_moe.model.upcycle import Filled
 from megatron_moe.model.verify import Agreement

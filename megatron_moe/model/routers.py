@@ -11,7 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from megatron_moe.config.run import RouterGate, RunConfig
+from megatron_moe.config.moe import RouterGate
+from megatron_moe.config.run import RunConfig
 from megatron_moe.experts.plan import ExpertPlan
 from megatron_moe.model.capacity import capacity_of
 from megatron_moe.model.noisy_router import NoisyRouter

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 
-from megatron_moe.config.run import Role
+from megatron_moe.config.train import Role
 from megatron_moe.planner.memory import (
     ADAM_ROLES,
     ModelState,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_moe.config.data import Data
 from megatron_moe.config.mixtures import SINGLE, starting_weights
-from megatron_moe.config.run import Data
 from megatron_moe.errors import ConfigError
 
 _DTYPE_OFFSET = 17

@@ -16,7 +16,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
-from megatron_moe.config.run import Role
+from megatron_moe.config.train import Role
 from megatron_moe.planner.shape import MoeShape
 
 

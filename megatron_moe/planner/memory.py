@@ -10,7 +10,7 @@ import math
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 
-from megatron_moe.config.run import OptimizerName, Role
+from megatron_moe.config.train import OptimizerName, Role
 from megatron_moe.parallel.shards import padded_vocabulary
 from megatron_moe.parallel.stages import EVEN
 from megatron_moe.planner.activations import local_tokens, recomputed_layer, stage_activations

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from megatron_moe.config.run import Role
+from megatron_moe.config.train import Role
 from megatron_moe.hf.names import parameter_role
 from megatron_moe.parallel.shards import padded_vocabulary
 from megatron_moe.parallel.stages import chunk_layers, is_first, is_last

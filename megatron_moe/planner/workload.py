@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_moe.config.run import OptimizerName, Parallel, Role, RunConfig
+from megatron_moe.config.run import Parallel, RunConfig
+from megatron_moe.config.train import OptimizerName, Role
 from megatron_moe.parallel.layout import ends_of
 from megatron_moe.parallel.stages import EVEN, Ends, stage_sizes
 

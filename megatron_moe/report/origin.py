@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_moe.config.run import Section as Settings
+from megatron_moe.config.values import Section as Settings
 from megatron_moe.errors import ConfigError
 from megatron_moe.parallel.layout import ParallelLayout, ends_of, fold, local_experts
 from megatron_moe.parallel.stages import chunk_layers

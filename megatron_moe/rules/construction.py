@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_moe.config.run import Moe, RunConfig, Upcycle
+from megatron_moe.config.moe import Moe, Upcycle
+from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import nearest_multiples
 from megatron_moe.experts.methods import METHODS, MethodRow, needs
 from megatron_moe.experts.recipe import HELD_OUT_EVERY

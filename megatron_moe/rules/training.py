@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_moe.config.mixtures import starting_weights
-from megatron_moe.config.run import Optimizer, Role
+from megatron_moe.config.train import Optimizer, Role
 from megatron_moe.errors import ConfigError
 from megatron_moe.experts.resolve import moe_layer_ids
 from megatron_moe.hf.names import ROLES

@@ -15,7 +15,8 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from torch import Tensor
 
-from megatron_moe.config.run import Optimizer, Role, RunConfig
+from megatron_moe.config.run import RunConfig
+from megatron_moe.config.train import Optimizer, Role
 from megatron_moe.hf.names import ROLES
 from megatron_moe.runtime.adamw import ClipsGradients
 

@@ -11,7 +11,10 @@ from tiny import save_dense
 
 from megatron_moe.checkpoint.keys import checkpoint_key
 from megatron_moe.commands.export import architecture_for
-from megatron_moe.config.run import Data, Moe, Parallel, Run, RunConfig, Source, Train
+from megatron_moe.config.data import Data
+from megatron_moe.config.moe import Moe, Source
+from megatron_moe.config.run import Parallel, Run, RunConfig
+from megatron_moe.config.train import Train
 from megatron_moe.errors import CheckpointError
 from megatron_moe.hf.names import ROW_OF_ROLE, match
 from megatron_moe.hf.spec import DenseSpec, read_spec, spec_from_config

@@ -6,7 +6,7 @@ Shape letters: T tokens, F unknowns per column, D columns, E experts, M neurons 
 import numpy as np
 import torch
 
-from megatron_moe.config.run import Moe
+from megatron_moe.config.moe import Moe
 from megatron_moe.construct.dense_ffn import DenseFfn, combine_weights, features
 from megatron_moe.construct.fit_router import Prices, gains, loads
 from megatron_moe.construct.ridge import RidgeSums, solve

@@ -196,7 +196,7 @@ def test_batches_for_a_gpu_are_pinned_after_they_are_sliced(monkeypatch: pytest.
     from types import SimpleNamespace
     from typing import Any
 
-    from megatron_moe.config.run import Train
+    from megatron_moe.config.train import Train
     from megatron_moe.data import feed as feed_module
     from megatron_moe.data.feed import DataRank, Feed
 

@@ -20,17 +20,10 @@ from tiny import save_dense
 from torch import Tensor
 
 from megatron_moe.commands.export import export_checkpoint
-from megatron_moe.config.run import (
-    Data,
-    Method,
-    Moe,
-    Parallel,
-    Run,
-    RunConfig,
-    Source,
-    Train,
-    Upcycle,
-)
+from megatron_moe.config.data import Data
+from megatron_moe.config.moe import Method, Moe, Source, Upcycle
+from megatron_moe.config.run import Parallel, Run, RunConfig
+from megatron_moe.config.train import Train
 from megatron_moe.experts.file import PLAN_FILE, write_plan
 from megatron_moe.experts.methods import METHODS as TABLE
 from megatron_moe.experts.plan import ExpertPlan

@@ -12,7 +12,10 @@ from layouts import LAYOUTS
 from ranks import run_on_ranks
 from tiny import SHAPE, save_dense
 
-from megatron_moe.config.run import Data, Moe, Parallel, Run, RunConfig, Source, Train, Upcycle
+from megatron_moe.config.data import Data
+from megatron_moe.config.moe import Moe, Source, Upcycle
+from megatron_moe.config.run import Parallel, Run, RunConfig
+from megatron_moe.config.train import Train
 from megatron_moe.experts.plan import make_expert_plan
 from megatron_moe.hf.names import dense_tensors
 from megatron_moe.hf.reader import open_dense_checkpoint

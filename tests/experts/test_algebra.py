@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_moe.config.run import Moe, Upcycle
+from megatron_moe.config.moe import Moe, Upcycle
 from megatron_moe.experts.methods import METHODS
 from megatron_moe.experts.partition import Evidence
 from megatron_moe.experts.plan import ExpertPlan, LayerPlan, LayerTable, make_expert_plan

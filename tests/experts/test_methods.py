@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_moe.config.run import Method
+from megatron_moe.config.moe import Method
 from megatron_moe.experts import replicate, router, share, split
 from megatron_moe.experts.balanced import assign, balanced_kmeans
 from megatron_moe.experts.draws import BLOCK_NEURONS, Use, generator, normal_rows

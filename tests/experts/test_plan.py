@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 
-from megatron_moe.config.run import Moe, Upcycle
+from megatron_moe.config.moe import Moe, Upcycle
 from megatron_moe.experts.plan import ExpertPlan, LayerTable, make_expert_plan, moe_layer_ids
 from megatron_moe.experts.recipe import Recipe
 from megatron_moe.hf.spec import spec_from_config

@@ -24,7 +24,10 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from megatron_moe.config.run import Data, Moe, Parallel, Role, Run, RunConfig, Source, Train
+from megatron_moe.config.data import Data
+from megatron_moe.config.moe import Moe, Source
+from megatron_moe.config.run import Parallel, Run, RunConfig
+from megatron_moe.config.train import Role, Train
 from megatron_moe.errors import CheckpointError
 from megatron_moe.hf.families import FAMILIES as FAMILIES_TABLE
 from megatron_moe.hf.header import read_headers

@@ -14,7 +14,7 @@ from megatron.core.transformer.moe.moe_utils import apply_router_token_dropping
 from ranks import run_on_ranks
 from torch import Tensor
 
-from megatron_moe.config.run import Moe
+from megatron_moe.config.moe import Moe
 from megatron_moe.model.capacity import Capacity, capacity_of, kept_choices, kept_over_ranks, padded
 from megatron_moe.runtime.world import World
 

@@ -6,7 +6,8 @@ import pytest
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_moe.config.load import build
-from megatron_moe.config.run import Moe, RunConfig
+from megatron_moe.config.moe import Moe
+from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import ConfigError
 from megatron_moe.hf.spec import spec_from_config
 from megatron_moe.model.config import check_dispatcher, transformer_settings

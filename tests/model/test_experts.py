@@ -12,7 +12,10 @@ from ranks import run_on_ranks
 from tiny import save_dense
 from torch import Tensor
 
-from megatron_moe.config.run import Data, Moe, Parallel, Run, RunConfig, Source, Train
+from megatron_moe.config.data import Data
+from megatron_moe.config.moe import Moe, Source
+from megatron_moe.config.run import Parallel, Run, RunConfig
+from megatron_moe.config.train import Train
 from megatron_moe.hf.spec import read_spec
 from megatron_moe.model.experts import LoopExperts, apply_experts
 from megatron_moe.runtime.engine import TORCH_ON_CPU

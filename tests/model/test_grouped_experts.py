@@ -16,7 +16,10 @@ from tiny import save_dense
 from torch import Tensor
 from training_runs import run_training, tree, write_tokens
 
-from megatron_moe.config.run import Data, Moe, Parallel, Run, RunConfig, Source, Train
+from megatron_moe.config.data import Data
+from megatron_moe.config.moe import Moe, Source
+from megatron_moe.config.run import Parallel, Run, RunConfig
+from megatron_moe.config.train import Train
 from megatron_moe.hf.spec import read_spec
 from megatron_moe.model import grouped_experts, spec
 from megatron_moe.model.experts import LoopExperts, apply_experts

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from ranks import run_on_ranks
 
-from megatron_moe.config.run import Moe, Parallel, Upcycle
+from megatron_moe.config.moe import Moe, Upcycle
+from megatron_moe.config.run import Parallel
 from megatron_moe.experts.plan import make_expert_plan
 from megatron_moe.hf.spec import spec_from_config
 from megatron_moe.runtime.world import World

@@ -12,7 +12,10 @@ import torch
 from ranks import run_on_ranks
 from torch import Tensor
 
-from megatron_moe.config.run import Data, Moe, Parallel, Run, RunConfig, Source, Train
+from megatron_moe.config.data import Data
+from megatron_moe.config.moe import Moe, Source
+from megatron_moe.config.run import Parallel, Run, RunConfig
+from megatron_moe.config.train import Train
 from megatron_moe.hf.spec import spec_from_config
 from megatron_moe.runtime.engine import TORCH_ON_CPU
 from megatron_moe.runtime.world import World

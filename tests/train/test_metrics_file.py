@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_moe.config.run import Data, Log, Moe, Run, RunConfig, Source, Train
+from megatron_moe.config.data import Data
+from megatron_moe.config.moe import Moe, Source
+from megatron_moe.config.run import Log, Run, RunConfig
+from megatron_moe.config.train import Train
 from megatron_moe.train.metrics import MetricsWriter, expert_loads
 
 

@@ -12,7 +12,10 @@ pytest.importorskip("wandb", reason="the extra wandb is not installed")
 JOB = """
 import sys
 from pathlib import Path
-from megatron_moe.config.run import Data, Log, Moe, Run, RunConfig, Source, Train
+from megatron_moe.config.data import Data
+from megatron_moe.config.moe import Moe, Source
+from megatron_moe.config.run import Log, Run, RunConfig
+from megatron_moe.config.train import Train
 from megatron_moe.rules.installed import require_packages
 from megatron_moe.train.metrics import MetricsWriter
 

@@ -1,0 +1,213 @@
+"""Settings of the steps, of the optimizer and its schedules."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from megatron_moe.config.values import Beta, Count, NonNegative, NonNegativeInt, Positive, Section
+
+Role = Literal[
+    "router", "experts", "shared_experts", "dense_ffn", "attention", "norms", "embeddings"
+]
+"""Part of the model that settings name: every parameter has one role."""
+OptimizerName = Literal["adam", "muon"]
+
+
+class Stage(Section):
+    """Consecutive steps in which the same parameters are trained."""
+
+    steps: Count | None = None
+    """Number of optimizer steps. The last stage has none: it takes the rest of the run."""
+
+    freeze: list[Role] = []
+    """Roles that this stage does not train, as in train.freeze."""
+
+
+class BatchRamp(Section):
+    """Growth of the global batch at the beginning of a run, as Megatron-LM's rampup_batch_size."""
+
+    start: Count
+    """Number of sequences of the first step."""
+
+    increment: Count
+    """Number of sequences by which the batch grows at a time."""
+
+    samples: Count
+    """Number of sequences over which the batch grows to global_batch_size, in equal parts."""
+
+
+class Train(Section):
+    """Number of steps, batch sizes, precision, recomputation, and what is trained."""
+
+    steps: NonNegativeInt
+    """Number of optimizer steps of the whole run. 0: upcycle, verify, save and stop."""
+
+    micro_batch_size: Count = 1
+    """Number of sequences that a model replica processes at once."""
+
+    global_batch_size: Count = 1
+    """Number of sequences per optimizer step over all replicas."""
+
+    rampup_batch_size: BatchRamp | None = None
+    """Begin with smaller batches. Schedules go on by steps, whatever their size."""
+
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """bf16: train in bfloat16 with fp32 master weights in the optimizer."""
+
+    recompute: Literal["none", "selective", "moe", "full"] = "none"
+    """Parts that the backward pass recomputes instead of keeping in memory. selective: norms and
+    expert activations, with Transformer Engine (on a CPU: core attention). moe: MoE layers and,
+    with Transformer Engine, norms. full: every layer."""
+
+    overlap_grad_reduce: bool = True
+    """Reduce gradients over dp while the backward pass runs."""
+
+    overlap_param_gather: bool = True
+    """On CUDA, gather updated weights over dp while the next forward pass runs."""
+
+    tp_comm_overlap: bool = False
+    """Overlap tp communication with the matrix products that need it. Requires Transformer
+    Engine."""
+
+    gradient_accumulation_fusion: bool = True
+    """Add weight gradients to their fp32 buffers inside the matrix products."""
+
+    grad_reduce_in_fp32: bool = True
+    """Accumulate and reduce gradients in fp32. false: in bf16, which halves the bytes of gradients
+    and of their reduction, and rounds each sum over micro-batches and ranks to 8 bits. Only with
+    precision bf16."""
+
+    freeze: list[Role] = []
+    """Roles whose parameters are not trained: they have no gradients, no optimizer state and no
+    reduction over dp. dense_ffn is the FFN of layers that stay dense, norms are all norms,
+    embeddings include the output layer. A frozen router keeps its expert biases too."""
+
+    stages: list[Stage] = []
+    """Stages that train different roles, in order, instead of freeze. Between two stages the run
+    saves a checkpoint and continues from it; parameters that a stage begins to train start with
+    empty optimizer state."""
+
+    def batch_size_after(self, samples: int) -> int:
+        """Return the sequences of the step before which the run has consumed ``samples``."""
+        ramp = self.rampup_batch_size
+        if ramp is None or samples >= ramp.samples:
+            return self.global_batch_size
+        parts = (self.global_batch_size - ramp.start) // ramp.increment
+        return ramp.start + ramp.increment * (samples * parts // ramp.samples)
+
+    def stage_starts(self) -> list[int]:
+        """Return the number of steps before each stage; a run without stages is one stage."""
+        return [0, *accumulate(stage.steps or 0 for stage in self.stages[:-1])]
+
+    def stage_end(self, step: int) -> int:
+        """Return the step at which the stage ends that takes the step after ``step``."""
+        later = (start for start in self.stage_starts() if start > step)
+        return min(next(later, self.steps), self.steps)
+
+    def frozen_after(self, step: int) -> frozenset[Role]:
+        """Return the roles that are frozen in the step after ``step``."""
+        if not self.stages:
+            return frozenset(self.freeze)
+        current = sum(start <= step for start in self.stage_starts())
+        return frozenset(self.stages[current - 1].freeze)
+
+    @property
+    def always_frozen(self) -> frozenset[Role]:
+        """Roles that are never trained."""
+        return frozenset.intersection(*map(self.frozen_after, self.stage_starts()))
+
+
+class Optimizer(Section):
+    """The optimizer and its schedules. Megatron-Core computes both."""
+
+    optimizer: OptimizerName = "adam"
+    """adam: AdamW. muon: Muon (arXiv 2502.16982) for matrices, each expert, query, key, value, gate
+    and up on its own; AdamW for embeddings, the output layer, norms and biases."""
+
+    muon_momentum: Beta = 0.95
+    """Decay of the mean of gradients with muon, which looks one step ahead (Nesterov)."""
+
+    muon_extra_scale_factor: Positive = 0.2
+    """Factor on the updates of muon, besides sqrt(larger side of the matrix). The default gives
+    them AdamW's usual root mean square, so that lr and weight_decay of AdamW can be kept (arXiv
+    2502.16982, section 2.2)."""
+
+    adam_beta1: Beta = 0.9
+    """Decay of the mean of gradients. The default is LLaMA's (arXiv 2302.13971, section 2.3)."""
+
+    adam_beta2: Beta = 0.95
+    """Decay of the mean of squared gradients. The default is LLaMA's."""
+
+    adam_eps: Positive = 1e-8
+    """Term added to the denominator of an update, for numerical stability."""
+
+    lr: Positive = 3e-5
+    """Peak learning rate. The default is that of arXiv 2412.09952."""
+
+    min_lr: NonNegative = 3e-7
+    """Learning rate at the end of the decay and after it. Style constant does not use it."""
+
+    warmup_steps: NonNegativeInt = 100
+    """Number of linear warm-up steps."""
+
+    lr_warmup_fraction: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Warm up for this fraction of the decay length (rounded to steps) instead of
+    warmup_steps."""
+
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "cosine"
+    """Learning rate after the warm-up. constant: lr. linear, cosine: from lr to min_lr.
+    inverse-square-root: lr * sqrt(warm-up steps / step), at least min_lr. WSD: lr, then a decay to
+    min_lr over the last lr_wsd_decay_steps (warmup-stable-decay, arXiv 2404.06395)."""
+
+    lr_decay_steps: Count | None = None
+    """Step at which the decay ends. None: train.steps, so that a longer run decays more slowly. Set
+    it if a run is to be extended later; steps after it keep min_lr."""
+
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
+    """Form of the decay at the end of style WSD. exponential: 2 * 0.5^x - 1 for x from 0 to 1.
+    minus_sqrt: 1 - sqrt(x)."""
+
+    lr_wsd_decay_steps: Count | None = None
+    """Length of the decay at the end of style WSD, which requires it."""
+
+    weight_decay: NonNegative = 0.1
+    """Decoupled weight decay. Norms and biases have none."""
+
+    weight_decay_incr_style: Literal["constant", "linear", "cosine"] = "constant"
+    """constant: weight_decay in every step. linear, cosine: from start_weight_decay to
+    end_weight_decay, over the decay length of the learning rate."""
+
+    start_weight_decay: NonNegative | None = None
+    """Weight decay before the first step of an increase. Requires weight_decay_incr_style linear or
+    cosine, as does end_weight_decay."""
+
+    end_weight_decay: NonNegative | None = None
+    """Weight decay at the end of an increase, and after it."""
+
+    lr_multipliers: dict[Role, Positive] = {}
+    """Factors on the learning rate (lr and min_lr) of roles, such as router: 10. Other roles have
+    1. To train a role not at all, see train.freeze."""
+
+    weight_decay_multipliers: dict[Role, NonNegative] = {}
+    """Factors on the weight decay of the matrices of roles. Norms and biases have no weight decay
+    with any factor."""
+
+    clip_grad: Positive = 1.0
+    """Global gradient norm above which gradients are scaled down."""
+
+    use_distributed_optimizer: bool = True
+    """Shard optimizer state over dp (ZeRO-1; whole matrices with muon). false: every replica keeps
+    all of it."""
+
+    def decay_length(self, steps: int) -> int:
+        """Return the step at which the schedules end, in a run of ``steps`` steps."""
+        return self.lr_decay_steps or steps
+
+    def warmup_length(self, steps: int) -> int:
+        """Return the number of warm-up steps, in a run of ``steps`` steps."""
+        if self.lr_warmup_fraction is None:
+            return self.warmup_steps
+        return round(self.lr_warmup_fraction * self.decay_length(steps))
