@@ -17,6 +17,7 @@ from megatron_moe.log import StepProgress
 from megatron_moe.planner.flops import sequence_flops
 from megatron_moe.planner.shape import upcycled_shape
 from megatron_moe.runtime.wait import waiter
+from megatron_moe.train.device_check import DeviceCheck
 from megatron_moe.train.garbage import INTERVAL, manual_collection
 from megatron_moe.train.guard import Boundary, StepGuard
 from megatron_moe.train.health import RouterHealth
@@ -65,6 +66,13 @@ def continue_pretraining(job: Job, state: TrainState, plan: ExpertPlan, feed: Fe
             _save(job, saver, state, last=True)
         boundary = Boundary(job.signals, job.watch, job.say)
         guard = StepGuard(config.guard)
+        check = DeviceCheck(
+            feed,
+            job.layout,
+            rank=job.world.rank,
+            device=job.world.device.type,
+            start=resumed_step,
+        )
         health = RouterHealth(
             plan.recipe.moe_layers,
             num_experts=plan.recipe.num_experts,
@@ -77,7 +85,7 @@ def continue_pretraining(job: Job, state: TrainState, plan: ExpertPlan, feed: Fe
             run_loop(
                 state,
                 steps=end,
-                take_step=partial(_take_step, job, state, feed, guard, saver),
+                take_step=partial(_take_step, job, state, feed, guard, saver, check),
                 wait=waiter(job.world.device),
                 describe=partial(_describe, job, state, feed, peak, health),
                 hooks=_hooks(job, saver, state, feed, writer, progress, boundary, end=end),
@@ -123,7 +131,7 @@ def _hooks(
 
 
 def _take_step(
-    job: Job, state: TrainState, feed: Feed, guard: StepGuard, saver: Saver
+    job: Job, state: TrainState, feed: Feed, guard: StepGuard, saver: Saver, check: DeviceCheck
 ) -> StepResult:
     watch = job.watch
 
@@ -135,7 +143,11 @@ def _take_step(
     watch.step = state.step + 1
     watch.at("data")
     batches, after = feed.next_step(state.blend)
-    result = train_step(state, batches, job.config, job.groups, guard=guard, at=at)
+    interval = job.config.guard.device_check_interval
+    due = interval is not None and (state.step + 1) % interval == 0
+    result = train_step(
+        state, batches, job.config, job.groups, guard=guard, at=at, check=check if due else None
+    )
     state.blend = after
     watch.at("report")
     return result

@@ -103,6 +103,12 @@ class Guard(Section):
     """End the job if no rank makes progress for this many seconds, and name the stuck rank. Set it
     above the duration of the longest load, validation or save."""
 
+    device_check_interval: Count | None = None
+    """Every this many steps, compute the step's loss and gradients a second time, on the devices of
+    another replica of the model, and end the job if the numbers differ. Finds devices and memory
+    that compute wrong numbers without an error; costs about one step each time. With one replica,
+    the same devices repeat the step. None: never."""
+
     save_retry_seconds: NonNegative = 600
     """Keep retrying the last save of a job for this many seconds if the disk refuses it. Earlier
     saves are retried after checkpoint.interval steps."""

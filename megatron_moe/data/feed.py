@@ -60,6 +60,15 @@ class Feed:
     def next_step(self, blend: BlendState) -> tuple[list[Batch], BlendState]:
         """Return this rank's micro-batches of the step at ``blend``, and the state after it."""
         start = time.perf_counter()
+        result = self._step(blend, self._rank.dp_rank)
+        self.seconds = time.perf_counter() - start
+        return result
+
+    def batches_of(self, blend: BlendState, *, dp_rank: int) -> list[Batch]:
+        """Return the micro-batches of another dp rank in the step at ``blend``."""
+        return self._step(blend, dp_rank)[0]
+
+    def _step(self, blend: BlendState, dp_rank: int) -> tuple[list[Batch], BlendState]:
         train = self._config.train
         size = train.batch_size_after(blend.position)
         samples, after = next_global_batch(
@@ -73,12 +82,10 @@ class Feed:
             position=blend.position,
             global_batch_size=size,
             micro_batch_size=train.micro_batch_size,
-            dp_rank=self._rank.dp_rank,
+            dp_rank=dp_rank,
             dp_size=self._rank.dp_size,
         )
-        batches = self._slice_and_pin(batches)
-        self.seconds = time.perf_counter() - start
-        return batches, after
+        return self._slice_and_pin(batches), after
 
     def held_out(self, domain: str) -> list[Batch]:
         """Return this rank's micro-batches of the held-out text of ``domain``."""

@@ -70,6 +70,46 @@ class ParallelLayout:
     experts: RankGrid
     """Grid pp, edp, ep, etp: for expert weights and their gradients."""
 
+    @property
+    def replicas(self) -> Replicas:
+        """Sets of ranks that hold the whole model and exchange no activations with others."""
+        attention, experts = self.attention, self.experts
+        return Replicas(
+            stage_ranks=math.prod(attention.shape[1:]),
+            size=math.lcm(
+                attention.size("cp") * attention.size("tp"),
+                experts.size("ep") * experts.size("etp"),
+            ),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Replicas:
+    """Replicas of the whole model: in each pipeline stage, ``size`` consecutive ranks.
+
+    Data-parallel ranks that share experts (ep) belong to one replica.
+    """
+
+    stage_ranks: int
+    """Ranks of a pipeline stage."""
+
+    size: int
+    """Ranks of a replica in one stage."""
+
+    @property
+    def count(self) -> int:
+        """Number of replicas."""
+        return self.stage_ranks // self.size
+
+    def counterpart(self, rank: int, shift: int) -> int:
+        """Return the rank with the same shards in the replica that is ``shift`` further.
+
+        >>> Replicas(stage_ranks=4, size=2).counterpart(5, shift=1)
+        7
+        """
+        place = rank % self.stage_ranks
+        return rank - place + (place + shift * self.size) % self.stage_ranks
+
 
 def fold(config: Parallel, *, world_size: int) -> ParallelLayout:
     """Arrange ``world_size`` ranks in grids for attention layers and for expert layers.

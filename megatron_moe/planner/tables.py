@@ -26,6 +26,7 @@ MEANING = {
     "pp": "pipeline sends",
     "dp": "gradient and weight exchange",
     "optimizer": "optimizer",
+    "device_check": "steps computed twice to test the devices",
 }
 
 

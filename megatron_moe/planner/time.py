@@ -3,6 +3,7 @@
     step = m * slowest stage                          m micro-batches of one replica
          + (pp - 1) / vpp * slowest stage             pipeline fill and drain, interleaved
          + p2p + exposed gradient reduction and parameter gather + optimizer
+         + (m * slowest stage + fill and drain + p2p) / guard.device_check_interval
 
 The last stage is the slowest, because it holds the output layer and the loss; the others wait.
 """
@@ -54,6 +55,8 @@ def step_time(shape: MoeShape, work: Workload, degrees: Degrees, machine: Machin
     parts["output_layer"] = batches * output
     parts["bubble"] = (degrees.pp - 1) / degrees.vpp * slowest
     parts["pp"] = batches * _send(shape, work, degrees, machine)
+    if work.device_check_interval is not None:
+        parts["device_check"] = sum(parts.values()) / work.device_check_interval
     parts["dp"], parts["optimizer"] = _update(shape, work, degrees, machine)
     seconds = sum(parts.values())
     flops = sequence_flops(shape, work.sequence_length)

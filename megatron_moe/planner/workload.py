@@ -107,6 +107,8 @@ class Workload:
     """Optimizer, which determines the bytes of its state."""
     gradient_bytes: int = 4
     """Bytes of an element of the buffers that accumulate gradients (``grad_reduce_in_fp32``)."""
+    device_check_interval: int | None = None
+    """Steps between two that are computed twice (``guard.device_check_interval``)."""
 
     @property
     def recompute_settings(self) -> tuple[Recompute, ...]:
@@ -174,4 +176,5 @@ def workload_of(config: RunConfig) -> Workload:
         frozen=config.train.always_frozen,
         optimizer=config.optimizer.optimizer,
         gradient_bytes=4 if config.train.grad_reduce_in_fp32 else 2,
+        device_check_interval=config.guard.device_check_interval,
     )

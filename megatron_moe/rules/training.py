@@ -295,3 +295,14 @@ def stages(case: Case) -> Iterator[str]:
             f"train.steps ({train.steps}): otherwise the last stage never begins.\n"
             f"  smallest train.steps: {before + 1}"
         )
+
+
+def device_check(case: Case) -> Iterator[str]:
+    """Check that the devices are tested at least once."""
+    interval, steps = case.config.guard.device_check_interval, case.config.train.steps
+    if interval is not None and interval > steps:
+        yield (
+            f"guard.device_check_interval ({interval}) must be at most train.steps ({steps}): no "
+            "step would be computed twice.\n"
+            f"  largest guard.device_check_interval: {steps}, or leave it unset"
+        )

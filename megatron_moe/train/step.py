@@ -27,6 +27,7 @@ from megatron_moe.model.build import Model
 from megatron_moe.model.loss import make_output_processor
 from megatron_moe.model.routers import expert_biases, routers_in
 from megatron_moe.runtime.engine import Engine
+from megatron_moe.train.device_check import DeviceCheck
 from megatron_moe.train.guard import Decision, StepGuard
 from megatron_moe.train.optimizers import clip_and_step
 from megatron_moe.train.state import TrainState
@@ -68,19 +69,23 @@ def train_step(
     *,
     guard: StepGuard,
     at: Mark,
+    check: DeviceCheck | None = None,
 ) -> StepResult:
     """Run forward and backward passes over this rank's micro-batches, then update the weights.
 
     ``guard`` may reject the update; the schedule and the position in the data advance anyway.
+    ``check`` computes the step twice.
     """
     for chunk in state.wrapped:
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
     _weigh_tokens(state.model, batches, groups)
     biases = expert_biases(state.model.modules) if config.moe.moe_router_enable_expert_bias else ()
-    losses = run_schedule(
-        state.wrapped, batches, config, state.model, groups, forward_only=False, at=at
-    )
+    run = partial(
+        run_schedule, state.wrapped,
+        config=config, model=state.model, groups=groups, forward_only=False, at=at,
+    )  # fmt: skip
+    losses = run(batches) if check is None else check.run(state, run, batches)
     at("optimizer")
     optimizer: Any = state.optimizer
     # This comes before the gradient norm, whose value the host waits for: the device runs these

@@ -72,6 +72,15 @@ def test_recomputing_more_takes_longer():
     assert len(set(seconds)) == len(RECOMPUTE_SETTINGS)
 
 
+def test_a_device_check_costs_its_share_of_the_forward_and_backward_passes():
+    row = published()[0]
+    plain = predict(row)
+    checked = step_time(row.shape, replace(row.work, device_check_interval=10), row.degrees, H100)
+    again = plain.step_seconds - plain.parts["dp"] - plain.parts["optimizer"]
+    assert checked.parts["device_check"] == pytest.approx(again / 10)
+    assert checked.step_seconds == pytest.approx(plain.step_seconds + again / 10)
+
+
 def test_experts_across_nodes_are_slower_than_within():
     row = published()[5]
     inside = predict(row)

@@ -40,6 +40,7 @@ def make_config(changes: dict[str, Any] | None = None) -> RunConfig:
         "data": {"path": "text", "seq_length": 48},
         "train": {"steps": 10, "global_batch_size": 48},
         "optimizer": {"warmup_steps": 2},
+        "guard": {},
     }
     for name, value in (changes or {}).items():
         section, key = name.split(".")
@@ -326,6 +327,9 @@ REFUSALS = [
     ("stage-never", {"train.stages": [{"steps": 10}, {}]}, 1,
      "train.stages before the last have 10 steps, which must be fewer than train.steps (10): "
      "otherwise the last stage never begins.\n  smallest train.steps: 11"),
+    ("device-check-never", {"guard.device_check_interval": 11}, 1,
+     "guard.device_check_interval (11) must be at most train.steps (10): no step would be computed "
+     "twice.\n  largest guard.device_check_interval: 10, or leave it unset"),
 ]  # fmt: skip
 
 
