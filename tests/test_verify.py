@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import xxhash
 from safetensors.torch import save_file
 from tiny import save_dense
 from training_runs import run_training, tree, write_tokens
@@ -72,6 +73,28 @@ def test_every_flipped_bit_is_found_and_named(run_dir: Path, of: str):
     assert tried >= 11 * len(files_of(folder)) > 40
 
 
+def test_the_receipt_identifies_the_source(run_dir: Path):
+    """The oracle is xxhash itself, over each file in one piece."""
+    dense = run_dir.parent / "dense"
+    files = json.loads((run_dir / "receipt.json").read_text())["source_files"]
+    paths = [dense / "config.json", dense / "model.safetensors"]
+    assert files == [
+        {
+            "path": str(path), "bytes": path.stat().st_size,
+            "xxh3_64": xxhash.xxh3_64_hexdigest(path.read_bytes()),
+        }
+        for path in paths
+    ]  # fmt: skip
+    assert problems_of(run_dir) == []
+    content = paths[1].read_bytes()
+    paths[1].write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert [p.partition(" is not what ")[0] for p in problems_of(run_dir)] == [str(paths[1])]
+    paths[1].rename(dense / "away")  # a source may be removed after the upcycling
+    assert problems_of(run_dir) == []
+    (dense / "away").unlink()
+    paths[1].write_bytes(content)
+
+
 def test_shards_of_an_export_have_one_checksum_for_each_tensor(tmp_path: Path):
     generator = torch.Generator().manual_seed(0)
     tensors = {f"t{i}": torch.randn(50, 3 * i, generator=generator) for i in range(4)}
@@ -88,8 +111,9 @@ def test_shards_of_an_export_have_one_checksum_for_each_tensor(tmp_path: Path):
 
 def test_a_run_is_verified_with_all_its_checkpoints(run_dir: Path):
     results = verify(run_dir, lambda *_: None)
-    assert [result.folder.name for result in results] == ["step_00000001", "step_00000002"]
-    assert all(result.compared_with == "CHECKSUMS" for result in results)
+    assert [result.folder.name for result in results] == ["step_00000001", "step_00000002", "dense"]
+    compared = [result.compared_with for result in results]
+    assert compared == ["CHECKSUMS", "CHECKSUMS", str(run_dir / "receipt.json")]
 
 
 def test_progress_ends_at_the_total(run_dir: Path):

@@ -22,7 +22,12 @@ from megatron_moe.hf.reader import DenseCheckpoint, open_mixed
 from megatron_moe.hf.spec import DenseSpec
 from megatron_moe.model.build import Model, build_model
 from megatron_moe.model.overlap import without_tp_overlap
-from megatron_moe.model.receipt import gather_receipt, rank_receipt, write_receipt
+from megatron_moe.model.receipt import (
+    checksums_of_sources,
+    gather_receipt,
+    rank_receipt,
+    write_receipt,
+)
 from megatron_moe.model.routers import set_output_scales
 from megatron_moe.model.upcycle import check_coverage, upcycle
 from megatron_moe.model.verify import Agreement, compare_with_dense, verify_length
@@ -74,6 +79,7 @@ def upcycled_model(job: Job, dense: DenseCheckpoint, plan: ExpertPlan, texts: Te
         frozen=config.train.frozen_after(0),
         agreement=agreement,
         against_dense=None if against_dense is None else against_dense.to_json(),
+        source_files=checksums_of_sources([dense, *mix_with]),
     )
     if rank == 0:
         write_receipt(receipt, config.run.dir)

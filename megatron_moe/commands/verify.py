@@ -12,10 +12,11 @@ from typing import Any
 from megatron_moe.checkpoint.folder import complete
 from megatron_moe.checkpoint.global_tensors import GlobalTensors
 from megatron_moe.errors import CheckpointError
-from megatron_moe.hf.checksums import FILE, Checksums, read_checksums
+from megatron_moe.hf.checksums import FILE, Checksums, file_checksum, read_checksums
 from megatron_moe.hf.header import TensorInfo, read_headers
 from megatron_moe.hf.values import check_finite, mapped_rows
 from megatron_moe.hf.windows import windows
+from megatron_moe.json_text import parse_json
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -29,7 +30,7 @@ class Verified:
 
     folder: Path
     kind: str
-    """``checkpoint`` or ``model`` (an export or a source)."""
+    """``checkpoint``, ``model`` (an export or a source), or ``source of a run``."""
     compared_with: str
     """Origin of the expected contents, in words."""
     files: int = 0
@@ -53,7 +54,8 @@ def verify(folder: Path, seen: Seen) -> list[Verified]:
 
     A folder without checksums, such as a model of the Hub or a checkpoint of version 0.1, is read
     too: its headers must fit its files, and its tensors must be readable and finite. Files in the
-    Hub's cache carry their SHA-256 in the name of what they link to, and are compared with it.
+    Hub's cache carry their SHA-256 in the name of what they link to, and are compared with it. The
+    source of a run, if it is still there, is compared with the run's receipt.
 
     Args:
         folder: A run (all its checkpoints), a checkpoint, or a Hugging Face folder.
@@ -69,9 +71,44 @@ def verify(folder: Path, seen: Seen) -> list[Verified]:
             f"{folder} is neither a run with checkpoints, nor a checkpoint (no checkpoint.json), "
             "nor a Hugging Face folder (no config.json)"
         )
-    total = sum(path.stat().st_size for target in targets for path in _files(target))
+    sources = {} if single else _sources_of_run(folder)
+    files = [path for target in targets for path in _files(target)]
+    total = sum(path.stat().st_size for path in [*files, *sources])
     counter = _Counter(seen, total)
-    return [_verified(target, counter) for target in targets]
+    results = [_verified(target, counter) for target in targets]
+    return [*results, _verified_source(folder, sources, counter)] if sources else results
+
+
+def _sources_of_run(run_dir: Path) -> dict[Path, str]:
+    """Return the files of a run's source that are still there, with the checksums of its receipt.
+
+    Raises:
+        CheckpointError: The receipt is damaged.
+    """
+    receipt = run_dir / "receipt.json"
+    if not receipt.exists():
+        return {}
+    try:
+        recorded = parse_json(receipt.read_text()).get("source_files", [])
+        files = {Path(one["path"]): str(one["xxh3_64"]) for one in recorded}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{receipt} is damaged: {error}") from error
+    return {path: digest for path, digest in files.items() if path.is_file()}
+
+
+def _verified_source(run_dir: Path, files: dict[Path, str], counter: _Counter) -> Verified:
+    size = sum(path.stat().st_size for path in files)
+    result = Verified(
+        next(iter(files)).parent, "source of a run", str(run_dir / "receipt.json"), len(files), size
+    )
+    for path, recorded in files.items():
+        _, actual = file_checksum(path, counter.add)
+        if actual != recorded:
+            result.problems.append(
+                f"{path} is not what {run_dir} was made from: it has checksum {actual}, but the "
+                f"receipt has {recorded}"
+            )
+    return result
 
 
 @dataclass(slots=True)

@@ -67,9 +67,18 @@ def write_checksums(folder: Path, blocks: Blocks) -> None:
 
 
 def _whole(path: Path) -> Block:
-    """Return the checksum of a file as one block."""
+    return Block(0, *file_checksum(path))
+
+
+def file_checksum(path: Path, seen: Callable[[int], None] | None = None) -> tuple[int, str]:
+    """Return the size of a file in bytes, and its checksum.
+
+    Args:
+        path: The file.
+        seen: Called with the number of bytes after each part that was read.
+    """
     with path.open("rb") as file:
-        return Block(0, *_digest(file, path.stat().st_size))
+        return _digest(file, path.stat().st_size, seen)
 
 
 def _digest(

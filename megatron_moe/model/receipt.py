@@ -1,9 +1,13 @@
-"""Receipt of an upcycling: bytes read, time and memory of each rank, and the verification."""
+"""Receipt of an upcycling: bytes read, time and memory of each rank, and the verification.
+
+It also holds the checksum of each file of the source, of all its bytes. Ranks read slices, so they
+read the files once more for it: each file by one rank, mostly from the page cache.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +15,10 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_moe.config.train import Role
+from megatron_moe.hf.checksums import file_checksum
 from megatron_moe.hf.disk import write_text
+from megatron_moe.hf.header import INDEX_FILE
+from megatron_moe.hf.reader import DenseCheckpoint
 from megatron_moe.model.upcycle import Filled
 from megatron_moe.model.verify import Agreement
 
@@ -56,6 +63,7 @@ def gather_receipt(
     frozen: Collection[Role],
     agreement: Agreement | None,
     against_dense: dict[str, Any] | None,
+    source_files: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """Return the receipt of the whole run on every rank, in the format of receipt.json."""
     ranks: list[RankReceipt] = [own] * dist.get_world_size()
@@ -66,12 +74,37 @@ def gather_receipt(
         "frozen": sorted(frozen),
         "tensors_covered": tensors_used,
         "source_bytes": source_bytes,
+        "source_files": source_files,
         "bytes_read": sum(rank.bytes_read for rank in ranks),
         "seconds": max(rank.seconds for rank in ranks),
         "verification": None if agreement is None else asdict(agreement),
         "against_dense": against_dense,
         "ranks": [asdict(rank) for rank in ranks],
     }
+
+
+def checksums_of_sources(sources: Sequence[DenseCheckpoint]) -> list[dict[str, Any]]:
+    """Return path, bytes and XXH3 of all files with weights, and of configuration and tokenizer.
+
+    All ranks must call it; each reads its share of the files.
+    """
+    paths = sorted(path for source in sources for path in _files_of(source))
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    own = {str(path): file_checksum(path) for path in paths[rank::world_size]}
+    of_ranks: list[dict[str, tuple[int, str]]] = [own] * world_size
+    dist.all_gather_object(of_ranks, own)
+    return [
+        {"path": path, "bytes": size, "xxh3_64": digest}
+        for path, (size, digest) in sorted(item for one in of_ranks for item in one.items())
+    ]
+
+
+def _files_of(source: DenseCheckpoint) -> set[Path]:
+    folder = source.folder.resolve()
+    files = {folder / info.file.name for info in source.tensors.values()}
+    files |= set(folder.glob("*.distcp"))
+    others = ("config.json", INDEX_FILE, "tokenizer.json")
+    return files | {folder / name for name in others if (folder / name).is_file()}
 
 
 def write_receipt(receipt: dict[str, Any], run_dir: Path) -> None:
