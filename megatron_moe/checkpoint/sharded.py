@@ -62,7 +62,7 @@ class Saver:
         self._config, self._plan_hash, self._say = config, plan_hash, say
         # A separate group, because the thread's collectives must not mix with those of training.
         # gloo, because ranks exchange plans and not tensors.
-        self._group = _new_group()
+        self._group = new_group()
         self._thread = ThreadPoolExecutor(
             max_workers=1,
             thread_name_prefix="checkpoint",
@@ -100,17 +100,7 @@ class Saver:
             state.gather_weights()
         kept = owned(state.optimizer) if state.step else ()  # at 0, masters equal weights
         boxes = _boxes(state, groups, kept, writing=True)
-        progress = Progress(
-            step=state.step,
-            samples=state.samples,
-            tokens=state.tokens,
-            plan_hash=self._plan_hash,
-            optimizer_updates=updates_made(state.optimizer),
-            updates_by_role=updates_by_role(state.optimizer),
-            world_size=dist.get_world_size(),
-            precision=self._config.train.precision,
-            blend=state.blend.to_json(),
-        )
+        progress = progress_of(state, self._config, self._plan_hash)
         if self._config.checkpoint.async_save:
             boxes = _copied_to_host(boxes, _only_small)
             stream = torch.cuda.Stream()
@@ -152,9 +142,9 @@ class Saver:
         partial = folders.partial_of(final)
         leads = dist.get_rank() == 0
         try:
-            _together(group, partial, lambda: folders.start_folder(final) if leads else None)
+            together(group, partial, lambda: folders.start_folder(final) if leads else None)
             blocks = write_boxes(boxes, partial, group)
-            _together(
+            together(
                 group,
                 partial,
                 lambda: self._publish(progress, partial, final, blocks) if leads else None,
@@ -175,13 +165,29 @@ class Saver:
         folders.prune(config.run.dir, config.checkpoint.keep)
 
 
-def _new_group() -> dist.ProcessGroup:
+def progress_of(state: TrainState, config: RunConfig, plan_hash: str) -> Progress:
+    """Return what checkpoint.json holds; all ranks must call it."""
+    return Progress(
+        step=state.step,
+        samples=state.samples,
+        tokens=state.tokens,
+        plan_hash=plan_hash,
+        optimizer_updates=updates_made(state.optimizer),
+        updates_by_role=updates_by_role(state.optimizer),
+        world_size=dist.get_world_size(),
+        precision=config.train.precision,
+        blend=state.blend.to_json(),
+    )
+
+
+def new_group() -> dist.ProcessGroup:
+    """Create a group of all ranks whose collectives do not mix with those of training."""
     group = dist.new_group(backend="gloo")
     assert isinstance(group, dist.ProcessGroup)  # every rank is a member
     return group
 
 
-def _together(group: dist.ProcessGroup, folder: Path, do: Callable[[], object]) -> None:
+def together(group: dist.ProcessGroup, folder: Path, do: Callable[[], object]) -> None:
     """Run ``do``, which writes to ``folder``, on every rank; if it fails on one, all raise."""
     problem = None
     try:
@@ -216,18 +222,22 @@ def restore(
         frozen = by_role is not None and kept.role not in by_role
         (new if frozen or not progress.step else stored).append(kept)
     boxes = _boxes(state, groups, stored, writing=False)
-    _clear(state.model)
+    clear(state.model)
     for kept in (*stored, *new):
         for tensor in kept.tensors.values():
             tensor.zero_()
     _read(boxes, folder)
     for kept in new:
         _copy_to_master(kept)
+    adopt_progress(state, progress, tokens=folders.tokens_of(progress, folder))
+
+
+def adopt_progress(state: TrainState, progress: Progress, *, tokens: int) -> None:
+    """Set the optimizer's count of updates, the schedule and the position in the data."""
     if progress.step:
-        set_updates_made(state.optimizer, progress.optimizer_updates, by_role)
+        set_updates_made(state.optimizer, progress.optimizer_updates, progress.updates_by_role)
     state.schedule.step(increment=progress.step - state.step)
-    state.step, state.samples = progress.step, progress.samples
-    state.tokens = folders.tokens_of(progress, folder)
+    state.step, state.samples, state.tokens = progress.step, progress.samples, tokens
     state.blend = BlendState.from_json(progress.blend, domains=state.blend.domains)
 
 
@@ -250,7 +260,7 @@ def restore_weights(
     for placement in placements(model, groups):
         flat = placement.parameter.detach().view(-1)
         boxes.setdefault(placement.key, []).extend(placement.boxes(flat, begin=0))
-    _clear(model)
+    clear(model)
     _read({key: held for key, held in boxes.items() if held}, folder)
     return progress
 
@@ -271,7 +281,7 @@ def _checked_progress(folder: Path, config: RunConfig, plan_hash: str) -> Progre
 
 
 def _read(boxes: Boxes, folder: Path) -> None:
-    group = _new_group()
+    group = new_group()
     try:
         read_boxes(boxes, folder, group)
     except CheckpointError as error:
@@ -279,7 +289,7 @@ def _read(boxes: Boxes, folder: Path) -> None:
     dist.destroy_process_group(group)
 
 
-def _clear(model: Model) -> None:
+def clear(model: Model) -> None:
     """Set all weights to zero, because no checkpoint holds the rows that pad the vocabulary."""
     for module in model.modules:
         for parameter in module.parameters():
@@ -290,6 +300,11 @@ def _copy_to_master(kept: Owned) -> None:
     """Begin master weights, if there are any, with the weights: the checkpoint has none."""
     if (master := kept.tensors.get("master")) is not None:
         master.copy_(kept.parameter.detach().view(-1)[kept.begin : kept.begin + len(master)])
+
+
+def all_boxes(state: TrainState, groups: ProcessGroupCollection) -> Boxes:
+    """Return the boxes of all weights and of all optimizer state that this rank holds."""
+    return _boxes(state, groups, owned(state.optimizer), writing=False)
 
 
 def _boxes(

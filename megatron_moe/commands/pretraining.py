@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from functools import partial
 
+from megatron_moe.checkpoint.local import LocalCopies
 from megatron_moe.checkpoint.policy import roll_back, save_or_continue, step_message
 from megatron_moe.checkpoint.sharded import Saver
 from megatron_moe.commands.job import Job
@@ -39,7 +40,9 @@ def feed_of(job: Job, texts: Texts) -> Feed:
     return Feed(texts, job.config, DataRank.of(job.groups), pin=pin)
 
 
-def continue_pretraining(job: Job, state: TrainState, plan: ExpertPlan, feed: Feed) -> None:
+def continue_pretraining(
+    job: Job, state: TrainState, plan: ExpertPlan, feed: Feed, copies: LocalCopies | None = None
+) -> None:
     """Take the remaining steps, and run the hooks between them."""
     config = job.config
     peak = device_peak(job.world.device, state.model.transformer.params_dtype)
@@ -88,7 +91,7 @@ def continue_pretraining(job: Job, state: TrainState, plan: ExpertPlan, feed: Fe
                 take_step=partial(_take_step, job, state, feed, guard, saver, check),
                 wait=waiter(job.world.device),
                 describe=partial(_describe, job, state, feed, peak, health),
-                hooks=_hooks(job, saver, state, feed, writer, progress, boundary, end=end),
+                hooks=_hooks(job, saver, state, feed, writer, progress, boundary, copies, end=end),
                 keeps=partial(_keeps, job, state, saver, writer, plan.hash),
                 stopping=boundary.stopping,
             )
@@ -110,11 +113,13 @@ def _hooks(
     writer: MetricsWriter | None,
     progress: StepProgress,
     boundary: Boundary,
+    copies: LocalCopies | None,
     *,
     end: int,
 ) -> list[Hook]:
     """Return what runs between the steps of a stage that ends at step ``end``."""
     interval = job.config.checkpoint.interval
+    local = [] if copies is None else [partial(_save_locally, job, copies, state)]
     return [
         Hook(1, progress.show),
         Hook(INTERVAL, _collect_garbage),
@@ -127,6 +132,7 @@ def _hooks(
                 job, saver, state, last=boundary.stopped or numbers["step"] == end
             ),
         ),
+        *(Hook(job.config.checkpoint.local_interval, save) for save in local),
     ]
 
 
@@ -177,6 +183,11 @@ def _keeps(
 def _save(job: Job, saver: Saver, state: TrainState, *, last: bool) -> None:
     job.watch.at("save")
     save_or_continue(saver, state, job.config, job.groups, last=last, say=job.say)
+
+
+def _save_locally(job: Job, copies: LocalCopies, state: TrainState, numbers: Numbers) -> None:
+    job.watch.at("save")
+    copies.save(state, job.groups)
 
 
 def _describe(

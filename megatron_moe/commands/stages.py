@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_moe.checkpoint.folder import newest, read_progress
+from megatron_moe.checkpoint.local import LocalCopies
 from megatron_moe.checkpoint.sharded import restore
 from megatron_moe.commands.job import Job
 from megatron_moe.commands.upcycling import empty_model
@@ -22,17 +23,29 @@ from megatron_moe.train.garbage import collect_everything
 from megatron_moe.train.state import TrainState, make_state
 
 
-def restored_state(job: Job, spec: DenseSpec, plan: ExpertPlan, checkpoint: Path) -> TrainState:
+def restored_state(
+    job: Job,
+    spec: DenseSpec,
+    plan: ExpertPlan,
+    checkpoint: Path,
+    copies: LocalCopies | None = None,
+) -> TrainState:
     """Build this rank's part of the model and restore it from a checkpoint, to train on from there.
+
+    If there are newer local copies, the model is restored from them.
 
     Raises:
         CheckpointError: The checkpoint has another model or precision, or is damaged.
     """
-    progress = read_progress(checkpoint)
+    local = None if copies is None else copies.find(checkpoint)
+    progress = read_progress(checkpoint) if local is None else local.state.progress
     by_role = progress.updates_by_role is not None
     model = empty_model(job, spec, plan)
     state = make_state(job.config, model, job.groups, step=progress.step, by_role=by_role)
-    restore(state, checkpoint, job.config, job.groups, plan_hash=plan.hash)
+    if copies is not None and local is not None:
+        copies.restore(state, local, job.groups)
+    else:
+        restore(state, checkpoint, job.config, job.groups, plan_hash=plan.hash)
     return state
 
 

@@ -12,6 +12,7 @@ from megatron_moe.checkpoint.folder import (
     read_config,
     source_copy,
 )
+from megatron_moe.checkpoint.local import LocalCopies
 from megatron_moe.commands.job import Job
 from megatron_moe.commands.pretraining import continue_pretraining, feed_of
 from megatron_moe.commands.resuming import (
@@ -91,19 +92,22 @@ def _train(job: Job) -> None:
         changes += changed_texts(config.run.dir, texts.fingerprints())
     _announce(job, spec, plan)
 
+    copies = None
+    if config.checkpoint.local_dir is not None:
+        copies = LocalCopies(config, plan_hash=plan.hash, say=job.say)
     if dense is not None:
         # 4. filled online, verified; no other reference to the model, which a stage may replace
         state = make_state(config, upcycled_model(job, dense, plan, texts), groups)
     else:
         assert resume_from is not None
-        state = restored_state(job, spec, plan, resume_from)
+        state = restored_state(job, spec, plan, resume_from, copies)
         _report_resume(job, state, resume_from, changes)
         _take_configured_weights(job, state)
 
     if (kernel := kernel_in(state.model.modules)) is not None:
         job.say(f"Experts use {kernel.name} ({kernel.reason})")
     job.say(announcement(texts, state.blend, config))
-    continue_pretraining(job, state, plan, feed_of(job, texts))  # 5. train, validate, save
+    continue_pretraining(job, state, plan, feed_of(job, texts), copies)  # 5. train, validate, save
 
 
 def _source(
@@ -129,7 +133,8 @@ def _source(
 
 def _report_resume(job: Job, state: TrainState, folder: Path, changes: list[Change]) -> None:
     """Log where the run resumes, and what is different from the checkpoint."""
-    job.say(f"Resumed {folder} at step {state.step}")
+    local = folder.name != f"step_{state.step:08d}"
+    job.say(f"Resumed {'local copies' if local else folder} at step {state.step}")
     job.say(change_table(changes, step=state.step))
     if job.world.rank == 0:
         record_changes(job.config.run.dir, changes, step=state.step)

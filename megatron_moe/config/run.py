@@ -86,6 +86,14 @@ class Checkpoint(Section):
     """Write checkpoints in the background while training continues. Needs host memory for a copy of
     the state."""
 
+    local_dir: HomePath | None = None
+    """Folder on a disk of each node. Every local_interval steps, each rank writes its state there
+    and to the next node's, once the run has a checkpoint. A restart under the same layout then
+    reads no weights from run.dir, also if one node lost its disk. None: no local copies."""
+
+    local_interval: Count = 100
+    """Number of steps between local copies, of which the newest is kept. At most interval."""
+
 
 class Guard(Section):
     """Which failures a run survives, and when it gives up."""

@@ -75,5 +75,5 @@ RULES = (
     training.schedule, training.weight_decay, training.gradients, training.muon,
     training.roles, training.stages,
     training.texts, training.mixing, training.context, training.recompute, training.reset_attention,
-    training.device_check,
+    training.device_check, training.local_copies,
 )  # fmt: skip

@@ -297,6 +297,18 @@ def stages(case: Case) -> Iterator[str]:
         )
 
 
+def local_copies(case: Case) -> Iterator[str]:
+    """Check that local copies are written at least as often as checkpoints."""
+    checkpoint = case.config.checkpoint
+    if checkpoint.local_dir is not None and checkpoint.local_interval > checkpoint.interval:
+        yield (
+            f"checkpoint.local_interval ({checkpoint.local_interval}) must be at most "
+            f"checkpoint.interval ({checkpoint.interval}): a local copy is used only if it is not "
+            "older than the newest checkpoint.\n"
+            f"  largest checkpoint.local_interval: {checkpoint.interval}"
+        )
+
+
 def device_check(case: Case) -> Iterator[str]:
     """Check that the devices are tested at least once."""
     interval, steps = case.config.guard.device_check_interval, case.config.train.steps

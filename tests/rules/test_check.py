@@ -41,6 +41,7 @@ def make_config(changes: dict[str, Any] | None = None) -> RunConfig:
         "train": {"steps": 10, "global_batch_size": 48},
         "optimizer": {"warmup_steps": 2},
         "guard": {},
+        "checkpoint": {},
     }
     for name, value in (changes or {}).items():
         section, key = name.split(".")
@@ -327,6 +328,11 @@ REFUSALS = [
     ("stage-never", {"train.stages": [{"steps": 10}, {}]}, 1,
      "train.stages before the last have 10 steps, which must be fewer than train.steps (10): "
      "otherwise the last stage never begins.\n  smallest train.steps: 11"),
+    ("local-copies-too-rare",
+     {"checkpoint.local_dir": "/scratch", "checkpoint.interval": 50}, 1,
+     "checkpoint.local_interval (100) must be at most checkpoint.interval (50): a local copy is "
+     "used only if it is not older than the newest checkpoint.\n"
+     "  largest checkpoint.local_interval: 50"),
     ("device-check-never", {"guard.device_check_interval": 11}, 1,
      "guard.device_check_interval (11) must be at most train.steps (10): no step would be computed "
      "twice.\n  largest guard.device_check_interval: 10, or leave it unset"),
