@@ -44,6 +44,8 @@ def on_ranks(
     choose = engine_here if position is not None else engine_before_forking
     engine = choose(config.run.engine, device)
     world_size = position.size if position is not None else ranks or 1
+    if config.parallel.adapt_to_ranks:
+        config = _adapted(config, world_size, position)
     check(resolved(config, engine), read_spec(config.source.path), world_size)
     make_folder(config.run.dir, "run.dir")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -81,13 +83,19 @@ def on_ranks_at_hand(
     position = position_of(ranks)
     world_size = position.size if position is not None else ranks or 1
     if not any(word.startswith("parallel.") for word in overrides):
-        parallel = nearest_legal(config, read_spec(config.source.path), world_size)
-        if parallel is not None and parallel != config.parallel:
-            if position is None or position.rank == 0:
-                change = changes(config.parallel, parallel)
-                print(f"Layout for {world_size} rank(s): {change}", file=sys.stderr)
-            config = config.model_copy(update={"parallel": parallel})
+        config = _adapted(config, world_size, position)
     on_ranks(story, config, ranks)
+
+
+def _adapted(config: RunConfig, world_size: int, position: RankPosition | None) -> RunConfig:
+    """Return the configuration with the nearest legal layout, if there is one; rank 0 prints it."""
+    parallel = nearest_legal(config, read_spec(config.source.path), world_size)
+    if parallel is None or parallel == config.parallel:
+        return config
+    if position is None or position.rank == 0:
+        change = changes(config.parallel, parallel)
+        print(f"Layout for {world_size} rank(s): {change}", file=sys.stderr)
+    return config.model_copy(update={"parallel": parallel})
 
 
 def resolved(config: RunConfig, engine: Engine) -> RunConfig:

@@ -7,12 +7,12 @@ from typing import Any
 
 from megatron_moe.checkpoint.folder import (
     keep_source_files,
-    newest,
     plan_of,
     read_config,
     source_copy,
 )
 from megatron_moe.checkpoint.local import LocalCopies
+from megatron_moe.checkpoint.visible import agreed_newest
 from megatron_moe.commands.job import Job
 from megatron_moe.commands.pretraining import continue_pretraining, feed_of
 from megatron_moe.commands.resuming import (
@@ -77,7 +77,7 @@ def train(config: RunConfig, world: World, observe: Observe = unobserved) -> Non
 def _train(job: Job) -> None:
     config, groups = job.config, job.groups
     job.watch.at("load")
-    resume_from = newest(config.run.dir)
+    resume_from = agreed_newest(config.run.dir, job.world)
     before = None if resume_from is None else read_config(resume_from)
     changes = [] if before is None else changed_settings(before, config)
     # If the source is gone, all ranks read the run's copy, which must not be replaced meanwhile.

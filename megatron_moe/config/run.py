@@ -72,6 +72,10 @@ class Parallel(Section):
     expert_tensor_parallel_size: Count = 1
     """Number of ranks that share the neurons of an expert (etp)."""
 
+    adapt_to_ranks: bool = False
+    """If this layout is not legal for the number of ranks that were started, train with the nearest
+    legal one, and log it. For restarts with fewer machines, as torchrun makes them."""
+
 
 class Checkpoint(Section):
     """Interval between checkpoints, and their number."""
