@@ -33,6 +33,7 @@ import chaos_faults as faults  # noqa: E402
 import torch  # noqa: E402
 import torch.multiprocessing as mp  # noqa: E402
 from chaos_faults import Fault  # noqa: E402
+from hosts import Hosts, missing  # noqa: E402
 
 from megatron_moe.checkpoint.folder import complete, newest  # noqa: E402
 from megatron_moe.config.load import load  # noqa: E402
@@ -40,7 +41,8 @@ from megatron_moe.config.run import RunConfig  # noqa: E402
 from megatron_moe.errors import UserError  # noqa: E402
 from megatron_moe.markdown import markdown_table  # noqa: E402
 from megatron_moe.runtime import cpu  # noqa: E402
-from megatron_moe.runtime.world import World, run_local_ranks  # noqa: E402
+from megatron_moe.runtime.launchers import position_from_environment  # noqa: E402
+from megatron_moe.runtime.world import World, joined, run_local_ranks  # noqa: E402
 
 RANKS = 2
 EXACT = ("step", "loss/lm", "grad_norm", "learning_rate", "tokens/seen", "router/load_imbalance")
@@ -97,11 +99,11 @@ class Outcome:
 class Stage:
     """A tiny dense model, its text, and the losses of an undisturbed run."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, hosts: Hosts | None = None) -> None:
         from tiny import save_dense
         from training_runs import write_tokens
 
-        self.root = root
+        self.root, self.hosts = root, hosts
         save_dense(root / "dense")
         write_tokens(root / "tokens")
         undisturbed = self.run_dir("undisturbed")
@@ -129,7 +131,10 @@ class Stage:
         config = load(RunConfig, config_file, list(fault.changes))
         log = run_dir.parent / f"{log_name or run_dir.name}.log"
         before, start = last_step(run_dir), time.monotonic()
-        process = mp.get_context("fork").Process(target=_job, args=(config, fault, log))
+        hosts = self.hosts if fault.on_hosts else None
+        if hosts is not None:
+            hosts.heal()
+        process = mp.get_context("fork").Process(target=_job, args=(config, fault, log, hosts))
         process.start()
         first_step, message = None, None
         while process.is_alive():
@@ -143,15 +148,28 @@ class Stage:
         return Ended(process.exitcode or 0, message or log.read_text(), seconds, first_step)
 
 
-def _job(config: RunConfig, fault: Fault, log: Path) -> None:
+def _job(config: RunConfig, fault: Fault, log: Path, hosts: Hosts | None) -> None:
     """Run the first process of a job: output goes to a file, errors are printed as by the CLI."""
     file = log.open("w", buffering=1)
     os.dup2(file.fileno(), 1)
     os.dup2(file.fileno(), 2)
     sys.stdout = sys.stderr = file  # pytest has replaced them
     fault.prepare(config.run.dir)
+    if hosts is not None:
+        os._exit(hosts.run_ranks(partial(_rank_on_a_host, config, fault)))
     try:
         run_local_ranks(partial(_rank, config, fault), ranks=RANKS, device="cpu")
+    except UserError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        os._exit(2)
+
+
+def _rank_on_a_host(config: RunConfig, fault: Fault) -> None:
+    position = position_from_environment()
+    assert position is not None
+    try:
+        with joined(position, "cpu") as world:
+            _rank(config, fault, world)
     except UserError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         os._exit(2)
@@ -185,7 +203,7 @@ def inject(stage: Stage, fault: Fault) -> Outcome:
         saved_step = int(saved.name.removeprefix("step_")) if saved else 0
         if fault.disk_bytes is not None:
             enlarge(run_dir)
-        recovered = stage.job(run_dir)
+        recovered = stage.job(run_dir, Fault(name="none", on_hosts=fault.on_hosts))
         assert recovered.exit_code == 0, recovered.output
         check_output(fault, recovered.output)
         assert exact_lines(run_dir) == stage.expected, (
@@ -281,7 +299,17 @@ def all_faults(stage: Stage, checkpoint_bytes: int) -> list[Fault]:
         faults.corrupted_index(),
         faults.index_that_names_code(),
         faults.second_job(lambda run_dir: stage.job(run_dir, log_name="second").message),
+        faults.flipped_gradient(1),
     ]
+    if stage.hosts is not None:
+        rows += [
+            faults.cut_off(stage.hosts, "load", 0),
+            faults.cut_off(stage.hosts, "forward"),
+            faults.cut_off(stage.hosts, "save", 6),
+            faults.cut_off(stage.hosts, "forward", seconds=3),
+            faults.slow_network(stage.hosts, 0.2, 0.01),
+            faults.folder_fails_on_a_host(),
+        ]
     if os.geteuid() == 0:
         rows += [
             faults.disk_full(room, room_is_made=None),
@@ -316,8 +344,10 @@ def main() -> None:
     """Inject all faults (or those whose name contains the arguments) and write the table."""
     torch.set_num_threads(1)
     cpu.install()
-    with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
-        stage = Stage(Path(folder))
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos-"))
+        hosts = stack.enter_context(Hosts(RANKS)) if missing() is None else None
+        stage = Stage(Path(folder), hosts)
         one = complete(Path(folder) / "undisturbed")[0]
         size = sum(file.stat().st_size for file in one.rglob("*") if file.is_file())
         chosen = [f for f in all_faults(stage, size) if all(a in f.name for a in sys.argv[1:])]

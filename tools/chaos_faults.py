@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import subprocess
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from hosts import Hosts, own_mounts
 from torch.distributed.checkpoint import filesystem
 
 from megatron_moe.checkpoint import folder
@@ -54,6 +58,8 @@ class Fault:
     """Settings of the faulty job."""
     disk_bytes: int | None = None
     """Size of the disk of the run folder."""
+    on_hosts: bool = False
+    """Whether each rank is on a host of its own, in a network between them."""
     ends_well: bool = False
     """Whether the faulty job exits with status 0: it takes all steps, or is asked to stop."""
 
@@ -154,6 +160,99 @@ def hanging(rank: int) -> Fault:
         observe=observe,
         changes=(f"guard.hang_seconds={HANG_SECONDS}",),
     )
+
+
+def cut_off(hosts: Hosts, stage: str, step: int = FAULT_STEP, *, seconds: float = 0) -> Fault:
+    """Cut host 1 off when rank 1 enters a stage, for good or for some seconds."""
+
+    def observe(rank: int, this_stage: str, this_step: int) -> None:
+        if (rank, this_stage, this_step) != (1, stage, step):
+            return
+        hosts.cut(1)
+        if seconds:
+            threading.Timer(seconds, partial(hosts.cut, 1, off=False)).start()
+
+    how = f"is cut off for {seconds:g} s, and returns" if seconds else "vanishes"
+    return Fault(
+        name=f"a host {how} in {stage}",
+        observe=observe,
+        changes=(f"guard.hang_seconds={30 if seconds else HANG_SECONDS}",),
+        on_hosts=True,
+        ends_well=bool(seconds),
+    )
+
+
+def slow_network(hosts: Hosts, delay: float, loss: float) -> Fault:
+    """Delay and lose packets between the hosts for the second half of the job."""
+    return Fault(
+        name=f"every packet between hosts takes {1000 * delay:.0f} ms, {loss:.0%} are lost",
+        on_job=lambda _pid, _run_dir: hosts.slow_down(delay, loss),
+        on_hosts=True,
+        ends_well=True,
+    )
+
+
+def folder_fails_on_a_host() -> Fault:
+    """Make the run folder read-only on host 1, as a file server does that has lost a client."""
+
+    def observe(rank: int, stage: str, step: int) -> None:
+        if (rank, stage, step) == (1, "data", FAULT_STEP):
+            own_mounts()
+            here = folder_of_this_job()
+            subprocess.run(["mount", "--bind", here, here], check=True)
+            subprocess.run(["mount", "-o", "remount,bind,ro", here], check=True)
+
+    return Fault(
+        name="the shared folder becomes read-only on one host",
+        observe=observe,
+        prepare=_RUN_DIRS.append,
+        changes=("guard.save_retry_seconds=10",),
+        on_hosts=True,
+    )
+
+
+_RUN_DIRS: list[Path] = []
+
+
+def folder_of_this_job() -> str:
+    """Return the run folder that `Fault.prepare` was called with."""
+    return str(_RUN_DIRS[-1])
+
+
+def flipped_gradient(rank: int) -> Fault:
+    """Flip a bit of a gradient in a step that is computed twice, before its last backward pass."""
+
+    def prepare(_: Path) -> None:
+        from megatron_moe.commands import pretraining
+
+        step = pretraining.train_step
+
+        def damaging(state: Any, batches: Any, *args: Any, at: Any, **kwargs: Any) -> Any:
+            if dist.get_rank() == rank and state.step + 1 == FAULT_STEP:
+                at = _flipping(state, at, 2 * len(batches))
+            return step(state, batches, *args, at=at, **kwargs)
+
+        pretraining.train_step = damaging
+
+    return Fault(
+        name=f"rank {rank} computes a wrong gradient once",
+        prepare=prepare,
+        changes=(f"guard.device_check_interval={FAULT_STEP}",),
+    )
+
+
+def _flipping(state: Any, at: Callable[[str], None], when: int) -> Callable[[str], None]:
+    passes: list[str] = []
+
+    def flip(stage: str) -> None:
+        at(stage)
+        if stage == "backward":
+            passes.append(stage)
+            if len(passes) == when:
+                bits = state.wrapped[0].buffers[0].grad_data.view(torch.int32)
+                bits[int(bits.abs().argmax())] ^= 1 << 26
+
+    return flip
 
 
 def disk_full(disk_bytes: int, *, room_is_made: Callable[[Path], None] | None) -> Fault:
