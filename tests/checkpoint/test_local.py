@@ -178,7 +178,7 @@ def test_an_operator_who_goes_back_gets_the_older_checkpoint(
     assert exact(config.run.dir) == expected
 
 
-def test_another_layout_resumes_from_the_checkpoint_and_says_so(
+def test_another_layout_resumes_from_the_checkpoint(
     killed: Killed, capfd: pytest.CaptureFixture[str]
 ):
     config, nodes = killed
