@@ -9,6 +9,7 @@ from megatron_moe.checkpoint.policy import roll_back, save_or_continue, step_mes
 from megatron_moe.checkpoint.sharded import Saver
 from megatron_moe.commands.job import Job
 from megatron_moe.commands.stages import enter_next_stage, stage_message
+from megatron_moe.commands.teaching import Teaching
 from megatron_moe.data.feed import DataRank, Feed
 from megatron_moe.data.mixing import adapted_weights, updates_due
 from megatron_moe.data.texts import Texts
@@ -55,6 +56,8 @@ def continue_pretraining(job: Job, state: TrainState, plan: ExpertPlan, feed: Fe
         if writer is not None:
             writer.write(numbers)
 
+    teaching = Teaching(job, plan)
+    teaching.before_step(state)  # opens it here, so that no step's time includes this
     with (
         Saver(config, plan_hash=plan.hash, say=job.say) as saver,
         StepProgress(total=config.train.steps, done=resumed_step, rank=job.world.rank) as progress,
@@ -77,7 +80,7 @@ def continue_pretraining(job: Job, state: TrainState, plan: ExpertPlan, feed: Fe
             run_loop(
                 state,
                 steps=end,
-                take_step=partial(_take_step, job, state, feed, guard, saver),
+                take_step=partial(_take_step, job, state, feed, guard, saver, teaching),
                 wait=waiter(job.world.device),
                 describe=partial(_describe, job, state, feed, peak, health),
                 hooks=_hooks(job, saver, state, feed, writer, progress, boundary, end=end),
@@ -123,7 +126,12 @@ def _hooks(
 
 
 def _take_step(
-    job: Job, state: TrainState, feed: Feed, guard: StepGuard, saver: Saver
+    job: Job,
+    state: TrainState,
+    feed: Feed,
+    guard: StepGuard,
+    saver: Saver,
+    teaching: Teaching,
 ) -> StepResult:
     watch = job.watch
 
@@ -135,7 +143,8 @@ def _take_step(
     watch.step = state.step + 1
     watch.at("data")
     batches, after = feed.next_step(state.blend)
-    result = train_step(state, batches, job.config, job.groups, guard=guard, at=at)
+    teacher = teaching.before_step(state)
+    result = train_step(state, batches, job.config, job.groups, guard=guard, at=at, teacher=teacher)
     state.blend = after
     watch.at("report")
     return result
