@@ -167,8 +167,10 @@ def _update(
     replicas, expert_replicas = group_of("dp_cp", degrees), group_of("edp", degrees)
     dense, experts = _stage_parameters(shape, degrees, work.frozen)
     links, value = machine.links, work.bytes_per_value
+    # Muon reduces whole gradients: an all-reduce is a reduce-scatter and an all-gather.
+    gradient_bytes = work.gradient_bytes * (2 if work.optimizer == "muon" else 1)
     communicate = sum(
-        links.gather(group, params * work.gradient_bytes) + links.gather(group, params * value)
+        links.gather(group, params * gradient_bytes) + links.gather(group, params * value)
         for group, params in ((replicas, dense), (expert_replicas, experts))
     )
     # All gradients are zeroed, and read for the norm. On the shard, the gradient, the master weight

@@ -68,6 +68,9 @@ def test_muon_takes_the_time_of_its_products(llama3_e8t2: MoeShape, degrees: Deg
     speed = MACHINE.gpu.peak_flops * FITTED.gemm_efficiency
     assert extra == pytest.approx(flops / speed)
     assert muon.mfu < adam.mfu, "the optimizer's products are not the model's"
+    assert 1 < muon.parts["dp"] / adam.parts["dp"] < 2, (
+        "gradients are reduced whole, weights are not"
+    )
 
 
 def test_the_matrices_of_all_ranks_are_those_of_the_model(llama3_e8t2: MoeShape):
