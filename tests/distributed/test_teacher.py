@@ -5,6 +5,7 @@ and the loss written out. The oracle of layouts is one rank, that of a resumed r
 one.
 """
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from training_runs import Runs, make_runs, run_training, tree
 from megatron_moe.commands.export import export_checkpoint
 from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
+from megatron_moe.errors import CheckpointError
 from megatron_moe.experts.from_source import complete_from_source
 from megatron_moe.experts.plan import make_expert_plan
 from megatron_moe.hf.load import load_model
@@ -295,3 +297,17 @@ def check_held(world: World, config: RunConfig) -> None:
     )
     assert sum(p.numel() for p in parameters) == sum(planned)
     assert not any(p.requires_grad for p in parameters), "a teacher has no gradients"
+
+
+def test_a_resume_without_the_teachers_weights_says_what_to_do(runs: Runs):
+    source = save_dense(runs.root / "removed", tie_word_embeddings=True)
+    common = {"source": {"path": str(source)}, "teacher": {"logits_weight": 1.0, "steps": 3}}
+    runs.train("without", **common, train={"steps": 2})
+    (source / "model.safetensors").unlink()
+    with pytest.raises(
+        RuntimeError, match=r"(?s)the teacher .*removed.* but steps up to 3 need it"
+    ):
+        runs.train("without", **common, train={"steps": 4})
+    shutil.rmtree(source)
+    lines = runs.train("without", source=common["source"], train={"steps": 4})
+    assert lines[-1]["step"] == 4
