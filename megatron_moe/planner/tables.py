@@ -27,6 +27,7 @@ MEANING = {
     "dp": "gradient and weight exchange",
     "optimizer": "optimizer",
     "device_check": "steps computed twice to test the devices",
+    "teacher": "forward pass of the teacher",
 }
 
 
