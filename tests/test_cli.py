@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from tiny import save_dense
-from training_runs import tree
+from training_runs import read_metrics, run_training, tree, write_tokens
 
 import megatron_moe
 from megatron_moe.cli import main as cli
@@ -265,6 +265,28 @@ def test_a_layout_that_nobody_named_fits_the_ranks_at_hand(
     start.on_ranks_at_hand(lambda config, world: None, config, None, overrides=overrides)
     assert started[0].parallel.expert_parallel_size == expert_parallel
     assert capsys.readouterr().err == said
+
+
+@pytest.mark.distributed
+def test_a_restart_with_fewer_ranks_continues_if_it_may_adapt(tmp_path: Path, capfd):
+    """Losses are those of four ranks but for the order of sums, in fp32."""
+    from megatron_moe.commands.train import train
+
+    dense = save_dense(tmp_path / "dense", num_hidden_layers=2)
+    tokens = write_tokens(tmp_path / "tokens")
+    changes: dict[str, dict[str, object]] = {
+        "parallel": {"expert_parallel_size": 4},
+        "optimizer": {"lr": 1e-3, "warmup_steps": 0, "lr_decay_steps": 5},
+    }
+    expected = run_training(tree(tmp_path / "all", dense, tokens, **changes), world_size=4)
+    run_training(tree(tmp_path / "run", dense, tokens, **changes, train={"steps": 2}), world_size=4)
+    with pytest.raises(ConfigError, match="nearest legal layout of 2 ranks"):
+        start.on_ranks(train, build(RunConfig, tree(tmp_path / "run", dense, tokens, **changes)), 2)
+    changes["parallel"]["adapt_to_ranks"] = True
+    start.on_ranks(train, build(RunConfig, tree(tmp_path / "run", dense, tokens, **changes)), 2)
+    assert "Layout for 2 rank(s): parallel.expert_parallel_size=2\n" in capfd.readouterr().err
+    losses = [line["loss/lm"] for line in read_metrics(tmp_path / "run")[-3:]]
+    assert losses == pytest.approx([line["loss/lm"] for line in expected[-3:]], rel=1e-5)
 
 
 def test_the_version_is_the_packages(capsys, monkeypatch):

@@ -158,6 +158,13 @@ SETTINGS: dict[str, tuple[int, dict[str, Any]]] = {
             "train": {"global_batch_size": 4, "recompute": "full"},
         },
     ),
+    "teacher": (
+        2,
+        {
+            "teacher": {"logits_weight": 0.5, "layers_weight": 0.1},
+            "train": {"global_batch_size": 4},
+        },
+    ),
     "tp-pp": (4, {**TWO_PARTS, "train": {"global_batch_size": 4}}),
 }  # fmt: skip
 
