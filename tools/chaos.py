@@ -75,7 +75,7 @@ class Ended:
     def message(self) -> str:
         """The messages that the operator saw."""
         lines = self.output.splitlines()
-        first = [i for i, line in enumerate(lines) if re.match(r"\w+Error: ", line)]
+        first = [i for i, line in enumerate(lines) if re.match(r"(rank \d+: )?\w+Error: ", line)]
         end = first[0] if first else len(lines)
         kinds = ("Stopped by", "cannot ", "  Retrying", "  Training")
         remarks = [line for line in lines[:end] if line.startswith(kinds)]

@@ -1,0 +1,53 @@
+"""Some of the faults between hosts of ``make chaos``; the harness checks the losses."""
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hosts import Hosts, missing
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+
+import chaos
+import chaos_faults as faults
+
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.skipif(missing() is not None, reason=str(missing())),
+]
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[chaos.Stage]:
+    with Hosts(chaos.RANKS) as hosts:
+        yield chaos.Stage(tmp_path_factory.mktemp("hosts"), hosts)
+
+
+def vanishes(hosts: Hosts) -> faults.Fault:
+    return faults.cut_off(hosts, "forward")
+
+
+def returns(hosts: Hosts) -> faults.Fault:
+    return faults.cut_off(hosts, "forward", seconds=3)
+
+
+def read_only(hosts: Hosts) -> faults.Fault:
+    return faults.folder_fails_on_a_host()
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (vanishes, r"JobError: rank [01] has been silent for 4 s; .* its machine is unreachable"),
+        (returns, r"^$|Saved"),
+        (read_only, r"rank 1: the file system is mounted read-only"),
+    ],
+)
+def test_a_run_survives_its_network(
+    stage: chaos.Stage, fault: Callable[[Hosts], faults.Fault], message: str
+):
+    assert stage.hosts is not None
+    outcome = chaos.inject(stage, fault(stage.hosts))
+    assert re.search(message, outcome.message), outcome.message
