@@ -85,7 +85,7 @@ class Degrees:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherWork:
-    """What a teacher computes in a step."""
+    """The teacher's part of a step."""
 
     shape: MoeShape
     """The teacher."""

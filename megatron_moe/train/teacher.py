@@ -39,7 +39,7 @@ from megatron_moe.model.teacher_ffn import TeacherFfn
 from megatron_moe.train.inputs import model_inputs, on_device
 
 LOSSES = ("logits", "layers", "router")
-"""What the losses of a teacher compare, in the order of the settings."""
+"""Parts that the losses of a teacher compare, in the order of the settings."""
 
 
 @dataclass(slots=True)
