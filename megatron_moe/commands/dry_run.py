@@ -150,14 +150,16 @@ def sized_plan(plan: ExpertPlan) -> ExpertPlan:
     recipe = plan.recipe
     if plan.needs == "nothing":
         return plan
-    if recipe.source_experts:
+    expert_E, largest = None, recipe.dense_ffn_hidden_size
+    if recipe.source_experts:  # its shared expert is taken as it is
+        largest = recipe.shared_size
         expert_E = np.arange(recipe.num_experts) * recipe.source_experts // recipe.num_experts
-        return plan.with_tables(dict.fromkeys(recipe.moe_layers, LayerTable(expert_E=expert_E)))
     generator = np.random.default_rng(0)
     every = [generator.permutation(recipe.dense_ffn_hidden_size) for _ in range(recipe.num_experts)]
     table = LayerTable(
         neurons_EM=np.stack([order_F[: recipe.expert_ffn_hidden_size] for order_F in every]),
-        shared_S=generator.permutation(recipe.dense_ffn_hidden_size)[: recipe.shared_size],
+        shared_S=generator.permutation(largest)[: recipe.shared_size],
+        expert_E=expert_E,
         router_ED=np.zeros((recipe.num_experts, recipe.hidden_size), dtype=np.float32),
         output_scale=1.0,
     )

@@ -46,6 +46,7 @@ _NOT_COMPARED = _PROGRAM_SETTINGS | {
     "num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok",
     "norm_topk_prob", "n_shared_experts", "router_aux_loss_coef", "router_jitter_noise",
     "num_nextn_predict_layers", "num_mtp_layers", "decoder_sparse_step", "mlp_only_layers",
+    "moe_intermediate_size",
 }  # fmt: skip
 """Fields that may differ between transformers' config objects of the source and of the export."""
 

@@ -159,6 +159,7 @@ class Upcycle(Section):
 
     method: Method = "copy"
     """Which dense neurons each expert of M neurons consists of. The last three are for MoE sources.
+    split_random and split_clustered also split each expert of a MoE source into parts.
 
     copy             all of them (arXiv 2412.09952, 2212.05055)
     drop             all of them, some redrawn at random (Drop-Upcycling, 2502.19261)

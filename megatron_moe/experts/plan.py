@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from megatron_moe.config.moe import Moe, Upcycle
 from megatron_moe.experts import replicate, reuse
 from megatron_moe.experts.draws import Use, generator
-from megatron_moe.experts.methods import METHODS, Needs, needs
+from megatron_moe.experts.methods import METHODS, Needs, ffns_of_layer, needs, partition
 from megatron_moe.experts.partition import Evidence, Partition
 from megatron_moe.experts.recipe import Recipe
 from megatron_moe.experts.resolve import make_recipe, moe_layer_ids
@@ -44,7 +44,8 @@ class LayerTable:
     neurons_EM: NDArray[np.int64] | None = None
     shared_S: NDArray[np.int64] | None = None
     expert_E: NDArray[np.int64] | None = None
-    """Source expert of each expert, for a MoE source whose experts are chosen by a measurement."""
+    """Source expert of each expert, for a MoE source whose experts are chosen by a measurement or
+    split by their weights."""
     router_ED: NDArray[np.float32] | None = None
     output_scale: float | None = None
     """Factor that scales the routed output to the magnitude of the dense layer's."""
@@ -166,10 +167,11 @@ def _partition(recipe: Recipe, layer: int, table: LayerTable) -> Partition:
         assert table.expert_E is not None, f"layer {layer} was not measured"
         return reuse.of_experts(recipe, table.expert_E)
     if row.needs == "nothing":
-        return row.partition(recipe, layer, Evidence())
+        return partition(recipe, layer, [Evidence()] * ffns_of_layer(recipe))
     assert table.neurons_EM is not None, f"layer {layer} of {recipe.method} has no table"
     none = np.zeros(0, dtype=np.int64)
-    return Partition(table.neurons_EM, none if table.shared_S is None else table.shared_S)
+    shared_S = none if table.shared_S is None else table.shared_S
+    return Partition(table.neurons_EM, shared_S, table.expert_E)
 
 
 def _reinit_masks(recipe: Recipe, layer: int) -> NDArray[np.bool_]:
