@@ -105,7 +105,9 @@ METHODS: dict[Method, MethodRow] = {
     "grow": MethodRow(
         partition=reuse.grow, experts="whole", choices=("even", "load", "utility")
     ),
-    "prune": MethodRow(partition=reuse.prune, experts="whole", choices=("reap", "load", "even")),
+    "prune": MethodRow(
+        partition=reuse.prune, experts="whole", choices=("reap", "load", "merge", "even")
+    ),
 }  # fmt: skip
 
 
