@@ -13,7 +13,8 @@ from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import ConfigError
 from megatron_moe.experts.methods import METHODS
 from megatron_moe.hf.moe_spec import ExpertsSpec
-from megatron_moe.hf.spec import DenseSpec, read_spec
+from megatron_moe.hf.planned import missing_but_known
+from megatron_moe.hf.spec import DenseSpec, read_spec, spec_from_config
 
 _LAYERS = ("moe_layers", "first_dense_layers", "last_dense_layers")
 
@@ -111,4 +112,6 @@ def _source_spec(tree: dict[str, Any]) -> DenseSpec | None:
     for folder in folders:
         if (folder / "config.json").exists():
             return read_spec(folder)
-    return None
+    # For planning before anything is downloaded; a run reports later that the folder is missing.
+    known = [model for folder in folders[:1] if (model := missing_but_known(folder))]
+    return spec_from_config(known[0].config, where=known[0].name) if known else None

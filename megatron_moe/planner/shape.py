@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_moe.config.moe import Moe
+from megatron_moe.experts.from_source import settings_of
 from megatron_moe.experts.resolve import moe_layer_ids
 from megatron_moe.hf.spec import DenseSpec
 
@@ -89,6 +90,13 @@ class MoeShape:
     def num_dense_layers(self) -> int:
         """Number of layers that keep the dense FFN."""
         return self.num_layers - len(self.moe_layers)
+
+
+def source_shape(spec: DenseSpec) -> MoeShape:
+    """Return the shape of a source model, dense or MoE."""
+    if spec.experts is None:
+        return dense_shape(spec)
+    return upcycled_shape(spec, Moe(**settings_of(spec.experts, spec.num_layers)))
 
 
 def dense_shape(spec: DenseSpec) -> MoeShape:
