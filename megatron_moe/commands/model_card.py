@@ -86,7 +86,7 @@ def _receipt(path: Path) -> dict[str, str]:
     if not path.exists():
         return {}
     receipt: dict[str, Any] = json.loads(path.read_text())
-    rows = {"upcycled tensors": str(receipt.get("tensors_covered"))}
+    rows = {"tensors of the source": str(receipt.get("tensors_covered"))}
     if agreement := receipt.get("verification"):
         rows["max logit error against the source at step 0"] = (
             f"{agreement['max_logit_error']:.2e} over {agreement['tokens']} tokens"
