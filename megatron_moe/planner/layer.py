@@ -158,6 +158,15 @@ def _ffn(
     }
 
 
+def ffn_seconds(
+    neurons: int, shape: MoeShape, work: Workload, degrees: Degrees, machine: Machine
+) -> Seconds:
+    """Return the time of one dense FFN of this size, all parts together."""
+    kernels = Kernels(machine.gpu, machine.calibration, work.bytes_per_value, work.engine)
+    parts = _ffn(neurons, shape, work, degrees, kernels, machine.links)
+    return sum(parts.values(), ZERO)
+
+
 def _sequence_parallel(values: float, work: Workload, degrees: Degrees, links: Links) -> Seconds:
     """Return the exposed time of sequence parallelism's collectives.
 

@@ -104,6 +104,13 @@ def dense_shape(spec: DenseSpec) -> MoeShape:
     return MoeShape(moe_layers=frozenset(), **_attention_of(spec))
 
 
+def source_shape(spec: DenseSpec) -> MoeShape:
+    """Return the shape of the source itself, dense or MoE."""
+    if spec.experts is None:
+        return dense_shape(spec)
+    return upcycled_shape(spec, Moe(**settings_of(spec.experts, spec.num_layers)))
+
+
 def upcycled_shape(spec: DenseSpec, moe: Moe) -> MoeShape:
     """Return the shape of the model that upcycling ``spec`` with ``moe`` produces."""
     return MoeShape(
