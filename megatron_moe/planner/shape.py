@@ -92,13 +92,6 @@ class MoeShape:
         return self.num_layers - len(self.moe_layers)
 
 
-def source_shape(spec: DenseSpec) -> MoeShape:
-    """Return the shape of a source model, dense or MoE."""
-    if spec.experts is None:
-        return dense_shape(spec)
-    return upcycled_shape(spec, Moe(**settings_of(spec.experts, spec.num_layers)))
-
-
 def dense_shape(spec: DenseSpec) -> MoeShape:
     """Return the shape of the dense model, without MoE layers."""
     return MoeShape(moe_layers=frozenset(), **_attention_of(spec))
