@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from layouts import LAYOUTS
 from numpy.typing import NDArray
 from ranks import run_on_ranks
@@ -20,6 +21,7 @@ from megatron_moe.experts.file import read_plan
 from megatron_moe.experts.from_source import complete_from_source
 from megatron_moe.experts.merge import Merge
 from megatron_moe.experts.plan import make_expert_plan
+from megatron_moe.hf.load import load_model
 from megatron_moe.hf.reader import open_dense_checkpoint
 from megatron_moe.hf.spec import read_spec
 from megatron_moe.runtime.world import World
@@ -97,6 +99,28 @@ def test_merged_experts_are_means(tmp_path: Path, family: str, experts: int, lay
         if name in after.tensors:
             expected = merge.mixing() @ values[name]
             np.testing.assert_allclose(after.read(name).numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("family", "dense"),
+    [("mixtral", "LlamaForCausalLM"), ("qwen3_moe", "Qwen3ForCausalLM")],
+)
+def test_one_expert_is_a_dense_model(tmp_path: Path, family: str, dense: str):
+    """Logits of transformers agree within 1e-5 of the largest logit: sums in another order."""
+    source = save_moe(tmp_path / "source", family)
+    moe = {"num_moe_experts": 1, "moe_router_topk": 1}
+    one, _ = converted(tmp_path / "one", source, moe, merging(tmp_path))
+    assert export_checkpoint(tmp_path / "one" / "run", tmp_path / "dense", dense=True) == dense
+    spec = read_spec(tmp_path / "dense")
+    assert (spec.experts, spec.ffn_hidden_size) == (None, 96 if family == "mixtral" else 32)
+    tokens = torch.randint(0, 257, (1, 32), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, ours = (
+            load_model(folder, device="cpu", dtype=torch.float32)(tokens).logits
+            for folder in (one, tmp_path / "dense")
+        )
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    assert "A dense model" in (tmp_path / "dense" / "README.md").read_text()
 
 
 def test_twins_are_merged_into_the_source(tmp_path: Path):
