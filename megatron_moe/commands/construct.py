@@ -126,7 +126,8 @@ class _Construction:
                 tables[layer] = LayerTable(expert_E=part.expert_E)
             members = {i: table.expert_E for i, table in tables.items()}
         destroy_groups()
-        return plan.with_tables(tables), {str(i): ids.tolist() for i, ids in members.items()}
+        listed = {str(i): ids.tolist() for i, ids in members.items() if ids is not None}
+        return plan.with_tables(tables), listed
 
     def measured(self, plan: ExpertPlan) -> tuple[ExpertPlan, list[int] | None]:
         """Return the plan with the tables that the dense model's activations give.

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -109,7 +110,7 @@ def matched(target: Matrices, source: Matrices) -> NDArray[np.int64]:
     largest = float(np.abs(like_MM).max()) or 1.0  # 0: all weights are zero
     cost_MM = np.rint(-like_MM / largest * STEPS_OF_COST).astype(np.int64)
     neurons = len(cost_MM)
-    solver = linear_sum_assignment.SimpleLinearSumAssignment()
+    solver: Any = linear_sum_assignment.SimpleLinearSumAssignment()
     solver.add_arcs_with_cost(
         np.repeat(np.arange(neurons), neurons),
         np.tile(np.arange(neurons), neurons),
