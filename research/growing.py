@@ -141,10 +141,11 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     until = None if args.minutes is None else time.time() + 60 * args.minutes
+    made = provenance()  # the code that runs is that of the start
     try:
         for jobs in (prepare(), trainings()):
             do_all(jobs, workers=args.workers, logs=HERE / "logs", until=until)
-        (args.out / "growing.json").write_text(to_json(gathered()))
+        (args.out / "growing.json").write_text(to_json(made | gathered()))
     except UserError as error:
         sys.exit(f"{type(error).__name__}: {error}")
 
@@ -292,7 +293,6 @@ def gathered() -> dict[str, Any]:
     if not runs:
         raise UserError(f"{RESULTS} contains no results yet.\n  run python -m research.growing")
     return {
-        **provenance(),
         "held_out_tokens": len(KINDS) * HELD_OUT * SEQ_LENGTH,
         "dense": json.loads((RESULTS / "dense.json").read_text()),
         "runs": sorted(runs, key=lambda run: (names.index(run["case"]), run["seed"])),
