@@ -59,7 +59,8 @@ def continue_pretraining(job: Job, state: TrainState, plan: ExpertPlan, feed: Fe
             writer.write(numbers)
 
     teaching, taught = Teaching(job, plan), _taught_flops(job, state.model.spec)
-    teaching.before_step(state)  # opens it here, so that no step's time includes this
+    if state.step < config.train.steps:
+        teaching.before_step(state)  # opens it here, so that no step's time includes this
     with (
         Saver(config, plan_hash=plan.hash, say=job.say) as saver,
         StepProgress(total=config.train.steps, done=resumed_step, rank=job.world.rank) as progress,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from megatron_moe.commands.job import Job
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.tokenizer import check_same_vocabulary
+from megatron_moe.errors import CheckpointError
 from megatron_moe.experts.from_source import source_config
 from megatron_moe.experts.plan import ExpertPlan, make_expert_plan
 from megatron_moe.hf.names import dense_tensors
@@ -59,7 +62,10 @@ def open_teacher(job: Job, plan: ExpertPlan) -> Teacher:
     """
     config = job.config
     folder = config.teacher.path or config.source.path
-    source = open_dense(folder)
+    try:
+        source = open_dense(folder)
+    except CheckpointError as error:
+        raise CheckpointError(_unreadable(config, folder, error)) from error
     if config.teacher.path is not None:
         check_same_vocabulary(config.source.path, [folder])
     source.check_tensors(dict(dense_tensors(source.spec)))
@@ -76,6 +82,15 @@ def open_teacher(job: Job, plan: ExpertPlan) -> Teacher:
         f"{filled.parameter_bytes / 2**20:.1f} MiB"
     )
     return Teacher(model, config, job.groups, plan)
+
+
+def _unreadable(config: RunConfig, folder: Path, error: CheckpointError) -> str:
+    until = config.teacher.steps or config.train.steps
+    return (
+        f"the teacher ({folder}) cannot be read, but steps up to {until} need it: {error}\n"
+        "  set teacher.path to a folder that has its weights, or remove the section teacher to go "
+        "on without one"
+    )
 
 
 def teacher_run(config: RunConfig, spec: DenseSpec) -> RunConfig:

@@ -13,12 +13,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from megatron_moe.config.train import Role
 from megatron_moe.parallel.shards import padded_vocabulary
 from megatron_moe.planner.flops import sequence_flops
 from megatron_moe.planner.kernels import HBM_EFFICIENCY, Kernels, Seconds
 from megatron_moe.planner.layer import EXPOSED, Machine, ffn_seconds, layer_seconds
 from megatron_moe.planner.network import group_of
-from megatron_moe.planner.parameters import rank_parameters
+from megatron_moe.planner.orthogonalization import orthogonalization_flops
+from megatron_moe.planner.parameters import trained_parameters
 from megatron_moe.planner.shape import MoeShape
 from megatron_moe.planner.teacher import teacher_flops
 from megatron_moe.planner.workload import Degrees, TeacherWork, Workload
@@ -57,7 +59,7 @@ def step_time(shape: MoeShape, work: Workload, degrees: Degrees, machine: Machin
     parts["bubble"] = (degrees.pp - 1) / degrees.vpp * slowest
     parts["pp"] = batches * _send(shape, work, degrees, machine)
     parts["dp"], parts["optimizer"] = _update(shape, work, degrees, machine)
-    flops = sequence_flops(shape, work.sequence_length)
+    flops = sequence_flops(shape, work.sequence_length, work.frozen)
     if work.teacher is not None:
         parts["teacher"] = _teach(work.teacher, shape, work, degrees, machine)
         flops += teacher_flops(work.teacher, shape, work.sequence_length)
@@ -145,7 +147,8 @@ def _output_layer(shape: MoeShape, work: Workload, degrees: Degrees, machine: Ma
     columns = padded_vocabulary(shape.vocab_size, degrees.tp) // degrees.tp
     tokens = work.sequence_length * work.micro_batch_size / degrees.cp
     loss = kernels.elementwise(tokens * columns, forward=4, backward=2)
-    return kernels.linear(tokens, shape.hidden_size, columns) + loss
+    trained = "embeddings" not in work.frozen
+    return kernels.linear(tokens, shape.hidden_size, columns, trained=trained) + loss
 
 
 def _send(shape: MoeShape, work: Workload, degrees: Degrees, machine: Machine) -> float:
@@ -162,19 +165,27 @@ def _update(
 ) -> tuple[float, float]:
     """Return the exposed seconds of gradient reduction and weight gather, and the optimizer's."""
     replicas, expert_replicas = group_of("dp_cp", degrees), group_of("edp", degrees)
-    dense, experts = _stage_parameters(shape, degrees)
+    dense, experts = _stage_parameters(shape, degrees, work.frozen)
     links, value = machine.links, work.bytes_per_value
+    # Muon reduces whole gradients: an all-reduce is a reduce-scatter and an all-gather.
+    gradient_bytes = work.gradient_bytes * (2 if work.optimizer == "muon" else 1)
     communicate = sum(
-        links.gather(group, params * 4) + links.gather(group, params * value)
+        links.gather(group, params * gradient_bytes) + links.gather(group, params * value)
         for group, params in ((replicas, dense), (expert_replicas, experts))
     )
     # All gradients are zeroed, and read for the norm. On the shard, the gradient, the master weight
     # and two moments are read; the master weight, the moments and the bf16 weight are written.
     shard = dense / replicas.size + experts / expert_replicas.size
-    moved = 8 * (dense + experts) + 30 * shard
-    return EXPOSED * communicate, moved / (machine.gpu.hbm_bytes_per_second * HBM_EFFICIENCY)
+    moved = 2 * work.gradient_bytes * (dense + experts) + 30 * shard
+    seconds = moved / (machine.gpu.hbm_bytes_per_second * HBM_EFFICIENCY)
+    if work.optimizer == "muon":
+        flops = orthogonalization_flops(shape, degrees, work.frozen)
+        seconds += flops / (machine.gpu.peak_flops * machine.calibration.gemm_efficiency)
+    return EXPOSED * communicate, seconds
 
 
 @lru_cache(maxsize=4096)
-def _stage_parameters(shape: MoeShape, degrees: Degrees) -> tuple[int, int]:
-    return rank_parameters(shape, degrees, pp_rank=0)
+def _stage_parameters(
+    shape: MoeShape, degrees: Degrees, frozen: frozenset[Role]
+) -> tuple[int, int]:
+    return trained_parameters(shape, degrees, pp_rank=0, frozen=frozen)

@@ -14,11 +14,12 @@ import torch.nn.functional as F  # noqa: N812
 from layouts import changes
 from ranks import run_on_ranks
 from tiny import save_dense, save_moe
-from training_runs import run_training, tree, write_tokens
+from training_runs import Runs, make_runs, run_training, tree
 
 from megatron_moe.commands.export import export_checkpoint
 from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
+from megatron_moe.errors import CheckpointError
 from megatron_moe.experts.from_source import complete_from_source
 from megatron_moe.experts.plan import make_expert_plan
 from megatron_moe.hf.load import load_model
@@ -36,44 +37,23 @@ LOSSES = ("loss/lm", "loss/teacher_logits", "loss/teacher_layers", "loss/teacher
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("teacher")
-    return {
-        "root": root,
-        "dense": save_dense(root / "dense", tie_word_embeddings=True),
-        "larger": save_dense(root / "larger", "qwen3", seed=1, hidden_size=128, head_dim=16),
-        "tokens": write_tokens(root / "tokens"),
-    }
-
-
-def settings(
-    inputs: dict[str, Path], where: str, *, layout: str = "1", **sections: Any
-) -> tuple[int, dict[str, Any]]:
-    """World size and settings of a run under a layout."""
-    world_size, changed = changes(layout)
-    for section, values in (*SPLIT.items(), *sections.items()):
-        changed[section] = {**changed.get(section, {}), **values}
-    return world_size, tree(inputs["root"] / where, inputs["dense"], inputs["tokens"], **changed)
-
-
-def run(inputs: dict[str, Path], where: str, **kwargs: Any) -> list[dict[str, Any]]:
-    world_size, run_settings = settings(inputs, where, **kwargs)
-    return run_training(run_settings, world_size=world_size)
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return make_runs(tmp_path_factory.mktemp("teacher"), common=SPLIT, tie_word_embeddings=True)
 
 
 # ---- one step against float64 --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("recompute", ["none", "moe", "full"])
-def test_losses_and_gradients_are_those_of_the_formula(inputs: dict[str, Path], recompute: str):
+def test_losses_and_gradients_are_those_of_the_formula(runs: Runs, recompute: str):
     """fp32 against float64, in a model of four layers: 1e-4 of the largest gradient."""
     where = f"formula-{recompute}"
-    run(inputs, where, train={"steps": 0})
-    export_checkpoint(inputs["root"] / where, inputs["root"] / f"{where}-hf")
+    runs.train(where, train={"steps": 0})
+    export_checkpoint(runs.root / where, runs.root / f"{where}-hf")
     train = {"steps": 2, "global_batch_size": 2, "recompute": recompute}
-    _, tree_ = settings(inputs, f"{where}-step", train=train, teacher=TEACHER)
+    settings = runs.settings(f"{where}-step", train=train, teacher=TEACHER)
     run_on_ranks(
-        check_step, build(RunConfig, tree_), inputs["root"] / f"{where}-hf", world_size=1
+        check_step, build(RunConfig, settings), runs.root / f"{where}-hf", world_size=1
     )  # fmt: skip
 
 
@@ -200,8 +180,8 @@ def formula(
 
 
 @pytest.fixture(scope="module")
-def one_rank(inputs: dict[str, Path]) -> list[dict[str, Any]]:
-    return run(inputs, "one", teacher={**TEACHER, "steps": 4})
+def one_rank(runs: Runs) -> list[dict[str, Any]]:
+    return runs.train("one", teacher={**TEACHER, "steps": 4})
 
 
 LAYOUTS = [
@@ -213,11 +193,9 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_teaches_as_one_rank(
-    inputs: dict[str, Path], one_rank: list[dict[str, Any]], layout: str
-):
+def test_every_layout_teaches_as_one_rank(runs: Runs, one_rank: list[dict[str, Any]], layout: str):
     """fp32 sums in another order; differences of 1e-7 grow over five steps to about 1e-6."""
-    lines = run(inputs, layout, layout=layout, teacher={**TEACHER, "steps": 4})
+    lines = runs.train(layout, layout=layout, teacher={**TEACHER, "steps": 4})
     compare(lines, one_rank)
 
 
@@ -235,64 +213,67 @@ def test_the_teacher_leaves_after_its_last_step(one_rank: list[dict[str, Any]]):
 
 
 def test_a_resumed_run_is_taught_as_an_uninterrupted_one(
-    inputs: dict[str, Path], one_rank: list[dict[str, Any]]
+    runs: Runs, one_rank: list[dict[str, Any]]
 ):
     """It resumes under another layout after three steps; after five, it needs no teacher."""
     teacher, optimizer = {**TEACHER, "steps": 4}, {"lr_decay_steps": 5}
-    run(inputs, "resumed", layout="dp2", teacher=teacher, train={"steps": 3}, optimizer=optimizer)
-    lines = run(inputs, "resumed", layout="pp2", teacher=teacher, optimizer=optimizer)
+    runs.train("resumed", layout="dp2", teacher=teacher, train={"steps": 3}, optimizer=optimizer)
+    lines = runs.train("resumed", layout="pp2", teacher=teacher, optimizer=optimizer)
     compare(lines, one_rank)
 
 
-def test_copies_agree_with_their_teacher(inputs: dict[str, Path]):
+def test_copies_agree_with_their_teacher(runs: Runs):
     """Copies compute the dense layer: divergence and errors are rounding, observed 1e-12, 1e-12."""
     exact = {"moe": {"moe_ffn_hidden_size": None}, "upcycle": {"method": "copy", "rescale": None}}
     teacher = {"logits_weight": 1.0, "layers_weight": 1.0}
-    _, first, *_ = run(inputs, "copies", **exact, teacher=teacher, train={"steps": 2})
+    _, first, *_ = runs.train("copies", **exact, teacher=teacher, train={"steps": 2})
     assert abs(first["loss/teacher_logits"]) < 1e-6
     assert first["loss/teacher_layers"] < 1e-9
 
 
 @pytest.mark.parametrize("layout", ["1", "pp2 vpp2", "tp2 ep2"])
-def test_another_model_teaches_logits(inputs: dict[str, Path], layout: str):
+def test_another_model_teaches_logits(runs: Runs, layout: str):
     """The oracle of the first step's divergence is transformers, on the tokens of the step."""
-    teacher = {"path": str(inputs["larger"]), "logits_weight": 1.0}
+    larger = runs.root / "larger"
+    if not larger.exists():
+        save_dense(larger, "qwen3", seed=1, hidden_size=128, head_dim=16)
+    teacher = {"path": str(larger), "logits_weight": 1.0}
     batch = {"steps": 2, "global_batch_size": 2, "micro_batch_size": 1}
-    lines = run(inputs, f"larger-{layout}", layout=layout, teacher=teacher, train=batch)
-    alone = run(inputs, "larger-alone", teacher=teacher, train=batch)
+    lines = runs.train(f"larger-{layout}", layout=layout, teacher=teacher, train=batch)
+    alone = runs.train("larger-alone", teacher=teacher, train=batch)
     for line, other in zip(lines[1:], alone[1:], strict=True):
         for name in LOSSES[:2]:
             assert line[name] == pytest.approx(other[name], rel=1e-5)
     assert lines[1]["loss/teacher_logits"] > 0.1, "another model says something else"
 
 
-def test_a_moe_teaches_its_own_copies(inputs: dict[str, Path]):
-    source = save_moe(inputs["root"] / "mixtral", "mixtral")
+def test_a_moe_teaches_its_own_copies(runs: Runs):
+    source = save_moe(runs.root / "mixtral", "mixtral")
     run_settings = complete_from_source(
         tree(
-            inputs["root"] / "grown", source, inputs["tokens"], moe={"num_moe_experts": 8},
+            runs.root / "grown", source, runs.tokens, moe={"num_moe_experts": 8},
             upcycle={"method": "grow", "twins": "exact"}, teacher={"logits_weight": 1.0},
-            train={"steps": 2},
+            train={"steps": 3},
         )
     )  # fmt: skip
     lines = run_training(run_settings, world_size=1)
     assert abs(lines[1]["loss/teacher_logits"]) < 1e-5, "exact growth computes the source"
-    assert lines[2]["loss/teacher_logits"] > 1e-5, "the teacher does not move with the model"
+    assert lines[3]["loss/teacher_logits"] > 1e-5, "the teacher does not move with the model"
 
 
-def test_stages_keep_the_teacher(inputs: dict[str, Path]):
+def test_stages_keep_the_teacher(runs: Runs):
     """A stage builds the model anew. The oracle is another layout, with the same stages."""
     stages = [{"steps": 2, "freeze": ["attention", "embeddings"]}, {"freeze": []}]
     train = {"stages": stages, "steps": 4}
-    lines = run(inputs, "stages", teacher=TEACHER, train=train)
-    compare(run(inputs, "stages-ep2", layout="dp2 ep2", teacher=TEACHER, train=train), lines)
+    lines = runs.train("stages", teacher=TEACHER, train=train)
+    compare(runs.train("stages-ep2", layout="dp2 ep2", teacher=TEACHER, train=train), lines)
     assert all(name in line for line in lines[1:] for name in LOSSES)
 
 
 @pytest.mark.parametrize("layout", ["1", "tp2 pp2", "pp2 vpp2"])
-def test_a_rank_holds_its_part_of_the_teacher(inputs: dict[str, Path], layout: str):
-    world_size, tree_ = settings(inputs, f"held-{layout}", layout=layout, teacher=TEACHER)
-    run_on_ranks(check_held, build(RunConfig, tree_), world_size=world_size)
+def test_a_rank_holds_its_part_of_the_teacher(runs: Runs, layout: str):
+    settings = runs.settings(f"held-{layout}", layout, teacher=TEACHER)
+    run_on_ranks(check_held, build(RunConfig, settings), world_size=changes(layout)[0])
 
 
 def check_held(world: World, config: RunConfig) -> None:
@@ -315,3 +296,14 @@ def check_held(world: World, config: RunConfig) -> None:
     )
     assert sum(p.numel() for p in parameters) == sum(planned)
     assert not any(p.requires_grad for p in parameters), "a teacher has no gradients"
+
+
+def test_a_resume_without_the_teachers_weights_says_what_to_do(runs: Runs):
+    source = save_dense(runs.root / "removed", tie_word_embeddings=True)
+    common = {"source": {"path": str(source)}, "teacher": {"logits_weight": 1.0, "steps": 3}}
+    runs.train("without", **common, train={"steps": 2})
+    (source / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"the teacher \(.*removed\) .*steps up to 3 need it"):
+        runs.train("without", **common, train={"steps": 4})
+    lines = runs.train("without", source=common["source"], train={"steps": 4})
+    assert lines[-1]["step"] == 4
