@@ -141,7 +141,8 @@ def _config_of_export(
     if architecture in MOE_NAMES:
         hf_config = moe_config(spec, config, architecture, source_config)
     else:
-        hf_config = dense_hf_config(spec, config, architecture, source_config)
+        as_dense = cast("DenseArchitecture", architecture)
+        hf_config = dense_hf_config(spec, config, as_dense, source_config)
     hf_config["dtype"] = str(dtype).removeprefix("torch.")
     check_export(hf_config, spec.family, source_config)
     return hf_config
