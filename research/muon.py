@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
 from research.study.cases import Case  # noqa: E402
-from research.study.inputs import _train_tokenizer, dense_of_one_expert, random_dense  # noqa: E402
+from research.study.inputs import dense_of_one_expert, random_dense, train_tokenizer  # noqa: E402
 from research.study.runs import Training, dense_run, settings, train_case, train_run  # noqa: E402
 
 RATES = (3e-4, 1e-3, 3e-3)
@@ -58,7 +58,7 @@ def prepare(out: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         texts = [file.read_text(encoding="utf-8") for file in chosen]
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    _train_tokenizer(out / "pretrain", out / "tokenizer")
+    train_tokenizer(out / "pretrain", out / "tokenizer")
     for part in ("pretrain", "continue"):
         (out / f"{part}-tokens").mkdir(exist_ok=True)
         tokenize_files(

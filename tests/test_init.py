@@ -9,16 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch.multiprocessing as mp
-from tiny import save_dense
+from tiny import save_dense, save_moe
 from training_runs import read_metrics, write_tokens
 
 from megatron_moe.cli import main as cli
-from megatron_moe.cli.init import dense_model
+from megatron_moe.cli.init import source_model
 from megatron_moe.cli.options import parse_count
 from megatron_moe.commands.init import drafted, init
-from megatron_moe.config.load import load
-from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import ConfigError
+from megatron_moe.experts.from_source import load_run
 from megatron_moe.hf.spec import read_spec
 from megatron_moe.planner.check import check_layout
 from megatron_moe.planner.search import NothingFitsError
@@ -31,18 +30,21 @@ MODELS = (
     "llama-2-7b", "llama-3-8b", "llama-3-70b", "llama-3.2-1b", "llama-3.2-3b", "mistral-7b-v0.1",
     "mistral-nemo-12b", "qwen2.5-0.5b", "qwen2.5-7b", "qwen3-8b", "qwen3-32b", "smollm2-1.7b",
 )  # fmt: skip
+MOE_MODELS = ("mixtral-8x7b", "qwen1.5-moe-a2.7b", "qwen2-57b-a14b", "qwen3-30b-a3b")
 GPUS = (1, 8, 64, 128, 1024)
 
 
 def request_for(model: str, gpus: int, **changes) -> Request:
-    return Request(source=dense_model(model)[1], gpus=gpus, **changes)
+    return Request(source=source_model(model)[1], gpus=gpus, **changes)
 
 
-@pytest.mark.parametrize("gpus", GPUS)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("model", "gpus"),
+    [*((model, gpus) for model in MODELS for gpus in GPUS), *((name, 128) for name in MOE_MODELS)],
+)
 def test_the_file_is_legal_and_fits(model: str, gpus: int, tmp_path: Path):
     """Or the message says why there is none, and what would fit."""
-    spec, _ = dense_model(model)
+    spec, _ = source_model(model)
     out = tmp_path / "run.yaml"
     try:
         init(request_for(model, gpus), spec, out)
@@ -54,7 +56,7 @@ def test_the_file_is_legal_and_fits(model: str, gpus: int, tmp_path: Path):
         more = int(next(line for line in lines if f"instead of {gpus}:" in line).split()[0])
         assert drafted(request_for(model, more), spec).candidate is not None
         return
-    config = load(RunConfig, out)
+    config = load_run(out)
     result = check_layout(config, spec, gpus=gpus)
     assert result.legal
     assert result.fits, result.reasons
@@ -72,6 +74,7 @@ def test_the_file_is_legal_and_fits(model: str, gpus: int, tmp_path: Path):
 def test_the_dry_run_of_a_file_builds(tmp_path: Path):
     """For each model, on Megatron-Core's real objects; a child keeps torch unpatched."""
     cases = [(model, 128, 17 * index % 128) for index, model in enumerate(MODELS)]
+    cases += [(model, 128, 77) for model in MOE_MODELS[:2]]
     cases += [("llama-3.2-1b", 8, 3), ("qwen2.5-7b", 64, 17), ("mistral-nemo-12b", 1024, 1023)]
 
     def check(_: int) -> None:
@@ -79,8 +82,8 @@ def test_the_dry_run_of_a_file_builds(tmp_path: Path):
 
         for model, gpus, rank in cases:
             out = tmp_path / f"{model}-{gpus}.yaml"
-            init(request_for(model, gpus), dense_model(model)[0], out)
-            result = dry_run(load(RunConfig, out), rank=rank, world_size=gpus)
+            init(request_for(model, gpus), source_model(model)[0], out)
+            result = dry_run(load_run(out), rank=rank, world_size=gpus)
             assert result.counted == result.planned
 
     mp.start_processes(check, nprocs=1, start_method="fork")
@@ -103,7 +106,7 @@ def test_train_runs_on_the_file_unchanged(tmp_path: Path):
     done = typed(*words, "--data", "tokens", cwd=tmp_path)
     assert done.stdout == "run.yaml\n"
     typed("train", "run.yaml", "--ranks", 2, cwd=tmp_path)
-    config = load(RunConfig, tmp_path / "run.yaml")
+    config = load_run(tmp_path / "run.yaml")
     run_dir = tmp_path / config.run.dir
     assert read_metrics(run_dir)[-1]["step"] == 20
     (saved,) = [
@@ -119,16 +122,34 @@ def test_train_runs_on_the_file_unchanged(tmp_path: Path):
     assert saved == pytest.approx(checkpoint_bytes(shape, workload_of(config)), rel=0.1)
 
 
+@pytest.mark.distributed
+def test_a_moe_is_continued_as_it_is(tmp_path: Path, capsys, monkeypatch):
+    save_moe(tmp_path / "olmoe", "olmoe")
+    write_tokens(tmp_path / "tokens", documents=40)
+    monkeypatch.chdir(tmp_path)
+    for option in ("--experts", "--topk"):
+        message = refused(capsys, monkeypatch, "olmoe", option, 4)
+        assert f"{option} (4) is for dense models: olmoe is a MoE" in message
+    words = ["olmoe", "--gpu", "cpu", "--gpus", 2, "--data", "tokens"]
+    typed("init", *words, cwd=tmp_path)
+    config = load_run(Path("run.yaml"))
+    assert (config.upcycle.method, config.moe.num_moe_experts) == ("keep", 4)
+    assert config.moe.router_order == "softmax_topk"
+    assert config.run.dir == Path("runs/olmoe-keep")
+    typed("train", "run.yaml", "--ranks", 2, cwd=tmp_path)
+    assert read_metrics(config.run.dir)[-1]["step"] == 20
+
+
 @pytest.mark.parametrize("gpus", [24, 48])
 def test_other_numbers_of_gpus_get_a_batch_that_they_divide(gpus: int):
-    spec, _ = dense_model("llama-3.2-3b")
+    spec, _ = source_model("llama-3.2-3b")
     draft = drafted(request_for("llama-3.2-3b", gpus), spec)
     assert violations(draft.config, spec, gpus) == []
     assert draft.config.train.global_batch_size % 3 == 0
 
 
 def test_a_named_engine_is_kept():
-    spec, _ = dense_model("llama-3-8b")
+    spec, _ = source_model("llama-3-8b")
     draft = drafted(request_for("llama-3-8b", 64, engine="torch"), spec)
     assert draft.config.run.engine == "torch"
     assert draft.config.train.recompute != "selective"
@@ -158,7 +179,7 @@ def test_refusals(capsys, monkeypatch, tmp_path: Path):
 
 def test_next_commands_name_what_is_missing(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    spec, _ = dense_model("llama-3-8b")
+    spec, _ = source_model("llama-3-8b")
     commands = init(request_for("llama-3-8b", 128), spec, Path("run.yaml"))
     assert commands[0].startswith("hf download meta-llama/Meta-Llama-3-8B ")
     assert commands[1].startswith("megatron-moe tokenize TEXT.jsonl ")
@@ -192,11 +213,11 @@ def test_a_terminal_is_asked_for_what_is_missing(tmp_path: Path):
         shown += block
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, shown.decode()
     text = shown.decode()
-    for words in ("Dense model", "similar names", "Number of h100", "Wrote run.yaml. Next:"):
+    for words in ("Source model", "similar names", "Number of h100", "Wrote run.yaml. Next:"):
         assert words in text
-    config = load(RunConfig, tmp_path / "run.yaml")
+    config = load_run(tmp_path / "run.yaml")
     assert config.train.steps * config.train.global_batch_size * 8192 >= 5e10
-    assert check_layout(config, dense_model("llama-3-8b")[0], gpus=64).fits
+    assert check_layout(config, source_model("llama-3-8b")[0], gpus=64).fits
 
 
 def test_counts_are_read_with_their_unit():

@@ -12,7 +12,7 @@ from megatron_moe.analyze.record import Analysis
 
 BY_LAYER = (
     "layer", "max/mean", "entropy", "dead", "drops", "conf.", "domains", "halves", "experts",
-    "dense",
+    "source",
 )  # fmt: skip
 """Columns by layer, short enough for 80 characters; docs/evaluation.md explains them."""
 

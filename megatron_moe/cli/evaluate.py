@@ -45,7 +45,7 @@ def evaluate(
 ) -> None:
     """Report loss, perplexity and bits per byte on the run's held-out text, by domain.
 
-    Evaluates the dense model, the MoE before its first step, and the checkpoint, under the run's
+    Evaluates the source model, the MoE before its first step, and the checkpoint, under the run's
     layout or any other, and writes the results to run.dir/evaluation/. With --tasks it exports the
     checkpoint to a temporary folder and runs lm-evaluation-harness on it.
 

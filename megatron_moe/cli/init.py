@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from megatron_moe.cli.options import parse_count
-from megatron_moe.cli.plan import known_dense_model
+from megatron_moe.cli.plan import known_source
 from megatron_moe.errors import ConfigError
 from megatron_moe.hf.spec import DenseSpec, read_spec
 
@@ -23,11 +23,15 @@ def init(
     source: Annotated[
         str | None,
         typer.Argument(
-            metavar="SOURCE", help="Folder of a dense model, or a known name: llama-3-8b."
+            metavar="SOURCE", help="Folder of a dense or MoE model, or a known name: llama-3-8b."
         ),
     ] = None,
-    experts: Annotated[int, typer.Option(min=1, help="Experts per layer.")] = 8,
-    topk: Annotated[int, typer.Option(min=1, help="Experts per token.")] = 2,
+    experts: Annotated[
+        int | None, typer.Option(min=1, help="Experts per layer; default: 8, or a MoE's own.")
+    ] = None,
+    topk: Annotated[
+        int | None, typer.Option(min=1, help="Experts per token; default: 2, or a MoE's own.")
+    ] = None,
     gpus: Annotated[
         int | None, typer.Option(min=1, help="Number of GPUs, or of ranks with --gpu cpu.")
     ] = None,
@@ -55,11 +59,11 @@ def init(
     if asks and (source is None or gpus is None):
         source, gpus, tokens = _asked(source, gpus, tokens, gpu)
     if source is None:
-        raise ConfigError("init needs SOURCE: a folder of a dense model, or a known model's name")
+        raise ConfigError("init needs SOURCE: a folder of a model, or a known model's name")
     from megatron_moe.commands import init as story
-    from megatron_moe.planner.starting import Request
+    from megatron_moe.planner.starting import Request, name_of
 
-    spec, folder = dense_model(source)
+    spec, folder = source_model(source)
     request = Request(
         source=folder,
         gpus=gpus or 8,
@@ -70,23 +74,23 @@ def init(
         sequence_length=sequence,
         engine=engine,
         data=data,
-        run_dir=Path("runs") / f"{folder.name.lower()}-e{experts}t{topk}",
+        run_dir=Path("runs") / f"{folder.name.lower()}-{name_of(spec, experts, topk)}",
     )
     commands = story.init(request, spec, out)
     print("\n".join([f"Wrote {out}. Next:", *(f"  {c}" for c in commands)]) if asks else out)
 
 
-def dense_model(source: str) -> tuple[DenseSpec, Path]:
-    """Return the shape and the folder of a dense model, which may not have been downloaded yet.
+def source_model(source: str) -> tuple[DenseSpec, Path]:
+    """Return the shape and the folder of a model, which may not have been downloaded yet.
 
     Raises:
-        ConfigError: It is neither a folder nor the name of a known dense model.
+        ConfigError: It is neither a folder nor the name of a known model.
         CheckpointError: The folder's model cannot be upcycled.
     """
     folder = Path(source)
     if folder.is_dir():
         return read_spec(folder), folder
-    return known_dense_model(source)
+    return known_source(source)
 
 
 def _asked(
@@ -96,9 +100,9 @@ def _asked(
     from rich.prompt import IntPrompt, Prompt
 
     while source is None:
-        answer = Prompt.ask("Dense model (a folder, or a name such as llama-3-8b)")
+        answer = Prompt.ask("Source model (a folder, or a name such as llama-3-8b)")
         try:
-            dense_model(answer)
+            source_model(answer)
             source = answer
         except ConfigError as error:
             print(error)

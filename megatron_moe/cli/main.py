@@ -166,6 +166,9 @@ def export(
         str | None,
         typer.Option(metavar="NAME", help="Also upload it to this repository of the hub."),
     ] = None,
+    dense: Annotated[
+        bool, typer.Option("--dense", help="Write a model of one expert as a dense model.")
+    ] = False,
 ) -> None:
     """Write a checkpoint as a Hugging Face MoE folder that transformers loads.
 
@@ -180,7 +183,7 @@ def export(
     shard_bytes = parse_size(max_shard_size, option="--max-shard-size")
     hub = None if push_to_hub is None else hub_for(push_to_hub)
     architecture = export_checkpoint(
-        source, out, dtype=dtype, max_shard_bytes=shard_bytes, name=push_to_hub
+        source, out, dtype=dtype, max_shard_bytes=shard_bytes, name=push_to_hub, dense=dense
     )
     print(f"Wrote {out} ({architecture})")
     if push_to_hub is not None:

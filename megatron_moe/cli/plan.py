@@ -35,7 +35,7 @@ def plan(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="A known dense model instead of CONFIG: llama-3-8b."),
+        typer.Option(metavar="NAME", help="A known model instead of CONFIG: llama-3-8b."),
     ] = None,
     gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")] = 8,
     gpu: GpuName = "h100",
@@ -124,7 +124,7 @@ def _run_to_plan(
                 f"plan takes --model ({model}) or a configuration ({files[0]}), not both.\n"
                 "  remove one of them"
             )
-        spec, source = known_dense_model(model)
+        spec, source = known_source(model)
         from megatron_moe.planner.starting import Request, starting_config
 
         start = starting_config(Request(source=source, gpus=gpus, gpu=gpu), spec)
@@ -135,24 +135,18 @@ def _run_to_plan(
     return config, spec_with_note(config.source.path)
 
 
-def known_dense_model(name: str) -> tuple[DenseSpec, Path]:
-    """Return the shape of a known dense model, and the folder that it is usually kept in.
+def known_source(name: str) -> tuple[DenseSpec, Path]:
+    """Return the shape of a known model, dense or MoE, and the folder it is usually kept in.
 
     Raises:
-        ConfigError: No known model has the name, or it has experts already.
+        ConfigError: No known model has the name.
     """
     known = model_named(name)
-    if known.is_moe:
-        raise ConfigError(
-            f"{name} is a MoE: init and plan --model start from a dense model.\n"
-            "  to continue, grow or prune a MoE, write a configuration with upcycle.method "
-            f"(docs/growing.md); megatron-moe flops {known.name} counts its parameters"
-        )
     return spec_from_config(known.config, where=known.name), Path("models") / known.folder_name
 
 
 def spec_with_note(folder: Path) -> DenseSpec:
-    """Return the shape of a dense model; say on standard error if the folder is missing."""
+    """Return the shape of the source; say on standard error if the folder is missing."""
     spec, note = spec_to_plan(folder)
     if note is not None:
         print(note, file=sys.stderr)

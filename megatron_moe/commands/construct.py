@@ -14,7 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_moe.config.load import dump
 from megatron_moe.config.run import RunConfig
-from megatron_moe.construct.complete import gather_tables, tables_from_weights
+from megatron_moe.construct.complete import gather_tables, merged_tables, tables_from_weights
 from megatron_moe.construct.finished import remove_records, start
 from megatron_moe.construct.fit import Fit, fit_table
 from megatron_moe.construct.measure import Measurement, calibration_batch, world_sum
@@ -100,7 +100,10 @@ class _Construction:
         return model, as_source, groups
 
     def chosen(self, plan: ExpertPlan) -> tuple[ExpertPlan, dict[str, list[int]]]:
-        """Return the plan with the experts that their scores on text choose, by layer."""
+        """Return the plan with the experts that their scores on text choose, by layer.
+
+        Merged experts are listed by source expert: the one that it became a part of.
+        """
         config, choose = self.config, plan.recipe.choose
         check_ep(config, self.dense.spec)
         model, as_source, groups = self.source_model()
@@ -112,14 +115,19 @@ class _Construction:
             measurement.run(partial, progress.show)
         scores_LO = measurement.scores(choose)
         partial.remove()
+        if choose == "merge":
+            tables = merged_tables(plan, scores_LO, self.dense)
+            members = {i: table.into_O for i, table in tables.items()}
+        else:
+            tables = {}
+            for layer in plan.recipe.moe_layers:
+                evidence = Evidence(score_O=scores_LO[layer])
+                part = METHODS[plan.recipe.method].partition(plan.recipe, layer, evidence)
+                tables[layer] = LayerTable(expert_E=part.expert_E)
+            members = {i: table.expert_E for i, table in tables.items()}
         destroy_groups()
-        tables = {}
-        for layer in plan.recipe.moe_layers:
-            evidence = Evidence(score_O=scores_LO[layer])
-            part = METHODS[plan.recipe.method].partition(plan.recipe, layer, evidence)
-            tables[layer] = LayerTable(expert_E=part.expert_E)
-        chosen = {str(layer): table.expert_E.tolist() for layer, table in tables.items()}
-        return plan.with_tables(tables), chosen
+        listed = {str(i): ids.tolist() for i, ids in members.items() if ids is not None}
+        return plan.with_tables(tables), listed
 
     def measured(self, plan: ExpertPlan) -> tuple[ExpertPlan, list[int] | None]:
         """Return the plan with the tables that the dense model's activations give.

@@ -151,18 +151,35 @@ def sized_plan(plan: ExpertPlan) -> ExpertPlan:
     recipe = plan.recipe
     if plan.needs == "nothing":
         return plan
-    if recipe.source_experts:
+    expert_E, largest = None, recipe.dense_ffn_hidden_size
+    if recipe.source_experts:  # its shared expert is taken as it is
+        largest = recipe.shared_size
         expert_E = np.arange(recipe.num_experts) * recipe.source_experts // recipe.num_experts
-        return plan.with_tables(dict.fromkeys(recipe.moe_layers, LayerTable(expert_E=expert_E)))
     generator = np.random.default_rng(0)
     every = [generator.permutation(recipe.dense_ffn_hidden_size) for _ in range(recipe.num_experts)]
     table = LayerTable(
         neurons_EM=np.stack([order_F[: recipe.expert_ffn_hidden_size] for order_F in every]),
-        shared_S=generator.permutation(recipe.dense_ffn_hidden_size)[: recipe.shared_size],
+        shared_S=generator.permutation(largest)[: recipe.shared_size],
+        expert_E=expert_E,
+        **_any_merge(plan),
         router_ED=np.zeros((recipe.num_experts, recipe.hidden_size), dtype=np.float32),
         output_scale=1.0,
     )
     return plan.with_tables(dict.fromkeys(recipe.moe_layers, table))
+
+
+def _any_merge(plan: ExpertPlan) -> dict[str, Any]:
+    """Return a table's values for merged experts, of groups of equal size as far as possible."""
+    recipe = plan.recipe
+    if recipe.choose != "merge":
+        return {}
+    experts, size = recipe.source_experts, recipe.dense_ffn_hidden_size
+    into_O = np.arange(experts) * recipe.num_experts // experts
+    return {
+        "into_O": into_O,
+        "weight_O": 1.0 / np.bincount(into_O)[into_O],
+        "order_OM": np.broadcast_to(np.arange(size)[::-1], (experts, size)),
+    }
 
 
 def _report(

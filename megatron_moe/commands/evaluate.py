@@ -1,6 +1,6 @@
-"""Compute held-out losses by domain for the dense model, the MoE at step 0, and a checkpoint.
+"""Compute held-out losses by domain for the source model, the MoE at step 0, and a checkpoint.
 
-All three use the validation sequences of training. transformers runs the whole dense model on rank
+All three use the validation sequences of training. transformers runs the whole source model on rank
 0. For step 0, upcycling overwrites the checkpoint's weights; it gives the same bits under every
 layout.
 """
@@ -55,7 +55,9 @@ def evaluate(config: RunConfig, world: World, checkpoint: Path) -> Evaluation:
         )
         dist.barrier()
     elif dense is not None:
-        remarks.append(f"dense: transformers cannot load a distributed checkpoint ({dense.folder})")
+        remarks.append(
+            f"source: transformers cannot load a distributed checkpoint ({dense.folder})"
+        )
 
     restored = restored_model(config, world, checkpoint)
     feed = Feed(texts, config, DataRank.of(restored.groups))
@@ -78,7 +80,7 @@ def evaluate(config: RunConfig, world: World, checkpoint: Path) -> Evaluation:
 def _dense(config: RunConfig) -> tuple[DenseCheckpoint | None, list[str]]:
     if has_weights(config.source.path):
         return open_dense(config.source.path), []
-    missing = f"dense, step 0: the weights of the dense model are not in {config.source.path}"
+    missing = f"source, step 0: the weights of the source model are not in {config.source.path}"
     return None, [f"{missing} (set source.path=FOLDER to use another folder)"]
 
 

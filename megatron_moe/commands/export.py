@@ -30,6 +30,11 @@ from megatron_moe.commands.export_config import (
     moe_config,
     read_source_config,
 )
+from megatron_moe.commands.export_dense import (
+    DenseArchitecture,
+    dense_architecture,
+    dense_hf_config,
+)
 from megatron_moe.commands.model_card import model_card
 from megatron_moe.config.moe import Moe
 from megatron_moe.config.run import RunConfig
@@ -65,7 +70,8 @@ def export_checkpoint(
     dtype: Dtype | None = None,
     max_shard_bytes: int = 5 * 10**9,
     name: str | None = None,
-) -> Architecture:
+    dense: bool = False,
+) -> Architecture | DenseArchitecture:
     """Write the model of a checkpoint as a Hugging Face folder.
 
     Args:
@@ -74,6 +80,7 @@ def export_checkpoint(
         dtype: dtype of the weights; None uses the run's precision.
         max_shard_bytes: Maximum size of a file of weights.
         name: Name of the model in its card; None uses that of the folder.
+        dense: Write a model of one expert per layer as a dense model.
 
     Returns:
         The architecture that means the same as the trained model.
@@ -84,7 +91,7 @@ def export_checkpoint(
     """
     checkpoint = folders.find_checkpoint(source)
     config, spec = folders.read_config(checkpoint), read_spec(folders.source_copy(checkpoint))
-    architecture = architecture_for(spec, config.moe)
+    architecture = (dense_architecture if dense else architecture_for)(spec, config.moe)
     kind: Dtype = dtype or config.train.precision
     hf_config = _config_of_export(checkpoint, config, spec, architecture, _DTYPES[kind])
     entries = list(_entries(spec, config.moe, architecture))
@@ -122,7 +129,7 @@ def _config_of_export(
     checkpoint: Path,
     config: RunConfig,
     spec: DenseSpec,
-    architecture: Architecture,
+    architecture: Architecture | DenseArchitecture,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
     """Return the config.json of the export, after comparing it with that of the source.
@@ -131,7 +138,11 @@ def _config_of_export(
         CheckpointError: transformers would read another meaning into it.
     """
     source_config = read_source_config(folders.source_copy(checkpoint))
-    hf_config = moe_config(spec, config, architecture, source_config)
+    if architecture in MOE_NAMES:
+        hf_config = moe_config(spec, config, architecture, source_config)
+    else:
+        as_dense = cast("DenseArchitecture", architecture)
+        hf_config = dense_hf_config(spec, config, as_dense, source_config)
     hf_config["dtype"] = str(dtype).removeprefix("torch.")
     check_export(hf_config, spec.family, source_config)
     return hf_config
@@ -256,12 +267,23 @@ def _dtype_of(row: Row, weights: torch.dtype) -> torch.dtype:
     return torch.float32 if row.role == "expert_bias" else weights
 
 
-def _entries(spec: DenseSpec, moe: Moe, architecture: Architecture) -> Iterator[_Entry]:
+def _names(row: Row, architecture: Architecture | DenseArchitecture) -> tuple[str, ...]:
+    """Return the Hugging Face names of a row; none if the architecture does not have it.
+
+    In a dense architecture, the only expert is the FFN, and there is no router.
+    """
+    if architecture in MOE_NAMES and not row.scope.in_dense_model:
+        return MOE_NAMES[architecture].get(row.role, ())
+    return row.hf if row.scope.in_dense_model or row.scope is Scope.EXPERT else ()
+
+
+def _entries(
+    spec: DenseSpec, moe: Moe, architecture: Architecture | DenseArchitecture
+) -> Iterator[_Entry]:
     routed = set(moe_layer_ids(moe, spec.num_layers))
     for row in ROWS:
-        names = row.hf if row.scope.in_dense_model else MOE_NAMES[architecture].get(row.role, ())
-        stored = _exported(row, moe)
-        if not has_row(row, spec) or not (stored or names):
+        names, stored = _names(row, architecture), _exported(row, moe)
+        if not has_row(row, spec) or not names:
             continue
         experts = range(moe.num_moe_experts) if row.scope is Scope.EXPERT else (None,)
         for layer in _layers(row.scope, routed, spec.num_layers):
@@ -302,7 +324,7 @@ def _layers(scope: Scope, routed: Set[int], num_layers: int) -> Iterable[int | N
 
 
 def _hf_shapes(
-    row: Row, spec: DenseSpec, moe: Moe, architecture: Architecture
+    row: Row, spec: DenseSpec, moe: Moe, architecture: Architecture | DenseArchitecture
 ) -> tuple[tuple[int, ...], ...]:
     size = moe.expert_size(spec.ffn_hidden_size)
     shared = exported_shared_size(spec, moe, architecture)

@@ -46,6 +46,7 @@ _NOT_COMPARED = _PROGRAM_SETTINGS | {
     "num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok",
     "norm_topk_prob", "n_shared_experts", "router_aux_loss_coef", "router_jitter_noise",
     "num_nextn_predict_layers", "num_mtp_layers", "decoder_sparse_step", "mlp_only_layers",
+    "moe_intermediate_size",
 }  # fmt: skip
 """Fields that may differ between transformers' config objects of the source and of the export."""
 
@@ -63,27 +64,10 @@ def moe_config(
     """
     moe = config.moe
     result = {
-        "architectures": [architecture],
-        "model_type": _MODEL_TYPES[architecture],
-        "vocab_size": spec.vocab_size,
-        "hidden_size": spec.hidden_size,
-        "num_hidden_layers": spec.num_layers,
-        "num_attention_heads": spec.num_attention_heads,
-        "num_key_value_heads": spec.num_query_groups,
-        "head_dim": spec.kv_channels,
-        "hidden_act": "silu",
-        "max_position_embeddings": spec.max_position_embeddings,
-        "initializer_range": spec.initializer_range,
-        "rms_norm_eps": spec.layernorm_epsilon,
-        "tie_word_embeddings": spec.tied_embeddings,
-        **_rope(spec, source, architecture),
-        **_token_ids(spec, source),
-        "attention_dropout": 0.0,
-        "use_cache": True,
+        **common_config(spec, config, architecture, _MODEL_TYPES[architecture], source),
         "num_experts_per_tok": moe.moe_router_topk,
         "router_aux_loss_coef": moe.moe_aux_loss_coeff,
         "output_router_logits": False,
-        "dtype": str(OF_PRECISION[config.train.precision]).removeprefix("torch."),
     }
     size = moe.expert_size(spec.ffn_hidden_size)
     windows = set(spec.attention_windows)
@@ -114,6 +98,32 @@ def moe_config(
     if architecture == "Glm4MoeForCausalLM":
         return {**result, **_glm(spec, moe)}
     return {**result, **_qwen(spec, config, architecture, size)}
+
+
+def common_config(
+    spec: DenseSpec, config: RunConfig, architecture: str, model_type: str, source: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the part of ``config.json`` that dense and MoE models have; see `moe_config`."""
+    return {
+        "architectures": [architecture],
+        "model_type": model_type,
+        "vocab_size": spec.vocab_size,
+        "hidden_size": spec.hidden_size,
+        "num_hidden_layers": spec.num_layers,
+        "num_attention_heads": spec.num_attention_heads,
+        "num_key_value_heads": spec.num_query_groups,
+        "head_dim": spec.kv_channels,
+        "hidden_act": "silu",
+        "max_position_embeddings": spec.max_position_embeddings,
+        "initializer_range": spec.initializer_range,
+        "rms_norm_eps": spec.layernorm_epsilon,
+        "tie_word_embeddings": spec.tied_embeddings,
+        **_rope(spec, source, architecture),
+        **_token_ids(spec, source),
+        "attention_dropout": 0.0,
+        "use_cache": True,
+        "dtype": str(OF_PRECISION[config.train.precision]).removeprefix("torch."),
+    }
 
 
 def _qwen(
@@ -167,7 +177,7 @@ def _glm(spec: DenseSpec, moe: Moe) -> dict[str, Any]:
     }
 
 
-def exported_shared_size(spec: DenseSpec, moe: Moe, architecture: Architecture) -> int:
+def exported_shared_size(spec: DenseSpec, moe: Moe, architecture: str) -> int:
     """Return the neurons of the shared expert in an export.
 
     GLM-4-MoE counts them in multiples of a routed expert; neurons of zeros fill the last one.
@@ -178,7 +188,7 @@ def exported_shared_size(spec: DenseSpec, moe: Moe, architecture: Architecture) 
     return -(-moe.shared_size // size) * size
 
 
-def _rope(spec: DenseSpec, source: dict[str, Any], architecture: Architecture) -> dict[str, Any]:
+def _rope(spec: DenseSpec, source: dict[str, Any], architecture: str) -> dict[str, Any]:
     """Return the rotary settings as transformers 5 and, in the last two keys, 4 read them."""
     defaults = {
         "max_position_embeddings": spec.max_position_embeddings, "rope_theta": spec.rotary_base,

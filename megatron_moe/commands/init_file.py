@@ -14,7 +14,7 @@ from megatron_moe.planner.parameters import active_parameters, total_parameters
 from megatron_moe.planner.run_table import amount, duration, size
 from megatron_moe.planner.search import Candidate
 from megatron_moe.planner.shape import upcycled_shape
-from megatron_moe.planner.starting import Request, dense_parameters
+from megatron_moe.planner.starting import Request, source_parameters
 from megatron_moe.planner.whole_run import WholeRun
 
 
@@ -47,8 +47,10 @@ def _line(name: str, value: object, comment: str) -> str:
 
 def _head(draft: Draft, request: Request, spec: DenseSpec) -> Iterator[str]:
     config, shape = draft.config, upcycled_shape(spec, draft.config.moe)
+    kept = spec.experts is not None
+    of_source = "" if kept else f" ({amount(source_parameters(spec))} parameters)"
     yield (
-        f"{request.source.name} ({amount(dense_parameters(spec))} parameters) as "
+        f"{request.source.name}{of_source} {'with its' if kept else 'as'} "
         f"{config.moe.num_moe_experts} experts, top-{config.moe.moe_router_topk}: "
         f"{amount(total_parameters(shape))} parameters,"
     )
@@ -76,18 +78,20 @@ def _sections(draft: Draft, request: Request) -> Iterator[tuple[str, list[Settin
     config = draft.config
     yield "run", list(_run_settings(config, request))
     yield "source", [("path", str(config.source.path), "")]
-    yield (
-        "moe",
-        [
-            ("num_moe_experts", config.moe.num_moe_experts, ""),
-            ("moe_router_topk", config.moe.moe_router_topk, "experts per token"),
-            ("moe_aux_loss_coeff", config.moe.moe_aux_loss_coeff, "keeps the experts evenly used"),
-        ],
-    )
-    yield (
-        "upcycle",
-        [("method", "copy", "equals the dense model at step 0")],
-    )
+    balance = ("moe_aux_loss_coeff", config.moe.moe_aux_loss_coeff, "keeps experts evenly used")
+    if config.upcycle.method == "keep":
+        yield "moe", [balance]
+        yield "upcycle", [("method", "keep", "the source as it is, experts and router included")]
+    else:
+        yield (
+            "moe",
+            [
+                ("num_moe_experts", config.moe.num_moe_experts, ""),
+                ("moe_router_topk", config.moe.moe_router_topk, "experts per token"),
+                balance,
+            ],
+        )
+        yield "upcycle", [("method", "copy", "equals the dense model at step 0")]
     if degrees := list(_degrees(config)):
         yield "parallel", degrees
     yield (

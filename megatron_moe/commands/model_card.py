@@ -9,6 +9,7 @@ from typing import Any
 from megatron_moe import __version__
 from megatron_moe.checkpoint.folder import Progress
 from megatron_moe.config.run import RunConfig
+from megatron_moe.hf.names import MOE_NAMES
 from megatron_moe.hf.spec import DenseSpec
 
 _LOSSES = ("loss/lm", "loss/validation", "perplexity/validation", "bits_per_byte/validation")
@@ -37,7 +38,7 @@ def model_card(
         run_dir: Folder of the run, for its receipt and metrics.
         name: Name of the folder or of the repository.
     """
-    moe = config.moe
+    moe, dense = config.moe, architecture not in MOE_NAMES
     rows = {
         "source model": f"{config.source.path.name} ({spec.family}, {spec.num_layers} layers)",
         "construction": f"`{config.upcycle.method}`, {moe.num_moe_experts} experts of "
@@ -52,10 +53,10 @@ def model_card(
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return (
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n"
-        "tags:\n- moe\n- upcycling\n---\n\n"
+        f"tags:{'' if dense else '\n- moe'}\n- upcycling\n---\n\n"
         f"# {name}\n\n"
-        f"A Mixture-of-Experts model, built from the source model and trained further by "
-        f"megatron_moe {__version__}.\n\n"
+        f"A {'dense' if dense else 'Mixture-of-Experts'} model, built from the source model and "
+        f"trained further by megatron_moe {__version__}.\n\n"
         f"| | |\n| --- | --- |\n{table}\n\n"
         "Losses are nats per token. Weights of the source model come with its license.\n\n"
         "## Load it\n\n```python\n"
@@ -86,7 +87,7 @@ def _receipt(path: Path) -> dict[str, str]:
     if not path.exists():
         return {}
     receipt: dict[str, Any] = json.loads(path.read_text())
-    rows = {"upcycled tensors": str(receipt.get("tensors_covered"))}
+    rows = {"tensors of the source": str(receipt.get("tensors_covered"))}
     if agreement := receipt.get("verification"):
         rows["max logit error against the source at step 0"] = (
             f"{agreement['max_logit_error']:.2e} over {agreement['tokens']} tokens"

@@ -84,8 +84,9 @@ def upcycled_model(job: Job, dense: DenseCheckpoint, plan: ExpertPlan, texts: Te
     if rank == 0:
         write_receipt(receipt, config.run.dir)
     job.say(
-        f"Upcycled {tensors_used} tensors in {receipt['seconds']:.1f} s; rank 0 read "
-        f"{mine.bytes_read / 2**20:.1f} MiB for its {mine.parameter_bytes / 2**20:.1f} MiB shard"
+        f"Built from {tensors_used} tensors of the source in {receipt['seconds']:.1f} s; "
+        f"rank 0 read {mine.bytes_read / 2**20:.1f} MiB for its "
+        f"{mine.parameter_bytes / 2**20:.1f} MiB shard"
     )
     return model
 

@@ -159,6 +159,7 @@ class Upcycle(Section):
 
     method: Method = "copy"
     """Which dense neurons each expert of M neurons consists of. The last three are for MoE sources.
+    split_random and split_clustered also split each expert of a MoE source into parts.
 
     copy             all of them (arXiv 2412.09952, 2212.05055)
     drop             all of them, some redrawn at random (Drop-Upcycling, 2502.19261)
@@ -176,7 +177,8 @@ class Upcycle(Section):
     mix              all of them, from one of several dense models (Branch-Train-MiX, 2403.07816)
     keep             the expert of the MoE source, unchanged
     grow             an expert of the MoE source, several times (Expert Upcycling, 2604.19835)
-    prune            an expert of the MoE source, some of which are left out (REAP, 2510.13999)
+    prune            an expert of the MoE source, some of which are left out (REAP, 2510.13999), or
+                     the mean of similar ones (M-SMoE, 2310.01334)
     """
 
     twins: Literal["noise", "bias", "exact"] | None = None
@@ -185,11 +187,12 @@ class Upcycle(Section):
     random row to the first copies of all experts, and another to the second ones. exact: none, and
     top-k grows with the number of copies, so that the output is that of the source."""
 
-    choose: Literal["even", "load", "utility", "reap"] | None = None
+    choose: Literal["even", "load", "utility", "reap", "merge"] | None = None
     """Which experts of a MoE source to copy or keep. even (default for grow): copy all equally
     often, or keep experts at equal distances. load: those that most tokens choose. utility: those
     whose weights matter most to the loss. reap (default for prune): those with the largest mean of
-    combine weight times output norm. All but even need a plan."""
+    combine weight times output norm. merge (for prune): none; similar experts are averaged by load.
+    All but even need a plan."""
 
     plan: HomePath | None = None
     """Plan file, written by `megatron-moe construct` and read by `train`. Required if the method,

@@ -40,7 +40,7 @@ MAX_SEQUENCES = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgainstDense:
-    """Comparison of the MoE at step 0 with its dense model."""
+    """Comparison of the MoE at step 0 with its source, dense or MoE."""
 
     text: str
     """``held-out``, or ``training`` if the run has no held-out text."""
@@ -66,7 +66,7 @@ class AgainstDense:
         errors, unscaled = self.output_error.values(), self.loss_split_random_unscaled
         baseline = "" if unscaled is None else f", random split without rescale {unscaled:.4f}"
         return (
-            f"loss on {self.text} text: dense {self.loss_dense:.4f}, MoE {self.loss_moe:.4f}"
+            f"loss on {self.text} text: source {self.loss_dense:.4f}, MoE {self.loss_moe:.4f}"
             f"{baseline}; output error per MoE layer {min(errors):.1e} to {max(errors):.1e}; "
             f"busiest expert up to {max(self.busiest_expert.values()):.2f} times the mean load"
         )

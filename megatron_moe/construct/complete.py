@@ -7,6 +7,7 @@ that a resumed run does not cluster again.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,12 @@ from numpy.typing import NDArray
 from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import ConfigError
 from megatron_moe.experts.file import PLAN_FILE, read_plan, write_plan
-from megatron_moe.experts.methods import METHODS
+from megatron_moe.experts.merge import merged
+from megatron_moe.experts.methods import ffns_of_layer, partition
 from megatron_moe.experts.partition import Evidence
 from megatron_moe.experts.plan import ExpertPlan, LayerTable
 from megatron_moe.experts.solved import check_solved, solved_folder
-from megatron_moe.hf.names import ffn_names
+from megatron_moe.hf.names import MOE_TENSORS, expert_names, ffn_names
 from megatron_moe.hf.reader import DenseCheckpoint
 
 
@@ -64,16 +66,46 @@ def tables_from_weights(plan: ExpertPlan, dense: DenseCheckpoint) -> dict[int, L
     recipe, world = plan.recipe, dist.get_world_size()
     tables = {}
     for layer in recipe.moe_layers[dist.get_rank() :: world]:
-        evidence = Evidence(up_FD=up_weights(dense, layer))
-        part = METHODS[recipe.method].partition(recipe, layer, evidence)
-        tables[layer] = LayerTable(neurons_EM=part.neurons_EM, shared_S=part.shared_S)
+        names = [
+            expert_names(layer, expert)[1] if recipe.source_experts else ffn_names(layer)[1]
+            for expert in range(ffns_of_layer(recipe))
+        ]
+        evidence = [Evidence(up_FD=weights(dense, name)) for name in names]
+        part = partition(recipe, layer, evidence)
+        tables[layer] = LayerTable(
+            neurons_EM=part.neurons_EM, shared_S=part.shared_S, expert_E=part.expert_E
+        )
     return gather_tables(tables)
 
 
-def up_weights(dense: DenseCheckpoint, layer: int) -> NDArray[np.float32]:
-    """Read the weights of ``up`` of one dense layer, ``(F, D)``."""
-    _, up, _ = ffn_names(layer)
-    return np.ascontiguousarray(dense.read(up).float().numpy())
+def merged_tables(
+    plan: ExpertPlan, load_LO: NDArray[np.float64], dense: DenseCheckpoint
+) -> dict[int, LayerTable]:
+    """Merge similar experts of each MoE layer; layers are divided among the ranks."""
+    recipe, tables = plan.recipe, {}
+    for layer in recipe.moe_layers[dist.get_rank() :: dist.get_world_size()]:
+        router_OD = weights(dense, MOE_TENSORS["router"][0].format(layer=layer))
+        merge = merged(
+            router_OD, load_LO[layer], recipe.num_experts, partial(_matrices, dense, layer)
+        )
+        busiest_E = np.array([max(merge.members(e), key=merge.weight_O.__getitem__)
+                              for e in range(recipe.num_experts)])  # fmt: skip
+        tables[layer] = LayerTable(
+            expert_E=busiest_E, into_O=merge.into_O, weight_O=merge.weight_O,
+            order_OM=merge.order_OM,
+        )  # fmt: skip
+    return gather_tables(tables)
+
+
+def _matrices(dense: DenseCheckpoint, layer: int, expert: int) -> list[NDArray[np.float32]]:
+    """Read gate, up and down of an expert of a MoE source, one row per neuron."""
+    gate, up, down = (weights(dense, name) for name in expert_names(layer, expert))
+    return [gate, up, down.T]
+
+
+def weights(dense: DenseCheckpoint, name: str) -> NDArray[np.float32]:
+    """Read a matrix of the source in fp32."""
+    return np.ascontiguousarray(dense.read(name).float().numpy())
 
 
 def gather_tables(local: dict[int, LayerTable]) -> dict[int, LayerTable]:

@@ -91,7 +91,7 @@ class ExpertMeasurement:
         sums_LO3 = world_sum(self.sums_LO3)
         load_LO = sums_LO3[..., LOAD]
         match choose:
-            case "load":
+            case "load" | "merge":
                 return load_LO.numpy()
             case "utility":
                 return sums_LO3[..., UTILITY].numpy()

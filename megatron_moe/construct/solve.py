@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_moe.config.moe import Moe
-from megatron_moe.construct.complete import up_weights
+from megatron_moe.construct.complete import weights
 from megatron_moe.construct.dense_ffn import DenseFfn, combine_weights, router_of
 from megatron_moe.experts import split
 from megatron_moe.experts.balanced import balanced_kmeans
@@ -23,6 +23,7 @@ from megatron_moe.experts.methods import METHODS
 from megatron_moe.experts.partition import Evidence
 from megatron_moe.experts.plan import ExpertPlan, LayerPlan, LayerTable
 from megatron_moe.experts.recipe import Recipe
+from megatron_moe.hf.names import ffn_names
 from megatron_moe.hf.reader import DenseCheckpoint
 
 
@@ -58,7 +59,7 @@ def _partition(
     if row.needs == "nothing":
         return LayerTable()
     evidence = Evidence(
-        up_FD=up_weights(dense, layer) if row.needs == "weights" else None,
+        up_FD=weights(dense, ffn_names(layer)[1]) if row.needs == "weights" else None,
         importance_CF=measured.importance_CF,
         activity_CF=measured.activity_CF,
         contribution_HF=_contributions(measured, dense, layer) if not row.by_cluster else None,

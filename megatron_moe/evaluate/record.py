@@ -20,7 +20,7 @@ Figures = dict[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """Held-out losses by domain, for the dense model, the MoE at step 0, and a checkpoint."""
+    """Held-out losses by domain, for the source model, the MoE at step 0, and a checkpoint."""
 
     checkpoint: str
     step: int
@@ -28,7 +28,7 @@ class Evaluation:
     domains: dict[str, Figures]
     """Results of the checkpoint."""
     dense: dict[str, Figures] | None
-    """Results of the dense model; None if its weights are not available."""
+    """Results of the source, dense or MoE; None if its weights are not available."""
     step_0: dict[str, Figures] | None
     """Results of the MoE before its first step."""
     remarks: tuple[str, ...] = ()
@@ -51,7 +51,7 @@ def evaluation_report(evaluation: Evaluation) -> RenderableType:
     for name in ("tokens", "bytes", "loss", "perplexity", "bits per byte"):
         table.add_column(name, justify="right")
     models = [
-        ("dense", evaluation.dense),
+        ("source", evaluation.dense),
         ("step 0", evaluation.step_0),
         (f"step {evaluation.step}", evaluation.domains),
     ]

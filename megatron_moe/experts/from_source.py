@@ -11,8 +11,10 @@ from megatron_moe.config.load import load
 from megatron_moe.config.moe import Moe, Upcycle
 from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import ConfigError
+from megatron_moe.experts.methods import METHODS
 from megatron_moe.hf.moe_spec import ExpertsSpec
-from megatron_moe.hf.spec import DenseSpec, read_spec
+from megatron_moe.hf.planned import missing_but_known
+from megatron_moe.hf.spec import DenseSpec, read_spec, spec_from_config
 
 _LAYERS = ("moe_layers", "first_dense_layers", "last_dense_layers")
 
@@ -42,12 +44,18 @@ def complete_from_source(tree: dict[str, Any]) -> dict[str, Any]:
         return tree
     upcycle = tree.get("upcycle") or {}
     values = settings_of(spec.experts, spec.num_layers)
-    if upcycle.get("method") in ("grow", "prune"):
+    method = METHODS.get(upcycle.get("method", "copy"))
+    splits = method is not None and method.splits_experts
+    if splits or upcycle.get("method") in ("grow", "prune"):
         del values["num_moe_experts"]
     if any(name in moe for name in _LAYERS):
         del values["moe_layers"]
-    if upcycle.get("twins") == "exact" and isinstance(moe.get("num_moe_experts"), int):
-        values["moe_router_topk"] *= copies(moe["num_moe_experts"], spec.experts)
+    if isinstance(moe.get("num_moe_experts"), int):
+        count = copies(moe["num_moe_experts"], spec.experts)
+        if splits or upcycle.get("twins") == "exact":
+            values["moe_router_topk"] *= count
+        if splits:
+            values["moe_ffn_hidden_size"] //= count
     return {**tree, "moe": {**values, **moe}}
 
 
@@ -60,7 +68,7 @@ def settings_of(experts: ExpertsSpec, num_layers: int) -> dict[str, Any]:
 
 
 def copies(num_moe_experts: int, experts: ExpertsSpec) -> int:
-    """Return the number of copies of each expert with method grow; at least 1."""
+    """Return the number of copies of each expert with method grow, or of parts; at least 1."""
     return max(num_moe_experts // experts.num_moe_experts, 1)
 
 
@@ -104,4 +112,6 @@ def _source_spec(tree: dict[str, Any]) -> DenseSpec | None:
     for folder in folders:
         if (folder / "config.json").exists():
             return read_spec(folder)
-    return None
+    # For planning before anything is downloaded; a run reports later that the folder is missing.
+    known = [model for folder in folders[:1] if (model := missing_but_known(folder))]
+    return spec_from_config(known[0].config, where=known[0].name) if known else None

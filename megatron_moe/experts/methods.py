@@ -6,12 +6,13 @@ Recipe, rules, plan and `megatron-moe construct` read these rows; nothing else t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from megatron_moe.config.moe import Method, RouterInit
 from megatron_moe.experts import replicate, reuse, share, split
+from megatron_moe.experts.finer import parts_of_experts
 from megatron_moe.experts.partition import Evidence, Partition
 from megatron_moe.experts.recipe import Recipe
 
@@ -53,6 +54,11 @@ class MethodRow:
     def sums_parts(self) -> bool:
         """Whether the dense output is a sum over experts, so that K of N are N/K too small."""
         return self.experts in ("parts", "subsets")
+
+    @property
+    def splits_experts(self) -> bool:
+        """Whether the method also splits each expert of a MoE source."""
+        return self.experts == "parts" and self.needs != "text"
 
     @property
     def by_position(self) -> bool:
@@ -99,8 +105,29 @@ METHODS: dict[Method, MethodRow] = {
     "grow": MethodRow(
         partition=reuse.grow, experts="whole", choices=("even", "load", "utility")
     ),
-    "prune": MethodRow(partition=reuse.prune, experts="whole", choices=("reap", "load", "even")),
+    "prune": MethodRow(
+        partition=reuse.prune, experts="whole", choices=("reap", "load", "merge", "even")
+    ),
 }  # fmt: skip
+
+
+def partition(recipe: Recipe, layer: int, evidence: Sequence[Evidence]) -> Partition:
+    """Return the neurons of the experts of a layer.
+
+    Args:
+        recipe: Recipe of the plan.
+        layer: Global layer id.
+        evidence: Evidence about the layer, or about each expert of a MoE source to split.
+    """
+    row = METHODS[recipe.method]
+    if recipe.source_experts and row.splits_experts:
+        return parts_of_experts(row.partition, recipe, layer, evidence)
+    return row.partition(recipe, layer, evidence[0])
+
+
+def ffns_of_layer(recipe: Recipe) -> int:
+    """Return the number of source FFNs of a layer that `partition` gets evidence about."""
+    return max(recipe.source_experts, 1) if METHODS[recipe.method].splits_experts else 1
 
 
 def needs(recipe: Recipe) -> Needs:

@@ -10,7 +10,7 @@ Shape letters of this module:
 
     E  num_moe_experts          D  hidden_size
     F  ffn_hidden_size (dense)  M  moe_ffn_hidden_size, the neurons of one expert
-    S  neurons of the shared expert
+    O  experts of a MoE source  S  neurons of the shared expert
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 from megatron_moe.config.moe import Moe, Upcycle
 from megatron_moe.experts import replicate, reuse
 from megatron_moe.experts.draws import Use, generator
-from megatron_moe.experts.methods import METHODS, Needs, needs
+from megatron_moe.experts.merge import Merge
+from megatron_moe.experts.methods import METHODS, Needs, ffns_of_layer, needs, partition
 from megatron_moe.experts.partition import Evidence, Partition
 from megatron_moe.experts.recipe import Recipe
 from megatron_moe.experts.resolve import make_recipe, moe_layer_ids
@@ -44,12 +45,24 @@ class LayerTable:
     neurons_EM: NDArray[np.int64] | None = None
     shared_S: NDArray[np.int64] | None = None
     expert_E: NDArray[np.int64] | None = None
-    """Source expert of each expert, for a MoE source whose experts are chosen by a measurement."""
+    """Source expert of each expert, for a MoE source whose experts are chosen by a measurement or
+    split by their weights."""
+    into_O: NDArray[np.int64] | None = None
+    """Merged experts of a MoE source: see `experts.merge.Merge`, as the next two."""
+    weight_O: NDArray[np.float64] | None = None
+    order_OM: NDArray[np.int64] | None = None
     router_ED: NDArray[np.float32] | None = None
     output_scale: float | None = None
     """Factor that scales the routed output to the magnitude of the dense layer's."""
     down_hash: str | None = None
     """sha256 of the layer's solved ``down`` (`experts.solved`)."""
+
+
+_HASHED = (
+    "neurons_EM", "shared_S", "expert_E", "into_O", "weight_O", "order_OM", "router_ED",
+    "output_scale",
+)  # fmt: skip
+"""Arrays of a table that are hashed if they are there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +80,9 @@ class LayerPlan:
 
     expert_E: NDArray[np.int64] | None
     """Source expert of each expert; None for a dense source."""
+
+    merge: Merge | None
+    """Source experts of which each expert is the mean, if there are several."""
 
     reinit_EM: NDArray[np.bool_] | None
     """Neurons to reinitialize, with the mean and std of those they replace; None if none."""
@@ -112,6 +128,7 @@ class ExpertPlan:
             shared_S=part.shared_S,
             source_E=replicate.source_of_experts(recipe),
             expert_E=part.expert_E,
+            merge=_merge(table),
             reinit_EM=_reinit_masks(recipe, layer) if recipe.reinit_ratio else None,
             reinit_S=_shared_mask(recipe, layer),
             weight_scales=(*recipe.weight_scales[:2], down),
@@ -136,7 +153,7 @@ class ExpertPlan:
         digest = hashlib.sha256(json.dumps(self.recipe.content(), sort_keys=True).encode())
         for layer in sorted(self.tables):
             table = self.tables[layer]
-            for name in ("neurons_EM", "shared_S", "expert_E", "router_ED", "output_scale"):
+            for name in _HASHED:
                 if (value := getattr(table, name)) is not None:
                     values = np.ascontiguousarray(value)
                     digest.update(f"{layer} {name} {values.dtype} {values.shape}".encode())
@@ -154,6 +171,14 @@ def make_expert_plan(spec: DenseSpec, moe: Moe, upcycle: Upcycle) -> ExpertPlan:
     return ExpertPlan(make_recipe(spec, moe, upcycle))
 
 
+def _merge(table: LayerTable) -> Merge | None:
+    if table.into_O is None:
+        return None
+    assert table.weight_O is not None
+    assert table.order_OM is not None
+    return Merge(table.into_O, table.weight_O, table.order_OM)
+
+
 def _router_rows(recipe: Recipe, layer: int, table: LayerTable) -> NDArray[np.float32] | None:
     if recipe.source_experts:
         return None
@@ -166,10 +191,11 @@ def _partition(recipe: Recipe, layer: int, table: LayerTable) -> Partition:
         assert table.expert_E is not None, f"layer {layer} was not measured"
         return reuse.of_experts(recipe, table.expert_E)
     if row.needs == "nothing":
-        return row.partition(recipe, layer, Evidence())
+        return partition(recipe, layer, [Evidence()] * ffns_of_layer(recipe))
     assert table.neurons_EM is not None, f"layer {layer} of {recipe.method} has no table"
     none = np.zeros(0, dtype=np.int64)
-    return Partition(table.neurons_EM, none if table.shared_S is None else table.shared_S)
+    shared_S = none if table.shared_S is None else table.shared_S
+    return Partition(table.neurons_EM, shared_S, table.expert_E)
 
 
 def _reinit_masks(recipe: Recipe, layer: int) -> NDArray[np.bool_]:

@@ -73,8 +73,12 @@ def output_factor(spec: DenseSpec, moe: Moe, upcycle: Upcycle) -> tuple[float, b
     If the weights sum to one (topk_softmax), the output is an average over parts, but the dense
     layer is their sum: N restores it in expectation, and G exactly if whole replicas are chosen.
     With probabilities of all N experts (softmax_topk) and a uniform router, each weight is 1 / N.
+    Parts of an expert of a MoE source: see `experts.finer`.
     """
     experts, topk = moe.num_moe_experts, moe.moe_router_topk
+    if spec.experts is not None:  # parts of an expert have the combine weight of one in common
+        splits = METHODS[upcycle.method].splits_experts
+        return experts / spec.experts.num_moe_experts if splits else 1.0, False
     if METHODS[upcycle.method].experts == "shards":
         granularity = spec.ffn_hidden_size / moe.expert_size(spec.ffn_hidden_size)
         choice = upcycle.scale or "exact"

@@ -37,11 +37,6 @@ class KnownModel:
     """The part of config.json that determines what is computed."""
 
     @property
-    def is_moe(self) -> bool:
-        """Whether the model is a MoE."""
-        return "num_experts_per_tok" in self.config
-
-    @property
     def folder_name(self) -> str:
         """Last part of the name on the hub, as folders are usually called."""
         return self.name if self.hub is None else self.hub.rpartition("/")[2]

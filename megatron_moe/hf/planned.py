@@ -1,4 +1,4 @@
-"""Read the shape of a dense model that may not have been downloaded yet.
+"""Read the shape of a source model that may not have been downloaded yet.
 
 Planning and dry runs need only a shape. A folder that is not there, but is called like a known
 model, gets the known shape (`known.py`).
@@ -16,13 +16,13 @@ from megatron_moe.json_text import parse_json
 
 
 def spec_to_plan(folder: Path) -> tuple[DenseSpec, str | None]:
-    """Return the shape of the dense model that belongs into ``folder``.
+    """Return the shape of the model that belongs into ``folder``.
 
     Returns:
         The shape, and a note for the user if it was not read from ``folder``.
 
     Raises:
-        CheckpointError: There is no config.json, and no known dense model of this name.
+        CheckpointError: There is no config.json, and no known model of this name.
     """
     model = missing_but_known(folder)
     if model is None:
@@ -33,9 +33,8 @@ def spec_to_plan(folder: Path) -> tuple[DenseSpec, str | None]:
 
 
 def missing_but_known(folder: Path) -> KnownModel | None:
-    """Return the known dense model that a folder without config.json is named after, if any."""
-    model = None if (folder / "config.json").exists() else known_model(folder.name)
-    return None if model is None or model.is_moe else model
+    """Return the known model that a folder without config.json is named after, if any."""
+    return None if (folder / "config.json").exists() else known_model(folder.name)
 
 
 def config_to_plan(folder: Path) -> dict[str, Any]:

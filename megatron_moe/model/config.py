@@ -106,7 +106,8 @@ def _moe(moe: Moe, spec: DenseSpec) -> dict[str, Any]:
         "moe_shared_expert_intermediate_size": moe.moe_shared_expert_intermediate_size,
         **({"moe_shared_expert_gate": True} if moe.moe_shared_expert_gate else {}),
         "moe_layer_freq": [int(layer in layers) for layer in range(spec.num_layers)],
-        "moe_router_pre_softmax": moe.router_order == "softmax_topk",
+        # Megatron-Core refuses a top-1 otherwise; with a single expert both orders give 1.
+        "moe_router_pre_softmax": moe.router_order == "softmax_topk" or moe.num_moe_experts == 1,
         "moe_router_dtype": "fp32",
         "moe_router_score_function": moe.moe_router_score_function,
         "moe_router_load_balancing_type": "none"

@@ -12,12 +12,13 @@ weights), `model/reshape.py` does so afterwards, in place.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_moe.errors import CheckpointError
@@ -26,6 +27,7 @@ from megatron_moe.hf.names import (
     MOE_TENSORS,
     ROW_OF_ROLE,
     Match,
+    Row,
     Scope,
     Sharding,
     dense_tensors,
@@ -79,6 +81,29 @@ class _Filler:
             else:
                 wanted = self.wanted.setdefault((source or 0, piece.source), [])
                 wanted.append(ReadRequest(target, piece.rows, piece.columns))
+
+    def fill_mean(self, parameter: Tensor, members: Iterable[tuple[float, list[Piece]]]) -> None:
+        """Read the weighted mean of several tensors of checkpoint 0 in fp32.
+
+        Args:
+            parameter: Local parameter to fill.
+            members: Weight and pieces of each tensor.
+        """
+        total = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
+        read = torch.empty_like(total)
+        for weight, parts in members:
+            for piece in parts:
+                self._read(0, piece, read[piece.into])
+            total.add_(read, alpha=weight)
+        parameter.copy_(total)
+
+    def fill_mixed(self, parameter: Tensor, name: str, weights_EO: NDArray[np.float64]) -> None:
+        """Read all rows of a tensor of checkpoint 0, and fill with weighted sums of them."""
+        shape = (weights_EO.shape[1], *parameter.shape[1:])
+        rows = torch.empty(shape, dtype=torch.float32, device=parameter.device)
+        self._read(0, Piece(name, None, None, slice(None)), rows)
+        mixing = torch.from_numpy(weights_EO).to(parameter.device)
+        parameter.copy_(mixing @ rows.double())
 
     def read(self) -> None:
         """Read all scheduled pieces."""
@@ -206,8 +231,11 @@ def _left_out(spec: DenseSpec, plan: ExpertPlan) -> Iterator[str]:
     if spec.experts is None:
         return
     for layer in spec.experts.moe_layers:
-        expert_E = plan.layer(layer).expert_E
+        layer_plan = plan.layer(layer)
+        expert_E = layer_plan.expert_E
         assert expert_E is not None
+        if layer_plan.merge is not None:
+            continue  # all experts are merged
         for expert in sorted(set(range(spec.experts.num_moe_experts)) - set(expert_E.tolist())):
             yield from (name.format(layer=layer, expert=expert) for name in names)
 
@@ -285,6 +313,9 @@ class _LayerSource:
             neurons = self.layer_plan.shared_S
         if row.role == "output" and self.dense.spec.tied_embeddings:
             row = ROW_OF_ROLE["embedding"]  # the last stage's copy
+        if matched.expert is not None and (members := self._members(row, matched.expert)):
+            filler.fill_mean(parameter, members)
+            return
         parts = pieces(
             row, layer=self.layer, part=part, spec=self.dense.spec, neurons_M=neurons,
             expert=source_expert,
@@ -293,12 +324,32 @@ class _LayerSource:
             parameter[parts[-1].into.stop if parts else 0 :].zero_()  # padding of the vocabulary
         filler.fill(parameter, parts, source=source)
 
+    def _members(self, row: Row, expert: int) -> list[tuple[float, list[Piece]]]:
+        """Return the weight and the pieces of the source experts that an expert merges, if any."""
+        merge = None if self.layer_plan is None else self.layer_plan.merge
+        if merge is None:
+            return []
+        return [
+            (
+                float(merge.weight_O[member]),
+                pieces(
+                    row, layer=self.layer, part=self.etp, spec=self.dense.spec,
+                    neurons_M=merge.order_OM[member], expert=member,
+                ),
+            )
+            for member in merge.members(self.experts[expert])
+        ]  # fmt: skip
+
     def _fill_router(self, parameter: Tensor, matched: Match, filler: _Filler) -> None:
         """Fill router rows and expert biases by the plan, or from the experts of a MoE source."""
         assert self.layer_plan is not None
         plan, row = self.layer_plan, matched.row
-        if plan.expert_E is not None:
-            name = MOE_TENSORS[row.role][0].format(layer=self.layer)
+        name = (
+            MOE_TENSORS[row.role][0].format(layer=self.layer) if plan.expert_E is not None else ""
+        )
+        if plan.merge is not None:
+            filler.fill_mixed(parameter, name, plan.merge.mixing())
+        elif plan.expert_E is not None:
             filler.fill(parameter, [Piece(name, plan.expert_E, None, slice(None))], source=0)
         elif plan.router_ED is not None:
             parameter.copy_(torch.from_numpy(plan.router_ED))

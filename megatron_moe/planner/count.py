@@ -10,10 +10,10 @@ from megatron_moe.errors import ConfigError
 from megatron_moe.experts.from_source import load_run
 from megatron_moe.hf.known import model_named
 from megatron_moe.hf.planned import spec_to_plan
+from megatron_moe.hf.spec import read_spec, spec_from_config
 from megatron_moe.planner.flops import ForwardFlops, forward_flops, training_flops
-from megatron_moe.planner.moe_config import read_config, shape_from_hf
 from megatron_moe.planner.parameters import active_parameters, total_parameters
-from megatron_moe.planner.shape import MoeShape, upcycled_shape
+from megatron_moe.planner.shape import MoeShape, source_shape, upcycled_shape
 
 DEFAULT_SEQUENCE = 4096
 
@@ -54,13 +54,13 @@ def count(path: Path, *, sequence_length: int | None = None) -> ModelCounts:
     """
     if path.is_dir() or path.name == "config.json":
         folder = path if path.is_dir() else path.parent
-        shape = shape_from_hf(read_config(folder), where=str(folder / "config.json"))
+        shape = source_shape(read_spec(folder))
         return count_shape(shape, sequence_length=sequence_length or DEFAULT_SEQUENCE)
     if not path.exists():
         if path.suffix in (".yaml", ".yml"):
             raise ConfigError(f"{path} is neither a Hugging Face folder nor a configuration file")
         model = model_named(str(path))
-        shape = shape_from_hf(model.config, where=model.name)
+        shape = source_shape(spec_from_config(model.config, where=model.name))
         return count_shape(shape, sequence_length=sequence_length or DEFAULT_SEQUENCE)
     config = load_run(path)
     spec, _ = spec_to_plan(config.source.path)

@@ -12,7 +12,7 @@ from megatron_moe.report.records import DomainScore, Evaluation, TaskScores
 
 
 def evaluation(run: RunFiles) -> Section:
-    """Return the section with held-out scores of the dense model and the MoE, and task scores."""
+    """Return the section with held-out scores of the source model and the run, and task scores."""
     title = "Evaluation"
     path = str(run.path)
     parts: list[Child] = []
@@ -56,7 +56,7 @@ def _table(latest: Evaluation) -> Html:
     models = [
         (name, scores)
         for name, scores in (
-            ("dense", latest.dense),
+            ("source", latest.dense),
             ("MoE, step 0", latest.step_0),
             (f"MoE, step {latest.step:,}", latest.domains),
         )

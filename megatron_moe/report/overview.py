@@ -17,16 +17,20 @@ def overview(run: RunFiles) -> Html:
                  facts(facts_of(run)), _problems(run.problems)])  # fmt: skip
 
 
+_ACTS = {"keep": "continued with its", "grow": "grown to", "prune": "pruned to"}
+
+
 def sentence(run: RunFiles) -> str:
     """Describe in one sentence which model the run upcycles, and how."""
     moe, plan = run.config.moe, run.config.upcycle
     layers = run.moe_layers
     where = "" if layers is None else f" in {len(layers)} layers"
-    family = "a dense model" if run.spec is None else f"{run.spec.family}, {run.config.source.path}"
+    family = "the source" if run.spec is None else f"{run.spec.family}, {run.config.source.path}"
     size = run.world_size
     ranks = "" if size is None else f", on {size} {'rank' if size == 1 else 'ranks'}"
+    act = _ACTS.get(plan.method, "upcycled to")
     return (
-        f"{family}, upcycled to {moe.num_moe_experts} experts top-{moe.moe_router_topk}{where} by "
+        f"{family}, {act} {moe.num_moe_experts} experts top-{moe.moe_router_topk}{where} by "
         f"{plan.method}{ranks}."
     )
 

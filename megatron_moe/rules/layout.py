@@ -80,7 +80,8 @@ def experts(case: Case) -> Iterator[str]:
             f"  largest moe.moe_router_topk: {moe.num_moe_experts}"
         )
     softmax = moe.moe_router_score_function == "softmax"
-    if moe.moe_router_topk == 1 and moe.router_order == "topk_softmax" and softmax:
+    several = moe.num_moe_experts > 1  # a single expert needs no router
+    if several and moe.moe_router_topk == 1 and moe.router_order == "topk_softmax" and softmax:
         yield (
             "moe.moe_router_topk (1) with moe.router_order (topk_softmax) is not trainable: the "
             "softmax over one chosen expert is always 1, so the router gets no gradient.\n"

@@ -8,15 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import fields
 
+from megatron_moe.config.moe import Method
 from megatron_moe.config.run import RunConfig
 from megatron_moe.experts.methods import METHODS
 from megatron_moe.experts.resolve import chosen_by, moe_layer_ids, twins_of
 from megatron_moe.hf.moe_spec import ExpertsSpec
 from megatron_moe.hf.spec import DenseSpec
 
-_CHANGE = {"grow": ("num_moe_experts", "moe_router_topk"),
-           "prune": ("num_moe_experts", "moe_router_topk")}  # fmt: skip
-"""Settings of ``moe`` that a method may set to another value than the source has."""
+_NUMBERS = ("num_moe_experts", "moe_router_topk")
 _UNUSED = ("plan", "reinit_ratio", "scale", "rescale", "permutation_seed", "router_init")
 """Settings of ``upcycle`` that describe how a dense FFN becomes experts."""
 
@@ -27,18 +26,20 @@ def source_violations(config: RunConfig, spec: DenseSpec) -> Iterator[str]:
     Without any, `construction_violations` applies to a dense source, and nothing else to a MoE.
     """
     method, experts = config.upcycle.method, spec.experts
-    of_moe = METHODS[method].of_moe
+    row = METHODS[method]
     if experts is None:
         yield from _dense_source(config)
-    elif not of_moe:
+    elif not (row.of_moe or row.splits_experts):
+        finer = ", ".join(name for name, other in METHODS.items() if other.splits_experts)
         yield (
             f"upcycle.method ({method}) needs a dense model in source.path "
             f"({config.source.path}), but it is a {spec.family} model with "
             f"{experts.num_moe_experts} experts: there is no dense FFN to build experts from.\n"
-            "  set upcycle.method=keep to continue it, or grow or prune"
+            "  set upcycle.method=keep to continue it, or grow or prune; or split its experts: "
+            f"{finer}"
         )
     else:
-        for rule in (_same, _number, _top_k, _twins, _choose, _unused):
+        for rule in (_same, _number, _parts, _top_k, _twins, _choose, _unused):
             yield from rule(config, spec, experts)
 
 
@@ -64,6 +65,13 @@ def _dense_source(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _may_change(method: Method) -> tuple[str, ...]:
+    """Return settings of ``moe`` that a method may set to other values than the source has."""
+    if METHODS[method].splits_experts:
+        return (*_NUMBERS, "moe_ffn_hidden_size")
+    return () if method == "keep" else _NUMBERS
+
+
 def _same(config: RunConfig, spec: DenseSpec, experts: ExpertsSpec) -> Iterator[str]:
     moe, method = config.moe, config.upcycle.method
     if moe_layer_ids(moe, spec.num_layers) != experts.moe_layers:
@@ -74,7 +82,7 @@ def _same(config: RunConfig, spec: DenseSpec, experts: ExpertsSpec) -> Iterator[
         )
     for field in fields(experts):
         name, value = field.name, getattr(experts, field.name)
-        if name == "moe_layers" or name in _CHANGE.get(method, ()):
+        if name == "moe_layers" or name in _may_change(method):
             continue
         if (ours := getattr(moe, name)) != value and not (
             name == "moe_ffn_hidden_size" and moe.expert_size(spec.ffn_hidden_size) == value
@@ -113,6 +121,43 @@ def _grown(ours: int, theirs: int) -> str:
     """Return the multiples of the source's number of experts next to ``ours``, itself left out."""
     below = ours // theirs * theirs
     return ", ".join(str(n) for n in (below, below + theirs) if n > theirs)
+
+
+def _parts(config: RunConfig, spec: DenseSpec, experts: ExpertsSpec) -> Iterator[str]:
+    """Yield why the parts of the experts cannot compute what the source computes."""
+    moe, with_method = config.moe, f"with upcycle.method ({config.upcycle.method})"
+    if not METHODS[config.upcycle.method].splits_experts:
+        return
+    theirs, size = experts.num_moe_experts, experts.moe_ffn_hidden_size
+    count = moe.num_moe_experts // theirs
+    if count < 2 or moe.num_moe_experts % theirs or size % count:
+        valid = [theirs * g for g in range(2, 65) if size % g == 0]
+        yield (
+            f"moe.num_moe_experts ({moe.num_moe_experts}) must be a multiple of the source's "
+            f"{theirs} {with_method}, by a number that divides their {size} neurons: each expert "
+            f"is split into parts of equal size.\n  valid num_moe_experts: {valid}"
+        )
+        return
+    if moe.expert_size(spec.ffn_hidden_size) != size // count:
+        yield (
+            f"moe.moe_ffn_hidden_size ({moe.moe_ffn_hidden_size}) must be {size // count} "
+            f"{with_method}: each of the source's experts of {size} neurons is split into {count} "
+            "parts.\n  leave moe.moe_ffn_hidden_size unset"
+        )
+    if moe.moe_router_topk != experts.moe_router_topk * count:
+        yield (
+            f"moe.moe_router_topk ({moe.moe_router_topk}) must be "
+            f"{experts.moe_router_topk * count}, the source's {experts.moe_router_topk} times "
+            f"{count} parts, {with_method}: parts of an expert have equal logits, so that a token "
+            "chooses all of them.\n  leave moe.moe_router_topk unset"
+        )
+    if moe.moe_router_score_function == "sigmoid" and experts.moe_router_topk == 1:
+        yield (
+            f"upcycle.method ({config.upcycle.method}) is not possible for a source with "
+            "moe.moe_router_topk (1) and moe.moe_router_score_function (sigmoid): a single score "
+            "is a weight as it is, but those of several parts are divided by their sum.\n"
+            "  set upcycle.method=keep, or grow with upcycle.twins=noise"
+        )
 
 
 def _top_k(config: RunConfig, spec: DenseSpec, experts: ExpertsSpec) -> Iterator[str]:
@@ -169,12 +214,17 @@ def _twins(config: RunConfig, spec: DenseSpec, experts: ExpertsSpec) -> Iterator
 def _choose(config: RunConfig, spec: DenseSpec, experts: ExpertsSpec) -> Iterator[str]:
     upcycle = config.upcycle
     choices = METHODS[upcycle.method].choices
-    if upcycle.choose is not None and upcycle.choose not in choices:
+    if upcycle.choose is not None and not choices:
+        yield (
+            f"upcycle.choose ({upcycle.choose}) has no effect with upcycle.method "
+            f"({upcycle.method}): all experts are split.\n  leave upcycle.choose unset"
+        )
+    elif upcycle.choose is not None and upcycle.choose not in choices:
         yield (
             f"upcycle.choose ({upcycle.choose}) with upcycle.method ({upcycle.method}) must be one "
             f"of {', '.join(choices)}.\n  leave upcycle.choose unset"
         )
-    if chosen_by(upcycle) != "even" and upcycle.plan is None:
+    if choices and chosen_by(upcycle) != "even" and upcycle.plan is None:
         yield (
             f"upcycle.choose ({chosen_by(upcycle)}) is measured on text and needs upcycle.plan: "
             "the file that megatron-moe construct writes and train reads.\n  set upcycle.plan, and "

@@ -53,7 +53,7 @@ def write_texts(domains: Path, out: Path) -> None:
                 path = staging / part / f"{name}.jsonl"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text("".join(line + "\n" for line in chosen), encoding="utf-8")
-        _train_tokenizer(staging / "pretrain", staging / "tokenizer")
+        train_tokenizer(staging / "pretrain", staging / "tokenizer")
 
 
 def write_tokens(texts: Path, part: str, tokenizer: Path, out: Path) -> None:
@@ -65,11 +65,14 @@ def write_tokens(texts: Path, part: str, tokenizer: Path, out: Path) -> None:
             )
 
 
-def random_dense(tokenizer: Path, out: Path, *, seed: int) -> None:
-    """Write a small Llama with random weights."""
+def random_dense(
+    tokenizer: Path, out: Path, *, seed: int, shape: dict[str, Any] | None = None
+) -> None:
+    """Write a small Llama with random weights; ``shape`` replaces values of `SHAPE`."""
     torch.manual_seed(seed)
     with complete_or_absent(out) as staging:
-        LlamaForCausalLM(LlamaConfig(**SHAPE)).float().save_pretrained(staging)
+        config = LlamaConfig(**SHAPE | (shape or {}))
+        LlamaForCausalLM(config).float().save_pretrained(staging)
         _add_tokenizer(tokenizer, staging)
 
 
@@ -109,7 +112,8 @@ def _up_to(lines: list[str], limit: int) -> Iterator[str]:
         yield line
 
 
-def _train_tokenizer(texts: Path, out: Path) -> None:
+def train_tokenizer(texts: Path, out: Path) -> None:
+    """Train a tokenizer on the beginning of each JSONL file of ``texts``."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -93,14 +93,21 @@ def gathered(results: Path, *, held_out_tokens: int) -> Numbers:
     first = [case.name for case in TRAINED]
     second = [case.name for case in AT_STEP_0]
     return {
-        "date": date.today().isoformat(),
-        "commit": _commit(),
-        "cores": os.cpu_count(),
-        "versions": {name: version(name) for name in ("torch", "megatron-core", "transformers")},
+        **provenance(),
         "held_out_tokens": held_out_tokens,
         "dense": json.loads((results / "dense.json").read_text()),
         "trained": sorted(trained, key=lambda run: (first.index(run["case"]), run["seed"])),
         "step0": sorted(at_step_0, key=lambda result: second.index(result["case"])),
+    }
+
+
+def provenance() -> Numbers:
+    """Return when, where and with which versions results are collected."""
+    return {
+        "date": date.today().isoformat(),
+        "commit": _commit(),
+        "cores": os.cpu_count(),
+        "versions": {name: version(name) for name in ("torch", "megatron-core", "transformers")},
     }
 
 

@@ -11,6 +11,7 @@ from tiny import save_dense
 
 from megatron_moe.checkpoint.keys import checkpoint_key
 from megatron_moe.commands.export import architecture_for
+from megatron_moe.commands.export_dense import dense_architecture
 from megatron_moe.config.data import Data
 from megatron_moe.config.moe import Moe, Source
 from megatron_moe.config.run import Parallel, Run, RunConfig
@@ -167,3 +168,37 @@ def check_keys(world: World, folder: Path) -> None:
         read.add(checkpoint_key(result.row, layer=result.layer, moe_layer=moe_layer))
     extra = {key for key in saved if key.endswith("_extra_state")}
     assert read == saved - extra
+
+
+ONE = {"num_moe_experts": 1, "moe_router_topk": 1}
+NOT_DENSE = {
+    "experts": ("llama", {}, {"num_moe_experts": 2}, r"num_moe_experts \(2\) must be 1"),
+    "sigmoid": ("llama", {}, SIGMOID | ONE, "the weight of a single expert is its score"),
+    "shared": ("llama", {}, ONE | {"moe_shared_expert_intermediate_size": 8}, "a second FFN"),
+    "sizes": ("llama", {}, ONE | {"first_dense_layers": 1, "moe_ffn_hidden_size": 8}, "sizes: 8 "),
+    "spans": ("llama", {"qk_norm_spans_heads": True}, ONE, "span all heads"),
+    "both": ("qwen2", {"qk_layernorm": True}, ONE, "norms and biases"),
+    "rotary": ("llama", {"layers_without_rotary": (1,)}, ONE, "no rotary embedding"),
+    "windows": ("qwen2", {"attention_windows": (4, 4)}, ONE, "attention windows"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_DENSE)
+def test_what_is_not_dense_is_refused(case: str):
+    family, spec, moe, reason = NOT_DENSE[case]
+    with pytest.raises(CheckpointError, match=reason) as caught:
+        dense_architecture(replace(spec_of(family), **spec), Moe(**moe))
+    assert "leave --dense out" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "architecture"),
+    [
+        ("llama", {}, "LlamaForCausalLM"),
+        ("llama", {"attention_windows": (4, 4, 4, 4)}, "MistralForCausalLM"),
+        ("qwen2", {}, "Qwen2ForCausalLM"),
+        ("qwen3", {}, "Qwen3ForCausalLM"),
+    ],
+)
+def test_the_dense_architecture_of_one_expert(family: str, changes: dict, architecture: str):
+    assert dense_architecture(replace(spec_of(family), **changes), Moe(**ONE)) == architecture

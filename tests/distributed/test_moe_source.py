@@ -104,6 +104,39 @@ def test_exact_growth_is_the_source(folders: dict[str, Path], case: str):
     run_on_ranks(check_logits, config, tolerance, world_size=world_size)
 
 
+SPLIT = {  # family, parts of each expert, layout, method: all routers, shared experts, dense layers
+    "topk_softmax-1": ("mixtral", 2, "1", "split_random"),
+    "topk_softmax-tp2-ep2-etp2": ("mixtral", 4, "tp2-ep2-etp2", "split_random"),
+    "topk_softmax-clustered-ep4": ("mixtral", 2, "ep4", "split_clustered"),
+    "softmax_topk-shared-tp2-ep2": ("qwen2-stacked", 4, "tp2-ep2", "split_clustered"),
+    "sigmoid-shared-pp2": ("glm4-stacked", 2, "pp2", "split_random"),
+}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.slow if layout in ("1", "ep4") else [])
+        for case, (_, _, layout, _) in SPLIT.items()
+    ],
+)
+def test_finer_experts_are_the_source(folders: dict[str, Path], case: str, tmp_path: Path):
+    """A token chooses all parts of K experts; three of four decimals would show a lost factor."""
+    model, parts, layout, method = SPLIT[case]
+    world_size, parallel = LAYOUTS[layout]
+    config = run_config(
+        folders[model], parallel, moe={"num_moe_experts": 4 * parts}, upcycle={"method": method},
+        run={"dir": str(tmp_path)},
+    )  # fmt: skip
+    experts = read_spec(folders[model]).experts
+    assert experts is not None
+    assert config.moe.moe_router_topk == 2 * parts
+    assert config.moe.moe_ffn_hidden_size == experts.moe_ffn_hidden_size // parts
+    assert not violations(config, read_spec(folders[model]), world_size)
+    tolerance = EXACT * largest_logit(folders[model])
+    run_on_ranks(check_logits, config, tolerance, world_size=world_size)
+
+
 @torch.no_grad()
 def largest_logit(folder: Path) -> float:
     model = load_model(folder, device="cpu", dtype=torch.float32)
@@ -116,6 +149,7 @@ def tokens_of(vocab_size: int) -> torch.Tensor:
 
 
 def check_logits(world: World, config: RunConfig, tolerance: float) -> None:
+    from megatron_moe.construct.complete import complete_plan
     from megatron_moe.model.build import build_model
     from megatron_moe.model.upcycle import check_coverage, upcycle
     from megatron_moe.model.verify import compare_with_dense
@@ -126,6 +160,7 @@ def check_logits(world: World, config: RunConfig, tolerance: float) -> None:
     expected = dict(dense_tensors(source.spec))
     source.check_tensors(expected)
     plan = make_expert_plan(source.spec, config.moe, config.upcycle)
+    plan = complete_plan(plan, config, source)
     layout, groups = create_groups(config.parallel, seed=0)
     model = build_model(
         config, source.spec, layout=layout, groups=groups, rank=world.rank, engine=TORCH_ON_CPU

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from layouts import LAYOUTS
 from tiny import save_dense, save_moe
 from training_runs import run_training, tree, write_tokens
@@ -18,6 +19,7 @@ from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
 from megatron_moe.experts.from_source import complete_from_source
 from megatron_moe.experts.plan import make_expert_plan
+from megatron_moe.hf.load import load_model
 from megatron_moe.hf.spec import read_spec
 from megatron_moe.source.dense import open_dense
 
@@ -163,3 +165,21 @@ def test_exact_growth_is_pruned_back_to_the_same_bits(tmp_path: Path, family: st
         upcycle={"method": "prune", "choose": "even"},
     )  # fmt: skip
     check_same_bytes(kept, pruned)
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", pytest.param("glm4_moe", marks=pytest.mark.slow)])
+def test_an_export_of_finer_experts_is_the_source(tmp_path: Path, family: str):
+    """1e-5 of the largest logit as in test_moe_source.py: fp32 sums in another order."""
+    source = save_moe(tmp_path / "source", family)
+    finer = exported(
+        tmp_path / "finer", source, layout="ep2", moe={"num_moe_experts": 16},
+        upcycle={"method": "split_random"},
+    )  # fmt: skip
+    assert json.loads((finer / "config.json").read_text())["moe_intermediate_size"] == 8
+    tokens = torch.randint(0, 257, (1, 32), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, ours = (
+            load_model(folder, device="cpu", dtype=torch.float32)(tokens).logits
+            for folder in (source, finer)
+        )
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))

@@ -123,7 +123,7 @@ def test_without_the_dense_weights_the_checkpoint_is_judged_alone(
         assert result["domains"][domain]["loss"] == pytest.approx(expected["now"], abs=2e-5)
         assert result["domains"][domain]["bytes"] == expected["bytes"]
     (remark,) = result["remarks"]
-    assert "the weights of the dense model are not in" in remark
+    assert "the weights of the source model are not in" in remark
 
 
 def test_nothing_held_out_is_said(judged: Judged):

@@ -13,28 +13,27 @@ from megatron_moe.errors import ConfigError
 from megatron_moe.hf.known import known_model, known_models, model_named
 from megatron_moe.hf.planned import spec_to_plan
 from megatron_moe.hf.spec import spec_from_config
-from megatron_moe.planner.moe_config import shape_from_hf
 from megatron_moe.planner.parameters import total_parameters
+from megatron_moe.planner.shape import source_shape
 from research.calibration.published import model_shape
 
 ROOT = Path(__file__).parents[2]
 DEMO_MODEL = ROOT / "runs" / "models" / "smollm2-135m"
-DENSE = [model for model in known_models().values() if not model.is_moe]
 
 
 @pytest.mark.parametrize("model", known_models().values(), ids=lambda model: model.name)
 def test_the_parameters_are_those_that_the_hub_states(model):
-    counted = total_parameters(shape_from_hf(model.config, where=model.name))
+    counted = total_parameters(source_shape(spec_from_config(model.config, where=model.name)))
     if model.parameters is None:
         assert model.name in ("dense-56x6144", "qwen2-57b-a14b")
         pytest.skip("no published count is known")
     assert counted == model.parameters
 
 
-@pytest.mark.parametrize("model", DENSE, ids=lambda model: model.name)
-def test_a_dense_model_is_one_that_can_be_upcycled(model):
+@pytest.mark.parametrize("model", known_models().values(), ids=lambda model: model.name)
+def test_a_known_model_is_one_that_a_run_can_start_from(model):
     spec = spec_from_config(model.config, where=model.name)
-    assert spec.eos_token_id is not None
+    assert spec.eos_token_id is not None or spec.experts is not None
     if spec.rope_scaling is not None:
         assert spec.rope_scaling.original_max_position_embeddings == 8192
 
@@ -88,7 +87,8 @@ def test_the_models_of_configs_are_known(name: str):
 @pytest.mark.parametrize("name", ["mixtral-8x22b", "qwen2-57b-a14b"])
 def test_the_moe_models_are_those_of_the_published_rows(name: str):
     tree = yaml.safe_load((ROOT / "research/calibration/published_mfu.yaml").read_text())
-    published, known = model_shape(tree["models"][name]), shape_from_hf(model_named(name).config)
+    published = model_shape(tree["models"][name])
+    known = source_shape(spec_from_config(model_named(name).config))
     for size in ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups",
                  "vocab_size", "num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size",
                  "shared_expert_size"):  # fmt: skip

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from megatron_moe.hf.spec import spec_from_config
 from megatron_moe.planner.flops import forward_flops, step_flops, training_flops
-from megatron_moe.planner.moe_config import shape_from_hf
 from megatron_moe.planner.parameters import total_parameters
-from megatron_moe.planner.shape import MoeShape
+from megatron_moe.planner.shape import MoeShape, source_shape
 
 
 def teraflops(shape: MoeShape, **kwargs) -> float:
@@ -92,7 +92,7 @@ def test_agrees_with_torchs_counter_on_mixtral():
     model = transformers.MixtralForCausalLM(config).eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.arange(32)[None], use_cache=False)
-    shape = shape_from_hf(config.to_dict())
+    shape = source_shape(spec_from_config(config.to_dict()))
     assert counter.get_total_flops() == forward_flops(shape, sequence_length=32).executed
     assert total_parameters(shape) == model.num_parameters()
 
@@ -124,5 +124,5 @@ def test_a_step_leaves_out_the_weight_gradients_of_frozen_roles(frozen, words):
         return counter.get_total_flops()
 
     config = LlamaConfig(**sizes).to_dict() | {"architectures": ["LlamaForCausalLM"]}
-    forward = forward_flops(shape_from_hf(config), sequence_length=16)
+    forward = forward_flops(source_shape(spec_from_config(config)), sequence_length=16)
     assert step_flops(forward, []) - step_flops(forward, frozen) == counted(()) - counted(words)

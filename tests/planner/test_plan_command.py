@@ -42,11 +42,14 @@ def test_a_known_model_is_counted_by_name(capsys, monkeypatch):
     assert 3.3e9 <= counts["active_parameters"] < 3.4e9  # the model card says 3.3 B
 
 
+def test_a_known_moe_is_planned_as_it_is(capsys, monkeypatch):
+    planned = printed(capsys, monkeypatch, "plan", "--model", "mixtral-8x7b", "--gpus", "64")
+    assert planned["best"]
+
+
 def test_plan_refuses_what_it_cannot_plan(capsys, monkeypatch):
     for words in ([], ["train.steps=5"]):
         message = refused(capsys, monkeypatch, "plan", *words)
         assert message.startswith("ConfigError: plan needs CONFIG.yaml, or --model NAME")
-    message = refused(capsys, monkeypatch, "plan", "--model", "mixtral-8x7b")
-    assert "is a MoE: init and plan --model start from a dense model" in message
     message = refused(capsys, monkeypatch, "plan", "--model", "lama-3-8b")
     assert "similar names: llama-3-8b" in message

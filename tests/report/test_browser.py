@@ -14,7 +14,7 @@ from synthetic_runs import DOMAINS, HOSTILE, write_run
 from tiny import save_dense
 from training_runs import run_training, tree, write_tokens
 
-from megatron_moe.cli.plan import known_dense_model
+from megatron_moe.cli.plan import known_source
 from megatron_moe.commands.plan import plan
 from megatron_moe.commands.report import compare, report
 from megatron_moe.planner.starting import Request, starting_config
@@ -87,7 +87,7 @@ def both(large: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the page of a plan."""
     path = tmp_path_factory.mktemp("planned") / "plan.html"
-    spec, source = known_dense_model("llama-3-70b")
+    spec, source = known_source("llama-3-70b")
     config = starting_config(Request(source=source, gpus=1024), spec)
     options = {"gpus": 1024, "gpu": "h100", "check_only": False}
     plan(config, spec, Circumstances(price=2.0), **options).write_page(path)

@@ -66,6 +66,13 @@ def test_what_is_set_is_kept(tmp_path: Path):
     assert not violations(build(RunConfig, settings), read_spec(tmp_path), 1)
 
 
+def test_parts_take_their_size_from_the_source(tmp_path: Path):
+    settings = complete_from_source(
+        tree(tmp_path, QWEN2_MOE, moe={"num_moe_experts": 32}, upcycle={"method": "split_random"})
+    )
+    assert settings["moe"].items() >= {"moe_ffn_hidden_size": 3, "moe_router_topk": 8}.items()
+
+
 def test_a_dense_source_fills_in_nothing(tmp_path: Path):
     settings = tree(tmp_path, DENSE, moe={"moe_router_topk": 1})
     assert complete_from_source(settings) is settings
@@ -91,7 +98,9 @@ def test_growing_needs_a_number_of_experts(tmp_path: Path):
         load_run(file)
 
 
-KEEP, GROW, PRUNE = ({"method": method} for method in ("keep", "grow", "prune"))
+KEEP, GROW, PRUNE, SPLIT = (
+    {"method": method} for method in ("keep", "grow", "prune", "split_random")
+)
 E4, E16 = {"num_moe_experts": 4}, {"num_moe_experts": 16}
 REFUSALS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], str]] = [
     ("moe-source", QWEN2_MOE, {}, {}, r"upcycle.method \(copy\) needs a dense model in"),
@@ -128,6 +137,18 @@ REFUSALS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], str]] 
      r"upcycle.noise_std \(0.1\) requires upcycle.twins \(noise\)"),
     ("choice", QWEN2_MOE, E16, GROW | {"choose": "reap", "plan": "p"},
      r"upcycle.choose \(reap\) with upcycle.method \(grow\) must be one of even, load, utility"),
+    ("parts", QWEN2_MOE, {"num_moe_experts": 40}, SPLIT,
+     r"num_moe_experts \(40\) must be a multiple of the source's 8[\s\S]*: \[16, 24, 32, 48, 96\]"),
+    ("one-part", QWEN2_MOE, {"num_moe_experts": 8}, SPLIT, r"num_moe_experts \(8\) must be a mult"),
+    ("size-of-parts", QWEN2_MOE, E16 | {"moe_ffn_hidden_size": 12}, SPLIT,
+     r"moe.moe_ffn_hidden_size \(12\) must be 6 with upcycle.method \(split_random\)"),
+    ("top-k-of-parts", QWEN2_MOE, E16 | {"moe_router_topk": 2}, SPLIT,
+     r"moe.moe_router_topk \(2\) must be 4, the source's 2 times 2 parts"),
+    ("sigmoid-parts", SIGMOID, E16, SPLIT, r"\(split_random\) is not possible for a source with"),
+    ("choice-of-parts", QWEN2_MOE, E16, SPLIT | {"choose": "load"}, r"\(load\) has no effect"),
+    ("factor-of-parts", QWEN2_MOE, E16, SPLIT | {"rescale": "N/K"}, r"\(N/K\) has no effect"),
+    ("coactivation", QWEN2_MOE, E16, {"method": "split_coactivation", "plan": "p"},
+     r"split its experts: split_random, split_clustered"),
     ("no-plan", QWEN2_MOE, E4, PRUNE, r"upcycle.choose \(reap\) is measured on text"),
     ("rescale", QWEN2_MOE, {}, KEEP | {"rescale": "N/K"}, r"upcycle.rescale \(N/K\) has no effect"),
     ("rows", QWEN2_MOE, {}, KEEP | {"router_init": "zero"}, r"router_init \(zero\) has no effect"),
@@ -154,6 +175,8 @@ def test_a_contradiction_is_refused(
         (E16, GROW | {"twins": "bias"}),
         ({"num_moe_experts": 12}, GROW | {"choose": "load", "plan": "p"}),
         (E4, PRUNE | {"choose": "even"}),
+        (E16, SPLIT),
+        ({"num_moe_experts": 32}, {"method": "split_clustered"}),
         ({"num_moe_experts": 5}, PRUNE | {"choose": "load", "plan": "p"}),
     ],
 )
