@@ -96,10 +96,13 @@ def export_checkpoint(
     half_open = architecture == "Qwen2MoeForCausalLM" and not config.moe.moe_shared_expert_gate
     plan = folders.plan_of(checkpoint, spec, config)
     progress = folders.read_progress(checkpoint)
+    run_dir, folder = checkpoint.resolve().parents[1], out.resolve()
+    # A folder in that of its run, such as runs/demo/hf, is called like every other run's.
+    title = run_dir.name if name is None and folder.parent == run_dir else None
     card = model_card(
         config=config, spec=spec, progress=progress,
         tokens=folders.tokens_of(progress, checkpoint), architecture=architecture, dtype=kind,
-        run_dir=checkpoint.resolve().parents[1], name=name or out.resolve().name,
+        run_dir=run_dir, name=name or folder.name, title=title,
     )  # fmt: skip
     with (
         GlobalTensors(checkpoint) as tensors,

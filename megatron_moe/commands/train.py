@@ -10,6 +10,7 @@ from megatron_moe.checkpoint.folder import (
     newest,
     plan_of,
     read_config,
+    read_progress,
     source_copy,
 )
 from megatron_moe.commands.job import Job
@@ -78,7 +79,9 @@ def _train(job: Job) -> None:
     job.watch.at("load")
     resume_from = newest(config.run.dir)
     before = None if resume_from is None else read_config(resume_from)
-    changes = [] if before is None else changed_settings(before, config)
+    changes: list[Change] = []
+    if before is not None and resume_from is not None:
+        changes = changed_settings(before, config, step=read_progress(resume_from).step)
     # If the source is gone, all ranks read the run's copy, which must not be replaced meanwhile.
     if job.world.rank == 0 and config.source.path != config.run.dir / "source":
         kept = config.source.path if resume_from is None else source_copy(resume_from)

@@ -91,6 +91,14 @@ def test_the_card_says_what_the_model_is(run: Path):
         assert words in card, words
 
 
+@pytest.mark.distributed
+def test_the_card_of_a_folder_in_its_run_is_named_after_the_run(run: Path):
+    export_checkpoint(run, run / "hf")
+    card = (run / "hf" / "README.md").read_text()
+    assert f"\n# {run.name}\n" in card
+    assert 'from_pretrained("hf"' in card
+
+
 @pytest.mark.parametrize(
     ("text", "size"),
     [("5GB", 5 * 10**9), ("500MB", 5 * 10**8), ("2GiB", 2**31), ("1.5 mb", 1_500_000), ("7", 7)],
