@@ -186,14 +186,10 @@ def _family(config: Mapping[str, Any]) -> Family | None:
 
 def _other_architecture(config: object) -> str:
     name = config.get("architectures") if isinstance(config, dict) else type(config).__name__
-    if isinstance(name, list) and len(name) == 1 and (reason := REFUSED.get(str(name[0]))):
-        return (
-            f"architectures is {name}: it has {reason}.\n"
-            f"  Supported are {', '.join(FAMILY_OF_ARCHITECTURE)}, which use RMSNorm, rotary "
-            "attention and SwiGLU"
-        )
+    one = str(name[0]) if isinstance(name, list) and name else ""
+    reason = f"it has {REFUSED[one]}; " if one in REFUSED else ""
     return (
-        f"architectures is {name}: supported are {', '.join(FAMILY_OF_ARCHITECTURE)}, "
+        f"architectures is {name}: {reason}supported are {', '.join(FAMILY_OF_ARCHITECTURE)}, "
         "which use RMSNorm, rotary attention and SwiGLU"
     )
 

@@ -7,7 +7,9 @@ fp32 sums in another order over logits of size 10.
 
 import json
 import os
+import shutil
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -227,14 +229,21 @@ def test_a_few_folders(tmp_path_factory: pytest.TempPathFactory, draw: dict[str,
 @pytest.mark.slow
 def test_folders_for_five_minutes(tmp_path_factory: pytest.TempPathFactory):
     end = time.monotonic() + float(os.environ.get("FIELD_FUZZ_SECONDS", SECONDS))
-    outcomes: list[str] = []
+    outcomes: Counter[str] = Counter()
+    families: Counter[str] = Counter()
 
     @settings(max_examples=20, deadline=None, suppress_health_check=QUIET, database=None)
     @given(draw=FOLDERS)
     def some(draw: dict[str, Any]) -> None:
-        outcomes.append(check_folder(tmp_path_factory.mktemp("folder"), draw))
+        root = tmp_path_factory.mktemp("folder")
+        outcome = check_folder(root, draw)
+        outcomes[outcome] += 1
+        families[draw["family"]] += outcome == "parity"
+        shutil.rmtree(root)
 
     while time.monotonic() < end:
         some()
+    print(f"{outcomes.total()} folders: {dict(outcomes)}; parity by family: {dict(families)}")
     assert set(outcomes) == {"parity", "refused"}
-    assert min(outcomes.count("parity"), outcomes.count("refused")) > 10
+    assert min(outcomes.values()) > 10
+    assert all(families[family] for family in FAMILIES), families
