@@ -38,6 +38,7 @@ from megatron_moe.planner.memory import (
 )
 from megatron_moe.planner.parameters import total_parameters
 from megatron_moe.planner.shape import upcycled_shape
+from megatron_moe.planner.teacher import with_teacher
 from megatron_moe.planner.workload import Degrees, degrees_of, workload_of
 from megatron_moe.runtime.engine import (
     TORCH_ON_CUDA,
@@ -190,7 +191,7 @@ def _report(
         planned=planned_bytes(config, spec, layout, rank=rank),
         memory=rank_memory(
             upcycled_shape(spec, config.moe),
-            workload_of(config),
+            with_teacher(workload_of(config), config, spec),
             degrees,
             pp_rank=layout.attention.coords(rank)["pp"],
             state=counted,

@@ -9,13 +9,16 @@ from megatron_moe.checkpoint.policy import roll_back, save_or_continue, step_mes
 from megatron_moe.checkpoint.sharded import Saver
 from megatron_moe.commands.job import Job
 from megatron_moe.commands.stages import enter_next_stage, stage_message
+from megatron_moe.commands.teaching import Teaching
 from megatron_moe.data.feed import DataRank, Feed
 from megatron_moe.data.mixing import adapted_weights, updates_due
 from megatron_moe.data.texts import Texts
 from megatron_moe.experts.plan import ExpertPlan
+from megatron_moe.hf.spec import DenseSpec
 from megatron_moe.log import StepProgress
-from megatron_moe.planner.flops import sequence_flops
+from megatron_moe.planner.flops import SequenceFlops, sequence_flops
 from megatron_moe.planner.shape import upcycled_shape
+from megatron_moe.planner.teacher import teacher_flops, teacher_work
 from megatron_moe.runtime.wait import waiter
 from megatron_moe.train.garbage import INTERVAL, manual_collection
 from megatron_moe.train.guard import Boundary, StepGuard
@@ -55,6 +58,9 @@ def continue_pretraining(job: Job, state: TrainState, plan: ExpertPlan, feed: Fe
         if writer is not None:
             writer.write(numbers)
 
+    teaching, taught = Teaching(job, plan), _taught_flops(job, state.model.spec)
+    if state.step < config.train.steps:
+        teaching.before_step(state)  # opens it here, so that no step's time includes this
     with (
         Saver(config, plan_hash=plan.hash, say=job.say) as saver,
         StepProgress(total=config.train.steps, done=resumed_step, rank=job.world.rank) as progress,
@@ -77,9 +83,9 @@ def continue_pretraining(job: Job, state: TrainState, plan: ExpertPlan, feed: Fe
             run_loop(
                 state,
                 steps=end,
-                take_step=partial(_take_step, job, state, feed, guard, saver),
+                take_step=partial(_take_step, job, state, feed, guard, saver, teaching),
                 wait=waiter(job.world.device),
-                describe=partial(_describe, job, state, feed, peak, health),
+                describe=partial(_describe, job, state, feed, peak, health, taught),
                 hooks=_hooks(job, saver, state, feed, writer, progress, boundary, end=end),
                 keeps=partial(_keeps, job, state, saver, writer, plan.hash),
                 stopping=boundary.stopping,
@@ -123,7 +129,12 @@ def _hooks(
 
 
 def _take_step(
-    job: Job, state: TrainState, feed: Feed, guard: StepGuard, saver: Saver
+    job: Job,
+    state: TrainState,
+    feed: Feed,
+    guard: StepGuard,
+    saver: Saver,
+    teaching: Teaching,
 ) -> StepResult:
     watch = job.watch
 
@@ -135,7 +146,8 @@ def _take_step(
     watch.step = state.step + 1
     watch.at("data")
     batches, after = feed.next_step(state.blend)
-    result = train_step(state, batches, job.config, job.groups, guard=guard, at=at)
+    teacher = teaching.before_step(state)
+    result = train_step(state, batches, job.config, job.groups, guard=guard, at=at, teacher=teacher)
     state.blend = after
     watch.at("report")
     return result
@@ -173,12 +185,12 @@ def _describe(
     feed: Feed,
     peak: Peak,
     health: RouterHealth,
+    taught: SequenceFlops,
     result: StepResult,
     seconds: float,
 ) -> Numbers:
     for warning in health.after(state.step, result.chosen_LE.numpy()):
         job.say(warning)
-    shape = upcycled_shape(state.model.spec, job.config.moe)
     return step_numbers(
         result,
         step=state.step,
@@ -186,12 +198,27 @@ def _describe(
         learning_rate=state.learning_rate,
         seconds=seconds,
         data_seconds=feed.seconds,
-        flops=sequence_flops(
-            shape, job.config.data.seq_length, job.config.train.frozen_after(state.step - 1)
-        ),
+        flops=_flops(job, state) + taught if result.teacher else _flops(job, state),
         peak_flops=peak.flops_per_second,
         config=job.config,
     )
+
+
+def _flops(job: Job, state: TrainState) -> SequenceFlops:
+    """Return the model's operations in the last step, on one sequence."""
+    config = job.config
+    shape = upcycled_shape(state.model.spec, config.moe)
+    frozen = config.train.frozen_after(state.step - 1)
+    return sequence_flops(shape, config.data.seq_length, frozen)
+
+
+def _taught_flops(job: Job, spec: DenseSpec) -> SequenceFlops:
+    """Return the teacher's operations on one sequence; none without a teacher."""
+    config = job.config
+    work = teacher_work(config, spec)
+    if work is None:
+        return SequenceFlops(0, 0)
+    return teacher_flops(work, upcycled_shape(spec, config.moe), config.data.seq_length)
 
 
 def _validate(job: Job, state: TrainState, feed: Feed, numbers: Numbers) -> None:

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from megatron_moe.config.data import Data
 from megatron_moe.config.moe import Measure, Moe, Source, Upcycle
-from megatron_moe.config.train import Optimizer, Train
+from megatron_moe.config.train import Optimizer, Teacher, Train
 from megatron_moe.config.values import (
     Count,
     HomePath,
@@ -139,6 +139,7 @@ class RunConfig(Section):
     data: Data
     train: Train
     optimizer: Optimizer = Optimizer()
+    teacher: Teacher = Teacher()
     checkpoint: Checkpoint = Checkpoint()
     guard: Guard = Guard()
     log: Log = Log()

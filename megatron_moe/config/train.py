@@ -7,7 +7,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megatron_moe.config.values import Beta, Count, NonNegative, NonNegativeInt, Positive, Section
+from megatron_moe.config.values import (
+    Beta,
+    Count,
+    HomePath,
+    NonNegative,
+    NonNegativeInt,
+    Positive,
+    Section,
+)
 
 Role = Literal[
     "router", "experts", "shared_experts", "dense_ffn", "attention", "norms", "embeddings"
@@ -211,3 +219,51 @@ class Optimizer(Section):
         if self.lr_warmup_fraction is None:
             return self.warmup_steps
         return round(self.lr_warmup_fraction * self.decay_length(steps))
+
+
+class Teacher(Section):
+    """A frozen model that teaches while the run trains: the source, or a larger model.
+
+    Without a weight there is no teacher.
+    """
+
+    path: HomePath | None = None
+    """Hugging Face folder of the teacher, with the tokenizer of the source. It can teach logits
+    only. None: the source itself."""
+
+    logits_weight: NonNegative = 0.0
+    """Weight in the loss of the divergence from the teacher's next-token distribution
+    (Kullback-Leibler, nats per token). A usual weight is 1."""
+
+    layers_weight: NonNegative = 0.0
+    """Weight of the squared error of each MoE layer's output, relative to the output of the
+    source's FFN on the same input. Mean over tokens and MoE layers."""
+
+    router_weight: NonNegative = 0.0
+    """Weight of the divergence of each router's softmax from what the experts' neurons contribute
+    to the output of the source's FFN, with methods that split it. Mean over tokens and MoE
+    layers."""
+
+    temperature: Positive = 1.0
+    """Temperature of both distributions of logits_weight, whose divergence is multiplied by its
+    square (arXiv 1503.02531)."""
+
+    steps: Count | None = None
+    """Step after which the teacher is dropped and its memory is free. All weights fall to zero
+    until then, linearly. None: constant weights for the whole run."""
+
+    @property
+    def teaches(self) -> bool:
+        """Whether the run has a teacher at all."""
+        return bool(self.logits_weight or self.teaches_layers)
+
+    @property
+    def teaches_layers(self) -> bool:
+        """Whether the teacher's FFNs are compared with MoE layers."""
+        return bool(self.layers_weight or self.router_weight)
+
+    def factor_after(self, step: int) -> float:
+        """Return the factor of the weights in the step after ``step``; 0 without a teacher."""
+        if not self.teaches:
+            return 0.0
+        return 1.0 if self.steps is None else max(0.0, 1 - step / self.steps)

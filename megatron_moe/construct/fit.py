@@ -37,7 +37,15 @@ from megatron_moe.construct.dense_ffn import (
     router_of,
 )
 from megatron_moe.construct.finished import FinishedLayer, read_finished, write_finished
-from megatron_moe.construct.fit_router import LOGIT_STD, Prices, RouterRegression, gains, loads
+from megatron_moe.construct.fit_router import (
+    BLOCKS,
+    LOGIT_STD,
+    Prices,
+    RouterRegression,
+    gains,
+    loads,
+    worst_loads,
+)
 from megatron_moe.construct.measure import world_sum
 from megatron_moe.construct.ridge import RidgeSolution, RidgeSums, solve
 from megatron_moe.construct.stream import LayerStream
@@ -138,9 +146,13 @@ class Fit:
     def _inputs(self, *, left_out: bool | None = None) -> Iterator[tuple[int, Tensor]]:
         """Yield index and FFN input of this rank's sequences: all, left out or not."""
         for index, residual_SBD in enumerate(self._residual):
-            number = self.first + index * dist.get_world_size()
-            if left_out is None or left_out == (number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1):
+            out = self._number(index) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+            if left_out is None or left_out == out:
                 yield index, self.stream.ffn_input(residual_SBD)
+
+    def _number(self, index: int) -> int:
+        """Return the number over all ranks of this rank's sequence ``index``."""
+        return self.first + index * dist.get_world_size()
 
     def _attend(self) -> None:
         for streams in (self._residual, self._dense_residual):
@@ -194,15 +206,16 @@ class Fit:
             regression.add(x_TD, gains(self._ffn, act_TF, y_TD, neurons_EM))
         rows_ED, one_D = RouterRegression(regression.sums.map_(world_sum)).solve()
         rows_ED, one_D = rows_ED.to(self.stream.device), one_D.to(self.stream.device)
-        priced = [(x_TD @ rows_ED.T, x_TD @ one_D) for _, x_TD in self._inputs()]
+        priced = [(i, x_TD @ rows_ED.T, x_TD @ one_D) for i, x_TD in self._inputs()]
         prices = Prices(experts, self.plan.recipe.max_load)
         while True:
             price_E = prices.price_E.float().to(self.stream.device)
-            load_E = torch.zeros(experts, dtype=torch.float64, device=self.stream.device)
-            for logits_TE, one_T in priced:
-                load_E += loads(logits_TE - one_T[:, None] * price_E, self.moe.moe_router_topk)
-            load_E = world_sum(load_E)
-            if prices.adjust(load_E / load_E.mean()):
+            load_BE = torch.zeros(BLOCKS, experts, dtype=torch.float64, device=self.stream.device)
+            for index, logits_TE, one_T in priced:
+                load_BE[self._number(index) % BLOCKS] += loads(
+                    logits_TE - one_T[:, None] * price_E, self.moe.moe_router_topk
+                )
+            if prices.adjust(worst_loads(world_sum(load_BE))):
                 price_E = prices.price_E.float().to(self.stream.device)
                 return LOGIT_STD * (rows_ED - price_E[:, None] * one_D)
 

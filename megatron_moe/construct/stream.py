@@ -26,7 +26,7 @@ from megatron_moe.model.residual import ResidualAdd
 from megatron_moe.model.upcycle import fill
 from megatron_moe.parallel.groups import create_groups
 from megatron_moe.runtime.engine import Engine
-from megatron_moe.train.step import document_arguments
+from megatron_moe.train.inputs import document_arguments
 
 
 class LayerStream:

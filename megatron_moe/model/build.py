@@ -50,6 +50,11 @@ class Model:
         """The chunks' modules, as Megatron-Core's schedules expect them."""
         return [chunk.module for chunk in self.chunks]
 
+    @property
+    def device(self) -> torch.device:
+        """Device of this rank's parameters."""
+        return next(self.modules[0].parameters()).device
+
 
 def _qk_norms(spec: DenseSpec, groups: ProcessGroupCollection) -> QkNorms | None:
     if not spec.qk_norm_spans_heads:

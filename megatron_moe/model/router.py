@@ -45,6 +45,9 @@ class CapacityRouter(TopKRouter):
     observe: Observer | None = None
     """Called in every pass; it must not change its arguments."""
 
+    guide: Callable[[Tensor], Tensor] | None = None
+    """Called with the logits of passes that build a graph; returns them with a gradient added."""
+
     def __init__(self, *, capacity: Capacity | None = None, **megatron: Any) -> None:
         super().__init__(**megatron)
         self.capacity, self.statistics = capacity, RouterStatistics()
@@ -65,6 +68,8 @@ class CapacityRouter(TopKRouter):
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return weights and choices of each token without dropped ones, both ``(T, E)``."""
+        if self.guide is not None and self.training and torch.is_grad_enabled():
+            logits = self.guide(logits)
         probs_TE, chosen_TE = super().routing(logits, padding_mask=padding_mask)
         map_TE = chosen_TE
         if self.capacity is not None:

@@ -15,6 +15,7 @@ from megatron_moe.planner.memory import peak_memory
 from megatron_moe.planner.relief import reliefs
 from megatron_moe.planner.search import Candidate, configured
 from megatron_moe.planner.shape import MoeShape, upcycled_shape
+from megatron_moe.planner.teacher import with_teacher
 from megatron_moe.planner.time import step_time
 from megatron_moe.planner.workload import Degrees, Workload, degrees_of, workload_of
 from megatron_moe.rules.check import violations
@@ -76,7 +77,9 @@ def check_layout(
             legal=False, fits=False, reasons=tuple(broken_rules), candidate=None, advice=()
         )
     shape, degrees = upcycled_shape(spec, config.moe), degrees_of(config, gpus=gpus)
-    candidate = predict_candidate(shape, workload_of(config), degrees, machine)
+    candidate = predict_candidate(
+        shape, with_teacher(workload_of(config), config, spec), degrees, machine
+    )
     excess = candidate.memory.total - machine.gpu.usable_gib
     reasons = (_excess(candidate, excess, machine),) if excess > 0 else ()
     return CheckResult(

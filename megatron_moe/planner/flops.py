@@ -99,6 +99,9 @@ class SequenceFlops:
     full_attention: int
     """Operations if the whole square of the attention scores counted."""
 
+    def __add__(self, other: SequenceFlops) -> SequenceFlops:
+        return SequenceFlops(self.causal + other.causal, self.full_attention + other.full_attention)
+
 
 @lru_cache
 def sequence_flops(

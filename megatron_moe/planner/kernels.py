@@ -51,18 +51,23 @@ class Kernels:
     bytes_per_value: int = 2
     engine: Engine = "transformer_engine"
 
-    def linear(self, rows: float, inputs: int, outputs: int) -> Seconds:
+    def linear(self, rows: float, inputs: int, outputs: int, *, trained: bool = True) -> Seconds:
         """Return the time of a linear layer; see `grouped`."""
-        return self._products(rows, inputs, outputs, copies=1, separate=False)
+        time = self._products(rows, inputs, outputs, copies=1, separate=False)
+        return time if trained else Seconds(time.forward, time.forward)
 
-    def grouped(self, rows: float, inputs: int, outputs: int, *, copies: int) -> Seconds:
+    def grouped(
+        self, rows: float, inputs: int, outputs: int, *, copies: int, trained: bool = True
+    ) -> Seconds:
         """Return the time of the linear layers of ``copies`` experts that share ``rows``.
 
-        Torch's grouped product cannot add to the fp32 buffer: its result is written and read once
-        more, after the product. Its efficiency is assumed to be that of other products.
+        The backward pass of frozen weights has one product, the input's gradient. Torch's grouped
+        product cannot add to the fp32 buffer: its result is written and read once more, after the
+        product. Its efficiency is assumed to be that of other products.
         """
         separate = self.engine == "torch"
-        return self._products(rows, inputs, outputs, copies=copies, separate=separate)
+        time = self._products(rows, inputs, outputs, copies=copies, separate=separate)
+        return time if trained else Seconds(time.forward, time.forward)
 
     def _products(
         self, rows: float, inputs: int, outputs: int, *, copies: int, separate: bool

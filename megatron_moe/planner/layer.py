@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_moe.config.train import Role
 from megatron_moe.planner.activations import local_tokens
 from megatron_moe.planner.calibration import Calibration
 from megatron_moe.planner.hardware import Gpu
@@ -49,7 +50,7 @@ def layer_seconds(
     if routes:
         ffn = _experts(shape, work, degrees, kernels, machine.links)
     else:
-        ffn = _ffn(shape.ffn_hidden_size, shape, work, degrees, kernels, machine.links)
+        ffn = _ffn("dense_ffn", shape.ffn_hidden_size, shape, work, degrees, kernels, machine.links)
     overhead = machine.calibration.layer_overhead_seconds * (1 if routes else DENSE_LAYER_OVERHEAD)
     ffn["overhead"] = Seconds(overhead / 3, overhead * 2 / 3)
     return total([attention, ffn, _recomputed(shape, work, degrees, kernels, attention, ffn)])
@@ -105,8 +106,10 @@ def _attention(
         forward=passes,
         backward=passes,
     )
+    trained = "attention" not in work.frozen
     return {
-        "gemm": kernels.linear(tokens, d, qkv) + kernels.linear(tokens, shape.query_width // tp, d),
+        "gemm": kernels.linear(tokens, d, qkv, trained=trained)
+        + kernels.linear(tokens, shape.query_width // tp, d, trained=trained),
         "attention": core,
         "memory": stream + rotary,
         "tp": _sequence_parallel(tokens * d, work, degrees, links)
@@ -133,11 +136,14 @@ def _experts(
     swiglu = 6 if work.engine == "torch" else 5
     shared = {}
     if shape.shared_expert_size:
-        shared = _ffn(shape.shared_expert_size, shape, work, degrees, kernels, links)
+        shared = _ffn(
+            "shared_experts", shape.shared_expert_size, shape, work, degrees, kernels, links
+        )
     dispatch = _overlapped(Seconds(2 * exchange, 2 * exchange), behind=shared.get("gemm", ZERO))
+    trained = "experts" not in work.frozen
     routed = {
-        "gemm": kernels.grouped(rows, d, 2 * neurons, copies=local)
-        + kernels.grouped(rows, neurons, d, copies=local),
+        "gemm": kernels.grouped(rows, d, 2 * neurons, copies=local, trained=trained)
+        + kernels.grouped(rows, neurons, d, copies=local, trained=trained),
         "memory": permute + kernels.elementwise(rows * neurons, forward=3, backward=swiglu),
         "ep": dispatch,
         "etp": Seconds(2 * gather, 2 * gather),
@@ -146,16 +152,32 @@ def _experts(
 
 
 def _ffn(
-    neurons: int, shape: MoeShape, work: Workload, degrees: Degrees, kernels: Kernels, links: Links
+    role: Role,
+    neurons: int,
+    shape: MoeShape,
+    work: Workload,
+    degrees: Degrees,
+    kernels: Kernels,
+    links: Links,
 ) -> Parts:
     """Return the time of a SwiGLU under tp: the FFN of a dense layer, or the shared expert."""
-    d, local = shape.hidden_size, neurons // degrees.tp
+    d, local, trained = shape.hidden_size, neurons // degrees.tp, role not in work.frozen
     tokens = local_tokens(shape, work, degrees).gathered
     return {
-        "gemm": kernels.linear(tokens, d, 2 * local) + kernels.linear(tokens, local, d),
+        "gemm": kernels.linear(tokens, d, 2 * local, trained=trained)
+        + kernels.linear(tokens, local, d, trained=trained),
         "memory": kernels.elementwise(tokens * local, forward=3, backward=5),
         "tp": _sequence_parallel(tokens * d, work, degrees, links),
     }
+
+
+def ffn_seconds(
+    neurons: int, shape: MoeShape, work: Workload, degrees: Degrees, machine: Machine
+) -> Seconds:
+    """Return the time of one dense FFN of this size, all parts together."""
+    kernels = Kernels(machine.gpu, machine.calibration, work.bytes_per_value, work.engine)
+    parts = _ffn("dense_ffn", neurons, shape, work, degrees, kernels, machine.links)
+    return sum(parts.values(), ZERO)
 
 
 def _sequence_parallel(values: float, work: Workload, degrees: Degrees, links: Links) -> Seconds:

@@ -22,6 +22,7 @@ from megatron_moe.planner.parameters import (
     trained_parameters,
 )
 from megatron_moe.planner.shape import MoeShape
+from megatron_moe.planner.teacher import teacher_bytes
 from megatron_moe.planner.workload import Degrees, Workload
 
 GIB = 2**30
@@ -81,6 +82,7 @@ class RankMemory:
     communication: float
     framework: float
     fragmentation: float
+    teacher: float = 0.0
 
     @property
     def total(self) -> float:
@@ -88,8 +90,9 @@ class RankMemory:
         return sum(asdict(self).values())
 
     def to_json(self) -> dict[str, float]:
-        """Return the parts and the total for ``--json``."""
-        return asdict(self) | {"total": self.total}
+        """Return the parts and the total for ``--json``; the teacher only if there is one."""
+        parts = {name: gib for name, gib in asdict(self).items() if gib or name != "teacher"}
+        return parts | {"total": self.total}
 
 
 def model_state(
@@ -268,6 +271,7 @@ def rank_memory(
         communication=_communication(shape, work, degrees),
         framework=FRAMEWORK_GIB,
         fragmentation=FRAGMENTATION * (activations + dispatcher + logits) / GIB,
+        teacher=teacher_bytes(shape, work, degrees, pp_rank=pp_rank) / GIB,
     )
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_moe.config.moe import Moe
+from megatron_moe.experts.from_source import settings_of
 from megatron_moe.experts.resolve import moe_layer_ids
 from megatron_moe.hf.spec import DenseSpec
 
@@ -96,6 +97,13 @@ class MoeShape:
 def dense_shape(spec: DenseSpec) -> MoeShape:
     """Return the shape of the dense model, without MoE layers."""
     return MoeShape(moe_layers=frozenset(), **_attention_of(spec))
+
+
+def source_shape(spec: DenseSpec) -> MoeShape:
+    """Return the shape of the source itself, dense or MoE."""
+    if spec.experts is None:
+        return dense_shape(spec)
+    return upcycled_shape(spec, Moe(**settings_of(spec.experts, spec.num_layers)))
 
 
 def upcycled_shape(spec: DenseSpec, moe: Moe) -> MoeShape:

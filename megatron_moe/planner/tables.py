@@ -26,6 +26,7 @@ MEANING = {
     "pp": "pipeline sends",
     "dp": "gradient and weight exchange",
     "optimizer": "optimizer",
+    "teacher": "forward pass of the teacher",
 }
 
 

@@ -3,23 +3,27 @@
     step = m * slowest stage                          m micro-batches of one replica
          + (pp - 1) / vpp * slowest stage             pipeline fill and drain, interleaved
          + p2p + exposed gradient reduction and parameter gather + optimizer
+         + forward pass of a teacher
 
 The last stage is the slowest, because it holds the output layer and the loss; the others wait.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from megatron_moe.config.train import Role
 from megatron_moe.parallel.shards import padded_vocabulary
 from megatron_moe.planner.flops import sequence_flops
 from megatron_moe.planner.kernels import HBM_EFFICIENCY, Kernels, Seconds
-from megatron_moe.planner.layer import EXPOSED, Machine, layer_seconds
+from megatron_moe.planner.layer import EXPOSED, Machine, ffn_seconds, layer_seconds
 from megatron_moe.planner.network import group_of
-from megatron_moe.planner.parameters import rank_parameters
+from megatron_moe.planner.orthogonalization import orthogonalization_flops
+from megatron_moe.planner.parameters import trained_parameters
 from megatron_moe.planner.shape import MoeShape
-from megatron_moe.planner.workload import Degrees, Workload
+from megatron_moe.planner.teacher import teacher_flops
+from megatron_moe.planner.workload import Degrees, TeacherWork, Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +59,11 @@ def step_time(shape: MoeShape, work: Workload, degrees: Degrees, machine: Machin
     parts["bubble"] = (degrees.pp - 1) / degrees.vpp * slowest
     parts["pp"] = batches * _send(shape, work, degrees, machine)
     parts["dp"], parts["optimizer"] = _update(shape, work, degrees, machine)
+    flops = sequence_flops(shape, work.sequence_length, work.frozen)
+    if work.teacher is not None:
+        parts["teacher"] = _teach(work.teacher, shape, work, degrees, machine)
+        flops += teacher_flops(work.teacher, shape, work.sequence_length)
     seconds = sum(parts.values())
-    flops = sequence_flops(shape, work.sequence_length)
     percent = 100 * work.global_batch_size / (seconds * degrees.gpus * machine.gpu.peak_flops)
     tokens = work.sequence_length * work.global_batch_size
     return StepTime(
@@ -66,6 +73,38 @@ def step_time(shape: MoeShape, work: Workload, degrees: Degrees, machine: Machin
         mfu_full_attention=percent * flops.full_attention,
         parts=parts,
     )
+
+
+def _teach(
+    teacher: TeacherWork, shape: MoeShape, work: Workload, degrees: Degrees, machine: Machine
+) -> float:
+    """Return the seconds of a step's teaching: a forward pass of the teacher, and its FFNs."""
+    batches = work.micro_batches(degrees)
+    seconds = 0.0
+    if teacher.logits:
+        alone = replace(work, teacher=None, recompute="none")
+        layers, output = _forward(teacher.shape, alone, degrees, machine)
+        share = max(degrees.stage_shares(teacher.shape.num_layers))
+        slowest = layers * share + output
+        seconds += (batches + (degrees.pp - 1) / degrees.vpp) * slowest
+    if teacher.layers or teacher.router:
+        share = max(degrees.stage_shares(shape.num_layers))
+        ffn = ffn_seconds(shape.ffn_hidden_size, shape, work, degrees, machine)
+        products = (3 + teacher.router) / 3  # the shares take one product more than the FFN
+        seconds += batches * share * shape.num_moe_layers * ffn.forward * products
+    return seconds
+
+
+def _forward(
+    shape: MoeShape, work: Workload, degrees: Degrees, machine: Machine
+) -> tuple[float, float]:
+    """Return the seconds of one micro-batch's forward pass: of all layers, and of the output."""
+    layers = 0.0
+    for routes, count in ((True, shape.num_moe_layers), (False, shape.num_dense_layers)):
+        if count:
+            parts = layer_seconds(shape, work, degrees, machine, routes=routes)
+            layers += count * sum(part.forward for part in parts.values())
+    return layers, _output_layer(shape, work, degrees, machine).forward
 
 
 def least_seconds(shape: MoeShape, work: Workload, degrees: Degrees, machine: Machine) -> float:
@@ -108,7 +147,8 @@ def _output_layer(shape: MoeShape, work: Workload, degrees: Degrees, machine: Ma
     columns = padded_vocabulary(shape.vocab_size, degrees.tp) // degrees.tp
     tokens = work.sequence_length * work.micro_batch_size / degrees.cp
     loss = kernels.elementwise(tokens * columns, forward=4, backward=2)
-    return kernels.linear(tokens, shape.hidden_size, columns) + loss
+    trained = "embeddings" not in work.frozen
+    return kernels.linear(tokens, shape.hidden_size, columns, trained=trained) + loss
 
 
 def _send(shape: MoeShape, work: Workload, degrees: Degrees, machine: Machine) -> float:
@@ -125,19 +165,27 @@ def _update(
 ) -> tuple[float, float]:
     """Return the exposed seconds of gradient reduction and weight gather, and the optimizer's."""
     replicas, expert_replicas = group_of("dp_cp", degrees), group_of("edp", degrees)
-    dense, experts = _stage_parameters(shape, degrees)
+    dense, experts = _stage_parameters(shape, degrees, work.frozen)
     links, value = machine.links, work.bytes_per_value
+    # Muon reduces whole gradients: an all-reduce is a reduce-scatter and an all-gather.
+    gradient_bytes = work.gradient_bytes * (2 if work.optimizer == "muon" else 1)
     communicate = sum(
-        links.gather(group, params * 4) + links.gather(group, params * value)
+        links.gather(group, params * gradient_bytes) + links.gather(group, params * value)
         for group, params in ((replicas, dense), (expert_replicas, experts))
     )
     # All gradients are zeroed, and read for the norm. On the shard, the gradient, the master weight
     # and two moments are read; the master weight, the moments and the bf16 weight are written.
     shard = dense / replicas.size + experts / expert_replicas.size
-    moved = 8 * (dense + experts) + 30 * shard
-    return EXPOSED * communicate, moved / (machine.gpu.hbm_bytes_per_second * HBM_EFFICIENCY)
+    moved = 2 * work.gradient_bytes * (dense + experts) + 30 * shard
+    seconds = moved / (machine.gpu.hbm_bytes_per_second * HBM_EFFICIENCY)
+    if work.optimizer == "muon":
+        flops = orthogonalization_flops(shape, degrees, work.frozen)
+        seconds += flops / (machine.gpu.peak_flops * machine.calibration.gemm_efficiency)
+    return EXPOSED * communicate, seconds
 
 
 @lru_cache(maxsize=4096)
-def _stage_parameters(shape: MoeShape, degrees: Degrees) -> tuple[int, int]:
-    return rank_parameters(shape, degrees, pp_rank=0)
+def _stage_parameters(
+    shape: MoeShape, degrees: Degrees, frozen: frozenset[Role]
+) -> tuple[int, int]:
+    return trained_parameters(shape, degrees, pp_rank=0, frozen=frozen)

@@ -9,6 +9,7 @@ from megatron_moe.config.run import Parallel, RunConfig
 from megatron_moe.config.train import OptimizerName, Role
 from megatron_moe.parallel.layout import ends_of
 from megatron_moe.parallel.stages import EVEN, Ends, stage_sizes
+from megatron_moe.planner.shape import MoeShape
 
 Engine = Literal["torch", "transformer_engine"]
 """Implementation of the layers, with ``auto`` resolved."""
@@ -83,6 +84,20 @@ class Degrees:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherWork:
+    """What a teacher computes in a step."""
+
+    shape: MoeShape
+    """The teacher."""
+    logits: bool
+    """Whether all of it runs, for its logits."""
+    layers: bool
+    """Whether its FFNs run on the inputs of MoE layers."""
+    router: bool
+    """Whether each expert's share of these FFNs is computed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
     """The work of one optimizer step."""
 
@@ -107,6 +122,8 @@ class Workload:
     """Optimizer, which determines the bytes of its state."""
     gradient_bytes: int = 4
     """Bytes of an element of the buffers that accumulate gradients (``grad_reduce_in_fp32``)."""
+    teacher: TeacherWork | None = None
+    """Work of the teacher, if there is one; see ``planner/teacher.py``."""
 
     @property
     def recompute_settings(self) -> tuple[Recompute, ...]:
@@ -160,7 +177,10 @@ def engine_assumed(config: RunConfig) -> Engine:
 
 
 def workload_of(config: RunConfig) -> Workload:
-    """Return the work of one step of a configuration; with stages, of the one that needs most."""
+    """Return the work of one step of a configuration; with stages, of the one that needs most.
+
+    The work of a teacher is not included; see `planner.teacher.with_teacher`.
+    """
     return Workload(
         sequence_length=config.data.seq_length,
         global_batch_size=config.train.global_batch_size,

@@ -27,6 +27,7 @@ MEMORY_MEANING = {
     "communication": "communication buffers",
     "framework": "CUDA and libraries (a margin)",
     "fragmentation": "fragmentation (a margin)",
+    "teacher": "the teacher",
 }
 
 

@@ -5,6 +5,10 @@ loss/lm                                   nats per token over the global batch
 loss/load_balancing                       before its coefficient, mean of MoE layers; 1 is balanced,
                                           0 with cv_squared
 loss/router_z                             before its coefficient, mean of MoE layers and tokens
+loss/teacher_logits                       divergence from the teacher, nats per token, before its
+                                          weight; this and the next two only with a teacher
+loss/teacher_layers                       error of MoE layers relative to FFNs, squared
+loss/teacher_router                       divergence of routers from the experts' shares, nats
 loss/validation                           nats per token over held-out text, mean of domains
 loss/validation/DOMAIN                    the same for each domain, if there are several
 perplexity/validation                     exp of it; for each domain if there are several
@@ -90,6 +94,7 @@ def step_numbers(
         "loss/lm": result.lm_loss,
         "loss/load_balancing": result.load_balancing_loss,
         **({"loss/router_z": result.router_z_loss} if config.moe.moe_z_loss_coeff else {}),
+        **{f"loss/teacher_{name}": loss for name, loss in result.teacher.items()},
         "grad_norm": result.grad_norm,
         "skipped": float(result.decision != "keep"),
         "learning_rate": learning_rate,

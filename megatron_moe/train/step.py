@@ -8,13 +8,12 @@ Shape letters of this module:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
@@ -22,14 +21,14 @@ from torch import Tensor
 
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.batches import Batch
-from megatron_moe.data.packing import document_bounds
 from megatron_moe.model.build import Model
 from megatron_moe.model.loss import make_output_processor
 from megatron_moe.model.routers import expert_biases, routers_in
-from megatron_moe.runtime.engine import Engine
 from megatron_moe.train.guard import Decision, StepGuard
+from megatron_moe.train.inputs import model_inputs, on_device
 from megatron_moe.train.optimizers import clip_and_step
 from megatron_moe.train.state import TrainState
+from megatron_moe.train.teacher import Lesson, Teacher
 
 Mark = Callable[[str], None]
 """Called when a stage of a step begins, with its name (see ``STAGES`` in train/verdict.py)."""
@@ -56,6 +55,8 @@ class StepResult:
     """Choices that the capacity limit did not drop."""
     entropy_L: Tensor
     """Mean over tokens of the entropy of the router's softmax over all experts, nats."""
+    teacher: dict[str, float] = field(default_factory=dict)
+    """Losses that the teacher adds, before their weights; see `Teacher.losses`."""
     decision: Decision = "keep"
     """Whether the weights were updated."""
 
@@ -68,19 +69,27 @@ def train_step(
     *,
     guard: StepGuard,
     at: Mark,
+    teacher: Teacher | None = None,
 ) -> StepResult:
     """Run forward and backward passes over this rank's micro-batches, then update the weights.
 
     ``guard`` may reject the update; the schedule and the position in the data advance anyway.
     """
+    sequences = len(batches) * config.train.micro_batch_size * groups.dp.size()
     for chunk in state.wrapped:
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
     _weigh_tokens(state.model, batches, groups)
     biases = expert_biases(state.model.modules) if config.moe.moe_router_enable_expert_bias else ()
+    lessons = None
+    if teacher is not None:
+        at("forward")
+        teacher.start_step(state.model, step=state.step, sequences=sequences)
+        lessons = teacher.lessons(batches)
     losses = run_schedule(
-        state.wrapped, batches, config, state.model, groups, forward_only=False, at=at
-    )
+        state.wrapped, batches, config, state.model, groups, forward_only=False, at=at,
+        lessons=lessons,
+    )  # fmt: skip
     at("optimizer")
     optimizer: Any = state.optimizer
     # This comes before the gradient norm, whose value the host waits for: the device runs these
@@ -88,7 +97,6 @@ def train_step(
     totals = _total_over_ranks(state.model, losses, len(batches))
     optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())
-    sequences = len(batches) * config.train.micro_batch_size * groups.dp.size()
     result = _result(totals, state.model, grad_norm, groups, sequences=sequences)
     decision = guard(step=state.step + 1, loss=result.lm_loss, grad_norm=grad_norm)
     if decision == "keep":
@@ -100,7 +108,8 @@ def train_step(
     state.step += 1
     state.samples += result.sequences
     state.tokens += result.sequences * config.data.seq_length
-    return replace(result, decision=decision)
+    taught = {} if teacher is None else teacher.losses(counted=int(totals[1]))
+    return replace(result, decision=decision, teacher=taught)
 
 
 def _weigh_tokens(model: Model, batches: list[Batch], groups: ProcessGroupCollection) -> None:
@@ -109,7 +118,7 @@ def _weigh_tokens(model: Model, batches: list[Batch], groups: ProcessGroupCollec
     Megatron-Core would instead divide all gradients at the end, in an extra pass over them.
     """
     tokens = torch.stack([batch.loss_mask_BS.sum() for batch in batches]).sum()
-    tokens = tokens.to(_device(model), torch.int32)
+    tokens = tokens.to(model.device, torch.int32)
     dist.all_reduce(tokens, group=groups.dp_cp)
     mean_over = tokens.clamp(min=1)
     model.transformer.grad_scale_func = lambda loss: loss / mean_over
@@ -146,15 +155,20 @@ def run_schedule(
     *,
     forward_only: bool,
     at: Mark | None = None,
+    lessons: list[Lesson] | None = None,
 ) -> list[Tensor]:
     """Run the micro-batches through the pipeline.
+
+    ``lessons`` has the teacher's hidden states of each micro-batch, if there is a teacher of logits
+    and this is the last stage.
 
     Returns:
         On the last stage, the sum of losses and the number of tokens of each micro-batch on this dp
         and cp rank; an empty list on other stages.
     """
     process = make_output_processor(vocab_size=model.spec.vocab_size, tp_group=groups.tp)
-    iterators = [iter(batches) for _ in modules]  # each chunk of a pipeline rank sees all of them
+    work = list(zip(batches, lessons or [None] * len(batches), strict=True))
+    iterators = [iter(work) for _ in modules]  # each chunk of a pipeline rank sees all of them
     return get_forward_backward_func()(
         forward_step_func=partial(_forward_step, process, model, config, at or _ignore_stage),
         data_iterator=iterators if len(modules) > 1 else iterators[0],
@@ -175,49 +189,22 @@ def _forward_step(
     model: Model,
     config: RunConfig,
     at: Mark,
-    batches: Iterator[Batch],
+    work: Iterator[tuple[Batch, Lesson | None]],
     module: Any,
 ) -> tuple[Tensor, Any]:
     at("forward")
-    device = _device(model)
-    batch = next(batches).map(lambda x: x.to(device, non_blocking=True))
+    batch, lesson = next(work)
+    batch = on_device(batch, model)
     for router in routers_in(module):
         router.start_pass(batch.samples_B)
-    documents = (
-        document_arguments(batch.position_ids_BS, model.engine)
-        if config.data.reset_attention
-        else {}
-    )
     output = module(
-        batch.tokens_BS,
-        batch.position_ids_BS,
-        **{"attention_mask": None, **documents},
+        **model_inputs(batch, config.data, model),
         labels=batch.labels_BS,
-        output_processor=process,
+        output_processor=process if lesson is None else lesson.process,
     )
     if output.requires_grad:  # called when the gradient of the output is ready
         output.register_hook(lambda _: at("backward"))
-    return output, partial(_loss, batch.loss_mask_BS)
-
-
-def document_arguments(position_ids_BS: Tensor, engine: Engine) -> dict[str, Any]:
-    """Return arguments that keep attention within documents: `SdpaAttention`'s mask, or bounds.
-
-    Transformer Engine takes bounds of a single row without context parallelism; the rules reject
-    other configurations.
-    """
-    if engine.is_torch:
-        return {"attention_mask": position_ids_BS}
-    bounds = document_bounds(position_ids_BS[0])
-    longest = int(bounds.diff().max())
-    packed = PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=bounds,
-        cu_seqlens_kv=bounds,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-    )
-    return {"attention_mask": None, "packed_seq_params": packed}
+    return output, partial(_loss if lesson is None else lesson.loss, batch.loss_mask_BS)
 
 
 def _loss(loss_mask_BS: Tensor, losses_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -234,7 +221,7 @@ def _loss(loss_mask_BS: Tensor, losses_BS: Tensor) -> tuple[Tensor, Tensor, Tens
 def _sum_losses(losses: list[Tensor], model: Model) -> Tensor:
     """Return this rank's sums of losses and tokens, ``(2,)``; zero if another rank counts them."""
     if not losses or model.tp_rank:
-        return torch.zeros(2, dtype=torch.float64, device=_device(model))
+        return torch.zeros(2, dtype=torch.float64, device=model.device)
     return torch.stack(losses).double().sum(dim=0)
 
 
@@ -245,11 +232,11 @@ def _total_over_ranks(model: Model, losses: list[Tensor], num_micro_batches: int
     dp, cp and, with sequence parallelism, tp. So every number is a plain sum over all ranks.
     """
     num_layers, num_experts = _moe_shape(model)
-    zeros_4E = torch.zeros(4, num_experts, dtype=torch.float64, device=_device(model))
+    zeros_4E = torch.zeros(4, num_experts, dtype=torch.float64, device=model.device)
     counts_L4E = [zeros_4E] * num_layers
     for router in routers_in(*(chunk.module for chunk in model.chunks)):
         counts_L4E[router.layer] = router.take_counts()
-    tracked_2L = _tracked_losses(num_layers, _device(model)) / num_micro_batches
+    tracked_2L = _tracked_losses(num_layers, model.device) / num_micro_batches
     wide_L2E, narrow_L2E = torch.stack(counts_L4E).split(2, dim=1)
     numbers = [tracked_2L, narrow_L2E.sum(dim=2), wide_L2E]
     totals = torch.cat([_sum_losses(losses, model), *(x.flatten() for x in numbers)])
@@ -312,7 +299,3 @@ def _tracked_losses(num_layers: int, device: torch.device) -> Tensor:
                 sums_2L[row] += entry.values.double()
     tracker.clear()
     return sums_2L
-
-
-def _device(model: Model) -> torch.device:
-    return next(model.modules[0].parameters()).device

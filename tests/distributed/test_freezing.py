@@ -6,18 +6,14 @@ what is frozen, so the moments of the trained parameters are the same.
 
 import shutil
 import weakref
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from layouts import changes
 from ranks import run_on_ranks
-from tiny import save_dense
-from training_runs import read_metrics, run_training, tree, write_tokens
+from training_runs import Runs, make_runs, read_metrics
 
 from megatron_moe.checkpoint.folder import read_progress, step_folder
-from megatron_moe.checkpoint.global_tensors import GlobalTensors
 from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
 from megatron_moe.runtime.world import World
@@ -32,6 +28,8 @@ EVERY = {
     "moe": {"num_moe_experts": 4, "moe_layers": [1, 2], "moe_ffn_hidden_size": 16,
             "moe_shared_expert_intermediate_size": 32},
     "upcycle": {"method": "split_random"},
+    "optimizer": {"warmup_steps": 0},  # so that the first step changes weights
+    "checkpoint": {"keep": 100},
 }  # fmt: skip
 """A model with every role: two layers stay dense, experts are parts, one of them shared."""
 
@@ -41,32 +39,8 @@ def role_of(key: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("freezing")
-    return {
-        "root": root,
-        "dense": save_dense(root / "dense", "qwen3", tie_word_embeddings=True),
-        "tokens": write_tokens(root / "tokens"),
-    }
-
-
-def run(
-    inputs: dict[str, Path], where: str, *, layout: str = "1", **sections: Any
-) -> list[dict[str, Any]]:
-    """Train under a layout, without a warm-up, so that the first step changes weights."""
-    world_size, settings = changes(layout)
-    for section, values in (*EVERY.items(), *sections.items()):
-        settings[section] = {**settings.get(section, {}), **values}
-    settings["optimizer"] = {"warmup_steps": 0, **settings.get("optimizer", {})}
-    settings["checkpoint"] = {"keep": 100, **settings.get("checkpoint", {})}
-    where_ = inputs["root"] / where
-    return run_training(tree(where_, inputs["dense"], inputs["tokens"], **settings),
-                        world_size=world_size)  # fmt: skip
-
-
-def tensors(inputs: dict[str, Path], where: str, step: int) -> dict[str, torch.Tensor]:
-    with GlobalTensors(step_folder(inputs["root"] / where, step)) as stored:
-        return {key: stored.read(key, index=None, dtype=torch.float32) for key in stored.names}
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return make_runs(tmp_path_factory.mktemp("freezing"), "qwen3", EVERY, tie_word_embeddings=True)
 
 
 def weights_of(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -74,17 +48,17 @@ def weights_of(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def start(inputs: dict[str, Path]) -> dict[str, torch.Tensor]:
+def start(runs: Runs) -> dict[str, torch.Tensor]:
     """The weights before the first step."""
-    run(inputs, "start", train={"steps": 0})
-    return tensors(inputs, "start", 0)
+    runs.train("start", train={"steps": 0})
+    return runs.tensors("start", 0)
 
 
 @pytest.fixture(scope="module")
-def free(inputs: dict[str, Path]) -> dict[str, torch.Tensor]:
+def free(runs: Runs) -> dict[str, torch.Tensor]:
     """The checkpoint after one step that trains everything."""
-    run(inputs, "free", train={"steps": 1}, optimizer={"clip_grad": 1e9})
-    return tensors(inputs, "free", 1)
+    runs.train("free", train={"steps": 1}, optimizer={"clip_grad": 1e9})
+    return runs.tensors("free", 1)
 
 
 FROZEN = [
@@ -101,7 +75,7 @@ FROZEN = [
 
 @pytest.mark.parametrize(("layout", "frozen"), FROZEN, ids=lambda value: str(value)[:40])
 def test_frozen_roles_keep_their_bits_and_the_others_their_gradients(
-    inputs: dict[str, Path],
+    runs: Runs,
     start: dict[str, torch.Tensor],
     free: dict[str, torch.Tensor],
     layout: str,
@@ -109,9 +83,9 @@ def test_frozen_roles_keep_their_bits_and_the_others_their_gradients(
 ):
     """fp32 sums have another order under another layout: 1e-4 of the largest of a tensor."""
     where = f"frozen {layout} {'-'.join(frozen)}"
-    run(inputs, where, layout=layout, train={"steps": 1, "freeze": frozen},
+    runs.train(where, layout=layout, train={"steps": 1, "freeze": frozen},
         optimizer={"clip_grad": 1e9}, checkpoint={"interval": 1})  # fmt: skip
-    after = tensors(inputs, where, 1)
+    after = runs.tensors(where, 1)
     assert weights_of(after).keys() == weights_of(free).keys()
     assert {role_of(key) for key in weights_of(after)} == set(WORDS)
     for key, value in weights_of(after).items():
@@ -124,7 +98,7 @@ def test_frozen_roles_keep_their_bits_and_the_others_their_gradients(
             for moment in moments:
                 largest = float(free[moment].abs().max())
                 torch.testing.assert_close(after[moment], free[moment], rtol=0, atol=1e-4 * largest)
-    updates = read_progress(step_folder(inputs["root"] / where, 1)).updates_by_role
+    updates = read_progress(step_folder(runs.root / where, 1)).updates_by_role
     assert updates == {role: 1 for role in WORDS if role not in frozen}
 
 
@@ -132,17 +106,17 @@ def test_frozen_roles_keep_their_bits_and_the_others_their_gradients(
 
 
 def test_multipliers_scale_the_update_of_their_role(
-    inputs: dict[str, Path], start: dict[str, torch.Tensor], free: dict[str, torch.Tensor]
+    runs: Runs, start: dict[str, torch.Tensor], free: dict[str, torch.Tensor]
 ):
     """One step moves weights by -lr * (Adam's update + weight decay * weight), in float64.
 
     fp32 rounds the weight: half a unit in the last place, 2^-24 of it, and as much of the update.
     """
     rates, decays = {"router": 10.0, "norms": 0.5}, {"router": 3.0, "attention": 0.0}
-    run(inputs, "multipliers", train={"steps": 1}, optimizer={
+    runs.train("multipliers", train={"steps": 1}, optimizer={
         "clip_grad": 1e9, "lr": 1e-3, "min_lr": 1e-3, "lr_multipliers": rates,
         "weight_decay_multipliers": decays, "weight_decay": 0.2})  # fmt: skip
-    after = tensors(inputs, "multipliers", 1)
+    after = runs.tensors("multipliers", 1)
     for key, weight in weights_of(start).items():
         role, w = role_of(key), weight.double()
         m, v = (after[f"optimizer.{name}.{key}"].double() for name in ("exp_avg", "exp_avg_sq"))
@@ -165,28 +139,28 @@ STAGES = [
 EXACT = ("step", "loss/lm", "grad_norm", "learning_rate", "router/load_imbalance")
 
 
-def staged(inputs: dict[str, Path], where: str, layout: str = "1", **sections: Any) -> list[Any]:
+def staged(runs: Runs, where: str, layout: str = "1", **sections: Any) -> list[Any]:
     train = {"steps": 6, "stages": STAGES, **sections.pop("train", {})}
-    return run(inputs, where, layout=layout, train=train, **sections)
+    return runs.train(where, layout=layout, train=train, **sections)
 
 
 @pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
-def test_stages_across_a_resume_are_the_uninterrupted_run(inputs: dict[str, Path], precision: str):
+def test_stages_across_a_resume_are_the_uninterrupted_run(runs: Runs, precision: str):
     """Stopped within a stage and at the end of one; the optimizer state is the same too."""
     settings = {"train": {"precision": precision}, "checkpoint": {"interval": 1}}
     where = f"stages-{precision}"
-    whole = staged(inputs, where, "dp2 ep2", **settings)
+    whole = staged(runs, where, "dp2 ep2", **settings)
     assert [line["step"] for line in whole] == list(range(7))
-    last = tensors(inputs, where, 6)
+    last = runs.tensors(where, 6)
     for step in (2, 3, 4):
         again = f"{where}-from-{step}"
-        shutil.copytree(inputs["root"] / where, inputs["root"] / again)
-        latest = inputs["root"] / again / "checkpoints" / "latest"
+        shutil.copytree(runs.root / where, runs.root / again)
+        latest = runs.root / again / "checkpoints" / "latest"
         latest.write_text(f"step_{step:08d}\n")
-        lines = staged(inputs, again, "dp2 ep2", **settings)
+        lines = staged(runs, again, "dp2 ep2", **settings)
         for ours, expected in zip(lines[1:], whole[1:], strict=True):
             assert {k: ours[k] for k in EXACT} == {k: expected[k] for k in EXACT}
-        ours = tensors(inputs, again, 6)
+        ours = runs.tensors(again, 6)
         assert ours.keys() == last.keys()
         assert all(torch.equal(ours[key], last[key]) for key in last)
 
@@ -199,21 +173,19 @@ def test_stages_across_a_resume_are_the_uninterrupted_run(inputs: dict[str, Path
         *(pytest.param(x, marks=pytest.mark.slow) for x in ("tp2", "dp2 replicated")),
     ],
 )
-def test_stages_under_a_layout_equal_those_of_one_rank(inputs: dict[str, Path], layout: str):
+def test_stages_under_a_layout_equal_those_of_one_rank(runs: Runs, layout: str):
     """1e-5 and 1e-4 as in test_invariance.py."""
-    if not (inputs["root"] / "stages-one").exists():
-        staged(inputs, "stages-one", "1")
-    lines = staged(inputs, f"stages {layout}", layout)
-    for ours, expected in zip(lines[1:], read_metrics(inputs["root"] / "stages-one")[1:],
+    if not (runs.root / "stages-one").exists():
+        staged(runs, "stages-one", "1")
+    lines = staged(runs, f"stages {layout}", layout)
+    for ours, expected in zip(lines[1:], read_metrics(runs.root / "stages-one")[1:],
                               strict=True):  # fmt: skip
         assert ours["loss/lm"] == pytest.approx(expected["loss/lm"], rel=1e-5)
         assert ours["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
 
 
 @pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
-def test_a_role_that_a_stage_begins_to_train_starts_as_in_a_new_run(
-    inputs: dict[str, Path], precision: str
-):
+def test_a_role_that_a_stage_begins_to_train_starts_as_in_a_new_run(runs: Runs, precision: str):
     """Adam's first update is the sign of the gradient: bias correction counts its own updates.
 
     |update| is below 1 only by eps; 1e-2 of it allows for gradients of 1e-6. With bf16 weights, the
@@ -224,9 +196,9 @@ def test_a_role_that_a_stage_begins_to_train_starts_as_in_a_new_run(
                           "stages": [{"steps": 2, "freeze": ["experts"]}, {}]},
                 "checkpoint": {"interval": 1},
                 "optimizer": {"lr_decay_style": "constant", "weight_decay": 0.0}}  # fmt: skip
-    run(inputs, where, **settings)
-    before, after = tensors(inputs, where, 2), tensors(inputs, where, 3)
-    updates = read_progress(step_folder(inputs["root"] / where, 3)).updates_by_role
+    runs.train(where, **settings)
+    before, after = runs.tensors(where, 2), runs.tensors(where, 3)
+    updates = read_progress(step_folder(runs.root / where, 3)).updates_by_role
     assert updates == {role: 1 if role == "experts" else 3 for role in WORDS}
     for key in weights_of(after):
         if role_of(key) == "experts":
@@ -238,31 +210,29 @@ def test_a_role_that_a_stage_begins_to_train_starts_as_in_a_new_run(
             )
 
 
-def test_settings_of_freezing_may_change_on_a_resume(inputs: dict[str, Path]):
+def test_settings_of_freezing_may_change_on_a_resume(runs: Runs):
     """A run without roles takes a checkpoint that counts them, and the other way round."""
 
     def steps(number: int, freeze: list[str]) -> dict[str, Any]:
         return {"train": {"steps": number, "freeze": freeze}, "checkpoint": {"interval": 1}}
 
-    run(inputs, "changing", **steps(1, []))
-    run(inputs, "changing", **steps(2, ["experts"]))
-    run(inputs, "changing", layout="tp2", **steps(3, []))
+    runs.train("changing", **steps(1, []))
+    runs.train("changing", **steps(2, ["experts"]))
+    runs.train("changing", layout="tp2", **steps(3, []))
     updates = [
-        read_progress(step_folder(inputs["root"] / "changing", step)).updates_by_role
+        read_progress(step_folder(runs.root / "changing", step)).updates_by_role
         for step in (1, 2, 3)
     ]
     assert updates[0] is None
     assert updates[1] == {role: 2 for role in WORDS if role != "experts"}
     assert updates[2] == {role: 1 if role == "experts" else 3 for role in WORDS}
-    changed = (inputs["root"] / "changing" / "resumed.jsonl").read_text()
+    changed = (runs.root / "changing" / "resumed.jsonl").read_text()
     assert "parameters that were frozen start with empty optimizer state" in changed
 
 
-def test_the_model_of_the_stage_before_is_freed(inputs: dict[str, Path]):
-    config = build(RunConfig, tree(
-        inputs["root"] / "freed", inputs["dense"], inputs["tokens"], **EVERY,
-        train={"steps": 2, "stages": [{"steps": 1, "freeze": ["experts"]}, {}]},
-        optimizer={"warmup_steps": 0}))  # fmt: skip
+def test_the_model_of_the_stage_before_is_freed(runs: Runs):
+    train = {"steps": 2, "stages": [{"steps": 1, "freeze": ["experts"]}, {}]}
+    config = build(RunConfig, runs.settings("freed", train=train))
     config.run.dir.mkdir()
     run_on_ranks(check_freed, config, world_size=1)
 

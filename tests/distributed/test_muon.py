@@ -2,18 +2,11 @@
 
 import math
 import shutil
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from layouts import changes
-from tiny import SHAPE, save_dense
-from training_runs import read_metrics, run_training, tree, write_tokens
-
-from megatron_moe.checkpoint.folder import step_folder
-from megatron_moe.checkpoint.global_tensors import GlobalTensors
+from tiny import SHAPE
+from training_runs import Runs, make_runs, read_metrics
 
 pytestmark = pytest.mark.distributed
 COEFFICIENTS = (
@@ -54,31 +47,8 @@ def fused(key: str, matrix: np.ndarray) -> list[np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("muon")
-    return {
-        "root": root,
-        "dense": save_dense(root / "dense", "qwen2", tie_word_embeddings=True),
-        "tokens": write_tokens(root / "tokens"),
-    }
-
-
-def run(
-    inputs: dict[str, Path], where: str, *, layout: str = "1", **sections: Any
-) -> list[dict[str, Any]]:
-    world_size, settings = changes(layout)
-    for section, values in (*EVERY.items(), *sections.items()):
-        settings[section] = {**settings.get(section, {}), **values}
-    folder = inputs["root"] / where
-    return run_training(tree(folder, inputs["dense"], inputs["tokens"], **settings),
-                        world_size=world_size)  # fmt: skip
-
-
-def tensors(inputs: dict[str, Path], where: str, step: int) -> dict[str, torch.Tensor]:
-    with GlobalTensors(step_folder(inputs["root"] / where, step)) as stored:
-        return {
-            key: stored.read(key, index=None, dtype=torch.float32).double() for key in stored.names
-        }
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return make_runs(tmp_path_factory.mktemp("muon"), "qwen2", EVERY, tie_word_embeddings=True)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +60,7 @@ def tensors(inputs: dict[str, Path], where: str, step: int) -> dict[str, torch.T
                        ("tp2", "bf16"), ("pp2 dp2 etp2", "bf16")]),
     ],
 )  # fmt: skip
-def test_an_update_is_the_formula_in_float64(inputs: dict[str, Path], layout: str, precision: str):
+def test_an_update_is_the_formula_in_float64(runs: Runs, layout: str, precision: str):
     """The second step, from the weights and momentum of the first, each matrix on its own.
 
     The steps raise small singular values up to 490-fold (the product of the first coefficients),
@@ -99,9 +69,9 @@ def test_an_update_is_the_formula_in_float64(inputs: dict[str, Path], layout: st
     router's gradient sum to zero (softmax), so one of its four singular values is nothing else.
     """
     where = f"formula {layout} {precision}"
-    run(inputs, where, layout=layout, train={"steps": 2, "precision": precision},
+    runs.train(where, layout=layout, train={"steps": 2, "precision": precision},
         optimizer={"clip_grad": 1e9})  # fmt: skip
-    before, after = tensors(inputs, where, 1), tensors(inputs, where, 2)
+    before, after = runs.tensors(where, 1), runs.tensors(where, 2)
     master = "optimizer.master." if precision == "bf16" else ""
     matrices = [k for k, v in before.items() if f"optimizer.momentum_buffer.{k}" in before]
     assert len(matrices) > 15
@@ -134,12 +104,12 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_four_steps_equal_those_of_one_rank(inputs: dict[str, Path], layout: str):
+def test_four_steps_equal_those_of_one_rank(runs: Runs, layout: str):
     """Muon raises rounding 490-fold (see above), to 5e-5 of an update, of which a step is 1e-3."""
-    if not (inputs["root"] / "one").exists():
-        run(inputs, "one", train={"steps": 4})
-    lines = run(inputs, f"layout {layout}", layout=layout, train={"steps": 4})
-    for ours, expected in zip(lines[1:], read_metrics(inputs["root"] / "one")[1:], strict=True):
+    if not (runs.root / "one").exists():
+        runs.train("one", train={"steps": 4})
+    lines = runs.train(f"layout {layout}", layout=layout, train={"steps": 4})
+    for ours, expected in zip(lines[1:], read_metrics(runs.root / "one")[1:], strict=True):
         assert ours["loss/lm"] == pytest.approx(expected["loss/lm"], rel=1e-5)
         assert ours["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
 
@@ -152,16 +122,16 @@ def test_four_steps_equal_those_of_one_rank(inputs: dict[str, Path], layout: str
         pytest.param("pp2", "dp2 replicated", marks=pytest.mark.slow),
     ],
 )
-def test_a_resume_is_the_uninterrupted_run(inputs: dict[str, Path], before: str, after: str):
+def test_a_resume_is_the_uninterrupted_run(runs: Runs, before: str, after: str):
     where = f"stayed {before}"
-    if not (inputs["root"] / where).exists():
-        run(inputs, where, layout=before, train={"steps": 4})
+    if not (runs.root / where).exists():
+        runs.train(where, layout=before, train={"steps": 4})
     moved = f"moved {before} {after}"
-    shutil.copytree(inputs["root"] / where, inputs["root"] / moved)
-    (inputs["root"] / moved / "checkpoints" / "latest").write_text("step_00000002\n")
-    lines = run(inputs, moved, layout=after, train={"steps": 4})
+    shutil.copytree(runs.root / where, runs.root / moved)
+    (runs.root / moved / "checkpoints" / "latest").write_text("step_00000002\n")
+    lines = runs.train(moved, layout=after, train={"steps": 4})
     exact = before == after
-    for ours, expected in zip(lines[3:], read_metrics(inputs["root"] / where)[3:], strict=True):
+    for ours, expected in zip(lines[3:], read_metrics(runs.root / where)[3:], strict=True):
         for key, tolerance in (("loss/lm", 1e-5), ("grad_norm", 1e-4)):
             close = 0 if exact else tolerance
             assert ours[key] == pytest.approx(expected[key], rel=close, abs=0), key

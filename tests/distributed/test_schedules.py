@@ -1,17 +1,10 @@
 """Schedules in whole runs: AdamW's settings reach the weights, and a longer run is one run."""
 
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
-from layouts import layout
 from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
-from tiny import save_dense
-from training_runs import run_training, tree, write_tokens
+from training_runs import Runs, make_runs
 
-from megatron_moe.checkpoint.folder import step_folder
-from megatron_moe.checkpoint.global_tensors import GlobalTensors
 from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.announce import samples_of_run
@@ -20,43 +13,26 @@ pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("schedules")
-    return {
-        "root": root,
-        "dense": save_dense(root / "dense", num_hidden_layers=2),
-        "tokens": write_tokens(root / "tokens"),
-    }
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return make_runs(tmp_path_factory.mktemp("schedules"), num_hidden_layers=2)
 
 
-def settings(inputs: dict[str, Path], name: str, **changes: Any) -> dict[str, Any]:
-    return tree(inputs["root"] / name, inputs["dense"], inputs["tokens"], **changes)
-
-
-def tensors(inputs: dict[str, Path], name: str, step: int) -> dict[str, torch.Tensor]:
-    with GlobalTensors(step_folder(inputs["root"] / name, step)) as stored:
-        return {
-            key: stored.read(key, index=None, dtype=torch.float32).double() for key in stored.names
-        }
-
-
-def test_adamw_with_other_settings_is_adamw_in_float64(inputs: dict[str, Path]):
+def test_adamw_with_other_settings_is_adamw_in_float64(runs: Runs):
     """The weights after two steps follow from those after one, by the formula of Adam.
 
     fp32 rounds the moments and the update: 1e-6 of the learning rate is eight units in the last
     place of an update of one.
     """
     beta1, beta2, eps, lr, decay = 0.7, 0.8, 1e-3, 1e-3, 0.2
-    run_training(
-        settings(
-            inputs, "adamw", train={"steps": 2, "global_batch_size": 4},
-            checkpoint={"interval": 1},
-            optimizer={"adam_beta1": beta1, "adam_beta2": beta2, "adam_eps": eps, "lr": lr,
-                       "lr_decay_style": "constant", "warmup_steps": 0, "weight_decay": decay},
-        ),
-        world_size=1,
+    runs.train(
+        "adamw", train={"steps": 2, "global_batch_size": 4}, checkpoint={"interval": 1},
+        optimizer={"adam_beta1": beta1, "adam_beta2": beta2, "adam_eps": eps, "lr": lr,
+                   "lr_decay_style": "constant", "warmup_steps": 0, "weight_decay": decay},
     )  # fmt: skip
-    first, second = tensors(inputs, "adamw", 1), tensors(inputs, "adamw", 2)
+    first, second = (
+        {key: value.double() for key, value in runs.tensors("adamw", step).items()}
+        for step in (1, 2)
+    )
     weights = [key for key in first if not key.startswith("optimizer.")]
     assert len(weights) > 10
     for key in weights:
@@ -79,39 +55,29 @@ LONG = {
 @pytest.mark.parametrize(
     ("name", "tolerance"), [("1", 0), pytest.param("dp2 ep2", 1e-5, marks=pytest.mark.slow)]
 )
-def test_an_extended_run_is_the_run_that_took_all_steps(
-    inputs: dict[str, Path], name: str, tolerance: float
-):
+def test_an_extended_run_is_the_run_that_took_all_steps(runs: Runs, name: str, tolerance: float):
     """With lr_decay_steps, train.steps only says when to stop; another layout changes nothing.
 
     Under the same layout to the last bit; under another, sums have another order (see
     test_invariance.py for 1e-5).
     """
-    whole = run_training(
-        settings(inputs, f"whole {name}", optimizer=LONG, train={"steps": 8}), world_size=1
-    )
-    run_training(
-        settings(inputs, f"parts {name}", optimizer=LONG, train={"steps": 5}), world_size=1
-    )
-    world_size, parallel = layout(name)
-    longer = run_training(
-        settings(inputs, f"parts {name}", optimizer=LONG, train={"steps": 8}, parallel=parallel),
-        world_size=world_size,
-    )
+    whole = runs.train(f"whole {name}", optimizer=LONG, train={"steps": 8})
+    runs.train(f"parts {name}", optimizer=LONG, train={"steps": 5})
+    longer = runs.train(f"parts {name}", name, optimizer=LONG, train={"steps": 8})
     for ours, expected in zip(longer[1:], whole[1:], strict=True):
         assert ours["learning_rate"] == expected["learning_rate"]
         for key in ("loss/lm", "grad_norm"):
             assert ours[key] == pytest.approx(expected[key], rel=tolerance, abs=0), key
 
 
-def test_the_batch_grows_as_in_megatron_core_and_across_a_resume(inputs: dict[str, Path]):
+def test_the_batch_grows_as_in_megatron_core_and_across_a_resume(runs: Runs):
     """The oracle is Megatron-Core's calculator of micro-batches, with a threshold every 10 samples.
 
     Under another layout, losses agree to 1e-5, as in test_invariance.py.
     """
     ramp = {"start": 4, "increment": 2, "samples": 30}
     train = {"steps": 7, "global_batch_size": 10, "rampup_batch_size": ramp}
-    whole = run_training(settings(inputs, "ramp", train=train), world_size=1)
+    whole = runs.train("ramp", train=train)
     calculator = StepBatchsizeNumMicroBatchesCalculator(
         micro_batch_size=1, data_parallel_size=1, decrease_batch_size_if_needed=False, rank=1,
         schedule="0:4 10:6 20:8 30:10",
@@ -124,15 +90,11 @@ def test_the_batch_grows_as_in_megatron_core_and_across_a_resume(inputs: dict[st
     assert [line["tokens/batch"] // 32 for line in whole[1:]] == expected
     assert whole[-1]["tokens/seen"] == samples * 32
     assert len(set(expected)) == 4
-    run_training(settings(inputs, "ramp-parts", train={**train, "steps": 3},
-                          optimizer={"lr_decay_steps": 7}), world_size=1)  # fmt: skip
-    parts = run_training(
-        settings(inputs, "ramp-parts", train=train, parallel={"expert_parallel_size": 2},
-                 optimizer={"lr_decay_steps": 7}),
-        world_size=2,
-    )  # fmt: skip
+    decay = {"lr_decay_steps": 7}
+    runs.train("ramp-parts", train={**train, "steps": 3}, optimizer=decay)
+    parts = runs.train("ramp-parts", "dp2 ep2", train=train, optimizer=decay)
     for ours, theirs in zip(parts[1:], whole[1:], strict=True):
         assert ours["tokens/seen"] == theirs["tokens/seen"]
         assert ours["loss/lm"] == pytest.approx(theirs["loss/lm"], rel=1e-5)
-    config = build(RunConfig, settings(inputs, "ramp", train=train))
+    config = build(RunConfig, runs.settings("ramp", train=train))
     assert samples_of_run(config) == samples

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_on_ranks
-from tiny import save_dense
-from training_runs import run_training, tree, write_tokens
+from training_runs import Runs, make_runs, tree
 
 from megatron_moe.checkpoint.folder import find_checkpoint
 from megatron_moe.checkpoint.global_tensors import GlobalTensors
@@ -21,17 +20,8 @@ pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("settings")
-    return {
-        "root": root,
-        "dense": save_dense(root / "dense", num_hidden_layers=2),
-        "tokens": write_tokens(root / "tokens"),
-    }
-
-
-def settings(inputs: dict[str, Path], name: str, **changes: Any) -> dict[str, Any]:
-    return tree(inputs["root"] / name, inputs["dense"], inputs["tokens"], **changes)
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return make_runs(tmp_path_factory.mktemp("settings"), num_hidden_layers=2)
 
 
 # ---- optimizer.clip_grad -------------------------------------------------------------------------
@@ -44,18 +34,18 @@ def moments(run: Path) -> dict[str, torch.Tensor]:
         return {name: tensors.read(name, index=None, dtype=torch.float32) for name in names}
 
 
-def test_gradients_are_clipped_to_the_norm(inputs: dict[str, Path]):
+def test_gradients_are_clipped_to_the_norm(runs: Runs):
     """After one step the first moment is 0.1 g: of the clipped gradient, as by hand of the other.
 
     fp32: the clipped run multiplies every gradient by one rounded factor, then by 0.1.
     """
     one_step = {"train": {"steps": 1, "global_batch_size": 4}}
-    free = settings(inputs, "free", **one_step, optimizer={"warmup_steps": 0, "clip_grad": 1e9})
-    norm = run_training(free, world_size=1)[-1]["grad_norm"]
+    free = runs.train("free", **one_step, optimizer={"warmup_steps": 0, "clip_grad": 1e9})
+    norm = free[-1]["grad_norm"]
     tight = {"warmup_steps": 0, "clip_grad": norm / 8}
-    clipped = settings(inputs, "clipped", **one_step, optimizer=tight)
-    assert run_training(clipped, world_size=1)[-1]["grad_norm"] == norm, "logged before clipping"
-    whole, cut = moments(inputs["root"] / "free"), moments(inputs["root"] / "clipped")
+    clipped = runs.train("clipped", **one_step, optimizer=tight)
+    assert clipped[-1]["grad_norm"] == norm, "logged before clipping"
+    whole, cut = moments(runs.root / "free"), moments(runs.root / "clipped")
     assert whole.keys() == cut.keys()
     assert len(whole) > 10
     for name, moment in whole.items():
@@ -65,15 +55,12 @@ def test_gradients_are_clipped_to_the_norm(inputs: dict[str, Path]):
 # ---- train.overlap_grad_reduce, train.overlap_param_gather ---------------------------------------
 
 
-def test_overlapping_the_reduction_changes_no_loss(inputs: dict[str, Path]):
+def test_overlapping_the_reduction_changes_no_loss(runs: Runs):
     """A sum over two ranks has one rounding in either order, so losses agree to the last bit."""
     lines = {
-        overlap: run_training(
-            settings(
-                inputs, f"overlap-{overlap}",
-                train={"steps": 3, "global_batch_size": 4, "overlap_grad_reduce": overlap},
-            ),
-            world_size=2,
+        overlap: runs.train(
+            f"overlap-{overlap}", "dp2",
+            train={"steps": 3, "global_batch_size": 4, "overlap_grad_reduce": overlap},
         )
         for overlap in (True, False)
     }  # fmt: skip
@@ -83,8 +70,8 @@ def test_overlapping_the_reduction_changes_no_loss(inputs: dict[str, Path]):
 
 
 @pytest.mark.parametrize("overlap", [True, False])
-def test_gradients_are_reduced_when_the_setting_says(inputs: dict[str, Path], overlap: bool):
-    config = build(RunConfig, settings(inputs, "buckets", train={"overlap_grad_reduce": overlap}))
+def test_gradients_are_reduced_when_the_setting_says(runs: Runs, overlap: bool):
+    config = build(RunConfig, runs.settings("buckets", train={"overlap_grad_reduce": overlap}))
     run_on_ranks(check_reduction, config, world_size=2)
 
 
@@ -137,17 +124,18 @@ def check_reduction(world: World, config: RunConfig) -> None:
     ids=lambda value: getattr(value, "name", value),
 )
 def test_weights_are_gathered_when_the_setting_says(
-    inputs: dict[str, Path], engine: Engine, sharded: bool, wanted: bool, overlaps: bool
+    runs: Runs, engine: Engine, sharded: bool, wanted: bool, overlaps: bool
 ):
     from megatron_moe.train.state import _overlaps_gather
 
     config = build(
         RunConfig,
-        settings(
-            inputs, "gather", train={"overlap_param_gather": wanted},
+        runs.settings(
+            "gather",
+            train={"overlap_param_gather": wanted},
             optimizer={"use_distributed_optimizer": sharded},
         ),
-    )  # fmt: skip
+    )
     assert _overlaps_gather(config, engine) is overlaps
 
 
@@ -155,14 +143,14 @@ def test_weights_are_gathered_when_the_setting_says(
 
 
 @pytest.mark.parametrize("policy", ["position", "probs"])
-def test_who_is_dropped_is_the_policys(inputs: dict[str, Path], policy: str):
+def test_who_is_dropped_is_the_policys(runs: Runs, policy: str):
     """With position, no expert drops the first tokens: there the copies compute the dense model.
 
     An expert keeps 4 of 32 tokens (32 tokens * 2 choices / 4 experts * 0.25), so the first 4 tokens
     keep both choices, and no later token reaches them through causal attention.
     """
     capacity = {"moe_expert_capacity_factor": 0.25, "moe_token_drop_policy": policy}
-    config = build(RunConfig, settings(inputs, "drop", moe={"num_moe_experts": 4, **capacity}))
+    config = build(RunConfig, runs.settings("drop", moe={"num_moe_experts": 4, **capacity}))
     run_on_ranks(check_dropped, config, world_size=1)
 
 

@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -126,10 +127,7 @@ def test_a_thousand_gpus_take_two_seconds(make_config, llama3_config, tmp_path):
         "print(search_report(search(config, read_spec(config.source.path), gpus=1024)))\n"
         "assert 'torch' not in sys.modules\n"
     )
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, "-c", program, tmp_path / "run.yaml"], check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2.0
+    assert cpu_seconds([sys.executable, "-c", program, str(tmp_path / "run.yaml")]) < 2.0
 
 
 @pytest.mark.parametrize(
@@ -142,11 +140,21 @@ def test_a_thousand_gpus_take_two_seconds(make_config, llama3_config, tmp_path):
 )
 def test_commands_answer_in_two_seconds(words: tuple[str, ...], tmp_path):
     """Measure the CPU time of the real program; init searches for both engines."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, "-m", "megatron_moe", *words]
-    subprocess.run(command, check=False, cwd=tmp_path, capture_output=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2.0
+    assert cpu_seconds([sys.executable, "-m", "megatron_moe", *words], cwd=tmp_path) < 2.0
+
+
+def cpu_seconds(command: list[str], cwd: Path | None = None) -> float:
+    """The least of three tries: a busy machine adds a little even to CPU time, and never less."""
+    tries = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run(command, check=False, cwd=cwd, capture_output=True, text=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert "Traceback" not in done.stderr, done.stderr
+        tries.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        if tries[-1] < 2.0:
+            break
+    return min(tries)
 
 
 def test_message_if_nothing_fits(make_config, llama3_spec):

@@ -40,6 +40,7 @@ def make_config(changes: dict[str, Any] | None = None) -> RunConfig:
         "data": {"path": "text", "seq_length": 48},
         "train": {"steps": 10, "global_batch_size": 48},
         "optimizer": {"warmup_steps": 2},
+        "teacher": {},
     }
     for name, value in (changes or {}).items():
         section, key = name.split(".")
@@ -331,6 +332,24 @@ REFUSALS = [
     ("stage-never", {"train.stages": [{"steps": 10}, {}]}, 1,
      "train.stages before the last have 10 steps, which must be fewer than train.steps (10): "
      "otherwise the last stage never begins.\n  smallest train.steps: 11"),
+    ("teacher-without-a-weight", {"teacher.steps": 5}, 1,
+     "teacher.steps (5) has no effect without a weight: there is no teacher.\n"
+     "  set teacher.logits_weight, for example to 1, or remove the section teacher"),
+    ("another-teacher-of-layers", {"teacher.layers_weight": 0.5, "teacher.path": "larger"}, 1,
+     "teacher.layers_weight (0.5) needs the source as the teacher, but teacher.path is larger: MoE "
+     "layers are compared with the FFNs that they were made of.\n"
+     "  leave teacher.path unset, or set teacher.layers_weight=0 and teacher.logits_weight"),
+    ("teacher-of-routers-to-copies", {"teacher.router_weight": 0.5}, 1,
+     "teacher.router_weight (0.5) needs experts that are different parts of the dense FFN, but "
+     "upcycle.method (copy) gives them the same neurons: there is nothing to prefer.\n"
+     "  set upcycle.method to one of split_random, split_clustered, split_coactivation, "
+     "sharing_inner, sharing_inter, weaver, or set teacher.router_weight=0"),
+    ("teacher-of-sigmoid-routers", {
+        "teacher.router_weight": 0.5, "upcycle.method": "split_random",
+        "moe.moe_ffn_hidden_size": 6, "moe.moe_router_score_function": "sigmoid"}, 1,
+     "teacher.router_weight (0.5) needs moe.moe_router_score_function (sigmoid) to be softmax: the "
+     "shares of the experts in the dense output are a distribution.\n"
+     "  set teacher.router_weight=0, or moe.moe_router_score_function=softmax"),
 ]  # fmt: skip
 
 

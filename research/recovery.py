@@ -1,0 +1,81 @@
+"""Compare ways for a split model to recover: solved experts, and what a teacher adds.
+
+A small Llama is trained on every second file of Python's standard library and split into 8 experts,
+top-2, so that a token passes a quarter of the neurons. Each case then trains on the other files: a
+long run, and one of a tenth of its tokens. An hour on 2 idle cores; prints a table, and writes it
+as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from research.muon import DOMAIN, prepare
+from research.study.cases import Case
+from research.study.runs import Training, settings, train_case
+
+LONG, SHORT = 200, 20
+SEEDS = (0, 1, 2)
+RANDOM = {"method": "split_random", "rescale": "N/K"}
+SOLVED = {"method": "split_coactivation", "fit": ["router", "down"]}
+LOGITS = {"logits_weight": 1.0}
+ALL = {"logits_weight": 1.0, "layers_weight": 1.0, "router_weight": 0.1}
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
+    "random": (RANDOM, {}, LONG),
+    "solved": (SOLVED, {}, LONG),
+    "solved, logits": (SOLVED, LOGITS, LONG),
+    "random, a tenth": (RANDOM, {}, SHORT),
+    "solved, a tenth": (SOLVED, {}, SHORT),
+    "random, logits, a tenth": (RANDOM, LOGITS, SHORT),
+    "solved, logits, a tenth": (SOLVED, LOGITS, SHORT),
+    "solved, layers, a tenth": (SOLVED, {"layers_weight": 1.0}, SHORT),
+    "solved, router, a tenth": (SOLVED, {"router_weight": 0.1}, SHORT),
+    "solved, all, a tenth": (SOLVED, ALL, SHORT),
+}
+"""Construction, teacher and steps by name."""
+
+
+def main() -> None:
+    """Create the inputs once, train every case that has no result yet, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path, help="folder for inputs, runs and results")
+    out: Path = parser.parse_args().out
+    dense = prepare(out)
+    for seed in SEEDS:
+        for name, (upcycle, teacher, steps) in CASES.items():
+            file_name = f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
+            result = out / f"{file_name}.json"
+            if not result.exists():
+                tree = case_settings(out, out / f"run-{file_name}", dense, upcycle, steps, seed)
+                tree["teacher"] = teacher
+                train_case(tree, result, about={"case": name, "seed": seed})
+            print(f"{name:24} seed {seed}: {json.loads(result.read_text())['validation']}")
+    (out / "recovery.json").write_text(json.dumps(table(out), indent=1) + "\n")
+
+
+def case_settings(
+    out: Path, run_dir: Path, dense: Path, upcycle: dict[str, Any], steps: int, seed: int
+) -> dict[str, Any]:
+    """Return the configuration of one case without its teacher."""
+    how = Training(steps=steps, lr=1e-3, warmup_steps=steps // 10)
+    tree = settings(
+        Case("split", "parts", upcycle), run_dir, dense, out / "continue-tokens", how, seed=seed,
+        domains=[DOMAIN],
+    )  # fmt: skip
+    if "fit" in upcycle:
+        tree["upcycle"]["plan"] = str(out / f"solved-{seed}.safetensors")
+        tree["measure"] = {"samples": 512, "hidden_states": 1024, "interval": 1000}
+    return tree
+
+
+def table(out: Path) -> list[dict[str, Any]]:
+    """Return the results of all cases and seeds, without the loss of every step."""
+    results = [json.loads(path.read_text()) for path in sorted(out.glob("*-[0-9].json"))]
+    return [{k: v for k, v in one.items() if k not in ("training", "domains")} for one in results]
+
+
+if __name__ == "__main__":
+    main()
