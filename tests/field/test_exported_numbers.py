@@ -154,6 +154,7 @@ def test_absent_keys_mean_the_same_in_the_export(
     spec, run = read_spec(source), run_config(source)
     hf_config = moe_config(spec, run, architecture_for(spec, run.moe), config)
     check_export(hf_config, family, config)
+    assert hf_config["rope_theta"] == spec.rotary_base  # transformers 4 reads no rope_parameters
     write_copies(source, root / "hf", hf_config)
     assert (logits(root / "hf") - logits(source)).abs().max() <= 1e-4
 

@@ -137,7 +137,7 @@ def test_what_changed_is_in_the_table(changes: dict[str, Any], name: str, effect
 
 
 def test_the_message_without_changes():
-    assert changed_settings(config(), config()) == []
+    assert changed_settings(config(), config(), step=3) == []
     assert change_table([], step=3) == "No setting has changed since the checkpoint"
 
 
