@@ -81,15 +81,17 @@ def train_step(
     state.optimizer.zero_grad()
     _weigh_tokens(state.model, batches, groups)
     biases = expert_biases(state.model.modules) if config.moe.moe_router_enable_expert_bias else ()
-    lessons = None
     if teacher is not None:
         at("forward")
         teacher.start_step(state.model, step=state.step, sequences=sequences)
-        lessons = teacher.lessons(batches)
-    losses = run_schedule(
-        state.wrapped, batches, config, state.model, groups, forward_only=False, at=at,
-        lessons=lessons,
-    )  # fmt: skip
+
+    def run(some: list[Batch]) -> list[Tensor]:
+        return run_schedule(
+            state.wrapped, some, config, state.model, groups, forward_only=False, at=at,
+            lessons=None if teacher is None else teacher.lessons(some),
+        )  # fmt: skip
+
+    losses = run(batches)
     at("optimizer")
     optimizer: Any = state.optimizer
     # This comes before the gradient norm, whose value the host waits for: the device runs these

@@ -72,16 +72,16 @@ class Teacher:
         settings = self.config.teacher
         self.factor = settings.factor_after(step)
         self.tokens = sequences * self.config.data.seq_length
-        self.sums_3.zero_()
         if settings.teaches_layers and self._student is not student:
             self._attach(student)
 
     def lessons(self, batches: list[Batch]) -> list[Lesson] | None:
-        """Run the teacher over the micro-batches of a step.
+        """Run the teacher over the micro-batches of a step, before the model does.
 
         Returns:
             One lesson per micro-batch, on the last stage if the teacher teaches logits, else None.
         """
+        self.sums_3.zero_()
         if not self.config.teacher.logits_weight:
             return None
         hidden = self.hidden_states(batches)
