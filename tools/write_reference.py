@@ -254,6 +254,8 @@ def models_page() -> str:
         "sqrt(head width), the final norm divided by `logits_scaling`, and `rms_norm_eps` divided "
         "by the square of the embedding multiplier. It is the same function in exact arithmetic; "
         "bf16 rounds the multiplied weights once more, `--dtype fp32` does not.\n"
+        "\nGranite and OLMo-2 were tested with the torch engine on CPUs. Their layers have not been "
+        "built with Transformer Engine.\n"
         "\nMoE families are read in two spellings: one tensor per expert, and tensors that stack "
         "all experts of a layer, as transformers 5 may save them.\n"
         "\n## Refused by name\n\n"
