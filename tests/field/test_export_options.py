@@ -72,7 +72,7 @@ def test_files_are_as_small_as_asked(run: Path, tmp_path: Path):
 def test_values_beyond_fp16_are_refused(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from megatron_moe.commands import export
 
-    monkeypatch.setattr(export, "_output_factor", lambda *_, **__: 1e9)
+    monkeypatch.setattr(export, "_factors", lambda entry, *_, **__: (1e9,) * len(entry.names))
     with pytest.raises(CheckpointError, match=r"cannot hold.*(?s:.*)--dtype bf16 or fp32"):
         export_checkpoint(run, tmp_path / "hf", dtype="fp16")
     assert list(tmp_path.iterdir()) == []
