@@ -114,7 +114,7 @@ def test_a_refusal_of_the_real_program_has_no_traceback(tmp_path: Path):
         (["moe.num_moe_expert=4"],
          "ConfigError: moe.num_moe_expert is not a setting; did you mean 'num_moe_experts'?\n"),
         (["train.steps=many"],
-         "ConfigError: train.steps is 'many', must be a valid integer\n"),
+         "ConfigError: train.steps is 'many', must be an integer\n"),
         (["train.steps"],
          "ConfigError: override 'train.steps' is not of the form key.path=value\n"),
         (["train.steps=-1", "moe.topk=2", "data.seq_length=0"], None),

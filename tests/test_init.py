@@ -171,6 +171,9 @@ def test_refusals(capsys, monkeypatch, tmp_path: Path):
     assert message.startswith("ConfigError: --tokens (many) must be a number of tokens")
     message = refused(capsys, monkeypatch, "llama-3-8b", "--gpus", 64, "--topk", 9)
     assert "moe_router_topk (9)" in message
+    # Also if no layout holds the model, and so none is checked.
+    message = refused(capsys, monkeypatch, "llama-3-70b", "--gpus", 1, "--topk", 9)
+    assert "moe_router_topk (9) must be at most moe.num_moe_experts (8)" in message
     (tmp_path / "run.yaml").write_text("mine")
     message = refused(capsys, monkeypatch, "llama-3-8b", "--gpus", 64)
     assert "--out (run.yaml) exists already" in message

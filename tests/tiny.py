@@ -6,14 +6,20 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    FlexOlmoConfig,
+    FlexOlmoForCausalLM,
     Glm4MoeConfig,
     Glm4MoeForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     OlmoeConfig,
     OlmoeForCausalLM,
     Phi3Config,
@@ -38,7 +44,17 @@ FAMILIES = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     "phi3": (Phi3Config, Phi3ForCausalLM),
     "smollm3": (SmolLM3Config, SmolLM3ForCausalLM),
+    "granite": (GraniteConfig, GraniteForCausalLM),
+    "olmo2": (Olmo2Config, Olmo2ForCausalLM),
 }
+SMALL_IDS = ("phi3", "smollm3", "olmo2")
+"""Families whose default token ids are beyond a small vocabulary."""
+MULTIPLIERS = {
+    "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.2,
+    "logits_scaling": 8.0,
+}  # fmt: skip
+"""As in Granite 3, but for attention, whose 1/64 belongs to a wider head."""
+
 
 QWEN_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 MOES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
@@ -48,6 +64,8 @@ MOES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     ),
     "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM, {**QWEN_MOE, "head_dim": 16}),
     "olmoe": (OlmoeConfig, OlmoeForCausalLM, {"num_experts": 4, "num_experts_per_tok": 2}),
+    "flex_olmo": (FlexOlmoConfig, FlexOlmoForCausalLM,
+                  {"num_experts": 4, "num_experts_per_tok": 2}),
     "glm4_moe": (
         Glm4MoeConfig, Glm4MoeForCausalLM,
         {
@@ -83,7 +101,7 @@ def save_dense(folder: Path, family: str = "llama", *, seed: int = 0, **changes:
     settings = {**SHAPE, **changes}
     if family not in ("mistral", "phi3"):
         settings.pop("sliding_window")
-    if family in ("phi3", "smollm3"):  # their defaults are ids of a larger vocabulary
+    if family in SMALL_IDS:
         settings = {"pad_token_id": 0, "eos_token_id": 2, **settings}
     torch.manual_seed(seed)
     model = model_class(config_class(**settings, initializer_range=0.2)).float()

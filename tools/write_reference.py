@@ -29,7 +29,7 @@ from megatron_moe.config.moe import Moe  # noqa: E402
 from megatron_moe.config.run import RunConfig  # noqa: E402
 from megatron_moe.config.train import BatchRamp, Stage  # noqa: E402
 from megatron_moe.errors import CheckpointError  # noqa: E402
-from megatron_moe.hf.families import FAMILIES, FamilyRow  # noqa: E402
+from megatron_moe.hf.families import FAMILIES, REFUSED, FamilyRow  # noqa: E402
 from megatron_moe.hf.rope import ROPE_TYPES  # noqa: E402
 from megatron_moe.hf.spec import spec_from_config  # noqa: E402
 from megatron_moe.markdown import markdown_table  # noqa: E402
@@ -52,8 +52,9 @@ This page is generated from `megatron_moe/config/` by `python tools/write_refere
 
 HEAD_OF_MODELS = """# Supported models
 
-A source model must have Llama's block: RMSNorm before attention and FFN, rotary attention, and
-SwiGLU, in a dense FFN or in experts. Anything else is refused, with all reasons at once.
+A source model must have Llama's block: RMSNorm before (or after) attention and FFN, rotary
+attention, and SwiGLU, in a dense FFN or in experts. Anything else is refused, with all reasons at
+once.
 [docs/extending.md](extending.md) shows how to add a family.
 
 This page is generated from `megatron_moe/hf/families.py` by `python tools/write_reference.py`.
@@ -247,9 +248,20 @@ def models_page() -> str:
         "`data.seq_length` must be at most `max_position_embeddings`; with a sliding window, at "
         "most the window. Tied embeddings may be saved under either name. Refused, with the "
         "reason: `attention_bias`, `mlp_bias`, other activations than SiLU, partial rotation.\n"
+        "\nGranite's multipliers apply while the model trains, so that weights and learning rates "
+        "mean what they meant to the source. The export has them in its weights: `o_proj` and "
+        "`down_proj` times residual / embedding multiplier, `q_proj` times attention multiplier * "
+        "sqrt(head width), the final norm divided by `logits_scaling`, and `rms_norm_eps` divided "
+        "by the square of the embedding multiplier. It is the same function in exact arithmetic; "
+        "bf16 rounds the multiplied weights once more, `--dtype fp32` does not.\n"
+        "\nGranite and OLMo-2 were tested with the torch engine on CPUs. Their layers have not "
+        "been built with Transformer Engine.\n"
         "\nMoE families are read in two spellings: one tensor per expert, and tensors that stack "
         "all experts of a layer, as transformers 5 may save them.\n"
-        "\n## Tested with\n\nSmall random models of these shapes; logits equal those of "
+        "\n## Refused by name\n\n"
+        + markdown_table(("class in transformers", "it has"),
+                         ((f"`{name}`", reason) for name, reason in REFUSED.items()))
+        + "\n## Tested with\n\nSmall random models of these shapes; logits equal those of "
         "transformers to 1e-4 under one rank, tp2 x ep4 and pp2 "
         "(`tests/distributed/test_parity.py`), those of MoE models under one rank and "
         "tp2 x ep2 x etp2 (`tests/distributed/test_moe_source.py`). `tests/field/` has the "
@@ -263,7 +275,9 @@ def _variant(row: FamilyRow) -> str:
     rotary = "layers without rotary embedding" * row.skips_rotary
     norms = "norms of q and k" + (" over all heads" if row.qk_norm_spans_heads else "")
     biases = _on_request("biases of q, k, v", row.qkv_bias)
-    parts = [rotary, biases, _on_request(norms, row.qk_layernorm),
+    order = "norms after attention and FFN instead of before" * row.post_norms
+    constants = "four multipliers" * row.multipliers
+    parts = [rotary, biases, order, _on_request(norms, row.qk_layernorm), constants,
              windows.get(row.windows, "sliding window in some layers"), *_experts(row)]  # fmt: skip
     return ", ".join(part for part in parts if part) or "-"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,7 @@ import typer
 from megatron_moe.cli.options import JsonFlag, parse_size, show
 from megatron_moe.config.load import overridden
 from megatron_moe.config.run import RunConfig
+from megatron_moe.data.files import text_exists
 from megatron_moe.errors import ConfigError
 from megatron_moe.experts.from_source import load_run
 from megatron_moe.hf.disk import write_text
@@ -132,7 +134,28 @@ def _run_to_plan(
     if not arguments or "=" in arguments[0]:
         raise ConfigError("plan needs CONFIG.yaml, or --model NAME of a known model")
     config = load_run(Path(arguments[0]), arguments[1:])
+    for note in plan_notes(config, gpus=gpus, gpu=gpu):
+        print(note, file=sys.stderr)
     return config, spec_with_note(config.source.path)
+
+
+def plan_notes(config: RunConfig, *, gpus: int, gpu: str) -> Iterator[str]:
+    """Yield what a prediction leaves out of a run: its device, and text that is not there yet."""
+    if config.run.device == "cpu":
+        yield (
+            f"run.device is cpu, but plan predicts {gpus} {gpu}: it has no model of CPUs. "
+            "Choose GPUs with --gpus and --gpu."
+        )
+    texts = {"data.path": config.data.path, "data.validation_path": config.data.validation_path}
+    texts |= {
+        f"data.domains.{name}.path": one.path for name, one in (config.data.domains or {}).items()
+    }
+    for setting, path in texts.items():
+        if path is not None and not text_exists(path):
+            yield (
+                f"{setting} ({path}) does not exist yet, so the plan cannot say how often it is "
+                "read."
+            )
 
 
 def known_source(name: str) -> tuple[DenseSpec, Path]:

@@ -103,18 +103,21 @@ def export_checkpoint(
     half_open = architecture == "Qwen2MoeForCausalLM" and not config.moe.moe_shared_expert_gate
     plan = folders.plan_of(checkpoint, spec, config)
     progress = folders.read_progress(checkpoint)
+    run_dir, folder = checkpoint.resolve().parents[1], out.resolve()
+    # A folder in that of its run, such as runs/demo/hf, is called like every other run's.
+    title = run_dir.name if name is None and folder.parent == run_dir else None
     card = model_card(
         config=config, spec=spec, progress=progress,
         tokens=folders.tokens_of(progress, checkpoint), architecture=architecture, dtype=kind,
-        run_dir=checkpoint.resolve().parents[1], name=name or out.resolve().name,
+        run_dir=run_dir, name=name or folder.name, title=title,
     )  # fmt: skip
     with (
         GlobalTensors(checkpoint) as tensors,
         FolderWriter(out, announced, max_shard_bytes=max_shard_bytes) as writer,
     ):
         for entry in entries:
-            factor = _output_factor(entry, plan, half_open=half_open)
-            values = _values(entry, tensors, spec, _dtype_of(entry.row, _DTYPES[kind]), factor)
+            factors = _factors(entry, plan, spec, half_open=half_open)
+            values = _values(entry, tensors, spec, _dtype_of(entry.row, _DTYPES[kind]), factors)
             for tensor_name, tensor in zip(entry.names, values, strict=True):
                 writer.write(tensor_name, tensor)
         writer.add_file("config.json", (json.dumps(hf_config, indent=2) + "\n").encode())
@@ -149,14 +152,24 @@ def _config_of_export(
 
 
 def _values(
-    entry: _Entry, tensors: GlobalTensors, spec: DenseSpec, dtype: torch.dtype, factor: float
+    entry: _Entry,
+    tensors: GlobalTensors,
+    spec: DenseSpec,
+    dtype: torch.dtype,
+    factors: tuple[float, ...],
 ) -> list[Tensor]:
     """Return the Hugging Face tensors of an entry."""
     if entry.key is None:
         return [torch.zeros(shape, dtype=dtype) for shape in entry.shapes]
-    fused = _folded(tensors.read(entry.key, index=entry.expert, dtype=dtype), factor)
-    _check_range(fused, entry.key)
-    cut = _cut(fused, entry, spec)
+    folded = any(factor != 1 for factor in factors)
+    read_as = torch.float32 if folded else dtype
+    fused = tensors.read(entry.key, index=entry.expert, dtype=read_as)
+    cut = [
+        _folded(tensor, factor, dtype)
+        for tensor, factor in zip(_cut(fused, entry, spec), factors, strict=True)
+    ]
+    for tensor in cut:
+        _check_range(tensor, entry.key)
     return [_padded(tensor, shape) for tensor, shape in zip(cut, entry.shapes, strict=True)]
 
 
@@ -192,6 +205,8 @@ def architecture_for(spec: DenseSpec, moe: Moe) -> Architecture:
             f"moe.router_gate ({moe.router_gate}): all of them route by one linear layer.\n"
             "  use moe.router_gate=noisy_linear, or keep the checkpoint"
         )
+    if spec.post_norms:
+        return _of_post_norms(spec, moe)
     if moe.moe_router_score_function == "sigmoid":
         return _of_sigmoid_scores(spec, moe)
     shared = moe.moe_shared_expert_intermediate_size
@@ -209,6 +224,27 @@ def architecture_for(spec: DenseSpec, moe: Moe) -> Architecture:
     if spec.qkv_bias or shared or mixed or moe.router_order == "softmax_topk":
         return "Qwen2MoeForCausalLM"
     return "MixtralForCausalLM"
+
+
+def _of_post_norms(spec: DenseSpec, moe: Moe) -> Architecture:
+    """Return the architecture with norms after attention and experts.
+
+    Raises:
+        CheckpointError: It does not have this model's layers.
+    """
+    reasons = {
+        "moe.moe_router_score_function (sigmoid)": moe.moe_router_score_function == "sigmoid",
+        "a shared expert (moe.moe_shared_expert_intermediate_size)": bool(moe.shared_size),
+        "dense layers": len(moe_layer_ids(moe, spec.num_layers)) < spec.num_layers,
+    }
+    if reason := next((reason for reason, applies in reasons.items() if applies), None):
+        raise CheckpointError(
+            f"no Hugging Face architecture means the same as a {spec.family} model, whose norms "
+            f"come after attention and FFN, with {reason}: FlexOlmo has routed experts with "
+            "softmax scores in every layer.\n"
+            "  build it without, or keep the checkpoint"
+        )
+    return "FlexOlmoForCausalLM"
 
 
 def _of_sigmoid_scores(spec: DenseSpec, moe: Moe) -> Architecture:
@@ -232,20 +268,36 @@ def _of_sigmoid_scores(spec: DenseSpec, moe: Moe) -> Architecture:
     return "Glm4MoeForCausalLM"
 
 
-def _output_factor(entry: _Entry, plan: ExpertPlan, *, half_open: bool) -> float:
-    """By what the tensor is multiplied to do in Hugging Face what it did in the run.
+def _factors(
+    entry: _Entry, plan: ExpertPlan, spec: DenseSpec, *, half_open: bool
+) -> tuple[float, ...]:
+    """Return by what each tensor is multiplied to do in Hugging Face what it did in the run.
 
     Routed experts' outputs may be scaled at run time. A shared expert without a gate that becomes
-    one of Qwen2-MoE passes a gate whose rows are zero: it is ``half_open``.
+    one of Qwen2-MoE passes a gate whose rows are zero: it is ``half_open``. Granite's multipliers
+    become part of the weights: the residual stream of the export is the run's, divided by the
+    multiplier of the embeddings.
     """
-    if entry.row.role == "expert_fc2":
-        assert entry.layer is not None
-        return plan.layer(entry.layer).output_scale
-    return 2.0 if entry.row.role == "shared_fc2" and half_open else 1.0
+    by, role = spec.multipliers, entry.row.role
+    added = by.residual / by.embedding
+    match role:
+        case "qkv" if by.attention is not None:
+            return (by.attention * spec.kv_channels**0.5, 1.0, 1.0)
+        case "proj" | "fc2":
+            return (added,)
+        case "expert_fc2":
+            assert entry.layer is not None
+            return (added * plan.layer(entry.layer).output_scale,)
+        case "shared_fc2":
+            return (added * (2.0 if half_open else 1.0),)
+        case "final_norm":
+            return (1 / by.logits,)
+        case _:
+            return (1.0,) * len(entry.names)
 
 
-def _folded(tensor: Tensor, factor: float) -> Tensor:
-    return tensor if factor == 1.0 else (tensor.float() * factor).to(tensor.dtype)
+def _folded(tensor: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
+    return (tensor if factor == 1 else tensor * factor).to(dtype)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ _MODEL_TYPES: dict[Architecture, str] = {
     "Qwen2MoeForCausalLM": "qwen2_moe",
     "Qwen3MoeForCausalLM": "qwen3_moe",
     "OlmoeForCausalLM": "olmoe",
+    "FlexOlmoForCausalLM": "flex_olmo",
     "Glm4MoeForCausalLM": "glm4_moe",
 }
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -86,14 +87,14 @@ def moe_config(
             "router_jitter_noise": 0.0,
             "sliding_window": next(iter(windows), None),
         }
-    if architecture == "OlmoeForCausalLM":
+    if architecture in ("OlmoeForCausalLM", "FlexOlmoForCausalLM"):
         return {
             **result,
             "intermediate_size": size,
             "num_experts": moe.num_moe_experts,
             "norm_topk_prob": moe.router_order == "topk_softmax",
             "attention_bias": False,
-            "clip_qkv": None,
+            **({"clip_qkv": None} if architecture == "OlmoeForCausalLM" else {}),
         }
     if architecture == "Glm4MoeForCausalLM":
         return {**result, **_glm(spec, moe)}
@@ -116,7 +117,8 @@ def common_config(
         "hidden_act": "silu",
         "max_position_embeddings": spec.max_position_embeddings,
         "initializer_range": spec.initializer_range,
-        "rms_norm_eps": spec.layernorm_epsilon,
+        # The export has Granite's residual stream divided by the multiplier of its embeddings.
+        "rms_norm_eps": spec.layernorm_epsilon / spec.multipliers.embedding**2,
         "tie_word_embeddings": spec.tied_embeddings,
         **_rope(spec, source, architecture),
         **_token_ids(spec, source),
@@ -225,6 +227,7 @@ def check_export(export: dict[str, Any], family: str, source: dict[str, Any]) ->
     """
     written = _read_by_transformers(export["model_type"], export)
     read = _read_by_transformers(family, source)
+    read["rms_norm_eps"] /= read.get("embedding_multiplier", 1.0) ** 2
     stated = (export.keys() & written.keys()) - _PROGRAM_SETTINGS
     common = (read.keys() & written.keys()) - _NOT_COMPARED
     expected = {key: export[key] for key in stated} | {key: read[key] for key in common}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_moe.commands.init_file import Draft, as_yaml
 from megatron_moe.config.run import RunConfig
+from megatron_moe.data.files import text_exists
 from megatron_moe.errors import ConfigError
 from megatron_moe.hf.disk import write_text
 from megatron_moe.hf.obtain import how_to_get
@@ -102,7 +103,7 @@ def next_commands(request: Request, out: Path) -> list[str]:
     if not (request.source / "config.json").exists():
         first = how_to_get(request.source).splitlines()[0]
         commands.append(first.removeprefix("  get it:").strip())
-    if not _text_exists(request.data):
+    if not text_exists(request.data):
         words = ["tokenize", "TEXT.jsonl", "--tokenizer", request.source, "--out", request.data]
         commands.append(_command("megatron-moe", *words))
     if request.on_cpu:
@@ -120,10 +121,6 @@ def next_commands(request: Request, out: Path) -> list[str]:
 
 def _command(*words: object) -> str:
     return shlex.join(map(str, words))
-
-
-def _text_exists(path: Path) -> bool:
-    return path.exists() or path.with_name(path.name + ".bin").exists()
 
 
 def _launch(gpus: int, out: Path) -> str:

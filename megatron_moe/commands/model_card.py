@@ -25,6 +25,7 @@ def model_card(
     dtype: str,
     run_dir: Path,
     name: str,
+    title: str | None = None,
 ) -> str:
     """Return the text of the card.
 
@@ -36,7 +37,8 @@ def model_card(
         architecture: Class of transformers that loads the export.
         dtype: dtype of the weights.
         run_dir: Folder of the run, for its receipt and metrics.
-        name: Name of the folder or of the repository.
+        name: Name of the folder or of the repository, to load it by.
+        title: Heading of the card; None uses the name.
     """
     moe, dense = config.moe, architecture not in MOE_NAMES
     rows = {
@@ -54,7 +56,7 @@ def model_card(
     return (
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n"
         f"tags:{'' if dense else '\n- moe'}\n- upcycling\n---\n\n"
-        f"# {name}\n\n"
+        f"# {title or name}\n\n"
         f"A {'dense' if dense else 'Mixture-of-Experts'} model, built from the source model and "
         f"trained further by megatron_moe {__version__}.\n\n"
         f"| | |\n| --- | --- |\n{table}\n\n"

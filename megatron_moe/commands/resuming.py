@@ -35,6 +35,7 @@ _REFUSED = {
     "moe.moe_shared_expert_gate": "the trained shared expert has or lacks a gate",
 }
 """Settings that the trained weights depend on, with the reason."""
+_REFUSED_AS = dict.fromkeys(_REFUSED, "refused")
 _EFFECTS = {
     "run.dir": "takes effect: the run was moved",
     "run.seed": "takes effect: the text is shuffled anew, so some of it is read again",
@@ -78,8 +79,8 @@ def with_source(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"source": Source(path=folder)})
 
 
-def changed_settings(before: RunConfig, now: RunConfig) -> list[Change]:
-    """Return the settings that differ, in the order of the configuration.
+def changed_settings(before: RunConfig, now: RunConfig, *, step: int) -> list[Change]:
+    """Return the settings that differ from the checkpoint's of ``step``, in order.
 
     Raises:
         ConfigError: A change would make the model compute something else.
@@ -87,16 +88,18 @@ def changed_settings(before: RunConfig, now: RunConfig) -> list[Change]:
     old, new = (dict(_leaves(c.model_dump(mode="json"))) for c in (before, now))
     names = list(dict.fromkeys([*new, *old]))
     changes = [
-        Change(name, old.get(name), new.get(name), _effect(name))
+        Change(name, old.get(name), new.get(name), _REFUSED_AS.get(name) or _effect(name))
         for name in names
         if old.get(name) != new.get(name)
     ]
     if refused := [change for change in changes if change.name in _REFUSED]:
         lines = [f"{c.name} ({c.now}) was {c.before}: {_REFUSED[c.name]}" for c in refused]
+        others = len(changes) > len(refused)
         raise ConfigError(
             "the run cannot be resumed with other values of these settings:\n  "
             + "\n  ".join(lines)
             + "\n  set them as before, or start a new run in another run.dir"
+            + (f"\n{change_table(changes, step=step)}" if others else "")
         )
     return changes
 

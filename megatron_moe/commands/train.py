@@ -9,6 +9,7 @@ from megatron_moe.checkpoint.folder import (
     keep_source_files,
     plan_of,
     read_config,
+    read_progress,
     source_copy,
 )
 from megatron_moe.checkpoint.local import LocalCopies
@@ -79,7 +80,9 @@ def _train(job: Job) -> None:
     job.watch.at("load")
     resume_from = agreed_newest(config.run.dir, job.world)
     before = None if resume_from is None else read_config(resume_from)
-    changes = [] if before is None else changed_settings(before, config)
+    changes: list[Change] = []
+    if before is not None and resume_from is not None:
+        changes = changed_settings(before, config, step=read_progress(resume_from).step)
     # If the source is gone, all ranks read the run's copy, which must not be replaced meanwhile.
     if job.world.rank == 0 and config.source.path != config.run.dir / "source":
         kept = config.source.path if resume_from is None else source_copy(resume_from)

@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from megatron_moe.config.synonyms import SETTING_OF
 from megatron_moe.errors import ConfigError
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -208,17 +209,53 @@ def _explain(root: type[BaseModel], error: ErrorDetails) -> str:
             fields = _section(root, parts[:-1]).model_fields
             if name in RENAMED:
                 return f"{name} is not a section; it is called {RENAMED[name]} now"
-            close = difflib.get_close_matches(parts[-1], fields, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(fields)}"
-            return f"{name} is not a setting; {hint}"
+            return f"{name} is not a setting; {_meant(parts, list(fields))}"
         case "missing":
             return f"{name} must be set"
         case "literal_error":
             allowed = error.get("ctx", {}).get("expected", "")
-            return f"{name} is {error['input']!r}, must be one of {allowed}"
+            if parts[-1] == "[key]":
+                setting = name.removesuffix(f".{parts[-2]}.[key]")
+                return f"{setting} has the name {error['input']!r}, must be one of {allowed}"
+            return f"{name} is {_shown(error['input'])}, must be one of {allowed}"
         case _:
             rule = error["msg"].removeprefix("Input should be ")
-            return f"{name} is {error['input']!r}, must be {rule}"
+            rule = _KINDS.get(error["type"], rule)
+            if error["type"] == "string_type" and _is_path(root, parts):
+                rule = "a path"
+            return f"{name} is {_shown(error['input'])}, must be {rule}"
+
+
+_KINDS = {
+    "string_type": "text", "int_type": "an integer", "int_from_float": "an integer",
+    "float_type": "a number", "bool_type": "true or false", "list_type": "a list",
+    "dict_type": "a mapping of names to values", "model_type": "a section of settings",
+}  # fmt: skip
+"""Kinds of values in the words of YAML, by pydantic's type of error."""
+
+
+def _shown(value: Any) -> str:
+    """Return a value as it is written in YAML."""
+    words = {None: "null", True: "true", False: "false"}
+    return words[value] if value is None or isinstance(value, bool) else repr(value)
+
+
+def _is_path(root: type[BaseModel], parts: list[str]) -> bool:
+    field = _section(root, parts[:-1]).model_fields.get(parts[-1])
+    return field is not None and _allows_path(field.annotation)
+
+
+def _allows_path(annotation: Any) -> bool:
+    return annotation is Path or any(map(_allows_path, get_args(annotation)))
+
+
+def _meant(parts: list[str], fields: list[str]) -> str:
+    """Return a hint for a name that is not a setting: what it is called here, or what is."""
+    if setting := SETTING_OF.get(parts[-1].lower().replace("-", "_")):
+        return f"did you mean {setting}?"
+    if close := difflib.get_close_matches(parts[-1], fields, n=1):
+        return f"did you mean {close[0]!r}?"
+    return f"known: {', '.join(fields)}"
 
 
 def _section(root: type[BaseModel], parts: list[str]) -> type[BaseModel]:

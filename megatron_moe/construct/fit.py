@@ -160,19 +160,22 @@ class Fit:
                 streams[index] = self.stream.attend(streams[index], batch)
         for index, residual_SBD in enumerate(self._dense_residual):
             output_TD = self._ffn.output(self.stream.ffn_input(residual_SBD))
-            self._dense_residual[index] = residual_SBD + output_TD.view_as(residual_SBD)
+            added_TD = self.stream.added(output_TD)
+            self._dense_residual[index] = residual_SBD + added_TD.view_as(residual_SBD)
 
     def _advance(self, layer: Callable[[Tensor], Tensor]) -> None:
         for index, x_TD in self._inputs():
             residual_SBD = self._residual[index]
-            self._residual[index] = residual_SBD + layer(x_TD).view_as(residual_SBD)
+            added_TD = self.stream.added(layer(x_TD))
+            self._residual[index] = residual_SBD + added_TD.view_as(residual_SBD)
 
     def _target(self, index: int, output_TD: Tensor) -> Tensor:
-        """Return what the MoE layer should add to the stream, ``(T, D)``."""
+        """Return what the MoE layer should give, ``(T, D)``."""
         share = self.plan.recipe.fit_stream
         if not share:
             return output_TD
         missing = self._dense_residual[index] - self._residual[index]
+        missing = missing / self.dense.spec.multipliers.residual
         return torch.lerp(output_TD, missing.flatten(0, 1), share)
 
     # ---- the layer -------------------------------------------------------------------------------

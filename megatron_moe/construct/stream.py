@@ -22,6 +22,7 @@ from megatron_moe.data.batches import Batch
 from megatron_moe.experts.plan import make_expert_plan
 from megatron_moe.hf.reader import DenseCheckpoint
 from megatron_moe.model.build import Chunk, build_model
+from megatron_moe.model.residual import ResidualAdd
 from megatron_moe.model.upcycle import fill
 from megatron_moe.parallel.groups import create_groups
 from megatron_moe.runtime.engine import Engine
@@ -79,6 +80,11 @@ class LayerStream:
         """Return the normalized input of the FFN, ``(S * B, D)``."""
         x_SBD = self._block.pre_mlp_layernorm(residual_SBD)
         return normalized(x_SBD, self._block.mlp).flatten(0, 1)
+
+    def added(self, output_TD: Tensor) -> Tensor:
+        """Return what the block adds to the residual stream for an output of its FFN."""
+        add = self._block.mlp_bda
+        return add.added(output_TD) if isinstance(add, ResidualAdd) else output_TD
 
     def _keep(self, module: Any, args: tuple[Tensor, ...]) -> None:
         self._residual_SBD = args[0]

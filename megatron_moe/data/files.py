@@ -41,6 +41,11 @@ _COMPRESSIONS = ("gz", "bz2", "xz", "zst")
 _NUMBER = re.compile(r"[.-](\d+(-of-\d+)?|part-?\d+)$")
 
 
+def text_exists(path: Path) -> bool:
+    """Return whether ``path`` is a file or folder of text, or the prefix of token files."""
+    return path.exists() or path.with_name(path.name + ".bin").exists()
+
+
 def compression_of(path: Path) -> str | None:
     """Return ``gz``, ``bz2``, ``xz``, ``zst``, or None if the file is not compressed."""
     suffix = path.suffix[1:].lower()

@@ -1,7 +1,8 @@
 """List the families that a run can start from, one row each: what distinguishes it from Llama.
 
-`docs/extending.md` adds a family step by step. The block must be Llama's: RMSNorm before attention
-and FFN, rotary attention, and SwiGLU. In a MoE family, experts take the place of some FFNs.
+`docs/extending.md` adds a family step by step. The block must be Llama's: RMSNorm before (or after)
+attention and FFN, rotary attention, and SwiGLU. In a MoE family, experts take the place of some
+FFNs.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Family = Literal[
-    "llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3",
-    "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe",
+    "llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3", "granite", "olmo2",
+    "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "flex_olmo", "glm4_moe",
 ]  # fmt: skip
 
 Windows = Literal[
@@ -67,6 +68,11 @@ class FamilyRow:
     """Whether query and key have an RMSNorm, or the key that says so."""
     qk_norm_spans_heads: bool = False
     """Whether that RMSNorm is over all heads at once instead of over each head."""
+    post_norms: bool = False
+    """Whether RMSNorm comes after attention and FFN, before their outputs are added to the residual
+    stream, instead of before attention and FFN."""
+    multipliers: bool = False
+    """Whether config.json has Granite's four multipliers (`spec.Multipliers`)."""
     rope_scaling: bool = True
     """Whether transformers scales rotary frequencies in the ways of `hf/rope.py`."""
     skips_rotary: bool = False
@@ -138,6 +144,24 @@ FAMILIES: dict[Family, FamilyRow] = {
         skips_rotary=True,
         windows="without_rotary_on_request",
     ),
+    "granite": FamilyRow(
+        architecture="GraniteForCausalLM",
+        defaults={
+            "max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2,
+            "embedding_multiplier": 1.0, "residual_multiplier": 1.0, "attention_multiplier": 1.0,
+            "logits_scaling": 1.0,
+        },
+        multipliers=True,
+    ),
+    "olmo2": FamilyRow(
+        architecture="Olmo2ForCausalLM",
+        defaults={
+            "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "eos_token_id": 50279,
+        },
+        qk_layernorm=True,
+        qk_norm_spans_heads=True,
+        post_norms=True,
+    ),
     "mixtral": FamilyRow(
         architecture="MixtralForCausalLM",
         defaults={
@@ -182,6 +206,17 @@ FAMILIES: dict[Family, FamilyRow] = {
         qk_norm_spans_heads=True,
         moe=MoeRow(expert_size="intermediate_size"),
     ),
+    "flex_olmo": FamilyRow(
+        architecture="FlexOlmoForCausalLM",
+        defaults={
+            "max_position_embeddings": 4096, "rope_theta": 5e5, "eos_token_id": 100257,
+            "num_experts_per_tok": 5, "num_experts": 7,
+        },
+        qk_layernorm=True,
+        qk_norm_spans_heads=True,
+        post_norms=True,
+        moe=MoeRow(expert_size="intermediate_size"),
+    ),
     "glm4_moe": FamilyRow(
         architecture="Glm4MoeForCausalLM",
         defaults={
@@ -202,3 +237,24 @@ FAMILIES: dict[Family, FamilyRow] = {
 FAMILY_OF_ARCHITECTURE: dict[str, Family] = {
     row.architecture: family for family, row in FAMILIES.items()
 }
+
+_GEMMA = "GELU in its FFN, norms whose weights are offsets from one, and embeddings times sqrt(D)"
+_NO_GATE = "an FFN without a gate, and LayerNorm"
+REFUSED: dict[str, str] = {
+    "GemmaForCausalLM": _GEMMA,
+    "Gemma2ForCausalLM": _GEMMA + ", and caps attention scores and logits by tanh",
+    "Gemma3ForCausalLM": _GEMMA + ", and two rotary bases",
+    "Gemma3ForConditionalGeneration": _GEMMA + ", two rotary bases, and an image encoder",
+    "Olmo3ForCausalLM": "another rotary embedding in layers with a sliding window",
+    "DeepseekV2ForCausalLM": "latent attention",
+    "DeepseekV3ForCausalLM": "latent attention",
+    "OPTForCausalLM": _NO_GATE,
+    "GPT2LMHeadModel": _NO_GATE,
+    "GPTNeoXForCausalLM": _NO_GATE,
+    "PhiForCausalLM": _NO_GATE,
+    "FalconForCausalLM": _NO_GATE,
+    "BloomForCausalLM": _NO_GATE,
+    "Starcoder2ForCausalLM": _NO_GATE,
+    "CohereForCausalLM": "LayerNorm, and attention and FFN side by side",
+}
+"""Architectures that people ask for, and what they have that this package does not build."""

@@ -79,7 +79,9 @@ class Row:
     shapes: str
     """Shapes of the Hugging Face tensors, a word each."""
     sharding: Sharding
-    requires: Literal["qkv_bias", "qk_layernorm", "separate_output"] | None = None
+    requires: (
+        Literal["qkv_bias", "qk_layernorm", "separate_output", "pre_norms", "post_norms"] | None
+    ) = None
     """Property of the `DenseSpec` without which a model does not have the parameter."""
     setting: Literal["moe_router_enable_expert_bias", "moe_shared_expert_gate"] | None = None
     """Setting of ``moe`` without which a MoE layer does not have the parameter."""
@@ -95,7 +97,7 @@ ROWS: tuple[Row, ...] = (
     Row("embedding",   Scope.MODEL, ("embedding.word_embeddings.weight",),
                        ("model.embed_tokens.weight",),                   "VD",       Sharding.VOCABULARY),
     Row("input_norm",  Scope.LAYER, (_L + "input_layernorm.weight", _L + "self_attention.linear_qkv.layer_norm_weight"),
-                       (_H + "input_layernorm.weight",),                 "D",        Sharding.WHOLE),
+                       (_H + "input_layernorm.weight",),                 "D",        Sharding.WHOLE, "pre_norms"),
     Row("qkv",         Scope.LAYER, (_L + "self_attention.linear_qkv.weight",),
                        (_H + "self_attn.q_proj.weight", _H + "self_attn.k_proj.weight", _H + "self_attn.v_proj.weight"),
                                                                          "QD GD GD", Sharding.QKV),
@@ -109,7 +111,11 @@ ROWS: tuple[Row, ...] = (
     Row("proj",        Scope.LAYER, (_L + "self_attention.linear_proj.weight",),
                        (_H + "self_attn.o_proj.weight",),                "DQ",       Sharding.COLUMNS),
     Row("ffn_norm",    Scope.LAYER, (_L + "pre_mlp_layernorm.weight", _L + "mlp.linear_fc1.layer_norm_weight"),
-                       (_H + "post_attention_layernorm.weight",),        "D",        Sharding.WHOLE),
+                       (_H + "post_attention_layernorm.weight",),        "D",        Sharding.WHOLE, "pre_norms"),
+    Row("attention_output_norm", Scope.LAYER, (_L + "self_attn_bda.norm.weight",),
+                       (_H + "post_attention_layernorm.weight",),        "D",        Sharding.WHOLE, "post_norms"),
+    Row("ffn_output_norm", Scope.LAYER, (_L + "mlp_bda.norm.weight",),
+                       (_H + "post_feedforward_layernorm.weight",),      "D",        Sharding.WHOLE, "post_norms"),
     Row("fc1",         Scope.DENSE, (_L + "mlp.linear_fc1.weight",),     _GATE_UP,   "FD FD", Sharding.GATED),
     Row("fc2",         Scope.DENSE, (_L + "mlp.linear_fc2.weight",),     _DOWN,      "DF",    Sharding.COLUMNS),
     Row("router",      Scope.MOE,   (_L + "mlp.router.weight",),         (),         "ED",    Sharding.WHOLE),
@@ -132,7 +138,8 @@ ROWS: tuple[Row, ...] = (
 )
 
 Architecture = Literal[
-    "MixtralForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "OlmoeForCausalLM", "Glm4MoeForCausalLM",
+    "MixtralForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "OlmoeForCausalLM", "FlexOlmoForCausalLM",
+    "Glm4MoeForCausalLM",
 ]
 
 _ROUTED = {
@@ -158,6 +165,7 @@ MOE_NAMES: dict[Architecture, dict[str, tuple[str, ...]]] = {
     "Qwen2MoeForCausalLM": _ROUTED | _SHARED | _SHARED_GATE,
     "Qwen3MoeForCausalLM": _ROUTED,
     "OlmoeForCausalLM": _ROUTED,
+    "FlexOlmoForCausalLM": _ROUTED,
     "Glm4MoeForCausalLM": {
         **_ROUTED, **_EXPERT_BIAS,
         "shared_fc1": (_H + "mlp.shared_experts.gate_proj.weight", _H + "mlp.shared_experts.up_proj.weight"),
@@ -182,7 +190,15 @@ ROLES: dict[Role, tuple[str, ...]] = {
     "shared_experts": ("shared_fc1", "shared_fc2", "shared_gate"),
     "dense_ffn": ("fc1", "fc2"),
     "attention": ("qkv", "qkv_bias", "proj"),
-    "norms": ("input_norm", "q_norm", "k_norm", "ffn_norm", "final_norm"),
+    "norms": (
+        "input_norm",
+        "q_norm",
+        "k_norm",
+        "ffn_norm",
+        "attention_output_norm",
+        "ffn_output_norm",
+        "final_norm",
+    ),
     "embeddings": ("embedding", "output"),
 }
 """Rows of each role that settings name (train.freeze, optimizer.lr_multipliers)."""

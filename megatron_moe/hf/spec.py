@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moe.errors import CheckpointError
-from megatron_moe.hf.families import FAMILIES, FAMILY_OF_ARCHITECTURE, Family
+from megatron_moe.hf.families import FAMILIES, FAMILY_OF_ARCHITECTURE, REFUSED, Family
 from megatron_moe.hf.moe_spec import ExpertsSpec, expert_sizes, read_experts, unsupported_experts
 from megatron_moe.hf.obtain import how_to_get
 from megatron_moe.hf.rope import (
@@ -28,6 +28,20 @@ from megatron_moe.json_text import parse_json
 
 COMMON_DEFAULTS: dict[str, Any] = {"rms_norm_eps": 1e-6, "initializer_range": 0.02}
 """Defaults of transformers 5 for keys missing in config.json; `FamilyRow.defaults` has others."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Multipliers:
+    """Constants by which Granite multiplies activations."""
+
+    embedding: float = 1.0
+    """Factor of the embeddings, where the residual stream starts."""
+    residual: float = 1.0
+    """Factor of the outputs of attention and FFN, before they are added to the residual stream."""
+    attention: float | None = None
+    """Factor of the products of query and key; None for ``1 / sqrt(head width)``."""
+    logits: float = 1.0
+    """Divisor of the logits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,8 +77,16 @@ class DenseSpec:
     """Layers whose queries and keys are not rotated."""
     qk_norm_spans_heads: bool = False
     """Whether the RMSNorm of query and key is over all heads at once."""
+    post_norms: bool = False
+    """Whether RMSNorm comes after attention and FFN instead of before them."""
+    multipliers: Multipliers = Multipliers()
     experts: ExpertsSpec | None = None
     """The MoE layers; None for a dense model."""
+
+    @property
+    def pre_norms(self) -> bool:
+        """Whether RMSNorm comes before attention and FFN."""
+        return not self.post_norms
 
     @property
     def separate_output(self) -> bool:
@@ -131,6 +153,8 @@ def spec_from_config(config: Mapping[str, Any], *, where: str = "config.json") -
         attention_windows=_attention_windows(config, family),
         layers_without_rotary=_layers_without_rotary(config, family),
         qk_norm_spans_heads=FAMILIES[family].qk_norm_spans_heads,
+        post_norms=FAMILIES[family].post_norms,
+        multipliers=_multipliers(config) if FAMILIES[family].multipliers else Multipliers(),
         experts=None if moe is None else read_experts(config, moe),
     )
 
@@ -162,8 +186,10 @@ def _family(config: Mapping[str, Any]) -> Family | None:
 
 def _other_architecture(config: object) -> str:
     name = config.get("architectures") if isinstance(config, dict) else type(config).__name__
+    one = str(name[0]) if isinstance(name, list) and name else ""
+    reason = f"it has {REFUSED[one]}; " if one in REFUSED else ""
     return (
-        f"architectures is {name}: supported are {', '.join(FAMILY_OF_ARCHITECTURE)}, "
+        f"architectures is {name}: {reason}supported are {', '.join(FAMILY_OF_ARCHITECTURE)}, "
         "which use RMSNorm, rotary attention and SwiGLU"
     )
 
@@ -217,17 +243,23 @@ def _bad_numbers(config: Mapping[str, Any], family: Family) -> list[str]:
     ]
     reasons += [
         f"{key} is {value!r:.99}: must be a positive number"
-        for key, value in _real_numbers(config).items()
+        for key, value in _real_numbers(config, family).items()
         if not _is_positive(value, int, float)
     ]
     return reasons or _misfits(config)
 
 
-def _real_numbers(config: Mapping[str, Any]) -> dict[str, Any]:
+_MULTIPLIERS = (
+    "embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling",
+)  # fmt: skip
+
+
+def _real_numbers(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
     return {
         "rms_norm_eps": config["rms_norm_eps"],
         "initializer_range": config["initializer_range"],
         **rope_numbers(config),
+        **{key: config[key] for key in _MULTIPLIERS if FAMILIES[family].multipliers},
     }
 
 
@@ -367,6 +399,15 @@ def _num_query_groups(config: Mapping[str, Any]) -> int:
 
 def _kv_channels(config: Mapping[str, Any]) -> int:
     return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+
+
+def _multipliers(config: Mapping[str, Any]) -> Multipliers:
+    return Multipliers(
+        embedding=float(config["embedding_multiplier"]),
+        residual=float(config["residual_multiplier"]),
+        attention=float(config["attention_multiplier"]),
+        logits=float(config["logits_scaling"]),
+    )
 
 
 def _first(value: int | list[int] | None) -> int | None:

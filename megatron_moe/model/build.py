@@ -17,6 +17,7 @@ from megatron_moe.hf.spec import DenseSpec
 from megatron_moe.model.config import transformer_config
 from megatron_moe.model.grouped_experts import lay_out_experts
 from megatron_moe.model.norm import HeadsRMSNorm
+from megatron_moe.model.residual import multiply_ends
 from megatron_moe.model.rope import scaled_frequencies
 from megatron_moe.model.routers import router_factory
 from megatron_moe.model.spec import QkNorms, block_spec
@@ -96,7 +97,7 @@ def build_model(
         )
         vp_stage = vpp_rank if vpp > 1 else None
         spec_of_layers: Any = block_spec(
-            transformer, layers, router=router, engine=engine, vp_stage=vp_stage,
+            transformer, spec, layers, router=router, engine=engine, vp_stage=vp_stage,
             qk_norms=_qk_norms(spec, groups),
         )  # fmt: skip
         rotary_base: Any = spec.rotary_base  # declared int by Megatron-Core, but any number works
@@ -117,6 +118,7 @@ def build_model(
         if not transformer.init_model_with_meta_device:
             module.to(torch.cuda.current_device())
         lay_out_experts([module])
+        multiply_ends(module, spec.multipliers)
         if spec.rope_scaling is not None:
             rotary = module.rotary_pos_emb
             rotary.inv_freq = scaled_frequencies(

@@ -78,14 +78,16 @@ def _dense_shape(spec: DenseSpec) -> dict[str, Any]:
 
 
 def _softmax(spec: DenseSpec) -> dict[str, Any]:
-    """Return the scale of attention's logits, if rotary scaling changes it.
+    """Return the scale of attention's logits, if a multiplier or rotary scaling changes it.
 
     YaRN multiplies query and key by a factor after rotation, which is the same as multiplying their
     products by its square.
     """
-    if spec.rope_scaling is None or spec.rope_scaling.attention_factor == 1.0:
+    factor = 1.0 if spec.rope_scaling is None else spec.rope_scaling.attention_factor
+    scale = spec.multipliers.attention
+    if factor == 1.0 and scale is None:
         return {}
-    return {"softmax_scale": spec.rope_scaling.attention_factor**2 / spec.kv_channels**0.5}
+    return {"softmax_scale": factor**2 * (spec.kv_channels**-0.5 if scale is None else scale)}
 
 
 def _rotary(spec: DenseSpec) -> dict[str, Any]:

@@ -24,10 +24,12 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from megatron_moe.hf.spec import DenseSpec
 from megatron_moe.model.attention import SdpaAttention
 from megatron_moe.model.experts import LoopExperts
 from megatron_moe.model.grouped_experts import GroupedExperts
 from megatron_moe.model.norm import RMSNorm
+from megatron_moe.model.residual import with_residual_adds
 from megatron_moe.runtime.engine import Engine
 
 QkNorms = tuple[Any, Any]
@@ -36,6 +38,7 @@ QkNorms = tuple[Any, Any]
 
 def block_spec(
     config: TransformerConfig,
+    spec: DenseSpec,
     layers: range,
     *,
     router: Any,
@@ -47,6 +50,7 @@ def block_spec(
 
     Args:
         config: Configuration; ``moe_layer_freq`` selects the MoE layers.
+        spec: Shape of the source model.
         layers: Global ids of the chunk's layers.
         router: Factory of a layer's router, with the arguments of Megatron-Core's TopKRouter.
         engine: Implementation of the layers.
@@ -55,13 +59,21 @@ def block_spec(
     """
     if not engine.is_torch:
         block = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
-        return _with_qk_norms(qk_norms, _with_router(router, block))
+        block = _with_qk_norms(qk_norms, _with_router(router, block))
+        return with_residual_adds(block, config, spec, linear=_linear_without_norm())
     is_moe: Any = config.moe_layer_freq
     block = TransformerBlockSubmodules(
         layer_specs=[_layer(config, router if is_moe[layer] else None, engine) for layer in layers],
         layer_norm=RMSNorm,
     )
-    return _with_qk_norms(qk_norms, block)
+    return with_residual_adds(_with_qk_norms(qk_norms, block), config, spec)
+
+
+def _linear_without_norm() -> Any:
+    """Return Transformer Engine's column-parallel layer."""
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
+
+    return TEColumnParallelLinear
 
 
 def _layer(config: TransformerConfig, router: Any, engine: Engine) -> ModuleSpec:

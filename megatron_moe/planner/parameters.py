@@ -152,13 +152,14 @@ def layer_tensors(shape: MoeShape, degrees: Degrees, *, layer: int) -> list[Loca
     prefix, d, tp = f"decoder.layers.{layer}.", shape.hidden_size, degrees.tp
     qkv = (shape.query_width + 2 * shape.kv_width) // tp
     sizes = {
-        "input_layernorm.weight": d,
+        "input_layernorm.weight": d * (not shape.post_norms),
         "self_attention.linear_proj.weight": d * shape.query_width // tp,
         "self_attention.linear_qkv.weight": d * qkv,
         "self_attention.linear_qkv.bias": qkv * shape.qkv_bias,
         "self_attention.q_layernorm.weight": shape.qk_norm_sizes(tp)[0],
         "self_attention.k_layernorm.weight": shape.qk_norm_sizes(tp)[1],
-        "pre_mlp_layernorm.weight": d,
+        "self_attn_bda.norm.weight": d * shape.post_norms,
+        "pre_mlp_layernorm.weight": d * (not shape.post_norms),
     }
     experts: dict[str, int] = {}
     shared: dict[str, int] = {}
@@ -176,6 +177,7 @@ def layer_tensors(shape: MoeShape, degrees: Degrees, *, layer: int) -> list[Loca
         *(LocalTensor(prefix + name, numel) for name, numel in sizes.items() if numel),
         *(LocalTensor(prefix + name, numel, expert=True) for name, numel in experts.items()),
         *(LocalTensor(prefix + name, numel) for name, numel in shared.items() if numel),
+        *([LocalTensor(f"{prefix}mlp_bda.norm.weight", d)] if shape.post_norms else []),
     ]
 
 

@@ -146,6 +146,8 @@ def search(
         )
     best, too_large = _walk(config, spec, space, Frontier(shape, machine, space.families), keep)
     if not best:
+        if broken_rules := _broken_by_all(config, spec, shape, gpus, machine):
+            raise ConfigError("\n".join(broken_rules))
         raise NothingFitsError(_nothing_fits(space, too_large))
     return SearchResult(
         gpu=gpu,
@@ -157,6 +159,24 @@ def search(
         best=tuple(best),
         too_large=tuple(too_large),
     )
+
+
+def _broken_by_all(
+    config: RunConfig, spec: DenseSpec, shape: MoeShape, gpus: int, machine: Machine
+) -> list[str]:
+    """Return the rules that the run breaks under every layout, whether it fits or not."""
+    work = workload_of(config)
+    tried = list(
+        layouts(
+            shape,
+            gpus=gpus,
+            sequence_length=work.sequence_length,
+            gpus_per_node=machine.gpu.gpus_per_node,
+        )
+    )
+    some = tried[:: -(-len(tried) // MAX_ILLEGAL_SETTINGS)]
+    broken = [violations(configured(config, one, work), spec, gpus) for one in some]
+    return [rule for rule in broken[0] if all(rule in others for others in broken)]
 
 
 def configured(config: RunConfig, degrees: Degrees, work: Workload) -> RunConfig:

@@ -40,6 +40,8 @@ class MoeShape:
     qk_layernorm: bool = False
     qk_norm_spans_heads: bool = False
     """Whether the norms of query and key have a weight for each head, which tp ranks share."""
+    post_norms: bool = False
+    """Whether norms come after attention and FFN instead of before them."""
     num_moe_experts: int = 1
     moe_router_topk: int = 1
     moe_ffn_hidden_size: int = 0
@@ -122,6 +124,6 @@ def _attention_of(spec: DenseSpec) -> dict[str, Any]:
     names = (
         "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
         "kv_channels", "vocab_size", "tied_embeddings", "qkv_bias", "qk_layernorm",
-        "qk_norm_spans_heads",
+        "qk_norm_spans_heads", "post_norms",
     )  # fmt: skip
     return {name: getattr(spec, name) for name in names}

@@ -47,6 +47,11 @@ def construction_violations(config: RunConfig, spec: DenseSpec) -> Iterator[str]
     for rule in _RULES:
         yield from rule(case)
     recipe = make_recipe(spec, config.moe, config.upcycle)
+    if recipe.fit_stream and spec.post_norms:
+        yield (
+            f"upcycle.fit_stream ({recipe.fit_stream}) must be 0 for a {spec.family} model: a norm "
+            "between its FFN and the residual stream hides which output would restore the stream"
+        )
     if needs(recipe) == "text" and config.upcycle.plan is None:
         subject = (
             f"upcycle.method ({recipe.method})"

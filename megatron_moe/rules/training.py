@@ -42,6 +42,13 @@ def schedule(case: Case) -> Iterator[str]:
             "rounds to all of its steps: the learning rate never reaches its peak.\n"
             "  set a smaller optimizer.lr_warmup_fraction"
         )
+    if optimizer.lr_decay_style == "inverse-square-root" and length and not warmup:
+        yield (
+            "optimizer.lr_decay_style (inverse-square-root) requires a warm-up "
+            "(optimizer.warmup_steps is 0): the learning rate is lr * sqrt(warm-up steps / step), "
+            "and would fall to a tenth within 100 steps.\n"
+            "  set optimizer.warmup_steps, or another optimizer.lr_decay_style"
+        )
     yield from _stable_then_decay(optimizer, name, length, warmup)
 
 

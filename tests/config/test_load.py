@@ -1,9 +1,11 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_moe.config.load import dump, load
 from megatron_moe.config.run import RunConfig
+from megatron_moe.config.synonyms import SETTING_OF
 from megatron_moe.errors import ConfigError
 
 MINIMAL = """
@@ -45,12 +47,33 @@ def test_a_dumped_configuration_loads_back_to_the_same(yaml_file: Path, tmp_path
         ("parallel.expert_paralel_size=4", "did you mean 'expert_parallel_size'"),
         ("parralel.expert_parallel_size=4", "parralel is not a setting; did you mean 'parallel'"),
         ("parallel.expert_parallel_size=two", "parallel.expert_parallel_size is 'two', must be"),
-        ("parallel.expert_parallel_size='2'", "is '2', must be a valid integer"),
+        ("parallel.expert_parallel_size='2'", "is '2', must be an integer"),
         ("parallel.expert_parallel_size=0", "must be greater than or equal to 1"),
         ("moe.router_order=softmax", "must be one of 'topk_softmax' or 'softmax_topk'"),
         ("moe.moe_layers=some", "moe.moe_layers is 'some'"),
         ("optimizer.lr=.nan", "optimizer.lr"),
         ("dense.path=models/x", "dense is not a section; it is called source now"),
+        (
+            "optimizer.learning_rate=1",
+            r"learning_rate is not a setting; did you mean optimizer\.lr\?",
+        ),
+        ("learning_rate=1", r"^learning_rate is not a setting; did you mean optimizer\.lr\?"),
+        ("moe.num-experts=4", r"did you mean moe\.num_moe_experts\?"),
+        ("train.max_steps=4", r"did you mean train\.steps\?"),
+        ("data.sequence_length=4", r"did you mean data\.seq_length\?"),
+        ("source.model_path=x", r"did you mean source\.path\?"),
+        (
+            "optimizer.lr_multipliers={routr: 5}",
+            "^optimizer.lr_multipliers has the name 'routr', must be one of 'router', 'experts'",
+        ),
+        ("optimizer.weight_decay_multipliers={nrms: 5}", "_multipliers has the name 'nrms'"),
+        ("run.dir=null", "^run.dir is null, must be a path$"),
+        ("data.path=7", "^data.path is 7, must be a path$"),
+        ("upcycle.mix_with=models/x", "upcycle.mix_with is 'models/x', must be a list"),
+        ("train.steps=null", "^train.steps is null, must be an integer$"),
+        ("optimizer.use_distributed_optimizer=3", "is 3, must be true or false$"),
+        ("optimizer.lr=true", "^optimizer.lr is true, must be a number$"),
+        ("optimizer.lr_multipliers=5", "is 5, must be a mapping of names to values$"),
         ("run.seed", "not of the form key.path=value"),
         ("run.dir.x=1", "dir is a value, not a section"),
     ],
@@ -58,6 +81,16 @@ def test_a_dumped_configuration_loads_back_to_the_same(yaml_file: Path, tmp_path
 def test_mistakes_are_named(yaml_file: Path, override: str, message: str):
     with pytest.raises(ConfigError, match=message):
         load(RunConfig, yaml_file, [override])
+
+
+def test_synonyms_name_settings_that_exist():
+    for name, setting in SETTING_OF.items():
+        model: Any = RunConfig
+        *sections, leaf = setting.split(".")
+        for section in sections:
+            model = model.model_fields[section].annotation
+        assert leaf in model.model_fields, setting
+        assert name not in model.model_fields, f"{name} is a setting itself"
 
 
 def test_a_mistake_in_a_domain_is_named(yaml_file: Path):

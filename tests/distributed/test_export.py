@@ -13,7 +13,7 @@ import pytest
 import torch
 from layouts import LAYOUTS
 from ranks import run_on_ranks
-from tiny import save_dense
+from tiny import MULTIPLIERS, save_dense
 from training_runs import run_training, tree, write_tokens
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -32,6 +32,13 @@ CASES = {
     "mixtral-tied": ("llama", {"tie_word_embeddings": True}, "pp2", {}, "MixtralForCausalLM"),
     "mixtral-from-mistral": ("mistral", {}, "tp2-ep2-etp2", {}, "MixtralForCausalLM"),
     "mixtral-from-phi3": ("phi3", {}, "tp2-ep2-etp2", {}, "MixtralForCausalLM"),
+    "mixtral-from-granite": ("granite", MULTIPLIERS, "tp2-ep2-etp2", {}, "MixtralForCausalLM"),
+    "shared-from-tied-granite": ("granite", {**MULTIPLIERS, "tie_word_embeddings": True}, "pp2", {
+        "moe_ffn_hidden_size": 16, "moe_shared_expert_intermediate_size": 32,
+        "moe_layers": [0, 1, 3]}, "Qwen2MoeForCausalLM"),
+    "flex-olmo-from-olmo2": ("olmo2", {}, "tp2-ep2-etp2", {}, "FlexOlmoForCausalLM"),
+    "flex-olmo-softmax-topk": ("olmo2", {}, "pp2", {"router_order": "softmax_topk"},
+                               "FlexOlmoForCausalLM"),
     "qwen2-moe": ("qwen2", {}, "tp2-ep2", {}, "Qwen2MoeForCausalLM"),
     "qwen2-moe-softmax-topk": ("qwen2", {}, "ep2", {"router_order": "softmax_topk"},
                                "Qwen2MoeForCausalLM"),

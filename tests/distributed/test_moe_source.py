@@ -39,6 +39,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-stacked": ("qwen3_moe", {"stacked": True, "norm_topk_prob": True}),
     "olmoe": ("olmoe", {}),
     "olmoe-stacked": ("olmoe", {"stacked": True, "norm_topk_prob": True}),
+    "flex-olmo": ("flex_olmo", {}),
+    "flex-olmo-stacked": ("flex_olmo", {"stacked": True, "norm_topk_prob": True}),
     "glm4": ("glm4_moe", {"use_qk_norm": True, "attention_bias": True}),
     "glm4-stacked": ("glm4_moe", {"stacked": True, "first_k_dense_replace": 0}),
 }

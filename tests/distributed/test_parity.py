@@ -10,7 +10,7 @@ import pytest
 import torch
 from layouts import LAYOUTS
 from ranks import run_on_ranks
-from tiny import SHAPE, save_dense
+from tiny import MULTIPLIERS, SHAPE, save_dense
 
 from megatron_moe.config.data import Data
 from megatron_moe.config.moe import Moe, Source, Upcycle
@@ -40,6 +40,10 @@ MODELS = {
     "phi3-fused": ("phi3", {}),
     "smollm3-no-rotary": ("smollm3", {"no_rope_layer_interval": 2}),
     "smollm3-list": ("smollm3", {"no_rope_layers": [0, 1, 1, 0], "tie_word_embeddings": True}),
+    "granite-multipliers": ("granite", MULTIPLIERS),
+    "granite-tied": ("granite", {**MULTIPLIERS, "tie_word_embeddings": True, "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}),
+    "olmo2-post-norms": ("olmo2", {}),
     "llama-1-kv-head": ("llama", {"num_key_value_heads": 1}),
     "qwen3-2-kv-heads": ("qwen3", {"num_key_value_heads": 2, "head_dim": 16}),
 }  # fmt: skip

@@ -72,7 +72,7 @@ def test_files_are_as_small_as_asked(run: Path, tmp_path: Path):
 def test_values_beyond_fp16_are_refused(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from megatron_moe.commands import export
 
-    monkeypatch.setattr(export, "_output_factor", lambda *_, **__: 1e9)
+    monkeypatch.setattr(export, "_factors", lambda entry, *_, **__: (1e9,) * len(entry.names))
     with pytest.raises(CheckpointError, match=r"cannot hold.*(?s:.*)--dtype bf16 or fp32"):
         export_checkpoint(run, tmp_path / "hf", dtype="fp16")
     assert list(tmp_path.iterdir()) == []
@@ -89,6 +89,14 @@ def test_the_card_says_what_the_model_is(run: Path):
         f"{receipt['verification']['max_logit_error']:.2e}", 'from_pretrained("default"',
     ):  # fmt: skip
         assert words in card, words
+
+
+@pytest.mark.distributed
+def test_the_card_of_a_folder_in_its_run_is_named_after_the_run(run: Path):
+    export_checkpoint(run, run / "hf")
+    card = (run / "hf" / "README.md").read_text()
+    assert f"\n# {run.name}\n" in card
+    assert 'from_pretrained("hf"' in card
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tiny import FAMILIES, SHAPE
+from tiny import FAMILIES, MULTIPLIERS, SHAPE, SMALL_IDS
 from training_runs import run_training, tree, write_tokens
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_moe.commands.export import architecture_for, export_checkpoint
 from megatron_moe.commands.export_config import check_export, moe_config
@@ -28,7 +28,7 @@ from megatron_moe.hf.spec import read_spec
 ABSENT_KEYS = (
     "rope_theta", "num_key_value_heads", "rms_norm_eps", "max_position_embeddings", "head_dim",
     "initializer_range", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
-    "hidden_act", "attention_dropout", "use_cache", "torch_dtype",
+    "hidden_act", "attention_dropout", "use_cache", "torch_dtype", *MULTIPLIERS,
 )  # fmt: skip
 """Keys that config.json of some release of each family lacks."""
 
@@ -44,9 +44,10 @@ CONFIG = SHAPE | {
 def write_source(folder: Path, family: str, absent: set[str]) -> dict[str, Any]:
     """Write a folder whose config.json lacks the keys ``absent``; weights fit what it means."""
     config_class, model_class = FAMILIES[family]
-    if family in ("phi3", "smollm3"):  # their default is an id beyond this small vocabulary
+    if family in SMALL_IDS:
         absent = absent - {"pad_token_id"}
-    config = {k: v for k, v in CONFIG.items() if k not in absent} | {
+    stated = CONFIG | (MULTIPLIERS if family == "granite" else {})
+    config = {k: v for k, v in stated.items() if k not in absent} | {
         "model_type": family,
         "architectures": [model_class.__name__],
     }
@@ -65,7 +66,8 @@ def write_copies(source: Path, out: Path, hf_config: dict[str, Any]) -> None:
     (out / "config.json").write_text(json.dumps(hf_config))
     names = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
     tensors = {}
-    for name, tensor in unstacked(load_file(source / "model.safetensors"), hf_config).items():
+    dense = unstacked(load_file(source / "model.safetensors"), hf_config)
+    for name, tensor in with_multipliers(dense, source).items():
         if ".mlp." not in name:
             tensors[name] = tensor
             continue
@@ -107,6 +109,27 @@ def unstacked(
     return result
 
 
+def with_multipliers(tensors: dict[str, torch.Tensor], source: Path) -> dict[str, torch.Tensor]:
+    """Return Granite's tensors with its multipliers in them; those of other families unchanged.
+
+    With x = y * embedding, a layer x + residual * f(norm(x)) is y + residual / embedding *
+    f(norm(y)), where the norm's epsilon is divided by embedding squared.
+    """
+    config: Any = AutoConfig.from_pretrained(source)
+    if config.model_type != "granite":
+        return tensors
+    added = config.residual_multiplier / config.embedding_multiplier
+    head = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+    factors = {
+        "q_proj": config.attention_multiplier * head**0.5, "o_proj": added,
+        "down_proj": added, "model.norm": 1 / config.logits_scaling,
+    }  # fmt: skip
+    return {
+        name: tensor * next((f for part, f in factors.items() if part in name), 1.0)
+        for name, tensor in tensors.items()
+    }
+
+
 @torch.no_grad()
 def logits(folder: Path) -> torch.Tensor:
     ids_S = torch.arange(40)[None] * 5 % 257
@@ -131,6 +154,7 @@ def test_absent_keys_mean_the_same_in_the_export(
     spec, run = read_spec(source), run_config(source)
     hf_config = moe_config(spec, run, architecture_for(spec, run.moe), config)
     check_export(hf_config, family, config)
+    assert hf_config["rope_theta"] == spec.rotary_base  # transformers 4 reads no rope_parameters
     write_copies(source, root / "hf", hf_config)
     assert (logits(root / "hf") - logits(source)).abs().max() <= 1e-4
 

@@ -7,7 +7,9 @@ fp32 sums in another order over logits of size 10.
 
 import json
 import os
+import shutil
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tiny import FAMILIES, SHAPE
+from tiny import FAMILIES, MULTIPLIERS, SHAPE
 from training_runs import tree
 from transformers import AutoModelForCausalLM
 
@@ -33,7 +35,8 @@ from megatron_moe.model.rope import scaled_frequencies
 
 SECONDS = 300
 ABSENT = ("rope_theta", "rms_norm_eps", "head_dim", "hidden_act", "num_key_value_heads",
-          "max_position_embeddings", "attention_dropout", "architectures")  # fmt: skip
+          "max_position_embeddings", "attention_dropout", "architectures",
+          "embedding_multiplier", "attention_multiplier", "logits_scaling")  # fmt: skip
 ROPES: list[dict[str, Any]] = [
     {}, {"rope_theta": 77.0}, {"rope_parameters": {"rope_type": "default", "rope_theta": 77.0}},
     {"rope_scaling": {"type": "linear", "factor": 2.0}},
@@ -73,7 +76,8 @@ CONFIG = SHAPE | {
 def write_folder(folder: Path, draw: dict[str, Any]) -> None:
     """Write the folder that was drawn; its weights fit the config without the odd keys."""
     config_class, model_class = FAMILIES[draw["family"]]
-    config = {k: v for k, v in CONFIG.items() if k not in draw["absent"]}
+    stated = CONFIG | (MULTIPLIERS if draw["family"] == "granite" else {})
+    config = {k: v for k, v in stated.items() if k not in draw["absent"]}
     config |= {"model_type": draw["family"], "tie_word_embeddings": draw["tied"]}
     torch.manual_seed(0)
     model = model_class(config_class.from_dict(dict(config))).float()
@@ -125,32 +129,43 @@ def by_hand(folder: Path, ids_S: torch.Tensor) -> torch.Tensor:
     dense.check_tensors(dict(dense_tensors(spec)))
     w = {name: dense.read(name).float() for name, _ in dense_tensors(spec)}
     cos_SC, sin_SC = _rotation(spec, len(ids_S))
-    x_SD = w["model.embed_tokens.weight"][ids_S]
+    by = spec.multipliers
+    x_SD = w["model.embed_tokens.weight"][ids_S] * by.embedding
     for layer in range(spec.num_layers):
         p = f"model.layers.{layer}."
-        h_SD = _norm(x_SD, w[p + "input_layernorm.weight"], spec)
+        h_SD = x_SD
+        if not spec.post_norms:
+            h_SD = _norm(x_SD, w[p + "input_layernorm.weight"], spec)
         q, k, v = (
             (h_SD @ w[p + f"self_attn.{n}_proj.weight"].T
              + w.get(p + f"self_attn.{n}_proj.bias", torch.zeros(())))
-            .unflatten(1, (-1, spec.kv_channels)).transpose(0, 1)
             for n in "qkv"
         )  # fmt: skip
-        if spec.qk_layernorm:
+        if spec.qk_norm_spans_heads:
+            q = _norm(q, w[p + "self_attn.q_norm.weight"], spec)
+            k = _norm(k, w[p + "self_attn.k_norm.weight"], spec)
+        q, k, v = (x.unflatten(1, (-1, spec.kv_channels)).transpose(0, 1) for x in (q, k, v))
+        if spec.qk_layernorm and not spec.qk_norm_spans_heads:
             q = _norm(q, w[p + "self_attn.q_norm.weight"], spec)
             k = _norm(k, w[p + "self_attn.k_norm.weight"], spec)
         q, k = (_rotated(x, cos_SC, sin_SC) for x in (q, k))
         scale = (1.0 if spec.rope_scaling is None else spec.rope_scaling.attention_factor) ** 2
         out_HSC = torch.nn.functional.scaled_dot_product_attention(
             q[None], k[None], v[None], is_causal=True, enable_gqa=True,
-            scale=scale / spec.kv_channels**0.5,
+            scale=scale * (by.attention or spec.kv_channels**-0.5),
         )[0]  # fmt: skip
-        x_SD = x_SD + out_HSC.transpose(0, 1).flatten(1) @ w[p + "self_attn.o_proj.weight"].T
-        h_SD = _norm(x_SD, w[p + "post_attention_layernorm.weight"], spec)
+        out_SD = out_HSC.transpose(0, 1).flatten(1) @ w[p + "self_attn.o_proj.weight"].T
+        between = w[p + "post_attention_layernorm.weight"]
+        x_SD = x_SD + by.residual * (_norm(out_SD, between, spec) if spec.post_norms else out_SD)
+        h_SD = x_SD if spec.post_norms else _norm(x_SD, between, spec)
         gate_SF = torch.nn.functional.silu(h_SD @ w[p + "mlp.gate_proj.weight"].T)
         up_SF = h_SD @ w[p + "mlp.up_proj.weight"].T
-        x_SD = x_SD + (gate_SF * up_SF) @ w[p + "mlp.down_proj.weight"].T
+        out_SD = (gate_SF * up_SF) @ w[p + "mlp.down_proj.weight"].T
+        if spec.post_norms:
+            out_SD = _norm(out_SD, w[p + "post_feedforward_layernorm.weight"], spec)
+        x_SD = x_SD + by.residual * out_SD
     output = w["model.embed_tokens.weight" if spec.tied_embeddings else "lm_head.weight"]
-    return _norm(x_SD, w["model.norm.weight"], spec) @ output.T
+    return _norm(x_SD, w["model.norm.weight"], spec) @ output.T / by.logits
 
 
 def _norm(x: torch.Tensor, weight: torch.Tensor, spec: DenseSpec) -> torch.Tensor:
@@ -214,14 +229,21 @@ def test_a_few_folders(tmp_path_factory: pytest.TempPathFactory, draw: dict[str,
 @pytest.mark.slow
 def test_folders_for_five_minutes(tmp_path_factory: pytest.TempPathFactory):
     end = time.monotonic() + float(os.environ.get("FIELD_FUZZ_SECONDS", SECONDS))
-    outcomes: list[str] = []
+    outcomes: Counter[str] = Counter()
+    families: Counter[str] = Counter()
 
     @settings(max_examples=20, deadline=None, suppress_health_check=QUIET, database=None)
     @given(draw=FOLDERS)
     def some(draw: dict[str, Any]) -> None:
-        outcomes.append(check_folder(tmp_path_factory.mktemp("folder"), draw))
+        root = tmp_path_factory.mktemp("folder")
+        outcome = check_folder(root, draw)
+        outcomes[outcome] += 1
+        families[draw["family"]] += outcome == "parity"
+        shutil.rmtree(root)
 
     while time.monotonic() < end:
         some()
+    print(f"{outcomes.total()} folders: {dict(outcomes)}; parity by family: {dict(families)}")
     assert set(outcomes) == {"parity", "refused"}
-    assert min(outcomes.count("parity"), outcomes.count("refused")) > 10
+    assert min(outcomes.values()) > 10
+    assert all(families[family] for family in FAMILIES), families

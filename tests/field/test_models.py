@@ -220,6 +220,33 @@ def test_an_incomplete_set_of_shards_is_refused(tmp_path: Path):
         ({"mlp_bias": True}, r"mlp_bias is true.*save the model again without"),
         ({"architectures": ["OPTForCausalLM"], "model_type": "opt"}, "OPTForCausalLM.*SwiGLU"),
         ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "GPT2LMHeadModel.*SwiGLU"),
+        ({"architectures": ["OPTForCausalLM"], "model_type": "opt"}, "FFN without a gate"),
+        ({"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2"}, "Gemma2.*GELU.*tanh"),
+        ({"architectures": ["DeepseekV3ForCausalLM"]}, "DeepseekV3.*latent attention"),
+        (
+            {
+                "architectures": ["GraniteForCausalLM"],
+                "model_type": "granite",
+                "embedding_multiplier": 0,
+            },
+            "embedding_multiplier is 0: must be a positive number",
+        ),
+        (
+            {
+                "architectures": ["GraniteForCausalLM"],
+                "model_type": "granite",
+                "logits_scaling": "8",
+            },
+            "logits_scaling is '8': must be a positive number",
+        ),
+        (
+            {
+                "architectures": ["GraniteForCausalLM"],
+                "model_type": "granite",
+                "attention_bias": True,
+            },
+            "attention_bias is true",
+        ),
     ],
 )
 def test_what_is_not_built_is_refused_with_the_way_out(change: dict[str, Any], message: str):

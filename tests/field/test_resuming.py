@@ -100,7 +100,19 @@ REFUSED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_continue_is_refused(name: str):
     with pytest.raises(ConfigError, match=rf"(?s){name} \(.*was .*new run in another run\.dir"):
-        changed_settings(config(), config(**REFUSED[name]))
+        changed_settings(config(), config(**REFUSED[name]), step=3)
+
+
+def test_a_refusal_lists_the_other_changes_too():
+    """A user who must undo one change sees the others before the next try."""
+    now = config(moe={"moe_router_topk": 1}, optimizer={"lr": 1e-2}, run={"seed": 7})
+    with pytest.raises(ConfigError) as caught:
+        changed_settings(config(), now, step=3)
+    table = str(caught.value).partition("Changed since the checkpoint of step 3:")[2].splitlines()
+    rows = {line.split()[0]: line for line in table if line.strip()}
+    assert rows.keys() == {"setting", "run.seed", "moe.moe_router_topk", "optimizer.lr"}
+    assert rows["moe.moe_router_topk"].endswith("refused")
+    assert rows["optimizer.lr"].endswith("takes effect")
 
 
 @pytest.mark.parametrize(
@@ -118,14 +130,14 @@ def test_what_cannot_continue_is_refused(name: str):
     ],
 )  # fmt: skip
 def test_what_changed_is_in_the_table(changes: dict[str, Any], name: str, effect: str):
-    (change,) = changed_settings(config(), config(**changes))
+    (change,) = changed_settings(config(), config(**changes), step=3)
     assert change.name == name
     assert effect in change.effect
     assert name in change_table([change], step=3)
 
 
 def test_the_message_without_changes():
-    assert changed_settings(config(), config()) == []
+    assert changed_settings(config(), config(), step=3) == []
     assert change_table([], step=3) == "No setting has changed since the checkpoint"
 
 

@@ -138,9 +138,9 @@ def test_numbers_are_numbers(tmp_path: Path, override: str, value: float):
         ("upcycle.seed=-1", r"upcycle\.seed is -1, must be greater than or equal to 0"),
         ("run.seed=-1", r"run\.seed is -1"),
         ("upcycle.permutation_seed=-5", r"upcycle\.permutation_seed is -5"),
-        ("run.seed=010", r"run\.seed is '010', must be a valid integer"),
-        ("run.seed=1:30", r"run\.seed is '1:30', must be a valid integer"),
-        ("run.dir=~", r"run\.dir is None, must be"),
+        ("run.seed=010", r"run\.seed is '010', must be an integer"),
+        ("run.seed=1:30", r"run\.seed is '1:30', must be an integer"),
+        ("run.dir=~", r"run\.dir is null, must be a path"),
         ("optimizer.lr=.inf", r"optimizer\.lr"),
     ],
 )

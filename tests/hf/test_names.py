@@ -11,6 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, save_dense
 from transformers import (
+    FlexOlmoConfig,
+    FlexOlmoForCausalLM,
     Glm4MoeConfig,
     Glm4MoeForCausalLM,
     MixtralConfig,
@@ -72,6 +74,9 @@ MOE_MODELS = {
     ),
     "Qwen3MoeForCausalLM": (Qwen3MoeConfig, Qwen3MoeForCausalLM, {}),
     "OlmoeForCausalLM": (OlmoeConfig, OlmoeForCausalLM, {"intermediate_size": 20}),
+    "FlexOlmoForCausalLM": (
+        FlexOlmoConfig, FlexOlmoForCausalLM, {"intermediate_size": 20, "pad_token_id": 0},
+    ),
     "Glm4MoeForCausalLM": (
         Glm4MoeConfig, Glm4MoeForCausalLM,
         {"n_routed_experts": 3, "moe_intermediate_size": 8, "first_k_dense_replace": 0},
@@ -159,8 +164,10 @@ def test_moe_names_are_those_transformers_writes(tmp_path: Path, architecture: s
     others = {name for name in on_disk if name not in routed}
     roles = {row.role for row in ROWS if row.scope in (Scope.MODEL, Scope.LAYER)}
     roles -= {"qkv_bias"} if architecture != "Qwen2MoeForCausalLM" else set()
-    with_norms = ("Qwen3MoeForCausalLM", "OlmoeForCausalLM")
+    with_norms = ("Qwen3MoeForCausalLM", "OlmoeForCausalLM", "FlexOlmoForCausalLM")
     roles -= {"q_norm", "k_norm"} if architecture not in with_norms else set()
+    after = {"attention_output_norm", "ffn_output_norm"}
+    roles -= {"input_norm", "ffn_norm"} if architecture == "FlexOlmoForCausalLM" else after
     assert others == {
         template.format(layer=layer)
         for role in roles

@@ -150,7 +150,10 @@ def test_what_is_missing_is_what_transformers_assumes(family: str, more: dict, t
 
 
 REFUSED = [
-    ({"architectures": ["GPT2LMHeadModel"]}, "architectures is ['GPT2LMHeadModel']: supported"),
+    (
+        {"architectures": ["GPT2LMHeadModel"]},
+        "architectures is ['GPT2LMHeadModel']: it has an FFN without",
+    ),
     ({"architectures": None, "model_type": "gpt2"}, "architectures is None"),
     ({"model_type": "mistral"}, "model_type is 'mistral', but architectures is LlamaForCausalLM"),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu': experts are SwiGLU"),

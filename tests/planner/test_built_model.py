@@ -5,6 +5,7 @@ One process can act as any rank of any world size, because the fake backend need
 
 import functools
 import itertools
+from typing import Any
 
 import pytest
 import torch.multiprocessing as mp
@@ -39,9 +40,15 @@ LAYOUTS = [  # tp cp pp vpp ep etp, world size
 ]
 
 
+OLMO2 = {k: v for k, v in DENSE.items() if k != "head_dim"} | {
+    "architectures": ["Olmo2ForCausalLM"], "num_key_value_heads": 8, "pad_token_id": 0,
+}  # fmt: skip
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_state_is_exact_to_the_byte(make_config):
+@pytest.mark.parametrize(("dense", "every"), [(DENSE, 1), (OLMO2, 4)], ids=["qwen3", "olmo2"])
+def test_state_is_exact_to_the_byte(make_config, dense: dict[str, Any], every: int):
     configs = [
         make_config(
             gbs=8 * world,
@@ -51,25 +58,27 @@ def test_state_is_exact_to_the_byte(make_config):
             **{f"{a}_parallel_size": n for a, n in zip(AXES, layout, strict=True) if n},
         )
         for (layout, world), precision in zip(
-            LAYOUTS, itertools.cycle(["bf16", "fp32"]), strict=False
+            LAYOUTS[::every], itertools.cycle(["bf16", "fp32"]), strict=False
         )
     ]
-    worlds = [world for _, world in LAYOUTS]
+    worlds = [world for _, world in LAYOUTS[::every]]
     # Use a child process, because the CPU device patches torch.cuda for the whole process.
-    mp.start_processes(_compare, args=(configs, worlds), nprocs=1, start_method="fork")
+    mp.start_processes(_compare, args=(dense, configs, worlds), nprocs=1, start_method="fork")
 
 
-def _compare(_: int, configs: list, worlds: list[int]) -> None:
+def _compare(_: int, dense: dict[str, Any], configs: list, worlds: list[int]) -> None:
     from megatron_moe.runtime import cpu
 
     cpu.install()
     for config, world in zip(configs, worlds, strict=True):
         for rank in sorted({0, world // 3, world - 1}):
-            measured, predicted = _one_rank(config, world, rank)
+            measured, predicted = _one_rank(dense, config, world, rank)
             assert measured == predicted, (config.parallel, rank)
 
 
-def _one_rank(config, world: int, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _one_rank(
+    dense: dict[str, Any], config, world: int, rank: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     import torch.distributed as dist
     from megatron.core import parallel_state
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -81,7 +90,7 @@ def _one_rank(config, world: int, rank: int) -> tuple[tuple[int, ...], tuple[int
     # The fake backend does not accept NCCL's options.
     parallel_state.create_group = functools.partial(_new_group, dist)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
-    spec = spec_from_config(DENSE)
+    spec = spec_from_config(dense)
     layout, groups = create_groups(config.parallel, seed=0)
     model = build_model(config, spec, layout=layout, groups=groups, rank=rank, engine=TORCH_ON_CPU)
     for module in model.modules:

@@ -53,3 +53,28 @@ def test_plan_refuses_what_it_cannot_plan(capsys, monkeypatch):
         assert message.startswith("ConfigError: plan needs CONFIG.yaml, or --model NAME")
     message = refused(capsys, monkeypatch, "plan", "--model", "lama-3-8b")
     assert "similar names: llama-3-8b" in message
+
+
+def test_plan_says_what_it_leaves_out(capsys, monkeypatch, tmp_path):
+    """A run on CPUs, and text that is not there yet; otherwise nothing."""
+    (tmp_path / "here.txt").write_text("text")
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"run: {{dir: x}}\nsource: {{path: Llama-3.2-1B}}\nmoe: {{num_moe_experts: 4}}\n"
+        f"data: {{path: {tmp_path}/here.txt}}\ntrain: {{steps: 500, global_batch_size: 64}}\n"
+    )
+
+    def notes(*overrides: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["megatron-moe", "plan", str(path), "--json", *overrides])
+        with pytest.raises(SystemExit):
+            cli.main()
+        return capsys.readouterr().err
+
+    silent = notes()
+    assert "does not exist yet" not in silent
+    assert "run.device" not in silent
+    paths = (f"data.path={tmp_path}/gone", f"data.validation_path={tmp_path}/v")
+    said = notes("run.device=cpu", *paths)
+    assert "run.device is cpu, but plan predicts 8 h100" in said
+    assert f"data.path ({tmp_path}/gone) does not exist yet" in said
+    assert f"data.validation_path ({tmp_path}/v) does not exist yet" in said

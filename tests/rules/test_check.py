@@ -264,6 +264,11 @@ REFUSALS = [
     ("warmup-fraction", {"optimizer.warmup_steps": 100, "optimizer.lr_warmup_fraction": 0.99}, 1,
      "optimizer.lr_warmup_fraction (0.99) of train.steps (10) rounds to all of its steps: the "
      "learning rate never reaches its peak.\n  set a smaller optimizer.lr_warmup_fraction"),
+    ("inverse-square-root", {"optimizer.lr_decay_style": "inverse-square-root",
+                             "optimizer.warmup_steps": 0}, 1,
+     "optimizer.lr_decay_style (inverse-square-root) requires a warm-up (optimizer.warmup_steps is "
+     "0): the learning rate is lr * sqrt(warm-up steps / step), and would fall to a tenth within "
+     "100 steps.\n  set optimizer.warmup_steps, or another optimizer.lr_decay_style"),
     ("wsd-length", {"optimizer.lr_decay_style": "WSD"}, 1,
      "optimizer.lr_decay_style (WSD) requires optimizer.lr_wsd_decay_steps: the length of the "
      "decay at the end.\n  often used: a tenth to a fifth of the run"),
