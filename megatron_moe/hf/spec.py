@@ -230,6 +230,9 @@ def _bad_numbers(config: Mapping[str, Any], family: Family) -> list[str]:
         "max_position_embeddings",
         *(expert_sizes(config, moe) if moe is not None else ()),
     ]
+    integers = list(
+        dict.fromkeys(integers)
+    )  # some families name an expert's size as others an FFN's
     optional = ("num_key_value_heads", "head_dim", "sliding_window", "no_rope_layer_interval")
     optional = [key for key in optional if config.get(key) is not None]
     if config.get("sliding_window") == 0:  # transformers 5 writes 0 for no window in Qwen2-MoE
