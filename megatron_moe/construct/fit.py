@@ -37,15 +37,7 @@ from megatron_moe.construct.dense_ffn import (
     router_of,
 )
 from megatron_moe.construct.finished import FinishedLayer, read_finished, write_finished
-from megatron_moe.construct.fit_router import (
-    BLOCKS,
-    LOGIT_STD,
-    Prices,
-    RouterRegression,
-    gains,
-    loads,
-    worst_loads,
-)
+from megatron_moe.construct.fit_router import LOGIT_STD, Prices, RouterRegression, gains, loads
 from megatron_moe.construct.measure import world_sum
 from megatron_moe.construct.ridge import RidgeSolution, RidgeSums, solve
 from megatron_moe.construct.stream import LayerStream
@@ -206,16 +198,15 @@ class Fit:
             regression.add(x_TD, gains(self._ffn, act_TF, y_TD, neurons_EM))
         rows_ED, one_D = RouterRegression(regression.sums.map_(world_sum)).solve()
         rows_ED, one_D = rows_ED.to(self.stream.device), one_D.to(self.stream.device)
-        priced = [(i, x_TD @ rows_ED.T, x_TD @ one_D) for i, x_TD in self._inputs()]
+        priced = [(x_TD @ rows_ED.T, x_TD @ one_D) for _, x_TD in self._inputs()]
         prices = Prices(experts, self.plan.recipe.max_load)
         while True:
             price_E = prices.price_E.float().to(self.stream.device)
-            load_BE = torch.zeros(BLOCKS, experts, dtype=torch.float64, device=self.stream.device)
-            for index, logits_TE, one_T in priced:
-                load_BE[self._number(index) % BLOCKS] += loads(
-                    logits_TE - one_T[:, None] * price_E, self.moe.moe_router_topk
-                )
-            if prices.adjust(worst_loads(world_sum(load_BE))):
+            load_E = torch.zeros(experts, dtype=torch.float64, device=self.stream.device)
+            for logits_TE, one_T in priced:
+                load_E += loads(logits_TE - one_T[:, None] * price_E, self.moe.moe_router_topk)
+            load_E = world_sum(load_E)
+            if prices.adjust(load_E / load_E.mean()):
                 price_E = prices.price_E.float().to(self.stream.device)
                 return LOGIT_STD * (rows_ED - price_E[:, None] * one_D)
 

@@ -3,11 +3,9 @@
 The gain of expert e for a token is how much of the dense layer's output y it explains alone,
 2 p.y - |p|^2 with p its contribution. Gains are standardized per token and regressed on the
 layer's input. A price per expert then lowers its logits by a constant, as far as a linear function
-of the input can express one, until no expert is chosen more than ``max_load`` times the mean in any
-block of the text.
+of the input can express one, until no expert is chosen more than ``max_load`` times the mean.
 
-Shape letters: T tokens, D hidden_size, E experts, K top-k, F dense neurons, M neurons of an expert,
-B blocks of text.
+Shape letters: T tokens, D hidden_size, E experts, K top-k, F dense neurons, M neurons of an expert.
 """
 
 from __future__ import annotations
@@ -28,9 +26,6 @@ each other, as the parts of a layer add up with equal weights."""
 MARGINS = (0.94, 0.97)
 """Parts of the bound on the load that are aimed at and accepted: other text is routed a little
 differently, and prices approach their target from above."""
-BLOCKS = 4
-"""Blocks of calibration text. The bound holds on each of them: a bound on all of the text would not
-hold on other text of a block's size."""
 PRICE_ROUNDS = 500
 LEAST_STEP = 1e-3
 
@@ -118,13 +113,3 @@ def loads(logits_TE: Tensor, topk: int) -> Tensor:
     """Return how many tokens choose each expert, ``(E,)`` in float64."""
     chosen_TK = logits_TE.topk(topk, dim=-1).indices
     return torch.bincount(chosen_TK.flatten(), minlength=logits_TE.shape[1]).double()
-
-
-def worst_loads(count_BE: Tensor) -> Tensor:
-    """Return each expert's load in the block where it is highest, in multiples of the mean: (E,).
-
-    Args:
-        count_BE: How many tokens of each block choose each expert; blocks may be empty.
-    """
-    filled_BE = count_BE[count_BE.sum(dim=1) > 0]
-    return (filled_BE / filled_BE.mean(dim=1, keepdim=True)).amax(dim=0)

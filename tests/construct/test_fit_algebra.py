@@ -8,7 +8,7 @@ import torch
 
 from megatron_moe.config.moe import Moe
 from megatron_moe.construct.dense_ffn import DenseFfn, combine_weights, features
-from megatron_moe.construct.fit_router import Prices, gains, loads, worst_loads
+from megatron_moe.construct.fit_router import Prices, gains, loads
 from megatron_moe.construct.ridge import RidgeSums, solve
 from megatron_moe.experts.plan import LayerPlan
 
@@ -104,9 +104,3 @@ def test_prices_bring_every_load_under_the_bound():
     assert float((load_E / load_E.mean()).max()) <= 1.2
     assert rounds < 100
     assert loads(logits_TE, topk=2).max() / (T * 20 * 2 / E) > 1.9, "prices were needed"
-
-
-def test_the_bound_is_on_the_worst_block():
-    """Numbers by hand: shares of 1/2 and 3/4 of two experts, in blocks of 4 and of 8 choices."""
-    count_BE = torch.tensor([[2.0, 2.0], [6.0, 2.0], [0.0, 0.0]])
-    assert worst_loads(count_BE).tolist() == [1.5, 1.0]
