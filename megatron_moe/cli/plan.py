@@ -134,9 +134,10 @@ def _run_to_plan(
     if not arguments or "=" in arguments[0]:
         raise ConfigError("plan needs CONFIG.yaml, or --model NAME of a known model")
     config = load_run(Path(arguments[0]), arguments[1:])
+    spec = spec_with_note(config.source.path)
     for note in plan_notes(config, gpus=gpus, gpu=gpu):
         print(note, file=sys.stderr)
-    return config, spec_with_note(config.source.path)
+    return config, spec
 
 
 def plan_notes(config: RunConfig, *, gpus: int, gpu: str) -> Iterator[str]:

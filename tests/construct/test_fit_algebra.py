@@ -24,7 +24,8 @@ FFN = DenseFfn(normal(F, D), normal(F, D), normal(D, F))
 X_TD = normal(T, D)
 PLAN = LayerPlan(
     neurons_EM=np.arange(F).reshape(E, -1), shared_S=np.zeros(0, dtype=np.int64),
-    source_E=np.zeros(E, dtype=np.int64), expert_E=None, reinit_EM=None, reinit_S=None,
+    source_E=np.zeros(E, dtype=np.int64), expert_E=None, merge=None,
+    reinit_EM=None, reinit_S=None,
     weight_scales=(1.0, 1.0, 1.0),
     output_scale=1.0, router_ED=normal(E, D).float().numpy(),
 )  # fmt: skip

@@ -187,7 +187,8 @@ def check_shares(world: World) -> None:
 def plan_of(neurons_EM: torch.Tensor) -> LayerPlan:
     return LayerPlan(
         neurons_EM=neurons_EM.numpy(), shared_S=neurons_EM.numpy()[:0, 0],
-        source_E=neurons_EM.numpy()[:, 0] * 0, expert_E=None, reinit_EM=None, reinit_S=None,
+        source_E=neurons_EM.numpy()[:, 0] * 0, expert_E=None, merge=None,
+        reinit_EM=None, reinit_S=None,
         weight_scales=(1.0, 1.0, 1.0), output_scale=1.0, router_ED=None,
     )  # fmt: skip
 
