@@ -385,8 +385,10 @@ def test_an_empty_prompt_is_refused(run_yaml: Path):
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     "odd",
-    [{"attn_implementation": "flash_attention_2"}, {"_attn_implementation": "flex_attention"},
-     {"return_dict": False}, {"output_hidden_states": True}, {"use_cache": False}],
+    [{"attn_implementation": "flash_attention_2"}, {"return_dict": False},
+     *(pytest.param(odd, marks=pytest.mark.slow) for odd in (
+         {"_attn_implementation": "flex_attention"}, {"output_hidden_states": True},
+         {"use_cache": False}))],
     ids=lambda odd: next(iter(odd)),
 )  # fmt: skip
 def test_program_settings_of_the_source_are_ignored(run_yaml: Path, tmp_path: Path, odd: Any):

@@ -44,6 +44,8 @@ ROPES: dict[str, dict[str, Any]] = {
     "llama3-without-original": {"rope_scaling": LLAMA3},
 }
 FULL_RUNS = ("linear-v4", "yarn-v5", "yarn-attention-factor", "llama3-top-level", "dynamic-v4")
+ALIKE = ("linear-v4", "yarn-attention-factor")
+"""Two of them, which take the way of another."""
 
 
 def with_config(folder: Path, **changes: Any) -> Path:
@@ -96,7 +98,10 @@ def upcycled_and_exported(
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", FULL_RUNS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if n in ALIKE else ()) for n in FULL_RUNS],
+)
 def test_scaled_rotary_models(tmp_path: Path, name: str):
     with_config(save_dense(tmp_path / "dense"), **ROPES[name])
     upcycled_and_exported(tmp_path)
@@ -113,7 +118,9 @@ def test_scaled_rotary_models_under_tp_and_pp(tmp_path: Path):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "family", ["qwen2", *(pytest.param(f, marks=pytest.mark.slow) for f in ("mistral", "qwen3"))]
+)
 def test_windows_that_hold_every_sequence(tmp_path: Path, family: str):
     """Sequences have 32 tokens: a window of 32 changes nothing, and stays in the export."""
     changes: dict[str, Any] = {"sliding_window": 32}

@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,63 +40,14 @@ def hosts() -> Iterator[list[str]]:
         ip("netns", "del", name)
 
 
-CLOCK = r"""
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <sys/time.h>
-#include <time.h>
-int clock_gettime(clockid_t id, struct timespec *t) {
-    static int (*real)(clockid_t, struct timespec *);
-    if (!real) real = dlsym(RTLD_NEXT, "clock_gettime");
-    int status = real(id, t);
-    if (id == CLOCK_REALTIME || id == CLOCK_REALTIME_COARSE) t->tv_sec += 3600;
-    return status;
-}
-int gettimeofday(struct timeval *t, void *zone) {
-    struct timespec now;
-    clock_gettime(CLOCK_REALTIME, &now);
-    t->tv_sec = now.tv_sec;
-    t->tv_usec = now.tv_nsec / 1000;
-    return 0;
-}
-time_t time(time_t *t) {
-    struct timespec now;
-    clock_gettime(CLOCK_REALTIME, &now);
-    if (t) *t = now.tv_sec;
-    return now.tv_sec;
-}
-"""
-
-
-@pytest.fixture
-def ahead(tmp_path: Path) -> dict[str, str]:
-    """Return variables under which a process and its children see a clock an hour ahead."""
-    if shutil.which("cc") is None:
-        return {}
-    library = tmp_path / "clock.so"
-    (tmp_path / "clock.c").write_text(CLOCK)
-    subprocess.run(
-        ["cc", "-shared", "-fPIC", "-o", library, tmp_path / "clock.c", "-ldl"], check=True
-    )
-    variables = {"LD_PRELOAD": str(library)}
-    now = subprocess.run(
-        [sys.executable, "-c", "import time; print(time.time())"],
-        env={**os.environ, **variables}, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert 3500 < float(now.stdout) - time.time() < 3700
-    return variables
-
-
-def launch(
-    hosts: list[str], config: Path, on_second: dict[str, str]
-) -> list[subprocess.Popen[str]]:
+def launch(hosts: list[str], config: Path) -> list[subprocess.Popen[str]]:
     return [
         subprocess.Popen(
             ["ip", "netns", "exec", host, ROOT / "launch" / "nodes.sh", config],
             env={
                 **os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "NNODES": "2",
                 "MASTER_ADDR": ADDRESSES[0], "NODE_ADDR": address, "RANKS": "1", "RESTARTS": "0",
-                "GLOO_SOCKET_IFNAME": "eth0", **(on_second if host == hosts[1] else {}),
+                "GLOO_SOCKET_IFNAME": "eth0",
             },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -108,14 +58,14 @@ def launch(
 
 
 @pytest.mark.distributed
-def test_two_hosts_train_as_one(hosts: list[str], tmp_path: Path, ahead: dict[str, str]):
-    """Their losses equal those of two ranks of one machine, with clocks an hour apart."""
+def test_two_hosts_train_as_one(hosts: list[str], tmp_path: Path):
+    """Their losses equal those of two ranks of one machine."""
     dense, tokens = save_dense(tmp_path / "dense"), write_tokens(tmp_path / "tokens")
     settings = tree(
         tmp_path / "run", dense, tokens, train={"steps": 3}, parallel={"expert_parallel_size": 2}
     )
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
-    started = launch(hosts, tmp_path / "run.yaml", ahead)
+    started = launch(hosts, tmp_path / "run.yaml")
     outputs = [process.communicate(timeout=300)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0], "\n".join(outputs)
     assert "2 ranks on cpu" in "".join(outputs)

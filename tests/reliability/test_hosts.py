@@ -14,6 +14,7 @@ import chaos
 import chaos_faults as faults
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.distributed,
     pytest.mark.skipif(missing() is not None, reason=str(missing())),
 ]
