@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_moe.markdown import markdown_table
 from research.muon import DOMAIN, prepare
 from research.study.cases import Case
-from research.study.runs import Training, settings, train_case
+from research.study.runs import STEP_TOKENS, Training, settings, train_case
 
 LONG, SHORT = 200, 20
 SEEDS = (0, 1, 2)
@@ -53,7 +55,10 @@ def main() -> None:
                 tree["teacher"] = teacher
                 train_case(tree, result, about={"case": name, "seed": seed})
             print(f"{name:24} seed {seed}: {json.loads(result.read_text())['validation']}")
-    (out / "recovery.json").write_text(json.dumps(table(out), indent=1) + "\n")
+    results = [json.loads(path.read_text()) for path in sorted(out.glob("*-[0-9].json"))]
+    print(table(results))
+    kept = [{key: one[key] for key in ("case", "seed", "validation")} for one in results]
+    (out / "recovery.json").write_text(json.dumps(kept) + "\n")
 
 
 def case_settings(
@@ -71,10 +76,22 @@ def case_settings(
     return tree
 
 
-def table(out: Path) -> list[dict[str, Any]]:
-    """Return the results of all cases and seeds, without the loss of every step."""
-    results = [json.loads(path.read_text()) for path in sorted(out.glob("*-[0-9].json"))]
-    return [{k: v for k, v in one.items() if k not in ("training", "domains")} for one in results]
+def table(results: list[dict[str, Any]]) -> str:
+    """Return held-out losses by case, with the mean and the range over seeds, in Markdown."""
+    rows = []
+    for name, (_, _, steps) in CASES.items():
+        losses = [[loss for _, loss in one["validation"]] for one in results if one["case"] == name]
+        columns = list(zip(*losses, strict=True))
+        tokens = f"{steps * STEP_TOKENS:,}"
+        rows.append(
+            [name.removesuffix(", a tenth"), tokens, *map(spread, (columns[0], columns[-1]))]
+        )
+    return markdown_table(["case", "tokens", "before", "after"], rows)
+
+
+def spread(losses: Sequence[float]) -> str:
+    """Return mean, least and largest."""
+    return f"{sum(losses) / len(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})"
 
 
 if __name__ == "__main__":
