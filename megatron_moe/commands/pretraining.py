@@ -11,6 +11,7 @@ from megatron_moe.checkpoint.sharded import Saver
 from megatron_moe.commands.job import Job
 from megatron_moe.commands.stages import enter_next_stage, stage_message
 from megatron_moe.commands.teaching import Teaching
+from megatron_moe.config.run import RunConfig
 from megatron_moe.data.feed import DataRank, Feed
 from megatron_moe.data.mixing import adapted_weights, updates_due
 from megatron_moe.data.texts import Texts
@@ -48,12 +49,7 @@ def continue_pretraining(
 ) -> None:
     """Take the remaining steps, and run the hooks between them."""
     config = job.config
-    peak = device_peak(job.world.device, state.model.transformer.params_dtype)
-    tflops = peak.flops_per_second / 1e12
-    job.say(
-        f"MFU is relative to a peak of {tflops:.3g} TFLOP/s ({peak.source}); it counts the "
-        "attention that a causal model needs"
-    )
+    peak = _announced_peak(job, state)
     writer = MetricsWriter(config, resumed_step=state.step) if job.world.rank == 0 else None
     resumed_step = state.step
     if resumed_step == 0:
@@ -76,19 +72,9 @@ def continue_pretraining(
         boundary = Boundary(job.signals, job.watch, job.say)
         guard = StepGuard(config.guard)
         check = DeviceCheck(
-            feed,
-            job.layout,
-            rank=job.world.rank,
-            device=job.world.device.type,
-            start=resumed_step,
+            feed, job.layout, rank=job.world.rank, device=job.world.device.type, start=resumed_step
         )
-        health = RouterHealth(
-            plan.recipe.moe_layers,
-            num_experts=plan.recipe.num_experts,
-            topk=config.moe.moe_router_topk,
-            steps=config.log.router_warning_steps,
-            max_load=config.log.router_max_load,
-        )
+        health = _router_health(config, plan)
         while True:
             end = config.train.stage_end(state.step)
             run_loop(
@@ -109,6 +95,27 @@ def continue_pretraining(
     if writer is not None:
         writer.close()
     job.say(f"Run megatron-moe report {config.run.dir} to see the run on one page.")
+
+
+def _announced_peak(job: Job, state: TrainState) -> Peak:
+    """Return the peak that MFU is relative to, and log it."""
+    peak = device_peak(job.world.device, state.model.transformer.params_dtype)
+    tflops = peak.flops_per_second / 1e12
+    job.say(
+        f"MFU is relative to a peak of {tflops:.3g} TFLOP/s ({peak.source}); it counts the "
+        "attention that a causal model needs"
+    )
+    return peak
+
+
+def _router_health(config: RunConfig, plan: ExpertPlan) -> RouterHealth:
+    return RouterHealth(
+        plan.recipe.moe_layers,
+        num_experts=plan.recipe.num_experts,
+        topk=config.moe.moe_router_topk,
+        steps=config.log.router_warning_steps,
+        max_load=config.log.router_max_load,
+    )
 
 
 def _hooks(

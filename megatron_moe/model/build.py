@@ -66,6 +66,17 @@ def _qk_norms(spec: DenseSpec, groups: ProcessGroupCollection) -> QkNorms | None
     return query, key
 
 
+def _complete(module: GPTModel, spec: DenseSpec) -> None:
+    """Lay out the experts of a chunk, and add what Megatron-Core's model lacks."""
+    lay_out_experts([module])
+    multiply_ends(module, spec.multipliers)
+    if spec.rope_scaling is not None:
+        rotary = module.rotary_pos_emb
+        rotary.inv_freq = scaled_frequencies(
+            rotary.inv_freq, spec.rope_scaling, base=spec.rotary_base
+        )
+
+
 def build_model(
     config: RunConfig,
     spec: DenseSpec,
@@ -117,13 +128,7 @@ def build_model(
         # Megatron-Core allocates routers and torch-native norms on the CPU and expects a move.
         if not transformer.init_model_with_meta_device:
             module.to(torch.cuda.current_device())
-        lay_out_experts([module])
-        multiply_ends(module, spec.multipliers)
-        if spec.rope_scaling is not None:
-            rotary = module.rotary_pos_emb
-            rotary.inv_freq = scaled_frequencies(
-                rotary.inv_freq, spec.rope_scaling, base=spec.rotary_base
-            )
+        _complete(module, spec)
         chunks.append(Chunk(module, layers))
     if spec.qk_norm_spans_heads:
         # If this is true, Megatron-Core sums the gradients of all parameters called q_layernorm or
