@@ -136,6 +136,10 @@ class Log(Section):
     """Name of a Weights & Biases project. Requires the extra wandb. All jobs of a run write to one
     run there; with WANDB_MODE=offline, to files for `wandb sync`."""
 
+    mlflow_experiment: str | None = None
+    """Name of an MLflow experiment, at the server that the environment variable MLFLOW_TRACKING_URI
+    names. Requires the extra mlflow. All jobs of a run write to one run there."""
+
     router_warning_steps: Count = 100
     """Warn about a router after this many consecutive steps in which an expert got no token, K
     experts got 99% of the choices (collapse), or the load exceeded router_max_load."""

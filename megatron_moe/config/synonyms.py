@@ -62,6 +62,7 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "checkpoint.interval": ("save_steps", "save_interval", "checkpoint_every", "save_every"),
     "checkpoint.keep": ("save_total_limit", "keep_last", "max_checkpoints"),
     "log.wandb_project": ("wandb", "report_to", "project"),
+    "log.mlflow_experiment": ("mlflow", "mlflow_experiment_name", "experiment_name"),
     "parallel.tensor_parallel_size": (
         "tp", "tp_size", "tensor_model_parallel_size", "tensor_parallel", "tensor_parallel_degree",
     ),
