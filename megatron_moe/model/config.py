@@ -128,7 +128,10 @@ def _moe(moe: Moe, spec: DenseSpec) -> dict[str, Any]:
 
 
 def _parallel(parallel: Parallel) -> dict[str, Any]:
-    vpp = parallel.virtual_pipeline_parallel_size or 1
+    vpp, layout = (
+        parallel.virtual_pipeline_parallel_size or 1,
+        parallel.pipeline_model_parallel_layout,
+    )
     return {
         # A stage's output is freed once it is sent, because the backward pass needs only its shape.
         "deallocate_pipeline_outputs": True,
@@ -138,6 +141,7 @@ def _parallel(parallel: Parallel) -> dict[str, Any]:
         "virtual_pipeline_model_parallel_size": vpp if vpp > 1 else None,
         "num_layers_in_first_pipeline_stage": parallel.num_layers_in_first_pipeline_stage,
         "num_layers_in_last_pipeline_stage": parallel.num_layers_in_last_pipeline_stage,
+        **({} if layout is None else {"pipeline_model_parallel_layout": layout}),
         "expert_model_parallel_size": parallel.expert_parallel_size,
         "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
         "sequence_parallel": parallel.tensor_parallel_size > 1,

@@ -64,7 +64,7 @@ def violations(config: RunConfig, spec: DenseSpec, world_size: int) -> list[str]
 
 LAYOUT_RULES = (
     layout.world, layout.heads, layout.experts, layout.dense_ffn,
-    layout.pipeline, layout.sequence, layout.batch, layout.batch_ramp,
+    layout.pipeline, layout.pipeline_layout, layout.sequence, layout.batch, layout.batch_ramp,
 )  # fmt: skip
 """Rules that another layout can satisfy."""
 

@@ -183,6 +183,35 @@ REFUSALS = [
      "other stages (pp = 4), and vpp = 1 must divide the layers of every stage.\n"
      "  parallel.num_layers_in_first_pipeline_stage=3 "
      "parallel.num_layers_in_last_pipeline_stage=3"),
+    ("layout-chunks", parallel(pp=2) | {"parallel.pipeline_model_parallel_layout": "Et*6|t*3|t*3L"},
+     2, "parallel.pipeline_model_parallel_layout (Et*6|t*3|t*3L) has 3 chunks, which must be "
+     "pp * vpp = 2 * 1 = 2, with pp of at least 2: each rank of the pipeline holds vpp of them.\n"
+     "  for example parallel.pipeline_parallel_size=2 "
+     "parallel.pipeline_model_parallel_layout='Et*6|t*6L'"),
+    ("layout-layers", parallel(pp=2) | {"parallel.pipeline_model_parallel_layout": "Et*6|t*5L"}, 2,
+     "parallel.pipeline_model_parallel_layout (Et*6|t*5L) must have E first, then a t for each of "
+     "the 12 layers, and L last: it is Etttttt|tttttL, with 11 layers.\n"
+     "  for example parallel.pipeline_parallel_size=2 "
+     "parallel.pipeline_model_parallel_layout='Et*6|t*6L'"),
+    ("layout-letters", parallel(pp=2) | {"parallel.pipeline_model_parallel_layout": "Et*12m|L"}, 2,
+     "parallel.pipeline_model_parallel_layout (Et*12m|L) must have E first, then a t for each of "
+     "the 12 layers, and L last: it is Ettttttttttttm|L, with 12 layers.\n"
+     "  for example parallel.pipeline_parallel_size=2 "
+     "parallel.pipeline_model_parallel_layout='Et*6|t*6L'"),
+    ("layout-empty", parallel(pp=3) | {"parallel.pipeline_model_parallel_layout": "Et*12||L"}, 3,
+     "parallel.pipeline_model_parallel_layout (Et*12||L) has a chunk without anything: its rank "
+     "would have no parameters.\n"
+     "  for example parallel.pipeline_parallel_size=3 "
+     "parallel.pipeline_model_parallel_layout='Et*4|t*4|t*4L'"),
+    ("layout-endless", parallel(pp=2)
+     | {"parallel.pipeline_model_parallel_layout": "Et*9999999999|L"}, 2,
+     "parallel.pipeline_model_parallel_layout (Et*9999999999|L) is no layout: a layout may repeat "
+     "a part 1000 times, not 9999999999 times"),
+    ("layout-twice", parallel(pp=2) | {"parallel.pipeline_model_parallel_layout": "Et*8|t*4L",
+                                       "parallel.num_layers_in_last_pipeline_stage": 4}, 2,
+     "parallel.pipeline_model_parallel_layout (Et*8|t*4L) and "
+     "parallel.num_layers_in_last_pipeline_stage (4) both say how many layers a stage has.\n"
+     "  remove one of them"),
     ("sequence", parallel(tp=2) | {"data.seq_length": 47}, 2,
      "data.seq_length (47) must be divisible by tp = 2: the sequence is sharded over these "
      "ranks.\n"
