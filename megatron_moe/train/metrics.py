@@ -24,6 +24,7 @@ router/load_imbalance                     busiest expert's tokens / mean, mean o
 router/entropy                            nats, of the softmax over all experts, mean of tokens
 router/drop_rate                          choices dropped by capacity / all choices
 router/*_by_layer                         each of these three, as a list over MoE layers
+router/aux_loss_coeff_by_layer            weight of each load-balancing loss, if they adapt
 router/load_by_expert                     an expert's tokens / mean, a list over MoE layers of lists
                                           over experts; about a hundred times per run
 throughput/tokens_per_second_per_gpu      tokens of the global batch / seconds / ranks
@@ -101,6 +102,7 @@ def step_numbers(
         "router/load_imbalance_by_layer": _rounded(imbalance_L),
         "router/entropy_by_layer": _rounded(result.entropy_L),
         "router/drop_rate_by_layer": _rounded(drop_rate_L),
+        **_coefficients(result),
         **expert_loads(result.chosen_LE, step, steps=config.train.steps),
         "throughput/tokens_per_second_per_gpu": step_tokens / slowest / ranks,
         "throughput/tflops_per_gpu": flops.causal * rate / 1e12,
@@ -112,6 +114,13 @@ def step_numbers(
         "tokens/batch": step_tokens,
         "tokens/seen": tokens,
     }
+
+
+def _coefficients(result: StepResult) -> Numbers:
+    """Return the weights of the load-balancing losses, if they adapt."""
+    if result.balance is None:
+        return {}
+    return {"router/aux_loss_coeff_by_layer": list(result.balance.values())}
 
 
 def expert_loads(chosen_LE: Tensor, step: int, *, steps: int) -> Numbers:

@@ -183,6 +183,14 @@ REFUSALS = [
      "other stages (pp = 4), and vpp = 1 must divide the layers of every stage.\n"
      "  parallel.num_layers_in_first_pipeline_stage=3 "
      "parallel.num_layers_in_last_pipeline_stage=3"),
+    ("adaptive-none", {"moe.adaptive_aux_loss": True, "moe.moe_aux_loss_coeff": 0.0}, 1,
+     "moe.adaptive_aux_loss (true) needs a load-balancing loss: moe.moe_router_load_balancing_type "
+     "is aux_loss and moe.moe_aux_loss_coeff, the upper bound of the coefficients, is 0.0.\n"
+     "  set both, or leave moe.adaptive_aux_loss unset"),
+    ("adaptive-off", {"moe.aux_loss_decay": 0.5}, 1,
+     "moe.aux_loss_decay (0.5) has no effect without moe.adaptive_aux_loss: the coefficient is "
+     "constant.\n"
+     "  set moe.adaptive_aux_loss=true, or leave moe.aux_loss_decay unset"),
     ("layout-chunks", parallel(pp=2) | {"parallel.pipeline_model_parallel_layout": "Et*6|t*3|t*3L"},
      2, "parallel.pipeline_model_parallel_layout (Et*6|t*3|t*3L) has 3 chunks, which must be "
      "pp * vpp = 2 * 1 = 2, with pp of at least 2: each rank of the pipeline holds vpp of them.\n"
