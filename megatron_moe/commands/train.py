@@ -38,7 +38,7 @@ from megatron_moe.hf.names import dense_tensors
 from megatron_moe.hf.reader import DenseCheckpoint
 from megatron_moe.hf.spec import DenseSpec, read_spec
 from megatron_moe.log import console
-from megatron_moe.model.config import check_dispatcher
+from megatron_moe.model.config import check_dispatcher, check_engine
 from megatron_moe.model.grouped_experts import kernel_in
 from megatron_moe.model.overlap import start_tp_overlap
 from megatron_moe.parallel.groups import create_groups
@@ -67,6 +67,7 @@ def train(config: RunConfig, world: World, observe: Observe = unobserved) -> Non
     """
     require_packages(config)
     engine = engine_of(config.run.engine, world)
+    check_engine(config, engine)
     check_dispatcher(config.moe, engine)
     with (
         Signals() as signals,

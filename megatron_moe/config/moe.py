@@ -78,6 +78,11 @@ class Moe(Section):
     """Number of neurons of the shared expert (S), which processes every token in addition to the
     routed experts. None: no shared expert."""
 
+    moe_shared_expert_overlap: bool = False
+    """Compute the shared expert while tokens are exchanged between ranks. On CUDA only. Gradients
+    of the router and the shared expert are then added in another order, so that results differ
+    within rounding."""
+
     moe_shared_expert_gate: bool = False
     """Multiply the shared expert's output by the sigmoid of a learned row (Qwen2-MoE). Only for a
     MoE source that has it."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from megatron_moe.config.run import Parallel, RunConfig
 from megatron_moe.errors import ConfigError
 from megatron_moe.hf.spec import DenseSpec
-from megatron_moe.rules import layout, moe, teacher, training
+from megatron_moe.rules import layout, moe, precision, teacher, training
 from megatron_moe.rules.case import Case
 from megatron_moe.rules.nearest import changes, nearest_layout
 
@@ -69,7 +69,7 @@ LAYOUT_RULES = (
 """Rules that another layout can satisfy."""
 
 RULES = (
-    *LAYOUT_RULES, layout.tp_overlap,
+    *LAYOUT_RULES, layout.tp_overlap, precision.fp8, precision.shared_overlap,
     moe.capacity, moe.dispatcher, moe.router, moe.construction,
     moe.shared_expert, moe.moe_layers,
     training.schedule, training.weight_decay, training.gradients, training.muon,

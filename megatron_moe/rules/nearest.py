@@ -41,11 +41,13 @@ def nearest_layout(
 
 def changes(before: Parallel, after: Parallel) -> str:
     """Return the settings to change, in command-line form."""
-    return " ".join(
+    degrees = (
         f"parallel.{name}={getattr(after, name) or 1}"
         for name in SETTINGS
         if (getattr(before, name) or 1) != (getattr(after, name) or 1)
-    ) + "".join(f" parallel.{name}=null" for name in SPLITS if getattr(before, name) is not None)
+    )
+    dropped = (f"parallel.{name}=null" for name in SPLITS if getattr(before, name) is not None)
+    return " ".join([*degrees, *dropped])
 
 
 def _layouts(world_size: int, num_layers: int) -> Iterator[Degrees]:
