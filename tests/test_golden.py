@@ -20,6 +20,7 @@ import pytest
 GOLDEN = Path(__file__).parent / "golden"
 VARIATIONS = {
     "llama3-8b-e8t2-dropless-128": {
+        "record-routing": ["moe.record_routing=choices"],
         "fp8-tensorwise": ["train.fp8=hybrid"],
         "fp8-blockwise": ["train.fp8=e4m3", "train.fp8_recipe=blockwise"],
         "pipeline-layout": [

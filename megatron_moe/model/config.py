@@ -45,6 +45,8 @@ def transformer_settings(config: RunConfig, spec: DenseSpec, *, engine: Engine) 
         **_parallel(config.parallel),
         **_recompute(config.train.recompute, engine),
         **_kernels(config.train, engine),
+        # The fused kernel chooses experts itself.
+        **({"moe_router_fusion": False} if config.moe.records_or_replays else {}),
         **_shared_expert_overlap(config.moe, engine),
         bf16=dtype is torch.bfloat16,
         params_dtype=dtype,
@@ -110,6 +112,7 @@ def _moe(moe: Moe, spec: DenseSpec) -> dict[str, Any]:
         "moe_ffn_hidden_size": moe.expert_size(spec.ffn_hidden_size),
         "moe_shared_expert_intermediate_size": moe.moe_shared_expert_intermediate_size,
         **({"moe_shared_expert_gate": True} if moe.moe_shared_expert_gate else {}),
+        **({"moe_enable_routing_replay": True} if moe.records_or_replays else {}),
         "moe_layer_freq": [int(layer in layers) for layer in range(spec.num_layers)],
         # Megatron-Core refuses a top-1 otherwise; with a single expert both orders give 1.
         "moe_router_pre_softmax": moe.router_order == "softmax_topk" or moe.num_moe_experts == 1,
