@@ -105,10 +105,11 @@ def main() -> None:
     from megatron_moe.runtime import cpu
 
     cpu.install()
+    texts = golden_files()
     GOLDEN.mkdir(exist_ok=True)
     for old in GOLDEN.glob("*.txt"):
         old.unlink()
-    for path, text in golden_files().items():
+    for path, text in texts.items():
         path.write_text(text)
     print(f"wrote {len(list(GOLDEN.iterdir()))} files to {GOLDEN}", file=sys.stderr)
 

@@ -13,7 +13,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_moe.config.moe import Moe
 from megatron_moe.config.run import Parallel, RunConfig
-from megatron_moe.config.train import Train
 from megatron_moe.errors import ConfigError
 from megatron_moe.experts.resolve import moe_layer_ids
 from megatron_moe.hf.dtypes import OF_PRECISION
@@ -44,9 +43,7 @@ def transformer_settings(config: RunConfig, spec: DenseSpec, *, engine: Engine) 
         **_moe(config.moe, spec),
         **_parallel(config.parallel),
         **_recompute(config.train.recompute, engine),
-        **_kernels(config.train, engine),
-        # The fused kernel chooses experts itself.
-        **({"moe_router_fusion": False} if config.moe.records_or_replays else {}),
+        **_kernels(config, engine),
         **_shared_expert_overlap(config.moe, engine),
         bf16=dtype is torch.bfloat16,
         params_dtype=dtype,
@@ -182,8 +179,9 @@ def _recompute(what: str, engine: Engine) -> dict[str, Any]:
     return {"recompute_granularity": "selective", "recompute_modules": modules}
 
 
-def _kernels(train: Train, engine: Engine) -> dict[str, Any]:
+def _kernels(config: RunConfig, engine: Engine) -> dict[str, Any]:
     """Return the settings that choose kernels."""
+    train = config.train
     if engine.is_torch:
         return {
             "use_cpu_initialization": not engine.on_cuda,
@@ -201,7 +199,8 @@ def _kernels(train: Train, engine: Engine) -> dict[str, Any]:
         "apply_rope_fusion": True,
         "moe_grouped_gemm": True,
         "moe_permute_fusion": True,
-        "moe_router_fusion": True,
+        # The fused kernel chooses experts itself, so it can neither record nor replay.
+        "moe_router_fusion": not config.moe.records_or_replays,
         **({} if train.fp8 is None else {"fp8": train.fp8, "fp8_recipe": train.fp8_recipe}),
     }
 
