@@ -15,6 +15,7 @@ from megatron_moe.checkpoint.folder import (
 from megatron_moe.checkpoint.local import LocalCopies
 from megatron_moe.checkpoint.visible import agreed_newest
 from megatron_moe.commands.job import Job
+from megatron_moe.commands.optimizer_state import open_optimizer_state, take_optimizer_state
 from megatron_moe.commands.pretraining import continue_pretraining, feed_of
 from megatron_moe.commands.resuming import (
     Change,
@@ -99,8 +100,13 @@ def _train(job: Job) -> None:
     if config.checkpoint.local_dir is not None:
         copies = LocalCopies(config, plan_hash=plan.hash, say=job.say)
     if dense is not None:
+        folder, inherited = config.source.optimizer_state, None
+        if folder is not None:
+            inherited = open_optimizer_state(folder, dense)
         # 4. filled online, verified; no other reference to the model, which a stage may replace
         state = make_state(config, upcycled_model(job, dense, plan, texts), groups)
+        if inherited is not None:
+            take_optimizer_state(job, state, inherited, plan)
     else:
         assert resume_from is not None
         state = restored_state(job, spec, plan, resume_from, copies)
