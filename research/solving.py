@@ -87,7 +87,9 @@ def other_texts(out: Path) -> dict[str, Path]:
     paths = {}
     for name, chosen in files.items():
         path = out / f"{name.replace(' ', '-')}.jsonl"
-        texts = [file.read_text(encoding="utf-8", errors="replace") for file in chosen]
+        texts = [
+            file.read_text(encoding="utf-8", errors="replace") for file in chosen if file.is_file()
+        ]
         kept = sorted({text for text in texts if len(text) > 500})[:60]
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in kept))
         paths[name] = path
