@@ -159,11 +159,11 @@ def judged_data(other: dict[str, Path]) -> dict[str, Any]:
     domains: dict[str, Any] = {
         "demo": {
             "path": str(TEXT / "train.jsonl"),
-            "validation_path": str(TEXT / "validation.jsonl"), "weight": 1.0,
+            "validation_path": str(TEXT / "validation.jsonl"), "weight": 1 - 2e-6,
         }
     }  # fmt: skip
     for name, path in other.items():
-        domains[name] = {"path": str(path), "validation_path": str(path), "weight": 0.0}
+        domains[name] = {"path": str(path), "validation_path": str(path), "weight": 1e-6}
     return {"domains": domains, "seq_length": SEQ_LENGTH, "validation_samples": HELD_OUT}
 
 
