@@ -37,17 +37,16 @@ from megatron_moe.construct.dense_ffn import (
     router_of,
 )
 from megatron_moe.construct.finished import FinishedLayer, read_finished, write_finished
-from megatron_moe.construct.fit_router import LOGIT_STD, Prices, RouterRegression, gains, loads
+from megatron_moe.construct.fit_router import LOGIT_STD, Gains, Prices, RouterRegression, loads
 from megatron_moe.construct.measure import world_sum
 from megatron_moe.construct.ridge import RidgeSolution, RidgeSums, solve
 from megatron_moe.construct.stream import LayerStream
 from megatron_moe.data.batches import Batch
 from megatron_moe.experts.plan import ExpertPlan, LayerPlan, LayerTable
-from megatron_moe.experts.recipe import HELD_OUT_EVERY
+from megatron_moe.experts.recipe import HELD_OUT_EVERY, PENALTIES
 from megatron_moe.experts.solved import read_solved, write_solved
 from megatron_moe.hf.reader import DenseCheckpoint
 
-PENALTIES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 Progress = Callable[[int, int], None]
 
 
@@ -197,7 +196,8 @@ class Fit:
 
     def _fit_router(self, plan: LayerPlan) -> Tensor:
         """Return the router rows, ``(E, D)``, the same on every rank."""
-        experts, neurons_EM = len(plan.neurons_EM), torch.from_numpy(plan.neurons_EM.copy())
+        experts = len(plan.neurons_EM)
+        gains = Gains(self._ffn.down_DF, torch.from_numpy(plan.neurons_EM.copy()))
         regression = RouterRegression.zeros(self._ffn.down_DF.shape[0], experts, self.stream.device)
         for index, x_TD in self._inputs():
             act_TF = self._ffn.activations(x_TD)
@@ -205,7 +205,7 @@ class Fit:
             if len(plan.shared_S):
                 shared = torch.from_numpy(plan.shared_S)
                 y_TD = y_TD - act_TF[:, shared] @ self._ffn.down_DF[:, shared].T
-            regression.add(x_TD, gains(self._ffn, act_TF, y_TD, neurons_EM))
+            regression.add(x_TD, gains.of(act_TF, y_TD))
         rows_ED, one_D = RouterRegression(regression.sums.map_(world_sum)).solve()
         rows_ED, one_D = rows_ED.to(self.stream.device), one_D.to(self.stream.device)
         priced = [(x_TD @ rows_ED.T, x_TD @ one_D) for _, x_TD in self._inputs()]

@@ -11,11 +11,15 @@ import torch
 from ranks import run_on_ranks
 from safetensors.torch import load_file
 from tiny import MULTIPLIERS, save_dense
+from torch.utils.flop_counter import FlopCounterMode
 from training_runs import run_training, tree, write_tokens
 from transformers import AutoModelForCausalLM
 
 from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
+from megatron_moe.experts.resolve import make_recipe
+from megatron_moe.hf.spec import read_spec
+from megatron_moe.planner.construction import construction_cost
 from megatron_moe.rules.check import violations
 from megatron_moe.runtime.world import World
 
@@ -266,3 +270,31 @@ def _stream(world: World, config: RunConfig, ids_S: torch.Tensor, expected_SD: t
             output_TD = DenseFfn.read(dense, layer).output(stream.ffn_input(residual_SBD))
             hidden_SBD = residual_SBD + stream.added(output_TD).view_as(residual_SBD)
     assert (hidden_SBD[:, 0] - expected_SD).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("method", ["split_random", "split_coactivation"])
+def test_the_planner_counts_what_a_fit_computes(folder: Path, tmp_path: Path, method: str):
+    """Torch counts products; within 3%, the router's logits and what is left out of the count."""
+    dense = save_dense(tmp_path / "dense", num_hidden_layers=2, hidden_size=96,
+                       intermediate_size=768, vocab_size=257)  # fmt: skip
+    moe = {"num_moe_experts": 4, "moe_ffn_hidden_size": 160,
+           "moe_shared_expert_intermediate_size": 128}  # fmt: skip
+    sections = {
+        "source": {"path": str(dense)}, "moe": moe | {"moe_layers": "all"},
+        "upcycle": {"method": method}, "data": {"seq_length": 64},
+    }  # fmt: skip
+    config = settings(folder, tmp_path / "run", **sections)
+    config.run.dir.mkdir(parents=True, exist_ok=True)
+    counted = tmp_path / "flops"
+    run_on_ranks(_counting, config, counted, world_size=1)
+    cost = construction_cost(
+        make_recipe(read_spec(dense), config.moe, config.upcycle), read_spec(dense),
+        config.measure, seq_length=64, ranks=1,
+    )  # fmt: skip
+    assert cost.measuring + cost.fitting == pytest.approx(float(counted.read_text()), rel=0.05)
+
+
+def _counting(world: World, config: RunConfig, out: Path) -> None:
+    with FlopCounterMode(display=False) as counter:
+        _construct(world, config)
+    out.write_text(str(counter.get_total_flops()))
