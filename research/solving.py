@@ -36,7 +36,7 @@ SHARED = {
     "moe_router_topk": 2, "moe_ffn_hidden_size": 144, "moe_shared_expert_intermediate_size": 384,
 }  # fmt: skip
 HALF = {"moe_router_topk": 4, "moe_ffn_hidden_size": 192}
-COPIES = {"moe_router_topk": 2}
+COPIES = {"num_moe_experts": 2, "moe_router_topk": 2}
 SOLVED = {"method": "split_coactivation", "fit": BOTH}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "dense": (COPIES, {"method": "copy"}, 0),
