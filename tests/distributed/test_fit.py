@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from training_runs import run_training, tree, write_tokens
 from transformers import AutoModelForCausalLM
 
+from megatron_moe.commands.report import report
 from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
 from megatron_moe.experts.resolve import make_recipe
@@ -121,12 +122,18 @@ def _killed_after_one_layer(world: World, config: RunConfig) -> None:
     _construct(world, config)
 
 
-def test_the_receipt_of_a_fit_says_what_it_gained(fitted: RunConfig):
+def test_the_receipt_of_a_fit_says_what_it_gained(folder: Path, fitted: RunConfig, tmp_path: Path):
     from safetensors import safe_open
 
     with safe_open(fitted.upcycle.plan, "np") as file:  # pyright: ignore
         header = json.loads(file.metadata()["megatron_moe.expert_plan"])
     fits = header["measured_on"]["fit"]
+    written = settings(folder, tmp_path)
+    written = written.model_copy(update={"upcycle": fitted.upcycle})
+    run_training(written.model_dump(mode="json"), world_size=1)
+    receipt = json.loads((tmp_path / "receipt.json").read_text())
+    assert receipt["construction"] == header["measured_on"]
+    assert "Fit on calibration text that was left out" in report(tmp_path).read_text()
     assert fits.keys() == {"0", "2"}
     for fit in fits.values():
         assert fit["error_after"] < fit["error_before"]
