@@ -51,9 +51,15 @@ def open_optimizer_state(folder: Path, source: DenseCheckpoint) -> InheritedStat
         source: The MoE.
 
     Raises:
-        CheckpointError: The checkpoint holds no moments, or is not of the source.
+        CheckpointError: There is no checkpoint, it holds no moments, or is not of the source.
     """
-    checkpoint = find_checkpoint(folder)
+    try:
+        checkpoint = find_checkpoint(folder)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"source.optimizer_state ({folder}) must be a run with a checkpoint, or a checkpoint.\n"
+            f"  {error}\n  leave it unset: moments then begin at zero"
+        ) from error
     progress = read_progress(checkpoint)
     _check_updates(checkpoint, progress)
     weights = _opened(checkpoint, source, "")
