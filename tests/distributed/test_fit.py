@@ -157,13 +157,32 @@ def test_a_run_starts_from_the_solution(
     world_size, parallel = LAYOUTS[layout]
     config = settings(folder, tmp_path, parallel=parallel)
     config = config.model_copy(update={"upcycle": fitted.upcycle})
-    from megatron_moe.hf.spec import read_spec
-
     assert not violations(config, read_spec(folder / "dense"), world_size)
     config.run.dir.mkdir(parents=True, exist_ok=True)
     run_on_ranks(_logits, config, tmp_path / "logits.pt", world_size=world_size)
     ids_S, logits_SV = torch.load(tmp_path / "logits.pt")
     torch.testing.assert_close(logits_SV, by_hand(folder, fitted, ids_S), rtol=1e-3, atol=1e-3)
+
+
+OTHERS = {  # method, order of the router, neurons of the shared expert
+    "clustered": ("split_clustered", "softmax_topk", 32),
+    "inner": ("sharing_inner", "topk_softmax", None),
+    "inter": ("sharing_inter", "softmax_topk", 32),
+    "weaver": ("weaver", "topk_softmax", 32),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_every_method_that_splits_can_be_solved_for(folder: Path, tmp_path: Path, case: str):
+    """For these experts and both orders of the router, the run computes what was solved for."""
+    method, order, shared = OTHERS[case]
+    moe = {"router_order": order, "moe_shared_expert_intermediate_size": shared}
+    config = settings(folder, tmp_path, moe=moe, upcycle={"method": method})
+    assert not violations(config, read_spec(folder / "dense"), 1)
+    construct_on(config, 1)
+    run_on_ranks(_logits, config, tmp_path / "logits.pt", world_size=1)
+    ids_S, logits_SV = torch.load(tmp_path / "logits.pt")
+    torch.testing.assert_close(logits_SV, by_hand(folder, config, ids_S), rtol=1e-3, atol=1e-3)
 
 
 def _logits(world: World, config: RunConfig, out: Path) -> None:
@@ -196,11 +215,13 @@ def _logits(world: World, config: RunConfig, out: Path) -> None:
 
 def by_hand(folder: Path, fitted: RunConfig, ids_S: torch.Tensor) -> torch.Tensor:
     """Put the plan's MoE layers into the dense model of transformers."""
+    from megatron_moe.experts.file import read_plan
     from megatron_moe.experts.plan import make_expert_plan
-    from megatron_moe.hf.spec import read_spec
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder / "dense", dtype=torch.float32)
     plan = make_expert_plan(read_spec(folder / "dense"), fitted.moe, fitted.upcycle)
+    assert fitted.upcycle.plan is not None
+    plan = read_plan(fitted.upcycle.plan, plan, source=None)
     values = tables(fitted)
     for layer in (0, 2):
         mlp, neurons_EM = model.model.layers[layer].mlp, plan.layer(layer).neurons_EM
@@ -211,10 +232,14 @@ def by_hand(folder: Path, fitted: RunConfig, ids_S: torch.Tensor) -> torch.Tenso
         def moe(x, mlp=mlp, n=neurons_EM, r=router_ED, d=down_ND, s=shared_S):
             x_TD = x[0]
             act_TF = torch.nn.functional.silu(mlp.gate_proj(x_TD)) * mlp.up_proj(x_TD)
-            top_TK, chosen_TK = (x_TD @ r.T).topk(2)
+            logits_TE = x_TD @ r.T
+            top_TK, chosen_TK = logits_TE.topk(2)
+            weights_TK = top_TK.softmax(1)
+            if fitted.moe.router_order == "softmax_topk":
+                weights_TK = logits_TE.softmax(1).gather(1, chosen_TK)
             out_TD = act_TF[:, s] @ d[n.size :]
             for token in range(len(x_TD)):
-                for weight, e in zip(top_TK[token].softmax(0), chosen_TK[token], strict=True):
+                for weight, e in zip(weights_TK[token], chosen_TK[token], strict=True):
                     rows = d[e * n.shape[1] : (e + 1) * n.shape[1]]
                     out_TD[token] += weight * (act_TF[token, n[e]] @ rows)
             return out_TD[None]
