@@ -41,6 +41,7 @@ from megatron_moe.errors import CheckpointError
 from megatron_moe.hf.checksums import Blocks, write_checksums
 from megatron_moe.hf.disk import refusal
 from megatron_moe.model.build import Model
+from megatron_moe.train.balancing import Coefficients
 from megatron_moe.train.state import TrainState
 
 
@@ -178,7 +179,13 @@ def progress_of(state: TrainState, config: RunConfig, plan_hash: str) -> Progres
         world_size=dist.get_world_size(),
         precision=config.train.precision,
         blend=state.blend.to_json(),
+        balance=_by_name(state.balance),
     )
+
+
+def _by_name(balance: Coefficients | None) -> dict[str, float] | None:
+    """Return the coefficients under names, because JSON has no other keys."""
+    return None if balance is None else {str(layer): value for layer, value in balance.items()}
 
 
 def new_group() -> dist.ProcessGroup:
@@ -241,6 +248,8 @@ def adopt_progress(state: TrainState, progress: Progress, *, tokens: int) -> Non
     state.schedule.step(increment=progress.step - state.step)
     state.step, state.samples, state.tokens = progress.step, progress.samples, tokens
     state.blend = BlendState.from_json(progress.blend, domains=state.blend.domains)
+    if state.balance is not None and progress.balance is not None:
+        state.balance = {layer: progress.balance[str(layer)] for layer in state.balance}
 
 
 @torch.no_grad()

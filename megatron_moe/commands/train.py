@@ -38,16 +38,18 @@ from megatron_moe.hf.disk import write_text
 from megatron_moe.hf.names import dense_tensors
 from megatron_moe.hf.reader import DenseCheckpoint
 from megatron_moe.hf.spec import DenseSpec, read_spec
-from megatron_moe.model.config import check_dispatcher
+from megatron_moe.log import console
+from megatron_moe.model.config import check_dispatcher, check_engine
 from megatron_moe.model.grouped_experts import kernel_in
 from megatron_moe.model.overlap import start_tp_overlap
 from megatron_moe.parallel.groups import create_groups
+from megatron_moe.rules.installed import require_packages
 from megatron_moe.runtime.engine import engine_of
 from megatron_moe.runtime.world import World
 from megatron_moe.source.dense import open_dense
 from megatron_moe.train.guard import Signals
 from megatron_moe.train.lock import only_job
-from megatron_moe.train.metrics import check_outputs
+from megatron_moe.train.sinks import Sink, open_sinks
 from megatron_moe.train.state import TrainState, make_state
 from megatron_moe.train.watch import Observe, Watch, unobserved
 
@@ -64,19 +66,21 @@ def train(config: RunConfig, world: World, observe: Observe = unobserved) -> Non
         world: This rank's place in the joined job.
         observe: Called with the stage and the step whenever this rank enters a stage.
     """
-    check_outputs(config)
+    require_packages(config)
     engine = engine_of(config.run.engine, world)
+    check_engine(config, engine)
     check_dispatcher(config.moe, engine)
     with (
         Signals() as signals,
         only_job(config.run.dir),
         Watch(world, hang_seconds=config.guard.hang_seconds, observe=observe) as watch,
+        open_sinks(config, rank=world.rank, say=console.print) as sinks,
     ):
         layout, groups = create_groups(config.parallel, seed=config.run.seed)  # who holds what
-        _train(Job(config, world, engine, layout, groups, watch, signals))
+        _train(Job(config, world, engine, layout, groups, watch, signals), sinks)
 
 
-def _train(job: Job) -> None:
+def _train(job: Job, sinks: list[Sink]) -> None:
     config, groups = job.config, job.groups
     job.watch.at("load")
     resume_from = agreed_newest(config.run.dir, job.world)
@@ -116,7 +120,8 @@ def _train(job: Job) -> None:
     if (kernel := kernel_in(state.model.modules)) is not None:
         job.say(f"Experts use {kernel.name} ({kernel.reason})")
     job.say(announcement(texts, state.blend, config))
-    continue_pretraining(job, state, plan, feed_of(job, texts), copies)  # 5. train, validate, save
+    # 5. train, validate, save
+    continue_pretraining(job, state, plan, feed_of(job, texts), sinks, copies)
 
 
 def _source(

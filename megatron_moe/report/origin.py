@@ -8,7 +8,7 @@ import numpy as np
 
 from megatron_moe.config.values import Section as Settings
 from megatron_moe.errors import ConfigError
-from megatron_moe.parallel.layout import ParallelLayout, ends_of, fold, local_experts
+from megatron_moe.parallel.layout import ParallelLayout, fold, local_experts, split_of
 from megatron_moe.parallel.stages import chunk_layers
 from megatron_moe.report.grids import draw_grids
 from megatron_moe.report.html import Child, Html, command, el, folded, join, missing, number, table
@@ -196,10 +196,15 @@ def _layers(run: RunFiles, ranks: ParallelLayout, stage: int) -> str:
     vpp = run.config.parallel.virtual_pipeline_parallel_size or 1
     if run.spec is None:
         return "all" if pp == 1 else f"of stage {stage}"
-    ends = ends_of(run.config.parallel)
+    split = split_of(run.config.parallel)
     chunks = [
         chunk_layers(
-            num_layers=run.spec.num_layers, pp=pp, vpp=vpp, ends=ends, pp_rank=stage, vpp_rank=chunk
+            num_layers=run.spec.num_layers,
+            pp=pp,
+            vpp=vpp,
+            split=split,
+            pp_rank=stage,
+            vpp_rank=chunk,
         )
         for chunk in range(vpp)
     ]
@@ -207,7 +212,9 @@ def _layers(run: RunFiles, ranks: ParallelLayout, stage: int) -> str:
 
 
 def _range(held: range) -> str:
-    return str(held[0]) if len(held) == 1 else f"{held[0]}\u2013{held[-1]}"
+    if len(held) < 2:
+        return str(held[0]) if held else "none"
+    return f"{held[0]}\u2013{held[-1]}"
 
 
 def _rank_table(run: RunFiles, ranks: ParallelLayout, world_size: int) -> Html:
