@@ -25,7 +25,7 @@ import torch.multiprocessing as mp
 from torch.distributed import distributed_c10d
 
 from megatron_moe import errors
-from megatron_moe.errors import ConfigError, UserError
+from megatron_moe.errors import ConfigError, JobError, UserError
 from megatron_moe.log import console, quiet_megatron
 from megatron_moe.runtime import cpu
 from megatron_moe.runtime.cores import threads_per_rank
@@ -42,6 +42,7 @@ FORWARDED_SIGNALS = (
     signal.SIGINT,
     signal.SIGHUP,
 )
+RESUME = "run the same command to resume, unless the launcher restarts the job"
 NOTICE_SECONDS = 15.0
 """Seconds that the other local ranks have to report and exit after one has failed."""
 
@@ -64,7 +65,8 @@ class World:
         if self.reports is not None:
             _report(self.reports, self.rank, error)
         else:
-            print(f"rank {self.rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            head = f"rank {self.rank}: {type(error).__name__}"
+            print(f"{head}: {error}\n  {RESUME}", file=sys.stderr, flush=True)
 
 
 def resolve_device(
@@ -128,6 +130,7 @@ def joined(
     if device == "cuda":
         # torch warns that device_id is missing, which is intended; the current device is right.
         warnings.filterwarnings("ignore", r"barrier\(\): using the device under current context")
+    lost = False
     try:
         if device == "cuda":
             uuid = str(torch.cuda.get_device_properties(local_device).uuid)
@@ -140,8 +143,14 @@ def joined(
             position.address,
             reports,
         )
+    except JobError:
+        # A rank is lost. Destroying the groups that it belonged to can wait for it or crash, and
+        # the operator must see the error first; the process is about to end.
+        lost = True
+        raise
     finally:
-        dist.destroy_process_group()
+        if not lost:
+            dist.destroy_process_group()
 
 
 def _rendezvous(position: RankPosition) -> dict[str, Any]:

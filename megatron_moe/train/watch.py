@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -53,7 +54,9 @@ class Watch:
 
     def __init__(self, world: World, *, hang_seconds: float, observe: Observe) -> None:
         self._world, self._limit, self._observe = world, hang_seconds, observe
-        self._report = Report(rank=world.rank, step=0, stage="load")
+        # Ranks that one process has started are on one host, which needs no name.
+        host = socket.gethostname() if world.reports is None and world.size > 1 else ""
+        self._report = Report(rank=world.rank, step=0, stage="load", host=host)
         self._training_thread = threading.get_ident()
         self._pause = max(0.05, world.size / REPORTS_PER_SECOND)
         self._moved, self._ending = threading.Event(), threading.Event()
@@ -68,7 +71,9 @@ class Watch:
     def at(self, stage: str) -> None:
         """Record that this rank enters ``stage`` of `step`."""
         self._clock.enter(stage)
-        self._report = Report(self._world.rank, self.step, stage, self._report.moves + 1)
+        self._report = replace(
+            self._report, step=self.step, stage=stage, moves=self._report.moves + 1
+        )
         self._moved.set()
         self._observe(stage, self.step)
 
@@ -170,7 +175,7 @@ class Watch:
                 where = f"{os.path.relpath(file)}:{frame.f_lineno} in {frame.f_code.co_name}"
                 break
             frame = frame.f_back
-        return Report(report.rank, report.step, report.stage, report.moves, where, waiting)
+        return replace(report, where=where, waiting=waiting)
 
     def _listen(self) -> None:
         """Read messages of rank 0 until it closes the connection or is lost."""
