@@ -29,6 +29,8 @@ class Report:
     """Whether that line waits for other ranks."""
     host: str = ""
     """Name of the rank's host; empty if all ranks are on one."""
+    resident: int = 0
+    """Host memory that the rank holds, in bytes; 0 if it is not known."""
 
     @property
     def name(self) -> str:
@@ -51,7 +53,11 @@ class Report:
 
 def died(report: Report) -> str:
     """Return the message for a rank whose connection closed without ``bye``."""
-    return f"{report.name} died in {report.location}: killed, out of memory, or its machine is gone"
+    held = f". It held {report.resident / 2**20:.0f} MiB of host memory" if report.resident else ""
+    return (
+        f"{report.name} died in {report.location}: killed, out of memory, or its machine is gone"
+        f"{held}"
+    )
 
 
 def failed(report: Report, reason: str) -> str:

@@ -21,6 +21,8 @@ import torch.distributed as dist
 
 from megatron_moe.errors import ConfigError, JobError, UserError
 from megatron_moe.log import console
+from megatron_moe.runtime.memory import resident_bytes
+from megatron_moe.runtime.memory_limit import memory_limit
 from megatron_moe.runtime.wait import StageClock
 from megatron_moe.runtime.world import World
 from megatron_moe.train.channel import TEXT_CHARACTERS, Channel, Message
@@ -67,6 +69,9 @@ class Watch:
         self._clock.start("load")
         self.step = 0
         """Current step, counted from 1; 0 before the first."""
+        self._memory_limit = memory_limit()
+        self.predicted_memory = ""
+        """The planner's prediction in words, for the message of a rank that ran out of memory."""
 
     def at(self, stage: str) -> None:
         """Record that this rank enters ``stage`` of `step`."""
@@ -125,7 +130,7 @@ class Watch:
             self._monitor.close()
         own = isinstance(error, UserError)  # raised on all ranks alike: keep the original error
         if self._verdict is not None and isinstance(error, Exception) and not own:
-            raise JobError(self._verdict) from error
+            raise self._lost(self._verdict) from error
 
     def _open_port(self) -> tuple[Monitor | None, bytes, Addresses]:
         """Listen on rank 0; return its monitor, and on all ranks the secret and the addresses.
@@ -175,7 +180,7 @@ class Watch:
                 where = f"{os.path.relpath(file)}:{frame.f_lineno} in {frame.f_code.co_name}"
                 break
             frame = frame.f_back
-        return replace(report, where=where, waiting=waiting)
+        return replace(report, where=where, waiting=waiting, resident=resident_bytes())
 
     def _listen(self) -> None:
         """Read messages of rank 0 until it closes the connection or is lost."""
@@ -206,5 +211,13 @@ class Watch:
         self._verdict = verdict
         self._verdict_set.set()
         if not self._ending.wait(GRACE_SECONDS):
-            self._world.report_error(JobError(verdict))
+            self._world.report_error(self._lost(verdict))
             os._exit(1)
+
+    def _lost(self, verdict: str) -> JobError:
+        """Return the error for a verdict, with what this host knows about its memory."""
+        limit = memory_limit()
+        reason = limit and limit.killed_since(self._memory_limit)
+        if reason is None:
+            return JobError(verdict)
+        return JobError("\n  ".join([verdict, reason, *filter(None, [self.predicted_memory])]))
