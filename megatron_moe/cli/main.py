@@ -283,7 +283,8 @@ def reference_loss(
 def _reference_loss(config: RunConfig, out: Path, world: Any) -> None:
     from megatron_moe.commands.reference_loss import reference_loss
 
-    reference_loss(config, world, out)
+    with disk_errors_in_words(out.parent):
+        reference_loss(config, world, out)
 
 
 @app.command()
@@ -411,7 +412,8 @@ def _keep(record: Any, world: Any, out: Path) -> None:
     from megatron_moe.bench.table import tables
 
     if world.rank == 0:
-        write_record(record, out)
+        with disk_errors_in_words(out.parent):
+            write_record(record, out)
         print(f"{tables([record])}\n{out}", flush=True)
 
 
