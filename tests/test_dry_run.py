@@ -139,8 +139,9 @@ def test_state_of_muon_and_bf16_gradients_are_the_planners_to_the_byte(
         [{"freeze": ["attention", "norms", "router", "dense_ffn", "shared_experts"]}],
         [{"freeze": ["attention", "norms", "embeddings", "dense_ffn"]}],
         [{"steps": 2, "freeze": ["experts", "shared_experts"]}, {"freeze": ["norms", "router"]}],
+        [{"freeze": ["experts@0-1", "attention@1-6", "norms@3", "dense_ffn@2", "router@6"]}],
     ],
-    ids=["no-experts", "experts", "ffn", "stages"],
+    ids=["no-experts", "experts", "ffn", "stages", "layers"],
 )
 def test_frozen_roles_take_no_gradients_and_no_optimizer_state(
     tmp_path: Path, stages: list, distributed: bool

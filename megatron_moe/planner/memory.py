@@ -7,10 +7,10 @@ Megatron-Core's allocations; the constants below are margins.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 from dataclasses import asdict, dataclass
 
-from megatron_moe.config.train import OptimizerName, Role
+from megatron_moe.config.parts import ALL_TRAINED, Frozen, Role
+from megatron_moe.config.train import OptimizerName
 from megatron_moe.parallel.shards import padded_vocabulary
 from megatron_moe.parallel.stages import EVEN
 from megatron_moe.planner.activations import local_tokens, recomputed_layer, stage_activations
@@ -106,7 +106,7 @@ def model_state(
     bucket_size: int | None = None,
     replica: int = 0,
     expert_replica: int = 0,
-    frozen: Collection[Role] = (),
+    frozen: Frozen = ALL_TRAINED,
 ) -> ModelState:
     """Return the exact bytes of weights, gradients and optimizer state of one rank.
 
@@ -122,14 +122,14 @@ def model_state(
             bucket.
         replica: Index of the rank among the dp * cp replicas of the dense parameters.
         expert_replica: Index of the rank among the edp replicas of its experts.
-        frozen: Roles that have no gradients and no optimizer state.
+        frozen: Parts that have no gradients and no optimizer state.
     """
     precision = precision or StatePrecision()
     state_bytes = precision.moments + (precision.master if weight_bytes < 4 else 0)
     buffered = owned = unbuffered = 0
     for chunk_id, tensors in enumerate(rank_tensors(shape, degrees, pp_rank=pp_rank)):
-        chunk = [tensor for tensor in tensors if tensor.role not in frozen]
-        unbuffered += sum(tensor.numel for tensor in tensors if tensor.role in frozen)
+        chunk = [tensor for tensor in tensors if not frozen.covers(tensor.part)]
+        unbuffered += sum(tensor.numel for tensor in tensors if frozen.covers(tensor.part))
         for expert, replicas, index in (
             (False, degrees.dp * degrees.cp, replica),
             (True, degrees.edp, expert_replica),
@@ -152,18 +152,18 @@ def model_state(
 
 
 def buffer_elements(
-    shape: MoeShape, degrees: Degrees, *, pp_rank: int, frozen: Collection[Role] = ()
+    shape: MoeShape, degrees: Degrees, *, pp_rank: int, frozen: Frozen = ALL_TRAINED
 ) -> tuple[int, int]:
     """Return the elements of a rank's buffers of dense and of expert parameters, with padding.
 
-    Parameters of ``frozen`` roles are in no buffer.
+    Frozen parameters are in no buffer.
 
     Each buffer is assumed to have one bucket, as in models with fewer than 40 M parameters a rank;
     more buckets add a little padding.
     """
     elements = {False: 0, True: 0}
     for tensors in rank_tensors(shape, degrees, pp_rank=pp_rank):
-        chunk = [tensor for tensor in tensors if tensor.role not in frozen]
+        chunk = [tensor for tensor in tensors if not frozen.covers(tensor.part)]
         for expert, replicas in ((False, degrees.dp * degrees.cp), (True, degrees.edp)):
             tensors = _of_one_buffer(chunk, degrees, expert=expert)
             elements[expert] += _layout(shape, degrees, tensors, replicas=replicas).elements
@@ -207,7 +207,7 @@ def estimated_state(
     *,
     pp_rank: int,
     weight_bytes: int = 2,
-    frozen: Collection[Role] = (),
+    frozen: Frozen = ALL_TRAINED,
     optimizer: OptimizerName = "adam",
     gradient_bytes: int = 4,
 ) -> ModelState:
@@ -219,7 +219,7 @@ def estimated_state(
     saved = 0
     if optimizer == "muon":  # one moment less per element of a matrix
         matrices = trained_parameters(
-            shape, degrees, pp_rank=pp_rank, frozen=ADAM_ROLES.union(frozen)
+            shape, degrees, pp_rank=pp_rank, frozen=frozen.with_roles(ADAM_ROLES)
         )
         saved = -(-matrices[0] // (degrees.dp * degrees.cp)) - (-matrices[1] // degrees.edp)
     return ModelState(

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from megatron_moe.config.train import Role
+from megatron_moe.config.parts import Frozen
 from megatron_moe.parallel.shards import padded_vocabulary
 from megatron_moe.planner.flops import sequence_flops
 from megatron_moe.planner.kernels import HBM_EFFICIENCY, Kernels, Seconds
@@ -151,7 +151,7 @@ def _output_layer(shape: MoeShape, work: Workload, degrees: Degrees, machine: Ma
     columns = padded_vocabulary(shape.vocab_size, degrees.tp) // degrees.tp
     tokens = work.sequence_length * work.micro_batch_size / degrees.cp
     loss = kernels.elementwise(tokens * columns, forward=4, backward=2)
-    trained = "embeddings" not in work.frozen
+    trained = float("embeddings" not in work.frozen)
     return kernels.linear(tokens, shape.hidden_size, columns, trained=trained) + loss
 
 
@@ -189,7 +189,5 @@ def _update(
 
 
 @lru_cache(maxsize=4096)
-def _stage_parameters(
-    shape: MoeShape, degrees: Degrees, frozen: frozenset[Role]
-) -> tuple[int, int]:
+def _stage_parameters(shape: MoeShape, degrees: Degrees, frozen: Frozen) -> tuple[int, int]:
     return trained_parameters(shape, degrees, pp_rank=0, frozen=frozen)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_moe.config.parts import ALL_TRAINED, Frozen
 from megatron_moe.config.run import Parallel, RunConfig
-from megatron_moe.config.train import OptimizerName, Role
+from megatron_moe.config.train import OptimizerName
 from megatron_moe.parallel.layout import ends_of
 from megatron_moe.parallel.stages import EVEN, Ends, stage_sizes
 from megatron_moe.planner.shape import MoeShape
@@ -116,8 +117,8 @@ class Workload:
     """Whether all tp collectives overlap with products, in pieces (``train.tp_comm_overlap``)."""
     engine: Engine = "transformer_engine"
     """Implementation of the layers; it determines which tensors the backward pass keeps."""
-    frozen: frozenset[Role] = frozenset()
-    """Roles that have no gradients and no optimizer state."""
+    frozen: Frozen = ALL_TRAINED
+    """Parts that have no gradients and no optimizer state."""
     optimizer: OptimizerName = "adam"
     """Optimizer, which determines the bytes of its state."""
     gradient_bytes: int = 4
