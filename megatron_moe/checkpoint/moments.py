@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import (
@@ -21,7 +20,7 @@ from megatron.core.optimizer.optimizer import (
 from torch import Tensor
 
 from megatron_moe.config.parts import updates_of
-from megatron_moe.train.optimizers import state_keys
+from megatron_moe.train.optimizers import new_state, state_keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +53,7 @@ def owned(optimizer: MegatronOptimizer) -> Iterator[Owned]:
             keys = state_keys(part)
             for name in keys:
                 if name not in moments:
-                    moments[name] = torch.zeros_like(main, dtype=torch.float32)
+                    moments[name] = new_state(part, main, name)
             tensors = {name: moments[name].view(-1) for name in keys}
             if main.dtype != parameter.dtype:
                 tensors["master"] = main.detach().view(-1)

@@ -20,6 +20,7 @@ from megatron_moe.config.values import (
 )
 
 OptimizerName = Literal["adam", "muon"]
+StateDtype = Literal["fp32", "bf16"]
 
 
 class Stage(Section):
@@ -206,9 +207,31 @@ class Optimizer(Section):
     clip_grad: Positive = 1.0
     """Global gradient norm above which gradients are scaled down."""
 
+    exp_avg_dtype: StateDtype = "fp32"
+    """Dtype in which adam keeps the mean of gradients between steps; a step computes in fp32. bf16
+    takes 2 bytes less per parameter and rounds to 8 bits."""
+
+    exp_avg_sq_dtype: StateDtype = "fp32"
+    """Dtype in which adam keeps the mean of squared gradients, as exp_avg_dtype."""
+
+    optimizer_cpu_offload: bool = False
+    """Keep both means of adam in host memory. Each step copies those of one parameter after the
+    other to the GPU and back, so results are the same to the last bit. Master weights stay on the
+    GPU, which also computes the update (Megatron-Core's setting of this name uses the CPU)."""
+
     use_distributed_optimizer: bool = True
     """Shard optimizer state over dp (ZeRO-1; whole matrices with muon). false: every replica keeps
     all of it."""
+
+    @property
+    def moment_bytes(self) -> int:
+        """Bytes of adam's two means of one parameter."""
+        return sum(2 if d == "bf16" else 4 for d in (self.exp_avg_dtype, self.exp_avg_sq_dtype))
+
+    @property
+    def stores_moments_apart(self) -> bool:
+        """Whether the means are not kept as the update computes them: in fp32, on its device."""
+        return self.optimizer_cpu_offload or self.moment_bytes < 8
 
     def decay_length(self, steps: int) -> int:
         """Return the step at which the schedules end, in a run of ``steps`` steps."""

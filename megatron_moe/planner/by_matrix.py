@@ -12,12 +12,11 @@ from megatron_moe.config.parts import ALL_TRAINED, Frozen
 from megatron_moe.planner.memory import (
     ADAM_ROLES,
     ModelState,
-    StatePrecision,
     has_own_replicas,
 )
 from megatron_moe.planner.parameters import LocalTensor, rank_tensors
 from megatron_moe.planner.shape import MoeShape
-from megatron_moe.planner.workload import Degrees
+from megatron_moe.planner.workload import Degrees, StatePrecision
 
 
 def muon_state(

@@ -23,7 +23,7 @@ from megatron_moe.planner.parameters import (
 )
 from megatron_moe.planner.shape import MoeShape
 from megatron_moe.planner.teacher import teacher_bytes
-from megatron_moe.planner.workload import Degrees, Workload
+from megatron_moe.planner.workload import Degrees, StatePrecision, Workload
 
 GIB = 2**30
 
@@ -52,20 +52,12 @@ class ModelState:
     weights: int
     gradients: int
     optimizer: int
+    host: int = 0
+    """Bytes of moments in host memory; they are not on the GPU."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StatePrecision:
-    """Bytes per element of gradients and optimizer state; the defaults are Megatron-Core's."""
-
-    gradient: int = 4
-    """The buffer that accumulates gradients (``grad_reduce_in_fp32``)."""
-    master: int = 4
-    """Master weights; an fp32 run has none."""
-    moments: int = 8
-    """Both moments of Adam; 4 with ``use_precision_aware_optimizer`` and bf16 moments."""
-    momentum: int = 4
-    """Muon's momentum of matrices."""
+    def to_json(self) -> dict[str, int]:
+        """Return the parts; host memory only if there is any."""
+        return {name: size for name, size in asdict(self).items() if size or name != "host"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +140,7 @@ def model_state(
         weights=(buffered + unbuffered) * weight_bytes,
         gradients=buffered * precision.gradient,
         optimizer=owned * state_bytes,
+        host=owned * precision.host,
     )
 
 
@@ -209,13 +202,13 @@ def estimated_state(
     weight_bytes: int = 2,
     frozen: Frozen = ALL_TRAINED,
     optimizer: OptimizerName = "adam",
-    gradient_bytes: int = 4,
+    precision: StatePrecision | None = None,
 ) -> ModelState:
     """Estimate `model_state` in closed form: optimizer state sharded evenly, without padding."""
     held = sum(rank_parameters(shape, degrees, pp_rank=pp_rank))
     dense, experts = trained_parameters(shape, degrees, pp_rank=pp_rank, frozen=frozen)
     shard = -(-dense // (degrees.dp * degrees.cp)) - (-experts // degrees.edp)
-    defaults = StatePrecision()
+    precision = precision or StatePrecision()
     saved = 0
     if optimizer == "muon":  # one moment less per element of a matrix
         matrices = trained_parameters(
@@ -224,9 +217,10 @@ def estimated_state(
         saved = -(-matrices[0] // (degrees.dp * degrees.cp)) - (-matrices[1] // degrees.edp)
     return ModelState(
         weights=held * weight_bytes,
-        gradients=(dense + experts) * gradient_bytes,
-        optimizer=shard * (defaults.moments + (defaults.master if weight_bytes < 4 else 0))
-        - saved * (defaults.moments - defaults.momentum),
+        gradients=(dense + experts) * precision.gradient,
+        optimizer=shard * (precision.moments + (precision.master if weight_bytes < 4 else 0))
+        - saved * (precision.moments - precision.momentum),
+        host=shard * precision.host,
     )
 
 
@@ -254,7 +248,7 @@ def rank_memory(
         weight_bytes=work.bytes_per_value,
         frozen=work.frozen,
         optimizer=work.optimizer,
-        gradient_bytes=work.gradient_bytes,
+        precision=work.state,
     )
     activations = stage_activations(shape, work, degrees, pp_rank=pp_rank)
     activations += recomputed_layer(shape, work, degrees)

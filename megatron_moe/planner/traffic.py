@@ -166,7 +166,7 @@ def _replicated(shape: MoeShape, work: Workload, degrees: Degrees) -> Traffic:
     }
     for role, of_layer in in_layer.items():
         trained += shape.trained_layers(role, work.frozen) * of_layer
-    return {("tp", "all_reduce"): degrees.gpus // degrees.pp * trained * work.gradient_bytes}
+    return {("tp", "all_reduce"): degrees.gpus // degrees.pp * trained * work.state.gradient}
 
 
 def _replicas(shape: MoeShape, work: Workload, degrees: Degrees) -> Traffic:
@@ -179,7 +179,7 @@ def _replicas(shape: MoeShape, work: Workload, degrees: Degrees) -> Traffic:
     for pp_rank in range(degrees.pp):
         dense, experts = buffer_elements(shape, degrees, pp_rank=pp_rank, frozen=work.frozen)
         for group, elements in (("dp_cp", dense), ("edp", experts)):
-            traffic[group, "reduce_scatter"] += ranks * elements * work.gradient_bytes
+            traffic[group, "reduce_scatter"] += ranks * elements * work.state.gradient
             traffic[group, "all_gather"] += ranks * elements * work.bytes_per_value
     traffic["dp_cp", "all_reduce"] += degrees.gpus * INT32  # tokens of the batch
     traffic["optimizer", "all_reduce"] += degrees.gpus * FP32  # the squared norm
@@ -196,7 +196,7 @@ def _stages(shape: MoeShape, work: Workload, degrees: Degrees) -> Traffic:
     tied *= shape.tied_embeddings and "embeddings" not in work.frozen
     return {
         ("pp", "send"): 2 * ranks * batches * neighbors * sent,
-        ("embedding", "all_reduce"): 2 * ranks * tied * work.gradient_bytes,
+        ("embedding", "all_reduce"): 2 * ranks * tied * work.state.gradient,
     }
 
 

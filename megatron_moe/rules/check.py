@@ -72,7 +72,7 @@ RULES = (
     *LAYOUT_RULES, layout.tp_overlap,
     moe.capacity, moe.dispatcher, moe.router, moe.construction,
     moe.shared_expert, moe.moe_layers,
-    training.schedule, training.weight_decay, training.gradients, training.muon,
+    training.schedule, training.weight_decay, training.gradients, training.muon, training.moments,
     parts.roles, parts.stages, teacher.teacher,
     training.texts, training.mixing, training.context, training.recompute, training.reset_attention,
     training.device_check, training.local_copies,

@@ -9,6 +9,10 @@ from megatron_moe.config.train import Optimizer
 from megatron_moe.errors import ConfigError
 from megatron_moe.rules.case import Case
 
+LARGEST_BETA_IN_BF16 = 1 - 2**-8
+"""Decay that still changes any value of 8 significant bits: half a unit in the last place is at
+most 2^-8 of the value."""
+
 
 def schedule(case: Case) -> Iterator[str]:
     """Check that the learning rate reaches its peak and decays."""
@@ -234,6 +238,35 @@ def muon(case: Case) -> Iterator[str]:
                 f"optimizer.{name} ({value}) requires optimizer.optimizer "
                 f"({optimizer.optimizer}) to be muon: AdamW does not use it.\n"
                 f"  set optimizer.optimizer=muon, or leave optimizer.{name} unset"
+            )
+
+
+def moments(case: Case) -> Iterator[str]:
+    """Check that adam keeps moments as it is told to, and that bf16 can hold their decay."""
+    optimizer = case.config.optimizer
+    stored = {
+        "exp_avg_dtype": optimizer.exp_avg_dtype,
+        "exp_avg_sq_dtype": optimizer.exp_avg_sq_dtype,
+        "optimizer_cpu_offload": "true" if optimizer.optimizer_cpu_offload else "false",
+    }
+    for name, value in stored.items():
+        if value in ("bf16", "true") and optimizer.optimizer != "adam":
+            yield (
+                f"optimizer.{name} ({value}) requires optimizer.optimizer ({optimizer.optimizer}) "
+                "to be adam: Megatron-Core's Muon keeps its momentum in fp32 on the GPU.\n"
+                f"  set optimizer.optimizer=adam, or leave optimizer.{name} unset"
+            )
+    for name, beta in (
+        ("exp_avg_dtype", "adam_beta1"),
+        ("exp_avg_sq_dtype", "adam_beta2"),
+    ):
+        value = getattr(optimizer, beta)
+        if stored[name] == "bf16" and value > LARGEST_BETA_IN_BF16:
+            yield (
+                f"optimizer.{name} (bf16) requires optimizer.{beta} ({value}) to be at most "
+                f"1 - 2^-8 = {LARGEST_BETA_IN_BF16}: bf16 has 8 bits, so a mean that decays by "
+                "less in a step is rounded back and never falls.\n"
+                f"  set optimizer.{name}=fp32, or optimizer.{beta}=0.99"
             )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_moe.config.parts import Part, counts_layers, factor_of
 from megatron_moe.config.run import RunConfig
 from megatron_moe.config.train import Optimizer
-from megatron_moe.runtime.adamw import ClipsGradients
+from megatron_moe.runtime.adamw import ClipsGradients, FusedAdamW, StoredMoments
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +28,8 @@ class OptimizerRow:
     settings: Callable[[Optimizer], dict[str, Any]]
     """Fields of Megatron-Core's OptimizerConfig that only this optimizer reads."""
     state: tuple[str, ...]
-    """Keys of the state of each parameter: fp32 tensors of its shape, zero before the first step.
-    They are saved, and sliced for any other layout."""
+    """Keys of the state of each parameter: tensors of its shape, zero before the first step. They
+    are saved, and sliced for any other layout."""
 
 
 def _adam(settings: Optimizer) -> dict[str, Any]:
@@ -126,6 +126,41 @@ def named_parts(config: RunConfig) -> list[str]:
     optimizer, train = config.optimizer, config.train
     frozen = [*train.freeze, *(name for stage in train.stages for name in stage.freeze)]
     return [*frozen, *optimizer.lr_multipliers, *optimizer.weight_decay_multipliers]
+
+
+def store_moments(optimizer: Any, settings: Optimizer) -> None:
+    """Make a new optimizer keep its moments as the settings say.
+
+    Megatron-Core's own settings of these names need Transformer Engine's FusedAdam, or update on
+    the CPU; `FusedAdamW` is the same on every machine.
+    """
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    stored = StoredMoments(
+        {
+            "exp_avg": dtypes[settings.exp_avg_dtype],
+            "exp_avg_sq": dtypes[settings.exp_avg_sq_dtype],
+        },
+        on_host=settings.optimizer_cpu_offload,
+    )
+    for part in optimizer.chained_optimizers:
+        if part.optimizer is not None:
+            assert isinstance(part.optimizer, FusedAdamW), type(part.optimizer)
+            part.optimizer.moments = stored
+
+
+def new_state(part: Any, parameter: Tensor, name: str) -> Tensor:
+    """Return the state of a parameter before its first update, under one of `state_keys`."""
+    if isinstance(part.optimizer, FusedAdamW):
+        return part.optimizer.moments.zeros(parameter, name)
+    return torch.zeros_like(parameter, dtype=torch.float32)
+
+
+def element_bytes(part: Any) -> tuple[int, int]:
+    """Return the bytes of one element's state on the device and in host memory."""
+    if isinstance(part.optimizer, FusedAdamW):
+        moments = part.optimizer.moments
+        return moments.device_bytes(), moments.num_bytes() - moments.device_bytes()
+    return torch.float32.itemsize * len(state_keys(part)), 0
 
 
 def state_keys(part: Any) -> tuple[str, ...]:

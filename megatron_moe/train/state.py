@@ -25,8 +25,9 @@ from megatron_moe.data.blend import BlendState, start_blend
 from megatron_moe.model.build import Model
 from megatron_moe.model.freezing import freeze, parameter_parts
 from megatron_moe.runtime.engine import Engine
+from megatron_moe.runtime.torch_engine import use_fused_adamw
 from megatron_moe.train.muon import complete, mark_fused, shards_by_matrix
-from megatron_moe.train.optimizers import group_overrides, optimizer_config
+from megatron_moe.train.optimizers import group_overrides, optimizer_config, store_moments
 from megatron_moe.train.schedule import make_schedule
 
 
@@ -126,6 +127,8 @@ def make_state(
     if settings.optimizer == "muon":
         mark_fused(model)
         settings.use_layer_wise_distributed_optimizer &= shards_by_matrix(groups)
+    if config.optimizer.stores_moments_apart:
+        use_fused_adamw()
     optimizer = get_megatron_optimizer(
         settings,
         wrapped,
@@ -135,6 +138,8 @@ def make_state(
     )
     if settings.optimizer == "muon":
         complete(optimizer, settings)
+    if config.optimizer.stores_moments_apart:
+        store_moments(optimizer, config.optimizer)
     _gather_weights_once(optimizer)
     transformer.finalize_model_grads_func = _finalize
     if ddp.overlap_grad_reduce:  # only during the backward pass of the last micro-batch

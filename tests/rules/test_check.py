@@ -310,6 +310,19 @@ REFUSALS = [
     ("muon-momentum", {"optimizer.muon_momentum": 0.9}, 1,
      "optimizer.muon_momentum (0.9) requires optimizer.optimizer (adam) to be muon: AdamW does not "
      "use it.\n  set optimizer.optimizer=muon, or leave optimizer.muon_momentum unset"),
+    ("moments-muon", {"optimizer.optimizer": "muon", "optimizer.optimizer_cpu_offload": True}, 1,
+     "optimizer.optimizer_cpu_offload (true) requires optimizer.optimizer (muon) to be adam: "
+     "Megatron-Core's Muon keeps its momentum in fp32 on the GPU.\n"
+     "  set optimizer.optimizer=adam, or leave optimizer.optimizer_cpu_offload unset"),
+    ("moments-muon-bf16", {"optimizer.optimizer": "muon", "optimizer.exp_avg_dtype": "bf16"}, 1,
+     "optimizer.exp_avg_dtype (bf16) requires optimizer.optimizer (muon) to be adam: "
+     "Megatron-Core's Muon keeps its momentum in fp32 on the GPU.\n"
+     "  set optimizer.optimizer=adam, or leave optimizer.exp_avg_dtype unset"),
+    ("moments-stuck", {"optimizer.exp_avg_sq_dtype": "bf16", "optimizer.adam_beta2": 0.999}, 1,
+     "optimizer.exp_avg_sq_dtype (bf16) requires optimizer.adam_beta2 (0.999) to be at most "
+     "1 - 2^-8 = 0.99609375: bf16 has 8 bits, so a mean that decays by less in a step is rounded "
+     "back and never falls.\n"
+     "  set optimizer.exp_avg_sq_dtype=fp32, or optimizer.adam_beta2=0.99"),
     ("freeze-absent", {"train.freeze": ["dense_ffn"]}, 1,
      "train.freeze names dense_ffn, but this model has no such parameters.\n"
      "  its roles: router, experts, attention, norms, embeddings"),
@@ -438,6 +451,8 @@ def test_all_violations_come_in_one_error():
         {"train.stages": [{"steps": 9, "freeze": ["experts"]}, {}]},
         {"train.freeze": ["router"], "optimizer.lr_multipliers": {"experts": 2.0}},
         {"train.freeze": ["router@11"]},
+        {"optimizer.exp_avg_sq_dtype": "bf16", "optimizer.adam_beta2": 0.99609375},
+        {"optimizer.exp_avg_dtype": "bf16", "optimizer.adam_beta2": 0.999},
         {"optimizer.lr_multipliers": {"experts@0-5": 2.0, "experts@6-11": 3.0}},
         {"train.freeze": ["router", "experts", "attention", "embeddings", "norms@0-11"]},
         {"optimizer.warmup_steps": 100, "optimizer.lr_warmup_fraction": 0.9},
