@@ -120,6 +120,8 @@ class Frozen:
         """Return the number of ``layers`` in which the role is trained."""
         if role in self.roles:
             return 0
+        if not self.layers:
+            return len(layers)
         return len(layers) - sum(Part(role, layer) in self.layers for layer in layers)
 
     def names(self) -> list[str]:

@@ -27,6 +27,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 from itertools import accumulate
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -238,6 +239,7 @@ def match(parameter: str) -> Match | None:
     return None
 
 
+@lru_cache(maxsize=2**16)
 def parameter_part(parameter: str) -> Part:
     """Return the role of ``parameter``, a Megatron-Core name, in settings, and its layer.
 

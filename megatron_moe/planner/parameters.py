@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megatron_moe.config.parts import ALL_TRAINED, Frozen, Part, Role
 from megatron_moe.hf.names import parameter_part
@@ -111,7 +112,6 @@ def trained_parameters(
     if not frozen:
         return dense, experts
     left_out: Counter[Role] = Counter()
-    kinds: dict[bool, Counter[Role]] = {}
     vocabulary = padded_vocabulary(shape.vocab_size, degrees.tp) // degrees.tp * shape.hidden_size
     if "embeddings" in frozen:
         copies = (pp_rank == 0) + (
@@ -120,17 +120,26 @@ def trained_parameters(
         left_out["embeddings"] += vocabulary * copies
     if "norms" in frozen and pp_rank == degrees.pp - 1:
         left_out["norms"] += shape.hidden_size
-    for layer in rank_layers(shape, degrees, pp_rank=pp_rank):
-        kind = layer in shape.moe_layers
-        if kind not in kinds:  # all layers of a kind are alike
-            kinds[kind] = Counter()
-            for tensor in layer_tensors(shape, degrees, layer=layer):
-                kinds[kind][tensor.part.role] += tensor.numel
-        left_out.update(
-            {role: n for role, n in kinds[kind].items() if frozen.covers(Part(role, layer))}
-        )
+    layers = rank_layers(shape, degrees, pp_rank=pp_rank)
+    for routes in (True, False):
+        alike = [layer for layer in layers if (layer in shape.moe_layers) == routes]
+        if alike:
+            for role, numel in _sizes_by_role(
+                shape, degrees.tp, degrees.ep, degrees.etp, alike[0]
+            ).items():
+                left_out[role] += numel * (len(alike) - frozen.trained(role, alike))
     frozen_experts = left_out.pop("experts", 0)
     return dense - left_out.total(), experts - frozen_experts
+
+
+@lru_cache(maxsize=4096)
+def _sizes_by_role(shape: MoeShape, tp: int, ep: int, etp: int, layer: int) -> Counter[Role]:
+    """Return the parameters of one layer on a rank by role."""
+    sizes: Counter[Role] = Counter()
+    degrees = Degrees(gpus=tp * ep * etp, tp=tp, ep=ep, etp=etp)
+    for tensor in layer_tensors(shape, degrees, layer=layer):
+        sizes[tensor.part.role] += tensor.numel
+    return sizes
 
 
 def chunk_tensors(

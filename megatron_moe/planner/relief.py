@@ -108,7 +108,8 @@ def reliefs(
     result: list[Relief] = []
     if current is None:
         for changes in (LESS_STATE, LESS_TRAINED):
-            result += _first_that_fits(_changed(config, changes), spec, gpus, gpu)
+            if any(_best("", one, spec, gpus, gpu) for _, one in _changed(config, changes[-1:])):
+                result += _first_that_fits(_changed(config, changes), spec, gpus, gpu)
     else:
         result += _settings(config, spec, gpu, current)
         result += _less_state(config, spec, gpu, current)
