@@ -35,6 +35,7 @@ from megatron_moe.checkpoint.moments import (
 )
 from megatron_moe.checkpoint.storage import Boxes, read_boxes, write_boxes, write_format
 from megatron_moe.config.load import dump
+from megatron_moe.config.parts import updates_of
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.blend import BlendState
 from megatron_moe.errors import CheckpointError
@@ -227,7 +228,7 @@ def restore(
     by_role = progress.updates_by_role
     stored, new = [], []
     for kept in owned(state.optimizer):
-        frozen = by_role is not None and kept.role not in by_role
+        frozen = by_role is not None and updates_of(by_role, str(kept.label)) is None
         trained = progress.step or progress.optimizer_updates
         (new if frozen or not trained else stored).append(kept)
     boxes = _boxes(state, groups, stored, writing=False)
