@@ -35,6 +35,7 @@ from megatron_moe.checkpoint.moments import (
 )
 from megatron_moe.checkpoint.storage import Boxes, read_boxes, write_boxes, write_format
 from megatron_moe.config.load import dump
+from megatron_moe.config.parts import updates_of
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.blend import BlendState
 from megatron_moe.errors import CheckpointError
@@ -99,7 +100,8 @@ class Saver:
         start = time.perf_counter()
         with torch.no_grad():
             state.gather_weights()
-        kept = owned(state.optimizer) if state.step else ()  # at 0, masters equal weights
+        trained = state.step or updates_made(state.optimizer)  # otherwise masters equal weights
+        kept = owned(state.optimizer) if trained else ()
         boxes = _boxes(state, groups, kept, writing=True)
         progress = progress_of(state, self._config, self._plan_hash)
         if self._config.checkpoint.async_save:
@@ -226,8 +228,9 @@ def restore(
     by_role = progress.updates_by_role
     stored, new = [], []
     for kept in owned(state.optimizer):
-        frozen = by_role is not None and kept.role not in by_role
-        (new if frozen or not progress.step else stored).append(kept)
+        frozen = by_role is not None and updates_of(by_role, str(kept.label)) is None
+        trained = progress.step or progress.optimizer_updates
+        (new if frozen or not trained else stored).append(kept)
     boxes = _boxes(state, groups, stored, writing=False)
     clear(state.model)
     for kept in (*stored, *new):
@@ -241,7 +244,7 @@ def restore(
 
 def adopt_progress(state: TrainState, progress: Progress, *, tokens: int) -> None:
     """Set the optimizer's count of updates, the schedule and the position in the data."""
-    if progress.step:
+    if progress.step or progress.optimizer_updates:
         set_updates_made(state.optimizer, progress.optimizer_updates, progress.updates_by_role)
     state.schedule.step(increment=progress.step - state.step)
     state.step, state.samples, state.tokens = progress.step, progress.samples, tokens

@@ -44,6 +44,11 @@ class Source(Section):
     """Hugging Face folder of a dense or MoE model: config.json, safetensors files and tokenizer
     files. A torch_dist checkpoint of Megatron-Core may take the place of the safetensors files."""
 
+    optimizer_state: HomePath | None = None
+    """Run, or checkpoint of a run, that the MoE in path was exported from. Its AdamW moments
+    become those of the new run; each of m copies of an expert gets 1/m of them. None: moments
+    begin at zero."""
+
 
 class Moe(Section):
     """Shape and router of the Mixture-of-Experts (MoE) layers.

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_moe.config.parts import ALL_TRAINED, Frozen
 from megatron_moe.config.run import Parallel, RunConfig
-from megatron_moe.config.train import OptimizerName, Role
+from megatron_moe.config.train import OptimizerName
 from megatron_moe.parallel.layout import split_of
 from megatron_moe.parallel.stages import EVEN, PipelineSplit, stage_sizes
 from megatron_moe.planner.shape import MoeShape
@@ -85,6 +86,22 @@ class Degrees:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StatePrecision:
+    """Bytes per element of gradients and optimizer state; the defaults are Megatron-Core's."""
+
+    gradient: int = 4
+    """The buffer that accumulates gradients (``grad_reduce_in_fp32``)."""
+    master: int = 4
+    """Master weights; an fp32 run has none."""
+    moments: int = 8
+    """Both moments of Adam on the GPU; 4 in bf16, 0 in host memory."""
+    host: int = 0
+    """Both moments of Adam in host memory."""
+    momentum: int = 4
+    """Muon's momentum of matrices."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherWork:
     """The teacher's part of a step."""
 
@@ -117,12 +134,12 @@ class Workload:
     """Whether all tp collectives overlap with products, in pieces (``train.tp_comm_overlap``)."""
     engine: Engine = "transformer_engine"
     """Implementation of the layers; it determines which tensors the backward pass keeps."""
-    frozen: frozenset[Role] = frozenset()
-    """Roles that have no gradients and no optimizer state."""
+    frozen: Frozen = ALL_TRAINED
+    """Parts that have no gradients and no optimizer state."""
     optimizer: OptimizerName = "adam"
     """Optimizer, which determines the bytes of its state."""
-    gradient_bytes: int = 4
-    """Bytes of an element of the buffers that accumulate gradients (``grad_reduce_in_fp32``)."""
+    state: StatePrecision = StatePrecision()
+    """Bytes per element of gradients and optimizer state."""
     device_check_interval: int | None = None
     """Steps between two that are computed twice (``guard.device_check_interval``)."""
     teacher: TeacherWork | None = None
@@ -179,6 +196,16 @@ def engine_assumed(config: RunConfig) -> Engine:
     return "transformer_engine"
 
 
+def state_precision(config: RunConfig) -> StatePrecision:
+    """Return the bytes of gradients and optimizer state of a configuration."""
+    moments, on_host = config.optimizer.moment_bytes, config.optimizer.optimizer_cpu_offload
+    return StatePrecision(
+        gradient=4 if config.train.grad_reduce_in_fp32 else 2,
+        moments=0 if on_host else moments,
+        host=moments if on_host else 0,
+    )
+
+
 def workload_of(config: RunConfig) -> Workload:
     """Return the work of one step of a configuration; with stages, of the one that needs most.
 
@@ -196,6 +223,6 @@ def workload_of(config: RunConfig) -> Workload:
         engine=engine_assumed(config),
         frozen=config.train.always_frozen,
         optimizer=config.optimizer.optimizer,
-        gradient_bytes=4 if config.train.grad_reduce_in_fp32 else 2,
+        state=state_precision(config),
         device_check_interval=config.guard.device_check_interval,
     )

@@ -34,6 +34,7 @@ def receipt(run: RunFiles) -> Section:
     parts = [
         _receipt_facts(receipt),
         _against_dense(receipt.get("against_dense")),
+        _fit((receipt.get("construction") or {}).get("fit")),
         _ranks(receipt["ranks"]),
     ]
     return Section("receipt", "Upcycling", join(parts))
@@ -89,6 +90,21 @@ def _against_dense(comparison: dict[str, Any] | None) -> Html | None:
         _by_layer(busiest, "Busiest expert as upcycled", "tokens / mean"),
     ]
     return join([losses, figures(*pictures)])
+
+
+def _fit(fits: dict[str, dict[str, Any]] | None) -> Html | None:
+    """Return a picture of each layer's error before and after solving, as the plan file has it."""
+    if not fits:
+        return None
+    layers = np.array([int(layer) for layer in fits])
+    lines = [
+        Line(name, layers, np.array([fit[key] for fit in fits.values()], dtype=float))
+        for name, key in (("sliced", "error_before"), ("solved", "error_after"))
+    ]
+    title = "Fit on calibration text that was left out"
+    alt = f"{title}: error of each layer's output relative to the source, before and after."
+    picture = line_picture(lines, alt=alt, y="relative to the source", x="layer", from_zero=True)
+    return figure(title, picture, steps_table(lines, title, axis="layer"))
 
 
 def _by_layer(values: dict[str, float] | None, title: str, label: str) -> Html | None:

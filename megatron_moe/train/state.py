@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass, fields
 from typing import Any
@@ -23,11 +24,12 @@ from megatron_moe.config.run import RunConfig
 from megatron_moe.data.blend import BlendState, start_blend
 from megatron_moe.experts.resolve import moe_layer_ids
 from megatron_moe.model.build import Model
-from megatron_moe.model.freezing import freeze, parameter_roles
+from megatron_moe.model.freezing import freeze, parameter_parts
 from megatron_moe.runtime.engine import Engine
+from megatron_moe.runtime.torch_engine import use_fused_adamw
 from megatron_moe.train.balancing import Coefficients
 from megatron_moe.train.muon import complete, mark_fused, shards_by_matrix
-from megatron_moe.train.optimizers import group_overrides, optimizer_config
+from megatron_moe.train.optimizers import group_overrides, optimizer_config, store_moments
 from megatron_moe.train.schedule import make_schedule
 
 
@@ -92,7 +94,7 @@ def make_state(
     groups: ProcessGroupCollection,
     *,
     step: int = 0,
-    by_role: bool = False,
+    updates: Mapping[str, int] | None = None,
 ) -> TrainState:
     """Wrap a filled model for training.
 
@@ -104,8 +106,8 @@ def make_state(
         model: This rank's part of the model.
         groups: This rank's process groups.
         step: Steps taken so far, which determine the stage and so what is frozen.
-        by_role: Count the updates of each role separately, even if the configuration treats all
-            roles alike: the checkpoint to restore has such counts.
+        updates: Updates of each part in the checkpoint to restore, if it counts them separately;
+            they are then counted on, even if the configuration treats all parts alike.
     """
     transformer, engine = model.transformer, model.engine
     freeze(model, config.train.frozen_after(step))
@@ -129,15 +131,19 @@ def make_state(
     if settings.optimizer == "muon":
         mark_fused(model)
         settings.use_layer_wise_distributed_optimizer &= shards_by_matrix(groups)
+    if config.optimizer.stores_moments_apart:
+        use_fused_adamw()
     optimizer = get_megatron_optimizer(
         settings,
         wrapped,
-        group_overrides(config, settings, parameter_roles(model), by_role=by_role),
+        group_overrides(config, settings, parameter_parts(model), updates=updates),
         pg_collection=groups,
         use_gloo_process_groups=False,
     )
     if settings.optimizer == "muon":
         complete(optimizer, settings)
+    if config.optimizer.stores_moments_apart:
+        store_moments(optimizer, config.optimizer)
     _gather_weights_once(optimizer)
     transformer.finalize_model_grads_func = _finalize
     if ddp.overlap_grad_reduce:  # only during the backward pass of the last micro-batch

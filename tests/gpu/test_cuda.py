@@ -197,6 +197,34 @@ def losses(
     return [line["loss/lm"] for line in lines if "loss/lm" in line]
 
 
+@pytest.mark.gpu(1)
+def test_moments_in_host_memory_change_no_bit_and_free_the_gpu(tmp_path: Path):
+    def check(_: RunConfig) -> None:
+        from megatron_moe.runtime.adamw import PLAIN, FusedAdamW, StoredMoments
+
+        numbers, allocated = [], []
+        for moments in (PLAIN, StoredMoments({}, on_host=True)):
+            generator = torch.Generator("cuda").manual_seed(0)
+            draw = {"device": "cuda", "generator": generator}
+            params = [torch.nn.Parameter(torch.randn(2**20, **draw)) for _ in range(8)]
+            optimizer = FusedAdamW(params, lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
+            optimizer.moments = moments
+            before = torch.cuda.memory_allocated()
+            for _ in range(3):
+                for p in params:
+                    p.grad = torch.randn(2**20, **draw)
+                optimizer.step()
+            optimizer.zero_grad()
+            allocated.append(torch.cuda.memory_allocated() - before)
+            states = [optimizer.state[p] for p in params]
+            numbers.append([t.detach().cpu() for s in states for t in s.values()])
+            numbers[-1] += [p.detach().cpu() for p in params]
+        assert all(torch.equal(a, b) for a, b in zip(*numbers, strict=True))
+        assert allocated == [8 * 2 * 4 * 2**20, 0]
+
+    on_a_gpu(check, run_config(tmp_path))
+
+
 @needs_engine
 @pytest.mark.gpu(1)
 def test_upcycle_and_ten_steps(tmp_path: Path):

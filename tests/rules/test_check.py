@@ -385,6 +385,19 @@ REFUSALS = [
     ("muon-momentum", {"optimizer.muon_momentum": 0.9}, 1,
      "optimizer.muon_momentum (0.9) requires optimizer.optimizer (adam) to be muon: AdamW does not "
      "use it.\n  set optimizer.optimizer=muon, or leave optimizer.muon_momentum unset"),
+    ("moments-muon", {"optimizer.optimizer": "muon", "optimizer.optimizer_cpu_offload": True}, 1,
+     "optimizer.optimizer_cpu_offload (true) requires optimizer.optimizer (muon) to be adam: "
+     "Megatron-Core's Muon keeps its momentum in fp32 on the GPU.\n"
+     "  set optimizer.optimizer=adam, or leave optimizer.optimizer_cpu_offload unset"),
+    ("moments-muon-bf16", {"optimizer.optimizer": "muon", "optimizer.exp_avg_dtype": "bf16"}, 1,
+     "optimizer.exp_avg_dtype (bf16) requires optimizer.optimizer (muon) to be adam: "
+     "Megatron-Core's Muon keeps its momentum in fp32 on the GPU.\n"
+     "  set optimizer.optimizer=adam, or leave optimizer.exp_avg_dtype unset"),
+    ("moments-stuck", {"optimizer.exp_avg_sq_dtype": "bf16", "optimizer.adam_beta2": 0.999}, 1,
+     "optimizer.exp_avg_sq_dtype (bf16) requires optimizer.adam_beta2 (0.999) to be at most "
+     "1 - 2^-8 = 0.99609375: bf16 has 8 bits, so a mean that decays by less in a step is rounded "
+     "back and never falls.\n"
+     "  set optimizer.exp_avg_sq_dtype=fp32, or optimizer.adam_beta2=0.99"),
     ("freeze-absent", {"train.freeze": ["dense_ffn"]}, 1,
      "train.freeze names dense_ffn, but this model has no such parameters.\n"
      "  its roles: router, experts, attention, norms, embeddings"),
@@ -394,6 +407,16 @@ REFUSALS = [
     ("freeze-all", {"train.freeze": ["router", "experts", "attention", "norms", "embeddings"]}, 1,
      "train.freeze (router, experts, attention, norms, embeddings) freezes all parameters: nothing "
      "is left to train.\n  leave out at least one role"),
+    ("freeze-absent-layer", {"train.freeze": ["experts@0-99", "embeddings@0"]}, 1,
+     "train.freeze names experts@0-99, embeddings@0, but this model has no such parameters.\n"
+     "  its roles: router, experts, attention, norms, embeddings; layers 0 to 11"),
+    ("multiplier-twice", {"optimizer.lr_multipliers": {"attention": 2.0, "attention@1-3": 3.0}}, 1,
+     "optimizer.lr_multipliers names attention and attention@1-3, which have parameters in common."
+     "\n  name each layer of a role once"),
+    ("freeze-all-by-layer",
+     {"train.freeze": ["router@0-11", "experts@0-11", "attention@0-11", "norms", "embeddings"]}, 1,
+     "train.freeze (router@0-11, experts@0-11, attention@0-11, norms, embeddings) freezes all "
+     "parameters: nothing is left to train.\n  leave out at least one role"),
     ("decay-norms", {"optimizer.weight_decay_multipliers": {"norms": 1.0}}, 1,
      "optimizer.weight_decay_multipliers names norms, which have no weight decay.\n"
      "  remove norms from optimizer.weight_decay_multipliers"),
@@ -502,6 +525,11 @@ def test_all_violations_come_in_one_error():
         {"optimizer.lr_decay_steps": 3},
         {"train.stages": [{"steps": 9, "freeze": ["experts"]}, {}]},
         {"train.freeze": ["router"], "optimizer.lr_multipliers": {"experts": 2.0}},
+        {"train.freeze": ["router@11"]},
+        {"optimizer.exp_avg_sq_dtype": "bf16", "optimizer.adam_beta2": 0.99609375},
+        {"optimizer.exp_avg_dtype": "bf16", "optimizer.adam_beta2": 0.999},
+        {"optimizer.lr_multipliers": {"experts@0-5": 2.0, "experts@6-11": 3.0}},
+        {"train.freeze": ["router", "experts", "attention", "embeddings", "norms@0-11"]},
         {"optimizer.warmup_steps": 100, "optimizer.lr_warmup_fraction": 0.9},
     ],
     ids=lambda changes: ",".join(f"{k.split('.')[1]}={v}" for k, v in changes.items()),
