@@ -41,10 +41,12 @@ tokens/seen                               tokens since the start of the run
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import json
 import math
+import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -212,6 +214,14 @@ class MetricsWriter:
         if self._wandb is not None:
             self._wandb.log(scalars, step=step)
 
+    def sync(self, _numbers: Numbers) -> None:
+        """Let the lines so far survive a power failure, as the checkpoint does that follows.
+
+        If the disk fails, the save that follows says so and decides how the run continues.
+        """
+        with contextlib.suppress(OSError):
+            os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Flush and close all outputs."""
         self._file.close()
@@ -243,7 +253,7 @@ def _wandb_id(run_dir: Path) -> str:
     """Return the id of the run at Weights & Biases, the same for every job that resumes it."""
     path = run_dir / "wandb_id"
     if not path.exists():
-        path.write_text(secrets.token_hex(8) + "\n")
+        write_text(path, secrets.token_hex(8) + "\n")
     return path.read_text().strip()
 
 
