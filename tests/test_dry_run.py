@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.multiprocessing as mp
@@ -95,16 +96,19 @@ def test_parameters_and_state_are_the_planners_to_the_byte(
 @pytest.mark.parametrize(
     ("optimizer", "precision", "freeze", "in_fp32"),
     [
-        ("muon", "bf16", [], True),
-        ("muon", "fp32", [], True),
-        ("muon", "bf16", ["experts"], False),
-        ("adam", "bf16", [], False),
+        ({"optimizer": "muon"}, "bf16", [], True),
+        ({"optimizer": "muon"}, "fp32", [], True),
+        ({"optimizer": "muon"}, "bf16", ["experts", "attention@1-3"], False),
+        ({}, "bf16", [], False),
+        ({"exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"}, "bf16", [], True),
+        ({"exp_avg_dtype": "bf16", "use_distributed_optimizer": False}, "fp32", ["norms"], True),
+        ({"exp_avg_sq_dtype": "bf16", "optimizer_cpu_offload": True}, "bf16", [], True),
     ],
 )
-def test_state_of_muon_and_bf16_gradients_are_the_planners_to_the_byte(
-    tmp_path: Path, optimizer: str, precision: str, freeze: list[str], in_fp32: bool
+def test_state_of_other_optimizers_and_dtypes_is_the_planners_to_the_byte(
+    tmp_path: Path, optimizer: dict[str, Any], precision: str, freeze: list[str], in_fp32: bool
 ):
-    """One moment of a matrix and two of the rest, on the rank that updates it."""
+    """One moment of a matrix and two of the rest, on the rank that updates it, or on its host."""
     dense = tmp_path / "dense"
     dense.mkdir()
     (dense / "config.json").write_text(json.dumps(DENSE))
@@ -118,7 +122,7 @@ def test_state_of_muon_and_bf16_gradients_are_the_planners_to_the_byte(
                 tree(
                     tmp_path, dense, tmp_path, parallel=parallel,
                     moe={"num_moe_experts": 8, "moe_layers": [0, 1, 3, 6], **parts},
-                    upcycle={"method": "split_random"}, optimizer={"optimizer": optimizer},
+                    upcycle={"method": "split_random"}, optimizer=optimizer,
                     train={"precision": precision, "global_batch_size": 32, "freeze": freeze,
                            "grad_reduce_in_fp32": in_fp32},
                 ),
@@ -139,8 +143,9 @@ def test_state_of_muon_and_bf16_gradients_are_the_planners_to_the_byte(
         [{"freeze": ["attention", "norms", "router", "dense_ffn", "shared_experts"]}],
         [{"freeze": ["attention", "norms", "embeddings", "dense_ffn"]}],
         [{"steps": 2, "freeze": ["experts", "shared_experts"]}, {"freeze": ["norms", "router"]}],
+        [{"freeze": ["experts@0-1", "attention@1-6", "norms@3", "dense_ffn@2", "router@6"]}],
     ],
-    ids=["no-experts", "experts", "ffn", "stages"],
+    ids=["no-experts", "experts", "ffn", "stages", "layers"],
 )
 def test_frozen_roles_take_no_gradients_and_no_optimizer_state(
     tmp_path: Path, stages: list, distributed: bool
@@ -246,9 +251,9 @@ def yaml_file(tmp_path: Path) -> Path:
     return path
 
 
-def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+def command(*arguments: object, name: str = "train") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "megatron_moe", "train", *map(str, arguments)],
+        [sys.executable, "-m", "megatron_moe", name, *map(str, arguments)],
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
 
@@ -294,6 +299,24 @@ def test_recomputation_of_another_engine_does_not_stop_the_dry_run(yaml_file: Pa
     )  # fmt: skip
     assert output.returncode == 0, output.stderr
     assert "torch-native" in json.loads(output.stdout)["layer_spec"]
+
+
+def test_construct_shows_hours_and_memory_of_a_model_that_is_not_here(yaml_file: Path):
+    """Llama-2-7B in 16 experts of 688: solving 32 layers of N = 11,008 is known in closed form."""
+    arguments = (
+        "source.path=llama-2-7b", "moe.num_moe_experts=16", "moe.moe_ffn_hidden_size=688",
+        "upcycle.method=split_random", "upcycle.fit=[down]", "upcycle.plan=x", "measure.samples=64",
+    )  # fmt: skip
+    output = command(yaml_file, *arguments, "--dry-run", "--json", name="construct")
+    assert output.returncode == 0, output.stderr
+    cost = json.loads(output.stdout)
+    n, d = 11008, 4096
+    assert cost["solving"] == pytest.approx(32 * 7 * (n**3 / 3 + 2 * n**2 * d))
+    assert cost["disk_bytes"] == 32 * 4 * n * d
+    assert cost["rank_bytes"] > 24 * n**2
+    assert cost["hours"] > 0
+    refused = command(yaml_file, *arguments, "--json", name="construct")
+    assert refused.returncode == 2
 
 
 def test_a_rank_that_is_not_there(yaml_file: Path):

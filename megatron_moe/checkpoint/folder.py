@@ -23,7 +23,6 @@ from typing import Any
 from megatron_moe.config.load import load
 from megatron_moe.config.moe import Source
 from megatron_moe.config.run import RunConfig
-from megatron_moe.config.train import Role
 from megatron_moe.errors import CheckpointError
 from megatron_moe.experts.file import PLAN_FILE, read_plan
 from megatron_moe.experts.plan import ExpertPlan, make_expert_plan
@@ -47,14 +46,17 @@ class Progress:
     plan_hash: str
     optimizer_updates: int
     """Weight updates, as counted by Adam; a skipped step makes none."""
-    updates_by_role: dict[Role, int] | None = None
-    """Weight updates of each role that the last step trained; None: all roles are alike."""
+    updates_by_role: dict[str, int] | None = None
+    """Weight updates of each part that the last step trained, by `Part.label`; None: all parts are
+    alike."""
     world_size: int
     precision: str
     tokens: int | None = None
     """Tokens consumed. None: a checkpoint of version 0.1, all of whose samples had one length."""
     blend: dict[str, Any]
     """Position in each domain, and the domains' sampling weights (`BlendState.to_json`)."""
+    balance: dict[str, float] | None = None
+    """Coefficients of the load-balancing losses by MoE layer; None: they do not adapt."""
 
 
 def step_folder(run_dir: Path, step: int) -> Path:

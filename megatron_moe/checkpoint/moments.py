@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import (
@@ -20,9 +19,8 @@ from megatron.core.optimizer.optimizer import (
 )
 from torch import Tensor
 
-from megatron_moe.config.train import Role
-from megatron_moe.hf.names import ROLES
-from megatron_moe.train.optimizers import state_keys
+from megatron_moe.config.parts import updates_of
+from megatron_moe.train.optimizers import new_state, state_keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +32,9 @@ class Owned:
     """Index of the first element, in the flattened parameter, that the tensors below hold."""
     tensors: dict[str, Tensor]
     """One-dimensional, same length: `OptimizerRow.state` and, with bf16 weights, master."""
-    role: Role | None
-    """Role of the parameter, if the updates of roles are counted separately."""
+    label: str | None
+    """Label of the part that the parameter belongs to, if the updates of parts are counted
+    separately."""
 
 
 def parts(optimizer: MegatronOptimizer) -> list[Any]:
@@ -54,7 +53,7 @@ def owned(optimizer: MegatronOptimizer) -> Iterator[Owned]:
             keys = state_keys(part)
             for name in keys:
                 if name not in moments:
-                    moments[name] = torch.zeros_like(main, dtype=torch.float32)
+                    moments[name] = new_state(part, main, name)
             tensors = {name: moments[name].view(-1) for name in keys}
             if main.dtype != parameter.dtype:
                 tensors["master"] = main.detach().view(-1)
@@ -89,35 +88,35 @@ def updates_made(optimizer: MegatronOptimizer) -> int:
     return max((int(group.get("step", 0)) for group in _groups(optimizer)), default=0)
 
 
-def updates_by_role(optimizer: MegatronOptimizer) -> dict[Role, int] | None:
-    """Return the number of updates of each trained role; None if roles are not distinguished.
+def updates_by_role(optimizer: MegatronOptimizer) -> dict[str, int] | None:
+    """Return the number of updates of each trained part; None if parts are not distinguished.
 
-    All ranks must call it. A rank may hold no parameter of a role, and then not count its updates.
+    All ranks must call it. A rank may hold no parameter of a part, and then not count its updates.
     """
-    own: dict[Role, int] = {}
+    own: dict[str, int] = {}
     for group in _groups(optimizer):
         if "role" in group:
             own[group["role"]] = max(own.get(group["role"], 0), int(group.get("step", 0)))
     if not own:
         return None
-    of_ranks: list[dict[Role, int]] = [own] * dist.get_world_size()
+    of_ranks: list[dict[str, int]] = [own] * dist.get_world_size()
     dist.all_gather_object(of_ranks, own)
-    trained: list[Role] = [role for role in ROLES if any(role in updates for updates in of_ranks)]
-    return {role: max(updates.get(role, 0) for updates in of_ranks) for role in trained}
+    trained = sorted(set().union(*of_ranks))
+    return {label: max(updates.get(label, 0) for updates in of_ranks) for label in trained}
 
 
 def set_updates_made(
-    optimizer: MegatronOptimizer, updates: int, by_role: Mapping[Role, int] | None = None
+    optimizer: MegatronOptimizer, updates: int, by_role: Mapping[str, int] | None = None
 ) -> None:
     """Set the number of updates to that of a checkpoint.
 
     Args:
         optimizer: Megatron-Core's optimizer.
         updates: Updates of all parameters.
-        by_role: Updates of each role, if they were counted; 0 for roles that were frozen.
+        by_role: Updates of each part, if they were counted.
     """
     for group in _groups(optimizer):
-        group["step"] = updates if by_role is None else by_role.get(group["role"], 0)
+        group["step"] = updates if by_role is None else updates_of(by_role, group["role"]) or 0
 
 
 def _groups(optimizer: MegatronOptimizer) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ was counted; a difference is a bug in one of them.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,14 +32,13 @@ from megatron_moe.planner.by_matrix import muon_state
 from megatron_moe.planner.memory import (
     ModelState,
     RankMemory,
-    StatePrecision,
     model_state,
     rank_memory,
 )
 from megatron_moe.planner.parameters import total_parameters
 from megatron_moe.planner.shape import upcycled_shape
 from megatron_moe.planner.teacher import with_teacher
-from megatron_moe.planner.workload import Degrees, degrees_of, workload_of
+from megatron_moe.planner.workload import Degrees, degrees_of, state_precision, workload_of
 from megatron_moe.runtime.engine import (
     TORCH_ON_CUDA,
     TRANSFORMER_ENGINE,
@@ -48,12 +47,10 @@ from megatron_moe.runtime.engine import (
     installed_version,
 )
 from megatron_moe.runtime.stand_in import META, simulated_rank
-from megatron_moe.train.optimizers import state_keys
+from megatron_moe.train.optimizers import element_bytes
 from megatron_moe.train.state import TrainState, make_state
 
 GIB = 2**30
-STATE_BYTES = 4
-"""Each moment of one number, in fp32; Megatron-Core makes them at the first step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,8 +93,8 @@ class DryRun:
             "read_bytes": self.filled.bytes_read,
             "read_tensors": len(self.filled.sources),
             "checkpoint_bytes": self.source_bytes,
-            "state_bytes": asdict(self.counted),
-            "planned_state_bytes": asdict(self.planned),
+            "state_bytes": self.counted.to_json(),
+            "planned_state_bytes": self.planned.to_json(),
             "memory_gib": self.memory.to_json(),
         }
 
@@ -226,15 +223,17 @@ def state_bytes(state: TrainState) -> ModelState:
         parameters = [p for m in state.model.modules for p in m.parameters()]
         weights += sum(p.numel() * p.element_size() for p in parameters if not p.requires_grad)
     master = 4 if state.model.transformer.bf16 else 0
+    optimizer = host = 0
+    for part in parts(state.optimizer):
+        held = sum(p.numel() for group in part.param_groups for p in group["params"])
+        on_device, on_host = element_bytes(part) if held else (0, 0)
+        optimizer += held * (master + on_device)
+        host += held * on_host
     return ModelState(
         weights=weights,
         gradients=sum(b.grad_data.numel() * b.grad_data.element_size() for b in buffers),
-        optimizer=sum(
-            parameter.numel() * (master + STATE_BYTES * len(state_keys(part)))
-            for part in parts(state.optimizer)
-            for group in part.param_groups
-            for parameter in group["params"]
-        ),
+        optimizer=optimizer,
+        host=host,
     )
 
 
@@ -251,7 +250,7 @@ def planned_bytes(
         "weight_bytes": 2 if config.train.precision == "bf16" else 4,
         "replica": attention["dp"] * layout.attention.size("cp") + attention["cp"],
         "expert_replica": experts["edp"],
-        "precision": StatePrecision(gradient=4 if config.train.grad_reduce_in_fp32 else 2),
+        "precision": state_precision(config),
         "frozen": config.train.frozen_after(largest_stage(config, spec)),
     }
     sharded = config.optimizer.use_distributed_optimizer
@@ -343,9 +342,9 @@ def _groups_table(result: DryRun) -> Table:
 
 def _state_table(result: DryRun) -> Table:
     table = Table("lives for the whole run", "bytes", "the planner's bytes")
-    planned = asdict(result.planned)
-    for name, counted in asdict(result.counted).items():
-        table.add_row(name, f"{counted:,}", f"{planned[name]:,}")
+    planned = result.planned.to_json()
+    for name, counted in result.counted.to_json().items():
+        table.add_row(name, f"{counted:,}", f"{planned.get(name, 0):,}")
     return table
 
 

@@ -1,4 +1,4 @@
-"""Restore a training state, and enter the stages of a run, each of which trains other roles.
+"""Restore a training state, and enter the stages of a run, each of which trains other parts.
 
 A stage begins as a resumed run does: from the checkpoint that the stage before it ended with, with
 a new model, new gradient buffers and a new optimizer. So an interruption changes nothing, and a
@@ -15,7 +15,6 @@ from megatron_moe.checkpoint.sharded import restore
 from megatron_moe.commands.job import Job
 from megatron_moe.commands.upcycling import empty_model
 from megatron_moe.experts.plan import ExpertPlan
-from megatron_moe.hf.names import ROLES
 from megatron_moe.hf.spec import DenseSpec
 from megatron_moe.planner.parameters import total_parameters
 from megatron_moe.planner.shape import upcycled_shape
@@ -39,9 +38,10 @@ def restored_state(
     """
     local = None if copies is None else copies.find(checkpoint)
     progress = read_progress(checkpoint) if local is None else local.state.progress
-    by_role = progress.updates_by_role is not None
     model = empty_model(job, spec, plan)
-    state = make_state(job.config, model, job.groups, step=progress.step, by_role=by_role)
+    state = make_state(
+        job.config, model, job.groups, step=progress.step, updates=progress.updates_by_role
+    )
     if copies is not None and local is not None:
         copies.restore(state, local, job.groups)
     else:
@@ -70,7 +70,7 @@ def stage_message(job: Job, spec: DenseSpec, *, step: int) -> str:
     shape = upcycled_shape(spec, job.config.moe)
     total = total_parameters(shape)
     trained = total_parameters(shape, frozen=frozen)
-    names = ", ".join(role for role in ROLES if role in frozen) or "nothing"
+    names = ", ".join(frozen.names()) or "nothing"
     return (
         f"Steps {step + 1} to {train.stage_end(step)}: {names} frozen; {trained:,} of {total:,} "
         "parameters are trained"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from itertools import accumulate
 from typing import Annotated, Literal
 
 from pydantic import Field
 
+from megatron_moe.config.parts import Frozen, PartName
 from megatron_moe.config.values import (
     Beta,
     Count,
@@ -17,11 +19,8 @@ from megatron_moe.config.values import (
     Section,
 )
 
-Role = Literal[
-    "router", "experts", "shared_experts", "dense_ffn", "attention", "norms", "embeddings"
-]
-"""Part of the model that settings name: every parameter has one role."""
 OptimizerName = Literal["adam", "muon"]
+StateDtype = Literal["fp32", "bf16"]
 
 
 class Stage(Section):
@@ -30,8 +29,8 @@ class Stage(Section):
     steps: Count | None = None
     """Number of optimizer steps. The last stage has none: it takes the rest of the run."""
 
-    freeze: list[Role] = []
-    """Roles that this stage does not train, as in train.freeze."""
+    freeze: list[PartName] = []
+    """Parts that this stage does not train, as in train.freeze."""
 
 
 class BatchRamp(Section):
@@ -65,6 +64,16 @@ class Train(Section):
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16: train in bfloat16 with fp32 master weights in the optimizer."""
 
+    fp8: Literal["e4m3", "hybrid"] | None = None
+    """Format of the products of linear layers and experts in fp8; weights, optimizer state and
+    everything else stay in bf16. hybrid: E4M3, with E5M2 for gradients of outputs. Requires
+    Transformer Engine and a GPU of compute capability 8.9 or newer. None: bf16 products."""
+
+    fp8_recipe: Literal["tensorwise", "blockwise"] = "tensorwise"
+    """Scaling factors with fp8, always those of the current values. tensorwise: one factor for a
+    tensor. blockwise: one for each 128 x 128 block of weights and 128 activations (compute
+    capability 9.0 and CUDA 12.9)."""
+
     recompute: Literal["none", "selective", "moe", "full"] = "none"
     """Parts that the backward pass recomputes instead of keeping in memory. selective: norms and
     expert activations, with Transformer Engine (on a CPU: core attention). moe: MoE layers and,
@@ -88,13 +97,14 @@ class Train(Section):
     and of their reduction, and rounds each sum over micro-batches and ranks to 8 bits. Only with
     precision bf16."""
 
-    freeze: list[Role] = []
+    freeze: list[PartName] = []
     """Roles whose parameters are not trained: they have no gradients, no optimizer state and no
     reduction over dp. dense_ffn is the FFN of layers that stay dense, norms are all norms,
-    embeddings include the output layer. A frozen router keeps its expert biases too."""
+    embeddings include the output layer. A frozen router keeps its expert biases too. attention@0-3
+    is the attention of layers 0 to 3 alone; layers are counted from 0."""
 
     stages: list[Stage] = []
-    """Stages that train different roles, in order, instead of freeze. Between two stages the run
+    """Stages that train different parts, in order, instead of freeze. Between two stages the run
     saves a checkpoint and continues from it; parameters that a stage begins to train start with
     empty optimizer state."""
 
@@ -115,17 +125,17 @@ class Train(Section):
         later = (start for start in self.stage_starts() if start > step)
         return min(next(later, self.steps), self.steps)
 
-    def frozen_after(self, step: int) -> frozenset[Role]:
-        """Return the roles that are frozen in the step after ``step``."""
+    def frozen_after(self, step: int) -> Frozen:
+        """Return the parts that are frozen in the step after ``step``."""
         if not self.stages:
-            return frozenset(self.freeze)
+            return Frozen.named(self.freeze)
         current = sum(start <= step for start in self.stage_starts())
-        return frozenset(self.stages[current - 1].freeze)
+        return Frozen.named(self.stages[current - 1].freeze)
 
     @property
-    def always_frozen(self) -> frozenset[Role]:
-        """Roles that are never trained."""
-        return frozenset.intersection(*map(self.frozen_after, self.stage_starts()))
+    def always_frozen(self) -> Frozen:
+        """Parts that are never trained."""
+        return reduce(Frozen.__and__, map(self.frozen_after, self.stage_starts()))
 
 
 class Optimizer(Section):
@@ -195,20 +205,43 @@ class Optimizer(Section):
     end_weight_decay: NonNegative | None = None
     """Weight decay at the end of an increase, and after it."""
 
-    lr_multipliers: dict[Role, Positive] = {}
-    """Factors on the learning rate (lr and min_lr) of roles, such as router: 10. Other roles have
-    1. To train a role not at all, see train.freeze."""
+    lr_multipliers: dict[PartName, Positive] = {}
+    """Factors on the learning rate (lr and min_lr) of roles, such as router: 10, or of roles in
+    some layers, such as attention@0-3: 0.5. Other parts have 1. To train a part not at all, see
+    train.freeze."""
 
-    weight_decay_multipliers: dict[Role, NonNegative] = {}
-    """Factors on the weight decay of the matrices of roles. Norms and biases have no weight decay
-    with any factor."""
+    weight_decay_multipliers: dict[PartName, NonNegative] = {}
+    """Factors on the weight decay of the matrices of roles, as in lr_multipliers. Norms and biases
+    have no weight decay with any factor."""
 
     clip_grad: Positive = 1.0
     """Global gradient norm above which gradients are scaled down."""
 
+    exp_avg_dtype: StateDtype = "fp32"
+    """Dtype in which adam keeps the mean of gradients between steps; a step computes in fp32. bf16
+    takes 2 bytes less per parameter and rounds to 8 bits."""
+
+    exp_avg_sq_dtype: StateDtype = "fp32"
+    """Dtype in which adam keeps the mean of squared gradients, as exp_avg_dtype."""
+
+    optimizer_cpu_offload: bool = False
+    """Keep both means of adam in host memory. Each step copies those of one parameter after the
+    other to the GPU and back, so results are the same to the last bit. Master weights stay on the
+    GPU, which also computes the update (Megatron-Core's setting of this name uses the CPU)."""
+
     use_distributed_optimizer: bool = True
     """Shard optimizer state over dp (ZeRO-1; whole matrices with muon). false: every replica keeps
     all of it."""
+
+    @property
+    def moment_bytes(self) -> int:
+        """Bytes of adam's two means of one parameter."""
+        return sum(2 if d == "bf16" else 4 for d in (self.exp_avg_dtype, self.exp_avg_sq_dtype))
+
+    @property
+    def stores_moments_apart(self) -> bool:
+        """Whether the means are not kept as the update computes them: in fp32, on its device."""
+        return self.optimizer_cpu_offload or self.moment_bytes < 8
 
     def decay_length(self, steps: int) -> int:
         """Return the step at which the schedules end, in a run of ``steps`` steps."""

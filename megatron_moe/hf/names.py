@@ -27,10 +27,11 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 from itertools import accumulate
 from typing import TYPE_CHECKING, Literal, cast
 
-from megatron_moe.config.train import Role
+from megatron_moe.config.parts import Part, Role
 from megatron_moe.hf.families import FAMILIES
 from megatron_moe.hf.spec import DenseSpec
 
@@ -238,15 +239,16 @@ def match(parameter: str) -> Match | None:
     return None
 
 
-def parameter_role(parameter: str) -> Role:
-    """Return the role of ``parameter``, a Megatron-Core name, in settings.
+@lru_cache(maxsize=2**16)
+def parameter_part(parameter: str) -> Part:
+    """Return the role of ``parameter``, a Megatron-Core name, in settings, and its layer.
 
-    >>> parameter_role("decoder.layers.3.mlp.experts.linear_fc1.weight12")
-    'experts'
+    >>> parameter_part("decoder.layers.3.mlp.experts.linear_fc1.weight12")
+    Part(role='experts', layer=3)
     """
     parsed = match(parameter)
     assert parsed is not None, f"{parameter} has no row"
-    return _ROLE_OF_ROW[parsed.row.role]
+    return Part(_ROLE_OF_ROW[parsed.row.role], parsed.layer)
 
 
 def dense_tensors(spec: DenseSpec) -> Iterator[tuple[str, tuple[int, ...]]]:

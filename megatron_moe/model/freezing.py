@@ -1,37 +1,38 @@
-"""Freeze parameters by role, before data parallelism makes buffers for those that are trained."""
+"""Freeze parts of the model, before data parallelism makes buffers for those that are trained."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_moe.config.train import Role
-from megatron_moe.hf.names import parameter_role
+from megatron_moe.config.parts import Frozen, Part
+from megatron_moe.hf.names import parameter_part
 from megatron_moe.model.build import Model
 from megatron_moe.model.routers import routers_in
 
 
-def parameter_roles(model: Model) -> dict[Tensor, Role]:
-    """Return the role of every parameter of this rank."""
-    return {
-        parameter: parameter_role(name)
-        for module in model.modules
-        for name, parameter in module.named_parameters()
-    }
+def parameter_parts(model: Model) -> dict[Tensor, Part]:
+    """Return the role of every parameter of this rank, and its layer in the whole model."""
+    parts: dict[Tensor, Part] = {}
+    for chunk in model.chunks:
+        for name, parameter in chunk.module.named_parameters():
+            role, layer = parameter_part(name)
+            parts[parameter] = Part(role, None if layer is None else chunk.layers[layer])
+    return parts
 
 
-def freeze(model: Model, frozen: Collection[Role]) -> None:
-    """Exclude the parameters of ``frozen`` roles from training; call it on a new model.
+def freeze(model: Model, frozen: Frozen) -> None:
+    """Exclude frozen parameters from training; call it on a new model.
 
     Megatron-Core then gives them no gradient buffer, no optimizer state and no reduction.
     """
-    for parameter, role in parameter_roles(model).items():
-        parameter.requires_grad_(role not in frozen)
-    for router in routers_in(*model.modules) if "router" in frozen else ():
-        setattr(router, "frozen_expert_bias", True)  # noqa: B010 - read by Megatron-Core
+    for parameter, part in parameter_parts(model).items():
+        parameter.requires_grad_(not frozen.covers(part))
+    for router in routers_in(*model.modules):
+        if frozen.covers(Part("router", router.layer)):
+            setattr(router, "frozen_expert_bias", True)  # noqa: B010 - read by Megatron-Core
     if "embeddings" in frozen:
         for module in model.modules:
             if module.pre_process:

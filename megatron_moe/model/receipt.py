@@ -7,14 +7,14 @@ read the files once more for it: each file by one rank, mostly from the page cac
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from megatron_moe.config.train import Role
+from megatron_moe.config.parts import Frozen
 from megatron_moe.hf.checksums import file_checksum
 from megatron_moe.hf.disk import write_text
 from megatron_moe.hf.header import INDEX_FILE
@@ -60,18 +60,22 @@ def gather_receipt(
     source_bytes: int,
     plan_hash: str,
     method: str,
-    frozen: Collection[Role],
+    frozen: Frozen,
     agreement: Agreement | None,
     against_dense: dict[str, Any] | None,
     source_files: list[dict[str, Any]],
+    construction: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """Return the receipt of the whole run on every rank, in the format of receipt.json."""
+    """Return the receipt of the whole run on every rank, in the format of receipt.json.
+
+    ``construction`` is what the plan file says: the text it was measured on, and each layer's fit.
+    """
     ranks: list[RankReceipt] = [own] * dist.get_world_size()
     dist.all_gather_object(ranks, own)
     return {
         "method": method,
         "plan_hash": plan_hash,
-        "frozen": sorted(frozen),
+        "frozen": sorted(frozen.names()),
         "tensors_covered": tensors_used,
         "source_bytes": source_bytes,
         "source_files": source_files,
@@ -79,6 +83,7 @@ def gather_receipt(
         "seconds": max(rank.seconds for rank in ranks),
         "verification": None if agreement is None else asdict(agreement),
         "against_dense": against_dense,
+        "construction": construction,
         "ranks": [asdict(rank) for rank in ranks],
     }
 

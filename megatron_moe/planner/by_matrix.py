@@ -6,18 +6,17 @@ Muon's state is sharded by whole matrices over the replicas, as in
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
-from megatron_moe.config.train import Role
+from megatron_moe.config.parts import ALL_TRAINED, Frozen
 from megatron_moe.planner.memory import (
     ADAM_ROLES,
     ModelState,
-    StatePrecision,
     has_own_replicas,
 )
 from megatron_moe.planner.parameters import LocalTensor, rank_tensors
 from megatron_moe.planner.shape import MoeShape
-from megatron_moe.planner.workload import Degrees
+from megatron_moe.planner.workload import Degrees, StatePrecision
 
 
 def muon_state(
@@ -29,7 +28,7 @@ def muon_state(
     sharded: bool = True,
     replica: int = 0,
     expert_replica: int = 0,
-    frozen: Collection[Role] = (),
+    frozen: Frozen = ALL_TRAINED,
     precision: StatePrecision | None = None,
 ) -> ModelState:
     """Return the exact bytes of one rank; see `memory.model_state` for the arguments.
@@ -39,7 +38,7 @@ def muon_state(
     precision = precision or StatePrecision()
     chunks = rank_tensors(shape, degrees, pp_rank=pp_rank)
     held = [tensor for chunk in chunks for tensor in chunk]
-    trained = [tensor for tensor in held if tensor.role not in frozen]
+    trained = [tensor for tensor in held if not frozen.covers(tensor.part)]
     kept: Iterable[LocalTensor] = trained
     if sharded:
         kept = _kept(trained, degrees, replica=replica, expert_replica=expert_replica)
@@ -57,7 +56,7 @@ def muon_state(
 
 def _is_matrix(tensor: LocalTensor) -> bool:
     """Return whether Muon updates the parameter; AdamW updates the others."""
-    return tensor.role not in ADAM_ROLES and not tensor.name.endswith(".bias")
+    return tensor.part.role not in ADAM_ROLES and not tensor.name.endswith(".bias")
 
 
 def _kept(

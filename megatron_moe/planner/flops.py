@@ -12,11 +12,10 @@ The router's product is counted separately, because the papers exclude it.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
-from megatron_moe.config.train import Role
+from megatron_moe.config.parts import ALL_TRAINED, Frozen, Role
 from megatron_moe.planner.shape import MoeShape
 
 
@@ -105,29 +104,32 @@ class SequenceFlops:
 
 @lru_cache
 def sequence_flops(
-    shape: MoeShape, sequence_length: int, frozen: frozenset[Role] = frozenset()
+    shape: MoeShape, sequence_length: int, frozen: Frozen = ALL_TRAINED
 ) -> SequenceFlops:
     """Count the operations of training on one sequence in both conventions.
 
-    The weight gradients of ``frozen`` roles are not computed, so they are left out.
+    The weight gradients of frozen parts are not computed, so they are left out.
     """
     forward = partial(forward_flops, shape, sequence_length=sequence_length)
     return SequenceFlops(
-        causal=step_flops(forward(causal=True), frozen),
-        full_attention=step_flops(forward(), frozen),
+        causal=step_flops(shape, forward(causal=True), frozen),
+        full_attention=step_flops(shape, forward(), frozen),
     )
 
 
-def step_flops(forward: ForwardFlops, frozen: Collection[Role]) -> int:
-    """Return `training_flops` of the model without the weight gradients of ``frozen`` roles."""
+def step_flops(shape: MoeShape, forward: ForwardFlops, frozen: Frozen) -> int:
+    """Return `training_flops` of the model without the weight gradients of frozen parts."""
     weights: dict[Role, int] = {
         "attention": forward.attention_projections,
         "dense_ffn": forward.dense_ffn,
         "experts": forward.experts,
         "shared_experts": forward.shared_experts,
-        "embeddings": forward.output_layer,
     }
-    return training_flops(forward.model) - sum(weights.get(role, 0) for role in frozen)
+    left_out = forward.output_layer * ("embeddings" in frozen)
+    for role, flops in weights.items():
+        if layers := len(shape.layers_with(role)):
+            left_out += flops // layers * (layers - shape.trained_layers(role, frozen))
+    return training_flops(forward.model) - left_out
 
 
 def training_flops(forward: int) -> int:

@@ -74,6 +74,24 @@ GPUS: dict[str, Gpu] = {
             nvlink_bytes_per_second=900e9,
             network_bytes_per_second=50e9,
         ),
+        # NVIDIA data sheets; without NVLink, GPUs of a node share PCIe 4. Their network is assumed
+        # to be 100 Gb/s.
+        Gpu(
+            name="l40s",
+            peak_flops=362e12,
+            hbm_gib=45.0,
+            hbm_bytes_per_second=0.864e12,
+            nvlink_bytes_per_second=25e9,
+            network_bytes_per_second=12.5e9,
+        ),
+        Gpu(
+            name="rtx4090",
+            peak_flops=165e12,
+            hbm_gib=24.0,
+            hbm_bytes_per_second=1.008e12,
+            nvlink_bytes_per_second=25e9,
+            network_bytes_per_second=12.5e9,
+        ),
     )
 }
 

@@ -51,23 +51,24 @@ class Kernels:
     bytes_per_value: int = 2
     engine: Engine = "transformer_engine"
 
-    def linear(self, rows: float, inputs: int, outputs: int, *, trained: bool = True) -> Seconds:
+    def linear(self, rows: float, inputs: int, outputs: int, *, trained: float = 1.0) -> Seconds:
         """Return the time of a linear layer; see `grouped`."""
         time = self._products(rows, inputs, outputs, copies=1, separate=False)
-        return time if trained else Seconds(time.forward, time.forward)
+        return _without_gradients(time, trained)
 
     def grouped(
-        self, rows: float, inputs: int, outputs: int, *, copies: int, trained: bool = True
+        self, rows: float, inputs: int, outputs: int, *, copies: int, trained: float = 1.0
     ) -> Seconds:
         """Return the time of the linear layers of ``copies`` experts that share ``rows``.
 
-        The backward pass of frozen weights has one product, the input's gradient. Torch's grouped
+        The backward pass of frozen weights has one product, the input's gradient; ``trained`` is
+        the fraction of layers whose weights are trained, and the mean is returned. Torch's grouped
         product cannot add to the fp32 buffer: its result is written and read once more, after the
         product. Its efficiency is assumed to be that of other products.
         """
         separate = self.engine == "torch"
         time = self._products(rows, inputs, outputs, copies=copies, separate=separate)
-        return time if trained else Seconds(time.forward, time.forward)
+        return _without_gradients(time, trained)
 
     def _products(
         self, rows: float, inputs: int, outputs: int, *, copies: int, separate: bool
@@ -114,3 +115,10 @@ class Kernels:
     @property
     def _bandwidth(self) -> float:
         return self.gpu.hbm_bytes_per_second * HBM_EFFICIENCY
+
+
+def _without_gradients(time: Seconds, trained: float) -> Seconds:
+    """Return the mean time of layers of which a fraction has weight gradients."""
+    if trained == 1:
+        return time
+    return Seconds(time.forward, time.forward + trained * (time.backward - time.forward))

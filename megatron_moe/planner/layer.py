@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_moe.config.train import Role
+from megatron_moe.config.parts import Role
 from megatron_moe.planner.activations import local_tokens
 from megatron_moe.planner.calibration import Calibration
 from megatron_moe.planner.hardware import Gpu
@@ -106,7 +106,7 @@ def _attention(
         forward=passes,
         backward=passes,
     )
-    trained = "attention" not in work.frozen
+    trained = shape.trained_share("attention", work.frozen)
     return {
         "gemm": kernels.linear(tokens, d, qkv, trained=trained)
         + kernels.linear(tokens, shape.query_width // tp, d, trained=trained),
@@ -140,7 +140,7 @@ def _experts(
             "shared_experts", shape.shared_expert_size, shape, work, degrees, kernels, links
         )
     dispatch = _overlapped(Seconds(2 * exchange, 2 * exchange), behind=shared.get("gemm", ZERO))
-    trained = "experts" not in work.frozen
+    trained = shape.trained_share("experts", work.frozen)
     routed = {
         "gemm": kernels.grouped(rows, d, 2 * neurons, copies=local, trained=trained)
         + kernels.grouped(rows, neurons, d, copies=local, trained=trained),
@@ -161,7 +161,8 @@ def _ffn(
     links: Links,
 ) -> Parts:
     """Return the time of a SwiGLU under tp: the FFN of a dense layer, or the shared expert."""
-    d, local, trained = shape.hidden_size, neurons // degrees.tp, role not in work.frozen
+    d, local = shape.hidden_size, neurons // degrees.tp
+    trained = shape.trained_share(role, work.frozen)
     tokens = local_tokens(shape, work, degrees).gathered
     return {
         "gemm": kernels.linear(tokens, d, 2 * local, trained=trained)

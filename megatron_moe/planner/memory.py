@@ -7,10 +7,10 @@ Megatron-Core's allocations; the constants below are margins.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 from dataclasses import asdict, dataclass
 
-from megatron_moe.config.train import OptimizerName, Role
+from megatron_moe.config.parts import ALL_TRAINED, Frozen, Role
+from megatron_moe.config.train import OptimizerName
 from megatron_moe.parallel.shards import padded_vocabulary
 from megatron_moe.parallel.stages import EVEN
 from megatron_moe.planner.activations import local_tokens, recomputed_layer, stage_activations
@@ -23,7 +23,7 @@ from megatron_moe.planner.parameters import (
 )
 from megatron_moe.planner.shape import MoeShape
 from megatron_moe.planner.teacher import teacher_bytes
-from megatron_moe.planner.workload import Degrees, Workload
+from megatron_moe.planner.workload import Degrees, StatePrecision, Workload
 
 GIB = 2**30
 
@@ -52,20 +52,12 @@ class ModelState:
     weights: int
     gradients: int
     optimizer: int
+    host: int = 0
+    """Bytes of moments in host memory; they are not on the GPU."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StatePrecision:
-    """Bytes per element of gradients and optimizer state; the defaults are Megatron-Core's."""
-
-    gradient: int = 4
-    """The buffer that accumulates gradients (``grad_reduce_in_fp32``)."""
-    master: int = 4
-    """Master weights; an fp32 run has none."""
-    moments: int = 8
-    """Both moments of Adam; 4 with ``use_precision_aware_optimizer`` and bf16 moments."""
-    momentum: int = 4
-    """Muon's momentum of matrices."""
+    def to_json(self) -> dict[str, int]:
+        """Return the parts; host memory only if there is any."""
+        return {name: size for name, size in asdict(self).items() if size or name != "host"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +98,7 @@ def model_state(
     bucket_size: int | None = None,
     replica: int = 0,
     expert_replica: int = 0,
-    frozen: Collection[Role] = (),
+    frozen: Frozen = ALL_TRAINED,
 ) -> ModelState:
     """Return the exact bytes of weights, gradients and optimizer state of one rank.
 
@@ -122,14 +114,14 @@ def model_state(
             bucket.
         replica: Index of the rank among the dp * cp replicas of the dense parameters.
         expert_replica: Index of the rank among the edp replicas of its experts.
-        frozen: Roles that have no gradients and no optimizer state.
+        frozen: Parts that have no gradients and no optimizer state.
     """
     precision = precision or StatePrecision()
     state_bytes = precision.moments + (precision.master if weight_bytes < 4 else 0)
     buffered = owned = unbuffered = 0
     for chunk_id, tensors in enumerate(rank_tensors(shape, degrees, pp_rank=pp_rank)):
-        chunk = [tensor for tensor in tensors if tensor.role not in frozen]
-        unbuffered += sum(tensor.numel for tensor in tensors if tensor.role in frozen)
+        chunk = [tensor for tensor in tensors if not frozen.covers(tensor.part)]
+        unbuffered += sum(tensor.numel for tensor in tensors if frozen.covers(tensor.part))
         for expert, replicas, index in (
             (False, degrees.dp * degrees.cp, replica),
             (True, degrees.edp, expert_replica),
@@ -148,22 +140,23 @@ def model_state(
         weights=(buffered + unbuffered) * weight_bytes,
         gradients=buffered * precision.gradient,
         optimizer=owned * state_bytes,
+        host=owned * precision.host,
     )
 
 
 def buffer_elements(
-    shape: MoeShape, degrees: Degrees, *, pp_rank: int, frozen: Collection[Role] = ()
+    shape: MoeShape, degrees: Degrees, *, pp_rank: int, frozen: Frozen = ALL_TRAINED
 ) -> tuple[int, int]:
     """Return the elements of a rank's buffers of dense and of expert parameters, with padding.
 
-    Parameters of ``frozen`` roles are in no buffer.
+    Frozen parameters are in no buffer.
 
     Each buffer is assumed to have one bucket, as in models with fewer than 40 M parameters a rank;
     more buckets add a little padding.
     """
     elements = {False: 0, True: 0}
     for tensors in rank_tensors(shape, degrees, pp_rank=pp_rank):
-        chunk = [tensor for tensor in tensors if tensor.role not in frozen]
+        chunk = [tensor for tensor in tensors if not frozen.covers(tensor.part)]
         for expert, replicas in ((False, degrees.dp * degrees.cp), (True, degrees.edp)):
             tensors = _of_one_buffer(chunk, degrees, expert=expert)
             elements[expert] += _layout(shape, degrees, tensors, replicas=replicas).elements
@@ -207,26 +200,27 @@ def estimated_state(
     *,
     pp_rank: int,
     weight_bytes: int = 2,
-    frozen: Collection[Role] = (),
+    frozen: Frozen = ALL_TRAINED,
     optimizer: OptimizerName = "adam",
-    gradient_bytes: int = 4,
+    precision: StatePrecision | None = None,
 ) -> ModelState:
     """Estimate `model_state` in closed form: optimizer state sharded evenly, without padding."""
     held = sum(rank_parameters(shape, degrees, pp_rank=pp_rank))
     dense, experts = trained_parameters(shape, degrees, pp_rank=pp_rank, frozen=frozen)
     shard = -(-dense // (degrees.dp * degrees.cp)) - (-experts // degrees.edp)
-    defaults = StatePrecision()
+    precision = precision or StatePrecision()
     saved = 0
     if optimizer == "muon":  # one moment less per element of a matrix
         matrices = trained_parameters(
-            shape, degrees, pp_rank=pp_rank, frozen=ADAM_ROLES.union(frozen)
+            shape, degrees, pp_rank=pp_rank, frozen=frozen.with_roles(ADAM_ROLES)
         )
         saved = -(-matrices[0] // (degrees.dp * degrees.cp)) - (-matrices[1] // degrees.edp)
     return ModelState(
         weights=held * weight_bytes,
-        gradients=(dense + experts) * gradient_bytes,
-        optimizer=shard * (defaults.moments + (defaults.master if weight_bytes < 4 else 0))
-        - saved * (defaults.moments - defaults.momentum),
+        gradients=(dense + experts) * precision.gradient,
+        optimizer=shard * (precision.moments + (precision.master if weight_bytes < 4 else 0))
+        - saved * (precision.moments - precision.momentum),
+        host=shard * precision.host,
     )
 
 
@@ -254,7 +248,7 @@ def rank_memory(
         weight_bytes=work.bytes_per_value,
         frozen=work.frozen,
         optimizer=work.optimizer,
-        gradient_bytes=work.gradient_bytes,
+        precision=work.state,
     )
     activations = stage_activations(shape, work, degrees, pp_rank=pp_rank)
     activations += recomputed_layer(shape, work, degrees)
@@ -279,9 +273,12 @@ def peak_memory(shape: MoeShape, work: Workload, degrees: Degrees) -> RankMemory
     """Return the memory of the rank that needs most, in closed form.
 
     That rank is in the first stage, which has the most micro-batches in flight, in the last, which
-    has the logits, or in the second, if the first has fewer layers.
+    has the logits, or in the second, if the first has fewer layers. With a manual layout, it may be
+    any.
     """
-    stages = {0, degrees.pp - 1} | ({min(1, degrees.pp - 1)} if degrees.ends != EVEN else set())
+    stages = {0, degrees.pp - 1} | ({min(1, degrees.pp - 1)} if degrees.split != EVEN else set())
+    if degrees.split.layout is not None:
+        stages = set(range(degrees.pp))
     memories = (rank_memory(shape, work, degrees, pp_rank=stage) for stage in sorted(stages))
     return max(memories, key=lambda memory: memory.total)
 

@@ -6,9 +6,9 @@ of it (``train/optimizers.py``). Nothing here was measured on a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 
-from megatron_moe.config.train import Role
+from megatron_moe.config.parts import ALL_TRAINED, Frozen, Role
 from megatron_moe.planner.shape import MoeShape
 from megatron_moe.planner.workload import Degrees
 
@@ -27,7 +27,7 @@ def matrix_flops(rows: int, columns: int) -> int:
 
 
 def orthogonalization_flops(
-    shape: MoeShape, degrees: Degrees, frozen: Collection[Role] = ()
+    shape: MoeShape, degrees: Degrees, frozen: Frozen = ALL_TRAINED
 ) -> float:
     """Return the operations of one update on a rank of the first pipeline stage.
 
@@ -36,9 +36,7 @@ def orthogonalization_flops(
     share = degrees.stage_shares(shape.num_layers)[0]
     dense = experts = 0
     for role, count, rows, columns in _matrices(shape, degrees):
-        if role in frozen:
-            continue
-        flops = count * matrix_flops(rows, columns)
+        flops = shape.trained_layers(role, frozen) * count * matrix_flops(rows, columns)
         if role == "experts":
             experts += flops
         else:
@@ -47,11 +45,11 @@ def orthogonalization_flops(
 
 
 def _matrices(shape: MoeShape, degrees: Degrees) -> Iterator[tuple[Role, int, int, int]]:
-    """Yield role, number over all layers, rows and columns of the whole matrices of a rank."""
-    d, layers, routed = shape.hidden_size, shape.num_layers, shape.num_moe_layers
-    yield "attention", 2 * layers, shape.query_width, d
-    yield "attention", 2 * layers, shape.kv_width, d
-    yield "dense_ffn", 3 * shape.num_dense_layers, shape.ffn_hidden_size, d
-    yield "shared_experts", 3 * routed, shape.shared_expert_size, d
-    yield "experts", 3 * routed * shape.num_moe_experts // degrees.ep, shape.moe_ffn_hidden_size, d
-    yield "router", routed, shape.num_moe_experts, d
+    """Yield role, number in a layer that has them, rows and columns of a rank's whole matrices."""
+    d = shape.hidden_size
+    yield "attention", 2, shape.query_width, d
+    yield "attention", 2, shape.kv_width, d
+    yield "dense_ffn", 3, shape.ffn_hidden_size, d
+    yield "shared_experts", 3, shape.shared_expert_size, d
+    yield "experts", 3 * shape.num_moe_experts // degrees.ep, shape.moe_ffn_hidden_size, d
+    yield "router", 1, shape.num_moe_experts, d

@@ -7,11 +7,11 @@ pad tensors, and because dense and expert parameters are replicated over differe
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
 from dataclasses import dataclass
+from functools import lru_cache
 
-from megatron_moe.config.train import Role
-from megatron_moe.hf.names import parameter_role
+from megatron_moe.config.parts import ALL_TRAINED, Frozen, Part, Role
+from megatron_moe.hf.names import parameter_part
 from megatron_moe.parallel.shards import padded_vocabulary
 from megatron_moe.parallel.stages import chunk_layers, is_first, is_last
 from megatron_moe.planner.shape import MoeShape
@@ -28,15 +28,15 @@ class LocalTensor:
     """Whether the parameter belongs to an expert, and is replicated over edp instead of dp x cp."""
 
     @property
-    def role(self) -> Role:
-        """Role of the parameter in settings."""
-        return parameter_role(self.name)
+    def part(self) -> Part:
+        """Role of the parameter in settings, and its layer."""
+        return parameter_part(self.name)
 
 
-def total_parameters(shape: MoeShape, *, frozen: Collection[Role] = ()) -> int:
+def total_parameters(shape: MoeShape, *, frozen: Frozen = ALL_TRAINED) -> int:
     """Return the number of parameters of the whole model, without vocabulary padding.
 
-    Parameters of ``frozen`` roles are left out.
+    Frozen parameters are left out.
     """
     dense, experts = trained_parameters(shape, Degrees(gpus=1), pp_rank=0, frozen=frozen)
     return dense + experts
@@ -98,35 +98,48 @@ def _chunk_layers(shape: MoeShape, degrees: Degrees, pp_rank: int, vpp_rank: int
         num_layers=shape.num_layers,
         pp=degrees.pp,
         vpp=degrees.vpp,
-        ends=degrees.ends,
+        split=degrees.split,
         pp_rank=pp_rank,
         vpp_rank=vpp_rank,
     )
 
 
 def trained_parameters(
-    shape: MoeShape, degrees: Degrees, *, pp_rank: int, frozen: Collection[Role] = ()
+    shape: MoeShape, degrees: Degrees, *, pp_rank: int, frozen: Frozen = ALL_TRAINED
 ) -> tuple[int, int]:
-    """Return `rank_parameters` without those of ``frozen`` roles."""
+    """Return `rank_parameters` without those that are frozen."""
     dense, experts = rank_parameters(shape, degrees, pp_rank=pp_rank)
     if not frozen:
         return dense, experts
-    held: Counter[Role] = Counter()
-    kinds: dict[bool, Counter[Role]] = {}
+    left_out: Counter[Role] = Counter()
     vocabulary = padded_vocabulary(shape.vocab_size, degrees.tp) // degrees.tp * shape.hidden_size
-    held["embeddings"] += vocabulary * (pp_rank == 0)
-    if pp_rank == degrees.pp - 1:
-        held["norms"] += shape.hidden_size
-        held["embeddings"] += vocabulary * (not shape.tied_embeddings or degrees.pp > 1)
-    for layer in rank_layers(shape, degrees, pp_rank=pp_rank):
-        kind = layer in shape.moe_layers
-        if kind not in kinds:  # all layers of a kind are alike
-            kinds[kind] = Counter()
-            for tensor in layer_tensors(shape, degrees, layer=layer):
-                kinds[kind][tensor.role] += tensor.numel
-        held.update(kinds[kind])
-    left_out = sum(held[role] for role in frozen if role != "experts")
-    return dense - left_out, 0 if "experts" in frozen else experts
+    if "embeddings" in frozen:
+        copies = (pp_rank == 0) + (
+            pp_rank == degrees.pp - 1 and (not shape.tied_embeddings or degrees.pp > 1)
+        )
+        left_out["embeddings"] += vocabulary * copies
+    if "norms" in frozen and pp_rank == degrees.pp - 1:
+        left_out["norms"] += shape.hidden_size
+    layers = rank_layers(shape, degrees, pp_rank=pp_rank)
+    for routes in (True, False):
+        alike = [layer for layer in layers if (layer in shape.moe_layers) == routes]
+        if alike:
+            for role, numel in _sizes_by_role(
+                shape, degrees.tp, degrees.ep, degrees.etp, alike[0]
+            ).items():
+                left_out[role] += numel * (len(alike) - frozen.trained(role, alike))
+    frozen_experts = left_out.pop("experts", 0)
+    return dense - left_out.total(), experts - frozen_experts
+
+
+@lru_cache(maxsize=4096)
+def _sizes_by_role(shape: MoeShape, tp: int, ep: int, etp: int, layer: int) -> Counter[Role]:
+    """Return the parameters of one layer on a rank by role."""
+    sizes: Counter[Role] = Counter()
+    degrees = Degrees(gpus=tp * ep * etp, tp=tp, ep=ep, etp=etp)
+    for tensor in layer_tensors(shape, degrees, layer=layer):
+        sizes[tensor.part.role] += tensor.numel
+    return sizes
 
 
 def chunk_tensors(

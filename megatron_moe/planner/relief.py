@@ -1,6 +1,7 @@
 """Find changes that make a run fit into memory, from the cheapest to the most expensive.
 
-A change of settings costs speed only, and another layout not even that. More or larger GPUs cost
+A change of settings costs speed, or digits of gradients and optimizer state, and another layout
+not even that. A frozen part is not trained. More or larger GPUs cost
 money, and a shorter sequence or fewer experts make another model. Each change is tried, so its
 numbers are predictions for the run after it.
 """
@@ -9,7 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 
+from megatron_moe.config.load import overridden
 from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import ConfigError
 from megatron_moe.hf.spec import DenseSpec
@@ -17,7 +20,7 @@ from megatron_moe.planner.calibration import FITTED, Calibration
 from megatron_moe.planner.candidates import divisors
 from megatron_moe.planner.hardware import GPUS, gpu_named
 from megatron_moe.planner.layer import Machine
-from megatron_moe.planner.memory import peak_memory
+from megatron_moe.planner.memory import GIB, estimated_state, peak_memory
 from megatron_moe.planner.search import (
     Candidate,
     NothingFitsError,
@@ -25,10 +28,29 @@ from megatron_moe.planner.search import (
     configured,
     search,
 )
-from megatron_moe.planner.shape import upcycled_shape
+from megatron_moe.planner.shape import MoeShape, upcycled_shape
 from megatron_moe.planner.time import step_time
-from megatron_moe.planner.workload import Degrees, Workload
+from megatron_moe.planner.workload import Degrees, Workload, workload_of
 from megatron_moe.rules.check import violations
+
+BF16_GRADIENTS = ("train.grad_reduce_in_fp32=false",)
+BF16_MOMENTS = ("optimizer.exp_avg_dtype=bf16", "optimizer.exp_avg_sq_dtype=bf16")
+ON_HOST = ("optimizer.optimizer_cpu_offload=true",)
+WITHOUT_EXPERTS = ("train.freeze=[experts]",)
+
+LESS_STATE = (
+    BF16_MOMENTS,
+    (*BF16_MOMENTS, *BF16_GRADIENTS),
+    (*BF16_MOMENTS, *ON_HOST),
+    (*BF16_MOMENTS, *BF16_GRADIENTS, *ON_HOST),
+)
+"""Settings that make gradients and optimizer state smaller, from the cheapest on."""
+LESS_TRAINED = (
+    WITHOUT_EXPERTS,
+    (*WITHOUT_EXPERTS, *BF16_MOMENTS, *BF16_GRADIENTS),
+    (*WITHOUT_EXPERTS, *BF16_MOMENTS, *BF16_GRADIENTS, *ON_HOST),
+)
+"""Settings that leave the largest part of the model as it is: this trains less."""
 
 MAX_DOUBLINGS = 7
 """Number of times that the GPUs are doubled in search of a number that fits."""
@@ -44,11 +66,14 @@ class Relief:
     """Rate of all GPUs together."""
     gib: float
     usable_gib: float
+    host_gib: float = 0.0
+    """Host memory that each rank needs for optimizer state."""
 
     def __str__(self) -> str:
+        host = f" and {self.host_gib:.1f} GiB of host memory" if self.host_gib else ""
         return (
-            f"{self.change}: {self.gib:.1f} of {self.usable_gib:.1f} GiB, {self.mfu:.1f}% MFU, "
-            f"{self.tokens_per_second:,.0f} tokens/s in all"
+            f"{self.change}: {self.gib:.1f} of {self.usable_gib:.1f} GiB{host}, "
+            f"{self.mfu:.1f}% MFU, {self.tokens_per_second:,.0f} tokens/s in all"
         )
 
 
@@ -81,8 +106,13 @@ def reliefs(
         current: The layout that does not fit; None if no layout of ``gpus`` ranks fits.
     """
     result: list[Relief] = []
-    if current is not None:
+    if current is None:
+        for changes in (LESS_STATE, LESS_TRAINED):
+            if any(_best("", one, spec, gpus, gpu) for _, one in _changed(config, changes[-1:])):
+                result += _first_that_fits(_changed(config, changes), spec, gpus, gpu)
+    else:
         result += _settings(config, spec, gpu, current)
+        result += _less_state(config, spec, gpu, current)
         result += _best("another layout", config, spec, gpus, gpu, name_layout=True)
     result += _more_gpus(config, spec, gpus, gpu)
     result += _larger_gpus(config, spec, gpus, gpu)
@@ -91,10 +121,26 @@ def reliefs(
     return result
 
 
-def _settings(config: RunConfig, spec: DenseSpec, gpu: str, current: Candidate) -> Iterator[Relief]:
-    """Yield the least recomputation that fits, for the micro-batch and each half of it."""
+def _settings(
+    config: RunConfig,
+    spec: DenseSpec,
+    gpu: str,
+    current: Candidate,
+    work: Workload | None = None,
+    change: str = "",
+) -> Iterator[Relief]:
+    """Yield the least recomputation that fits, for the micro-batch and each half of it.
+
+    Args:
+        config: The run, with ``change`` made.
+        spec: The dense model.
+        gpu: Name of the GPU.
+        current: The layout.
+        work: The work of a step after ``change``; None: as it is now.
+        change: Other settings that were changed before.
+    """
     shape, machine = upcycled_shape(spec, config.moe), Machine(gpu_named(gpu), FITTED)
-    work, degrees = current.work, current.degrees
+    work, degrees = work or current.work, current.degrees
     later = work.recompute_settings[work.recompute_settings.index(work.recompute) :]
     size = work.micro_batch_size
     while size:
@@ -105,14 +151,51 @@ def _settings(config: RunConfig, spec: DenseSpec, gpu: str, current: Candidate) 
                 continue
             time = step_time(shape, tried, degrees, machine)
             yield Relief(
-                change=_difference(work, tried),
+                change=f"{change} {_difference(work, tried)}".strip(),
                 mfu=time.mfu,
                 tokens_per_second=time.tokens_per_second_per_gpu * degrees.gpus,
                 gib=memory.total,
                 usable_gib=machine.gpu.usable_gib,
+                host_gib=_host_gib(shape, tried, degrees),
             )
             break
         size //= 2
+
+
+def _less_state(
+    config: RunConfig, spec: DenseSpec, gpu: str, current: Candidate
+) -> Iterator[Relief]:
+    """Yield settings that keep less state in the current layout, each with its first way to fit."""
+    for changes in (LESS_STATE, LESS_TRAINED):
+        for change, changed in _changed(config, changes):
+            own = workload_of(changed)
+            work = replace(current.work, state=own.state, frozen=own.frozen)
+            yield from islice(_settings(changed, spec, gpu, current, work, change), 1)
+
+
+def _changed(
+    config: RunConfig, changes: tuple[tuple[str, ...], ...]
+) -> Iterator[tuple[str, RunConfig]]:
+    """Yield the run after each of the changes that alters it."""
+    for overrides in changes:
+        if overrides[0] == WITHOUT_EXPERTS[0]:
+            frozen = ",".join(dict.fromkeys([*config.train.freeze, "experts"]))
+            overrides = (f"train.freeze=[{frozen}]", *overrides[1:])
+        changed = overridden(config, overrides)
+        if changed != config:
+            yield " ".join(overrides), changed
+
+
+def _host_gib(shape: MoeShape, work: Workload, degrees: Degrees) -> float:
+    state = estimated_state(
+        shape,
+        degrees,
+        pp_rank=0,
+        weight_bytes=work.bytes_per_value,
+        frozen=work.frozen,
+        precision=work.state,
+    )
+    return state.host / GIB
 
 
 def _illegal(config: RunConfig, spec: DenseSpec, degrees: Degrees, work: Workload) -> bool:
@@ -152,6 +235,7 @@ def _best(
             tokens_per_second=best.time.tokens_per_second_per_gpu * gpus,
             gib=best.memory.total,
             usable_gib=result.usable_gib,
+            host_gib=_host_gib(upcycled_shape(spec, config.moe), best.work, best.degrees),
         )
     ]
 

@@ -235,7 +235,7 @@ def _state_gib(shape: MoeShape, degrees: Degrees, work: Workload) -> float:
         weight_bytes=work.bytes_per_value,
         frozen=work.frozen,
         optimizer=work.optimizer,
-        gradient_bytes=work.gradient_bytes,
+        precision=work.state,
     )
     return (state.weights + state.gradients + state.optimizer) / GIB + FRAMEWORK_GIB
 

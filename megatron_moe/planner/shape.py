@@ -10,10 +10,12 @@ Shape letters of this folder:
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_moe.config.moe import Moe
+from megatron_moe.config.parts import Frozen, Role
 from megatron_moe.experts.from_source import settings_of
 from megatron_moe.experts.resolve import moe_layer_ids
 from megatron_moe.hf.spec import DenseSpec
@@ -82,6 +84,29 @@ class MoeShape:
             "noise_weight": rows * noisy,
             "output_weight": experts * experts * mlp,
         }
+
+    def layers_with(self, role: Role) -> Collection[int]:
+        """Return the layers that have parameters of a role."""
+        match role:
+            case "embeddings":
+                return ()
+            case "attention" | "norms":
+                return range(self.num_layers)
+            case "dense_ffn":
+                return [layer for layer in range(self.num_layers) if layer not in self.moe_layers]
+            case "shared_experts" if not self.shared_expert_size:
+                return ()
+            case _:
+                return self.moe_layers
+
+    def trained_layers(self, role: Role, frozen: Frozen) -> int:
+        """Return the number of layers in which the parameters of a role are trained."""
+        return frozen.trained(role, self.layers_with(role))
+
+    def trained_share(self, role: Role, frozen: Frozen) -> float:
+        """Return the fraction of a role's layers in which it is trained; 1 if it has none."""
+        layers = self.layers_with(role)
+        return frozen.trained(role, layers) / len(layers) if layers else 1.0
 
     @property
     def num_moe_layers(self) -> int:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from megatron_moe.config.train import Role
+from megatron_moe.config.parts import Frozen
 from megatron_moe.parallel.shards import padded_vocabulary
 from megatron_moe.planner.flops import sequence_flops
 from megatron_moe.planner.kernels import HBM_EFFICIENCY, Kernels, Seconds
@@ -25,6 +25,10 @@ from megatron_moe.planner.parameters import trained_parameters
 from megatron_moe.planner.shape import MoeShape
 from megatron_moe.planner.teacher import teacher_flops
 from megatron_moe.planner.workload import Degrees, TeacherWork, Workload
+
+HOST_BYTES_PER_SECOND = 25e9
+"""Bandwidth between host memory and a GPU in one direction: 16 lanes of PCIe 4, less overhead. An
+assumption, for all GPUs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,7 +155,7 @@ def _output_layer(shape: MoeShape, work: Workload, degrees: Degrees, machine: Ma
     columns = padded_vocabulary(shape.vocab_size, degrees.tp) // degrees.tp
     tokens = work.sequence_length * work.micro_batch_size / degrees.cp
     loss = kernels.elementwise(tokens * columns, forward=4, backward=2)
-    trained = "embeddings" not in work.frozen
+    trained = float("embeddings" not in work.frozen)
     return kernels.linear(tokens, shape.hidden_size, columns, trained=trained) + loss
 
 
@@ -172,16 +176,18 @@ def _update(
     dense, experts = _stage_parameters(shape, degrees, work.frozen)
     links, value = machine.links, work.bytes_per_value
     # Muon reduces whole gradients: an all-reduce is a reduce-scatter and an all-gather.
-    gradient_bytes = work.gradient_bytes * (2 if work.optimizer == "muon" else 1)
+    gradient_bytes = work.state.gradient * (2 if work.optimizer == "muon" else 1)
     communicate = sum(
         links.gather(group, params * gradient_bytes) + links.gather(group, params * value)
         for group, params in ((replicas, dense), (expert_replicas, experts))
     )
     # All gradients are zeroed, and read for the norm. On the shard, the gradient, the master weight
     # and two moments are read; the master weight, the moments and the bf16 weight are written.
+    # Moments in host memory cross the bus both ways, one after the other.
     shard = dense / replicas.size + experts / expert_replicas.size
-    moved = 2 * work.gradient_bytes * (dense + experts) + 30 * shard
+    moved = 2 * work.state.gradient * (dense + experts) + (14 + 2 * work.state.moments) * shard
     seconds = moved / (machine.gpu.hbm_bytes_per_second * HBM_EFFICIENCY)
+    seconds += 2 * work.state.host * shard / HOST_BYTES_PER_SECOND
     if work.optimizer == "muon":
         flops = orthogonalization_flops(shape, degrees, work.frozen)
         seconds += flops / (machine.gpu.peak_flops * machine.calibration.gemm_efficiency)
@@ -189,7 +195,5 @@ def _update(
 
 
 @lru_cache(maxsize=4096)
-def _stage_parameters(
-    shape: MoeShape, degrees: Degrees, frozen: frozenset[Role]
-) -> tuple[int, int]:
+def _stage_parameters(shape: MoeShape, degrees: Degrees, frozen: Frozen) -> tuple[int, int]:
     return trained_parameters(shape, degrees, pp_rank=0, frozen=frozen)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from megatron_moe.config.parts import Role
 from megatron_moe.parallel.shards import padded_vocabulary
 from megatron_moe.planner.memory import buffer_elements
 from megatron_moe.planner.shape import MoeShape
@@ -99,12 +100,9 @@ def _attention(shape: MoeShape, work: Workload, degrees: Degrees) -> Traffic:
     shared_by_tp = shape.num_layers + shape.num_dense_layers
     shared_by_tp += shape.num_moe_layers * (shape.shared_expert_size > 0)
     # A frozen matrix does not need its input in the backward pass.
-    again = shape.num_layers * ("attention" not in work.frozen)
-    again += shape.num_dense_layers * ("dense_ffn" not in work.frozen)
-    again += (
-        shape.num_moe_layers
-        * (shape.shared_expert_size > 0)
-        * ("shared_experts" not in work.frozen)
+    again = sum(
+        shape.trained_layers(role, work.frozen)
+        for role in ("attention", "dense_ffn", "shared_experts")
     )
     block = ranks * batches * _tokens(work, degrees) * shape.hidden_size * work.bytes_per_value
     kv = work.sequence_length * work.micro_batch_size * shape.kv_width_of_rank(degrees.tp)
@@ -157,13 +155,18 @@ def _experts(shape: MoeShape, work: Workload, degrees: Degrees, padded_rows: int
 
 def _replicated(shape: MoeShape, work: Workload, degrees: Degrees) -> Traffic:
     """Count the gradients of parameters that tp replicates while it shards the sequence."""
-    norms = (2 * shape.num_layers + 1) * shape.hidden_size
+    norms = 2 * shape.hidden_size
     if not shape.qk_norm_spans_heads:
-        norms += 2 * shape.num_layers * shape.kv_channels * shape.qk_layernorm
-    gate = shape.hidden_size * shape.shared_expert_gate
-    routers = shape.num_moe_layers * (sum(shape.router_sizes.values()) + gate)
-    trained = norms * ("norms" not in work.frozen) + routers * ("router" not in work.frozen)
-    return {("tp", "all_reduce"): degrees.gpus // degrees.pp * trained * work.gradient_bytes}
+        norms += 2 * shape.kv_channels * shape.qk_layernorm
+    trained = shape.hidden_size * ("norms" not in work.frozen)  # the final norm
+    in_layer: dict[Role, int] = {
+        "norms": norms,
+        "router": sum(shape.router_sizes.values()),
+        "shared_experts": shape.hidden_size * shape.shared_expert_gate,
+    }
+    for role, of_layer in in_layer.items():
+        trained += shape.trained_layers(role, work.frozen) * of_layer
+    return {("tp", "all_reduce"): degrees.gpus // degrees.pp * trained * work.state.gradient}
 
 
 def _replicas(shape: MoeShape, work: Workload, degrees: Degrees) -> Traffic:
@@ -176,7 +179,7 @@ def _replicas(shape: MoeShape, work: Workload, degrees: Degrees) -> Traffic:
     for pp_rank in range(degrees.pp):
         dense, experts = buffer_elements(shape, degrees, pp_rank=pp_rank, frozen=work.frozen)
         for group, elements in (("dp_cp", dense), ("edp", experts)):
-            traffic[group, "reduce_scatter"] += ranks * elements * work.gradient_bytes
+            traffic[group, "reduce_scatter"] += ranks * elements * work.state.gradient
             traffic[group, "all_gather"] += ranks * elements * work.bytes_per_value
     traffic["dp_cp", "all_reduce"] += degrees.gpus * INT32  # tokens of the batch
     traffic["optimizer", "all_reduce"] += degrees.gpus * FP32  # the squared norm
@@ -193,7 +196,7 @@ def _stages(shape: MoeShape, work: Workload, degrees: Degrees) -> Traffic:
     tied *= shape.tied_embeddings and "embeddings" not in work.frozen
     return {
         ("pp", "send"): 2 * ranks * batches * neighbors * sent,
-        ("embedding", "all_reduce"): 2 * ranks * tied * work.gradient_bytes,
+        ("embedding", "all_reduce"): 2 * ranks * tied * work.state.gradient,
     }
 
 

@@ -137,8 +137,9 @@ def whole_run(
 
 def checkpoint_bytes(shape: MoeShape, work: Workload) -> int:
     """Return the bytes of one checkpoint: weights, two moments and, for bf16, master weights."""
+    moments = work.state.moments + work.state.host
     return total_parameters(shape) * (
-        work.bytes_per_value + 8 + (4 if work.precision == "bf16" else 0)
+        work.bytes_per_value + moments + (4 if work.precision == "bf16" else 0)
     )
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_moe.config.parts import ALL_TRAINED, Frozen
 from megatron_moe.config.run import Parallel, RunConfig
-from megatron_moe.config.train import OptimizerName, Role
-from megatron_moe.parallel.layout import ends_of
-from megatron_moe.parallel.stages import EVEN, Ends, stage_sizes
+from megatron_moe.config.train import OptimizerName
+from megatron_moe.parallel.layout import split_of
+from megatron_moe.parallel.stages import EVEN, PipelineSplit, stage_sizes
 from megatron_moe.planner.shape import MoeShape
 
 Engine = Literal["torch", "transformer_engine"]
@@ -39,8 +40,8 @@ class Degrees:
     vpp: int = 1
     ep: int = 1
     etp: int = 1
-    ends: Ends = EVEN
-    """Layers of the first and the last pipeline stage, if they differ from the others."""
+    split: PipelineSplit = EVEN
+    """Layers of the pipeline stages, if they are not equally many."""
 
     @property
     def dp(self) -> int:
@@ -54,7 +55,7 @@ class Degrees:
 
     def stage_shares(self, num_layers: int) -> list[float]:
         """Return each stage's part of the layers."""
-        sizes = stage_sizes(num_layers, self.pp, self.ends)
+        sizes = stage_sizes(num_layers, self.pp, self.split)
         assert sizes is not None, "the rules refuse other layouts"
         return [size / num_layers for size in sizes]
 
@@ -78,9 +79,26 @@ class Degrees:
             virtual_pipeline_parallel_size=self.vpp if self.vpp > 1 else None,
             expert_parallel_size=self.ep,
             expert_tensor_parallel_size=self.etp,
-            num_layers_in_first_pipeline_stage=self.ends.first,
-            num_layers_in_last_pipeline_stage=self.ends.last,
+            num_layers_in_first_pipeline_stage=self.split.first,
+            num_layers_in_last_pipeline_stage=self.split.last,
+            pipeline_model_parallel_layout=self.split.layout,
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatePrecision:
+    """Bytes per element of gradients and optimizer state; the defaults are Megatron-Core's."""
+
+    gradient: int = 4
+    """The buffer that accumulates gradients (``grad_reduce_in_fp32``)."""
+    master: int = 4
+    """Master weights; an fp32 run has none."""
+    moments: int = 8
+    """Both moments of Adam on the GPU; 4 in bf16, 0 in host memory."""
+    host: int = 0
+    """Both moments of Adam in host memory."""
+    momentum: int = 4
+    """Muon's momentum of matrices."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,12 +134,12 @@ class Workload:
     """Whether all tp collectives overlap with products, in pieces (``train.tp_comm_overlap``)."""
     engine: Engine = "transformer_engine"
     """Implementation of the layers; it determines which tensors the backward pass keeps."""
-    frozen: frozenset[Role] = frozenset()
-    """Roles that have no gradients and no optimizer state."""
+    frozen: Frozen = ALL_TRAINED
+    """Parts that have no gradients and no optimizer state."""
     optimizer: OptimizerName = "adam"
     """Optimizer, which determines the bytes of its state."""
-    gradient_bytes: int = 4
-    """Bytes of an element of the buffers that accumulate gradients (``grad_reduce_in_fp32``)."""
+    state: StatePrecision = StatePrecision()
+    """Bytes per element of gradients and optimizer state."""
     device_check_interval: int | None = None
     """Steps between two that are computed twice (``guard.device_check_interval``)."""
     teacher: TeacherWork | None = None
@@ -164,7 +182,7 @@ def degrees_of(config: RunConfig, *, gpus: int) -> Degrees:
         vpp=parallel.virtual_pipeline_parallel_size or 1,
         ep=parallel.expert_parallel_size,
         etp=parallel.expert_tensor_parallel_size,
-        ends=ends_of(parallel),
+        split=split_of(parallel),
     )
 
 
@@ -176,6 +194,16 @@ def engine_assumed(config: RunConfig) -> Engine:
     if config.run.engine == "torch" or config.run.device == "cpu":
         return "torch"
     return "transformer_engine"
+
+
+def state_precision(config: RunConfig) -> StatePrecision:
+    """Return the bytes of gradients and optimizer state of a configuration."""
+    moments, on_host = config.optimizer.moment_bytes, config.optimizer.optimizer_cpu_offload
+    return StatePrecision(
+        gradient=4 if config.train.grad_reduce_in_fp32 else 2,
+        moments=0 if on_host else moments,
+        host=moments if on_host else 0,
+    )
 
 
 def workload_of(config: RunConfig) -> Workload:
@@ -195,6 +223,6 @@ def workload_of(config: RunConfig) -> Workload:
         engine=engine_assumed(config),
         frozen=config.train.always_frozen,
         optimizer=config.optimizer.optimizer,
-        gradient_bytes=4 if config.train.grad_reduce_in_fp32 else 2,
+        state=state_precision(config),
         device_check_interval=config.guard.device_check_interval,
     )

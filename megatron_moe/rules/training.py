@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_moe.config.mixtures import starting_weights
-from megatron_moe.config.train import Optimizer, Role
+from megatron_moe.config.train import Optimizer
 from megatron_moe.errors import ConfigError
-from megatron_moe.experts.resolve import moe_layer_ids
-from megatron_moe.hf.names import ROLES
 from megatron_moe.rules.case import Case
+
+LARGEST_BETA_IN_BF16 = 1 - 2**-8
+"""Decay that still changes any value of 8 significant bits: half a unit in the last place is at
+most 2^-8 of the value."""
 
 
 def schedule(case: Case) -> Iterator[str]:
@@ -215,35 +217,6 @@ def reset_attention(case: Case) -> Iterator[str]:
             )
 
 
-def roles(case: Case) -> Iterator[str]:
-    """Check that settings by role name roles of this model, and that something is trained."""
-    train, optimizer = case.config.train, case.config.optimizer
-    present = _present_roles(case)
-    lists = {"train.freeze": train.freeze}
-    lists |= {f"train.stages.{i}.freeze": stage.freeze for i, stage in enumerate(train.stages)}
-    for name, named in (
-        *lists.items(),
-        ("optimizer.lr_multipliers", optimizer.lr_multipliers),
-        ("optimizer.weight_decay_multipliers", optimizer.weight_decay_multipliers),
-    ):
-        if absent := [role for role in named if role not in present]:
-            yield (
-                f"{name} names {', '.join(absent)}, but this model has no such parameters.\n"
-                f"  its roles: {', '.join(present)}"
-            )
-    for name, named in lists.items():
-        if set(present) <= set(named):
-            yield (
-                f"{name} ({', '.join(named)}) freezes all parameters: nothing is left to train.\n"
-                "  leave out at least one role"
-            )
-    if "norms" in optimizer.weight_decay_multipliers:
-        yield (
-            "optimizer.weight_decay_multipliers names norms, which have no weight decay.\n"
-            "  remove norms from optimizer.weight_decay_multipliers"
-        )
-
-
 def gradients(case: Case) -> Iterator[str]:
     """Check that gradients have a precision below that of the run only with bf16 weights."""
     train = case.config.train
@@ -268,40 +241,33 @@ def muon(case: Case) -> Iterator[str]:
             )
 
 
-def _present_roles(case: Case) -> list[Role]:
-    """Return the roles that have parameters in this model."""
-    moe, spec = case.config.moe, case.spec
-    some_dense = len(moe_layer_ids(moe, spec.num_layers)) < spec.num_layers
-    absent = {"shared_experts": not moe.shared_size, "dense_ffn": not some_dense}
-    return [role for role in ROLES if not absent.get(role)]
-
-
-def stages(case: Case) -> Iterator[str]:
-    """Check that every stage but the last has a length, and that each of them is reached."""
-    train = case.config.train
-    if not train.stages:
-        return
-    if train.freeze:
-        yield (
-            f"train.freeze ({', '.join(train.freeze)}) and train.stages both say what is frozen: a "
-            "stage has its own list.\n  remove train.freeze, or add its roles to each stage"
-        )
-    for index, stage in enumerate(train.stages):
-        last = index == len(train.stages) - 1
-        if (stage.steps is None) != last:
+def moments(case: Case) -> Iterator[str]:
+    """Check that adam can store moments as configured, and that bf16 can hold their decay."""
+    optimizer = case.config.optimizer
+    stored = {
+        "exp_avg_dtype": optimizer.exp_avg_dtype,
+        "exp_avg_sq_dtype": optimizer.exp_avg_sq_dtype,
+        "optimizer_cpu_offload": "true" if optimizer.optimizer_cpu_offload else "false",
+    }
+    for name, value in stored.items():
+        if value in ("bf16", "true") and optimizer.optimizer != "adam":
             yield (
-                f"train.stages.{index}.steps ({stage.steps}) must be "
-                f"{'unset' if last else 'set'}: each stage has a length but the last, which takes "
-                "the rest of train.steps.\n"
-                f"  {'remove it, or add a stage' if last else 'set it to a number of steps'}"
+                f"optimizer.{name} ({value}) requires optimizer.optimizer ({optimizer.optimizer}) "
+                "to be adam: Megatron-Core's Muon keeps its momentum in fp32 on the GPU.\n"
+                f"  set optimizer.optimizer=adam, or leave optimizer.{name} unset"
             )
-    before = train.stage_starts()[-1]
-    if train.steps and before >= train.steps:
-        yield (
-            f"train.stages before the last have {before} steps, which must be fewer than "
-            f"train.steps ({train.steps}): otherwise the last stage never begins.\n"
-            f"  smallest train.steps: {before + 1}"
-        )
+    for name, beta in (
+        ("exp_avg_dtype", "adam_beta1"),
+        ("exp_avg_sq_dtype", "adam_beta2"),
+    ):
+        value = getattr(optimizer, beta)
+        if stored[name] == "bf16" and value > LARGEST_BETA_IN_BF16:
+            yield (
+                f"optimizer.{name} (bf16) requires optimizer.{beta} ({value}) to be at most "
+                f"1 - 2^-8 = {LARGEST_BETA_IN_BF16}: bf16 has 8 bits, so a mean that decays by "
+                "less in a step is rounded back and never falls.\n"
+                f"  set optimizer.{name}=fp32, or optimizer.{beta}=0.99"
+            )
 
 
 def local_copies(case: Case) -> Iterator[str]:

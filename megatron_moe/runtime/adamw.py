@@ -3,12 +3,17 @@
 Like those two, it keeps one step count per parameter group, which is what Megatron-Core's
 distributed optimizer saves and reshards. torch's AdamW keeps one count per parameter, which cannot
 be loaded under another layout.
+
+Moments may be kept in bf16 or in host memory between steps (`StoredMoments`). A step then takes one
+parameter after the other: it copies its moments into fp32 on the device, updates, and copies them
+back. So there is one kernel and one result, whatever the moments are kept in.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -21,6 +26,36 @@ class ClipsGradients(Protocol):
 
     def clip(self, *, max_norm: float, total_norm: float) -> None:
         """Make the next step scale gradients of norm ``total_norm`` to ``max_norm``."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredMoments:
+    """Format and place of moments between steps."""
+
+    dtypes: Mapping[str, torch.dtype]
+    """Dtypes of exp_avg and exp_avg_sq; that of the parameter, fp32, if there is none."""
+    on_host: bool
+    """Whether they are in host memory, pinned if the parameters are on a GPU."""
+
+    def zeros(self, parameter: Tensor, name: str) -> Tensor:
+        """Return the moment of a parameter before its first update."""
+        dtype = self.dtypes.get(name, parameter.dtype)
+        if not self.on_host:
+            return torch.zeros_like(parameter, dtype=dtype)
+        return torch.zeros(parameter.shape, dtype=dtype, pin_memory=parameter.is_cuda)
+
+    def device_bytes(self) -> int:
+        """Return the bytes of one element's moments on the device."""
+        return 0 if self.on_host else self.num_bytes()
+
+    def num_bytes(self) -> int:
+        """Return the bytes of one element's moments."""
+        return sum(self.dtypes.get(name, torch.float32).itemsize for name in MOMENTS)
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+PLAIN = StoredMoments({}, on_host=False)
+"""As the update computes them."""
 
 
 class FusedAdamW(torch.optim.Optimizer):
@@ -46,6 +81,8 @@ class FusedAdamW(torch.optim.Optimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**defaults, "bias_correction": True})
         self._divide_by: float | None = None
+        self.moments = PLAIN
+        """Format of the moments; set before the first step."""
 
     def clip(self, *, max_norm: float, total_norm: float) -> None:
         """Make the next step scale gradients to ``max_norm`` within its own pass over them.
@@ -67,30 +104,49 @@ class FusedAdamW(torch.optim.Optimizer):
                 continue
             for p in params:
                 if not self.state[p]:
-                    self.state[p] = {
-                        "exp_avg": torch.zeros_like(p),
-                        "exp_avg_sq": torch.zeros_like(p),
-                    }
-            beta1, beta2 = group["betas"]
-            device = params[0].device
-            divide_by = None if self._divide_by is None else _scalar(self._divide_by, device)
-            torch._fused_adamw_(
-                params,
-                [p.grad for p in params],
-                [self.state[p]["exp_avg"] for p in params],
-                [self.state[p]["exp_avg_sq"] for p in params],
-                [],
-                [_scalar(group["step"], device)] * len(params),
-                lr=float(group["lr"]),
-                beta1=beta1,
-                beta2=beta2,
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                amsgrad=False,
-                maximize=False,
-                grad_scale=divide_by,
-            )
+                    self.state[p] = {name: self.moments.zeros(p, name) for name in MOMENTS}
+            if self.moments is PLAIN:
+                states = [self.state[p] for p in params]
+                self._update(group, params, *([s[name] for s in states] for name in MOMENTS))
+            else:
+                self._update_one_by_one(group, params)
         self._divide_by = None
+
+    def _update_one_by_one(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        """Update with copies of the moments; only those of one parameter exist at a time."""
+        for p in params:
+            stored = [self.state[p][name] for name in MOMENTS]
+            first, second = (torch.empty_like(p).copy_(m, non_blocking=True) for m in stored)
+            self._update(group, [p], [first], [second])
+            for moment, updated in zip(stored, (first, second), strict=True):
+                moment.copy_(updated, non_blocking=True)
+        if self.moments.on_host and params[0].is_cuda:
+            # A checkpoint reads host memory without regard to the stream.
+            torch.cuda.current_stream(params[0].device).synchronize()
+
+    def _update(
+        self, group: dict[str, Any], params: list[Tensor], first: list[Tensor], second: list[Tensor]
+    ) -> None:
+        """Update parameters and their fp32 moments, on one device, in one pass."""
+        beta1, beta2 = group["betas"]
+        device = params[0].device
+        divide_by = None if self._divide_by is None else _scalar(self._divide_by, device)
+        torch._fused_adamw_(
+            params,
+            [p.grad for p in params if p.grad is not None],
+            first,
+            second,
+            [],
+            [_scalar(group["step"], device)] * len(params),
+            lr=float(group["lr"]),
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+            grad_scale=divide_by,
+        )
 
 
 def _scalar(value: float, device: torch.device) -> Tensor:

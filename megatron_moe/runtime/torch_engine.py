@@ -58,6 +58,19 @@ def install_torch_engine(*, cuda: bool) -> None:
         permute.install()
 
 
+def use_fused_adamw() -> None:
+    """Make Megatron-Core use `FusedAdamW` with any engine, for moments that are kept apart.
+
+    Transformer Engine's FusedAdam keeps the same state in fp32 on the GPU.
+    """
+    import megatron.core.optimizer as megatron_optimizer
+
+    from megatron_moe.runtime.adamw import FusedAdamW
+
+    if megatron_optimizer.Adam is not FusedAdamW:
+        replace(megatron_optimizer, "Adam", FusedAdamW)
+
+
 def install_for_transformer_engine() -> None:
     """Replace Apex's kernel if Apex is not installed.
 

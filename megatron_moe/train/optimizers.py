@@ -15,10 +15,10 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from torch import Tensor
 
+from megatron_moe.config.parts import Part, counts_layers, factor_of
 from megatron_moe.config.run import RunConfig
-from megatron_moe.config.train import Optimizer, Role
-from megatron_moe.hf.names import ROLES
-from megatron_moe.runtime.adamw import ClipsGradients
+from megatron_moe.config.train import Optimizer
+from megatron_moe.runtime.adamw import ClipsGradients, FusedAdamW, StoredMoments
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +28,8 @@ class OptimizerRow:
     settings: Callable[[Optimizer], dict[str, Any]]
     """Fields of Megatron-Core's OptimizerConfig that only this optimizer reads."""
     state: tuple[str, ...]
-    """Keys of the state of each parameter: fp32 tensors of its shape, zero before the first step.
-    They are saved, and sliced for any other layout."""
+    """Keys of the state of each parameter: tensors of its shape, zero before the first step. They
+    are saved, and sliced for any other layout."""
 
 
 def _adam(settings: Optimizer) -> dict[str, Any]:
@@ -74,51 +74,93 @@ def optimizer_config(config: RunConfig, *, overlap_param_gather: bool) -> Optimi
 
 
 def group_overrides(
-    config: RunConfig, settings: OptimizerConfig, roles: Mapping[Tensor, Role], *, by_role: bool
+    config: RunConfig,
+    settings: OptimizerConfig,
+    parts: Mapping[Tensor, Part],
+    *,
+    updates: Mapping[str, int] | None,
 ) -> dict[ParamKey, Any]:
-    """Return what distinguishes groups of parameters: weight decay, and settings by role.
+    """Return what distinguishes groups of parameters: weight decay, and settings by part.
 
     Args:
         config: The run's configuration.
         settings: Megatron-Core's configuration of the optimizer.
-        roles: Role of each parameter of this rank.
-        by_role: Whether each role is a group even if no setting distinguishes roles.
+        parts: Part of the model that each parameter of this rank belongs to.
+        updates: Updates by label in the checkpoint to restore; its parts are groups even if no
+            setting distinguishes them.
     """
     overrides: dict[ParamKey, Any] = dict(get_standard_config_overrides(settings))
-    optimizer = config.optimizer
-    if not (by_role or uses_roles(config)):
+    optimizer, named = config.optimizer, named_parts(config)
+    if updates is None and not (named or config.train.stages):
         return overrides
-    for role in ROLES:
-        factor = optimizer.lr_multipliers.get(role, 1.0)
+    by_layer = counts_layers([*named, *(updates or ())])
+    for part in dict.fromkeys(
+        part if by_layer else Part(part.role, None) for part in parts.values()
+    ):
+        factor = factor_of(optimizer.lr_multipliers, part)
         rates = {"max_lr": optimizer.lr * factor, "min_lr": optimizer.min_lr * factor}
-        overrides[_of_role(role, roles)] = {"role": role} | (rates if factor != 1 else {})
-        decay = optimizer.weight_decay_multipliers.get(role, 1.0)
+        label = {"role": part.label(by_layer=by_layer)}
+        overrides[_of(part, parts, by_layer)] = label | (rates if factor != 1 else {})
+        decay = factor_of(optimizer.weight_decay_multipliers, part)
         if decay != 1:
-            overrides[_of_role(role, roles, matrices=True)] = {"wd_mult": decay}
+            overrides[_of(part, parts, by_layer, matrices=True)] = {"wd_mult": decay}
     return overrides
 
 
-def _of_role(role: Role, roles: Mapping[Tensor, Role], *, matrices: bool = False) -> ParamKey:
-    """Match the parameters of a role, or only those of them that have weight decay."""
+def _of(
+    part: Part, parts: Mapping[Tensor, Part], by_layer: bool, *, matrices: bool = False
+) -> ParamKey:
+    """Match the parameters of a part, or only those of them that have weight decay."""
 
     def matches(parameter: Tensor, name: str) -> bool:
         decays = parameter.dim() > 1 and not name.endswith(".bias")
-        return roles[parameter] == role and (decays or not matrices)
+        own = parts[parameter] == part if by_layer else parts[parameter].role == part.role
+        return own and (decays or not matrices)
 
-    return ParamKey(
-        with_name_predicate=ParamWithNamePredicate(name=f"{role} {matrices}", fn=matches)
-    )
+    name = f"{part.label(by_layer=by_layer)} {matrices}"
+    return ParamKey(with_name_predicate=ParamWithNamePredicate(name=name, fn=matches))
 
 
-def uses_roles(config: RunConfig) -> bool:
-    """Return whether a setting treats roles differently."""
+def named_parts(config: RunConfig) -> list[str]:
+    """Return the names of parts that settings treat differently from others."""
     optimizer, train = config.optimizer, config.train
-    return bool(
-        train.freeze
-        or train.stages
-        or optimizer.lr_multipliers
-        or optimizer.weight_decay_multipliers
+    frozen = [*train.freeze, *(name for stage in train.stages for name in stage.freeze)]
+    return [*frozen, *optimizer.lr_multipliers, *optimizer.weight_decay_multipliers]
+
+
+def store_moments(optimizer: Any, settings: Optimizer) -> None:
+    """Make a new optimizer keep its moments as the settings say.
+
+    Megatron-Core's own settings of these names need Transformer Engine's FusedAdam, or update on
+    the CPU; `FusedAdamW` is the same on every machine.
+    """
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    stored = StoredMoments(
+        {
+            "exp_avg": dtypes[settings.exp_avg_dtype],
+            "exp_avg_sq": dtypes[settings.exp_avg_sq_dtype],
+        },
+        on_host=settings.optimizer_cpu_offload,
     )
+    for part in optimizer.chained_optimizers:
+        if part.optimizer is not None:
+            assert isinstance(part.optimizer, FusedAdamW), type(part.optimizer)
+            part.optimizer.moments = stored
+
+
+def new_state(part: Any, parameter: Tensor, name: str) -> Tensor:
+    """Return the state of a parameter before its first update, under one of `state_keys`."""
+    if isinstance(part.optimizer, FusedAdamW):
+        return part.optimizer.moments.zeros(parameter, name)
+    return torch.zeros_like(parameter, dtype=torch.float32)
+
+
+def element_bytes(part: Any) -> tuple[int, int]:
+    """Return the bytes of one element's state on the device and in host memory."""
+    if isinstance(part.optimizer, FusedAdamW):
+        moments = part.optimizer.moments
+        return moments.device_bytes(), moments.num_bytes() - moments.device_bytes()
+    return torch.float32.itemsize * len(state_keys(part)), 0
 
 
 def state_keys(part: Any) -> tuple[str, ...]:

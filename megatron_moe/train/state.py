@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass, fields
 from typing import Any
@@ -21,11 +22,14 @@ from megatron.core.transformer.module import Float16Module
 from megatron_moe.config.mixtures import starting_weights
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.blend import BlendState, start_blend
+from megatron_moe.experts.resolve import moe_layer_ids
 from megatron_moe.model.build import Model
-from megatron_moe.model.freezing import freeze, parameter_roles
+from megatron_moe.model.freezing import freeze, parameter_parts
 from megatron_moe.runtime.engine import Engine
+from megatron_moe.runtime.torch_engine import use_fused_adamw
+from megatron_moe.train.balancing import Coefficients
 from megatron_moe.train.muon import complete, mark_fused, shards_by_matrix
-from megatron_moe.train.optimizers import group_overrides, optimizer_config
+from megatron_moe.train.optimizers import group_overrides, optimizer_config, store_moments
 from megatron_moe.train.schedule import make_schedule
 
 
@@ -46,6 +50,8 @@ class TrainState:
     """Sequences consumed: the position in the data, independent of the layout."""
     tokens: int = 0
     """Tokens consumed; sequences may have had several lengths."""
+    balance: Coefficients | None = None
+    """Coefficients of the next step's load-balancing losses, if they adapt."""
 
     def gather_weights(self) -> None:
         """Gather updated weights on every dp rank, for code that reads them outside a forward pass.
@@ -88,7 +94,7 @@ def make_state(
     groups: ProcessGroupCollection,
     *,
     step: int = 0,
-    by_role: bool = False,
+    updates: Mapping[str, int] | None = None,
 ) -> TrainState:
     """Wrap a filled model for training.
 
@@ -100,8 +106,8 @@ def make_state(
         model: This rank's part of the model.
         groups: This rank's process groups.
         step: Steps taken so far, which determine the stage and so what is frozen.
-        by_role: Count the updates of each role separately, even if the configuration treats all
-            roles alike: the checkpoint to restore has such counts.
+        updates: Updates of each part in the checkpoint to restore, if it counts them separately;
+            they are then counted on, even if the configuration treats all parts alike.
     """
     transformer, engine = model.transformer, model.engine
     freeze(model, config.train.frozen_after(step))
@@ -125,22 +131,30 @@ def make_state(
     if settings.optimizer == "muon":
         mark_fused(model)
         settings.use_layer_wise_distributed_optimizer &= shards_by_matrix(groups)
+    if config.optimizer.stores_moments_apart:
+        use_fused_adamw()
     optimizer = get_megatron_optimizer(
         settings,
         wrapped,
-        group_overrides(config, settings, parameter_roles(model), by_role=by_role),
+        group_overrides(config, settings, parameter_parts(model), updates=updates),
         pg_collection=groups,
         use_gloo_process_groups=False,
     )
     if settings.optimizer == "muon":
         complete(optimizer, settings)
+    if config.optimizer.stores_moments_apart:
+        store_moments(optimizer, config.optimizer)
     _gather_weights_once(optimizer)
     transformer.finalize_model_grads_func = _finalize
     if ddp.overlap_grad_reduce:  # only during the backward pass of the last micro-batch
         no_sync: Any = [chunk.no_sync for chunk in wrapped]
         transformer.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
     blend = start_blend(starting_weights(config.data))
-    return TrainState(model, wrapped, optimizer, make_schedule(config, optimizer), blend)
+    state = TrainState(model, wrapped, optimizer, make_schedule(config, optimizer), blend)
+    if config.moe.adaptive_aux_loss:
+        layers = moe_layer_ids(config.moe, model.spec.num_layers)
+        state.balance = dict.fromkeys(layers, config.moe.moe_aux_loss_coeff)
+    return state
 
 
 def _add_gradients_in_products(module: torch.nn.Module) -> None:

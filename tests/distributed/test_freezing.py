@@ -4,8 +4,10 @@ The oracle is one rank, and for one step the run without freezing: its gradients
 what is frozen, so the moments of the trained parameters are the same.
 """
 
+import re
 import shutil
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -36,6 +38,23 @@ EVERY = {
 
 def role_of(key: str) -> str:
     return next(role for role, word in WORDS.items() if word in key)
+
+
+def layer_of(key: str) -> str:
+    layer = re.search(r"\.layers\.(\d+)\.", key)
+    return "none" if layer is None else layer[1]
+
+
+def named(key: str, names: Iterable[str]) -> str | None:
+    """The name in settings that a tensor of a checkpoint has among ``names``."""
+    role, layer = role_of(key), layer_of(key)
+    for name in names:
+        of, _, layers = name.partition("@")
+        first, _, last = layers.partition("-")
+        inside = layer != "none" and first and int(first) <= int(layer) <= int(last or first)
+        if of == role and (not layers or inside):
+            return name
+    return None
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +89,15 @@ FROZEN = [
     pytest.param("tp2 dp2 ep2 etp2", ["shared_experts", "experts"], marks=pytest.mark.slow),
     pytest.param("dp2 replicated", ["experts", "dense_ffn", "embeddings"], marks=pytest.mark.slow),
     ("pp2", ["experts", "shared_experts", "attention", "dense_ffn", "norms", "embeddings"]),
-]
+    ("tp2 dp2 ep2", ["attention@0-2", "experts@2", "norms@3", "router@1", "shared_experts@1-2"]),
+    (  # nothing is trained on the first stage
+        "pp2",
+        ["embeddings", "attention@0-1", "norms@0-1", "dense_ffn@0", "router@1", "experts@1",
+         "shared_experts@1"],
+    ),
+    pytest.param("pp2 vpp2 recompute-full", ["embeddings", "attention@1-2", "norms@0-2"],
+                 marks=pytest.mark.slow),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("layout", "frozen"), FROZEN, ids=lambda value: str(value)[:40])
@@ -90,7 +117,7 @@ def test_frozen_roles_keep_their_bits_and_the_others_their_gradients(
     assert {role_of(key) for key in weights_of(after)} == set(WORDS)
     for key, value in weights_of(after).items():
         moments = [f"optimizer.{name}.{key}" for name in ("exp_avg", "exp_avg_sq")]
-        if role_of(key) in frozen:
+        if named(key, frozen):
             assert torch.equal(value, start[key]), key
             assert not any(moment in after for moment in moments), key
         else:
@@ -99,31 +126,49 @@ def test_frozen_roles_keep_their_bits_and_the_others_their_gradients(
                 largest = float(free[moment].abs().max())
                 torch.testing.assert_close(after[moment], free[moment], rtol=0, atol=1e-4 * largest)
     updates = read_progress(step_folder(runs.root / where, 1)).updates_by_role
-    assert updates == {role: 1 for role in WORDS if role not in frozen}
+    by_layer = "@" in " ".join(frozen)
+    assert updates == {
+        f"{role_of(key)}@{layer_of(key)}" if by_layer else role_of(key): 1
+        for key in weights_of(after)
+        if not named(key, frozen)
+    }
 
 
 # ---- multipliers ---------------------------------------------------------------------------------
 
 
-def test_multipliers_scale_the_update_of_their_role(
-    runs: Runs, start: dict[str, torch.Tensor], free: dict[str, torch.Tensor]
+@pytest.mark.parametrize(
+    ("rates", "decays"),
+    [
+        ({"router": 10.0, "norms": 0.5}, {"router": 3.0, "attention": 0.0}),
+        ({"attention@0-1": 10.0, "attention@3": 0.5, "norms@2": 2.0}, {"experts@1": 3.0}),
+    ],
+    ids=["roles", "layers"],
+)
+def test_multipliers_scale_the_update_of_their_part(
+    runs: Runs,
+    start: dict[str, torch.Tensor],
+    free: dict[str, torch.Tensor],
+    rates: dict[str, float],
+    decays: dict[str, float],
 ):
     """One step moves weights by -lr * (Adam's update + weight decay * weight), in float64.
 
     fp32 rounds the weight: half a unit in the last place, 2^-24 of it, and as much of the update.
     """
-    rates, decays = {"router": 10.0, "norms": 0.5}, {"router": 3.0, "attention": 0.0}
-    runs.train("multipliers", train={"steps": 1}, optimizer={
+    where = f"multipliers {'-'.join(rates)}"
+    runs.train(where, train={"steps": 1}, optimizer={
         "clip_grad": 1e9, "lr": 1e-3, "min_lr": 1e-3, "lr_multipliers": rates,
         "weight_decay_multipliers": decays, "weight_decay": 0.2})  # fmt: skip
-    after = runs.tensors("multipliers", 1)
+    after = runs.tensors(where, 1)
     for key, weight in weights_of(start).items():
         role, w = role_of(key), weight.double()
         m, v = (after[f"optimizer.{name}.{key}"].double() for name in ("exp_avg", "exp_avg_sq"))
         assert torch.equal(m.float(), free[f"optimizer.exp_avg.{key}"]), key
         update = (m / 0.1) / ((v / 0.05).sqrt() + 1e-8)
-        decay = 0.0 if role == "norms" else 0.2 * decays.get(role, 1.0)
-        expected = w - 1e-3 * rates.get(role, 1.0) * (update + decay * w)
+        factor, decay = (factors.get(named(key, factors) or "", 1.0) for factors in (rates, decays))
+        decay = 0.0 if role == "norms" else 0.2 * decay
+        expected = w - 1e-3 * factor * (update + decay * w)
         torch.testing.assert_close(after[key].double(), expected, rtol=2**-22, atol=1e-8)
 
 
@@ -182,6 +227,31 @@ def test_stages_under_a_layout_equal_those_of_one_rank(runs: Runs, layout: str):
                               strict=True):  # fmt: skip
         assert ours["loss/lm"] == pytest.approx(expected["loss/lm"], rel=1e-5)
         assert ours["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+
+
+BY_LAYER = [
+    {"steps": 2, "freeze": ["embeddings", "norms", "attention@0-2", "experts@1", "dense_ffn@0"]},
+    {"steps": 1, "freeze": ["router@2", "attention@0"]},
+    {},
+]
+
+
+def test_stages_by_layer_equal_those_of_one_rank_across_a_resume_under_another_layout(runs: Runs):
+    """Updates are counted by layer; a part that was frozen begins anew. 1e-5, 1e-4 as above."""
+    train, checkpoint = {"steps": 5, "stages": BY_LAYER}, {"interval": 1}
+    expected = runs.train("layers-one", train=train, checkpoint=checkpoint)
+    runs.train("layers-pp", layout="pp2 vpp2", train=train, checkpoint=checkpoint)
+    (runs.root / "layers-pp" / "checkpoints" / "latest").write_text("step_00000003\n")
+    lines = runs.train("layers-pp", layout="tp2", train=train, checkpoint=checkpoint)
+    for ours, theirs in zip(lines[1:], expected[1:], strict=True):
+        assert ours["loss/lm"] == pytest.approx(theirs["loss/lm"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+    updates = read_progress(step_folder(runs.root / "layers-pp", 5)).updates_by_role
+    assert updates is not None
+    for label, count in {"attention@0": 2, "attention@2": 3, "attention@3": 5, "experts@1": 3,
+                         "experts@2": 5, "router@1": 5, "router@2": 2,
+                         "norms@none": 3}.items():  # fmt: skip
+        assert updates[label] == count, label
 
 
 @pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])

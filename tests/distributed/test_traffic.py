@@ -32,6 +32,7 @@ LAYERS, EXPERTS = SHAPE["num_hidden_layers"], 4
         ("tp2 cp2 ep2 kv1", "bf16", False, []),
         ("tp2 dp2 ep2", "fp32", False, ["attention", "norms", "experts", "dense_ffn"]),
         ("pp2 dp2", "bf16", True, ["embeddings", "router", "attention"]),
+        ("tp2 pp2 dp2 ep2", "fp32", False, ["attention@0-1", "norms@2", "experts@3", "router@1"]),
         ("tp2 dp2", "bf16", False, ["embeddings", "router"]),
     ],
 )

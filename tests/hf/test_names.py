@@ -28,8 +28,9 @@ from transformers import (
 
 from megatron_moe.config.data import Data
 from megatron_moe.config.moe import Moe, Source
+from megatron_moe.config.parts import Role
 from megatron_moe.config.run import Parallel, Run, RunConfig
-from megatron_moe.config.train import Role, Train
+from megatron_moe.config.train import Train
 from megatron_moe.errors import CheckpointError
 from megatron_moe.hf.families import FAMILIES as FAMILIES_TABLE
 from megatron_moe.hf.header import read_headers

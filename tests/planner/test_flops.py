@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from megatron_moe.config.parts import ALL_TRAINED, Frozen
 from megatron_moe.hf.spec import spec_from_config
 from megatron_moe.planner.flops import forward_flops, step_flops, training_flops
 from megatron_moe.planner.parameters import total_parameters
@@ -124,5 +125,9 @@ def test_a_step_leaves_out_the_weight_gradients_of_frozen_roles(frozen, words):
         return counter.get_total_flops()
 
     config = LlamaConfig(**sizes).to_dict() | {"architectures": ["LlamaForCausalLM"]}
-    forward = forward_flops(source_shape(spec_from_config(config)), sequence_length=16)
-    assert step_flops(forward, []) - step_flops(forward, frozen) == counted(()) - counted(words)
+    shape = source_shape(spec_from_config(config))
+    forward = forward_flops(shape, sequence_length=16)
+    saved = step_flops(shape, forward, ALL_TRAINED) - step_flops(
+        shape, forward, Frozen.named(frozen)
+    )
+    assert saved == counted(()) - counted(words)

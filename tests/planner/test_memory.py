@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_moe.config.parts import Frozen
 from megatron_moe.planner.activations import chunks_in_flight, kept_bytes, stage_activations
 from megatron_moe.planner.buffers import distributed_layout
 from megatron_moe.planner.by_matrix import muon_state
@@ -110,11 +111,19 @@ def test_closed_form_state_is_within_padding_of_the_exact(llama3_e8t2):
         assert quick.optimizer == pytest.approx(exact.optimizer, rel=1e-4)
 
 
-@pytest.mark.parametrize("frozen", [(), ("experts",), ("attention", "norms", "embeddings")])
+@pytest.mark.parametrize(
+    "frozen",
+    [
+        (),
+        ("experts",),
+        ("attention", "norms", "embeddings"),
+        ("experts@0-9", "attention@12-31", "norms@3"),
+    ],
+)
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])
 def test_closed_form_state_follows_roles_and_the_optimizer(llama3_e8t2, frozen, optimizer):
     """Whole matrices cannot be spread evenly: within a tenth of the mean over the replicas."""
-    degrees = Degrees(gpus=16, tp=2, pp=2, ep=4)
+    degrees, frozen = Degrees(gpus=16, tp=2, pp=2, ep=4), Frozen.named(frozen)
     for pp_rank in range(2):
         if optimizer == "muon":
             exact = [

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_moe.config.parts import Frozen
 from megatron_moe.hf.names import ROLES
 from megatron_moe.planner.calibration import FITTED
 from megatron_moe.planner.flops import sequence_flops
@@ -22,10 +23,10 @@ LAYOUTS = [Degrees(gpus=8), Degrees(gpus=16, tp=2, pp=2, ep=4)]
 
 
 @pytest.mark.parametrize("degrees", LAYOUTS, ids=str)
-@pytest.mark.parametrize("role", ["attention", "experts", "embeddings", "norms"])
+@pytest.mark.parametrize("role", ["attention", "experts", "embeddings", "norms", "experts@0-9"])
 def test_a_frozen_role_saves_its_gradients(llama3_e8t2: MoeShape, degrees: Degrees, role: str):
     """Time falls; MFU times time and peak gives back the operations that are left."""
-    work = replace(WORK, frozen=frozenset({role}))
+    work = replace(WORK, frozen=Frozen.named([role]))
     frozen, whole = (step_time(llama3_e8t2, w, degrees, MACHINE) for w in (work, WORK))
     assert frozen.step_seconds < whole.step_seconds
     assert frozen.parts["optimizer"] < whole.parts["optimizer"]
@@ -39,10 +40,8 @@ def test_a_frozen_role_saves_its_gradients(llama3_e8t2: MoeShape, degrees: Degre
 
 def test_the_more_is_frozen_the_faster_is_a_step(llama3_e8t2: MoeShape):
     seconds = [
-        step_time(
-            llama3_e8t2, replace(WORK, frozen=frozenset(list(ROLES)[:count])), LAYOUTS[1], MACHINE
-        ).step_seconds
-        for count in range(len(ROLES))
+        step_time(llama3_e8t2, replace(WORK, frozen=frozen), LAYOUTS[1], MACHINE).step_seconds
+        for frozen in (Frozen.named(list(ROLES)[:count]) for count in range(len(ROLES)))
     ]
     assert seconds == sorted(seconds, reverse=True)
 
@@ -82,4 +81,19 @@ def test_the_matrices_of_all_ranks_are_those_of_the_model(llama3_e8t2: MoeShape)
     assert one == 32 * layer
     spread = orthogonalization_flops(llama3_e8t2, Degrees(gpus=16, pp=2, ep=8))
     assert 16 * spread == pytest.approx(one)
-    assert orthogonalization_flops(llama3_e8t2, Degrees(gpus=1), frozen=("experts",)) < one / 10
+    without_experts = Frozen.named(["experts"])
+    assert orthogonalization_flops(llama3_e8t2, Degrees(gpus=1), without_experts) < one / 10
+    rest = orthogonalization_flops(llama3_e8t2, Degrees(gpus=1), Frozen.named(["attention@8-31"]))
+    assert one - rest == 24 * (2 * matrix_flops(d, d) + 2 * matrix_flops(1024, d))
+
+
+def test_frozen_layers_save_their_part_of_a_roles_gradients(llama3_e8t2: MoeShape):
+    """A role frozen in all of its layers is the role frozen; in half of them, half of it."""
+
+    def seconds(*names: str) -> float:
+        work = replace(WORK, frozen=Frozen.named(names))
+        return step_time(llama3_e8t2, work, LAYOUTS[0], MACHINE).parts["gemm"]
+
+    none, whole = seconds(), seconds("experts")
+    assert seconds("experts@0-31") == pytest.approx(whole)
+    assert seconds("experts@0-15") == pytest.approx((none + whole) / 2)

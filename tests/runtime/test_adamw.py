@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_moe.runtime.adamw import FusedAdamW
+from megatron_moe.runtime.adamw import FusedAdamW, StoredMoments
 
 SHAPES = [(7, 5), (64,), (1,), (3, 2, 4)]
 STEPS = 6
@@ -71,6 +71,56 @@ def test_every_step_is_torchs(betas: tuple[float, float], eps: float):
                 torch.testing.assert_close(
                     ours.state[p][name], torchs.state[q][name], rtol=1e-6, atol=1e-12
                 )
+
+
+@pytest.mark.parametrize("names", [("exp_avg",), ("exp_avg_sq",), ("exp_avg", "exp_avg_sq")])
+def test_moments_in_bf16_are_torchs_rounded_after_each_step(names: tuple[str, ...]):
+    """The update itself is computed before the rounding."""
+    our_params, torch_params = parameters(), parameters()
+    settings = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8}
+    ours = FusedAdamW(groups(our_params), **settings)
+    ours.moments = StoredMoments(dict.fromkeys(names, torch.bfloat16), on_host=False)
+    torchs = torch.optim.AdamW(groups(torch_params), **settings)
+    for step in range(STEPS):
+        for params, optimizer in ((our_params, ours), (torch_params, torchs)):
+            set_gradients(params, step)
+            optimizer.step()
+        for p, q in zip(our_params, torch_params, strict=True):
+            for name in names:
+                moment = torchs.state[q][name]
+                moment.copy_(moment.bfloat16())
+                assert ours.state[p][name].dtype == torch.bfloat16
+            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+            for name in ("exp_avg", "exp_avg_sq"):
+                moment = ours.state[p][name].float()
+                torch.testing.assert_close(moment, torchs.state[q][name], rtol=2**-7, atol=1e-12)
+
+
+def test_moments_in_host_memory_change_no_bit():
+    plain_params, our_params = parameters(), parameters()
+    settings = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8}
+    plain, ours = (FusedAdamW(groups(p), **settings) for p in (plain_params, our_params))
+    ours.moments = StoredMoments({}, on_host=True)
+    for step in range(STEPS):
+        for params, optimizer in ((plain_params, plain), (our_params, ours)):
+            set_gradients(params, step)
+            optimizer.clip(max_norm=1.0, total_norm=2.0)
+            optimizer.step()
+    for p, q in zip(plain_params, our_params, strict=True):
+        assert torch.equal(p, q)
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(plain.state[p][name], ours.state[q][name])
+
+
+def test_moments_in_host_memory_are_there_while_parameters_are_elsewhere():
+    """Parameters on the meta device stand for those on a GPU: copies go both ways."""
+    params = [torch.nn.Parameter(p.detach().to("meta")) for p in parameters()]
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer = FusedAdamW(groups(params), lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
+    optimizer.moments = StoredMoments({"exp_avg": torch.bfloat16}, on_host=True)
+    assert [optimizer.moments.zeros(p, "exp_avg").device.type for p in params] == ["cpu"] * 4
+    assert (optimizer.moments.device_bytes(), optimizer.moments.num_bytes()) == (0, 6)
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
