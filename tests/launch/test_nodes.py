@@ -94,14 +94,14 @@ def test_two_of_three_hosts_go_on_without_the_third(tmp_path: Path):
         tmp_path / "run", save_dense(tmp_path / "dense"), write_tokens(tmp_path / "tokens"),
         train={"steps": STEPS, "global_batch_size": 6}, moe={"num_moe_experts": 6},
         parallel={"expert_parallel_size": 3, "adapt_to_ranks": True},
-        checkpoint={"interval": 5, "keep": STEPS}, guard={"hang_seconds": 15},
+        checkpoint={"interval": 3, "keep": STEPS}, guard={"hang_seconds": 15},
     )  # fmt: skip
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(settings))
     with Hosts(3) as hosts:
         started = [elastic(hosts, host, config, tmp_path / f"{host}.log") for host in range(3)]
         try:
-            wait_for(lambda: len(read_metrics(tmp_path / "run")) > STEPS // 4, started)
+            wait_for(lambda: len(read_metrics(tmp_path / "run")) > STEPS // 3, started)
             hosts.cut(2)
             for process in started[:2]:
                 process.wait(timeout=500)
@@ -117,7 +117,7 @@ def test_two_of_three_hosts_go_on_without_the_third(tmp_path: Path):
     assert resumed is not None, log
     step = int(resumed[1])
     lines = read_metrics(tmp_path / "run")
-    assert step >= 5
+    assert step >= 3
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
 
     alone = tmp_path / "alone" / "checkpoints"
@@ -136,7 +136,7 @@ def test_two_of_three_hosts_go_on_without_the_third(tmp_path: Path):
     ]
 
 
-STEPS = 60
+STEPS = 16
 
 
 def elastic(hosts: Hosts, host: int, config: Path, log: Path) -> subprocess.Popen[bytes]:
