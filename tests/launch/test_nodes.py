@@ -85,7 +85,7 @@ def test_two_hosts_train_as_one(hosts: list[str], tmp_path: Path):
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.skipif(missing() is not None, reason=str(missing()))
-def test_two_of_three_hosts_go_on_without_the_third(tmp_path: Path):
+def test_two_of_three_hosts_resume(tmp_path: Path):
     """Torchrun restarts the ranks that are left, which take the nearest legal layout.
 
     Steps after the restart equal those of two local ranks that resume the same checkpoint.
@@ -165,7 +165,7 @@ def wait_for(condition: Callable[[], bool], job: list[subprocess.Popen[bytes]]) 
 
 
 @pytest.mark.skipif(missing() is not None, reason=str(missing()))
-def test_a_machine_that_does_not_know_its_name_says_so(tmp_path: Path):
+def test_an_unknown_own_name_is_refused(tmp_path: Path):
     """Torchrun would end with a traceback."""
     (tmp_path / "run.yaml").touch()
     script = f"hostname no-such-name; exec {ROOT}/launch/nodes.sh {tmp_path}/run.yaml"
