@@ -1,18 +1,15 @@
 """Two hosts on one machine: network namespaces, joined by a cable, that run launch/nodes.sh."""
 
 import os
-import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
-from hosts import Hosts, missing
+from hosts import missing
 from tiny import save_dense
 from training_runs import read_metrics, run_training, tree, write_tokens
 
@@ -80,88 +77,6 @@ def test_two_hosts_train_as_one(hosts: list[str], tmp_path: Path):
     assert [[line.get(name) for name in EXACT] for line in two] == [
         [line.get(name) for name in EXACT] for line in alone
     ]
-
-
-@pytest.mark.slow
-@pytest.mark.distributed
-@pytest.mark.skipif(missing() is not None, reason=str(missing()))
-def test_two_of_three_hosts_resume(tmp_path: Path):
-    """Torchrun restarts the ranks that are left, which take the nearest legal layout.
-
-    Steps after the restart equal those of two local ranks that resume the same checkpoint.
-    """
-    settings = tree(
-        tmp_path / "run", save_dense(tmp_path / "dense"), write_tokens(tmp_path / "tokens"),
-        train={"steps": STEPS, "global_batch_size": 6}, moe={"num_moe_experts": 6},
-        parallel={"expert_parallel_size": 3, "adapt_to_ranks": True},
-        checkpoint={"interval": 3, "keep": STEPS}, guard={"hang_seconds": 15},
-    )  # fmt: skip
-    config = tmp_path / "run.yaml"
-    config.write_text(yaml.safe_dump(settings))
-    with Hosts(3) as hosts:
-        started = [elastic(hosts, host, config, tmp_path / f"{host}.log") for host in range(3)]
-        try:
-            wait_for(lambda: len(read_metrics(tmp_path / "run")) > STEPS // 3, started)
-            hosts.cut(2)
-            for process in started[:2]:
-                process.wait(timeout=500)
-        finally:
-            for process in started:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-    log = (tmp_path / "0.log").read_text() + (tmp_path / "1.log").read_text()
-    assert [process.returncode for process in started[:2]] == [0, 0], log
-    assert "has been silent for 15 s" in log
-    assert "Layout for 2 rank(s): parallel.expert_parallel_size=2" in log, log
-    resumed = re.search(r"Resumed \S+ at step (\d+)", log)
-    assert resumed is not None, log
-    step = int(resumed[1])
-    lines = read_metrics(tmp_path / "run")
-    assert step >= 3
-    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-
-    alone = tmp_path / "alone" / "checkpoints"
-    kept = f"step_{step:08d}"
-    shutil.copytree(tmp_path / "run" / "checkpoints" / kept, alone / kept)
-    (alone / "latest").write_text(f"{kept}\n")
-    train = [sys.executable, "-m", "megatron_moe", "train", config, f"run.dir={alone.parent}"]
-    done = subprocess.run(
-        [*map(str, train), "--ranks", "2"], env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    expected = [line for line in read_metrics(alone.parent) if line["step"] > step]
-    assert [[line.get(name) for name in EXACT] for line in lines[step:]] == [
-        [line.get(name) for name in EXACT] for line in expected
-    ]
-
-
-STEPS = 16
-
-
-def elastic(hosts: Hosts, host: int, config: Path, log: Path) -> subprocess.Popen[bytes]:
-    """Start launch/nodes.sh on a host, for two or three of them."""
-    with log.open("wb") as file:
-        return subprocess.Popen(
-            ["ip", "netns", "exec", hosts.names[host], ROOT / "launch" / "nodes.sh", config],
-            env={
-                **os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "NNODES": "2:3",
-                "MASTER_ADDR": hosts.addresses[0], "NODE_ADDR": hosts.addresses[host],
-                "RANKS": "1", "RESTARTS": "3", "GLOO_SOCKET_IFNAME": "eth0",
-            },
-            stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-
-
-def wait_for(condition: Callable[[], bool], job: list[subprocess.Popen[bytes]]) -> None:
-    while True:
-        assert [process.poll() for process in job] == [None] * len(job), "a host has ended"
-        try:
-            if condition():
-                return
-        except (OSError, ValueError):  # no file yet, or half a line
-            pass
-        time.sleep(0.2)
 
 
 @pytest.mark.skipif(missing() is not None, reason=str(missing()))
