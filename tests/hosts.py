@@ -15,6 +15,7 @@ import random
 import selectors
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import time
@@ -66,9 +67,11 @@ class Hosts:
             self.cut(host, off=False)
 
     def enter(self, host: int) -> None:
-        """Move the calling thread, and what it starts, to a host."""
+        """Move the calling thread, and what it starts, to a host, and give it that host's name."""
         with Path("/run/netns", self.names[host]).open("rb") as namespace:
             os.setns(namespace.fileno(), os.CLONE_NEWNET)
+        os.unshare(os.CLONE_NEWUTS)
+        socket.sethostname(f"host{host}")
 
     def __enter__(self) -> Self:
         for name in self.names:
@@ -130,8 +133,11 @@ class Hosts:
         ]
         for rank in ranks:
             rank.start()
-        for rank in ranks:
+        for number, rank in enumerate(ranks):
             rank.join()
+            if (rank.exitcode or 0) < 0:
+                ended_by = signal.Signals(-(rank.exitcode or 0)).name
+                print(f"rank {number} was ended by {ended_by}", flush=True)
         return max(abs(rank.exitcode or 0) for rank in ranks)
 
     def _rank(self, host: int, rank_story: Callable[[], Any]) -> None:

@@ -42,15 +42,17 @@ def changes(name: str) -> tuple[int, dict[str, dict[str, Any]]]:
 
     capacity: a limit that no expert reaches. drops: one that a quarter of the choices exceeds,
     decided over whole sequences. padded: every expert gets its capacity, which holds all tokens.
-    first-N, last-N: layers of the first or last pipeline stage.
+    first-N, last-N: layers of the first or last pipeline stage. layout-X: contents of each chunk.
     allgather: tokens go to all ranks. replicated: no distributed optimizer.
     """
-    world_size, parallel = layout(name)
+    world_size, parallel = layout(re.sub(r"layout-\S+", "", name))
     result: dict[str, dict[str, Any]] = {"parallel": parallel, "moe": {}, "train": {}}
     for word in name.split():
         match word.partition("-"):
             case ("first" | "last" as end, _, count):
                 parallel[f"num_layers_in_{end}_pipeline_stage"] = int(count)
+            case ("layout", _, chunks):
+                parallel["pipeline_model_parallel_layout"] = chunks
             case ("capacity", _, _):
                 result["moe"] |= {"moe_expert_capacity_factor": 2.0}
             case ("drops", _, _):

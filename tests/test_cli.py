@@ -1,6 +1,5 @@
 """The command line: help at once, and what a user got wrong in words, with exit code 2."""
 
-import importlib.util
 import json
 import resource
 import subprocess
@@ -138,11 +137,13 @@ def test_a_missing_dense_folder_is_refused(yaml_file, capsys, monkeypatch, tmp_p
     assert not (tmp_path / "run").exists(), "nothing is made before everything is checked"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
 def test_weights_and_biases_without_its_package_is_refused(
     yaml_file, capsys, monkeypatch, tmp_path
 ):
-    output = refused(capsys, monkeypatch, "train", yaml_file, "log.wandb_project=moe")
+    monkeypatch.setattr("megatron_moe.rules.installed.find_spec", lambda package: None)
+    output = refused(
+        capsys, monkeypatch, "train", yaml_file, "log.wandb_project=moe", "log.tensorboard=false"
+    )
     assert output == (
         "ConfigError: log.wandb_project (moe) requires the package wandb, which is not installed.\n"
         "  pip install 'megatron-moe[wandb]', or log.wandb_project=null\n"

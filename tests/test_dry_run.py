@@ -251,9 +251,9 @@ def yaml_file(tmp_path: Path) -> Path:
     return path
 
 
-def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+def command(*arguments: object, name: str = "train") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "megatron_moe", "train", *map(str, arguments)],
+        [sys.executable, "-m", "megatron_moe", name, *map(str, arguments)],
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
 
@@ -299,6 +299,24 @@ def test_recomputation_of_another_engine_does_not_stop_the_dry_run(yaml_file: Pa
     )  # fmt: skip
     assert output.returncode == 0, output.stderr
     assert "torch-native" in json.loads(output.stdout)["layer_spec"]
+
+
+def test_construct_shows_hours_and_memory_of_a_model_that_is_not_here(yaml_file: Path):
+    """Llama-2-7B in 16 experts of 688: solving 32 layers of N = 11,008 is known in closed form."""
+    arguments = (
+        "source.path=llama-2-7b", "moe.num_moe_experts=16", "moe.moe_ffn_hidden_size=688",
+        "upcycle.method=split_random", "upcycle.fit=[down]", "upcycle.plan=x", "measure.samples=64",
+    )  # fmt: skip
+    output = command(yaml_file, *arguments, "--dry-run", "--json", name="construct")
+    assert output.returncode == 0, output.stderr
+    cost = json.loads(output.stdout)
+    n, d = 11008, 4096
+    assert cost["solving"] == pytest.approx(32 * 7 * (n**3 / 3 + 2 * n**2 * d))
+    assert cost["disk_bytes"] == 32 * 4 * n * d
+    assert cost["rank_bytes"] > 24 * n**2
+    assert cost["hours"] > 0
+    refused = command(yaml_file, *arguments, "--json", name="construct")
+    assert refused.returncode == 2
 
 
 def test_a_rank_that_is_not_there(yaml_file: Path):

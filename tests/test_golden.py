@@ -1,7 +1,8 @@
 """What Megatron-Core is told for each shipped configuration, as text that a change must show.
 
 The files of tests/golden hold the fields of ``TransformerConfig`` that differ from Megatron-Core's
-own defaults, for every file of configs/h100, as on CUDA. A change of a default, of a setting or of
+own defaults, for every file of configs/h100, as on CUDA, and for settings that none of these files
+has (VARIATIONS). A change of a default, of a setting or of
 their meaning shows here as a line; if it is meant, ``make golden`` writes them anew.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,35 @@ from typing import Any
 import pytest
 
 GOLDEN = Path(__file__).parent / "golden"
+VARIATIONS = {
+    "llama3-8b-e8t2-dropless-128": {
+        "fp8-tensorwise": ["train.fp8=hybrid"],
+        "fp8-blockwise": ["train.fp8=e4m3", "train.fp8_recipe=blockwise"],
+        "pipeline-layout": [
+            "parallel.pipeline_parallel_size=4",
+            "parallel.virtual_pipeline_parallel_size=1",
+            "parallel.pipeline_model_parallel_layout=Et*7|t*9|t*9|t*7L",
+        ],
+    },
+    "qwen2-7b-e64t8-qwen-128": {"shared-overlap": ["moe.moe_shared_expert_overlap=true"]},
+}
+"""Settings to add to a shipped configuration, by its name and a name of their own."""
 
 
-def described(path: Path) -> str:
+def described(path: Path, changes: Sequence[str] = ()) -> str:
     """One ``field = value`` a line, sorted."""
     from dense_models import shipped
     from megatron.core.transformer.transformer_config import TransformerConfig
 
+    from megatron_moe.config.load import overridden
     from megatron_moe.model.config import transformer_settings
+    from megatron_moe.rules.check import check
     from megatron_moe.runtime.engine import TRANSFORMER_ENGINE
 
-    config, spec, _ = shipped(path)
+    config, spec, gpus = shipped(path)
+    if changes:
+        config = overridden(config, changes)
+        check(config, spec, gpus)
     settings = transformer_settings(config, spec, engine=TRANSFORMER_ENGINE)
     defaults = {field.name: default(field) for field in fields(TransformerConfig)}
     lines = [
@@ -49,29 +68,35 @@ def shown(value: Any) -> str:
     return repr(value)
 
 
-def golden_of(path: Path) -> Path:
-    return GOLDEN / f"{path.stem}.txt"
-
-
-def files() -> Iterator[Path]:
+def golden_files() -> dict[Path, str]:
+    """The text of each golden file."""
     from dense_models import H100_FILES
 
-    yield from H100_FILES
+    texts = {GOLDEN / f"{path.stem}.txt": described(path) for path in H100_FILES}
+    by_name = {path.stem: path for path in H100_FILES}
+    for stem, variations in VARIATIONS.items():
+        for name, changes in variations.items():
+            texts[GOLDEN / f"{stem}.{name}.txt"] = described(by_name[stem], changes)
+    return texts
 
 
-@pytest.mark.parametrize("path", list(files()), ids=lambda path: path.stem)
-def test_settings_of_megatron_are_those_of_the_golden_file(path: Path):
-    golden = golden_of(path)
-    expected = golden.read_text() if golden.exists() else ""
-    difference = difflib.unified_diff(
-        expected.splitlines(), described(path).splitlines(), golden.name, "now", lineterm="", n=0
-    )
-    changes = "\n".join(difference)
-    assert not changes, f"{changes}\nif this is meant: make golden"
+@pytest.fixture(scope="module")
+def texts() -> dict[Path, str]:
+    return golden_files()
 
 
-def test_there_is_no_golden_file_without_a_configuration():
-    assert {path.name for path in GOLDEN.iterdir()} == {golden_of(path).name for path in files()}
+def test_settings_of_megatron_are_those_of_the_golden_files(texts: dict[Path, str]):
+    changes = []
+    for golden, text in texts.items():
+        expected = golden.read_text() if golden.exists() else ""
+        changes += difflib.unified_diff(
+            expected.splitlines(), text.splitlines(), golden.name, "now", lineterm="", n=0
+        )
+    assert not changes, "\n".join([*changes, "if this is meant: make golden"])
+
+
+def test_there_is_no_golden_file_without_a_configuration(texts: dict[Path, str]):
+    assert set(GOLDEN.iterdir()) == set(texts)
 
 
 def main() -> None:
@@ -82,8 +107,8 @@ def main() -> None:
     GOLDEN.mkdir(exist_ok=True)
     for old in GOLDEN.glob("*.txt"):
         old.unlink()
-    for path in files():
-        golden_of(path).write_text(described(path))
+    for path, text in golden_files().items():
+        path.write_text(text)
     print(f"wrote {len(list(GOLDEN.iterdir()))} files to {GOLDEN}", file=sys.stderr)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moe.errors import UserError
+from megatron_moe.hf.disk import disk_errors_in_words, make_folder
 
 Request = Mapping[str, Any]
 
@@ -45,15 +46,21 @@ def is_complete(out: Path, *, record: str, request: Request) -> bool:
 
 @contextmanager
 def complete_or_absent(out: Path) -> Iterator[Path]:
-    """Yield a temporary folder that is renamed to ``out`` on success, and removed on an error."""
+    """Yield a temporary folder that is renamed to ``out`` on success, and removed on an error.
+
+    Raises:
+        UserError: The disk is full or read-only, or the folder of ``out`` cannot be written to.
+    """
     staging = out.with_name(f".{out.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)  # left over from a killed run
-    staging.mkdir(parents=True)
-    try:
-        yield staging
-        staging.rename(out)  # an empty folder at out is replaced, a filled one is an error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    make_folder(out.parent, "the folder of OUT")
+    with disk_errors_in_words(out.parent):
+        try:
+            staging.mkdir()
+            yield staging
+            staging.rename(out)  # an empty folder at out is replaced, a filled one is an error
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def write_json(path: Path, value: object) -> None:

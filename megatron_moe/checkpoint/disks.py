@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from megatron_moe.checkpoint.rank_file import CHUNK_BYTES
 from megatron_moe.errors import ConfigError
+from megatron_moe.hf.disk import naming
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +66,17 @@ def find_disks(folder: Path, group: dist.ProcessGroup) -> Disks:
 def _number_of(folder: Path) -> str:
     """Return the random number of a folder, which the first rank that comes draws."""
     path = folder / "disk.id"
+    if path.exists():  # an earlier job's; the disk may be full by now
+        return path.read_text()
     own = path.with_name(f".disk.id-{secrets.token_hex(8)}")
-    own.write_text(secrets.token_hex(8))
     try:
+        with naming(own):
+            own.write_text(secrets.token_hex(8))
         os.link(own, path)  # fails if there is one, and is never half written
     except FileExistsError:
         pass
     finally:
-        own.unlink()
+        own.unlink(missing_ok=True)
     return path.read_text()
 
 

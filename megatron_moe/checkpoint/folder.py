@@ -55,6 +55,8 @@ class Progress:
     """Tokens consumed. None: a checkpoint of version 0.1, all of whose samples had one length."""
     blend: dict[str, Any]
     """Position in each domain, and the domains' sampling weights (`BlendState.to_json`)."""
+    balance: dict[str, float] | None = None
+    """Coefficients of the load-balancing losses by MoE layer; None: they do not adapt."""
 
 
 def step_folder(run_dir: Path, step: int) -> Path:

@@ -42,6 +42,7 @@ from megatron_moe.errors import CheckpointError
 from megatron_moe.hf.checksums import Blocks, write_checksums
 from megatron_moe.hf.disk import refusal
 from megatron_moe.model.build import Model
+from megatron_moe.train.balancing import Coefficients
 from megatron_moe.train.state import TrainState
 
 
@@ -99,7 +100,8 @@ class Saver:
         start = time.perf_counter()
         with torch.no_grad():
             state.gather_weights()
-        kept = owned(state.optimizer) if state.step else ()  # at 0, masters equal weights
+        trained = state.step or updates_made(state.optimizer)  # otherwise masters equal weights
+        kept = owned(state.optimizer) if trained else ()
         boxes = _boxes(state, groups, kept, writing=True)
         progress = progress_of(state, self._config, self._plan_hash)
         if self._config.checkpoint.async_save:
@@ -178,7 +180,13 @@ def progress_of(state: TrainState, config: RunConfig, plan_hash: str) -> Progres
         world_size=dist.get_world_size(),
         precision=config.train.precision,
         blend=state.blend.to_json(),
+        balance=_by_name(state.balance),
     )
+
+
+def _by_name(balance: Coefficients | None) -> dict[str, float] | None:
+    """Return the coefficients under names, because JSON has no other keys."""
+    return None if balance is None else {str(layer): value for layer, value in balance.items()}
 
 
 def new_group() -> dist.ProcessGroup:
@@ -221,7 +229,8 @@ def restore(
     stored, new = [], []
     for kept in owned(state.optimizer):
         frozen = by_role is not None and updates_of(by_role, str(kept.label)) is None
-        (new if frozen or not progress.step else stored).append(kept)
+        trained = progress.step or progress.optimizer_updates
+        (new if frozen or not trained else stored).append(kept)
     boxes = _boxes(state, groups, stored, writing=False)
     clear(state.model)
     for kept in (*stored, *new):
@@ -235,11 +244,13 @@ def restore(
 
 def adopt_progress(state: TrainState, progress: Progress, *, tokens: int) -> None:
     """Set the optimizer's count of updates, the schedule and the position in the data."""
-    if progress.step:
+    if progress.step or progress.optimizer_updates:
         set_updates_made(state.optimizer, progress.optimizer_updates, progress.updates_by_role)
     state.schedule.step(increment=progress.step - state.step)
     state.step, state.samples, state.tokens = progress.step, progress.samples, tokens
     state.blend = BlendState.from_json(progress.blend, domains=state.blend.domains)
+    if state.balance is not None and progress.balance is not None:
+        state.balance = {layer: progress.balance[str(layer)] for layer in state.balance}
 
 
 @torch.no_grad()

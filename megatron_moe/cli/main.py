@@ -283,7 +283,8 @@ def reference_loss(
 def _reference_loss(config: RunConfig, out: Path, world: Any) -> None:
     from megatron_moe.commands.reference_loss import reference_loss
 
-    reference_loss(config, world, out)
+    with disk_errors_in_words(out.parent):
+        reference_loss(config, world, out)
 
 
 @app.command()
@@ -291,19 +292,37 @@ def construct(
     config_file: ConfigFile,
     overrides: Overrides = None,
     ranks: Ranks = None,
+    dry: Annotated[
+        bool, typer.Option("--dry-run", help="Construct nothing: show its hours and memory.")
+    ] = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Measure the dense model on text and write the plan file that train reads.
 
     Required for methods that use activations, centroid routers and calibrated scales. If
-    interrupted, run the same command to resume.
+    interrupted, run the same command to resume. --dry-run counts the work for the source's shape,
+    and measures the speed of this machine for a second.
 
     Example: megatron-moe construct configs/demo.yaml upcycle.plan=runs/plan.safetensors --ranks 4
     """
     config = load_run(config_file, overrides)
-    if result := list(measuring_violations(config, read_spec(config.source.path))):
+    spec = spec_with_note(config.source.path) if dry else read_spec(config.source.path)
+    if result := list(measuring_violations(config, spec)):
         raise ConfigError("\n".join(result))
+    if dry:
+        _construct_dry_run(config, spec, ranks or 1, as_json=as_json)
+        return
+    if as_json:
+        raise ConfigError("--json requires --dry-run")
     with resumable("run the same command to resume from the newest finished part"):
         on_ranks_at_hand(_construct, config, ranks, overrides=overrides or [])
+
+
+def _construct_dry_run(config: RunConfig, spec: DenseSpec, ranks: int, *, as_json: bool) -> None:
+    from megatron_moe.commands.construct_cost import construct_cost, cost_report
+
+    cost = construct_cost(config, spec, ranks)
+    show(cost if as_json else cost_report(cost), as_json=as_json)
 
 
 def _construct(config: RunConfig, world: Any) -> None:
@@ -393,7 +412,8 @@ def _keep(record: Any, world: Any, out: Path) -> None:
     from megatron_moe.bench.table import tables
 
     if world.rank == 0:
-        write_record(record, out)
+        with disk_errors_in_words(out.parent):
+            write_record(record, out)
         print(f"{tables([record])}\n{out}", flush=True)
 
 

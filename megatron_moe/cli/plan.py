@@ -147,6 +147,15 @@ def plan_notes(config: RunConfig, *, gpus: int, gpu: str) -> Iterator[str]:
             f"run.device is cpu, but plan predicts {gpus} {gpu}: it has no model of CPUs. "
             "Choose GPUs with --gpus and --gpu."
         )
+    for setting, value in (
+        ("train.fp8", config.train.fp8),
+        ("moe.moe_shared_expert_overlap", config.moe.moe_shared_expert_overlap),
+    ):
+        if value:
+            yield (
+                f"{setting} ({value}) is not in the prediction, which is that of the run without "
+                "it: nobody has measured its speed and memory with this package."
+            )
     texts = {"data.path": config.data.path, "data.validation_path": config.data.validation_path}
     texts |= {
         f"data.domains.{name}.path": one.path for name, one in (config.data.domains or {}).items()

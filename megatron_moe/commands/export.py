@@ -102,15 +102,7 @@ def export_checkpoint(
     }
     half_open = architecture == "Qwen2MoeForCausalLM" and not config.moe.moe_shared_expert_gate
     plan = folders.plan_of(checkpoint, spec, config)
-    progress = folders.read_progress(checkpoint)
-    run_dir, folder = checkpoint.resolve().parents[1], out.resolve()
-    # A folder in that of its run, such as runs/demo/hf, is called like every other run's.
-    title = run_dir.name if name is None and folder.parent == run_dir else None
-    card = model_card(
-        config=config, spec=spec, progress=progress,
-        tokens=folders.tokens_of(progress, checkpoint), architecture=architecture, dtype=kind,
-        run_dir=run_dir, name=name or folder.name, title=title,
-    )  # fmt: skip
+    card = _card(checkpoint, out, config, spec, architecture=architecture, dtype=kind, name=name)
     with (
         GlobalTensors(checkpoint) as tensors,
         FolderWriter(out, announced, max_shard_bytes=max_shard_bytes) as writer,
@@ -126,6 +118,28 @@ def export_checkpoint(
             if file.name != "config.json":
                 writer.add_file(file.name, file)
     return architecture
+
+
+def _card(
+    checkpoint: Path,
+    out: Path,
+    config: RunConfig,
+    spec: DenseSpec,
+    *,
+    architecture: Architecture | DenseArchitecture,
+    dtype: Dtype,
+    name: str | None,
+) -> str:
+    """Return the model card of an export to ``out``."""
+    progress = folders.read_progress(checkpoint)
+    run_dir, folder = checkpoint.resolve().parents[1], out.resolve()
+    # A folder in that of its run, such as runs/demo/hf, is called like every other run's.
+    title = run_dir.name if name is None and folder.parent == run_dir else None
+    return model_card(
+        config=config, spec=spec, progress=progress,
+        tokens=folders.tokens_of(progress, checkpoint), architecture=architecture, dtype=dtype,
+        run_dir=run_dir, name=name or folder.name, title=title,
+    )  # fmt: skip
 
 
 def _config_of_export(

@@ -34,6 +34,7 @@ from megatron_moe.train.metrics import (
     step_numbers,
 )
 from megatron_moe.train.peak import Peak, device_peak
+from megatron_moe.train.sinks import Sink
 from megatron_moe.train.state import TrainState
 from megatron_moe.train.step import StepResult, mean_loss, train_step
 
@@ -45,13 +46,19 @@ def feed_of(job: Job, texts: Texts) -> Feed:
 
 
 def continue_pretraining(
-    job: Job, state: TrainState, plan: ExpertPlan, feed: Feed, copies: LocalCopies | None = None
+    job: Job,
+    state: TrainState,
+    plan: ExpertPlan,
+    feed: Feed,
+    sinks: list[Sink],
+    copies: LocalCopies | None = None,
 ) -> None:
     """Take the remaining steps, and run the hooks between them."""
     config = job.config
     peak = _announced_peak(job, state)
-    writer = MetricsWriter(config, resumed_step=state.step) if job.world.rank == 0 else None
-    resumed_step = state.step
+    resumed_step, writer = state.step, None
+    if job.world.rank == 0:
+        writer = MetricsWriter(config.run.dir, sinks, resumed_step=resumed_step)
     if resumed_step == 0:
         numbers: Numbers = {"step": 0}
         _validate(job, state, feed, numbers)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moe.checkpoint.folder import keep_source_files, newest, source_copy
-from megatron_moe.config.moe import Source
 from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import ConfigError
 
@@ -76,7 +75,7 @@ def with_source(config: RunConfig) -> RunConfig:
     folder = config.run.dir / "source"
     if not (folder / "config.json").exists():  # other ranks may be reading it
         folder = keep_source_files(config.run.dir, source_copy(checkpoint))
-    return config.model_copy(update={"source": Source(path=folder)})
+    return config.model_copy(update={"source": config.source.model_copy(update={"path": folder})})
 
 
 def changed_settings(before: RunConfig, now: RunConfig, *, step: int) -> list[Change]:

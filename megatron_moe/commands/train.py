@@ -15,6 +15,7 @@ from megatron_moe.checkpoint.folder import (
 from megatron_moe.checkpoint.local import LocalCopies
 from megatron_moe.checkpoint.visible import agreed_newest
 from megatron_moe.commands.job import Job
+from megatron_moe.commands.optimizer_state import open_optimizer_state, take_optimizer_state
 from megatron_moe.commands.pretraining import continue_pretraining, feed_of
 from megatron_moe.commands.resuming import (
     Change,
@@ -37,16 +38,22 @@ from megatron_moe.hf.disk import write_text
 from megatron_moe.hf.names import dense_tensors
 from megatron_moe.hf.reader import DenseCheckpoint
 from megatron_moe.hf.spec import DenseSpec, read_spec
-from megatron_moe.model.config import check_dispatcher
+from megatron_moe.log import console
+from megatron_moe.model.config import check_dispatcher, check_engine
 from megatron_moe.model.grouped_experts import kernel_in
 from megatron_moe.model.overlap import start_tp_overlap
 from megatron_moe.parallel.groups import create_groups
+from megatron_moe.planner.memory import peak_memory
+from megatron_moe.planner.shape import upcycled_shape
+from megatron_moe.planner.teacher import with_teacher
+from megatron_moe.planner.workload import degrees_of, workload_of
+from megatron_moe.rules.installed import require_packages
 from megatron_moe.runtime.engine import engine_of
 from megatron_moe.runtime.world import World
 from megatron_moe.source.dense import open_dense
 from megatron_moe.train.guard import Signals
 from megatron_moe.train.lock import only_job
-from megatron_moe.train.metrics import check_outputs
+from megatron_moe.train.sinks import Sink, open_sinks
 from megatron_moe.train.state import TrainState, make_state
 from megatron_moe.train.watch import Observe, Watch, unobserved
 
@@ -63,19 +70,21 @@ def train(config: RunConfig, world: World, observe: Observe = unobserved) -> Non
         world: This rank's place in the joined job.
         observe: Called with the stage and the step whenever this rank enters a stage.
     """
-    check_outputs(config)
+    require_packages(config)
     engine = engine_of(config.run.engine, world)
+    check_engine(config, engine)
     check_dispatcher(config.moe, engine)
     with (
         Signals() as signals,
         only_job(config.run.dir),
         Watch(world, hang_seconds=config.guard.hang_seconds, observe=observe) as watch,
+        open_sinks(config, rank=world.rank, say=console.print) as sinks,
     ):
         layout, groups = create_groups(config.parallel, seed=config.run.seed)  # who holds what
-        _train(Job(config, world, engine, layout, groups, watch, signals))
+        _train(Job(config, world, engine, layout, groups, watch, signals), sinks)
 
 
-def _train(job: Job) -> None:
+def _train(job: Job, sinks: list[Sink]) -> None:
     config, groups = job.config, job.groups
     job.watch.at("load")
     resume_from = agreed_newest(config.run.dir, job.world)
@@ -88,6 +97,8 @@ def _train(job: Job) -> None:
         kept = config.source.path if resume_from is None else source_copy(resume_from)
         keep_source_files(config.run.dir, kept)
     dense, spec, plan = _source(job, resume_from)  # 1. read, 2. which neurons each expert takes
+    if job.world.device.type == "cpu":
+        job.watch.predicted_memory = _predicted_memory(config, spec, job.world.size)
     texts = open_texts(  # 3. data
         config, vocab_size=spec.vocab_size, on_progress=lambda: job.watch.at("load")
     )
@@ -99,8 +110,13 @@ def _train(job: Job) -> None:
     if config.checkpoint.local_dir is not None:
         copies = LocalCopies(config, plan_hash=plan.hash, say=job.say)
     if dense is not None:
+        folder, inherited = config.source.optimizer_state, None
+        if folder is not None:
+            inherited = open_optimizer_state(folder, dense)
         # 4. filled online, verified; no other reference to the model, which a stage may replace
         state = make_state(config, upcycled_model(job, dense, plan, texts), groups)
+        if inherited is not None:
+            take_optimizer_state(job, state, inherited, plan)
     else:
         assert resume_from is not None
         state = restored_state(job, spec, plan, resume_from, copies)
@@ -110,7 +126,8 @@ def _train(job: Job) -> None:
     if (kernel := kernel_in(state.model.modules)) is not None:
         job.say(f"Experts use {kernel.name} ({kernel.reason})")
     job.say(announcement(texts, state.blend, config))
-    continue_pretraining(job, state, plan, feed_of(job, texts), copies)  # 5. train, validate, save
+    # 5. train, validate, save
+    continue_pretraining(job, state, plan, feed_of(job, texts), sinks, copies)
 
 
 def _source(
@@ -132,6 +149,18 @@ def _source(
     dense.check_tensors(dict(dense_tensors(spec)))
     plan = make_expert_plan(spec, config.moe, config.upcycle)
     return dense, spec, complete_plan(plan, config, dense)
+
+
+def _predicted_memory(config: RunConfig, spec: DenseSpec, world_size: int) -> str:
+    """Return what `plan` predicts for a rank, in words, without what it adds for CUDA."""
+    work = with_teacher(workload_of(config), config, spec)
+    shape, degrees = upcycled_shape(spec, config.moe), degrees_of(config, gpus=world_size)
+    memory = peak_memory(shape, work, degrees)
+    gib = memory.total - memory.framework - memory.communication
+    return (
+        f"plan predicts {1024 * gib:.0f} MiB for the model, its optimizer and activations on a "
+        "rank of this layout; Python and its libraries need some hundred more"
+    )
 
 
 def _report_resume(job: Job, state: TrainState, folder: Path, changes: list[Change]) -> None:

@@ -16,6 +16,7 @@ from megatron_moe.construct.against_dense import (
 )
 from megatron_moe.data.texts import Texts
 from megatron_moe.errors import ConfigError
+from megatron_moe.experts.file import read_measured_on
 from megatron_moe.experts.from_source import divides_source
 from megatron_moe.experts.plan import ExpertPlan
 from megatron_moe.hf.reader import DenseCheckpoint, open_mixed
@@ -80,6 +81,7 @@ def upcycled_model(job: Job, dense: DenseCheckpoint, plan: ExpertPlan, texts: Te
         agreement=agreement,
         against_dense=None if against_dense is None else against_dense.to_json(),
         source_files=checksums_of_sources([dense, *mix_with]),
+        construction=None if config.upcycle.plan is None else read_measured_on(config.upcycle.plan),
     )
     if rank == 0:
         write_receipt(receipt, config.run.dir)

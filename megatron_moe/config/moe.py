@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from megatron_moe.config.values import (
+    Beta,
     Count,
     Fraction,
     HomePath,
@@ -43,6 +44,11 @@ class Source(Section):
     """Hugging Face folder of a dense or MoE model: config.json, safetensors files and tokenizer
     files. A torch_dist checkpoint of Megatron-Core may take the place of the safetensors files."""
 
+    optimizer_state: HomePath | None = None
+    """Run, or checkpoint of a run, that the MoE in path was exported from. Its AdamW moments
+    become those of the new run; each of m copies of an expert gets 1/m of them. None: moments
+    begin at zero."""
+
 
 class Moe(Section):
     """Shape and router of the Mixture-of-Experts (MoE) layers.
@@ -77,6 +83,11 @@ class Moe(Section):
     """Number of neurons of the shared expert (S), which processes every token in addition to the
     routed experts. None: no shared expert."""
 
+    moe_shared_expert_overlap: bool = False
+    """Compute the shared expert while tokens are exchanged between ranks. On CUDA only. Gradients
+    of the router and the shared expert are then added in another order, so that results differ
+    within rounding."""
+
     moe_shared_expert_gate: bool = False
     """Multiply the shared expert's output by the sigmoid of a learned row (Qwen2-MoE). Only for a
     MoE source that has it."""
@@ -98,7 +109,19 @@ class Moe(Section):
     coefficient of variation of importance and load over a micro-batch."""
 
     moe_aux_loss_coeff: NonNegative = 1e-2
-    """Weight of each layer's load-balancing loss."""
+    """Weight of each layer's load-balancing loss. With adaptive_aux_loss, its upper bound."""
+
+    adaptive_aux_loss: bool = False
+    """Adapt each layer's weight of the load-balancing loss to its imbalance (Skywork-MoE, arXiv
+    2406.06563): a moving average of aux_loss_sensitivity times the share of choices that are
+    dropped. In a dropless run, it is the share that a capacity of the mean load would drop."""
+
+    aux_loss_sensitivity: Positive = 0.2
+    """Weight of a layer that drops all choices, before the upper bound. The default is that of
+    arXiv 2406.06563."""
+
+    aux_loss_decay: Beta = 0.99
+    """Decay of the moving average per step. The default is that of arXiv 2406.06563."""
 
     moe_z_loss_coeff: NonNegative = 0.0
     """Weight of the router's z-loss (arXiv 2202.08906), which keeps its logits small."""

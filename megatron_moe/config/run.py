@@ -66,6 +66,11 @@ class Parallel(Section):
     """Number of layers of the last pipeline stage, which also computes logits and loss. None: as
     many as any other stage."""
 
+    pipeline_model_parallel_layout: str | None = None
+    """Layers of each model chunk, in Megatron-Core's notation: E is the embedding, t a layer, L
+    logits and loss, and | ends a chunk. 'Et|(tt|)*2,tL' is Et|tt|tt|tL. The pp * vpp chunks are in
+    the order of the layers. None: equal stages, or by the two settings above."""
+
     expert_parallel_size: Count = 1
     """Number of ranks that share the experts of a layer; each holds whole experts (ep)."""
 
@@ -135,6 +140,10 @@ class Log(Section):
     wandb_project: str | None = None
     """Name of a Weights & Biases project. Requires the extra wandb. All jobs of a run write to one
     run there; with WANDB_MODE=offline, to files for `wandb sync`."""
+
+    mlflow_experiment: str | None = None
+    """Name of an MLflow experiment, at the server that the environment variable MLFLOW_TRACKING_URI
+    names. Requires the extra mlflow. All jobs of a run write to one run there."""
 
     router_warning_steps: Count = 100
     """Warn about a router after this many consecutive steps in which an expert got no token, K

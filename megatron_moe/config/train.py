@@ -64,6 +64,16 @@ class Train(Section):
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16: train in bfloat16 with fp32 master weights in the optimizer."""
 
+    fp8: Literal["e4m3", "hybrid"] | None = None
+    """Format of the products of linear layers and experts in fp8; weights, optimizer state and
+    everything else stay in bf16. hybrid: E4M3, with E5M2 for gradients of outputs. Requires
+    Transformer Engine and a GPU of compute capability 8.9 or newer. None: bf16 products."""
+
+    fp8_recipe: Literal["tensorwise", "blockwise"] = "tensorwise"
+    """Scaling factors with fp8, always those of the current values. tensorwise: one factor for a
+    tensor. blockwise: one for each 128 x 128 block of weights and 128 activations (compute
+    capability 9.0 and CUDA 12.9)."""
+
     recompute: Literal["none", "selective", "moe", "full"] = "none"
     """Parts that the backward pass recomputes instead of keeping in memory. selective: norms and
     expert activations, with Transformer Engine (on a CPU: core attention). moe: MoE layers and,

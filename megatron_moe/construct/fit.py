@@ -37,17 +37,16 @@ from megatron_moe.construct.dense_ffn import (
     router_of,
 )
 from megatron_moe.construct.finished import FinishedLayer, read_finished, write_finished
-from megatron_moe.construct.fit_router import LOGIT_STD, Prices, RouterRegression, gains, loads
+from megatron_moe.construct.fit_router import LOGIT_STD, Gains, Prices, RouterRegression, loads
 from megatron_moe.construct.measure import world_sum
 from megatron_moe.construct.ridge import RidgeSolution, RidgeSums, solve
 from megatron_moe.construct.stream import LayerStream
 from megatron_moe.data.batches import Batch
 from megatron_moe.experts.plan import ExpertPlan, LayerPlan, LayerTable
-from megatron_moe.experts.recipe import HELD_OUT_EVERY
+from megatron_moe.experts.recipe import HELD_OUT_EVERY, PENALTIES
 from megatron_moe.experts.solved import read_solved, write_solved
 from megatron_moe.hf.reader import DenseCheckpoint
 
-PENALTIES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 Progress = Callable[[int, int], None]
 
 
@@ -102,7 +101,7 @@ class Fit:
             else:
                 tables[layer], down_ND, fits[layer] = self._layer(layer, tables.get(layer))
                 routed = self._layer_plan(layer, tables[layer])
-                self._advance(lambda x_TD, p=routed, d=down_ND: self._features(x_TD, p) @ d)
+                self._advance(lambda x_TD, p=routed, d=down_ND: self._output(x_TD, p, d))
             progress(layer + 1, layers)
         return tables, fits
 
@@ -175,9 +174,19 @@ class Fit:
     def _layer_plan(self, layer: int, table: LayerTable) -> LayerPlan:
         return self.plan.with_tables({layer: table}).layer(layer)
 
-    def _features(self, x_TD: Tensor, plan: LayerPlan) -> Tensor:
+    def _output(self, x_TD: Tensor, plan: LayerPlan, down_ND: Tensor) -> Tensor:
+        return self._features(x_TD, self._ffn.activations(x_TD), plan) @ down_ND
+
+    def _features(self, x_TD: Tensor, act_TF: Tensor, plan: LayerPlan) -> Tensor:
         weights_TE = combine_weights(x_TD @ router_of(self._ffn, plan).T, self.moe)
-        return features(self._ffn.activations(x_TD), weights_TE, plan)
+        return features(act_TF, weights_TE, plan)
+
+    def _examples(self, plan: LayerPlan, *, left_out: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the inputs of ``down`` ``(T, N)`` and its target ``(T, D)``, by sequence."""
+        for index, x_TD in self._inputs(left_out=left_out):
+            act_TF = self._ffn.activations(x_TD)
+            target_TD = self._target(index, act_TF @ self._ffn.down_DF.T)
+            yield self._features(x_TD, act_TF, plan), target_TD
 
     def _sliced(self, plan: LayerPlan) -> Tensor:
         """Return the dense rows of ``down`` with the plan's factor, ``(N, D)``."""
@@ -187,7 +196,8 @@ class Fit:
 
     def _fit_router(self, plan: LayerPlan) -> Tensor:
         """Return the router rows, ``(E, D)``, the same on every rank."""
-        experts, neurons_EM = len(plan.neurons_EM), torch.from_numpy(plan.neurons_EM.copy())
+        experts = len(plan.neurons_EM)
+        gains = Gains(self._ffn.down_DF, torch.from_numpy(plan.neurons_EM.copy()))
         regression = RouterRegression.zeros(self._ffn.down_DF.shape[0], experts, self.stream.device)
         for index, x_TD in self._inputs():
             act_TF = self._ffn.activations(x_TD)
@@ -195,7 +205,7 @@ class Fit:
             if len(plan.shared_S):
                 shared = torch.from_numpy(plan.shared_S)
                 y_TD = y_TD - act_TF[:, shared] @ self._ffn.down_DF[:, shared].T
-            regression.add(x_TD, gains(self._ffn, act_TF, y_TD, neurons_EM))
+            regression.add(x_TD, gains.of(act_TF, y_TD))
         rows_ED, one_D = RouterRegression(regression.sums.map_(world_sum)).solve()
         rows_ED, one_D = rows_ED.to(self.stream.device), one_D.to(self.stream.device)
         priced = [(x_TD @ rows_ED.T, x_TD @ one_D) for _, x_TD in self._inputs()]
@@ -228,9 +238,8 @@ class Fit:
     def _down_sums(self, plan: LayerPlan, *, left_out: bool) -> RidgeSums:
         neurons, hidden = len(plan_neurons(plan)), self._ffn.down_DF.shape[0]
         sums = RidgeSums.zeros(neurons, hidden, self.stream.device)
-        for index, x_TD in self._inputs(left_out=left_out):
-            target_TD = self._target(index, self._ffn.output(x_TD))
-            sums.add(self._features(x_TD, plan), target_TD)
+        for z_TN, target_TD in self._examples(plan, left_out=left_out):
+            sums.add(z_TN, target_TD)
         return sums.map_(world_sum)
 
     def _solved(self, sums: RidgeSums, penalty: float, sliced_ND: Tensor) -> RidgeSolution:
@@ -249,9 +258,7 @@ class Fit:
     def _errors(self, plan: LayerPlan, candidates: list[Tensor]) -> list[float]:
         """Return the relative error of each candidate for ``down`` on text that was left out."""
         squares = torch.zeros(1 + len(candidates), dtype=torch.float64)
-        for index, x_TD in self._inputs(left_out=True):
-            target_TD = self._target(index, self._ffn.output(x_TD))
-            z_TN = self._features(x_TD, plan)
+        for z_TN, target_TD in self._examples(plan, left_out=True):
             squares[0] += target_TD.double().square().sum().cpu()
             for i, down_ND in enumerate(candidates, start=1):
                 squares[i] += (z_TN @ down_ND - target_TD).double().square().sum().cpu()

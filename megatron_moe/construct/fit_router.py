@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_moe.construct.dense_ffn import DenseFfn
 from megatron_moe.construct.ridge import RidgeSums, solve
 
 PENALTY = 1e-3
@@ -30,25 +29,35 @@ PRICE_ROUNDS = 500
 LEAST_STEP = 1e-3
 
 
-def gains(ffn: DenseFfn, act_TF: Tensor, y_TD: Tensor, neurons_EM: Tensor) -> Tensor:
-    """Return the standardized gain of each expert for each token, ``(T, E)``.
+class Gains:
+    """Gain of each expert for each token, computed batch by batch.
 
     Args:
-        ffn: Weights of the dense layer.
-        act_TF: Activations of its neurons.
-        y_TD: Output that the routed experts must explain.
+        down_DF: Output weights of the dense layer.
         neurons_EM: Neurons of each expert.
     """
-    along_TF = y_TD @ ffn.down_DF
-    columns = []
-    for neurons_M in neurons_EM:
-        act_TM, down_DM = act_TF[:, neurons_M], ffn.down_DF[:, neurons_M]
-        overlap_T = (act_TM * along_TF[:, neurons_M]).sum(dim=1)
-        square_T = ((act_TM @ (down_DM.T @ down_DM)) * act_TM).sum(dim=1)
-        columns.append(2 * overlap_T - square_T)
-    gain_TE = torch.stack(columns, dim=1)
-    gain_TE = gain_TE - gain_TE.mean(dim=1, keepdim=True)
-    return gain_TE / gain_TE.std(dim=1, keepdim=True).clamp(min=1e-12)
+
+    def __init__(self, down_DF: Tensor, neurons_EM: Tensor) -> None:
+        self._down_DF, self._neurons_EM = down_DF, neurons_EM
+        parts = [down_DF[:, neurons_M] for neurons_M in neurons_EM]
+        self._grams = [down_DM.T @ down_DM for down_DM in parts]
+
+    def of(self, act_TF: Tensor, y_TD: Tensor) -> Tensor:
+        """Return the standardized gains, ``(T, E)``.
+
+        Args:
+            act_TF: Activations of the dense layer's neurons.
+            y_TD: Output that the routed experts must explain.
+        """
+        along_TF, columns = y_TD @ self._down_DF, []
+        for neurons_M, gram_MM in zip(self._neurons_EM, self._grams, strict=True):
+            act_TM = act_TF[:, neurons_M]
+            overlap_T = (act_TM * along_TF[:, neurons_M]).sum(dim=1)
+            square_T = ((act_TM @ gram_MM) * act_TM).sum(dim=1)
+            columns.append(2 * overlap_T - square_T)
+        gain_TE = torch.stack(columns, dim=1)
+        gain_TE = gain_TE - gain_TE.mean(dim=1, keepdim=True)
+        return gain_TE / gain_TE.std(dim=1, keepdim=True).clamp(min=1e-12)
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,6 +50,7 @@ class LayerStream:
         block: Any = self._module.decoder.layers[0]
         self._block = block
         block.pre_mlp_layernorm.register_forward_pre_hook(self._keep)
+        block.mlp.forward = _nothing  # whoever uses this class computes the FFN
         self._fill(0, layers_only=False)
 
     @property
@@ -95,3 +96,8 @@ class LayerStream:
             one, [self._dense], self._plan, layout=self._layout, rank=self._rank,
             layers_only=layers_only,
         )  # fmt: skip
+
+
+def _nothing(hidden_SBD: Tensor, **_: Any) -> tuple[Tensor, None]:
+    """Stand in for an FFN, whose output and bias are not used."""
+    return hidden_SBD, None

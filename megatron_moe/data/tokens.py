@@ -25,7 +25,7 @@ from megatron_moe.data.files import find_files
 from megatron_moe.data.stream import TokenStream
 from megatron_moe.data.tokenizer import check_vocabulary, load_tokenizer
 from megatron_moe.errors import DataError
-from megatron_moe.hf.disk import make_folder
+from megatron_moe.hf.disk import make_folder, naming
 
 
 def prepare_tokens(
@@ -141,7 +141,7 @@ def _cached(
     # The index is renamed last: if it exists, the pair is complete.
     if Path(f"{prefix}.idx").exists():
         return prefix
-    with _own_folder(cache_dir, prefix.name) as folder:
+    with naming(prefix), _own_folder(cache_dir, prefix.name) as folder:
         unfinished = folder / "tokens"
         if Path(f"{prefix}.idx").exists():  # another job finished while this one opened its folder
             return prefix

@@ -98,6 +98,15 @@ def read_plan(path: Path, plan: ExpertPlan, *, source: str | None) -> ExpertPlan
     return result
 
 
+def read_measured_on(path: Path) -> dict[str, Any] | None:
+    """Return what a plan file says about its measurement and fit.
+
+    Raises:
+        CheckpointError: The file does not exist, or is damaged.
+    """
+    return _read(path)[0].get("measured_on")
+
+
 def _arrays(table: LayerTable) -> dict[str, np.ndarray]:
     stored = {}
     for field in fields(table):

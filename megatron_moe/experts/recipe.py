@@ -14,6 +14,8 @@ from megatron_moe.config.moe import Method, RouterInit
 SCHEMA = 1
 HELD_OUT_EVERY = 8
 """Every so many calibration sequences, one is left out of a fit and judges it."""
+PENALTIES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+"""Relative penalties that a fit of ``down`` tries; the text that is left out chooses one."""
 
 
 @dataclass(frozen=True, slots=True)

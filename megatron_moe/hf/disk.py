@@ -9,7 +9,6 @@ import errno
 import os
 import re
 import secrets
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -112,9 +111,14 @@ def refusal(error: OSError, folder: Path, *, needed: int | None = None) -> str:
     reason = _REASONS.get(error.errno or 0, error.strerror or str(error))
     if error.errno != errno.ENOSPC:
         return f"{reason} ({path})"
-    free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
+    disk = os.statvfs(next(p for p in (folder, *folder.parents) if p.exists()))
+    if disk.f_files and not disk.f_favail:
+        return f"no inodes left on the disk of {folder}: it holds as many files as it can"
+    free = disk.f_bavail * disk.f_frsize
     asked = "" if needed is None else f"{size_in_words(needed)} needed, "
-    return f"{reason} on the disk of {folder}: {asked}{size_in_words(free)} free"
+    text = f"{reason} on the disk of {folder}: {asked}{size_in_words(free)} free"
+    # Thin volumes and quotas refuse what the file system itself has room for.
+    return text if needed is None or free < needed else f"{text}, but its storage has no more"
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from megatron_moe.model.residual import multiply_ends
 from megatron_moe.model.rope import scaled_frequencies
 from megatron_moe.model.routers import router_factory
 from megatron_moe.model.spec import QkNorms, block_spec
-from megatron_moe.parallel.layout import ParallelLayout, ends_of
+from megatron_moe.parallel.layout import ParallelLayout, split_of
 from megatron_moe.parallel.shards import padded_vocabulary
 from megatron_moe.parallel.stages import chunk_layers, is_first, is_last
 from megatron_moe.runtime.engine import Engine
@@ -104,7 +104,7 @@ def build_model(
     for vpp_rank in range(vpp):
         stage = {"pp_rank": layout.attention.coords(rank)["pp"], "vpp_rank": vpp_rank}
         layers = chunk_layers(
-            num_layers=spec.num_layers, pp=pp, vpp=vpp, ends=ends_of(config.parallel), **stage
+            num_layers=spec.num_layers, pp=pp, vpp=vpp, split=split_of(config.parallel), **stage
         )
         vp_stage = vpp_rank if vpp > 1 else None
         spec_of_layers: Any = block_spec(

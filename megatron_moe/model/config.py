@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -43,6 +45,7 @@ def transformer_settings(config: RunConfig, spec: DenseSpec, *, engine: Engine) 
         **_parallel(config.parallel),
         **_recompute(config.train.recompute, engine),
         **_kernels(config.train, engine),
+        **_shared_expert_overlap(config.moe, engine),
         bf16=dtype is torch.bfloat16,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -128,7 +131,10 @@ def _moe(moe: Moe, spec: DenseSpec) -> dict[str, Any]:
 
 
 def _parallel(parallel: Parallel) -> dict[str, Any]:
-    vpp = parallel.virtual_pipeline_parallel_size or 1
+    vpp, layout = (
+        parallel.virtual_pipeline_parallel_size or 1,
+        parallel.pipeline_model_parallel_layout,
+    )
     return {
         # A stage's output is freed once it is sent, because the backward pass needs only its shape.
         "deallocate_pipeline_outputs": True,
@@ -138,6 +144,7 @@ def _parallel(parallel: Parallel) -> dict[str, Any]:
         "virtual_pipeline_model_parallel_size": vpp if vpp > 1 else None,
         "num_layers_in_first_pipeline_stage": parallel.num_layers_in_first_pipeline_stage,
         "num_layers_in_last_pipeline_stage": parallel.num_layers_in_last_pipeline_stage,
+        **({} if layout is None else {"pipeline_model_parallel_layout": layout}),
         "expert_model_parallel_size": parallel.expert_parallel_size,
         "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
         "sequence_parallel": parallel.tensor_parallel_size > 1,
@@ -192,7 +199,45 @@ def _kernels(train: Train, engine: Engine) -> dict[str, Any]:
         "moe_grouped_gemm": True,
         "moe_permute_fusion": True,
         "moe_router_fusion": True,
+        **({} if train.fp8 is None else {"fp8": train.fp8, "fp8_recipe": train.fp8_recipe}),
     }
+
+
+def _shared_expert_overlap(moe: Moe, engine: Engine) -> dict[str, Any]:
+    """Return the setting that overlaps the shared expert; a model on a CPU computes the same."""
+    if not (moe.moe_shared_expert_overlap and engine.on_cuda):
+        return {}
+    return {"moe_shared_expert_overlap": True}
+
+
+@contextmanager
+def without_fp8(transformer: TransformerConfig) -> Iterator[None]:
+    """Compute products in bf16 inside a ``with`` block; layers read the setting in each pass."""
+    fp8, transformer.fp8 = transformer.fp8, None
+    try:
+        yield
+    finally:
+        transformer.fp8 = fp8
+
+
+def check_engine(config: RunConfig, engine: Engine) -> None:
+    """Reject settings of training that the chosen engine would ignore.
+
+    Raises:
+        ConfigError: The message names the setting and the engine.
+    """
+    train = config.train
+    for name, value, supported, needed in (
+        ("train.fp8", train.fp8, not engine.is_torch, "Transformer Engine"),
+        ("train.tp_comm_overlap", train.tp_comm_overlap, not engine.is_torch, "Transformer Engine"),
+        ("moe.moe_shared_expert_overlap", config.moe.moe_shared_expert_overlap, engine.on_cuda,
+         "a GPU"),
+    ):  # fmt: skip
+        if value and not supported:
+            raise ConfigError(
+                f"{name} ({value}) needs {needed}, but this run uses the engine {engine.name} on "
+                f"{engine.device} ({engine.reason}).\n  leave {name} unset"
+            )
 
 
 def check_dispatcher(moe: Moe, engine: Engine) -> None:

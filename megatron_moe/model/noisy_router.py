@@ -48,6 +48,11 @@ class NoisyRouter(CapacityRouter):
         self._waiting: deque[Tensor] = deque()
         self._clean_TE, self._std_TE = torch.empty(0), torch.empty(0)
 
+    def set_balance(self, coefficient: float) -> None:
+        """Set the coefficient of the loss that balances this layer: ours, or Megatron-Core's."""
+        super().set_balance(coefficient)
+        self._balance = coefficient if self._balance else 0.0
+
     def start_pass(self, samples_B: Tensor) -> None:
         """Set the samples of the next forward pass, which key its noise."""
         self.samples_B = samples_B

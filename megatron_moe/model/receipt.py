@@ -64,8 +64,12 @@ def gather_receipt(
     agreement: Agreement | None,
     against_dense: dict[str, Any] | None,
     source_files: list[dict[str, Any]],
+    construction: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """Return the receipt of the whole run on every rank, in the format of receipt.json."""
+    """Return the receipt of the whole run on every rank, in the format of receipt.json.
+
+    ``construction`` is what the plan file says: the text it was measured on, and each layer's fit.
+    """
     ranks: list[RankReceipt] = [own] * dist.get_world_size()
     dist.all_gather_object(ranks, own)
     return {
@@ -79,6 +83,7 @@ def gather_receipt(
         "seconds": max(rank.seconds for rank in ranks),
         "verification": None if agreement is None else asdict(agreement),
         "against_dense": against_dense,
+        "construction": construction,
         "ranks": [asdict(rank) for rank in ranks],
     }
 

@@ -97,7 +97,7 @@ def reshape_values(
         moments = _world_sums(layers, recipe, _moments, (3, 2))
         for local in layers:
             _redraw(local, recipe, moments[recipe.moe_layers.index(local.layer)])
-    if recipe.router_init == "gate_mean":
+    if recipe.router_init == "gate_mean" and "router" not in recipe.fit:
         rows = _world_sums(layers, recipe, _gate_rows, (recipe.hidden_size,))
         for local in layers:
             mean_ED = rows[recipe.moe_layers.index(local.layer)] / recipe.expert_ffn_hidden_size

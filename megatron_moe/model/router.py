@@ -63,6 +63,10 @@ class CapacityRouter(TopKRouter):
         assert self.layer_number is not None
         return self.layer_number - 1
 
+    def set_balance(self, coefficient: float) -> None:
+        """Set the coefficient of the load-balancing loss of this layer."""
+        self.config.moe_aux_loss_coeff = coefficient
+
     def start_pass(self, samples_B: Tensor) -> None:
         """Prepare for a forward pass over these samples, given by their indices in the data."""
 

@@ -12,7 +12,7 @@ weights), `model/reshape.py` does so afterwards, in place.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -174,10 +174,12 @@ def fill(
     layout: ParallelLayout,
     rank: int,
     layers_only: bool = False,
+    into: Mapping[Tensor, Tensor] | None = None,
 ) -> tuple[Filled, list[LocalLayer]]:
     """Read all parameters: the first half of `upcycle`, without communication between ranks.
 
-    With ``layers_only``, parameters outside the layers keep their values.
+    With ``layers_only``, parameters outside the layers keep their values. With ``into``, the
+    values of each parameter go into that tensor of the same shape instead.
 
     Returns:
         A summary, and this rank's MoE layers for `reshape_values`.
@@ -194,7 +196,8 @@ def fill(
                 continue
             local = _LayerSource(checkpoints[0], layer, plan, layout, rank)
             for parameter, matched in parameters:
-                local.fill(parameter, matched, filler)
+                target = parameter if into is None else into[parameter]
+                local.fill(target, matched, filler)
                 count += 1
                 size += parameter.numel() * parameter.element_size()
             filler.read()

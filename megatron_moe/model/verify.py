@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_moe.hf.load import load_model
 from megatron_moe.model.build import Model
+from megatron_moe.model.config import without_fp8
 from megatron_moe.model.loss import make_output_processor
 from megatron_moe.parallel.sequence import zigzag
 from megatron_moe.parallel.shards import ShardIndex, padded_vocabulary
@@ -48,11 +49,12 @@ def compare_with_dense(
 ) -> Agreement:
     """Run both models on ``tokens_S``; every rank returns the same numbers.
 
-    Rank 0 temporarily loads the dense model with `transformers`, in the precision of the run. Only
-    its logits are sent to the other ranks.
+    Rank 0 temporarily loads the dense model with `transformers`, in the precision of the run (bf16
+    for a run in fp8). Only its logits are sent to the other ranks.
     """
     parameter = next(model.modules[0].parameters())
-    own_sv = _moe_logits(model, tokens_S, groups)
+    with without_fp8(model.transformer):
+        own_sv = _moe_logits(model, tokens_S, groups)
     vocab_size = model.spec.vocab_size
     dense_SV = torch.empty(len(tokens_S), vocab_size, device=parameter.device)
     if dist.get_rank() == 0:

@@ -22,7 +22,7 @@ import numpy as np
 
 from megatron_moe.config.run import Parallel
 from megatron_moe.errors import ConfigError, nearest_multiples
-from megatron_moe.parallel.stages import Ends
+from megatron_moe.parallel.stages import PipelineSplit
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,11 +142,12 @@ def fold(config: Parallel, *, world_size: int) -> ParallelLayout:
     )
 
 
-def ends_of(config: Parallel) -> Ends:
-    """Return the configured sizes of the first and the last pipeline stage."""
-    return Ends(
+def split_of(config: Parallel) -> PipelineSplit:
+    """Return how the configuration divides layers into pipeline stages."""
+    return PipelineSplit(
         first=config.num_layers_in_first_pipeline_stage,
         last=config.num_layers_in_last_pipeline_stage,
+        layout=config.pipeline_model_parallel_layout,
     )
 
 

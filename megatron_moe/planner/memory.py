@@ -273,9 +273,12 @@ def peak_memory(shape: MoeShape, work: Workload, degrees: Degrees) -> RankMemory
     """Return the memory of the rank that needs most, in closed form.
 
     That rank is in the first stage, which has the most micro-batches in flight, in the last, which
-    has the logits, or in the second, if the first has fewer layers.
+    has the logits, or in the second, if the first has fewer layers. With a manual layout, it may be
+    any.
     """
-    stages = {0, degrees.pp - 1} | ({min(1, degrees.pp - 1)} if degrees.ends != EVEN else set())
+    stages = {0, degrees.pp - 1} | ({min(1, degrees.pp - 1)} if degrees.split != EVEN else set())
+    if degrees.split.layout is not None:
+        stages = set(range(degrees.pp))
     memories = (rank_memory(shape, work, degrees, pp_rank=stage) for stage in sorted(stages))
     return max(memories, key=lambda memory: memory.total)
 

@@ -98,7 +98,7 @@ def _chunk_layers(shape: MoeShape, degrees: Degrees, pp_rank: int, vpp_rank: int
         num_layers=shape.num_layers,
         pp=degrees.pp,
         vpp=degrees.vpp,
-        ends=degrees.ends,
+        split=degrees.split,
         pp_rank=pp_rank,
         vpp_rank=vpp_rank,
     )

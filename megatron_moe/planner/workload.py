@@ -8,8 +8,8 @@ from typing import Literal
 from megatron_moe.config.parts import ALL_TRAINED, Frozen
 from megatron_moe.config.run import Parallel, RunConfig
 from megatron_moe.config.train import OptimizerName
-from megatron_moe.parallel.layout import ends_of
-from megatron_moe.parallel.stages import EVEN, Ends, stage_sizes
+from megatron_moe.parallel.layout import split_of
+from megatron_moe.parallel.stages import EVEN, PipelineSplit, stage_sizes
 from megatron_moe.planner.shape import MoeShape
 
 Engine = Literal["torch", "transformer_engine"]
@@ -40,8 +40,8 @@ class Degrees:
     vpp: int = 1
     ep: int = 1
     etp: int = 1
-    ends: Ends = EVEN
-    """Layers of the first and the last pipeline stage, if they differ from the others."""
+    split: PipelineSplit = EVEN
+    """Layers of the pipeline stages, if they are not equally many."""
 
     @property
     def dp(self) -> int:
@@ -55,7 +55,7 @@ class Degrees:
 
     def stage_shares(self, num_layers: int) -> list[float]:
         """Return each stage's part of the layers."""
-        sizes = stage_sizes(num_layers, self.pp, self.ends)
+        sizes = stage_sizes(num_layers, self.pp, self.split)
         assert sizes is not None, "the rules refuse other layouts"
         return [size / num_layers for size in sizes]
 
@@ -79,8 +79,9 @@ class Degrees:
             virtual_pipeline_parallel_size=self.vpp if self.vpp > 1 else None,
             expert_parallel_size=self.ep,
             expert_tensor_parallel_size=self.etp,
-            num_layers_in_first_pipeline_stage=self.ends.first,
-            num_layers_in_last_pipeline_stage=self.ends.last,
+            num_layers_in_first_pipeline_stage=self.split.first,
+            num_layers_in_last_pipeline_stage=self.split.last,
+            pipeline_model_parallel_layout=self.split.layout,
         )
 
 
@@ -181,7 +182,7 @@ def degrees_of(config: RunConfig, *, gpus: int) -> Degrees:
         vpp=parallel.virtual_pipeline_parallel_size or 1,
         ep=parallel.expert_parallel_size,
         etp=parallel.expert_tensor_parallel_size,
-        ends=ends_of(parallel),
+        split=split_of(parallel),
     )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from megatron_moe.config.values import Section as Settings
 from megatron_moe.errors import ConfigError
-from megatron_moe.parallel.layout import ParallelLayout, ends_of, fold, local_experts
+from megatron_moe.parallel.layout import ParallelLayout, fold, local_experts, split_of
 from megatron_moe.parallel.stages import chunk_layers
 from megatron_moe.report.grids import draw_grids
 from megatron_moe.report.html import Child, Html, command, el, folded, join, missing, number, table
@@ -34,6 +34,7 @@ def receipt(run: RunFiles) -> Section:
     parts = [
         _receipt_facts(receipt),
         _against_dense(receipt.get("against_dense")),
+        _fit((receipt.get("construction") or {}).get("fit")),
         _ranks(receipt["ranks"]),
     ]
     return Section("receipt", "Upcycling", join(parts))
@@ -89,6 +90,21 @@ def _against_dense(comparison: dict[str, Any] | None) -> Html | None:
         _by_layer(busiest, "Busiest expert as upcycled", "tokens / mean"),
     ]
     return join([losses, figures(*pictures)])
+
+
+def _fit(fits: dict[str, dict[str, Any]] | None) -> Html | None:
+    """Return a picture of each layer's error before and after solving, as the plan file has it."""
+    if not fits:
+        return None
+    layers = np.array([int(layer) for layer in fits])
+    lines = [
+        Line(name, layers, np.array([fit[key] for fit in fits.values()], dtype=float))
+        for name, key in (("sliced", "error_before"), ("solved", "error_after"))
+    ]
+    title = "Fit on calibration text that was left out"
+    alt = f"{title}: error of each layer's output relative to the source, before and after."
+    picture = line_picture(lines, alt=alt, y="relative to the source", x="layer", from_zero=True)
+    return figure(title, picture, steps_table(lines, title, axis="layer"))
 
 
 def _by_layer(values: dict[str, float] | None, title: str, label: str) -> Html | None:
@@ -180,10 +196,15 @@ def _layers(run: RunFiles, ranks: ParallelLayout, stage: int) -> str:
     vpp = run.config.parallel.virtual_pipeline_parallel_size or 1
     if run.spec is None:
         return "all" if pp == 1 else f"of stage {stage}"
-    ends = ends_of(run.config.parallel)
+    split = split_of(run.config.parallel)
     chunks = [
         chunk_layers(
-            num_layers=run.spec.num_layers, pp=pp, vpp=vpp, ends=ends, pp_rank=stage, vpp_rank=chunk
+            num_layers=run.spec.num_layers,
+            pp=pp,
+            vpp=vpp,
+            split=split,
+            pp_rank=stage,
+            vpp_rank=chunk,
         )
         for chunk in range(vpp)
     ]
@@ -191,7 +212,9 @@ def _layers(run: RunFiles, ranks: ParallelLayout, stage: int) -> str:
 
 
 def _range(held: range) -> str:
-    return str(held[0]) if len(held) == 1 else f"{held[0]}\u2013{held[-1]}"
+    if len(held) < 2:
+        return str(held[0]) if held else "none"
+    return f"{held[0]}\u2013{held[-1]}"
 
 
 def _rank_table(run: RunFiles, ranks: ParallelLayout, world_size: int) -> Html:

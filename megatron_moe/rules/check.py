@@ -9,7 +9,7 @@ from __future__ import annotations
 from megatron_moe.config.run import Parallel, RunConfig
 from megatron_moe.errors import ConfigError
 from megatron_moe.hf.spec import DenseSpec
-from megatron_moe.rules import layout, moe, parts, teacher, training
+from megatron_moe.rules import layout, moe, parts, precision, teacher, training
 from megatron_moe.rules.case import Case
 from megatron_moe.rules.nearest import changes, nearest_layout
 
@@ -64,12 +64,12 @@ def violations(config: RunConfig, spec: DenseSpec, world_size: int) -> list[str]
 
 LAYOUT_RULES = (
     layout.world, layout.heads, layout.experts, layout.dense_ffn,
-    layout.pipeline, layout.sequence, layout.batch, layout.batch_ramp,
+    layout.pipeline, layout.pipeline_layout, layout.sequence, layout.batch, layout.batch_ramp,
 )  # fmt: skip
 """Rules that another layout can satisfy."""
 
 RULES = (
-    *LAYOUT_RULES, layout.tp_overlap,
+    *LAYOUT_RULES, layout.tp_overlap, precision.fp8, precision.shared_overlap,
     moe.capacity, moe.dispatcher, moe.router, moe.construction,
     moe.shared_expert, moe.moe_layers,
     training.schedule, training.weight_decay, training.gradients, training.muon, training.moments,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 
 from megatron_moe.errors import nearest_multiples
 from megatron_moe.experts.resolve import moe_layer_ids
 from megatron_moe.hf.spec import DenseSpec
-from megatron_moe.parallel.layout import ends_of, indivisible_world
-from megatron_moe.parallel.stages import EVEN, stage_sizes
+from megatron_moe.parallel.layout import indivisible_world, split_of
+from megatron_moe.parallel.stages import EVEN, layout_blocks, stage_sizes
 from megatron_moe.rules.case import Case, indivisible
 
 
@@ -103,18 +104,20 @@ def dense_ffn(case: Case) -> Iterator[str]:
 def pipeline(case: Case) -> Iterator[str]:
     """Check that pp and vpp divide the layers."""
     pp, layers = case.config.parallel.pipeline_parallel_size, case.spec.num_layers
+    if case.config.parallel.pipeline_model_parallel_layout is not None:
+        return  # see `pipeline_layout`
     if case.vpp > 1 and pp == 1:
         yield (
             f"parallel.virtual_pipeline_parallel_size ({case.vpp}) needs "
             "parallel.pipeline_parallel_size of at least 2: chunks are interleaved between stages."
             "\n  leave parallel.virtual_pipeline_parallel_size unset"
         )
-    elif (ends := ends_of(case.config.parallel)) != EVEN:
-        sizes = stage_sizes(layers, pp, ends)
+    elif (split := split_of(case.config.parallel)) != EVEN:
+        sizes = stage_sizes(layers, pp, split)
         if pp == 1 or sizes is None or any(size % case.vpp for size in sizes):
             yield (
-                f"parallel.num_layers_in_first_pipeline_stage ({ends.first or 'unset'}) and "
-                f"num_layers_in_last_pipeline_stage ({ends.last or 'unset'}) must leave equal "
+                f"parallel.num_layers_in_first_pipeline_stage ({split.first or 'unset'}) and "
+                f"num_layers_in_last_pipeline_stage ({split.last or 'unset'}) must leave equal "
                 f"numbers of the {layers} layers to all other stages (pp = {pp}), and vpp = "
                 f"{case.vpp} must divide the layers of every stage.\n"
                 f"  {_uneven(layers, pp, case.vpp) or 'leave both unset'}"
@@ -130,6 +133,54 @@ def pipeline(case: Case) -> Iterator[str]:
             f"  nearest pp x vpp: {', '.join(near[:4])}"
             + (f"\n  or set {uneven}" if (uneven := _uneven(layers, pp, case.vpp)) else "")
         )
+
+
+def pipeline_layout(case: Case) -> Iterator[str]:
+    """Check that a manual layout has the embedding, all layers and the loss, in pp * vpp chunks."""
+    p, layers = case.config.parallel, case.spec.num_layers
+    layout, pp = p.pipeline_model_parallel_layout, p.pipeline_parallel_size
+    if layout is None:
+        return
+    setting = f"parallel.pipeline_model_parallel_layout ({layout})"
+    try:
+        blocks = layout_blocks(layout)
+    except ValueError as error:
+        yield f"{setting} is no layout: {error}"
+        return
+    for end in ("first", "last"):
+        if (size := getattr(p, f"num_layers_in_{end}_pipeline_stage")) is not None:
+            yield (
+                f"{setting} and parallel.num_layers_in_{end}_pipeline_stage ({size}) both say how "
+                f"many layers a stage has.\n  remove one of them"
+            )
+    if pp == 1 or len(blocks) != pp * case.vpp:
+        yield (
+            f"{setting} has {len(blocks)} chunks, which must be pp * vpp = {pp} * {case.vpp} = "
+            f"{pp * case.vpp}, with pp of at least 2: each rank of the pipeline holds vpp of them."
+            f"\n  {_layout_example(layers, max(pp, 2), case.vpp)}"
+        )
+    elif re.fullmatch(f"Et{{{layers}}}L", "".join(blocks)) is None:
+        yield (
+            f"{setting} must have E first, then a t for each of the {layers} layers, and L last: "
+            f"it is {'|'.join(blocks)}, with {''.join(blocks).count('t')} layers.\n"
+            f"  {_layout_example(layers, pp, case.vpp)}"
+        )
+    elif not all(blocks):
+        yield (
+            f"{setting} has a chunk without anything: its rank would have no parameters.\n"
+            f"  {_layout_example(layers, pp, case.vpp)}"
+        )
+
+
+def _layout_example(layers: int, pp: int, vpp: int) -> str:
+    """Return a layout whose chunks differ by one layer at most."""
+    chunks = pp * vpp
+    sizes = [layers // chunks + (i >= chunks - layers % chunks) for i in range(chunks)]
+    words = [f"t*{size}" if size > 1 else "t" * size for size in sizes]
+    return (
+        f"for example parallel.pipeline_parallel_size={pp} "
+        f"parallel.pipeline_model_parallel_layout='E{'|'.join(words)}L'"
+    )
 
 
 def _uneven(layers: int, pp: int, vpp: int) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megatron_moe.config.moe import Moe
 from megatron_moe.experts.resolve import moe_layer_ids
 from megatron_moe.rules.case import Case, indivisible
 from megatron_moe.rules.construction import construction_violations
@@ -142,9 +143,31 @@ def router(case: Case) -> Iterator[str]:
             "noisy: its load is defined as a probability under the gate's noise.\n"
             "  set moe.router_gate=noisy_linear or moe.moe_router_load_balancing_type=aux_loss"
         )
+    yield from _adaptive(moe)
     if sigmoid and moe.router_order != "topk_softmax":
         yield (
             f"moe.router_order ({moe.router_order}) has no effect with "
             "moe.moe_router_score_function (sigmoid): the scores of chosen experts are divided by "
             "their sum.\n  leave moe.router_order unset"
         )
+
+
+def _adaptive(moe: Moe) -> Iterator[str]:
+    """Check that there is a loss whose coefficient can adapt, and settings only if it does."""
+    no_loss = moe.moe_router_load_balancing_type == "none" or not moe.moe_aux_loss_coeff
+    if moe.adaptive_aux_loss and no_loss:
+        yield (
+            "moe.adaptive_aux_loss (true) needs a load-balancing loss: "
+            f"moe.moe_router_load_balancing_type is {moe.moe_router_load_balancing_type} and "
+            f"moe.moe_aux_loss_coeff, the upper bound of the coefficients, is "
+            f"{moe.moe_aux_loss_coeff}.\n"
+            "  set both, or leave moe.adaptive_aux_loss unset"
+        )
+    for name in ("aux_loss_sensitivity", "aux_loss_decay"):
+        value, default = getattr(moe, name), Moe.model_fields[name].default
+        if not moe.adaptive_aux_loss and value != default:
+            yield (
+                f"moe.{name} ({value}) has no effect without moe.adaptive_aux_loss: the "
+                f"coefficient is constant.\n  set moe.adaptive_aux_loss=true, or leave moe.{name} "
+                "unset"
+            )

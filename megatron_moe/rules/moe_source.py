@@ -39,7 +39,7 @@ def source_violations(config: RunConfig, spec: DenseSpec) -> Iterator[str]:
             f"{finer}"
         )
     else:
-        for rule in (_same, _number, _parts, _top_k, _twins, _choose, _unused):
+        for rule in (_same, _number, _parts, _top_k, _twins, _choose, _unused, _optimizer_state):
             yield from rule(config, spec, experts)
 
 
@@ -58,6 +58,12 @@ def _dense_source(config: RunConfig) -> Iterator[str]:
                 f"upcycle.{name} ({value}) has no effect with upcycle.method ({upcycle.method}): "
                 f"it is for experts of a MoE source.\n  leave upcycle.{name} unset"
             )
+    if config.source.optimizer_state is not None:
+        yield (
+            f"source.optimizer_state ({config.source.optimizer_state}) needs a MoE in source.path "
+            f"({config.source.path}), but it is dense: its run had no experts and no router.\n"
+            "  leave source.optimizer_state unset"
+        )
     if config.moe.moe_shared_expert_gate:
         yield (
             "moe.moe_shared_expert_gate (true) needs a MoE source that has the gate: a dense FFN "
@@ -247,4 +253,22 @@ def _unused(config: RunConfig, spec: DenseSpec, experts: ExpertsSpec) -> Iterato
             f"moe.router_gate ({moe.router_gate}) must be linear with upcycle.method "
             f"({upcycle.method}): the router of the source is one linear layer.\n"
             "  leave moe.router_gate unset"
+        )
+
+
+def _optimizer_state(config: RunConfig, spec: DenseSpec, experts: ExpertsSpec) -> Iterator[str]:
+    folder, row = config.source.optimizer_state, METHODS[config.upcycle.method]
+    if folder is None:
+        return
+    if config.optimizer.optimizer != "adam":
+        yield (
+            f"source.optimizer_state ({folder}) needs optimizer.optimizer (adam), but it is "
+            f"{config.optimizer.optimizer}: it takes over AdamW's moments.\n"
+            "  leave source.optimizer_state unset"
+        )
+    if row.splits_experts or chosen_by(config.upcycle) == "merge":
+        yield (
+            f"source.optimizer_state ({folder}) needs experts that are copies of source experts, "
+            f"but upcycle.method ({config.upcycle.method}) splits or merges them.\n"
+            "  leave source.optimizer_state unset"
         )

@@ -16,7 +16,10 @@ SETTINGS = (
     "tensor_parallel_size", "context_parallel_size", "pipeline_parallel_size",
     "virtual_pipeline_parallel_size", "expert_parallel_size", "expert_tensor_parallel_size",
 )  # fmt: skip
-ENDS = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
+SPLITS = (
+    "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage",
+    "pipeline_model_parallel_layout",
+)  # fmt: skip
 
 
 def nearest_layout(
@@ -38,11 +41,13 @@ def nearest_layout(
 
 def changes(before: Parallel, after: Parallel) -> str:
     """Return the settings to change, in command-line form."""
-    return " ".join(
+    degrees = (
         f"parallel.{name}={getattr(after, name) or 1}"
         for name in SETTINGS
         if (getattr(before, name) or 1) != (getattr(after, name) or 1)
-    ) + "".join(f" parallel.{name}=null" for name in ENDS if getattr(before, name) is not None)
+    )
+    dropped = (f"parallel.{name}=null" for name in SPLITS if getattr(before, name) is not None)
+    return " ".join([*degrees, *dropped])
 
 
 def _layouts(world_size: int, num_layers: int) -> Iterator[Degrees]:
@@ -65,7 +70,7 @@ def _degrees(parallel: Parallel) -> Degrees:
 
 
 def _parallel(parallel: Parallel, degrees: Degrees) -> Parallel:
-    update: dict[str, Any] = {**dict(zip(SETTINGS, degrees, strict=True)), **dict.fromkeys(ENDS)}
+    update: dict[str, Any] = {**dict(zip(SETTINGS, degrees, strict=True)), **dict.fromkeys(SPLITS)}
     if degrees[3] == 1:
         update["virtual_pipeline_parallel_size"] = parallel.virtual_pipeline_parallel_size and 1
     return parallel.model_copy(update=update)

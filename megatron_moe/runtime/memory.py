@@ -24,7 +24,12 @@ def peak_bytes() -> int:
 
 def held_bytes() -> int:
     """Return the current memory in bytes."""
-    return torch.cuda.memory_allocated() if _on_cuda() else psutil.Process().memory_info().rss
+    return torch.cuda.memory_allocated() if _on_cuda() else resident_bytes()
+
+
+def resident_bytes() -> int:
+    """Return the host memory that this process holds, in bytes, on any device."""
+    return psutil.Process().memory_info().rss
 
 
 def reset_peak() -> None:

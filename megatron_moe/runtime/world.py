@@ -25,12 +25,13 @@ import torch.multiprocessing as mp
 from torch.distributed import distributed_c10d
 
 from megatron_moe import errors
-from megatron_moe.errors import ConfigError, UserError
+from megatron_moe.errors import ConfigError, JobError, UserError
 from megatron_moe.log import console, quiet_megatron
 from megatron_moe.runtime import cpu
 from megatron_moe.runtime.cores import threads_per_rank
 from megatron_moe.runtime.gpus import claim_gpu, gpu_of, visible_gpus
 from megatron_moe.runtime.launchers import RankPosition, wait_until_resolved
+from megatron_moe.runtime.memory_limit import memory_limit
 
 TIMEOUT = timedelta(hours=2)
 """Timeout of a collective; the watch (guard.hang_seconds) ends a stuck job long before."""
@@ -42,6 +43,7 @@ FORWARDED_SIGNALS = (
     signal.SIGINT,
     signal.SIGHUP,
 )
+RESUME = "run the same command to resume, unless the launcher restarts the job"
 NOTICE_SECONDS = 15.0
 """Seconds that the other local ranks have to report and exit after one has failed."""
 
@@ -64,7 +66,8 @@ class World:
         if self.reports is not None:
             _report(self.reports, self.rank, error)
         else:
-            print(f"rank {self.rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            head = f"rank {self.rank}: {type(error).__name__}"
+            print(f"{head}: {error}\n  {RESUME}", file=sys.stderr, flush=True)
 
 
 def resolve_device(
@@ -128,6 +131,7 @@ def joined(
     if device == "cuda":
         # torch warns that device_id is missing, which is intended; the current device is right.
         warnings.filterwarnings("ignore", r"barrier\(\): using the device under current context")
+    lost = False
     try:
         if device == "cuda":
             uuid = str(torch.cuda.get_device_properties(local_device).uuid)
@@ -140,8 +144,14 @@ def joined(
             position.address,
             reports,
         )
+    except JobError:
+        # A rank is lost. Destroying the groups that it belonged to can wait for it or crash, and
+        # the operator must see the error first; the process is about to end.
+        lost = True
+        raise
     finally:
-        dist.destroy_process_group()
+        if not lost:
+            dist.destroy_process_group()
 
 
 def _rendezvous(position: RankPosition) -> dict[str, Any]:
@@ -182,7 +192,7 @@ def run_local_ranks(
     """
     if device == "cpu":
         cpu.install()  # once, here, because forked ranks inherit the imports
-    context = mp.get_context("fork")
+    context, limit_before = mp.get_context("fork"), memory_limit()
     with _temporary_folder() as folder:
         processes = [
             context.Process(target=_local_rank, args=(rank, fn, ranks, device, folder))
@@ -199,7 +209,8 @@ def run_local_ranks(
                 if process.is_alive():
                     process.kill()
                     process.join()
-        problem = _problem(folder, exit_codes)
+        limit = memory_limit()
+        problem = _problem(folder, exit_codes, limit and limit.killed_since(limit_before))
         if problem is not None:
             raise problem
 
@@ -290,8 +301,16 @@ _CAUSES = (
 )  # fmt: skip
 
 
-def _problem(folder: Path, exit_codes: list[int | None]) -> Exception | None:
-    """Return the error to raise, if any: causes take precedence over their consequences."""
+def _problem(
+    folder: Path, exit_codes: list[int | None], out_of_memory: str | None
+) -> Exception | None:
+    """Return the error to raise, if any: causes take precedence over their consequences.
+
+    Args:
+        folder: Reports of the ranks.
+        exit_codes: Their exit codes.
+        out_of_memory: Why the kernel killed a process, if it did.
+    """
     if not any(exit_codes):
         return None
     for kind in _CAUSES:
@@ -301,7 +320,9 @@ def _problem(folder: Path, exit_codes: list[int | None]) -> Exception | None:
     if bugs:
         return RuntimeError(f"rank {int(bugs[0].name[4:])} failed:\n\n{bugs[0].read_text()}")
     killed = [
-        _exit_message(rank, code) for rank, code in enumerate(exit_codes) if code not in (0, 1)
+        _exit_message(rank, code, out_of_memory)
+        for rank, code in enumerate(exit_codes)
+        if code not in (0, 1)
     ]
     messages = _messages(folder, "JobError")
     return errors.JobError("\n".join([*messages, *killed]))
@@ -312,9 +333,10 @@ def _messages(folder: Path, kind: str) -> list[str]:
     return list(dict.fromkeys(p.read_text() for p in sorted(folder.glob(f"{kind}-*"))))
 
 
-def _exit_message(rank: int, exit_code: int | None) -> str:
+def _exit_message(rank: int, exit_code: int | None, out_of_memory: str | None) -> str:
     if exit_code == -signal.SIGKILL:
-        return f"rank {rank} was killed (SIGKILL), by a user or by the out-of-memory killer"
+        cause = out_of_memory or "by a user or by the out-of-memory killer"
+        return f"rank {rank} was killed (SIGKILL){':' if out_of_memory else ','} {cause}"
     if exit_code is None:
         return f"rank {rank} did not exit and was killed"
     if exit_code < 0:

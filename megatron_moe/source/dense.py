@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -63,6 +63,27 @@ def open_dense(folder: Path) -> DenseCheckpoint:
         )
     spec, source = read_spec(folder), GlobalTensors(folder)
     locations = dict(_locations(spec, source))
+    tensors = {name: location.info(folder / INDEX) for name, location in locations.items()}
+    return DistributedDense(folder, spec, tensors, source=source, locations=locations)
+
+
+def open_moments(folder: Path, spec: DenseSpec, moment: str) -> DistributedDense:
+    """Open a moment of every parameter of a checkpoint's model, under the names of its tensors.
+
+    Args:
+        folder: Checkpoint of a run.
+        spec: Shape of its model, a MoE.
+        moment: Name of the moment, such as ``exp_avg``; empty for the weights.
+
+    Raises:
+        CheckpointError: The checkpoint's tensors are those of another model.
+    """
+    experts = spec.experts
+    if moment and experts is not None:  # biases are not trained by the optimizer
+        experts = replace(experts, moe_router_enable_expert_bias=False)
+    spec, source = replace(spec, experts=experts), GlobalTensors(folder)
+    prefix = f"optimizer.{moment}." if moment else ""
+    locations = dict(_locations(spec, source, prefix))
     tensors = {name: location.info(folder / INDEX) for name, location in locations.items()}
     return DistributedDense(folder, spec, tensors, source=source, locations=locations)
 
@@ -187,11 +208,16 @@ def _column_indices(columns: slice | Tensor | None, width: int) -> Tensor:
     return torch.arange(width)[columns] if isinstance(columns, slice) else columns
 
 
-def _locations(spec: DenseSpec, source: GlobalTensors) -> list[tuple[str, _Location]]:
-    """Return the location of every Hugging Face tensor in the checkpoint, with its name."""
+def _locations(
+    spec: DenseSpec, source: GlobalTensors, prefix: str = ""
+) -> list[tuple[str, _Location]]:
+    """Return the location of every Hugging Face tensor in the checkpoint, with its name.
+
+    Names of the global tensors begin with ``prefix``.
+    """
     locations, problems = [], []
     for row, layer, expert in _source_parts(spec):
-        located = _locate(row, layer, expert, source)
+        located = _locate(row, layer, expert, source, prefix)
         if located is None:
             continue  # check_tensors reports missing tensors
         key, index = located
@@ -224,13 +250,13 @@ def _source_parts(spec: DenseSpec) -> Iterator[tuple[Row, int | None, int | None
 
 
 def _locate(
-    row: Row, layer: int | None, expert: int | None, source: GlobalTensors
+    row: Row, layer: int | None, expert: int | None, source: GlobalTensors, prefix: str
 ) -> tuple[str, int | None] | None:
     """Return the key of a row's global tensor, and the index in a stack of layers or experts."""
     if expert is not None:
-        key = checkpoint_key(row, layer=layer, moe_layer=True)
+        key = prefix + checkpoint_key(row, layer=layer, moe_layer=True)
         return (key, expert) if key in source else None
-    for template in row.megatron:
+    for template in (prefix + name for name in row.megatron):
         if (key := template.format(layer=layer)) in source:
             return key, None
         stacked = template.replace("layers.{layer}.", "layers.")

@@ -24,6 +24,7 @@ router/load_imbalance                     busiest expert's tokens / mean, mean o
 router/entropy                            nats, of the softmax over all experts, mean of tokens
 router/drop_rate                          choices dropped by capacity / all choices
 router/*_by_layer                         each of these three, as a list over MoE layers
+router/aux_loss_coeff_by_layer            weight of each load-balancing loss, if they adapt
 router/load_by_expert                     an expert's tokens / mean, a list over MoE layers of lists
                                           over experts; about a hundred times per run
 throughput/tokens_per_second_per_gpu      tokens of the global batch / seconds / ranks
@@ -41,12 +42,9 @@ tokens/seen                               tokens since the start of the run
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
 import math
-import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -57,10 +55,10 @@ from torch import Tensor
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.blend import BlendState
 from megatron_moe.data.held_out import HeldOut
-from megatron_moe.errors import ConfigError
 from megatron_moe.hf.disk import naming, write_text
 from megatron_moe.planner.flops import SequenceFlops
 from megatron_moe.runtime.memory import peak_bytes
+from megatron_moe.train.sinks import Sink
 from megatron_moe.train.step import StepResult
 
 GIB = 2**30
@@ -104,6 +102,7 @@ def step_numbers(
         "router/load_imbalance_by_layer": _rounded(imbalance_L),
         "router/entropy_by_layer": _rounded(result.entropy_L),
         "router/drop_rate_by_layer": _rounded(drop_rate_L),
+        **_coefficients(result),
         **expert_loads(result.chosen_LE, step, steps=config.train.steps),
         "throughput/tokens_per_second_per_gpu": step_tokens / slowest / ranks,
         "throughput/tflops_per_gpu": flops.causal * rate / 1e12,
@@ -115,6 +114,13 @@ def step_numbers(
         "tokens/batch": step_tokens,
         "tokens/seen": tokens,
     }
+
+
+def _coefficients(result: StepResult) -> Numbers:
+    """Return the weights of the load-balancing losses, if they adapt."""
+    if result.balance is None:
+        return {}
+    return {"router/aux_loss_coeff_by_layer": list(result.balance.values())}
 
 
 def expert_loads(chosen_LE: Tensor, step: int, *, steps: int) -> Numbers:
@@ -166,38 +172,27 @@ def _rounded(values_L: Tensor) -> list[float]:
 
 
 class MetricsWriter:
-    """Append to metrics.jsonl and, if configured, to TensorBoard and Weights & Biases.
+    """Append to metrics.jsonl, and write the scalars to the sinks.
 
     Create it on one rank only. A resumed run drops the lines of steps that it will take again; a
     new run (``resumed_step=0``) drops all lines, because it writes the line of step 0 again too.
     """
 
-    def __init__(self, config: RunConfig, *, resumed_step: int) -> None:
-        self._path = config.run.dir / "metrics.jsonl"
+    def __init__(self, run_dir: Path, sinks: Sequence[Sink], *, resumed_step: int) -> None:
+        self._path, self._sinks = run_dir / "metrics.jsonl", sinks
         self._file = _reopen(self._path, resumed_step)
-        self._tensorboard = None
-        self._wandb = None
-        if config.log.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._tensorboard = SummaryWriter(
-                str(config.run.dir / "tensorboard"), purge_step=resumed_step + 1
-            )
-        if config.log.wandb_project is not None:
-            wandb = importlib.import_module("wandb")
-            self._wandb = wandb.init(
-                project=config.log.wandb_project,
-                id=_wandb_id(config.run.dir),
-                name=config.run.dir.name,
-                dir=str(config.run.dir),
-                config=config.model_dump(mode="json"),
-                resume="allow",
-            )
+        # The line of step 0 of a new run is written again as well.
+        self._restart_sinks(resumed_step or -1)
 
     def roll_back(self, step: int) -> None:
         """Drop the lines after ``step``, because these steps are taken again."""
         self._file.close()
         self._file = _reopen(self._path, step)
+        self._restart_sinks(step)
+
+    def _restart_sinks(self, step: int) -> None:
+        for sink in self._sinks:
+            sink.restart_after(step)
 
     def write(self, numbers: Mapping[str, Any]) -> None:
         """Write one line and flush it to the file before returning."""
@@ -206,45 +201,12 @@ class MetricsWriter:
             self._file.flush()
         step = numbers["step"]
         scalars = {k: v for k, v in numbers.items() if isinstance(v, int | float) and k != "step"}
-        if self._tensorboard is not None:
-            for name, value in scalars.items():
-                self._tensorboard.add_scalar(name, value, step)
-        if self._wandb is not None:
-            self._wandb.log(scalars, step=step)
+        for sink in self._sinks:
+            sink.write(scalars, step)
 
     def close(self) -> None:
-        """Flush and close all outputs."""
+        """Close metrics.jsonl; `open_sinks` closes the sinks."""
         self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
-
-
-def check_outputs(config: RunConfig) -> None:
-    """Check before the run that the packages for its metrics are installed.
-
-    Raises:
-        ConfigError: One of them is missing.
-    """
-    needed = {
-        f"log.wandb_project ({config.log.wandb_project})": config.log.wandb_project and "wandb",
-        "log.tensorboard (true)": config.log.tensorboard and "tensorboard",
-    }
-    for setting, package in needed.items():
-        if package and importlib.util.find_spec(package) is None:
-            raise ConfigError(
-                f"{setting} needs the package {package}, which is not installed.\n"
-                f"  pip install {package}, or remove the setting"
-            )
-
-
-def _wandb_id(run_dir: Path) -> str:
-    """Return the id of the run at Weights & Biases, the same for every job that resumes it."""
-    path = run_dir / "wandb_id"
-    if not path.exists():
-        path.write_text(secrets.token_hex(8) + "\n")
-    return path.read_text().strip()
 
 
 def _finite(numbers: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,10 +22,12 @@ from megatron.core.transformer.module import Float16Module
 from megatron_moe.config.mixtures import starting_weights
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.blend import BlendState, start_blend
+from megatron_moe.experts.resolve import moe_layer_ids
 from megatron_moe.model.build import Model
 from megatron_moe.model.freezing import freeze, parameter_parts
 from megatron_moe.runtime.engine import Engine
 from megatron_moe.runtime.torch_engine import use_fused_adamw
+from megatron_moe.train.balancing import Coefficients
 from megatron_moe.train.muon import complete, mark_fused, shards_by_matrix
 from megatron_moe.train.optimizers import group_overrides, optimizer_config, store_moments
 from megatron_moe.train.schedule import make_schedule
@@ -48,6 +50,8 @@ class TrainState:
     """Sequences consumed: the position in the data, independent of the layout."""
     tokens: int = 0
     """Tokens consumed; sequences may have had several lengths."""
+    balance: Coefficients | None = None
+    """Coefficients of the next step's load-balancing losses, if they adapt."""
 
     def gather_weights(self) -> None:
         """Gather updated weights on every dp rank, for code that reads them outside a forward pass.
@@ -146,7 +150,11 @@ def make_state(
         no_sync: Any = [chunk.no_sync for chunk in wrapped]
         transformer.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
     blend = start_blend(starting_weights(config.data))
-    return TrainState(model, wrapped, optimizer, make_schedule(config, optimizer), blend)
+    state = TrainState(model, wrapped, optimizer, make_schedule(config, optimizer), blend)
+    if config.moe.adaptive_aux_loss:
+        layers = moe_layer_ids(config.moe, model.spec.num_layers)
+        state.balance = dict.fromkeys(layers, config.moe.moe_aux_loss_coeff)
+    return state
 
 
 def _add_gradients_in_products(module: torch.nn.Module) -> None:

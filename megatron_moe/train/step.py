@@ -24,6 +24,7 @@ from megatron_moe.data.batches import Batch
 from megatron_moe.model.build import Model
 from megatron_moe.model.loss import make_output_processor
 from megatron_moe.model.routers import expert_biases, routers_in
+from megatron_moe.train.balancing import Coefficients, adapted, set_coefficients
 from megatron_moe.train.device_check import DeviceCheck
 from megatron_moe.train.guard import Decision, StepGuard
 from megatron_moe.train.inputs import model_inputs, on_device
@@ -60,6 +61,8 @@ class StepResult:
     """Losses that the teacher adds, before their weights; see `Teacher.losses`."""
     decision: Decision = "keep"
     """Whether the weights were updated."""
+    balance: Coefficients | None = None
+    """Coefficients of the load-balancing losses, if they adapt."""
 
 
 def train_step(
@@ -83,6 +86,9 @@ def train_step(
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
     _weigh_tokens(state.model, batches, groups)
+    balance = state.balance
+    if balance is not None:
+        set_coefficients(state.model.modules, balance)
     biases = expert_biases(state.model.modules) if config.moe.moe_router_enable_expert_bias else ()
     if teacher is not None:
         at("forward")
@@ -106,6 +112,8 @@ def train_step(
     decision = guard(step=state.step + 1, loss=result.lm_loss, grad_norm=grad_norm)
     if decision == "keep":
         clip_and_step(optimizer, grad_norm)
+        if balance is not None:
+            state.balance = adapted(balance, result.chosen_LE, result.kept_L, config.moe)
     else:
         for bias_E, before_E in biases:
             bias_E.copy_(before_E)
@@ -114,7 +122,7 @@ def train_step(
     state.samples += result.sequences
     state.tokens += result.sequences * config.data.seq_length
     taught = {} if teacher is None else teacher.losses(counted=int(totals[1]))
-    return replace(result, decision=decision, teacher=taught)
+    return replace(result, decision=decision, teacher=taught, balance=balance)
 
 
 def _weigh_tokens(model: Model, batches: list[Batch], groups: ProcessGroupCollection) -> None:

@@ -27,6 +27,19 @@ class Report:
     """Line of Python that the thread executes."""
     waiting: bool = False
     """Whether that line waits for other ranks."""
+    host: str = ""
+    """Name of the rank's host; empty if all ranks are on one."""
+    resident: int = 0
+    """Host memory that the rank holds, in bytes; 0 if it is not known."""
+
+    @property
+    def name(self) -> str:
+        """Rank and host in words.
+
+        >>> Report(rank=3, step=7, stage="backward", host="node1").name
+        'rank 3 on node1'
+        """
+        return f"rank {self.rank}" + (f" on {self.host}" if self.host else "")
 
     @property
     def location(self) -> str:
@@ -40,22 +53,24 @@ class Report:
 
 def died(report: Report) -> str:
     """Return the message for a rank whose connection closed without ``bye``."""
+    held = f". It held {report.resident / 2**20:.0f} MiB of host memory" if report.resident else ""
     return (
-        f"rank {report.rank} died in {report.location}: killed, out of memory, or its machine is "
-        "gone"
+        f"{report.name} died in {report.location}: killed, out of memory, or its machine is gone"
+        f"{held}"
     )
 
 
 def failed(report: Report, reason: str) -> str:
     """Return the message for a rank that raised."""
-    return f"rank {report.rank} failed in {report.location}: {reason}"
+    return f"{report.name} failed in {report.location}: {reason}"
 
 
 def silent(report: Report, seconds: float) -> str:
     """Return the message for a rank whose connection is open but silent."""
     return (
-        f"rank {report.rank} has been silent for {seconds:.0f} s; its last report was from "
-        f"{report.location}. The process is stopped, or its machine is unreachable"
+        f"{report.name} has been silent for {seconds:.0f} s; its last report was from "
+        f"{report.location}. The process is stopped, or {report.host or 'its machine'} is "
+        "unreachable"
     )
 
 
@@ -65,7 +80,7 @@ def hung(reports: Mapping[int, Report], seconds: float) -> str:
     last = [report for report in reports.values() if _progress(report) == behind]
     stuck = [report for report in last if not report.waiting] or last
     locations = "; ".join(
-        f"rank {report.rank} is stuck in {report.location} at {report.where}"
+        f"{report.name} is stuck in {report.location} at {report.where}"
         for report in sorted(stuck, key=lambda report: report.rank)
     )
     return f"no rank has made progress for {seconds:.0f} s: {locations}"

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,6 +21,8 @@ import torch.distributed as dist
 
 from megatron_moe.errors import ConfigError, JobError, UserError
 from megatron_moe.log import console
+from megatron_moe.runtime.memory import resident_bytes
+from megatron_moe.runtime.memory_limit import memory_limit
 from megatron_moe.runtime.wait import StageClock
 from megatron_moe.runtime.world import World
 from megatron_moe.train.channel import TEXT_CHARACTERS, Channel, Message
@@ -53,7 +56,9 @@ class Watch:
 
     def __init__(self, world: World, *, hang_seconds: float, observe: Observe) -> None:
         self._world, self._limit, self._observe = world, hang_seconds, observe
-        self._report = Report(rank=world.rank, step=0, stage="load")
+        # Ranks that one process has started are on one host, which needs no name.
+        host = socket.gethostname() if world.reports is None and world.size > 1 else ""
+        self._report = Report(rank=world.rank, step=0, stage="load", host=host)
         self._training_thread = threading.get_ident()
         self._pause = max(0.05, world.size / REPORTS_PER_SECOND)
         self._moved, self._ending = threading.Event(), threading.Event()
@@ -64,11 +69,16 @@ class Watch:
         self._clock.start("load")
         self.step = 0
         """Current step, counted from 1; 0 before the first."""
+        self._memory_limit = memory_limit()
+        self.predicted_memory = ""
+        """The planner's prediction in words, for the message of a rank that ran out of memory."""
 
     def at(self, stage: str) -> None:
         """Record that this rank enters ``stage`` of `step`."""
         self._clock.enter(stage)
-        self._report = Report(self._world.rank, self.step, stage, self._report.moves + 1)
+        self._report = replace(
+            self._report, step=self.step, stage=stage, moves=self._report.moves + 1
+        )
         self._moved.set()
         self._observe(stage, self.step)
 
@@ -120,7 +130,7 @@ class Watch:
             self._monitor.close()
         own = isinstance(error, UserError)  # raised on all ranks alike: keep the original error
         if self._verdict is not None and isinstance(error, Exception) and not own:
-            raise JobError(self._verdict) from error
+            raise self._lost(self._verdict) from error
 
     def _open_port(self) -> tuple[Monitor | None, bytes, Addresses]:
         """Listen on rank 0; return its monitor, and on all ranks the secret and the addresses.
@@ -170,7 +180,7 @@ class Watch:
                 where = f"{os.path.relpath(file)}:{frame.f_lineno} in {frame.f_code.co_name}"
                 break
             frame = frame.f_back
-        return Report(report.rank, report.step, report.stage, report.moves, where, waiting)
+        return replace(report, where=where, waiting=waiting, resident=resident_bytes())
 
     def _listen(self) -> None:
         """Read messages of rank 0 until it closes the connection or is lost."""
@@ -201,5 +211,13 @@ class Watch:
         self._verdict = verdict
         self._verdict_set.set()
         if not self._ending.wait(GRACE_SECONDS):
-            self._world.report_error(JobError(verdict))
+            self._world.report_error(self._lost(verdict))
             os._exit(1)
+
+    def _lost(self, verdict: str) -> JobError:
+        """Return the error for a verdict, with what this host knows about its memory."""
+        limit = memory_limit()
+        reason = limit and limit.killed_since(self._memory_limit)
+        if reason is None:
+            return JobError(verdict)
+        return JobError("\n  ".join([verdict, reason, *filter(None, [self.predicted_memory])]))

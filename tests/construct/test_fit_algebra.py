@@ -8,7 +8,7 @@ import torch
 
 from megatron_moe.config.moe import Moe
 from megatron_moe.construct.dense_ffn import DenseFfn, combine_weights, features
-from megatron_moe.construct.fit_router import Prices, gains, loads
+from megatron_moe.construct.fit_router import Gains, Prices, loads
 from megatron_moe.construct.ridge import RidgeSums, solve
 from megatron_moe.experts.plan import LayerPlan
 
@@ -90,7 +90,7 @@ def test_a_gain_is_what_an_expert_takes_off_the_error():
     expected_TE = torch.stack(explained, dim=1)
     expected_TE = expected_TE - expected_TE.mean(dim=1, keepdim=True)
     expected_TE = expected_TE / expected_TE.std(dim=1, keepdim=True)
-    actual_TE = gains(FFN, act_TF, y_TD, torch.from_numpy(PLAN.neurons_EM))
+    actual_TE = Gains(FFN.down_DF, torch.from_numpy(PLAN.neurons_EM)).of(act_TF, y_TD)
     torch.testing.assert_close(actual_TE, expected_TE)
 
 

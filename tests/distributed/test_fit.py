@@ -11,11 +11,16 @@ import torch
 from ranks import run_on_ranks
 from safetensors.torch import load_file
 from tiny import MULTIPLIERS, save_dense
+from torch.utils.flop_counter import FlopCounterMode
 from training_runs import run_training, tree, write_tokens
 from transformers import AutoModelForCausalLM
 
+from megatron_moe.commands.report import report
 from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
+from megatron_moe.experts.resolve import make_recipe
+from megatron_moe.hf.spec import read_spec
+from megatron_moe.planner.construction import construction_cost
 from megatron_moe.rules.check import violations
 from megatron_moe.runtime.world import World
 
@@ -117,12 +122,18 @@ def _killed_after_one_layer(world: World, config: RunConfig) -> None:
     _construct(world, config)
 
 
-def test_the_receipt_of_a_fit_says_what_it_gained(fitted: RunConfig):
+def test_the_receipt_of_a_fit_says_what_it_gained(folder: Path, fitted: RunConfig, tmp_path: Path):
     from safetensors import safe_open
 
     with safe_open(fitted.upcycle.plan, "np") as file:  # pyright: ignore
         header = json.loads(file.metadata()["megatron_moe.expert_plan"])
     fits = header["measured_on"]["fit"]
+    written = settings(folder, tmp_path)
+    written = written.model_copy(update={"upcycle": fitted.upcycle})
+    run_training(written.model_dump(mode="json"), world_size=1)
+    receipt = json.loads((tmp_path / "receipt.json").read_text())
+    assert receipt["construction"] == header["measured_on"]
+    assert "Fit on calibration text that was left out" in report(tmp_path).read_text()
     assert fits.keys() == {"0", "2"}
     for fit in fits.values():
         assert fit["error_after"] < fit["error_before"]
@@ -146,13 +157,32 @@ def test_a_run_starts_from_the_solution(
     world_size, parallel = LAYOUTS[layout]
     config = settings(folder, tmp_path, parallel=parallel)
     config = config.model_copy(update={"upcycle": fitted.upcycle})
-    from megatron_moe.hf.spec import read_spec
-
     assert not violations(config, read_spec(folder / "dense"), world_size)
     config.run.dir.mkdir(parents=True, exist_ok=True)
     run_on_ranks(_logits, config, tmp_path / "logits.pt", world_size=world_size)
     ids_S, logits_SV = torch.load(tmp_path / "logits.pt")
     torch.testing.assert_close(logits_SV, by_hand(folder, fitted, ids_S), rtol=1e-3, atol=1e-3)
+
+
+OTHERS = {  # method, order of the router, neurons of the shared expert
+    "clustered": ("split_clustered", "softmax_topk", 32),
+    "inner": ("sharing_inner", "topk_softmax", None),
+    "inter": ("sharing_inter", "softmax_topk", 32),
+    "weaver": ("weaver", "topk_softmax", 32),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_every_method_that_splits_can_be_solved_for(folder: Path, tmp_path: Path, case: str):
+    """For these experts and both orders of the router, the run computes what was solved for."""
+    method, order, shared = OTHERS[case]
+    moe = {"router_order": order, "moe_shared_expert_intermediate_size": shared}
+    config = settings(folder, tmp_path, moe=moe, upcycle={"method": method})
+    assert not violations(config, read_spec(folder / "dense"), 1)
+    construct_on(config, 1)
+    run_on_ranks(_logits, config, tmp_path / "logits.pt", world_size=1)
+    ids_S, logits_SV = torch.load(tmp_path / "logits.pt")
+    torch.testing.assert_close(logits_SV, by_hand(folder, config, ids_S), rtol=1e-3, atol=1e-3)
 
 
 def _logits(world: World, config: RunConfig, out: Path) -> None:
@@ -185,11 +215,13 @@ def _logits(world: World, config: RunConfig, out: Path) -> None:
 
 def by_hand(folder: Path, fitted: RunConfig, ids_S: torch.Tensor) -> torch.Tensor:
     """Put the plan's MoE layers into the dense model of transformers."""
+    from megatron_moe.experts.file import read_plan
     from megatron_moe.experts.plan import make_expert_plan
-    from megatron_moe.hf.spec import read_spec
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder / "dense", dtype=torch.float32)
     plan = make_expert_plan(read_spec(folder / "dense"), fitted.moe, fitted.upcycle)
+    assert fitted.upcycle.plan is not None
+    plan = read_plan(fitted.upcycle.plan, plan, source=None)
     values = tables(fitted)
     for layer in (0, 2):
         mlp, neurons_EM = model.model.layers[layer].mlp, plan.layer(layer).neurons_EM
@@ -200,10 +232,14 @@ def by_hand(folder: Path, fitted: RunConfig, ids_S: torch.Tensor) -> torch.Tenso
         def moe(x, mlp=mlp, n=neurons_EM, r=router_ED, d=down_ND, s=shared_S):
             x_TD = x[0]
             act_TF = torch.nn.functional.silu(mlp.gate_proj(x_TD)) * mlp.up_proj(x_TD)
-            top_TK, chosen_TK = (x_TD @ r.T).topk(2)
+            logits_TE = x_TD @ r.T
+            top_TK, chosen_TK = logits_TE.topk(2)
+            weights_TK = top_TK.softmax(1)
+            if fitted.moe.router_order == "softmax_topk":
+                weights_TK = logits_TE.softmax(1).gather(1, chosen_TK)
             out_TD = act_TF[:, s] @ d[n.size :]
             for token in range(len(x_TD)):
-                for weight, e in zip(top_TK[token].softmax(0), chosen_TK[token], strict=True):
+                for weight, e in zip(weights_TK[token], chosen_TK[token], strict=True):
                     rows = d[e * n.shape[1] : (e + 1) * n.shape[1]]
                     out_TD[token] += weight * (act_TF[token, n[e]] @ rows)
             return out_TD[None]
@@ -266,3 +302,31 @@ def _stream(world: World, config: RunConfig, ids_S: torch.Tensor, expected_SD: t
             output_TD = DenseFfn.read(dense, layer).output(stream.ffn_input(residual_SBD))
             hidden_SBD = residual_SBD + stream.added(output_TD).view_as(residual_SBD)
     assert (hidden_SBD[:, 0] - expected_SD).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("method", ["split_random", "split_coactivation"])
+def test_the_planner_counts_what_a_fit_computes(folder: Path, tmp_path: Path, method: str):
+    """Torch counts products; within 3%, the router's logits and what is left out of the count."""
+    dense = save_dense(tmp_path / "dense", num_hidden_layers=2, hidden_size=96,
+                       intermediate_size=768, vocab_size=257)  # fmt: skip
+    moe = {"num_moe_experts": 4, "moe_ffn_hidden_size": 160,
+           "moe_shared_expert_intermediate_size": 128}  # fmt: skip
+    sections = {
+        "source": {"path": str(dense)}, "moe": moe | {"moe_layers": "all"},
+        "upcycle": {"method": method}, "data": {"seq_length": 64},
+    }  # fmt: skip
+    config = settings(folder, tmp_path / "run", **sections)
+    config.run.dir.mkdir(parents=True, exist_ok=True)
+    counted = tmp_path / "flops"
+    run_on_ranks(_counting, config, counted, world_size=1)
+    cost = construction_cost(
+        make_recipe(read_spec(dense), config.moe, config.upcycle), read_spec(dense),
+        config.measure, seq_length=64, ranks=1,
+    )  # fmt: skip
+    assert cost.measuring + cost.fitting == pytest.approx(float(counted.read_text()), rel=0.05)
+
+
+def _counting(world: World, config: RunConfig, out: Path) -> None:
+    with FlopCounterMode(display=False) as counter:
+        _construct(world, config)
+    out.write_text(str(counter.get_total_flops()))

@@ -23,6 +23,7 @@ QUICK = [
     "tp2 dp2 ep4 capacity", "cp2 dp2 ep2 etp2", "pp2 vpp2 dp2 ep2", "tp2 cp2 ep2 recompute-full",
     "tp2 pp2 etp2 drops", "cp2 pp2 vpp2 ep2 capacity", "dp2 ep2 replicated", "tp2 pp2 dp2 ep4",
     "dp2 ep2 allgather", "cp2 ep2 padded", "pp2 dp2 ep2 first-3",
+    "pp2 dp2 ep2 layout-Ettt|tL", "pp2 vpp2 layout-E|tt|tt|L",
 ]  # fmt: skip
 THOROUGH = [
     "cp2 pp2 ep2 recompute-moe", "dp4 ep4 drops recompute-moe",
@@ -34,7 +35,7 @@ THOROUGH = [
     "cp2 pp2 vpp2 dp2 ep4 drops recompute-full", "tp2 pp2 vpp2 dp2 ep2 etp2 drops",
     "tp2 pp2 vpp2 dp2 ep4 recompute-moe",
     "tp2 cp2 pp2 dp2 ep4 etp2", "tp2 cp2 pp2 vpp2 dp2 ep4 etp2 capacity recompute-full",
-    "pp3 first-1 last-1",
+    "pp3 first-1 last-1", "pp3 dp2 etp2 layout-Et|t*3|L", "tp2 pp2 vpp2 ep2 layout-Et|t,|t|tL",
     "tp2 cp2 dp4 ep4", "tp2 dp2 ep2 etp2 allgather drops", "tp2 dp2 ep2 etp2 padded",
 ]  # fmt: skip
 LAYOUTS = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in THOROUGH)]

@@ -16,10 +16,12 @@ from tiny import save_moe
 from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
 from megatron_moe.experts.from_source import complete_from_source
-from megatron_moe.experts.plan import make_expert_plan
+from megatron_moe.experts.plan import ExpertPlan, make_expert_plan
 from megatron_moe.hf.load import load_model
-from megatron_moe.hf.names import dense_tensors
+from megatron_moe.hf.names import dense_tensors, match
 from megatron_moe.hf.spec import read_spec
+from megatron_moe.model.build import Model
+from megatron_moe.parallel.layout import ParallelLayout, local_experts
 from megatron_moe.rules.check import violations
 from megatron_moe.runtime.engine import TORCH_ON_CPU
 from megatron_moe.runtime.world import World
@@ -172,16 +174,57 @@ def check_logits(world: World, config: RunConfig, tolerance: float) -> None:
             parameter.data.fill_(float("nan"))
     filled = upcycle(model, source, plan, layout=layout, rank=world.rank)
     used = check_coverage(filled, source, plan)
-    if config.upcycle.method == "keep":
+    if config.upcycle.method != "prune":
         assert used == len(expected)
-        padded = padded_vocabulary(source.spec.vocab_size, layout.attention.size("tp"))
-        last = layout.attention.coords(world.rank)["tp"] == layout.attention.size("tp") - 1
-        names = [name for module in model.modules for name, _ in module.named_parameters()]
-        copies = sum("word_embeddings" in name or "output_layer" in name for name in names)
-        padding = (padded - source.spec.vocab_size) * source.spec.hidden_size * 4 * last * copies
-        assert filled.bytes_read == filled.parameter_bytes - padding, "the shard, and nothing else"
+    padded = padded_vocabulary(source.spec.vocab_size, layout.attention.size("tp"))
+    last = layout.attention.coords(world.rank)["tp"] == layout.attention.size("tp") - 1
+    names = [name for module in model.modules for name, _ in module.named_parameters()]
+    copies = sum("word_embeddings" in name or "output_layer" in name for name in names)
+    padding = (padded - source.spec.vocab_size) * source.spec.hidden_size * 4 * last * copies
+    once = filled.parameter_bytes - padding - bytes_of_copies(model, plan, layout, world.rank)
+    assert filled.bytes_read == once, "the shard without repetition, and nothing else"
 
     tokens_S = tokens_of(source.spec.vocab_size)
+    if config.upcycle.method == "prune":
+        return
     agreement = compare_with_dense(model, config.source.path, tokens_S, groups=groups)
     assert agreement.max_logit_error <= tolerance, agreement
     assert agreement.argmax_agreement == 1.0
+
+
+def bytes_of_copies(model: Model, plan: ExpertPlan, layout: ParallelLayout, rank: int) -> int:
+    """Return the bytes of this rank's experts that take what an expert before them takes."""
+    experts = local_experts(layout, rank=rank, num_experts=plan.recipe.num_experts)
+    repeated = 0
+    for chunk in model.chunks:
+        seen = set()
+        for name, parameter in chunk.module.named_parameters():
+            matched = match(name)
+            assert matched is not None
+            if matched.expert is None or matched.layer is None:
+                continue
+            taken = plan.layer(chunk.layers[matched.layer])
+            expert = experts[matched.expert]
+            assert taken.expert_E is not None
+            key = (
+                name.partition("experts")[0], matched.row.role,
+                int(taken.expert_E[expert]), taken.neurons_EM[expert].tobytes(),
+            )  # fmt: skip
+            repeated += parameter.numel() * parameter.element_size() * (key in seen)
+            seen.add(key)
+    return repeated
+
+
+PRUNED = {"mixtral-ep2": ("mixtral-stacked", "ep2"), "qwen2-tp2-ep2": ("qwen2-shared", "tp2-ep2")}
+
+
+@pytest.mark.parametrize("case", PRUNED)
+def test_pruning_reads_the_experts_that_it_keeps(folders: dict[str, Path], case: str):
+    model, layout = PRUNED[case]
+    world_size, parallel = LAYOUTS[layout]
+    config = run_config(
+        folders[model], parallel, moe={"num_moe_experts": 2},
+        upcycle={"method": "prune", "choose": "even"},
+    )  # fmt: skip
+    assert not violations(config, read_spec(folders[model]), world_size)
+    run_on_ranks(check_logits, config, TOLERANCE, world_size=world_size)

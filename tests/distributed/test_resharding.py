@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from layouts import layout
+from layouts import changes, layout
 from megatron.core import dist_checkpointing
 from ranks import run_on_ranks
 from tiny import save_dense
@@ -35,6 +35,7 @@ PAIRS = [  # from, to; every axis is left and entered, worlds grow and shrink
     pytest.param("tp2 pp2 dp2 ep4", "dp2", marks=slow),
     pytest.param("dp2 replicated", "tp2 pp2", marks=slow),
     ("dp4 ep4", "dp2 replicated"),
+    ("pp2 vpp2 layout-E|tt|tt|L", "pp2 layout-Ettt|tL"),
     pytest.param("tp2", "pp2", marks=slow),
     pytest.param("pp2", "pp4", marks=slow),
     pytest.param("cp2", "tp2 dp2 ep4", marks=slow),
@@ -55,7 +56,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def settings(inputs: dict[str, Path], name: str, where: str, precision: str = "fp32") -> dict:
-    _, parallel = layout(name)
+    parallel = changes(name)[1]["parallel"]
     return tree(
         inputs["root"] / where, inputs["dense"], inputs["tokens"], parallel=parallel,
         train={"steps": 5, "precision": precision}, checkpoint={"interval": 2},

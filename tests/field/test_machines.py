@@ -335,25 +335,27 @@ def test_a_folder_of_others_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
         make_folder(tmp_path, "run.dir")
 
 
-def test_a_missing_package_for_metrics_is_noticed_first(run_yaml: Path, tmp_path: Path):
-    pytest.importorskip("tensorboard")
-    if __import__("importlib.util").util.find_spec("wandb"):
-        pytest.skip("wandb is installed")
+def test_a_server_for_metrics_that_is_not_there_is_noticed_before_upcycling(
+    run_yaml: Path, tmp_path: Path
+):
+    pytest.importorskip("mlflow", reason="mlflow-skinny is not installed")
     result = subprocess.run(
-        command(run_yaml, f"run.dir={tmp_path / 'run'}", "log.wandb_project=x"),
-        env=environment(), capture_output=True, text=True, check=False, timeout=120,
+        command(run_yaml, f"run.dir={tmp_path / 'run'}", "log.mlflow_experiment=x", "--ranks", 2),
+        env=environment(MLFLOW_TRACKING_URI="http://127.0.0.1:9"), capture_output=True, text=True,
+        check=False, timeout=120,
     )  # fmt: skip
     assert result.returncode == 2
-    assert "log.wandb_project (x) requires the package wandb" in result.stderr
+    assert "ConfigError: log.mlflow_experiment (x): MLflow at" in result.stderr
+    assert "Traceback" not in result.stderr
     assert "plan" not in result.stdout  # nothing was upcycled
 
 
 def test_one_wandb_run_for_all_jobs_of_a_run(tmp_path: Path):
-    from megatron_moe.train.metrics import _wandb_id
+    from megatron_moe.train.sinks import wandb_id
 
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    assert _wandb_id(tmp_path / "a") == _wandb_id(tmp_path / "a") != _wandb_id(tmp_path / "b")
+    assert wandb_id(tmp_path / "a") == wandb_id(tmp_path / "a") != wandb_id(tmp_path / "b")
 
 
 def test_a_killed_tokenizing_process_is_named(

@@ -10,7 +10,12 @@ from megatron_moe.config.moe import Moe
 from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import ConfigError
 from megatron_moe.hf.spec import spec_from_config
-from megatron_moe.model.config import check_dispatcher, transformer_settings
+from megatron_moe.model.config import (
+    check_dispatcher,
+    check_engine,
+    transformer_settings,
+    without_fp8,
+)
 from megatron_moe.runtime.engine import TORCH_ON_CPU, TORCH_ON_CUDA, TRANSFORMER_ENGINE, Engine
 
 SPEC = spec_from_config(
@@ -23,10 +28,15 @@ REFUSED = "by a rule, so it is never asked for"
 ENGINES = [TORCH_ON_CPU, TORCH_ON_CUDA, TRANSFORMER_ENGINE]
 
 
+def config_of(moe: dict[str, Any], **train: Any) -> RunConfig:
+    tree = {"run": {"dir": "run"}, "source": {"path": "dense"},
+            "moe": {"num_moe_experts": 4, **moe}, "data": {"path": "text"},
+            "train": {"steps": 1, **train}}  # fmt: skip
+    return build(RunConfig, tree)
+
+
 def settings_of(engine: Engine, **train: Any) -> dict[str, Any]:
-    tree = {"run": {"dir": "run"}, "source": {"path": "dense"}, "moe": {"num_moe_experts": 4},
-            "data": {"path": "text"}, "train": {"steps": 1, **train}}  # fmt: skip
-    return transformer_settings(build(RunConfig, tree), SPEC, engine=engine)
+    return transformer_settings(config_of({}, **train), SPEC, engine=engine)
 
 
 @pytest.mark.parametrize("backend", ["deepep", "hybridep"])
@@ -89,3 +99,51 @@ def test_tp_overlap_is_a_setting_of_transformer_engine():
     assert not settings_of(TRANSFORMER_ENGINE)["tp_comm_overlap"]
     for engine in (TORCH_ON_CPU, TORCH_ON_CUDA):
         assert "tp_comm_overlap" not in settings_of(engine, tp_comm_overlap=True)
+
+
+def test_fp8_is_a_setting_of_transformer_engine():
+    fp8 = {"fp8": "hybrid", "fp8_recipe": "blockwise"}
+    assert fp8.items() <= settings_of(TRANSFORMER_ENGINE, **fp8).items()
+    for engine in (TORCH_ON_CPU, TORCH_ON_CUDA):
+        assert not fp8.keys() & settings_of(engine, **fp8).keys()
+    assert not fp8.keys() & settings_of(TRANSFORMER_ENGINE).keys()
+
+
+def test_the_shared_expert_is_overlapped_on_cuda_only():
+    overlap = {"moe_shared_expert_overlap": True}
+    for engine in ENGINES:
+        settings = transformer_settings(config_of(overlap), SPEC, engine=engine)
+        assert settings.get("moe_shared_expert_overlap", False) == engine.on_cuda
+
+
+@pytest.mark.parametrize(
+    ("moe", "train", "named"),
+    [
+        ({}, {"fp8": "hybrid"}, r"train.fp8 \(hybrid\) needs Transformer Engine"),
+        ({}, {"tp_comm_overlap": True}, r"train.tp_comm_overlap \(True\) needs Transformer"),
+        (
+            {"moe_shared_expert_overlap": True},
+            {},
+            r"moe_shared_expert_overlap \(True\) needs a GPU",
+        ),
+    ],
+)
+def test_a_setting_that_the_chosen_engine_lacks_is_refused(
+    moe: dict[str, Any], train: dict[str, Any], named: str
+):
+    """``run.engine: auto`` may resolve to an engine that would ignore it."""
+    config = config_of(moe, **train)
+    with pytest.raises(ConfigError, match=named):
+        check_engine(config, TORCH_ON_CPU)
+    check_engine(config, TRANSFORMER_ENGINE)
+    if train:
+        with pytest.raises(ConfigError, match=named):
+            check_engine(config, TORCH_ON_CUDA)
+
+
+def test_layers_compute_in_bf16_where_fp8_is_off():
+    transformer = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
+    transformer.fp8 = "hybrid"
+    with without_fp8(transformer):
+        assert transformer.fp8 is None
+    assert transformer.fp8 == "hybrid"

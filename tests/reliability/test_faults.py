@@ -32,7 +32,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> chaos.Stage:
         (faults.kill_half_written(1, async_save=True), r"^JobError: rank 1 died in ", None),
         (
             faults.hanging(1),
-            r"no rank has made progress for 4 s: rank 1 is stuck in the data stage of step 5 at ",
+            r"no rank has made progress for 8 s: rank 1 is stuck in the data stage of step 5 at ",
             1,
         ),
         (

@@ -26,6 +26,10 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[chaos.Stage]:
         yield chaos.Stage(tmp_path_factory.mktemp("hosts"), hosts)
 
 
+def vanishes(hosts: Hosts) -> faults.Fault:
+    return faults.cut_off(hosts, "forward")
+
+
 def returns(hosts: Hosts) -> faults.Fault:
     return faults.cut_off(hosts, "forward", seconds=3)
 
@@ -37,6 +41,11 @@ def read_only(hosts: Hosts) -> faults.Fault:
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
+        (
+            vanishes,
+            r"JobError: rank ([01]) on host\1 has been silent for \d+ s; .*"
+            r" or host\1 is unreachable\n  run the same command to resume",
+        ),
         (returns, r"^$|Saved"),
         (read_only, r"rank 1: the file system is mounted read-only"),
     ],

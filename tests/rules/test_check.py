@@ -68,6 +68,11 @@ def domains(**weights: float | None) -> dict[str, Any]:
 ADAPTIVE = {"update": "doremi", "reference_losses": "losses.json"}
 HELD_OUT = {"data.validation_fraction": 0.1}
 
+SHARED_OVERLAP = {
+    "moe.moe_shared_expert_overlap": True, "moe.moe_ffn_hidden_size": 4,
+    "moe.moe_shared_expert_intermediate_size": 16, "upcycle.method": "split_random",
+}  # fmt: skip
+
 # Rule, changes to a legal configuration, world size, complete message.
 REFUSALS = [
     ("dp", parallel(tp=2, cp=2), 6,
@@ -126,6 +131,33 @@ REFUSALS = [
      "moe.moe_router_enable_expert_bias (true) needs moe.moe_router_score_function (softmax) to "
      "be sigmoid: the bias is added to independent scores of experts.\n"
      "  set moe.moe_router_score_function=sigmoid"),
+    ("fp8-recipe", {"train.fp8_recipe": "blockwise"}, 1,
+     "train.fp8_recipe (blockwise) has no effect without train.fp8.\n"
+     "  set train.fp8=hybrid, or leave train.fp8_recipe unset"),
+    ("fp8-engine", {"train.fp8": "hybrid", "run.engine": "torch"}, 1,
+     "train.fp8 (hybrid) needs run.engine to be transformer_engine and run.device to be cuda: only "
+     "its layers have fp8 products.\n  leave train.fp8 unset"),
+    ("fp8-precision", {"train.fp8": "hybrid", "train.precision": "fp32"}, 1,
+     "train.fp8 (hybrid) needs train.precision (fp32) to be bf16: products in fp8 are rounded far "
+     "below fp32 weights.\n  set train.precision=bf16"),
+    ("fp8-overlap", parallel(tp=3) | {"train.fp8": "e4m3", "train.tp_comm_overlap": True}, 3,
+     "train.fp8 (e4m3) cannot be combined with train.tp_comm_overlap (true): its buffers hold bf16 "
+     "activations.\n  leave train.tp_comm_overlap unset"),
+    ("fp8-tokens", {"train.fp8": "hybrid", "data.seq_length": 56}, 1,
+     "train.fp8 (hybrid) needs data.seq_length * train.micro_batch_size / (cp * tp) (56) to be a "
+     "multiple of 16: each side of a matrix in an fp8 product is. Experts' tokens are padded, "
+     "nothing else is.\n"
+     "  choose other sizes or degrees of parallelism, or leave train.fp8 unset"),
+    ("shared-overlap-none", {"moe.moe_shared_expert_overlap": True}, 1,
+     "moe.moe_shared_expert_overlap (true) needs moe.moe_shared_expert_intermediate_size: there is "
+     "no shared expert to compute meanwhile.\n  leave it unset"),
+    ("shared-overlap-allgather", SHARED_OVERLAP | {"moe.moe_token_dispatcher_type": "allgather"}, 1,
+     "moe.moe_shared_expert_overlap (true) needs moe.moe_token_dispatcher_type (allgather) to be "
+     "alltoall or flex: only they run the shared expert between their parts.\n"
+     "  set moe.moe_token_dispatcher_type=alltoall, or leave it unset"),
+    ("shared-overlap-cpu", SHARED_OVERLAP | {"run.device": "cpu"}, 1,
+     "moe.moe_shared_expert_overlap (true) needs run.device (cpu) to be cuda: a CPU has no second "
+     "stream of kernels.\n  leave it unset"),
     ("tp-overlap", {"train.tp_comm_overlap": True}, 1,
      "train.tp_comm_overlap (true) needs parallel.tensor_parallel_size (1) to be at least 2: there "
      "is no communication to overlap.\n  leave train.tp_comm_overlap unset"),
@@ -183,6 +215,43 @@ REFUSALS = [
      "other stages (pp = 4), and vpp = 1 must divide the layers of every stage.\n"
      "  parallel.num_layers_in_first_pipeline_stage=3 "
      "parallel.num_layers_in_last_pipeline_stage=3"),
+    ("adaptive-none", {"moe.adaptive_aux_loss": True, "moe.moe_aux_loss_coeff": 0.0}, 1,
+     "moe.adaptive_aux_loss (true) needs a load-balancing loss: moe.moe_router_load_balancing_type "
+     "is aux_loss and moe.moe_aux_loss_coeff, the upper bound of the coefficients, is 0.0.\n"
+     "  set both, or leave moe.adaptive_aux_loss unset"),
+    ("adaptive-off", {"moe.aux_loss_decay": 0.5}, 1,
+     "moe.aux_loss_decay (0.5) has no effect without moe.adaptive_aux_loss: the coefficient is "
+     "constant.\n"
+     "  set moe.adaptive_aux_loss=true, or leave moe.aux_loss_decay unset"),
+    ("layout-chunks", parallel(pp=2) | {"parallel.pipeline_model_parallel_layout": "Et*6|t*3|t*3L"},
+     2, "parallel.pipeline_model_parallel_layout (Et*6|t*3|t*3L) has 3 chunks, which must be "
+     "pp * vpp = 2 * 1 = 2, with pp of at least 2: each rank of the pipeline holds vpp of them.\n"
+     "  for example parallel.pipeline_parallel_size=2 "
+     "parallel.pipeline_model_parallel_layout='Et*6|t*6L'"),
+    ("layout-layers", parallel(pp=2) | {"parallel.pipeline_model_parallel_layout": "Et*6|t*5L"}, 2,
+     "parallel.pipeline_model_parallel_layout (Et*6|t*5L) must have E first, then a t for each of "
+     "the 12 layers, and L last: it is Etttttt|tttttL, with 11 layers.\n"
+     "  for example parallel.pipeline_parallel_size=2 "
+     "parallel.pipeline_model_parallel_layout='Et*6|t*6L'"),
+    ("layout-letters", parallel(pp=2) | {"parallel.pipeline_model_parallel_layout": "Et*12m|L"}, 2,
+     "parallel.pipeline_model_parallel_layout (Et*12m|L) must have E first, then a t for each of "
+     "the 12 layers, and L last: it is Ettttttttttttm|L, with 12 layers.\n"
+     "  for example parallel.pipeline_parallel_size=2 "
+     "parallel.pipeline_model_parallel_layout='Et*6|t*6L'"),
+    ("layout-empty", parallel(pp=3) | {"parallel.pipeline_model_parallel_layout": "Et*12||L"}, 3,
+     "parallel.pipeline_model_parallel_layout (Et*12||L) has a chunk without anything: its rank "
+     "would have no parameters.\n"
+     "  for example parallel.pipeline_parallel_size=3 "
+     "parallel.pipeline_model_parallel_layout='Et*4|t*4|t*4L'"),
+    ("layout-endless", parallel(pp=2)
+     | {"parallel.pipeline_model_parallel_layout": "Et*9999999999|L"}, 2,
+     "parallel.pipeline_model_parallel_layout (Et*9999999999|L) is no layout: a layout may repeat "
+     "a part 1000 times, not 9999999999 times"),
+    ("layout-twice", parallel(pp=2) | {"parallel.pipeline_model_parallel_layout": "Et*8|t*4L",
+                                       "parallel.num_layers_in_last_pipeline_stage": 4}, 2,
+     "parallel.pipeline_model_parallel_layout (Et*8|t*4L) and "
+     "parallel.num_layers_in_last_pipeline_stage (4) both say how many layers a stage has.\n"
+     "  remove one of them"),
     ("sequence", parallel(tp=2) | {"data.seq_length": 47}, 2,
      "data.seq_length (47) must be divisible by tp = 2: the sequence is sharded over these "
      "ranks.\n"

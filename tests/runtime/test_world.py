@@ -23,6 +23,7 @@ from megatron_moe.runtime.launchers import (
 )
 from megatron_moe.runtime.world import (
     World,
+    joined,
     resolve_device,
     run_local_ranks,
 )
@@ -242,3 +243,26 @@ def test_a_gpu_is_current_before_the_job_is_joined_and_not_bound_to_it(
     assert (first, index, second) == ("set_device", 1, "init")
     assert isinstance(kwargs, dict)
     assert kwargs.get("device_id") is None
+
+
+def test_a_launched_rank_reports_with_the_way_out(capfd: pytest.CaptureFixture[str]):
+    world = World(3, 4, 1, torch.device("cpu"), "127.0.0.1")
+    world.report_error(JobError("rank 1 on node1 died"))
+    assert capfd.readouterr().err == (
+        "rank 3: JobError: rank 1 on node1 died\n"
+        "  run the same command to resume, unless the launcher restarts the job\n"
+    )
+
+
+def test_groups_of_a_lost_rank_are_not_destroyed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """That can wait for the lost rank or crash, before the operator has seen the error."""
+    destroyed: list[str] = []
+    monkeypatch.setattr(world_module.dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(world_module.dist, "destroy_process_group", lambda: destroyed.append("x"))
+    position = RankPosition(0, 1, 0, 1, f"file:{tmp_path / 'rendezvous'}")
+    with pytest.raises(JobError), joined(position, "cpu"):
+        raise JobError("rank 1 died")
+    assert not destroyed
+    with pytest.raises(ConfigError), joined(position, "cpu"):
+        raise ConfigError("another kind of error")
+    assert destroyed

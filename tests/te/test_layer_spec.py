@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import layouts
 import pytest
 import torch
 from layouts import layout
@@ -43,6 +44,7 @@ CASES = [  # layout, family, changes of the dense model
     ("dp4 ep2 etp2", "qwen3", {"tie_word_embeddings": True}),
     ("pp2 vpp2 dp2 ep2", "qwen2", {"tie_word_embeddings": True}),
     ("pp4 tp2 ep2", "qwen3", {}),
+    ("pp2 vpp2 dp2 ep2 layout-E|tt|tt|L", "qwen3", {}),
 ]
 PARTS = {"moe_ffn_hidden_size": 16, "moe_shared_expert_intermediate_size": 32}
 
@@ -130,8 +132,8 @@ def test_each_parameter_is_filled_once_with_its_slice_and_saved_in_its_place(
     tmp_path: Path, name: str, family: str, changes: dict[str, Any]
 ):
     dense = open_dense_checkpoint(save_dense(tmp_path / "dense", family, **changes))
-    world_size, parallel = layout(name)
-    config = run_config(tmp_path, parallel)
+    world_size, settings = layouts.changes(name)
+    config = run_config(tmp_path, settings["parallel"])
     compare_all_ranks(config, dense, world_size)
 
 
@@ -144,6 +146,31 @@ def test_shared_experts_are_those_of_the_torch_native_layers(tmp_path: Path):
     shapes = {name: tuple(p.shape) for _, name, p in engine.parameters() if ".1.mlp." in name}
     assert shapes["decoder.layers.1.mlp.shared_experts.linear_fc1.weight"] == (16, 64)
     assert shapes["decoder.layers.1.mlp.experts.linear_fc1.weight0"] == (16, 64)
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"])
+def test_layers_for_fp8_products_hold_and_save_the_same(tmp_path: Path, recipe: str):
+    """Only products are in fp8: weights stay in bf16, and so do checkpoints and their bytes."""
+    dense = open_dense_checkpoint(save_dense(tmp_path / "dense", "qwen3"))
+    world_size, parallel = layout("tp2 dp2 ep4")
+    config = run_config(tmp_path, parallel)
+    fp8 = config.train.model_copy(update={"fp8": "hybrid", "fp8_recipe": recipe})
+    run = config.run.model_copy(update={"device": "cuda"})
+    config = config.model_copy(update={"run": run, "train": fp8})
+    engine = compare_all_ranks(config, dense, world_size)
+    transformer = engine.model.transformer
+    assert (transformer.fp8, transformer.fp8_recipe) == ("hybrid", recipe)
+
+
+def test_a_shared_expert_to_overlap_holds_and_saves_the_same(tmp_path: Path):
+    dense = open_dense_checkpoint(save_dense(tmp_path / "dense", "qwen2"))
+    world_size, parallel = layout("tp2 dp2 ep2")
+    config = run_config(
+        tmp_path, parallel, method="split_random", moe_shared_expert_overlap=True, **PARTS
+    )
+    run = config.run.model_copy(update={"device": "cuda"})
+    engine = compare_all_ranks(config.model_copy(update={"run": run}), dense, world_size)
+    assert engine.model.transformer.moe_shared_expert_overlap
 
 
 def compare_all_ranks(config: RunConfig, dense: DenseCheckpoint, world_size: int) -> Built:

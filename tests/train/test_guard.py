@@ -15,7 +15,7 @@ from megatron_moe.config.run import Guard
 from megatron_moe.errors import JobError
 from megatron_moe.train import step as step_module
 from megatron_moe.train.guard import SPIKE_WINDOW, StepGuard
-from megatron_moe.train.verdict import Report, died, hung
+from megatron_moe.train.verdict import Report, died, hung, silent
 
 
 def decisions(guard: StepGuard, losses: list[float], grad_norm: float = 1.0) -> list[str]:
@@ -57,6 +57,14 @@ def test_the_rank_that_is_furthest_behind_and_does_not_wait_is_to_blame():
         ": rank 2 is stuck in the forward stage of step 7 at c.py:3 in h"
     )
     assert died(behind).startswith("rank 2 died in the data stage of step 7: ")
+
+
+def test_messages_name_the_host_if_there_are_several():
+    report = Report(rank=2, step=7, stage="data", where="b.py:2 in g", host="node1")
+    for message in (died(report), silent(report, 30), hung({2: report}, 30)):
+        assert "rank 2 on node1 " in message
+    assert silent(report, 30).endswith(" or node1 is unreachable")
+    assert silent(replace(report, host=""), 30).endswith(" or its machine is unreachable")
 
 
 @pytest.fixture

@@ -7,26 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_moe.config.data import Data
-from megatron_moe.config.moe import Moe, Source
-from megatron_moe.config.run import Log, Run, RunConfig
-from megatron_moe.config.train import Train
 from megatron_moe.train.metrics import MetricsWriter, expert_loads
 
 
-def config(folder: Path, *, tensorboard: bool = False) -> RunConfig:
-    return RunConfig(
-        run=Run(dir=folder),
-        source=Source(path=folder),
-        moe=Moe(num_moe_experts=2),
-        data=Data(path=folder),
-        train=Train(steps=9),
-        log=Log(tensorboard=tensorboard),
-    )
-
-
 def write_steps(folder: Path, steps: range, *, resumed_step: int, run: str = "a") -> None:
-    writer = MetricsWriter(config(folder), resumed_step=resumed_step)
+    writer = MetricsWriter(folder, [], resumed_step=resumed_step)
     for step in steps:
         writer.write({"step": step, "loss/lm": 1 / (step + 1), "run": run})
     writer.close()
@@ -41,7 +26,7 @@ def steps_of(folder: Path) -> list[tuple[int, str]]:
 
 
 def test_a_line_is_on_disk_when_write_returns(tmp_path: Path):
-    writer = MetricsWriter(config(tmp_path), resumed_step=0)
+    writer = MetricsWriter(tmp_path, [], resumed_step=0)
     writer.write({"step": 1, "loss/lm": 2.5, "router/entropy_by_layer": [0.5, 0.25]})
     assert lines(tmp_path) == [{"step": 1, "loss/lm": 2.5, "router/entropy_by_layer": [0.5, 0.25]}]
     writer.close()
@@ -84,20 +69,6 @@ def test_nothing_is_left_beside_the_file(tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_tensorboard_gets_the_scalars_and_no_lists(tmp_path: Path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    writer = MetricsWriter(config(tmp_path, tensorboard=True), resumed_step=0)
-    for step in (1, 2):
-        writer.write({"step": step, "loss/lm": 4.0 / step, "router/drop_rate_by_layer": [0.0]})
-    writer.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert events.Tags()["scalars"] == ["loss/lm"]
-    assert [(e.step, e.value) for e in events.Scalars("loss/lm")] == [(1, 4.0), (2, 2.0)]
-
-
 def test_loads_are_recorded_by_layer_and_expert_over_their_mean():
     chosen_LE = torch.tensor([[4.0, 0.0, 2.0, 2.0], [1.0, 1.0, 1.0, 5.0]])
     loads = expert_loads(chosen_LE, 1, steps=9)["router/load_by_expert"]
@@ -115,7 +86,7 @@ def test_loads_are_recorded_about_a_hundred_times_in_a_run(steps: int, recorded:
 
 def test_a_line_is_strict_json_whatever_was_measured(tmp_path: Path):
     """NaN and infinity are null, in lists too: a step with a non-finite loss has a line as well."""
-    writer = MetricsWriter(config(tmp_path), resumed_step=0)
+    writer = MetricsWriter(tmp_path, [], resumed_step=0)
     bad = [math.nan, 1.0, [math.inf, -math.inf, 2.0]]
     writer.write({"step": 1, "loss/lm": math.nan, "router/entropy_by_layer": bad})
     writer.close()

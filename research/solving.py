@@ -1,0 +1,192 @@
+"""Compare what is solved for, on SmolLM2-135M before any training step.
+
+Splits the FFNs into 8 experts in several ways, solves for routers and down matrices on the demo's
+training text, and judges each model on held-out text of the same kind, on C++ headers and on
+licenses, none of which is in the calibration text. Each case takes about 13 minutes of one core
+(32,768 tokens); a case that has a result is skipped. Prints a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import shutil
+import sysconfig
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from megatron_moe.commands.construct import construct
+from megatron_moe.commands.train import train
+from megatron_moe.config.load import build
+from megatron_moe.config.run import RunConfig
+from megatron_moe.markdown import markdown_table
+from megatron_moe.runtime.world import run_local_ranks
+from research.study.runs import collect, on_one_thread, write_result
+
+MODEL, TEXT = Path("runs/models/smollm2-135m"), Path("runs/text")
+SEQ_LENGTH, HELD_OUT = 512, 16
+BOTH = ["router", "down"]
+QUARTER = {"moe_router_topk": 2, "moe_ffn_hidden_size": 192}
+SHARED = {
+    "moe_router_topk": 2, "moe_ffn_hidden_size": 144, "moe_shared_expert_intermediate_size": 384,
+}  # fmt: skip
+HALF = {"moe_router_topk": 4, "moe_ffn_hidden_size": 192}
+COPIES = {"num_moe_experts": 2, "moe_router_topk": 2}
+SOLVED = {"method": "split_coactivation", "fit": BOTH}
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
+    "dense": (COPIES, {"method": "copy"}, 0),
+    "25%, random, N/K": (QUARTER, {"method": "split_random", "rescale": "N/K"}, 0),
+    "25%, both": (QUARTER, SOLVED, 64),
+    "44%, both": (SHARED, SOLVED, 64),
+    "25%, both, no bound": (QUARTER, SOLVED | {"max_load": 8.0}, 64),
+    "50%, both": (HALF, SOLVED, 64),
+    "25%, both, 8k tokens": (QUARTER, SOLVED, 16),
+    "25%, clusters, N/K": (QUARTER, SOLVED | {"fit": []}, 64),
+    "25%, router": (QUARTER, SOLVED | {"fit": ["router"]}, 64),
+    "25%, down": (QUARTER, SOLVED | {"fit": ["down"]}, 64),
+    "25%, both, stream 0.3": (QUARTER, SOLVED | {"fit_stream": 0.3}, 64),
+    "44%, both, no bound": (SHARED, SOLVED | {"max_load": 8.0}, 64),
+    "25%, both, 4k tokens": (QUARTER, SOLVED, 8),
+    "25%, both, 128k tokens": (QUARTER, SOLVED, 256),
+    "44%, both, 128k tokens": (SHARED, SOLVED, 256),
+}
+"""Settings of the experts and of their construction, and sequences of calibration, by name."""
+
+
+def main() -> None:
+    """Judge every case that has no result yet, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path, help="folder for texts, plans and results")
+    parser.add_argument("--threads", type=int, default=1, help="threads of one case")
+    arguments = parser.parse_args()
+    out: Path = arguments.out
+    other = other_texts(out)
+    for name, (moe, upcycle, samples) in CASES.items():
+        result = out / f"{name.replace(', ', '-').replace(' ', '-').replace('/', '')}.json"
+        if not result.exists():
+            values = judge(out, moe, upcycle, samples, other, threads=arguments.threads)
+            write_result(result, {"case": name, **values})
+        print(json.dumps(json.loads(result.read_text())), flush=True)
+    print(table(out))
+
+
+def other_texts(out: Path) -> dict[str, Path]:
+    """Write texts of kinds that are not in the calibration text, and return them by name."""
+    include = Path(torch.__file__).parent / "include" / "ATen" / "core"
+    packages = Path(sysconfig.get_paths()["purelib"])
+    files = {
+        "C++ headers": sorted(include.glob("*.h")),
+        "licenses": sorted(packages.glob("*.dist-info/**/LICENSE*")),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    paths = {}
+    for name, chosen in files.items():
+        path = out / f"{name.replace(' ', '-')}.jsonl"
+        texts = [
+            file.read_text(encoding="utf-8", errors="replace") for file in chosen if file.is_file()
+        ]
+        kept = sorted({text for text in texts if len(text) > 500})[:60]
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in kept))
+        paths[name] = path
+    return paths
+
+
+def judge(
+    out: Path, moe: dict[str, Any], upcycle: dict[str, Any], samples: int, other: dict[str, Path],
+    *, threads: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Construct one case and return its held-out losses, loads, errors and seconds."""
+    run, plan = out / "run", out / "run" / "plan.safetensors"
+    shutil.rmtree(run, ignore_errors=True)
+    run.mkdir()
+    tree = settings(run, moe, upcycle, samples)
+    measured: dict[str, Any] = {}
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if samples:
+        tree["upcycle"]["plan"] = str(plan)
+        on_ranks(partial(construct, build(RunConfig, tree)), threads)
+        with safe_open(plan, "pt") as file:
+            metadata = file.metadata()
+        measured = json.loads(metadata["megatron_moe.expert_plan"])["measured_on"]
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    tree["data"] = judged_data(other)
+    on_ranks(partial(train, build(RunConfig, tree)), threads)
+    fits = measured.get("fit", {})
+    return {
+        **collect(run / "metrics.jsonl"),
+        "tokens": samples * SEQ_LENGTH,
+        "max_load": max((fit["max_load"] for fit in fits.values()), default=None),
+        "errors": [round(fit["error_after"], 3) for fit in fits.values()],
+        "construct_cpu_seconds": round(
+            after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        ),
+        "construct_peak_gib": round(after.ru_maxrss / 2**20, 2) if samples else None,
+    }
+
+
+def on_ranks(work: Any, threads: int) -> None:
+    """Run ``work`` on one rank."""
+    if threads == 1:
+        on_one_thread(work)
+    else:
+        run_local_ranks(work, ranks=1, device="cpu")
+
+
+def settings(
+    run: Path, moe: dict[str, Any], upcycle: dict[str, Any], samples: int
+) -> dict[str, Any]:
+    """Return the configuration of a case as in its YAML file."""
+    return {
+        "run": {"dir": str(run), "device": "cpu"},
+        "source": {"path": str(MODEL)},
+        "moe": {"num_moe_experts": 8, **moe},
+        "upcycle": {"verify": "never", **upcycle},
+        "measure": {"samples": max(samples, 8), "hidden_states": 4096},
+        "data": {"path": str(TEXT / "train.jsonl"), "seq_length": SEQ_LENGTH},
+        "train": {"steps": 0, "micro_batch_size": 1, "global_batch_size": 1, "precision": "fp32"},
+        "optimizer": {"warmup_steps": 0},
+        "log": {"tensorboard": False},
+    }
+
+
+def judged_data(other: dict[str, Path]) -> dict[str, Any]:
+    """Return the texts to judge on; calibration is over."""
+    domains: dict[str, Any] = {
+        "demo": {
+            "path": str(TEXT / "train.jsonl"),
+            "validation_path": str(TEXT / "validation.jsonl"), "weight": 1 - 2e-6,
+        }
+    }  # fmt: skip
+    for name, path in other.items():
+        domains[name] = {"path": str(path), "validation_path": str(path), "weight": 1e-6}
+    return {"domains": domains, "seq_length": SEQ_LENGTH, "validation_samples": HELD_OUT}
+
+
+def table(out: Path) -> str:
+    """Return all results as Markdown, with losses relative to the dense model's."""
+    results = {one["case"]: one for one in map(_read, sorted(out.glob("*.json")))}
+    dense = results["dense"]["domains"]
+    head, rows = ["case", "tokens", *(f"{name} (above dense)" for name in dense), "load"], []
+    for name in CASES:
+        if name in results:
+            one = results[name]
+            losses = [
+                f"{loss:.3f} ({loss - dense[domain]:+.3f})"
+                for domain, loss in one["domains"].items()
+            ]
+            load = "" if one["max_load"] is None else f"{one['max_load']:.2f}"
+            rows.append([name, f"{one['tokens']:,}", *losses, load])
+    return markdown_table(head, rows)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+if __name__ == "__main__":
+    main()
