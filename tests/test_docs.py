@@ -202,3 +202,13 @@ def test_troubleshooting_quotes_messages_that_exist():
     for quoted in (text for row in rows for text in re.findall(r"`([^`]+)`", row)):
         for piece in re.split(r"\.\.\.|\bN\b|; |\([^)]*\)", quoted):
             assert piece.strip() in known, (quoted, piece)
+
+
+def test_the_published_recipes_have_settings():
+    """Each paper of the table has a block, which the test of the examples loads and checks."""
+    papers = ("2412.09952", "2406.16554", "2410.07524", "2502.19261")
+    blocks = [body for language, body in BLOCK.findall(TRAINING) if language == "yaml"]
+    for paper in papers:
+        assert f"arXiv {paper}" in TRAINING
+        (block,) = [body for body in blocks if body.startswith(f"# {paper}")]
+        assert {"moe", "upcycle", "optimizer"} <= set(yaml.safe_load(block))

@@ -150,6 +150,7 @@ def _hooks(
         Hook(interval, partial(_validate, job, state, feed), when_stopped=False),
         Hook(1, partial(_move_mixture, job, state, feed)),
         Hook(1, writer.write if writer is not None else _nothing),
+        Hook(interval, writer.sync if writer is not None else _nothing),
         Hook(
             interval,
             lambda numbers: _save(

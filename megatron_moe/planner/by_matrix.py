@@ -41,25 +41,25 @@ def muon_state(
     trained = [tensor for tensor in held if not frozen.covers(tensor.part)]
     kept: Iterable[LocalTensor] = trained
     if sharded:
-        kept = _kept(trained, degrees, replica=replica, expert_replica=expert_replica)
+        kept = kept_tensors(trained, degrees, replica=replica, expert_replica=expert_replica)
     master = precision.master if weight_bytes < 4 else 0
     return ModelState(
         weights=sum(tensor.numel for tensor in held) * weight_bytes,
         gradients=sum(tensor.numel for tensor in trained) * precision.gradient,
         optimizer=sum(
             tensor.numel
-            * (master + (precision.momentum if _is_matrix(tensor) else precision.moments))
+            * (master + (precision.momentum if is_matrix(tensor) else precision.moments))
             for tensor in kept
         ),
     )
 
 
-def _is_matrix(tensor: LocalTensor) -> bool:
+def is_matrix(tensor: LocalTensor) -> bool:
     """Return whether Muon updates the parameter; AdamW updates the others."""
     return tensor.part.role not in ADAM_ROLES and not tensor.name.endswith(".bias")
 
 
-def _kept(
+def kept_tensors(
     tensors: list[LocalTensor], degrees: Degrees, *, replica: int, expert_replica: int
 ) -> Iterator[LocalTensor]:
     """Yield the parameters whose optimizer state a replica keeps.
@@ -73,7 +73,7 @@ def _kept(
         return
     turns = {False: (replicas, replica), True: (degrees.edp, expert_replica)}
     taken = {False: 0, True: 0}
-    for tensor in sorted(tensors, key=lambda tensor: (tensor.numel, not _is_matrix(tensor))):
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.numel, not is_matrix(tensor))):
         kind = tensor.expert and has_own_replicas(degrees)
         count, own = turns[kind]
         turn = taken[kind] % (2 * count)

@@ -134,7 +134,7 @@ def _advice(
 
 def _neighbors(shape: MoeShape, current: Candidate) -> Iterator[tuple[str, Degrees, Workload]]:
     """Yield layouts with one degree or the micro-batch halved or doubled, or with maximum vpp."""
-    for axis in (f.name for f in fields(Degrees) if f.name not in ("gpus", "ends")):
+    for axis in (f.name for f in fields(Degrees) if f.name not in ("gpus", "split")):
         value = getattr(current.degrees, axis)
         values = {value * 2, max(1, value // 2)}
         if axis == "vpp":

@@ -11,7 +11,7 @@ A sum does not depend on where the router sends tokens: over all ranks, each cho
 `sent_per_rank` converts the sums into the bytes that must leave a rank, whatever the algorithm.
 
 The counts are for a step without recomputation, with the alltoall dispatcher and the distributed
-optimizer. Under cp, keys and values are gathered and their gradients scattered, as in
+optimizer, or Muon's. Under cp, keys and values are gathered and their gradients scattered, as in
 `model/attention.py`; Transformer Engine sends the same number of bytes around a ring in the
 forward pass, and twice as many in the backward pass.
 """
@@ -21,10 +21,15 @@ from __future__ import annotations
 from collections import Counter
 
 from megatron_moe.config.parts import Role
+from megatron_moe.hf.names import Sharding, match
 from megatron_moe.parallel.shards import padded_vocabulary
-from megatron_moe.planner.memory import buffer_elements
+from megatron_moe.planner.by_matrix import is_matrix
+from megatron_moe.planner.memory import buffer_elements, has_own_replicas
+from megatron_moe.planner.parameters import rank_tensors
 from megatron_moe.planner.shape import MoeShape
 from megatron_moe.planner.workload import Degrees, Workload
+
+SHARDED_MATRICES = (Sharding.QKV, Sharding.GATED, Sharding.COLUMNS)
 
 Traffic = dict[tuple[str, str], int]
 """Bytes by group and kind of collective, over all ranks, without groups of one rank."""
@@ -174,15 +179,43 @@ def _replicas(shape: MoeShape, work: Workload, degrees: Degrees) -> Traffic:
 
     Each occurs once a step. Dense parameters have dp * cp replicas and experts have edp.
     """
-    traffic: Counter[tuple[str, str]] = Counter()
+    by_matrix = work.optimizer == "muon"
+    traffic = Counter(_by_matrix(shape, work, degrees)) if by_matrix else Counter()
     ranks = degrees.gpus // degrees.pp
-    for pp_rank in range(degrees.pp):
+    for pp_rank in range(0 if by_matrix else degrees.pp):
         dense, experts = buffer_elements(shape, degrees, pp_rank=pp_rank, frozen=work.frozen)
         for group, elements in (("dp_cp", dense), ("edp", experts)):
             traffic[group, "reduce_scatter"] += ranks * elements * work.state.gradient
             traffic[group, "all_gather"] += ranks * elements * work.bytes_per_value
     traffic["dp_cp", "all_reduce"] += degrees.gpus * INT32  # tokens of the batch
-    traffic["optimizer", "all_reduce"] += degrees.gpus * FP32  # the squared norm
+    # The squared norm; optimizers of matrices, of others and of experts have one each if Muon's
+    # state is not sharded.
+    norms = 2 + has_own_replicas(degrees) if by_matrix and degrees.dp * degrees.cp == 1 else 1
+    traffic["optimizer", "all_reduce"] += norms * degrees.gpus * FP32
+    return traffic
+
+
+def _by_matrix(shape: MoeShape, work: Workload, degrees: Degrees) -> Traffic:
+    """Count, with Muon, the all-reduce of gradients, and the gathers of weights and of matrices.
+
+    Each matrix is gathered over tp, or etp, on the replica that updates it. With one replica of
+    attention the state is not sharded, and every replica of an expert updates it.
+    """
+    traffic: Counter[tuple[str, str]] = Counter()
+    ranks, sharded = degrees.gpus // degrees.pp, degrees.dp * degrees.cp > 1
+    chunks = (rank_tensors(shape, degrees, pp_rank=pp_rank) for pp_rank in range(degrees.pp))
+    for tensor in (tensor for stage in chunks for chunk in stage for tensor in chunk):
+        if work.frozen.covers(tensor.part):
+            continue
+        apart = tensor.expert and has_own_replicas(degrees)
+        replicas, group = (degrees.edp, "edp") if apart else (degrees.dp * degrees.cp, "dp_cp")
+        traffic[group, "all_reduce"] += ranks * tensor.numel * work.state.gradient
+        traffic[group, "all_gather"] += ranks * tensor.numel * work.bytes_per_value * sharded
+        parsed = match(tensor.name)
+        if is_matrix(tensor) and parsed and parsed.row.sharding in SHARDED_MATRICES:
+            axis, size = ("etp", degrees.etp) if tensor.expert else ("tp", degrees.tp)
+            updating = ranks // replicas if sharded else ranks
+            traffic[axis, "all_gather"] += updating * size * tensor.numel * work.state.momentum
     return traffic
 
 

@@ -4,6 +4,7 @@ The oracle is one rank, and for one step the run without freezing: its gradients
 what is frozen, so the moments of the trained parameters are the same.
 """
 
+import json
 import re
 import shutil
 import weakref
@@ -126,6 +127,8 @@ def test_frozen_roles_keep_their_bits_and_the_others_their_gradients(
                 largest = float(free[moment].abs().max())
                 torch.testing.assert_close(after[moment], free[moment], rtol=0, atol=1e-4 * largest)
     updates = read_progress(step_folder(runs.root / where, 1)).updates_by_role
+    receipt = json.loads((runs.root / where / "receipt.json").read_text())
+    assert receipt["frozen"] == sorted(frozen)
     by_layer = "@" in " ".join(frozen)
     assert updates == {
         f"{role_of(key)}@{layer_of(key)}" if by_layer else role_of(key): 1

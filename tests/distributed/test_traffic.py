@@ -13,8 +13,11 @@ from training_runs import tree
 from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
 from megatron_moe.hf.spec import read_spec
+from megatron_moe.planner.by_matrix import kept_tensors
+from megatron_moe.planner.memory import has_own_replicas
+from megatron_moe.planner.parameters import rank_tensors
 from megatron_moe.planner.shape import upcycled_shape
-from megatron_moe.planner.traffic import sent_per_rank, step_traffic
+from megatron_moe.planner.traffic import Traffic, sent_per_rank, step_traffic
 from megatron_moe.planner.workload import Degrees, degrees_of, workload_of
 from megatron_moe.rules.check import check
 from megatron_moe.runtime.world import World
@@ -39,7 +42,35 @@ LAYERS, EXPERTS = SHAPE["num_hidden_layers"], 4
 def test_bytes_of_a_step_are_the_formula(
     tmp_path: Path, layout: str, precision: str, tied: bool, frozen: list[str]
 ):
+    bytes_are_the_formula(tmp_path, layout, precision, tied, frozen)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("layout", "precision", "frozen"),
+    [
+        ("tp2 dp2 ep2", "fp32", []),
+        ("pp2 cp2 ep2", "bf16", ["router"]),
+        ("tp2 dp2 etp2", "bf16", ["attention@1-2", "experts@3"]),
+        ("tp2 ep2", "fp32", []),
+    ],
+)
+def test_bytes_of_a_step_of_muon_are_the_formula(
+    tmp_path: Path, layout: str, precision: str, frozen: list[str]
+):
+    bytes_are_the_formula(tmp_path, layout, precision, False, frozen, "muon")
+
+
+def bytes_are_the_formula(
+    tmp_path: Path,
+    layout: str,
+    precision: str,
+    tied: bool,
+    frozen: list[str],
+    optimizer: str = "adam",
+) -> None:
     world_size, settings = changes(layout.removesuffix(" kv1"))
+    settings["optimizer"] = {"optimizer": optimizer}
     (tmp_path / "dense").mkdir()
     shape: dict[str, Any] = dict(SHAPE)
     if layout.endswith("kv1"):  # more tp ranks than query groups
@@ -62,14 +93,46 @@ def test_bytes_of_a_step_are_the_formula(
     # The numbers of the log: (2 + 4 L + 2 L E) of a step and three of its time, in fp64.
     # Layers that stay dense are in them too.
     numbers = 2 + 4 * LAYERS + 2 * LAYERS * EXPERTS + 3
-    assert counted.pop("world all_reduce") == world_size * numbers * 8
+    of_world = counted.pop("world all_reduce") - world_size * numbers * 8
+    # Muon sums the norm over all ranks at once, or, unsharded, over those of a replica.
+    norm = of_world + sum(counted.pop(f"{g} all_reduce", 0) for g in ("mp", "etp_ep_pp"))
+    if optimizer == "muon":
+        counted["optimizer all_reduce"] = norm
+    else:
+        assert norm == 0
     expected = step_traffic(
         upcycled_shape(read_spec(config.source.path), config.moe),
         workload_of(config),
         degrees_of(config, gpus=world_size),
         padded_rows=_padded_rows(config),
     )
+    if optimizer == "muon":
+        expected = padded_gathers(expected, config, degrees_of(config, gpus=world_size))
     assert counted == {" ".join(key): count for key, count in expected.items()}
+
+
+def padded_gathers(expected: Traffic, config: RunConfig, degrees: Degrees) -> Traffic:
+    """Add what a CPU pads: gloo gathers equal parts, and replicas update unequal numbers."""
+    if degrees.dp * degrees.cp == 1:
+        return expected
+    shape, work = upcycled_shape(read_spec(config.source.path), config.moe), workload_of(config)
+    padded = dict(expected)
+    for pp_rank in range(degrees.pp):
+        chunks = rank_tensors(shape, degrees, pp_rank=pp_rank)
+        trained = [t for chunk in chunks for t in chunk if not work.frozen.covers(t.part)]
+        for group, count in (("dp_cp", degrees.dp * degrees.cp), ("edp", degrees.edp)):
+            of_experts = group == "edp"
+            shares = [
+                sum(t.numel
+                    for t in kept_tensors(trained, degrees, replica=i, expert_replica=i)
+                    if (t.expert and has_own_replicas(degrees)) == of_experts)
+                for i in range(count)
+            ]  # fmt: skip
+            missing = count * max(shares) - sum(shares)
+            if missing:
+                ranks = degrees.gpus // degrees.pp
+                padded[group, "all_gather"] += ranks * missing * work.bytes_per_value
+    return padded
 
 
 def _padded_rows(config: RunConfig) -> int | None:
