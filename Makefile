@@ -85,7 +85,7 @@ test-slurm: $(INSTALLED) ## launch/slurm.sbatch on two nodes of a real SLURM; ne
 	@$(PYTHON) -m pytest -q -rs -m slurm $(if $(SLURM_TESTS),-k '$(SLURM_TESTS)') tests/slurm
 
 fuzz: $(INSTALLED) ## damage every kind of file that is read, at random, for FUZZ_SECONDS (600)
-	@FUZZ_SECONDS=$(or $(FUZZ_SECONDS),600) $(PYTHON) -m pytest -q tests/fuzz
+	@FUZZ_SECONDS=$(or $(FUZZ_SECONDS),600) $(PYTHON) -m pytest -q -s tests/fuzz
 
 golden: $(INSTALLED) ## rewrite tests/golden/: Megatron-Core's settings for each configs/h100
 	@$(PYTHON) tests/test_golden.py

@@ -38,9 +38,14 @@ source "$here/common.sh"
 find_python "$here"
 count_ranks
 
-# Exit status 0 if MASTER_ADDR is this machine, 1 if it is another, 2 if nobody knows it.
+# Exit status 0 if MASTER_ADDR is this machine, 1 if it is another, 2 if nobody knows it, 3 if this
+# machine does not know its own name, which torchrun looks up.
 own_address='
 import socket, sys
+try:
+    socket.getaddrinfo(socket.gethostname(), None)
+except OSError:
+    sys.exit(3)
 try:
     entries = socket.getaddrinfo(sys.argv[1], 0, type=socket.SOCK_DGRAM)
 except OSError:
@@ -59,6 +64,10 @@ status=0
 "$PYTHON" -c "$own_address" "$MASTER_ADDR" || status=$?
 if ((status == 2)); then
     echo "launch/nodes.sh: MASTER_ADDR ($MASTER_ADDR) cannot be resolved on $(hostname)" >&2
+    exit 2
+elif ((status == 3)); then
+    echo "launch/nodes.sh: $(hostname), the name of this machine, cannot be resolved on it;" \
+        "add it to /etc/hosts" >&2
     exit 2
 elif ((status == 0)); then
     # torchrun knows its machine by name only; localhost makes it keep the rendezvous, for all.

@@ -26,6 +26,8 @@ from typing import Any, Self
 
 _TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 0x1, 0x1000
 _SWITCH_TICK_SECONDS = 0.05
+LAUNCHER_SECONDS = 40.0
+"""Seconds that the ranks on other hosts have to end after one has failed."""
 
 
 def missing() -> str | None:
@@ -44,7 +46,7 @@ class Hosts:
     """
 
     def __init__(self, count: int) -> None:
-        self.names = [f"mm{os.getpid()}h{i}" for i in range(count)]
+        self.names = [f"mm{os.getpid()}n{count}h{i}" for i in range(count)]
         self.addresses = [f"10.77.3.{i + 1}" for i in range(count)]
         context = mp.get_context("fork")
         self._cut = context.Array("i", count, lock=False)
@@ -133,6 +135,16 @@ class Hosts:
         ]
         for rank in ranks:
             rank.start()
+        # As torchrun and srun do: if a rank fails, the others get some time to end by themselves.
+        while any(rank.exitcode is None for rank in ranks):
+            time.sleep(0.1)
+            if any(rank.exitcode for rank in ranks):
+                deadline = time.monotonic() + LAUNCHER_SECONDS
+                for rank in ranks:
+                    rank.join(max(0.0, deadline - time.monotonic()))
+                    if rank.exitcode is None:
+                        rank.kill()
+                break
         for number, rank in enumerate(ranks):
             rank.join()
             if (rank.exitcode or 0) < 0:

@@ -20,6 +20,7 @@ import pytest
 GOLDEN = Path(__file__).parent / "golden"
 VARIATIONS = {
     "llama3-8b-e8t2-dropless-128": {
+        "record-routing": ["moe.record_routing=choices"],
         "fp8-tensorwise": ["train.fp8=hybrid"],
         "fp8-blockwise": ["train.fp8=e4m3", "train.fp8_recipe=blockwise"],
         "pipeline-layout": [
@@ -104,10 +105,11 @@ def main() -> None:
     from megatron_moe.runtime import cpu
 
     cpu.install()
+    texts = golden_files()
     GOLDEN.mkdir(exist_ok=True)
     for old in GOLDEN.glob("*.txt"):
         old.unlink()
-    for path, text in golden_files().items():
+    for path, text in texts.items():
         path.write_text(text)
     print(f"wrote {len(list(GOLDEN.iterdir()))} files to {GOLDEN}", file=sys.stderr)
 

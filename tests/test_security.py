@@ -196,21 +196,23 @@ def test_nothing_is_sent_unless_asked():
             if called.endswith("import_module") and f'"{name}' in path.read_text()
         }
         | modules_that_import(name)
-        for name in ("wandb", "lm_eval", "huggingface_hub")
+        for name in ("wandb", "mlflow", "lm_eval", "huggingface_hub")
     }
     assert importing == {
-        "wandb": {"rules/installed.py", "train/metrics.py"},
+        "wandb": {"rules/installed.py", "train/sinks.py"},
+        "mlflow": {"rules/installed.py", "train/sinks.py"},
         "lm_eval": {"evaluate/harness.py"},
         "huggingface_hub": {"commands/hub.py", "evaluate/harness.py"},
     }
     assert Log().wandb_project is None
+    assert Log().mlflow_experiment is None
     assert signature(main.export).parameters["push_to_hub"].default is None
 
 
 def test_reports_hold_no_data():
     """They are not encrypted."""
     names = {field.name for field in fields(Report)}
-    assert names == {"rank", "host", "step", "stage", "moves", "where", "waiting"}
+    assert names == {"rank", "host", "step", "stage", "moves", "where", "waiting", "resident"}
 
 
 @pytest.mark.distributed

@@ -16,11 +16,9 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,21 +28,33 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tests")]
 
 import chaos_faults as faults  # noqa: E402
+import disks  # noqa: E402
+import memory_groups  # noqa: E402
 import torch  # noqa: E402
 import torch.multiprocessing as mp  # noqa: E402
 from chaos_faults import Fault  # noqa: E402
+from disks import Disk  # noqa: E402
 from hosts import Hosts, missing  # noqa: E402
 
 from megatron_moe.checkpoint.folder import complete, newest  # noqa: E402
 from megatron_moe.config.load import load  # noqa: E402
 from megatron_moe.config.run import RunConfig  # noqa: E402
 from megatron_moe.errors import UserError  # noqa: E402
+from megatron_moe.hf.disk import disk_errors_in_words  # noqa: E402
 from megatron_moe.markdown import markdown_table  # noqa: E402
 from megatron_moe.runtime import cpu  # noqa: E402
 from megatron_moe.runtime.launchers import position_from_environment  # noqa: E402
 from megatron_moe.runtime.world import World, joined, run_local_ranks  # noqa: E402
 
-RANKS = 2
+RANKS, MANY_HOSTS = 2, 4
+MANY_HANG_SECONDS = 30.0
+"""``guard.hang_seconds`` of the job on many hosts, which share the cores of one."""
+LINE_CHARACTERS = 110
+"""Upper bound for a message in the table; the whole one follows below it."""
+MEMORY_BYTES = 3 * 2**30
+"""Limit of the cgroup of a row: far more than its ranks need."""
+FILE_SYSTEM_BYTES = 2 * 2**20
+"""Storage that an empty ext4 takes, and some room for logs."""
 EXACT = ("step", "loss/lm", "grad_norm", "learning_rate", "tokens/seen", "router/load_imbalance")
 TABLE = ROOT / "docs" / "reliability.md"
 BEGIN, END = "<!-- table by make chaos -->\n", "<!-- end of table -->\n"
@@ -88,22 +98,31 @@ class Outcome:
 
     fault: str
     message: str
-    ended_seconds: float | None
+    ended_seconds: float
     """Seconds from the fault to the end of the job."""
     steps_again: int
     """Number of steps that had to be repeated."""
     recover_seconds: float
     """Seconds from the restart to the first new step."""
+    problem: str = ""
+    """Why the fault was not survived."""
+
+    @property
+    def first_line(self) -> str:
+        """First line of the message, without names of files, and not too long for a table."""
+        line = self.message.partition("\n")[0] or "nothing"
+        line = re.sub(r"[^\s(]+/([^\s/]+)", r"\1", line).replace("|", " ")
+        return line if len(line) <= LINE_CHARACTERS else f"{line[:LINE_CHARACTERS]}..."
 
 
 class Stage:
     """A tiny dense model, its text, and the losses of an undisturbed run."""
 
-    def __init__(self, root: Path, hosts: Hosts | None = None) -> None:
+    def __init__(self, root: Path, hosts: Hosts | None = None, *, ranks: int = RANKS) -> None:
         from tiny import save_dense
         from training_runs import write_tokens
 
-        self.root, self.hosts = root, hosts
+        self.root, self.hosts, self.ranks = root, hosts, ranks
         save_dense(root / "dense")
         write_tokens(root / "tokens")
         undisturbed = self.run_dir("undisturbed")
@@ -134,7 +153,8 @@ class Stage:
         hosts = self.hosts if fault.on_hosts else None
         if hosts is not None:
             hosts.heal()
-        process = mp.get_context("fork").Process(target=_job, args=(config, fault, log, hosts))
+        arguments = (config, fault, log, hosts, self.ranks)
+        process = mp.get_context("fork").Process(target=_job, args=arguments)
         process.start()
         first_step, message = None, None
         while process.is_alive():
@@ -148,7 +168,7 @@ class Stage:
         return Ended(process.exitcode or 0, message or log.read_text(), seconds, first_step)
 
 
-def _job(config: RunConfig, fault: Fault, log: Path, hosts: Hosts | None) -> None:
+def _job(config: RunConfig, fault: Fault, log: Path, hosts: Hosts | None, ranks: int) -> None:
     """Run the first process of a job: output goes to a file, errors are printed as by the CLI."""
     file = log.open("w", buffering=1)
     os.dup2(file.fileno(), 1)
@@ -158,13 +178,15 @@ def _job(config: RunConfig, fault: Fault, log: Path, hosts: Hosts | None) -> Non
     if hosts is not None:
         os._exit(hosts.run_ranks(partial(_rank_on_a_host, config, fault)))
     try:
-        run_local_ranks(partial(_rank, config, fault), ranks=RANKS, device="cpu")
+        run_local_ranks(partial(_rank, config, fault), ranks=ranks, device="cpu")
     except UserError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         os._exit(2)
 
 
 def _rank_on_a_host(config: RunConfig, fault: Fault) -> None:
+    if fault.environment is not None and os.environ["RANK"] == "1":
+        os.environ.update([fault.environment])
     position = position_from_environment()
     assert position is not None
     try:
@@ -178,7 +200,8 @@ def _rank_on_a_host(config: RunConfig, fault: Fault) -> None:
 def _rank(config: RunConfig, fault: Fault, world: World) -> None:
     from megatron_moe.commands.train import train
 
-    train(config, world, partial(fault.observe, world.rank))
+    with disk_errors_in_words(config.run.dir):
+        train(config, world, partial(fault.observe, world.rank))
 
 
 def inject(stage: Stage, fault: Fault) -> Outcome:
@@ -187,7 +210,12 @@ def inject(stage: Stage, fault: Fault) -> Outcome:
     Raises:
         AssertionError: The fault was not detected, or the resumed run has other losses.
     """
-    with _disk(stage.run_dir(fault.name), fault.disk_bytes) as run_dir:
+    run_dir = stage.run_dir(fault.name)
+    disk = None if fault.disk is None else fault.disk(run_dir)
+    with disk or contextlib.nullcontext():
+        if fault.resumes:
+            interrupted = stage.job(run_dir, faults.signaled(signal.SIGTERM))
+            assert interrupted.exit_code == 0, interrupted.output
         if fault.damage is faults.nothing:
             broken = stage.job(run_dir, fault)
             assert (broken.exit_code == 0) == fault.ends_well, broken.output
@@ -201,8 +229,8 @@ def inject(stage: Stage, fault: Fault) -> Outcome:
         check_output(fault, broken.output)
         reached, saved = last_step(run_dir), newest(run_dir)
         saved_step = int(saved.name.removeprefix("step_")) if saved else 0
-        if fault.disk_bytes is not None:
-            enlarge(run_dir)
+        if disk is not None:
+            disk.repair()
         recovered = stage.job(run_dir, Fault(name="none", on_hosts=fault.on_hosts))
         assert recovered.exit_code == 0, recovered.output
         check_output(fault, recovered.output)
@@ -245,31 +273,14 @@ def exact_lines(run_dir: Path) -> list[dict[str, Any]]:
 
 def last_step(run_dir: Path) -> int:
     """Return the newest step in the run folder's metrics, or 0."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        return json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    with contextlib.suppress(OSError):
+        for line in reversed((run_dir / "metrics.jsonl").read_text().splitlines()):
+            with contextlib.suppress(ValueError):  # the last one may be half written
+                return json.loads(line)["step"]
     return 0
 
 
-@contextlib.contextmanager
-def _disk(run_dir: Path, size: int | None) -> Iterator[Path]:
-    """Yield the folder, on a small disk of its own if ``size`` is given (which requires root)."""
-    if size is None:
-        yield run_dir
-        return
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(run_dir)]
-    subprocess.run(mount, check=True)
-    try:
-        yield run_dir
-    finally:
-        subprocess.run(["umount", "-l", str(run_dir)], check=True)
-
-
-def enlarge(run_dir: Path) -> None:
-    """Enlarge a small disk."""
-    subprocess.run(["mount", "-o", "remount,size=1g", str(run_dir)], check=True)
-
-
-def all_faults(stage: Stage, checkpoint_bytes: int) -> list[Fault]:
+def all_faults(stage: Stage, checkpoint_bytes: int, memory: Path | None) -> list[Fault]:
     """Return the faults of all rows of the table, in order."""
     stages = ("forward", "backward", "optimizer", "save")
     room = checkpoint_bytes * 3 // 2
@@ -309,35 +320,66 @@ def all_faults(stage: Stage, checkpoint_bytes: int) -> list[Fault]:
             faults.cut_off(stage.hosts, "forward", seconds=3),
             faults.slow_network(stage.hosts, 0.2, 0.01),
             faults.folder_fails_on_a_host(),
+            faults.late_files(5),
+            faults.unknown_name(),
         ]
-    if os.geteuid() == 0:
+    if disks.missing() is None:
         rows += [
-            faults.disk_full(room, room_is_made=None),
-            faults.disk_full(room, room_is_made=enlarge),
+            faults.disk_full(room, room_is_made=False),
+            faults.disk_full(room, room_is_made=True),
+            faults.disk_spoiled("no byte left, TensorBoard on", Disk.fill, "log.tensorboard=true"),
+            faults.disk_spoiled("no inodes left", Disk.take_inodes),
+            faults.disk_fails(),
+            faults.fsync_fails(room + FILE_SYSTEM_BYTES),
         ]
+    if memory is not None:
+        rows.append(faults.out_of_memory(memory, 1))
     return rows
 
 
 def table(outcomes: list[Outcome]) -> str:
     """Return the rows as Markdown, followed by the messages."""
     head = (
-        "fault", "steps taken again", "job ended after (s)", "first new step after restart (s)"
+        "fault", "the operator saw", "steps taken again", "job ended after (s)",
+        "first new step after restart (s)", "equal to the undisturbed run",
     )  # fmt: skip
     cells = (
-        (o.fault, o.steps_again, f"{o.ended_seconds:.1f}", f"{o.recover_seconds:.1f}")
+        (
+            o.fault, o.first_line, o.steps_again, f"{o.ended_seconds:.1f}",
+            f"{o.recover_seconds:.1f}", "no: " + o.problem if o.problem else "yes",
+        )
         for o in outcomes
-    )
-    rows = [markdown_table(head, cells), "What the operator saw, word for word:", ""]
+    )  # fmt: skip
+    survived = sum(not o.problem for o in outcomes)
+    rows = [
+        f"{len(outcomes)} faults were injected on {time.strftime('%Y-%m-%d')}, and {survived} were "
+        f"survived: the resumed run is equal to the undisturbed one. The load of the machine was "
+        f"{os.getloadavg()[2]:.0f} at the end.",
+        "",
+        markdown_table(head, cells),
+        "What the operator saw, word for word:",
+        "",
+    ]
     for outcome in outcomes:
         rows += [
             f"{outcome.fault}",
             "",
             "```",
-            outcome.message or "(nothing: it is gone)",
+            outcome.message or "(nothing)",
             "```",
             "",
         ]
     return "\n".join(rows)
+
+
+def tried(stage: Stage, fault: Fault) -> Outcome:
+    """Return the row of a fault; if a check fails, it says which, and its output is printed."""
+    try:
+        return inject(stage, fault)
+    except AssertionError as error:
+        print(f"{fault.name}: {error}", file=sys.stderr, flush=True)
+        problem = str(error).splitlines()[0] if str(error) else "a check failed"
+        return Outcome(fault.name, "", 0, 0, 0, problem[:80])
 
 
 def main() -> None:
@@ -345,26 +387,36 @@ def main() -> None:
     torch.set_num_threads(1)
     cpu.install()
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos-"))
-        hosts = stack.enter_context(Hosts(RANKS)) if missing() is None else None
-        stage = Stage(Path(folder), hosts)
-        one = complete(Path(folder) / "undisturbed")[0]
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos-")))
+        hosts = many = memory = None
+        if missing() is None:
+            hosts, many = (stack.enter_context(Hosts(n)) for n in (RANKS, MANY_HOSTS))
+        if memory_groups.missing() is None:
+            memory = stack.enter_context(memory_groups.limited_memory(MEMORY_BYTES))
+        stage = Stage(folder, hosts)
+        one = complete(folder / "undisturbed")[0]
         size = sum(file.stat().st_size for file in one.rglob("*") if file.is_file())
-        chosen = [f for f in all_faults(stage, size) if all(a in f.name for a in sys.argv[1:])]
+        rows = [(stage, fault) for fault in all_faults(stage, size, memory)]
+        if many is not None:
+            (folder / "many").mkdir()
+            large = Stage(folder / "many", many, ranks=MANY_HOSTS)
+            rows.append((large, faults.cut_off(many, "forward", hang_seconds=MANY_HANG_SECONDS)))
+        chosen = [row for row in rows if all(a in row[1].name for a in sys.argv[1:])]
         outcomes = []
-        for number, fault in enumerate(chosen, 1):
-            outcomes.append(inject(stage, fault))
+        for number, (where, fault) in enumerate(chosen, 1):
+            outcomes.append(tried(where, fault))
             last = outcomes[-1]
             print(
                 f"{number}/{len(chosen)} {fault.name}: {last.steps_again} steps repeated, "
                 f"{last.recover_seconds:.1f} s to the first new step",
                 flush=True,
             )
-            shutil.rmtree(Path(folder) / re.sub(r"\W+", "-", fault.name), ignore_errors=True)
+            shutil.rmtree(where.root / re.sub(r"\W+", "-", fault.name), ignore_errors=True)
     if len(sys.argv) == 1:
         head, _, rest = TABLE.read_text().partition(BEGIN)
         TABLE.write_text(head + BEGIN + table(outcomes) + END + rest.partition(END)[2])
         print(f"wrote the table of {TABLE.relative_to(ROOT)}")
+    sys.exit(any(outcome.problem for outcome in outcomes))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from disks import Disk, ThinDisk
 from hosts import Hosts, own_mounts
+from memory_groups import join
 from torch.distributed.checkpoint import filesystem
 
 from megatron_moe.checkpoint import folder
@@ -56,8 +58,12 @@ class Fault:
     """Called with the run folder of an interrupted job, before the next job starts."""
     changes: tuple[str, ...] = ()
     """Settings of the faulty job."""
-    disk_bytes: int | None = None
-    """Size of the disk of the run folder."""
+    disk: Callable[[Path], Disk | ThinDisk] | None = None
+    """Makes the disk of the run folder."""
+    resumes: bool = False
+    """Whether the faulty job is the restart of an interrupted one."""
+    environment: tuple[str, str] | None = None
+    """Variable of rank 1, on its host, and its value."""
     on_hosts: bool = False
     """Whether each rank is on a host of its own, in a network between them."""
     ends_well: bool = False
@@ -162,7 +168,14 @@ def hanging(rank: int) -> Fault:
     )
 
 
-def cut_off(hosts: Hosts, stage: str, step: int = FAULT_STEP, *, seconds: float = 0) -> Fault:
+def cut_off(
+    hosts: Hosts,
+    stage: str,
+    step: int = FAULT_STEP,
+    *,
+    seconds: float = 0,
+    hang_seconds: float = HANG_SECONDS,
+) -> Fault:
     """Cut host 1 off when rank 1 enters a stage, for good or for some seconds."""
 
     def observe(rank: int, this_stage: str, this_step: int) -> None:
@@ -173,10 +186,11 @@ def cut_off(hosts: Hosts, stage: str, step: int = FAULT_STEP, *, seconds: float 
             threading.Timer(seconds, partial(hosts.cut, 1, off=False)).start()
 
     how = f"is cut off for {seconds:g} s, and returns" if seconds else "vanishes"
+    others = "" if len(hosts.names) == 2 else f" of {len(hosts.names)}"
     return Fault(
-        name=f"a host {how} in {stage}",
+        name=f"a host{others} {how} in {stage}",
         observe=observe,
-        changes=(f"guard.hang_seconds={30 if seconds else HANG_SECONDS}",),
+        changes=(f"guard.hang_seconds={30 if seconds else hang_seconds}",),
         on_hosts=True,
         ends_well=bool(seconds),
     )
@@ -255,25 +269,103 @@ def _flipping(state: Any, at: Callable[[str], None], when: int) -> Callable[[str
     return flip
 
 
-def disk_full(disk_bytes: int, *, room_is_made: Callable[[Path], None] | None) -> Fault:
+def disk_full(size: int, *, room_is_made: bool) -> Fault:
     """Use a disk with room for one and a half checkpoints."""
-    if room_is_made is None:
-        name, then = "disk full from the second checkpoint on", nothing
-    else:
-        name, then = "disk full, room is made before the last save", room_is_made
+    name = "disk full, room is made before the last save"
 
     def on_job(_: int, run_dir: Path) -> None:
-        if then is not nothing:
+        if room_is_made:
             time.sleep(6)
-            then(run_dir)
+            Disk(run_dir, size).repair()
 
     return Fault(
-        name=name,
+        name=name if room_is_made else "disk full from the second checkpoint on",
         on_job=on_job,
         changes=("guard.save_retry_seconds=20",),
-        disk_bytes=disk_bytes,
-        ends_well=room_is_made is not None,
+        disk=lambda path: Disk(path, size),
+        ends_well=room_is_made,
     )
+
+
+def disk_spoiled(name: str, spoil: Callable[[Disk], None], *changes: str) -> Fault:
+    """Do something to a disk with room for all, in the middle of the run."""
+    return Fault(
+        name=name,
+        on_job=lambda _, run_dir: spoil(Disk(run_dir, 0)),
+        changes=("guard.save_retry_seconds=10", *changes),
+        disk=lambda path: Disk(path, 2**28),
+    )
+
+
+def disk_fails() -> Fault:
+    """Let a disk fail: the kernel makes it read-only, for open files too."""
+    return Fault(
+        name="the disk fails and becomes read-only",
+        on_job=lambda _, run_dir: ThinDisk(run_dir, 0).fail(),
+        changes=("guard.save_retry_seconds=10",),
+        disk=lambda path: ThinDisk(path, 2**28),
+    )
+
+
+def fsync_fails(size: int) -> Fault:
+    """Use a disk whose storage has room for one and a half checkpoints, but which promises more."""
+    return Fault(
+        name="fsync fails: the storage is smaller than its disk",
+        changes=("guard.save_retry_seconds=10",),
+        disk=lambda path: ThinDisk(path, size),
+    )
+
+
+def out_of_memory(group: Path, rank: int) -> Fault:
+    """Let a rank take memory until the kernel kills it for the limit of a cgroup."""
+
+    def observe(this_rank: int, stage: str, step: int) -> None:
+        if (this_rank, stage, step) == (rank, "forward", FAULT_STEP):
+            held = []
+            while True:
+                held.append(bytearray(os.urandom(2**20)) * 32)
+                time.sleep(0.05)
+
+    return Fault(
+        name=f"rank {rank} exceeds the memory limit of a cgroup",
+        observe=observe,
+        prepare=lambda _: join(group),
+    )
+
+
+def unknown_name() -> Fault:
+    """Give a host a MASTER_ADDR that it cannot resolve."""
+    return Fault(
+        name="a host cannot resolve MASTER_ADDR",
+        environment=("MASTER_ADDR", "no-such-host.invalid"),
+        on_hosts=True,
+    )
+
+
+def late_files(seconds: float) -> Fault:
+    """Hide the files of the newest checkpoint on host 1, as a file server's cache does."""
+
+    def observe(rank: int, stage: str, step: int) -> None:
+        if (rank, stage, step) != (1, "load", 0) or _HIDDEN:
+            return
+        own_mounts()
+        hidden = folder.newest(_RUN_DIRS[-1])
+        _HIDDEN.append(hidden)
+        subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(hidden)], check=True)
+        show = ["umount", "-l", str(hidden)]
+        threading.Timer(seconds, partial(subprocess.run, show, check=True)).start()
+
+    return Fault(
+        name=f"a host sees the newest checkpoint {seconds:g} s late",
+        observe=observe,
+        prepare=_RUN_DIRS.append,
+        on_hosts=True,
+        resumes=True,
+        ends_well=True,
+    )
+
+
+_HIDDEN: list[Path | None] = []
 
 
 def truncated_shard() -> Fault:

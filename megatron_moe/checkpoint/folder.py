@@ -250,6 +250,8 @@ def keep_source_files(run_dir: Path, source_folder: Path) -> Path:
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir(parents=True)
         _copy_source_files(source_folder, staged)
+        for file in staged.iterdir():
+            fsync(file)
         shutil.rmtree(kept, ignore_errors=True)
         staged.rename(kept)
     return kept

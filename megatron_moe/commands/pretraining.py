@@ -34,6 +34,7 @@ from megatron_moe.train.metrics import (
     step_numbers,
 )
 from megatron_moe.train.peak import Peak, device_peak
+from megatron_moe.train.routing_record import RoutingRecord
 from megatron_moe.train.sinks import Sink
 from megatron_moe.train.state import TrainState
 from megatron_moe.train.step import StepResult, mean_loss, train_step
@@ -82,12 +83,15 @@ def continue_pretraining(
             feed, job.layout, rank=job.world.rank, device=job.world.device.type, start=resumed_step
         )
         health = _router_health(config, plan)
+        routing = RoutingRecord(config, rank=job.world.rank, size=job.world.size)
         while True:
             end = config.train.stage_end(state.step)
             run_loop(
                 state,
                 steps=end,
-                take_step=partial(_take_step, job, state, feed, guard, saver, check, teaching),
+                take_step=partial(
+                    _take_step, job, state, feed, guard, saver, check, teaching, routing
+                ),
                 wait=waiter(job.world.device),
                 describe=partial(_describe, job, state, feed, peak, health, taught),
                 hooks=_hooks(job, saver, state, feed, writer, progress, boundary, copies, end=end),
@@ -146,6 +150,7 @@ def _hooks(
         Hook(interval, partial(_validate, job, state, feed), when_stopped=False),
         Hook(1, partial(_move_mixture, job, state, feed)),
         Hook(1, writer.write if writer is not None else _nothing),
+        Hook(interval, writer.sync if writer is not None else _nothing),
         Hook(
             interval,
             lambda numbers: _save(
@@ -164,6 +169,7 @@ def _take_step(
     saver: Saver,
     check: DeviceCheck,
     teaching: Teaching,
+    routing: RoutingRecord,
 ) -> StepResult:
     watch = job.watch
 
@@ -175,6 +181,9 @@ def _take_step(
     watch.step = state.step + 1
     watch.at("data")
     batches, after = feed.next_step(state.blend)
+    samples = [sample for batch in batches for sample in batch.samples_B.tolist()]
+    width = batches[0].labels_BS.shape[1] // job.groups.tp.size()
+    routing.start_step(state.model.modules, state.step, samples, width=width)
     teacher = teaching.before_step(state)
     interval = job.config.guard.device_check_interval
     due = interval is not None and (state.step + 1) % interval == 0
@@ -182,6 +191,7 @@ def _take_step(
         state, batches, job.config, job.groups,
         guard=guard, at=at, teacher=teacher, check=check if due else None,
     )  # fmt: skip
+    routing.end_step(state.step)
     state.blend = after
     watch.at("report")
     return result

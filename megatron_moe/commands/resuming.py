@@ -6,6 +6,7 @@ difference is shown in a table in the log, and in run.dir/resumed.jsonl.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,8 @@ from typing import Any
 from megatron_moe.checkpoint.folder import keep_source_files, newest, source_copy
 from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import ConfigError
+from megatron_moe.hf.disk import write_text
+from megatron_moe.json_text import parse_json
 
 _TEXTS_FILE = "texts.json"
 
@@ -111,13 +114,16 @@ def changed_texts(run_dir: Path, fingerprints: Mapping[str, str]) -> list[Change
         fingerprints: Hash of each domain's tokens.
     """
     path = run_dir / _TEXTS_FILE
-    before: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
+    before: dict[str, str] = {}
+    # Version 0.1 could leave half a file; only a remark in the log depends on it.
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        before = parse_json(path.read_text(encoding="utf-8"))
     changes = [
         Change(f"tokens of {name}", before[name], now, "takes effect: the content has changed")
         for name, now in fingerprints.items()
         if name in before and before[name] != now
     ]
-    path.write_text(json.dumps(dict(fingerprints), indent=2) + "\n")
+    write_text(path, json.dumps(dict(fingerprints), indent=2) + "\n")
     return changes
 
 

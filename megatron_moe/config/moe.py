@@ -123,6 +123,15 @@ class Moe(Section):
     aux_loss_decay: Beta = 0.99
     """Decay of the moving average per step. The default is that of arXiv 2406.06563."""
 
+    record_routing: HomePath | None = None
+    """Folder for the experts that every token chooses in training, layer by layer: one file per
+    step and rank, of tokens * MoE layers * K bytes in all. None: record nothing."""
+
+    replay_routing: HomePath | None = None
+    """Folder that another run has written with record_routing, under any layout. Tokens go to the
+    recorded experts; the router only weighs them. The runs must have the same text, batches and
+    seed."""
+
     moe_z_loss_coeff: NonNegative = 0.0
     """Weight of the router's z-loss (arXiv 2202.08906), which keeps its logits small."""
 
@@ -166,6 +175,11 @@ class Moe(Section):
         if factor is None or self.capacity_formula == "megatron":
             return factor
         return factor / self.moe_router_topk
+
+    @property
+    def records_or_replays(self) -> bool:
+        """Whether the choices of training are recorded or replayed."""
+        return self.record_routing is not None or self.replay_routing is not None
 
     def expert_size(self, dense_size: int) -> int:
         """Return the number of neurons of one expert (M), for a dense FFN of ``dense_size``."""

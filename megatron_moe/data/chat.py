@@ -27,6 +27,7 @@ from megatron_moe.data.files import find_files, format_of
 from megatron_moe.data.messages import Dialogue, called_names, parse_dialogue, strings
 from megatron_moe.data.tokenizer import auto_tokenizer, backend_of, fingerprint_of
 from megatron_moe.errors import DataError
+from megatron_moe.hf.disk import write_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +170,7 @@ def write_conversations(
         raise DataError(f"{path} contains no conversation")
     builder.finalize(f"{prefix}.idx")
     report = json.dumps({"conversations": written, "malformed": malformed}, indent=2)
-    Path(f"{prefix}.json").write_text(report + "\n", encoding="utf-8")
+    write_text(Path(f"{prefix}.json"), report + "\n")
     return malformed
 
 

@@ -32,6 +32,7 @@ from megatron_moe.data.progress import ByteProgress
 from megatron_moe.data.tokenizer import Tokenizer
 from megatron_moe.data.writer import TokenWriter
 from megatron_moe.errors import DataError
+from megatron_moe.hf.disk import write_text
 
 TAKE_ALL = Rules()
 
@@ -112,7 +113,7 @@ def tokenize_files(
     finally:
         writer.close()
     writer.finish()
-    Path(f"{prefix}.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
+    write_text(Path(f"{prefix}.json"), json.dumps(asdict(report), indent=2) + "\n")
     return report
 
 

@@ -25,7 +25,7 @@ from megatron_moe.data.files import find_files
 from megatron_moe.data.stream import TokenStream
 from megatron_moe.data.tokenizer import check_vocabulary, load_tokenizer
 from megatron_moe.errors import DataError
-from megatron_moe.hf.disk import make_folder, naming
+from megatron_moe.hf.disk import fsync, make_folder, naming
 
 
 def prepare_tokens(
@@ -149,6 +149,7 @@ def _cached(
             Path(f"{unfinished}.idx").unlink(missing_ok=True)
             write(unfinished)
         for suffix in (".json", ".bin", ".idx"):
+            fsync(Path(f"{unfinished}{suffix}"))
             os.replace(f"{unfinished}{suffix}", f"{prefix}{suffix}")
     return prefix
 

@@ -17,7 +17,7 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import _IndexWriter
 from numpy.typing import NDArray
 
-from megatron_moe.hf.disk import make_folder, naming, write_text
+from megatron_moe.hf.disk import fsync, make_folder, naming, write_text
 
 _JOURNAL = "journal.json"
 _PARTS = ("tokens.bin", "lengths", "document_ends", "digests")
@@ -86,6 +86,8 @@ class TokenWriter:
         ends = np.fromfile(self.folder / "document_ends", dtype=np.int64)
         with _IndexWriter(str(self.folder / "tokens.idx"), self._dtype) as index:
             index.write(lengths_Q, None, [0, *ends])
+        for name in ("tokens.bin", "tokens.idx"):
+            fsync(self.folder / name)
         # The index is moved last: if it exists, the pair is complete.
         os.replace(self.folder / "tokens.bin", f"{self.prefix}.bin")
         os.replace(self.folder / "tokens.idx", f"{self.prefix}.idx")

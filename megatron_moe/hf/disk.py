@@ -113,7 +113,7 @@ def refusal(error: OSError, folder: Path, *, needed: int | None = None) -> str:
         return f"{reason} ({path})"
     disk = os.statvfs(next(p for p in (folder, *folder.parents) if p.exists()))
     if disk.f_files and not disk.f_favail:
-        return f"no inodes left on the disk of {folder}: it holds as many files as it can"
+        return f"no inodes left on the disk of {folder}: it can hold no more files"
     free = disk.f_bavail * disk.f_frsize
     asked = "" if needed is None else f"{size_in_words(needed)} needed, "
     text = f"{reason} on the disk of {folder}: {asked}{size_in_words(free)} free"

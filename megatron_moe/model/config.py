@@ -13,7 +13,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_moe.config.moe import Moe
 from megatron_moe.config.run import Parallel, RunConfig
-from megatron_moe.config.train import Train
 from megatron_moe.errors import ConfigError
 from megatron_moe.experts.resolve import moe_layer_ids
 from megatron_moe.hf.dtypes import OF_PRECISION
@@ -44,7 +43,7 @@ def transformer_settings(config: RunConfig, spec: DenseSpec, *, engine: Engine) 
         **_moe(config.moe, spec),
         **_parallel(config.parallel),
         **_recompute(config.train.recompute, engine),
-        **_kernels(config.train, engine),
+        **_kernels(config, engine),
         **_shared_expert_overlap(config.moe, engine),
         bf16=dtype is torch.bfloat16,
         params_dtype=dtype,
@@ -110,6 +109,7 @@ def _moe(moe: Moe, spec: DenseSpec) -> dict[str, Any]:
         "moe_ffn_hidden_size": moe.expert_size(spec.ffn_hidden_size),
         "moe_shared_expert_intermediate_size": moe.moe_shared_expert_intermediate_size,
         **({"moe_shared_expert_gate": True} if moe.moe_shared_expert_gate else {}),
+        **({"moe_enable_routing_replay": True} if moe.records_or_replays else {}),
         "moe_layer_freq": [int(layer in layers) for layer in range(spec.num_layers)],
         # Megatron-Core refuses a top-1 otherwise; with a single expert both orders give 1.
         "moe_router_pre_softmax": moe.router_order == "softmax_topk" or moe.num_moe_experts == 1,
@@ -179,8 +179,9 @@ def _recompute(what: str, engine: Engine) -> dict[str, Any]:
     return {"recompute_granularity": "selective", "recompute_modules": modules}
 
 
-def _kernels(train: Train, engine: Engine) -> dict[str, Any]:
+def _kernels(config: RunConfig, engine: Engine) -> dict[str, Any]:
     """Return the settings that choose kernels."""
+    train = config.train
     if engine.is_torch:
         return {
             "use_cpu_initialization": not engine.on_cuda,
@@ -198,7 +199,8 @@ def _kernels(train: Train, engine: Engine) -> dict[str, Any]:
         "apply_rope_fusion": True,
         "moe_grouped_gemm": True,
         "moe_permute_fusion": True,
-        "moe_router_fusion": True,
+        # The fused kernel chooses experts itself, so it can neither record nor replay.
+        "moe_router_fusion": not config.moe.records_or_replays,
         **({} if train.fp8 is None else {"fp8": train.fp8, "fp8_recipe": train.fp8_recipe}),
     }
 

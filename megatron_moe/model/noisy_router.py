@@ -55,6 +55,7 @@ class NoisyRouter(CapacityRouter):
 
     def start_pass(self, samples_B: Tensor) -> None:
         """Set the samples of the next forward pass, which key its noise."""
+        super().start_pass(samples_B)
         self.samples_B = samples_B
 
     def _parameter(self, width: int) -> torch.nn.Parameter:

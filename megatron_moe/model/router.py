@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import copy
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from megatron.core.transformer.moe.router import TopKRouter
@@ -25,6 +26,17 @@ from megatron_moe.parallel.sequence import positions_of_rank
 Observer = Callable[[Tensor, Tensor, Tensor], None]
 """Called in each pass over T tokens with three tensors ``(T, E)``: every expert's share of a
 token's score (shares sum to 1), the chosen experts, and the choices that were not dropped."""
+
+
+class Record(Protocol):
+    """Wrapper of a router's passes; see `train.routing_record`."""
+
+    def start_pass(self, samples_B: Tensor) -> None:
+        """Set the samples of the next pass."""
+
+    def routed(self, route: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Return the result of ``route`` with recorded or replayed choices."""
+        ...
 
 
 class CapacityRouter(TopKRouter):
@@ -44,6 +56,9 @@ class CapacityRouter(TopKRouter):
 
     observe: Observer | None = None
     """Called in every pass; it must not change its arguments."""
+
+    record: Record | None = None
+    """Records or replays the choices of training passes."""
 
     guide: Callable[[Tensor], Tensor] | None = None
     """Called with the logits of passes that build a graph; returns them with a gradient added."""
@@ -69,12 +84,16 @@ class CapacityRouter(TopKRouter):
 
     def start_pass(self, samples_B: Tensor) -> None:
         """Prepare for a forward pass over these samples, given by their indices in the data."""
+        if self.record is not None and self.training:
+            self.record.start_pass(samples_B)
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return weights and choices of each token without dropped ones, both ``(T, E)``."""
         if self.guide is not None and self.training and torch.is_grad_enabled():
             logits = self.guide(logits)
-        probs_TE, chosen_TE = super().routing(logits, padding_mask=padding_mask)
+        choose = partial(super().routing, logits, padding_mask=padding_mask)
+        recorded = self.record is not None and self.training
+        probs_TE, chosen_TE = self.record.routed(choose) if recorded else choose()
         map_TE = chosen_TE
         if self.capacity is not None:
             map_TE, probs_TE = self._drop(probs_TE, chosen_TE, batch=logits.shape[1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_moe.config.moe import Moe
+from megatron_moe.config.run import RunConfig
 from megatron_moe.experts.resolve import moe_layer_ids
 from megatron_moe.rules.case import Case, indivisible
 from megatron_moe.rules.construction import construction_violations
@@ -144,6 +145,7 @@ def router(case: Case) -> Iterator[str]:
             "  set moe.router_gate=noisy_linear or moe.moe_router_load_balancing_type=aux_loss"
         )
     yield from _adaptive(moe)
+    yield from _recorded(case.config)
     if sigmoid and moe.router_order != "topk_softmax":
         yield (
             f"moe.router_order ({moe.router_order}) has no effect with "
@@ -171,3 +173,21 @@ def _adaptive(moe: Moe) -> Iterator[str]:
                 f"coefficient is constant.\n  set moe.adaptive_aux_loss=true, or leave moe.{name} "
                 "unset"
             )
+
+
+def _recorded(config: RunConfig) -> Iterator[str]:
+    """Check that a record is not read and written at once, and that ranks keep their samples."""
+    moe = config.moe
+    if moe.record_routing is not None and moe.replay_routing is not None:
+        yield (
+            f"moe.record_routing ({moe.record_routing}) and moe.replay_routing "
+            f"({moe.replay_routing}) exclude each other: replayed choices are recorded already.\n"
+            "  set only one of them"
+        )
+    if moe.records_or_replays and config.guard.device_check_interval is not None:
+        name = "record_routing" if moe.record_routing is not None else "replay_routing"
+        yield (
+            f"moe.{name} cannot be combined with guard.device_check_interval "
+            f"({config.guard.device_check_interval}): a checked step computes the samples of "
+            "another rank.\n  leave guard.device_check_interval unset"
+        )

@@ -242,7 +242,7 @@ def muon(case: Case) -> Iterator[str]:
 
 
 def moments(case: Case) -> Iterator[str]:
-    """Check that adam keeps moments as it is told to, and that bf16 can hold their decay."""
+    """Check that adam can store moments as configured, and that bf16 can hold their decay."""
     optimizer = case.config.optimizer
     stored = {
         "exp_avg_dtype": optimizer.exp_avg_dtype,

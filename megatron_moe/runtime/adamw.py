@@ -30,7 +30,7 @@ class ClipsGradients(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StoredMoments:
-    """How moments are kept between steps."""
+    """Format and place of moments between steps."""
 
     dtypes: Mapping[str, torch.dtype]
     """Dtypes of exp_avg and exp_avg_sq; that of the parameter, fp32, if there is none."""
@@ -82,7 +82,7 @@ class FusedAdamW(torch.optim.Optimizer):
         super().__init__(params, {**defaults, "bias_correction": True})
         self._divide_by: float | None = None
         self.moments = PLAIN
-        """How moments are kept; set before the first step."""
+        """Format of the moments; set before the first step."""
 
     def clip(self, *, max_norm: float, total_norm: float) -> None:
         """Make the next step scale gradients to ``max_norm`` within its own pass over them.

@@ -319,12 +319,14 @@ def _problem(
     bugs = sorted(folder.glob("bug-*"))
     if bugs:
         return RuntimeError(f"rank {int(bugs[0].name[4:])} failed:\n\n{bugs[0].read_text()}")
+    messages = _messages(folder, "JobError")
+    if out_of_memory is not None and any(out_of_memory in message for message in messages):
+        out_of_memory = "the reason is above"
     killed = [
         _exit_message(rank, code, out_of_memory)
         for rank, code in enumerate(exit_codes)
         if code not in (0, 1)
     ]
-    messages = _messages(folder, "JobError")
     return errors.JobError("\n".join([*messages, *killed]))
 
 

@@ -42,8 +42,10 @@ tokens/seen                               tokens since the start of the run
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -203,6 +205,14 @@ class MetricsWriter:
         scalars = {k: v for k, v in numbers.items() if isinstance(v, int | float) and k != "step"}
         for sink in self._sinks:
             sink.write(scalars, step)
+
+    def sync(self, _numbers: Numbers) -> None:
+        """Let the lines so far survive a power failure, as the checkpoint does that follows.
+
+        If the disk fails, the save that follows says so and decides how the run continues.
+        """
+        with contextlib.suppress(OSError):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close metrics.jsonl; `open_sinks` closes the sinks."""

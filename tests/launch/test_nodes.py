@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hosts import missing
 from tiny import save_dense
 from training_runs import read_metrics, run_training, tree, write_tokens
 
@@ -76,3 +77,17 @@ def test_two_hosts_train_as_one(hosts: list[str], tmp_path: Path):
     assert [[line.get(name) for name in EXACT] for line in two] == [
         [line.get(name) for name in EXACT] for line in alone
     ]
+
+
+@pytest.mark.skipif(missing() is not None, reason=str(missing()))
+def test_an_unknown_own_name_is_refused(tmp_path: Path):
+    """Torchrun would end with a traceback."""
+    (tmp_path / "run.yaml").touch()
+    script = f"hostname no-such-name; exec {ROOT}/launch/nodes.sh {tmp_path}/run.yaml"
+    done = subprocess.run(
+        ["unshare", "--uts", "bash", "-c", script],
+        env={**os.environ, "PYTHON": sys.executable, "NNODES": "2", "MASTER_ADDR": "127.0.0.1"},
+        capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "no-such-name, the name of this machine, cannot be resolved" in done.stderr

@@ -134,6 +134,7 @@ COMMANDS: dict[str, Callable[[Path, Path], tuple[object, ...]]] = {
         "--warmup", "0", "--random", "--out", disk / "out" / "bench.json",
     ),
     "train": trains(),
+    "train with TensorBoard": trains("log.tensorboard=true"),
     "train on text": tokenizes("text.jsonl"),
     "train on conversations": tokenizes("chat.jsonl", "data.kind=chat"),
     "resume": lambda disk, source: (
@@ -176,6 +177,7 @@ WRITES = {
     "report/page.py": "report",
     "train/lock.py": "train",
     "train/metrics.py": "train",
+    "train/sinks.py": "train with TensorBoard",
 }
 NO_DISK = {
     "log.py": "os.devnull",

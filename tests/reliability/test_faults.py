@@ -55,7 +55,6 @@ def test_a_run_survives(
     outcome = chaos.inject(stage, fault)
     assert re.search(message, outcome.message), outcome.message
     assert steps_again is None or outcome.steps_again == steps_again
-    assert outcome.ended_seconds is not None
     assert outcome.ended_seconds < 60
 
 

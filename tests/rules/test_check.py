@@ -215,6 +215,12 @@ REFUSALS = [
      "other stages (pp = 4), and vpp = 1 must divide the layers of every stage.\n"
      "  parallel.num_layers_in_first_pipeline_stage=3 "
      "parallel.num_layers_in_last_pipeline_stage=3"),
+    ("record-and-replay", {"moe.record_routing": "a", "moe.replay_routing": "b"}, 1,
+     "moe.record_routing (a) and moe.replay_routing (b) exclude each other: replayed choices are "
+     "recorded already.\n  set only one of them"),
+    ("record-checked", {"moe.record_routing": "a", "guard.device_check_interval": 5}, 1,
+     "moe.record_routing cannot be combined with guard.device_check_interval (5): a checked step "
+     "computes the samples of another rank.\n  leave guard.device_check_interval unset"),
     ("adaptive-none", {"moe.adaptive_aux_loss": True, "moe.moe_aux_loss_coeff": 0.0}, 1,
      "moe.adaptive_aux_loss (true) needs a load-balancing loss: moe.moe_router_load_balancing_type "
      "is aux_loss and moe.moe_aux_loss_coeff, the upper bound of the coefficients, is 0.0.\n"
