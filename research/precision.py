@@ -22,7 +22,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "moments": ({}, MOMENTS),
     "both": ({"grad_reduce_in_fp32": False}, MOMENTS),
 }
-"""Settings of train and of the optimizer, by what is in bf16."""
+"""Settings of each case, of train and of the optimizer."""
 
 
 def main() -> None:

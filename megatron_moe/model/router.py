@@ -92,8 +92,8 @@ class CapacityRouter(TopKRouter):
         if self.guide is not None and self.training and torch.is_grad_enabled():
             logits = self.guide(logits)
         choose = partial(super().routing, logits, padding_mask=padding_mask)
-        recorded = self.record is not None and self.training
-        probs_TE, chosen_TE = self.record.routed(choose) if recorded else choose()
+        record = self.record if self.training else None
+        probs_TE, chosen_TE = choose() if record is None else record.routed(choose)
         map_TE = chosen_TE
         if self.capacity is not None:
             map_TE, probs_TE = self._drop(probs_TE, chosen_TE, batch=logits.shape[1])
