@@ -14,7 +14,7 @@ from megatron_moe.config.load import load
 from megatron_moe.config.run import RunConfig
 from megatron_moe.construct.complete import tables_from_weights
 from megatron_moe.experts.plan import make_expert_plan
-from megatron_moe.hf.reader import open_dense_checkpoint
+from megatron_moe.hf.reader import open_safetensors
 from megatron_moe.runtime.world import World, run_local_ranks
 
 
@@ -25,7 +25,7 @@ def main() -> None:
 
 
 def _cluster(config: RunConfig, world: World) -> None:
-    dense = open_dense_checkpoint(config.source.path)
+    dense = open_safetensors(config.source.path)
     plan = make_expert_plan(dense.spec, config.moe, config.upcycle)
     tables = tables_from_weights(plan, dense)
     assert len(tables) == dense.spec.num_layers, world.rank

@@ -27,7 +27,7 @@ from workers import Pipes, forked, serve, subjects, take_pipes
 
 from megatron_moe.experts.plan import make_expert_plan
 from megatron_moe.hf.dtypes import OF_PRECISION
-from megatron_moe.hf.spec import DenseSpec, read_spec
+from megatron_moe.hf.spec import ModelSpec, read_spec
 
 
 def main() -> None:
@@ -94,7 +94,7 @@ def mixtral(case: Case, dense: Path, folder: Path) -> MixtralForCausalLM:
     return model
 
 
-def mixtral_config(spec: DenseSpec, *, experts: int, topk: int, seq_length: int) -> MixtralConfig:
+def mixtral_config(spec: ModelSpec, *, experts: int, topk: int, seq_length: int) -> MixtralConfig:
     """Return the configuration of the Mixtral that a dense model is upcycled to."""
     return MixtralConfig(
         vocab_size=spec.vocab_size,
@@ -115,7 +115,7 @@ def mixtral_config(spec: DenseSpec, *, experts: int, topk: int, seq_length: int)
 
 
 @torch.no_grad()
-def _fill(model: MixtralForCausalLM, source: dict[str, Tensor], spec: DenseSpec, plan: Any) -> None:
+def _fill(model: MixtralForCausalLM, source: dict[str, Tensor], spec: ModelSpec, plan: Any) -> None:
     for name, parameter in model.named_parameters():
         if name.endswith("mlp.gate.weight"):
             parameter.copy_(torch.from_numpy(plan.layer(int(name.split(".")[2])).router_ED))

@@ -29,8 +29,8 @@ cpu.install()
 from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
 from megatron_moe.experts.plan import make_expert_plan
-from megatron_moe.hf.reader import open_dense_checkpoint
-from megatron_moe.hf.spec import DenseSpec
+from megatron_moe.hf.reader import open_safetensors
+from megatron_moe.hf.spec import ModelSpec
 from megatron_moe.model.build import Model, build_model
 from megatron_moe.model.upcycle import upcycle
 from megatron_moe.parallel.groups import create_groups
@@ -60,7 +60,7 @@ def ours(config: RunConfig, rank: int) -> Measured:
     """`model.upcycle.upcycle` into a model just built."""
     layout, groups = create_groups(config.parallel, seed=0)
     held, start = _begin()
-    dense = open_dense_checkpoint(config.source.path)
+    dense = open_safetensors(config.source.path)
     plan = make_expert_plan(dense.spec, config.moe, config.upcycle)
     opened = time.perf_counter() - start
     model = _empty(config, dense.spec, layout, groups, rank)
@@ -85,7 +85,7 @@ def copying(config: RunConfig, rank: int) -> Measured:
     """Copy the shard's number of bytes from the file's pages into the same parameters."""
     layout, groups = create_groups(config.parallel, seed=0)
     held, _ = _begin()
-    dense = open_dense_checkpoint(config.source.path)
+    dense = open_safetensors(config.source.path)
     model = _empty(config, dense.spec, layout, groups, rank)
     files = sorted({info.file for info in dense.tensors.values()})
     start, busy, total = time.perf_counter(), time.process_time(), 0
@@ -141,7 +141,7 @@ def megatron(config: RunConfig, rank: int) -> Measured:
     from megatron.core.transformer.moe.upcycling_utils import upcycle_state_dict
 
     layout, groups = create_groups(config.parallel, seed=0)
-    checkpoint = open_dense_checkpoint(config.source.path)
+    checkpoint = open_safetensors(config.source.path)
     held, start = _begin()
     busy = time.process_time()
     dense = _megatron_dense(config, checkpoint.spec, groups)
@@ -162,7 +162,7 @@ def megatron(config: RunConfig, rank: int) -> Measured:
     }
 
 
-def _megatron_dense(config: RunConfig, spec: DenseSpec, groups: Any) -> Any:
+def _megatron_dense(config: RunConfig, spec: ModelSpec, groups: Any) -> Any:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
@@ -188,7 +188,7 @@ def _megatron_dense(config: RunConfig, spec: DenseSpec, groups: Any) -> Any:
 
 
 @torch.no_grad()
-def _fill_dense(model: Any, folder: Path, spec: DenseSpec) -> None:
+def _fill_dense(model: Any, folder: Path, spec: ModelSpec) -> None:
     """The folder's tensors by name; rows of QKV in any order, which costs the same."""
     source = load_file(folder / "model.safetensors")
     of = {
@@ -210,7 +210,7 @@ def _fill_dense(model: Any, folder: Path, spec: DenseSpec) -> None:
 
 
 def _empty(
-    config: RunConfig, spec: DenseSpec, layout: ParallelLayout, groups: Any, rank: int
+    config: RunConfig, spec: ModelSpec, layout: ParallelLayout, groups: Any, rank: int
 ) -> Model:
     return build_model(config, spec, layout=layout, groups=groups, rank=rank, engine=TORCH_ON_CPU)
 

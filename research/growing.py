@@ -44,7 +44,7 @@ from megatron_moe.data.corpus import tokenize_files  # noqa: E402
 from megatron_moe.data.tokenizer import load_tokenizer  # noqa: E402
 from megatron_moe.errors import UserError  # noqa: E402
 from megatron_moe.experts.from_source import complete_from_source  # noqa: E402
-from megatron_moe.hf.spec import DenseSpec, read_spec  # noqa: E402
+from megatron_moe.hf.spec import ModelSpec, read_spec  # noqa: E402
 from megatron_moe.planner.flops import forward_flops, training_flops  # noqa: E402
 from megatron_moe.planner.shape import upcycled_shape  # noqa: E402
 from research.study.inputs import (  # noqa: E402
@@ -255,7 +255,7 @@ def settings(run: Path, source: Path, part: str, steps: int, seed: int) -> dict[
 
 def flops(experts: int, topk: int) -> int:
     """Return the FLOPs of one training step with the router's, forward and backward."""
-    spec: DenseSpec = read_spec(MODELS / "dense")
+    spec: ModelSpec = read_spec(MODELS / "dense")
     moe = Moe(num_moe_experts=experts, moe_router_topk=topk)
     forward = forward_flops(
         upcycled_shape(spec, moe), sequence_length=SEQ_LENGTH, batch_size=BATCH, causal=True

@@ -12,8 +12,8 @@ from megatron_moe.config.moe import Moe, Upcycle
 from megatron_moe.construct.solve import LayerMeasurements, layer_table
 from megatron_moe.experts.plan import ExpertPlan, make_expert_plan
 from megatron_moe.experts.recipe import Recipe
-from megatron_moe.hf.reader import DenseCheckpoint
-from megatron_moe.hf.spec import DenseSpec
+from megatron_moe.hf.reader import SourceCheckpoint
+from megatron_moe.hf.spec import ModelSpec
 
 PLAN = "plan.safetensors"
 COPY = {"num_moe_experts": 4}
@@ -62,7 +62,7 @@ def settings(case: str) -> tuple[Moe, Upcycle]:
     return Moe(**moe), Upcycle.model_validate(upcycle, strict=False)
 
 
-def make_plan(spec: DenseSpec, moe: Moe, upcycle: Upcycle, dense: DenseCheckpoint) -> ExpertPlan:
+def make_plan(spec: ModelSpec, moe: Moe, upcycle: Upcycle, dense: SourceCheckpoint) -> ExpertPlan:
     """The case's plan, with tables from drawn measurements where it needs them."""
     plan = make_expert_plan(spec, moe, upcycle)
     recipe = plan.recipe

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from megatron_moe.config.load import load
 from megatron_moe.config.run import RunConfig
-from megatron_moe.hf.spec import DenseSpec, spec_from_config
+from megatron_moe.hf.spec import ModelSpec, spec_from_config
 
 H100_FILES = sorted((Path(__file__).parents[1] / "configs" / "h100").glob("*.yaml"))
 
@@ -44,7 +44,7 @@ DENSE_MODELS = {
 }  # fmt: skip
 
 
-def shipped(path: Path) -> tuple[RunConfig, DenseSpec, int]:
+def shipped(path: Path) -> tuple[RunConfig, ModelSpec, int]:
     """A file of configs/h100, its dense model, and the GPUs that its name says."""
     config = load(RunConfig, path)
     spec = spec_from_config(DENSE_MODELS[config.source.path.name])

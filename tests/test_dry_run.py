@@ -20,7 +20,7 @@ from megatron_moe.commands.dry_run import DryRun, dry_run
 from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import ConfigError
-from megatron_moe.hf.spec import DenseSpec, read_spec
+from megatron_moe.hf.spec import ModelSpec, read_spec
 from megatron_moe.parallel.layout import fold
 from megatron_moe.planner.parameters import rank_parameters, rank_tensors
 from megatron_moe.planner.shape import upcycled_shape
@@ -39,7 +39,7 @@ def in_a_child(check, *args) -> None:
 
 
 def agrees_with_the_planner(
-    result: DryRun, config: RunConfig, spec: DenseSpec, *, world_size: int
+    result: DryRun, config: RunConfig, spec: ModelSpec, *, world_size: int
 ) -> None:
     assert result.counted == result.planned
     shape, stage = upcycled_shape(spec, config.moe), result.groups["pp"].index(result.rank)

@@ -20,7 +20,7 @@ from megatron_moe.experts.plan import ExpertPlan
 from megatron_moe.experts.recipe import Recipe
 from megatron_moe.hf.families import FAMILIES, FAMILY_OF_ARCHITECTURE
 from megatron_moe.hf.names import dense_tensors
-from megatron_moe.hf.reader import open_dense_checkpoint
+from megatron_moe.hf.reader import open_safetensors
 from megatron_moe.runtime.world import World
 
 PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
@@ -48,7 +48,7 @@ def restored_tables() -> Iterator[None]:
 @pytest.mark.usefixtures("restored_tables")
 def test_a_new_family_is_read(tmp_path: Path):
     run_section("A dense family")
-    llama = open_dense_checkpoint(save_dense(tmp_path / "llama"))
+    llama = open_safetensors(save_dense(tmp_path / "llama"))
     folder = save_dense(tmp_path / "packed")
     config = json.loads((folder / "config.json").read_text())
     config |= {"architectures": ["PackedForCausalLM"], "model_type": "packed"}
@@ -60,7 +60,7 @@ def test_a_new_family_is_read(tmp_path: Path):
         tensors[f"{name}W_pack.weight"] = torch.cat(parts)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
-    packed = open_dense_checkpoint(folder)
+    packed = open_safetensors(folder)
     packed.check_tensors(dict(dense_tensors(packed.spec)))
     for name in llama.tensors:
         assert torch.equal(packed.read(name), llama.read(name)), name

@@ -23,7 +23,7 @@ from megatron_moe.checkpoint.global_tensors import GlobalTensors
 from megatron_moe.checkpoint.keys import checkpoint_key
 from megatron_moe.experts.plan import ExpertPlan
 from megatron_moe.hf.names import ROW_OF_ROLE, expert_names, ffn_names
-from megatron_moe.hf.reader import DenseCheckpoint
+from megatron_moe.hf.reader import SourceCheckpoint
 
 BLOCK_NUMBERS = 2**23
 """Number of a layer's weights that are converted to float64 at a time."""
@@ -46,7 +46,7 @@ def layer_similarity(
     tensors: GlobalTensors,
     plan: ExpertPlan,
     layer: int,
-    dense: Sequence[DenseCheckpoint] | None,
+    dense: Sequence[SourceCheckpoint] | None,
 ) -> Similarity:
     """Compare the experts of layer ``layer`` of a checkpoint.
 
@@ -118,7 +118,7 @@ def _matrices(
 
 
 def _origin(
-    dense: Sequence[DenseCheckpoint], plan: ExpertPlan, layer: int, expert: int, part: int
+    dense: Sequence[SourceCheckpoint], plan: ExpertPlan, layer: int, expert: int, part: int
 ) -> Tensor:
     """Return the scaled source neurons of an expert in its own order: ``(M, D)``."""
     built = plan.layer(layer)

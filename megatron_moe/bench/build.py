@@ -24,8 +24,8 @@ from megatron_moe.data.samples import Sample
 from megatron_moe.data.texts import open_texts
 from megatron_moe.experts.plan import make_expert_plan
 from megatron_moe.hf.names import dense_tensors
-from megatron_moe.hf.reader import open_dense_checkpoint, open_mixed
-from megatron_moe.hf.spec import DenseSpec, read_spec
+from megatron_moe.hf.reader import open_mixed, open_safetensors
+from megatron_moe.hf.spec import ModelSpec, read_spec
 from megatron_moe.model.build import Model, build_model
 from megatron_moe.model.overlap import start_tp_overlap
 from megatron_moe.model.routers import routers_in, set_output_scales
@@ -75,7 +75,7 @@ def make_timed_state(
 def _fill_from_checkpoint(
     model: Model, config: RunConfig, layout: ParallelLayout, rank: int
 ) -> None:
-    dense = open_dense_checkpoint(config.source.path)
+    dense = open_safetensors(config.source.path)
     dense.check_tensors(dict(dense_tensors(dense.spec)))
     plan = complete_plan(make_expert_plan(dense.spec, config.moe, config.upcycle), config, dense)
     set_output_scales(model.modules, plan)
@@ -102,7 +102,7 @@ def force_balance(model: Model) -> None:
 
 
 def make_supply(
-    config: RunConfig, spec: DenseSpec, groups: ProcessGroupCollection, *, random: bool
+    config: RunConfig, spec: ModelSpec, groups: ProcessGroupCollection, *, random: bool
 ) -> Supply:
     """This rank's batches: of the run's text, or random tokens made once."""
     data_rank = DataRank.of(groups)

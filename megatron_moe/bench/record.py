@@ -13,7 +13,7 @@ from megatron_moe.config.load import build
 from megatron_moe.config.moe import Moe
 from megatron_moe.errors import ConfigError
 from megatron_moe.hf.disk import write_text
-from megatron_moe.hf.spec import DenseSpec
+from megatron_moe.hf.spec import ModelSpec
 from megatron_moe.json_text import parse_json
 from megatron_moe.planner.flops import SequenceFlops, sequence_flops
 from megatron_moe.planner.shape import MoeShape, upcycled_shape
@@ -219,7 +219,7 @@ def _flops_of(tree: dict[str, Any]) -> SequenceFlops:
 
 def shape_of(dense: dict[str, Any], moe: dict[str, Any]) -> MoeShape:
     """Return the shape of a record's model from its dense model and its section ``moe``."""
-    return upcycled_shape(DenseSpec(**dense), build(Moe, moe))
+    return upcycled_shape(ModelSpec(**dense), build(Moe, moe))
 
 
 def _times(value: dict[str, float], factor: float) -> dict[str, float]:

@@ -28,7 +28,7 @@ from megatron_moe.experts.file import PLAN_FILE, read_plan
 from megatron_moe.experts.plan import ExpertPlan, make_expert_plan
 from megatron_moe.hf.checksums import read_checksums
 from megatron_moe.hf.disk import fsync
-from megatron_moe.hf.spec import DenseSpec
+from megatron_moe.hf.spec import ModelSpec
 from megatron_moe.json_text import parse_json
 
 _STEP = re.compile(r"step_(\d{8,})")
@@ -196,7 +196,7 @@ def run_of(source: Path, overrides: Iterable[str] = ()) -> tuple[Path, RunConfig
     return checkpoint, config
 
 
-def plan_of(folder: Path, spec: DenseSpec, config: RunConfig) -> ExpertPlan:
+def plan_of(folder: Path, spec: ModelSpec, config: RunConfig) -> ExpertPlan:
     """Return the expert plan of the run, with its tables as stored in the checkpoint, if any."""
     plan = make_expert_plan(spec, config.moe, config.upcycle)
     if plan.needs != "nothing":

@@ -11,7 +11,7 @@ import typer
 from megatron_moe.cli.options import parse_count
 from megatron_moe.cli.plan import known_source
 from megatron_moe.errors import ConfigError
-from megatron_moe.hf.spec import DenseSpec, read_spec
+from megatron_moe.hf.spec import ModelSpec, read_spec
 
 starting = typer.Typer()
 
@@ -80,7 +80,7 @@ def init(
     print("\n".join([f"Wrote {out}. Next:", *(f"  {c}" for c in commands)]) if asks else out)
 
 
-def source_model(source: str) -> tuple[DenseSpec, Path]:
+def source_model(source: str) -> tuple[ModelSpec, Path]:
     """Return the shape and the folder of a model, which may not have been downloaded yet.
 
     Raises:

@@ -34,7 +34,7 @@ from megatron_moe.config.run import Parallel, RunConfig
 from megatron_moe.errors import ConfigError, UserError
 from megatron_moe.experts.from_source import load_run
 from megatron_moe.hf.disk import disk_errors_in_words, make_folder, naming
-from megatron_moe.hf.spec import DenseSpec, read_spec
+from megatron_moe.hf.spec import ModelSpec, read_spec
 from megatron_moe.rules.check import check
 from megatron_moe.rules.construction import measuring_violations
 from megatron_moe.rules.installed import require_packages
@@ -119,7 +119,7 @@ def train(
 
 def _dry_run(
     config: RunConfig,
-    spec: DenseSpec,
+    spec: ModelSpec,
     ranks: int | None,
     world_size: int | None,
     rank: int,
@@ -318,7 +318,7 @@ def construct(
         on_ranks_at_hand(_construct, config, ranks, overrides=overrides or [])
 
 
-def _construct_dry_run(config: RunConfig, spec: DenseSpec, ranks: int, *, as_json: bool) -> None:
+def _construct_dry_run(config: RunConfig, spec: ModelSpec, ranks: int, *, as_json: bool) -> None:
     from megatron_moe.commands.construct_cost import construct_cost, cost_report
 
     cost = construct_cost(config, spec, ranks)

@@ -19,7 +19,7 @@ from megatron_moe.experts.from_source import load_run
 from megatron_moe.hf.disk import write_text
 from megatron_moe.hf.known import model_named
 from megatron_moe.hf.planned import spec_to_plan
-from megatron_moe.hf.spec import DenseSpec, spec_from_config
+from megatron_moe.hf.spec import ModelSpec, spec_from_config
 
 planning = typer.Typer()
 
@@ -118,7 +118,7 @@ def _positive(value: float | None, *, option: str) -> float | None:
 
 def _run_to_plan(
     arguments: list[str], model: str | None, *, gpus: int, gpu: str
-) -> tuple[RunConfig, DenseSpec]:
+) -> tuple[RunConfig, ModelSpec]:
     """Return the run of CONFIG, or the one that `init` would start from a known model."""
     if model is not None:
         if files := [word for word in arguments if "=" not in word]:
@@ -168,7 +168,7 @@ def plan_notes(config: RunConfig, *, gpus: int, gpu: str) -> Iterator[str]:
             )
 
 
-def known_source(name: str) -> tuple[DenseSpec, Path]:
+def known_source(name: str) -> tuple[ModelSpec, Path]:
     """Return the shape of a known model, dense or MoE, and the folder it is usually kept in.
 
     Raises:
@@ -178,7 +178,7 @@ def known_source(name: str) -> tuple[DenseSpec, Path]:
     return spec_from_config(known.config, where=known.name), Path("models") / known.folder_name
 
 
-def spec_with_note(folder: Path) -> DenseSpec:
+def spec_with_note(folder: Path) -> ModelSpec:
     """Return the shape of the source; say on standard error if the folder is missing."""
     spec, note = spec_to_plan(folder)
     if note is not None:

@@ -28,9 +28,9 @@ from megatron_moe.data.feed import DataRank, Feed
 from megatron_moe.data.samples import Text
 from megatron_moe.data.texts import Texts, open_text, open_texts
 from megatron_moe.errors import CheckpointError, ConfigError
-from megatron_moe.hf.reader import DenseCheckpoint, open_mixed
+from megatron_moe.hf.reader import SourceCheckpoint, open_mixed
 from megatron_moe.runtime.world import World
-from megatron_moe.source.dense import open_dense
+from megatron_moe.source.open import open_source
 
 Say = Callable[[str], None]
 
@@ -96,10 +96,10 @@ def _texts(config: RunConfig, sets: Mapping[str, Path], vocab_size: int) -> dict
     return {**held_out, **others}
 
 
-def _dense(config: RunConfig, say: Say) -> list[DenseCheckpoint] | None:
+def _dense(config: RunConfig, say: Say) -> list[SourceCheckpoint] | None:
     """Open the dense source of the experts, if its weights still exist."""
     try:
-        dense = open_dense(config.source.path)
+        dense = open_source(config.source.path)
         return [dense, *open_mixed(dense, config.upcycle.mix_with)]
     except CheckpointError as error:
         say(f"experts are not compared with the source weights: {str(error).splitlines()[0]}")
@@ -123,7 +123,7 @@ def _read(
 
 
 def _similarities(
-    restored: Restored, checkpoint: Path, dense: Sequence[DenseCheckpoint] | None
+    restored: Restored, checkpoint: Path, dense: Sequence[SourceCheckpoint] | None
 ) -> dict[int, Similarity]:
     """Compare the experts of every MoE layer; ranks take the layers in turn and share results."""
     mine = {}

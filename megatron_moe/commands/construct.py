@@ -31,14 +31,14 @@ from megatron_moe.experts.partition import Evidence
 from megatron_moe.experts.plan import ExpertPlan, LayerTable, make_expert_plan
 from megatron_moe.experts.solved import solved_folder
 from megatron_moe.hf.names import dense_tensors
-from megatron_moe.hf.reader import DenseCheckpoint
+from megatron_moe.hf.reader import SourceCheckpoint
 from megatron_moe.log import RoundProgress, console
 from megatron_moe.model.build import Model, build_model
 from megatron_moe.model.upcycle import upcycle
 from megatron_moe.parallel.groups import create_groups, destroy_groups
 from megatron_moe.runtime.engine import engine_of
 from megatron_moe.runtime.world import World
-from megatron_moe.source.dense import open_dense
+from megatron_moe.source.open import open_source
 
 
 def construct(config: RunConfig, world: World) -> None:
@@ -49,7 +49,7 @@ def construct(config: RunConfig, world: World) -> None:
     """
     path = config.upcycle.plan
     assert path is not None
-    dense = open_dense(config.source.path)
+    dense = open_source(config.source.path)
     dense.check_tensors(dict(dense_tensors(dense.spec)))
     plan = make_expert_plan(dense.spec, config.moe, config.upcycle)
     texts = open_texts(config, vocab_size=dense.spec.vocab_size)
@@ -82,7 +82,7 @@ class _Construction:
 
     config: RunConfig
     world: World
-    dense: DenseCheckpoint
+    dense: SourceCheckpoint
     texts: list[Text]
     path: Path
 
@@ -174,7 +174,7 @@ class _Construction:
 
 
 def _solved(
-    plan: ExpertPlan, measurement: Measurement, dense: DenseCheckpoint, config: RunConfig
+    plan: ExpertPlan, measurement: Measurement, dense: SourceCheckpoint, config: RunConfig
 ) -> dict[int, Any]:
     """Compute the layers' tables; layers are assigned to ranks in turn."""
     sums = measurement.sums
@@ -195,5 +195,5 @@ def _partial_folder(plan: Path) -> Path:
     return plan.with_name(f".{plan.name}.measuring")
 
 
-def _key(config: RunConfig, dense: DenseCheckpoint) -> str:
+def _key(config: RunConfig, dense: SourceCheckpoint) -> str:
     return hashlib.sha256((dump(config) + dense.fingerprint()).encode()).hexdigest()

@@ -12,14 +12,14 @@ from rich.text import Text
 
 from megatron_moe.config.run import RunConfig
 from megatron_moe.experts.resolve import make_recipe
-from megatron_moe.hf.spec import DenseSpec
+from megatron_moe.hf.spec import ModelSpec
 from megatron_moe.planner.construction import UTILIZATION, construction_cost
 from megatron_moe.planner.run_table import amount, duration, size
 from megatron_moe.runtime.world import resolve_device
 from megatron_moe.train.peak import device_peak
 
 
-def construct_cost(config: RunConfig, spec: DenseSpec, ranks: int) -> dict[str, Any]:
+def construct_cost(config: RunConfig, spec: ModelSpec, ranks: int) -> dict[str, Any]:
     """Count the work, measure this machine's speed for a second, and return both with the hours."""
     measure, seq_length = config.measure, config.data.seq_length
     cost = construction_cost(

@@ -22,7 +22,7 @@ from megatron_moe.checkpoint.moments import parts
 from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import ConfigError
 from megatron_moe.experts.plan import ExpertPlan, LayerTable, make_expert_plan
-from megatron_moe.hf.spec import DenseSpec
+from megatron_moe.hf.spec import ModelSpec
 from megatron_moe.hf.unread import open_unread
 from megatron_moe.model.build import Model, build_model
 from megatron_moe.model.upcycle import Filled, fill
@@ -130,7 +130,7 @@ def dry_run(config: RunConfig, *, rank: int, world_size: int) -> DryRun:
         return _report(config, spec, layout, groups, state, filled, source_bytes)
 
 
-def largest_stage(config: RunConfig, spec: DenseSpec) -> int:
+def largest_stage(config: RunConfig, spec: ModelSpec) -> int:
     """Return the number of steps before the stage that trains the most parameters."""
     shape, train = upcycled_shape(spec, config.moe), config.train
     return max(
@@ -181,7 +181,7 @@ def _any_merge(plan: ExpertPlan) -> dict[str, Any]:
 
 def _report(
     config: RunConfig,
-    spec: DenseSpec,
+    spec: ModelSpec,
     layout: ParallelLayout,
     groups: ProcessGroupCollection,
     state: TrainState,
@@ -238,7 +238,7 @@ def state_bytes(state: TrainState) -> ModelState:
 
 
 def planned_bytes(
-    config: RunConfig, spec: DenseSpec, layout: ParallelLayout, *, rank: int
+    config: RunConfig, spec: ModelSpec, layout: ParallelLayout, *, rank: int
 ) -> ModelState:
     """The planner's figures for the same rank."""
     attention, experts = layout.attention.coords(rank), layout.experts.coords(rank)

@@ -18,12 +18,12 @@ from megatron_moe.data.reference import dense_losses
 from megatron_moe.data.texts import open_texts
 from megatron_moe.errors import ConfigError
 from megatron_moe.evaluate.record import Evaluation, Figures
-from megatron_moe.hf.reader import DenseCheckpoint, open_mixed
+from megatron_moe.hf.reader import SourceCheckpoint, open_mixed
 from megatron_moe.hf.spec import read_spec
 from megatron_moe.model.routers import expert_biases
 from megatron_moe.model.upcycle import upcycle
 from megatron_moe.runtime.world import World
-from megatron_moe.source.dense import DistributedDense, has_weights, open_dense
+from megatron_moe.source.open import DistributedSource, has_weights, open_source
 from megatron_moe.train.step import mean_loss
 
 
@@ -49,7 +49,7 @@ def evaluate(config: RunConfig, world: World, checkpoint: Path) -> Evaluation:
         )
     dense, remarks = _dense(config)
     losses_dense = None
-    if dense is not None and not isinstance(dense, DistributedDense):
+    if dense is not None and not isinstance(dense, DistributedSource):
         losses_dense = (
             dense_losses(config, texts.validation, device=world.device) if world.rank == 0 else {}
         )
@@ -77,9 +77,9 @@ def evaluate(config: RunConfig, world: World, checkpoint: Path) -> Evaluation:
     )
 
 
-def _dense(config: RunConfig) -> tuple[DenseCheckpoint | None, list[str]]:
+def _dense(config: RunConfig) -> tuple[SourceCheckpoint | None, list[str]]:
     if has_weights(config.source.path):
-        return open_dense(config.source.path), []
+        return open_source(config.source.path), []
     missing = f"source, step 0: the weights of the source model are not in {config.source.path}"
     return None, [f"{missing} (set source.path=FOLDER to use another folder)"]
 
@@ -94,7 +94,7 @@ def _losses(config: RunConfig, restored: Restored, feed: Feed) -> dict[str, floa
 
 
 def _upcycle_again(
-    config: RunConfig, world: World, restored: Restored, dense: DenseCheckpoint
+    config: RunConfig, world: World, restored: Restored, dense: SourceCheckpoint
 ) -> None:
     for bias_E, _ in expert_biases(restored.model.modules):
         bias_E.zero_()

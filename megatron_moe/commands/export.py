@@ -52,7 +52,7 @@ from megatron_moe.hf.names import (
     has_row,
     shapes_of,
 )
-from megatron_moe.hf.spec import DenseSpec, read_spec
+from megatron_moe.hf.spec import ModelSpec, read_spec
 from megatron_moe.hf.writer import FolderWriter
 
 Dtype = Literal["fp32", "bf16", "fp16"]
@@ -124,7 +124,7 @@ def _card(
     checkpoint: Path,
     out: Path,
     config: RunConfig,
-    spec: DenseSpec,
+    spec: ModelSpec,
     *,
     architecture: Architecture | DenseArchitecture,
     dtype: Dtype,
@@ -145,7 +145,7 @@ def _card(
 def _config_of_export(
     checkpoint: Path,
     config: RunConfig,
-    spec: DenseSpec,
+    spec: ModelSpec,
     architecture: Architecture | DenseArchitecture,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
@@ -168,7 +168,7 @@ def _config_of_export(
 def _values(
     entry: _Entry,
     tensors: GlobalTensors,
-    spec: DenseSpec,
+    spec: ModelSpec,
     dtype: torch.dtype,
     factors: tuple[float, ...],
 ) -> list[Tensor]:
@@ -199,7 +199,7 @@ _LINEAR_AFTER_TRAINING = ("linear", "noisy_linear")
 """Values of moe.router_gate that are one linear layer once training ends."""
 
 
-def architecture_for(spec: DenseSpec, moe: Moe) -> Architecture:
+def architecture_for(spec: ModelSpec, moe: Moe) -> Architecture:
     """The Hugging Face architecture that computes what the trained model computes.
 
     Raises:
@@ -240,7 +240,7 @@ def architecture_for(spec: DenseSpec, moe: Moe) -> Architecture:
     return "MixtralForCausalLM"
 
 
-def _of_post_norms(spec: DenseSpec, moe: Moe) -> Architecture:
+def _of_post_norms(spec: ModelSpec, moe: Moe) -> Architecture:
     """Return the architecture with norms after attention and experts.
 
     Raises:
@@ -261,7 +261,7 @@ def _of_post_norms(spec: DenseSpec, moe: Moe) -> Architecture:
     return "FlexOlmoForCausalLM"
 
 
-def _of_sigmoid_scores(spec: DenseSpec, moe: Moe) -> Architecture:
+def _of_sigmoid_scores(spec: ModelSpec, moe: Moe) -> Architecture:
     """Return the architecture with sigmoid scores and expert biases.
 
     Raises:
@@ -283,7 +283,7 @@ def _of_sigmoid_scores(spec: DenseSpec, moe: Moe) -> Architecture:
 
 
 def _factors(
-    entry: _Entry, plan: ExpertPlan, spec: DenseSpec, *, half_open: bool
+    entry: _Entry, plan: ExpertPlan, spec: ModelSpec, *, half_open: bool
 ) -> tuple[float, ...]:
     """Return by what each tensor is multiplied to do in Hugging Face what it did in the run.
 
@@ -344,7 +344,7 @@ def _names(row: Row, architecture: Architecture | DenseArchitecture) -> tuple[st
 
 
 def _entries(
-    spec: DenseSpec, moe: Moe, architecture: Architecture | DenseArchitecture
+    spec: ModelSpec, moe: Moe, architecture: Architecture | DenseArchitecture
 ) -> Iterator[_Entry]:
     routed = set(moe_layer_ids(moe, spec.num_layers))
     for row in ROWS:
@@ -390,7 +390,7 @@ def _layers(scope: Scope, routed: Set[int], num_layers: int) -> Iterable[int | N
 
 
 def _hf_shapes(
-    row: Row, spec: DenseSpec, moe: Moe, architecture: Architecture | DenseArchitecture
+    row: Row, spec: ModelSpec, moe: Moe, architecture: Architecture | DenseArchitecture
 ) -> tuple[tuple[int, ...], ...]:
     size = moe.expert_size(spec.ffn_hidden_size)
     shared = exported_shared_size(spec, moe, architecture)
@@ -405,7 +405,7 @@ def _padded(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.nn.functional.pad(tensor, [n for size in reversed(missing) for n in (0, size)])
 
 
-def _cut(fused: Tensor, entry: _Entry, spec: DenseSpec) -> list[Tensor]:
+def _cut(fused: Tensor, entry: _Entry, spec: ModelSpec) -> list[Tensor]:
     """A Megatron tensor as the Hugging Face tensors it fuses."""
     match entry.row.sharding:
         case Sharding.VOCABULARY:

@@ -18,7 +18,7 @@ from megatron_moe.experts.plan import moe_layer_ids
 from megatron_moe.hf.dtypes import OF_PRECISION
 from megatron_moe.hf.names import Architecture
 from megatron_moe.hf.rope import rope_parameters
-from megatron_moe.hf.spec import DenseSpec
+from megatron_moe.hf.spec import ModelSpec
 from megatron_moe.json_text import parse_json
 
 _MODEL_TYPES: dict[Architecture, str] = {
@@ -53,7 +53,7 @@ _NOT_COMPARED = _PROGRAM_SETTINGS | {
 
 
 def moe_config(
-    spec: DenseSpec, config: RunConfig, architecture: Architecture, source: dict[str, Any]
+    spec: ModelSpec, config: RunConfig, architecture: Architecture, source: dict[str, Any]
 ) -> dict[str, Any]:
     """Return ``config.json`` of the exported model.
 
@@ -102,7 +102,7 @@ def moe_config(
 
 
 def common_config(
-    spec: DenseSpec, config: RunConfig, architecture: str, model_type: str, source: dict[str, Any]
+    spec: ModelSpec, config: RunConfig, architecture: str, model_type: str, source: dict[str, Any]
 ) -> dict[str, Any]:
     """Return the part of ``config.json`` that dense and MoE models have; see `moe_config`."""
     return {
@@ -129,7 +129,7 @@ def common_config(
 
 
 def _qwen(
-    spec: DenseSpec, config: RunConfig, architecture: Architecture, size: int
+    spec: ModelSpec, config: RunConfig, architecture: Architecture, size: int
 ) -> dict[str, Any]:
     moe = config.moe
     routed = set(moe_layer_ids(moe, spec.num_layers))
@@ -160,7 +160,7 @@ def _qwen(
     }
 
 
-def _glm(spec: DenseSpec, moe: Moe) -> dict[str, Any]:
+def _glm(spec: ModelSpec, moe: Moe) -> dict[str, Any]:
     size = moe.expert_size(spec.ffn_hidden_size)
     return {
         "intermediate_size": spec.ffn_hidden_size,
@@ -179,7 +179,7 @@ def _glm(spec: DenseSpec, moe: Moe) -> dict[str, Any]:
     }
 
 
-def exported_shared_size(spec: DenseSpec, moe: Moe, architecture: str) -> int:
+def exported_shared_size(spec: ModelSpec, moe: Moe, architecture: str) -> int:
     """Return the neurons of the shared expert in an export.
 
     GLM-4-MoE counts them in multiples of a routed expert; neurons of zeros fill the last one.
@@ -190,7 +190,7 @@ def exported_shared_size(spec: DenseSpec, moe: Moe, architecture: str) -> int:
     return -(-moe.shared_size // size) * size
 
 
-def _rope(spec: DenseSpec, source: dict[str, Any], architecture: str) -> dict[str, Any]:
+def _rope(spec: ModelSpec, source: dict[str, Any], architecture: str) -> dict[str, Any]:
     """Return the rotary settings as transformers 5 and, in the last two keys, 4 read them."""
     defaults = {
         "max_position_embeddings": spec.max_position_embeddings, "rope_theta": spec.rotary_base,
@@ -207,7 +207,7 @@ def _rope(spec: DenseSpec, source: dict[str, Any], architecture: str) -> dict[st
     }
 
 
-def _token_ids(spec: DenseSpec, source: dict[str, Any]) -> dict[str, Any]:
+def _token_ids(spec: ModelSpec, source: dict[str, Any]) -> dict[str, Any]:
     """Return the ids of special tokens: the source's, or those that its family has by default."""
     defaults = {"bos_token_id": spec.bos_token_id, "eos_token_id": spec.eos_token_id}
     return {key: source.get(key, defaults.get(key)) for key in _TOKEN_IDS}

@@ -14,7 +14,7 @@ from megatron_moe.config.moe import Moe
 from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import CheckpointError
 from megatron_moe.experts.plan import moe_layer_ids
-from megatron_moe.hf.spec import DenseSpec
+from megatron_moe.hf.spec import ModelSpec
 
 DenseArchitecture = Literal[
     "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"
@@ -34,7 +34,7 @@ _OWN: dict[DenseArchitecture, dict[str, Any]] = {
 """Keys of config.json that only one architecture has."""
 
 
-def dense_architecture(spec: DenseSpec, moe: Moe) -> DenseArchitecture:
+def dense_architecture(spec: ModelSpec, moe: Moe) -> DenseArchitecture:
     """Return the dense architecture that computes what a model of one expert computes.
 
     Raises:
@@ -54,7 +54,7 @@ def dense_architecture(spec: DenseSpec, moe: Moe) -> DenseArchitecture:
     return "MistralForCausalLM" if spec.attention_windows else "LlamaForCausalLM"
 
 
-def _reasons(spec: DenseSpec, moe: Moe) -> Iterator[str]:
+def _reasons(spec: ModelSpec, moe: Moe) -> Iterator[str]:
     size = moe.expert_size(spec.ffn_hidden_size)
     mixed = len(moe_layer_ids(moe, spec.num_layers)) < spec.num_layers
     if moe.num_moe_experts > 1:
@@ -77,7 +77,7 @@ def _reasons(spec: DenseSpec, moe: Moe) -> Iterator[str]:
 
 
 def dense_hf_config(
-    spec: DenseSpec, config: RunConfig, architecture: DenseArchitecture, source: dict[str, Any]
+    spec: ModelSpec, config: RunConfig, architecture: DenseArchitecture, source: dict[str, Any]
 ) -> dict[str, Any]:
     """Return ``config.json`` of the dense model; see `export_config.moe_config`."""
     result = {

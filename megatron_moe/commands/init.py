@@ -12,7 +12,7 @@ from megatron_moe.data.files import text_exists
 from megatron_moe.errors import ConfigError
 from megatron_moe.hf.disk import write_text
 from megatron_moe.hf.obtain import how_to_get
-from megatron_moe.hf.spec import DenseSpec
+from megatron_moe.hf.spec import ModelSpec
 from megatron_moe.planner.calibration import FITTED
 from megatron_moe.planner.check import predict_candidate
 from megatron_moe.planner.hardware import gpu_named
@@ -27,7 +27,7 @@ from megatron_moe.rules.check import check
 GPUS_PER_NODE = 8
 
 
-def init(request: Request, spec: DenseSpec, out: Path) -> list[str]:
+def init(request: Request, spec: ModelSpec, out: Path) -> list[str]:
     """Write the YAML file of a new run to ``out`` and return the next commands.
 
     Raises:
@@ -41,7 +41,7 @@ def init(request: Request, spec: DenseSpec, out: Path) -> list[str]:
     return commands
 
 
-def drafted(request: Request, spec: DenseSpec) -> Draft:
+def drafted(request: Request, spec: ModelSpec) -> Draft:
     """Choose all settings of a new run.
 
     Raises:
@@ -60,7 +60,7 @@ def drafted(request: Request, spec: DenseSpec) -> Draft:
 
 
 def _with_best_layout(
-    config: RunConfig, request: Request, spec: DenseSpec
+    config: RunConfig, request: Request, spec: ModelSpec
 ) -> tuple[RunConfig, Candidate]:
     """Return the run with the fastest layout that fits with the engine, or with both for auto.
 
@@ -83,7 +83,7 @@ def _with_best_layout(
     return _applied(config, _search(config, request, spec)[0])
 
 
-def _search(config: RunConfig, request: Request, spec: DenseSpec) -> list[Candidate]:
+def _search(config: RunConfig, request: Request, spec: ModelSpec) -> list[Candidate]:
     return list(searched(config, spec, gpus=request.gpus, gpu=request.gpu).best)
 
 

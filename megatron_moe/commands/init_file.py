@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import yaml
 
 from megatron_moe.config.run import RunConfig
-from megatron_moe.hf.spec import DenseSpec
+from megatron_moe.hf.spec import ModelSpec
 from megatron_moe.planner.hardware import gpu_named
 from megatron_moe.planner.parameters import active_parameters, total_parameters
 from megatron_moe.planner.run_table import amount, duration, size
@@ -29,7 +29,7 @@ class Draft:
     """The predicted run; None without a GPU."""
 
 
-def as_yaml(draft: Draft, request: Request, spec: DenseSpec, commands: list[str]) -> str:
+def as_yaml(draft: Draft, request: Request, spec: ModelSpec, commands: list[str]) -> str:
     """Return the YAML file of a draft, with comments."""
     lines = [f"# {line}".rstrip() for line in _head(draft, request, spec)]
     lines += ["# Next:", *(f"#   {command}" for command in commands)]
@@ -45,7 +45,7 @@ def _line(name: str, value: object, comment: str) -> str:
     return f"{setting:<44}# {comment}" if comment else setting
 
 
-def _head(draft: Draft, request: Request, spec: DenseSpec) -> Iterator[str]:
+def _head(draft: Draft, request: Request, spec: ModelSpec) -> Iterator[str]:
     config, shape = draft.config, upcycled_shape(spec, draft.config.moe)
     kept = spec.experts is not None
     of_source = "" if kept else f" ({amount(source_parameters(spec))} parameters)"

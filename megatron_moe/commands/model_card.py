@@ -10,7 +10,7 @@ from megatron_moe import __version__
 from megatron_moe.checkpoint.folder import Progress
 from megatron_moe.config.run import RunConfig
 from megatron_moe.hf.names import MOE_NAMES
-from megatron_moe.hf.spec import DenseSpec
+from megatron_moe.hf.spec import ModelSpec
 
 _LOSSES = ("loss/lm", "loss/validation", "perplexity/validation", "bits_per_byte/validation")
 
@@ -18,7 +18,7 @@ _LOSSES = ("loss/lm", "loss/validation", "perplexity/validation", "bits_per_byte
 def model_card(
     *,
     config: RunConfig,
-    spec: DenseSpec,
+    spec: ModelSpec,
     progress: Progress,
     tokens: int,
     architecture: str,

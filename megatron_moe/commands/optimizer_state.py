@@ -21,11 +21,11 @@ from megatron_moe.commands.job import Job
 from megatron_moe.errors import CheckpointError
 from megatron_moe.experts.plan import ExpertPlan
 from megatron_moe.hf.names import Match, dense_tensors, match
-from megatron_moe.hf.reader import DenseCheckpoint
+from megatron_moe.hf.reader import SourceCheckpoint
 from megatron_moe.model.build import Model
 from megatron_moe.model.upcycle import fill
 from megatron_moe.parallel.layout import local_experts
-from megatron_moe.source.dense import DistributedDense, open_moments
+from megatron_moe.source.open import DistributedSource, open_moments
 from megatron_moe.train.state import TrainState
 
 POWERS = {"exp_avg": 1, "exp_avg_sq": 2}
@@ -39,11 +39,11 @@ class InheritedState:
 
     checkpoint: Path
     updates: int
-    moments: dict[str, DistributedDense]
+    moments: dict[str, DistributedSource]
     """One per moment, with values under the names of the source's tensors."""
 
 
-def open_optimizer_state(folder: Path, source: DenseCheckpoint) -> InheritedState:
+def open_optimizer_state(folder: Path, source: SourceCheckpoint) -> InheritedState:
     """Open the moments that belong to a MoE source.
 
     Args:
@@ -109,7 +109,7 @@ def _check_updates(checkpoint: Path, progress: Progress) -> None:
         )
 
 
-def _opened(checkpoint: Path, source: DenseCheckpoint, moment: str) -> DistributedDense:
+def _opened(checkpoint: Path, source: SourceCheckpoint, moment: str) -> DistributedSource:
     try:
         moments = open_moments(checkpoint, source.spec, moment)
         moments.check_tensors(dict(dense_tensors(moments.spec)))
@@ -118,7 +118,7 @@ def _opened(checkpoint: Path, source: DenseCheckpoint, moment: str) -> Distribut
     return moments
 
 
-def _other_model(checkpoint: Path, source: DenseCheckpoint, why: str) -> CheckpointError:
+def _other_model(checkpoint: Path, source: SourceCheckpoint, why: str) -> CheckpointError:
     return CheckpointError(
         f"source.optimizer_state ({checkpoint}) must be the checkpoint that source.path "
         f"({source.folder}) was exported from, trained with AdamW and nothing frozen.\n"

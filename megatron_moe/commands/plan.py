@@ -11,7 +11,7 @@ from rich.text import Text
 
 from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import ConfigError
-from megatron_moe.hf.spec import DenseSpec
+from megatron_moe.hf.spec import ModelSpec
 from megatron_moe.planner.calibration import FITTED, Calibration
 from megatron_moe.planner.check import CheckResult, check_layout
 from megatron_moe.planner.hardware import gpu_named
@@ -72,7 +72,7 @@ class Plan:
 
 def plan(
     config: RunConfig,
-    spec: DenseSpec,
+    spec: ModelSpec,
     circumstances: Circumstances,
     *,
     gpus: int,

@@ -16,7 +16,7 @@ from megatron_moe.data.feed import DataRank, Feed
 from megatron_moe.data.mixing import adapted_weights, updates_due
 from megatron_moe.data.texts import Texts
 from megatron_moe.experts.plan import ExpertPlan
-from megatron_moe.hf.spec import DenseSpec
+from megatron_moe.hf.spec import ModelSpec
 from megatron_moe.log import StepProgress
 from megatron_moe.planner.flops import SequenceFlops, sequence_flops
 from megatron_moe.planner.shape import upcycled_shape
@@ -261,7 +261,7 @@ def _flops(job: Job, state: TrainState) -> SequenceFlops:
     return sequence_flops(shape, config.data.seq_length, frozen)
 
 
-def _taught_flops(job: Job, spec: DenseSpec) -> SequenceFlops:
+def _taught_flops(job: Job, spec: ModelSpec) -> SequenceFlops:
     """Return the teacher's operations on one sequence; none without a teacher."""
     config = job.config
     work = teacher_work(config, spec)

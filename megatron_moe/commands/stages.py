@@ -15,7 +15,7 @@ from megatron_moe.checkpoint.sharded import restore
 from megatron_moe.commands.job import Job
 from megatron_moe.commands.upcycling import empty_model
 from megatron_moe.experts.plan import ExpertPlan
-from megatron_moe.hf.spec import DenseSpec
+from megatron_moe.hf.spec import ModelSpec
 from megatron_moe.planner.parameters import total_parameters
 from megatron_moe.planner.shape import upcycled_shape
 from megatron_moe.train.garbage import collect_everything
@@ -24,7 +24,7 @@ from megatron_moe.train.state import TrainState, make_state
 
 def restored_state(
     job: Job,
-    spec: DenseSpec,
+    spec: ModelSpec,
     plan: ExpertPlan,
     checkpoint: Path,
     copies: LocalCopies | None = None,
@@ -61,7 +61,7 @@ def enter_next_stage(job: Job, state: TrainState, plan: ExpertPlan) -> None:
     job.say(stage_message(job, spec, step=state.step))
 
 
-def stage_message(job: Job, spec: DenseSpec, *, step: int) -> str:
+def stage_message(job: Job, spec: ModelSpec, *, step: int) -> str:
     """Return what the stage after ``step`` steps trains, for the log; empty if that is all."""
     train = job.config.train
     frozen = train.frozen_after(step)

@@ -11,12 +11,12 @@ from megatron_moe.errors import CheckpointError
 from megatron_moe.experts.from_source import source_config
 from megatron_moe.experts.plan import ExpertPlan, make_expert_plan
 from megatron_moe.hf.names import dense_tensors
-from megatron_moe.hf.spec import DenseSpec
+from megatron_moe.hf.spec import ModelSpec
 from megatron_moe.model.build import build_model
 from megatron_moe.model.upcycle import upcycle
 from megatron_moe.planner.parameters import total_parameters
 from megatron_moe.planner.shape import source_shape
-from megatron_moe.source.dense import open_dense
+from megatron_moe.source.open import open_source
 from megatron_moe.train.garbage import collect_everything
 from megatron_moe.train.state import TrainState
 from megatron_moe.train.teacher import Teacher
@@ -63,7 +63,7 @@ def open_teacher(job: Job, plan: ExpertPlan) -> Teacher:
     config = job.config
     folder = config.teacher.path or config.source.path
     try:
-        source = open_dense(folder)
+        source = open_source(folder)
     except CheckpointError as error:
         raise CheckpointError(_unreadable(config, folder, error)) from error
     if config.teacher.path is not None:
@@ -93,7 +93,7 @@ def _unreadable(config: RunConfig, folder: Path, error: CheckpointError) -> str:
     )
 
 
-def teacher_run(config: RunConfig, spec: DenseSpec) -> RunConfig:
+def teacher_run(config: RunConfig, spec: ModelSpec) -> RunConfig:
     """Return the configuration of the teacher, with the micro-batches of the run."""
     result = source_config(config, spec)
     train = result.train.model_copy(update={"micro_batch_size": config.train.micro_batch_size})

@@ -36,8 +36,8 @@ from megatron_moe.data.tokenizer import check_same_vocabulary
 from megatron_moe.experts.plan import ExpertPlan, make_expert_plan
 from megatron_moe.hf.disk import write_text
 from megatron_moe.hf.names import dense_tensors
-from megatron_moe.hf.reader import DenseCheckpoint
-from megatron_moe.hf.spec import DenseSpec, read_spec
+from megatron_moe.hf.reader import SourceCheckpoint
+from megatron_moe.hf.spec import ModelSpec, read_spec
 from megatron_moe.log import console
 from megatron_moe.model.config import check_dispatcher, check_engine
 from megatron_moe.model.grouped_experts import kernel_in
@@ -50,7 +50,7 @@ from megatron_moe.planner.workload import degrees_of, workload_of
 from megatron_moe.rules.installed import require_packages
 from megatron_moe.runtime.engine import engine_of
 from megatron_moe.runtime.world import World
-from megatron_moe.source.dense import open_dense
+from megatron_moe.source.open import open_source
 from megatron_moe.train.guard import Signals
 from megatron_moe.train.lock import only_job
 from megatron_moe.train.sinks import Sink, open_sinks
@@ -132,13 +132,13 @@ def _train(job: Job, sinks: list[Sink]) -> None:
 
 def _source(
     job: Job, resume_from: Path | None
-) -> tuple[DenseCheckpoint | None, DenseSpec, ExpertPlan]:
+) -> tuple[SourceCheckpoint | None, ModelSpec, ExpertPlan]:
     """Return the source, its shape, and the complete plan; a resume opens no source.
 
     What a resume needs of the source is in the checkpoint, so the source may be gone by then.
     """
     config = job.config
-    dense = open_dense(config.source.path) if resume_from is None else None
+    dense = open_source(config.source.path) if resume_from is None else None
     spec = read_spec(config.source.path) if dense is None else dense.spec
     if not job.engine.is_torch:
         start_tp_overlap(config, spec)
@@ -151,7 +151,7 @@ def _source(
     return dense, spec, complete_plan(plan, config, dense)
 
 
-def _predicted_memory(config: RunConfig, spec: DenseSpec, world_size: int) -> str:
+def _predicted_memory(config: RunConfig, spec: ModelSpec, world_size: int) -> str:
     """Return what `plan` predicts for a rank, in words, without what it adds for CUDA."""
     work = with_teacher(workload_of(config), config, spec)
     shape, degrees = upcycled_shape(spec, config.moe), degrees_of(config, gpus=world_size)
@@ -184,7 +184,7 @@ def _take_configured_weights(job: Job, state: TrainState) -> None:
         state.blend = state.blend.reweighted(tuple(weights.values()))
 
 
-def _announce(job: Job, spec: DenseSpec, plan: ExpertPlan) -> None:
+def _announce(job: Job, spec: ModelSpec, plan: ExpertPlan) -> None:
     """Log the layout, engine and plan, and write run.dir/config.yaml."""
     if job.world.rank == 0:
         write_text(job.config.run.dir / "config.yaml", dump(job.config))

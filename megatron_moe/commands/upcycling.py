@@ -19,8 +19,8 @@ from megatron_moe.errors import ConfigError
 from megatron_moe.experts.file import read_measured_on
 from megatron_moe.experts.from_source import divides_source
 from megatron_moe.experts.plan import ExpertPlan
-from megatron_moe.hf.reader import DenseCheckpoint, open_mixed
-from megatron_moe.hf.spec import DenseSpec
+from megatron_moe.hf.reader import SourceCheckpoint, open_mixed
+from megatron_moe.hf.spec import ModelSpec
 from megatron_moe.model.build import Model, build_model
 from megatron_moe.model.overlap import without_tp_overlap
 from megatron_moe.model.receipt import (
@@ -33,15 +33,15 @@ from megatron_moe.model.routers import set_output_scales
 from megatron_moe.model.upcycle import check_coverage, upcycle
 from megatron_moe.model.verify import Agreement, compare_with_dense, verify_length
 from megatron_moe.runtime.memory import held_bytes, peak_bytes, reset_peak
-from megatron_moe.source.dense import DistributedDense
+from megatron_moe.source.open import DistributedSource
 
 VERIFY_UP_TO_PARAMETERS = 1_000_000_000
 
 
-def upcycled_model(job: Job, dense: DenseCheckpoint, plan: ExpertPlan, texts: Texts) -> Model:
+def upcycled_model(job: Job, dense: SourceCheckpoint, plan: ExpertPlan, texts: Texts) -> Model:
     """Build the model, fill it from the dense checkpoint, verify it, and write the receipt."""
     config, rank = job.config, job.world.rank
-    distributed = isinstance(dense, DistributedDense)
+    distributed = isinstance(dense, DistributedSource)
     if distributed and config.upcycle.verify == "always":
         raise ConfigError(
             f"upcycle.verify (always) needs a Hugging Face folder, but source.path "
@@ -93,7 +93,7 @@ def upcycled_model(job: Job, dense: DenseCheckpoint, plan: ExpertPlan, texts: Te
     return model
 
 
-def empty_model(job: Job, spec: DenseSpec, plan: ExpertPlan) -> Model:
+def empty_model(job: Job, spec: ModelSpec, plan: ExpertPlan) -> Model:
     """Build this rank's part of the MoE without values, with the plan's scales in its routers."""
     model = build_model(
         job.config,
@@ -107,7 +107,7 @@ def empty_model(job: Job, spec: DenseSpec, plan: ExpertPlan) -> Model:
     return model
 
 
-def _wants_verification(config: RunConfig, dense: DenseCheckpoint) -> bool:
+def _wants_verification(config: RunConfig, dense: SourceCheckpoint) -> bool:
     if config.upcycle.verify == "auto":
         parameters = sum(math.prod(tensor.shape) for tensor in dense.tensors.values())
         return parameters <= VERIFY_UP_TO_PARAMETERS
@@ -126,7 +126,7 @@ def _verify(job: Job, model: Model, texts: Texts) -> Agreement:
     return agreement
 
 
-def _compare(job: Job, model: Model, dense: DenseCheckpoint, texts: Texts) -> AgainstDense:
+def _compare(job: Job, model: Model, dense: SourceCheckpoint, texts: Texts) -> AgainstDense:
     train = job.config.train.model_copy(update={"tp_comm_overlap": False})
     config = job.config.model_copy(update={"train": train})
     comparison = ComparisonJob(

@@ -26,8 +26,8 @@ from megatron_moe.data.batches import Batch, slice_for_context_parallel, validat
 from megatron_moe.data.texts import Texts
 from megatron_moe.experts.from_source import source_config
 from megatron_moe.experts.plan import make_expert_plan
-from megatron_moe.hf.reader import DenseCheckpoint
-from megatron_moe.hf.spec import DenseSpec
+from megatron_moe.hf.reader import SourceCheckpoint
+from megatron_moe.hf.spec import ModelSpec
 from megatron_moe.model.build import Model, build_model
 from megatron_moe.model.upcycle import upcycle
 from megatron_moe.parallel.layout import ParallelLayout
@@ -77,7 +77,7 @@ class ComparisonJob:
     """Configuration, layout and device of the models to compare."""
 
     config: RunConfig
-    dense: DenseCheckpoint
+    dense: SourceCheckpoint
     layout: ParallelLayout
     groups: ProcessGroupCollection
     rank: int
@@ -128,7 +128,7 @@ def compare_layers_and_losses(job: ComparisonJob, moe: Model, texts: Texts) -> A
 
 
 def unscaled_random_split(
-    config: RunConfig, spec: DenseSpec, layout: ParallelLayout
+    config: RunConfig, spec: ModelSpec, layout: ParallelLayout
 ) -> RunConfig | None:
     """Return the run's configuration with an unscaled random split of the dense FFN.
 

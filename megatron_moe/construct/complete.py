@@ -23,10 +23,10 @@ from megatron_moe.experts.partition import Evidence
 from megatron_moe.experts.plan import ExpertPlan, LayerTable
 from megatron_moe.experts.solved import check_solved, solved_folder
 from megatron_moe.hf.names import MOE_TENSORS, expert_names, ffn_names
-from megatron_moe.hf.reader import DenseCheckpoint
+from megatron_moe.hf.reader import SourceCheckpoint
 
 
-def complete_plan(plan: ExpertPlan, config: RunConfig, dense: DenseCheckpoint) -> ExpertPlan:
+def complete_plan(plan: ExpertPlan, config: RunConfig, dense: SourceCheckpoint) -> ExpertPlan:
     """Return ``plan`` with every table it needs. All ranks must call this and get the same plan.
 
     Raises:
@@ -61,7 +61,7 @@ def _check_solved(plan: ExpertPlan, path: Path) -> None:
         check_solved(solved_folder(path), layer, plan.tables[layer].down_hash or "")
 
 
-def tables_from_weights(plan: ExpertPlan, dense: DenseCheckpoint) -> dict[int, LayerTable]:
+def tables_from_weights(plan: ExpertPlan, dense: SourceCheckpoint) -> dict[int, LayerTable]:
     """Apply a method that needs weights to each MoE layer; layers are divided among the ranks."""
     recipe, world = plan.recipe, dist.get_world_size()
     tables = {}
@@ -79,7 +79,7 @@ def tables_from_weights(plan: ExpertPlan, dense: DenseCheckpoint) -> dict[int, L
 
 
 def merged_tables(
-    plan: ExpertPlan, load_LO: NDArray[np.float64], dense: DenseCheckpoint
+    plan: ExpertPlan, load_LO: NDArray[np.float64], dense: SourceCheckpoint
 ) -> dict[int, LayerTable]:
     """Merge similar experts of each MoE layer; layers are divided among the ranks."""
     recipe, tables = plan.recipe, {}
@@ -97,13 +97,13 @@ def merged_tables(
     return gather_tables(tables)
 
 
-def _matrices(dense: DenseCheckpoint, layer: int, expert: int) -> list[NDArray[np.float32]]:
+def _matrices(dense: SourceCheckpoint, layer: int, expert: int) -> list[NDArray[np.float32]]:
     """Read gate, up and down of an expert of a MoE source, one row per neuron."""
     gate, up, down = (weights(dense, name) for name in expert_names(layer, expert))
     return [gate, up, down.T]
 
 
-def weights(dense: DenseCheckpoint, name: str) -> NDArray[np.float32]:
+def weights(dense: SourceCheckpoint, name: str) -> NDArray[np.float32]:
     """Read a matrix of the source in fp32."""
     return np.ascontiguousarray(dense.read(name).float().numpy())
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_moe.config.moe import Moe
 from megatron_moe.experts.plan import LayerPlan
 from megatron_moe.hf.names import ffn_names
-from megatron_moe.hf.reader import DenseCheckpoint
+from megatron_moe.hf.reader import SourceCheckpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class DenseFfn:
 
     @classmethod
     def read(
-        cls, dense: DenseCheckpoint, layer: int, device: torch.device | str = "cpu"
+        cls, dense: SourceCheckpoint, layer: int, device: torch.device | str = "cpu"
     ) -> DenseFfn:
         """Read the weights of one layer, in fp32."""
         return cls(*(dense.read(name).to(device).float() for name in ffn_names(layer)))

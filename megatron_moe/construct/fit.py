@@ -45,7 +45,7 @@ from megatron_moe.data.batches import Batch
 from megatron_moe.experts.plan import ExpertPlan, LayerPlan, LayerTable
 from megatron_moe.experts.recipe import HELD_OUT_EVERY, PENALTIES
 from megatron_moe.experts.solved import read_solved, write_solved
-from megatron_moe.hf.reader import DenseCheckpoint
+from megatron_moe.hf.reader import SourceCheckpoint
 
 Progress = Callable[[int, int], None]
 
@@ -73,7 +73,7 @@ class Fit:
     plan: ExpertPlan
     """Plan with the tables of its method, which all ranks have."""
     moe: Moe
-    dense: DenseCheckpoint
+    dense: SourceCheckpoint
     stream: LayerStream
     batches: list[Batch]
     """This rank's calibration sequences."""

@@ -24,7 +24,7 @@ from megatron_moe.experts.partition import Evidence
 from megatron_moe.experts.plan import ExpertPlan, LayerPlan, LayerTable
 from megatron_moe.experts.recipe import Recipe
 from megatron_moe.hf.names import ffn_names
-from megatron_moe.hf.reader import DenseCheckpoint
+from megatron_moe.hf.reader import SourceCheckpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class LayerMeasurements:
 
 
 def layer_table(
-    plan: ExpertPlan, layer: int, measured: LayerMeasurements, dense: DenseCheckpoint, moe: Moe
+    plan: ExpertPlan, layer: int, measured: LayerMeasurements, dense: SourceCheckpoint, moe: Moe
 ) -> LayerTable:
     """Compute everything about one layer that cannot be derived from its recipe."""
     recipe = plan.recipe
@@ -53,7 +53,7 @@ def layer_table(
 
 
 def _partition(
-    recipe: Recipe, layer: int, measured: LayerMeasurements, dense: DenseCheckpoint
+    recipe: Recipe, layer: int, measured: LayerMeasurements, dense: SourceCheckpoint
 ) -> LayerTable:
     row = METHODS[recipe.method]
     if row.needs == "nothing":
@@ -69,7 +69,7 @@ def _partition(
 
 
 def _contributions(
-    measured: LayerMeasurements, dense: DenseCheckpoint, layer: int
+    measured: LayerMeasurements, dense: SourceCheckpoint, layer: int
 ) -> NDArray[np.float32]:
     """Return the norm of each neuron's contribution for each sampled input, ``(H, F)``."""
     ffn = DenseFfn.read(dense, layer)

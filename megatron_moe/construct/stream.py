@@ -20,7 +20,7 @@ from megatron_moe.config.run import Parallel, RunConfig
 from megatron_moe.construct.measure import normalized
 from megatron_moe.data.batches import Batch
 from megatron_moe.experts.plan import make_expert_plan
-from megatron_moe.hf.reader import DenseCheckpoint
+from megatron_moe.hf.reader import SourceCheckpoint
 from megatron_moe.model.build import Chunk, build_model
 from megatron_moe.model.residual import ResidualAdd
 from megatron_moe.model.upcycle import fill
@@ -32,7 +32,7 @@ from megatron_moe.train.inputs import document_arguments
 class LayerStream:
     """The blocks of a dense model, one in memory at a time, in fp32."""
 
-    def __init__(self, config: RunConfig, dense: DenseCheckpoint, rank: int, engine: Engine):
+    def __init__(self, config: RunConfig, dense: SourceCheckpoint, rank: int, engine: Engine):
         """Create process groups and one block; the groups of another layout must not exist."""
         as_dense = dense_config(config)
         train = as_dense.train.model_copy(update={"precision": "fp32"})

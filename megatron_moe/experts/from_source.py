@@ -14,7 +14,7 @@ from megatron_moe.errors import ConfigError
 from megatron_moe.experts.methods import METHODS
 from megatron_moe.hf.moe_spec import ExpertsSpec
 from megatron_moe.hf.planned import missing_but_known
-from megatron_moe.hf.spec import DenseSpec, read_spec, spec_from_config
+from megatron_moe.hf.spec import ModelSpec, read_spec, spec_from_config
 
 _LAYERS = ("moe_layers", "first_dense_layers", "last_dense_layers")
 
@@ -72,7 +72,7 @@ def copies(num_moe_experts: int, experts: ExpertsSpec) -> int:
     return max(num_moe_experts // experts.num_moe_experts, 1)
 
 
-def source_config(config: RunConfig, spec: DenseSpec) -> RunConfig:
+def source_config(config: RunConfig, spec: ModelSpec) -> RunConfig:
     """Return the configuration of the source model itself, with one sequence per micro-batch."""
     result = dense_config(config)
     if spec.experts is None:
@@ -81,13 +81,13 @@ def source_config(config: RunConfig, spec: DenseSpec) -> RunConfig:
     return result.model_copy(update={"moe": moe, "upcycle": Upcycle(method="keep")})
 
 
-def divides_source(config: RunConfig, spec: DenseSpec) -> bool:
+def divides_source(config: RunConfig, spec: ModelSpec) -> bool:
     """Return whether the layout of the run can also hold the source model."""
     ep = config.parallel.expert_parallel_size
     return spec.experts is None or spec.experts.num_moe_experts % ep == 0
 
 
-def check_ep(config: RunConfig, spec: DenseSpec) -> None:
+def check_ep(config: RunConfig, spec: ModelSpec) -> None:
     """Reject a layout that cannot hold the source model.
 
     Raises:
@@ -101,7 +101,7 @@ def check_ep(config: RunConfig, spec: DenseSpec) -> None:
         )
 
 
-def _source_spec(tree: dict[str, Any]) -> DenseSpec | None:
+def _source_spec(tree: dict[str, Any]) -> ModelSpec | None:
     """Read the shape of the source, or of the copy of its config.json that a run keeps."""
     source, run = (tree.get(name) for name in ("source", "run"))
     folders = []

@@ -33,7 +33,7 @@ from megatron_moe.experts.partition import Evidence, Partition
 from megatron_moe.experts.recipe import Recipe
 from megatron_moe.experts.resolve import make_recipe, moe_layer_ids
 from megatron_moe.experts.router import router_rows
-from megatron_moe.hf.spec import DenseSpec
+from megatron_moe.hf.spec import ModelSpec
 
 __all__ = ["ExpertPlan", "LayerPlan", "LayerTable", "make_expert_plan", "moe_layer_ids"]
 
@@ -163,7 +163,7 @@ class ExpertPlan:
         return digest.hexdigest()
 
 
-def make_expert_plan(spec: DenseSpec, moe: Moe, upcycle: Upcycle) -> ExpertPlan:
+def make_expert_plan(spec: ModelSpec, moe: Moe, upcycle: Upcycle) -> ExpertPlan:
     """Create the plan of a configuration, for a dense model of this shape.
 
     If the plan needs weights or text, it has no tables yet.

@@ -9,13 +9,13 @@ from __future__ import annotations
 from megatron_moe.config.moe import Moe, Upcycle
 from megatron_moe.experts.methods import METHODS
 from megatron_moe.experts.recipe import Recipe
-from megatron_moe.hf.spec import DenseSpec
+from megatron_moe.hf.spec import ModelSpec
 
 TWIN_NOISE_STD = 1e-3
 """Default noise on the weights of copies, a twentieth of the usual weights' 0.02."""
 
 
-def make_recipe(spec: DenseSpec, moe: Moe, upcycle: Upcycle) -> Recipe:
+def make_recipe(spec: ModelSpec, moe: Moe, upcycle: Upcycle) -> Recipe:
     """Create the recipe of a configuration, for a source model of this shape."""
     size = spec.ffn_hidden_size if spec.experts is None else spec.experts.moe_ffn_hidden_size
     factor, calibrated = output_factor(spec, moe, upcycle)
@@ -67,7 +67,7 @@ def moe_layer_ids(moe: Moe, num_layers: int) -> tuple[int, ...]:
     return tuple(range(moe.first_dense_layers, num_layers - moe.last_dense_layers))
 
 
-def output_factor(spec: DenseSpec, moe: Moe, upcycle: Upcycle) -> tuple[float, bool]:
+def output_factor(spec: ModelSpec, moe: Moe, upcycle: Upcycle) -> tuple[float, bool]:
     """Return the factor of the routed output, and whether a measured factor is requested.
 
     If the weights sum to one (topk_softmax), the output is an average over parts, but the dense

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 from megatron_moe.config.parts import Part, Role
 from megatron_moe.hf.families import FAMILIES
-from megatron_moe.hf.spec import DenseSpec
+from megatron_moe.hf.spec import ModelSpec
 
 if TYPE_CHECKING:  # the planner reads this table, and starts without torch
     from megatron_moe.hf.header import TensorInfo
@@ -83,7 +83,7 @@ class Row:
     requires: (
         Literal["qkv_bias", "qk_layernorm", "separate_output", "pre_norms", "post_norms"] | None
     ) = None
-    """Property of the `DenseSpec` without which a model does not have the parameter."""
+    """Property of the `ModelSpec` without which a model does not have the parameter."""
     setting: Literal["moe_router_enable_expert_bias", "moe_shared_expert_gate"] | None = None
     """Setting of ``moe`` without which a MoE layer does not have the parameter."""
 
@@ -251,7 +251,7 @@ def parameter_part(parameter: str) -> Part:
     return Part(_ROLE_OF_ROW[parsed.row.role], parsed.layer)
 
 
-def dense_tensors(spec: DenseSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
+def dense_tensors(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield the name and the shape of every tensor of a source model of this shape."""
     routed = frozenset(spec.experts.moe_layers if spec.experts is not None else ())
     for row in ROWS:
@@ -264,11 +264,11 @@ def dense_tensors(spec: DenseSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
                     yield template.format(layer=layer, expert=expert), shape
 
 
-def _layers(row: Row, spec: DenseSpec) -> Iterable[int]:
+def _layers(row: Row, spec: ModelSpec) -> Iterable[int]:
     return (0,) if row.scope is Scope.MODEL else range(spec.num_layers)
 
 
-def in_source(row: Row, spec: DenseSpec, layer: int) -> bool:
+def in_source(row: Row, spec: ModelSpec, layer: int) -> bool:
     """Return whether layer ``layer`` of a source model of this shape has the row."""
     experts = spec.experts
     routed = experts is not None and layer in experts.moe_layers
@@ -297,7 +297,7 @@ def source_names(row: Row, routed: bool) -> tuple[str, ...]:
     return MOE_TENSORS[row.role] if routed and row.role in MOE_TENSORS else row.hf
 
 
-def source_sizes(spec: DenseSpec) -> dict[str, int]:
+def source_sizes(spec: ModelSpec) -> dict[str, int]:
     """Return the sizes of the tensors that experts are filled from, for `shapes_of`.
 
     Those of a MoE source, or the size of the dense FFN, in which each expert chooses neurons.
@@ -312,7 +312,7 @@ def source_sizes(spec: DenseSpec) -> dict[str, int]:
     }
 
 
-def llama_tensors(files: Mapping[str, TensorInfo], spec: DenseSpec) -> dict[str, TensorInfo]:
+def llama_tensors(files: Mapping[str, TensorInfo], spec: ModelSpec) -> dict[str, TensorInfo]:
     """Find Llama's tensors in a family's folder, and those of `MOE_TENSORS` for experts.
 
     A stacked tensor is taken apart by rows, or by experts. Tensors that the family does not rename
@@ -332,7 +332,7 @@ def llama_tensors(files: Mapping[str, TensorInfo], spec: DenseSpec) -> dict[str,
     return tensors if spec.experts is None else _moe_tensors(tensors, spec)
 
 
-def _moe_tensors(files: dict[str, TensorInfo], spec: DenseSpec) -> dict[str, TensorInfo]:
+def _moe_tensors(files: dict[str, TensorInfo], spec: ModelSpec) -> dict[str, TensorInfo]:
     experts = spec.experts
     assert experts is not None
     tensors = dict(files)
@@ -362,7 +362,7 @@ def _is_shared(role: str) -> bool:
     return ROW_OF_ROLE[role].scope is Scope.SHARED
 
 
-def _stacked_shape(role: str, spec: DenseSpec) -> tuple[int, ...]:
+def _stacked_shape(role: str, spec: ModelSpec) -> tuple[int, ...]:
     shapes = shapes_of(ROW_OF_ROLE[role], spec, **source_sizes(spec))
     return (source_sizes(spec)["E"], sum(shape[0] for shape in shapes), *shapes[0][1:])
 
@@ -391,12 +391,12 @@ def expert_names(layer: int, expert: int) -> tuple[str, str, str]:
     return gate, up, down
 
 
-def has_row(row: Row, spec: DenseSpec) -> bool:
+def has_row(row: Row, spec: ModelSpec) -> bool:
     """Return whether a model of this shape has the row."""
     return row.requires is None or getattr(spec, row.requires)
 
 
-def shapes_of(row: Row, spec: DenseSpec, **experts: int) -> tuple[tuple[int, ...], ...]:
+def shapes_of(row: Row, spec: ModelSpec, **experts: int) -> tuple[tuple[int, ...], ...]:
     """Return the shapes of the row's Hugging Face tensors.
 
     Args:

@@ -11,11 +11,11 @@ from typing import Any
 
 from megatron_moe.hf.known import KnownModel, known_model
 from megatron_moe.hf.obtain import how_to_get
-from megatron_moe.hf.spec import DenseSpec, read_spec, spec_from_config
+from megatron_moe.hf.spec import ModelSpec, read_spec, spec_from_config
 from megatron_moe.json_text import parse_json
 
 
-def spec_to_plan(folder: Path) -> tuple[DenseSpec, str | None]:
+def spec_to_plan(folder: Path) -> tuple[ModelSpec, str | None]:
     """Return the shape of the model that belongs into ``folder``.
 
     Returns:

@@ -28,7 +28,7 @@ from megatron_moe.errors import CheckpointError
 from megatron_moe.hf.header import TensorInfo, listing, read_headers
 from megatron_moe.hf.names import dense_tensors, llama_tensors
 from megatron_moe.hf.selection import Indices, Selected, select
-from megatron_moe.hf.spec import DenseSpec, read_spec
+from megatron_moe.hf.spec import ModelSpec, read_spec
 from megatron_moe.hf.values import check_finite, mapped_rows, read_rows, take
 from megatron_moe.hf.windows import windows
 
@@ -47,11 +47,11 @@ class ReadRequest:
 
 
 @dataclass(slots=True)
-class DenseCheckpoint:
+class SourceCheckpoint:
     """A dense model on disk: its shape, its tensors, and methods to read slices of them."""
 
     folder: Path
-    spec: DenseSpec
+    spec: ModelSpec
     tensors: Mapping[str, TensorInfo]
     bytes_read: int = field(default=0, init=False)
     """Bytes requested so far; an index that is requested twice counts twice."""
@@ -222,7 +222,7 @@ def _is_contiguous_copy(info: TensorInfo, selection: Selected, into: Tensor) -> 
     return whole_rows and into.is_contiguous() and into.is_cpu and into.dtype == info.dtype
 
 
-def open_dense_checkpoint(folder: Path) -> DenseCheckpoint:
+def open_safetensors(folder: Path) -> SourceCheckpoint:
     """Open the dense model in ``folder``, reading only config.json and headers.
 
     Args:
@@ -237,10 +237,10 @@ def open_dense_checkpoint(folder: Path) -> DenseCheckpoint:
     tensors = llama_tensors(read_headers(folder), spec)
     if spec.tied_embeddings and _EMBEDDING not in tensors and _OUTPUT in tensors:
         tensors[_EMBEDDING] = tensors.pop(_OUTPUT)  # saved under the other name of the two
-    return DenseCheckpoint(folder, spec, tensors)
+    return SourceCheckpoint(folder, spec, tensors)
 
 
-def open_mixed(dense: DenseCheckpoint, folders: Sequence[Path]) -> list[DenseCheckpoint]:
+def open_mixed(dense: SourceCheckpoint, folders: Sequence[Path]) -> list[SourceCheckpoint]:
     """Open the other source models of ``upcycle.mix_with``, which must have the shape of ``dense``.
 
     Their FFNs become experts, and their other weights are averaged with those of ``dense``.
@@ -251,7 +251,7 @@ def open_mixed(dense: DenseCheckpoint, folders: Sequence[Path]) -> list[DenseChe
     expected = asdict(dense.spec)
     checkpoints = []
     for folder in folders:
-        other = open_dense_checkpoint(folder)
+        other = open_safetensors(folder)
         other.check_tensors(dict(dense_tensors(other.spec)))
         if differences := [
             f"    {key}: {value} and {expected[key]}"

@@ -45,7 +45,7 @@ class Multipliers:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DenseSpec:
+class ModelSpec:
     """Shape of a Llama-family model, dense or MoE, with Megatron-Core's names."""
 
     family: Family
@@ -94,7 +94,7 @@ class DenseSpec:
         return not self.tied_embeddings
 
 
-def read_spec(folder: Path) -> DenseSpec:
+def read_spec(folder: Path) -> ModelSpec:
     """Read the shape of the model from ``folder/config.json``.
 
     Raises:
@@ -115,7 +115,7 @@ def read_spec(folder: Path) -> DenseSpec:
     return spec_from_config(config, where=str(path))
 
 
-def spec_from_config(config: Mapping[str, Any], *, where: str = "config.json") -> DenseSpec:
+def spec_from_config(config: Mapping[str, Any], *, where: str = "config.json") -> ModelSpec:
     """Convert a parsed ``config.json``; error messages start with ``where``. See `read_spec`."""
     family = _family(config) if isinstance(config, dict) else None
     if family is None:
@@ -131,7 +131,7 @@ def spec_from_config(config: Mapping[str, Any], *, where: str = "config.json") -
         reasons += unsupported_experts(config, moe)
     if reasons:
         raise _refusal(where, reasons)
-    return DenseSpec(
+    return ModelSpec(
         family=family,
         num_layers=config["num_hidden_layers"],
         hidden_size=config["hidden_size"],

@@ -18,11 +18,11 @@ from megatron_moe.hf.dtypes import OF_CONFIG
 from megatron_moe.hf.header import INDEX_FILE, SINGLE_FILE, TensorInfo, read_headers
 from megatron_moe.hf.names import dense_tensors
 from megatron_moe.hf.planned import config_to_plan, spec_to_plan
-from megatron_moe.hf.reader import DenseCheckpoint, Selected
+from megatron_moe.hf.reader import Selected, SourceCheckpoint
 
 
 @dataclass(slots=True)
-class UnreadCheckpoint(DenseCheckpoint):
+class UnreadCheckpoint(SourceCheckpoint):
     """Count the bytes of each selection in ``bytes_read`` without changing the destination."""
 
     def _copy(self, name: str, info: TensorInfo, pairs: Sequence[tuple[Selected, Tensor]]) -> None:
@@ -33,7 +33,7 @@ def open_unread(folder: Path) -> UnreadCheckpoint:
     """Open the dense model in ``folder`` by its headers, or by its shape if it has no weights.
 
     Raises:
-        CheckpointError: See `open_dense_checkpoint`. Also if there are no weights and config.json
+        CheckpointError: See `open_safetensors`. Also if there are no weights and config.json
             has no supported dtype.
     """
     spec, _ = spec_to_plan(folder)

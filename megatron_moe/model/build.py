@@ -13,7 +13,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_moe.config.run import RunConfig
-from megatron_moe.hf.spec import DenseSpec
+from megatron_moe.hf.spec import ModelSpec
 from megatron_moe.model.config import transformer_config
 from megatron_moe.model.grouped_experts import lay_out_experts
 from megatron_moe.model.norm import HeadsRMSNorm
@@ -41,7 +41,7 @@ class Model:
 
     chunks: tuple[Chunk, ...]
     transformer: TransformerConfig
-    spec: DenseSpec
+    spec: ModelSpec
     tp_rank: int
     engine: Engine
 
@@ -56,7 +56,7 @@ class Model:
         return next(self.modules[0].parameters()).device
 
 
-def _qk_norms(spec: DenseSpec, groups: ProcessGroupCollection) -> QkNorms | None:
+def _qk_norms(spec: ModelSpec, groups: ProcessGroupCollection) -> QkNorms | None:
     if not spec.qk_norm_spans_heads:
         return None
     query, key = (
@@ -66,7 +66,7 @@ def _qk_norms(spec: DenseSpec, groups: ProcessGroupCollection) -> QkNorms | None
     return query, key
 
 
-def _complete(module: GPTModel, spec: DenseSpec) -> None:
+def _complete(module: GPTModel, spec: ModelSpec) -> None:
     """Lay out the experts of a chunk, and add what Megatron-Core's model lacks."""
     lay_out_experts([module])
     multiply_ends(module, spec.multipliers)
@@ -79,7 +79,7 @@ def _complete(module: GPTModel, spec: DenseSpec) -> None:
 
 def build_model(
     config: RunConfig,
-    spec: DenseSpec,
+    spec: ModelSpec,
     *,
     layout: ParallelLayout,
     groups: ProcessGroupCollection,

@@ -16,11 +16,11 @@ from megatron_moe.config.run import Parallel, RunConfig
 from megatron_moe.errors import ConfigError
 from megatron_moe.experts.resolve import moe_layer_ids
 from megatron_moe.hf.dtypes import OF_PRECISION
-from megatron_moe.hf.spec import DenseSpec
+from megatron_moe.hf.spec import ModelSpec
 from megatron_moe.runtime.engine import Engine
 
 
-def transformer_config(config: RunConfig, spec: DenseSpec, *, engine: Engine) -> TransformerConfig:
+def transformer_config(config: RunConfig, spec: ModelSpec, *, engine: Engine) -> TransformerConfig:
     """Return the configuration of Megatron-Core's model and schedules.
 
     Args:
@@ -31,7 +31,7 @@ def transformer_config(config: RunConfig, spec: DenseSpec, *, engine: Engine) ->
     return TransformerConfig(**transformer_settings(config, spec, engine=engine))
 
 
-def transformer_settings(config: RunConfig, spec: DenseSpec, *, engine: Engine) -> dict[str, Any]:
+def transformer_settings(config: RunConfig, spec: ModelSpec, *, engine: Engine) -> dict[str, Any]:
     """Return the arguments of ``TransformerConfig``, without constructing it.
 
     They can be inspected without Transformer Engine, in which case Megatron-Core would reject a
@@ -59,7 +59,7 @@ def transformer_settings(config: RunConfig, spec: DenseSpec, *, engine: Engine) 
     )
 
 
-def _dense_shape(spec: DenseSpec) -> dict[str, Any]:
+def _dense_shape(spec: ModelSpec) -> dict[str, Any]:
     return {
         "num_layers": spec.num_layers,
         "hidden_size": spec.hidden_size,
@@ -79,7 +79,7 @@ def _dense_shape(spec: DenseSpec) -> dict[str, Any]:
     }
 
 
-def _softmax(spec: DenseSpec) -> dict[str, Any]:
+def _softmax(spec: ModelSpec) -> dict[str, Any]:
     """Return the scale of attention's logits, if a multiplier or rotary scaling changes it.
 
     YaRN multiplies query and key by a factor after rotation, which is the same as multiplying their
@@ -92,7 +92,7 @@ def _softmax(spec: DenseSpec) -> dict[str, Any]:
     return {"softmax_scale": factor**2 * (spec.kv_channels**-0.5 if scale is None else scale)}
 
 
-def _rotary(spec: DenseSpec) -> dict[str, Any]:
+def _rotary(spec: ModelSpec) -> dict[str, Any]:
     """Return which layers skip rotary embedding, if some do."""
     if not spec.layers_without_rotary:
         return {}
@@ -100,7 +100,7 @@ def _rotary(spec: DenseSpec) -> dict[str, Any]:
     return {"no_rope_freq": list(map(int, skipped))}
 
 
-def _moe(moe: Moe, spec: DenseSpec) -> dict[str, Any]:
+def _moe(moe: Moe, spec: ModelSpec) -> dict[str, Any]:
     layers = moe_layer_ids(moe, spec.num_layers)
     own_loss = moe.moe_router_load_balancing_type == "cv_squared"  # computed by the noisy router
     return {

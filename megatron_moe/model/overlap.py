@@ -11,10 +11,10 @@ import torch
 
 from megatron_moe.config.run import RunConfig
 from megatron_moe.hf.dtypes import OF_PRECISION
-from megatron_moe.hf.spec import DenseSpec
+from megatron_moe.hf.spec import ModelSpec
 
 
-def start_tp_overlap(config: RunConfig, spec: DenseSpec) -> None:
+def start_tp_overlap(config: RunConfig, spec: ModelSpec) -> None:
     """Allocate the buffers that `train.tp_comm_overlap` needs, before a model is built.
 
     CUDA only. The buffers hold one micro-batch's activations, ``(S * B / cp, D)``, and Transformer

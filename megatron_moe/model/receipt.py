@@ -18,7 +18,7 @@ from megatron_moe.config.parts import Frozen
 from megatron_moe.hf.checksums import file_checksum
 from megatron_moe.hf.disk import write_text
 from megatron_moe.hf.header import INDEX_FILE
-from megatron_moe.hf.reader import DenseCheckpoint
+from megatron_moe.hf.reader import SourceCheckpoint
 from megatron_moe.model.upcycle import Filled
 from megatron_moe.model.verify import Agreement
 
@@ -88,7 +88,7 @@ def gather_receipt(
     }
 
 
-def checksums_of_sources(sources: Sequence[DenseCheckpoint]) -> list[dict[str, Any]]:
+def checksums_of_sources(sources: Sequence[SourceCheckpoint]) -> list[dict[str, Any]]:
     """Return path, bytes and XXH3 of all files with weights, and of configuration and tokenizer.
 
     All ranks must call it; each reads its share of the files.
@@ -104,7 +104,7 @@ def checksums_of_sources(sources: Sequence[DenseCheckpoint]) -> list[dict[str, A
     ]
 
 
-def _files_of(source: DenseCheckpoint) -> set[Path]:
+def _files_of(source: SourceCheckpoint) -> set[Path]:
     folder = source.folder.resolve()
     files = {folder / info.file.name for info in source.tensors.values()}
     files |= set(folder.glob("*.distcp"))

@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_moe.hf.spec import DenseSpec, Multipliers
+from megatron_moe.hf.spec import ModelSpec, Multipliers
 from megatron_moe.model.norm import RMSNorm
 
 
@@ -57,7 +57,7 @@ class ResidualAdd(torch.nn.Module):
 def with_residual_adds(
     block: TransformerBlockSubmodules,
     config: TransformerConfig,
-    spec: DenseSpec,
+    spec: ModelSpec,
     *,
     linear: Any = None,
 ) -> TransformerBlockSubmodules:

@@ -24,7 +24,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megatron_moe.hf.spec import DenseSpec
+from megatron_moe.hf.spec import ModelSpec
 from megatron_moe.model.attention import SdpaAttention
 from megatron_moe.model.experts import LoopExperts
 from megatron_moe.model.grouped_experts import GroupedExperts
@@ -38,7 +38,7 @@ QkNorms = tuple[Any, Any]
 
 def block_spec(
     config: TransformerConfig,
-    spec: DenseSpec,
+    spec: ModelSpec,
     layers: range,
     *,
     router: Any,

@@ -33,8 +33,8 @@ from megatron_moe.hf.names import (
     dense_tensors,
     match,
 )
-from megatron_moe.hf.reader import DenseCheckpoint, ReadRequest
-from megatron_moe.hf.spec import DenseSpec
+from megatron_moe.hf.reader import ReadRequest, SourceCheckpoint
+from megatron_moe.hf.spec import ModelSpec
 from megatron_moe.hf.windows import WINDOW_BYTES
 from megatron_moe.model.build import Chunk, Model
 from megatron_moe.model.reshape import LocalExpert, LocalLayer, reshape_values
@@ -60,7 +60,7 @@ class Filled:
 class _Filler:
     """Read pieces into parameters: each distinct piece of a layer once, in one pass per tensor."""
 
-    checkpoints: Sequence[DenseCheckpoint]
+    checkpoints: Sequence[SourceCheckpoint]
     sources: set[tuple[int, str]] = field(default_factory=set)
     seen: dict[tuple, Tensor] = field(default_factory=dict)
     wanted: dict[tuple[int, str], list[ReadRequest]] = field(default_factory=dict)
@@ -140,12 +140,12 @@ class _Filler:
 
 def upcycle(
     model: Model,
-    dense: DenseCheckpoint,
+    dense: SourceCheckpoint,
     plan: ExpertPlan,
     *,
     layout: ParallelLayout,
     rank: int,
-    mix_with: Sequence[DenseCheckpoint] = (),
+    mix_with: Sequence[SourceCheckpoint] = (),
 ) -> Filled:
     """Fill every parameter of ``model`` on this rank, and apply the plan's changes of values.
 
@@ -168,7 +168,7 @@ def upcycle(
 @torch.no_grad()
 def fill(
     model: Model,
-    checkpoints: Sequence[DenseCheckpoint],
+    checkpoints: Sequence[SourceCheckpoint],
     plan: ExpertPlan,
     *,
     layout: ParallelLayout,
@@ -207,7 +207,7 @@ def fill(
     return Filled(count, size, read, frozenset(filler.sources)), local_layers
 
 
-def check_coverage(filled: Filled, dense: DenseCheckpoint, plan: ExpertPlan) -> int:
+def check_coverage(filled: Filled, dense: SourceCheckpoint, plan: ExpertPlan) -> int:
     """Return the number of tensors that the ranks used together.
 
     These must be all tensors of the source, but for those of experts that the plan leaves out.
@@ -228,7 +228,7 @@ def check_coverage(filled: Filled, dense: DenseCheckpoint, plan: ExpertPlan) -> 
     return len(used)
 
 
-def _left_out(spec: DenseSpec, plan: ExpertPlan) -> Iterator[str]:
+def _left_out(spec: ModelSpec, plan: ExpertPlan) -> Iterator[str]:
     """Yield the names of the tensors of source experts that the plan leaves out."""
     names = [name for role in ("expert_fc1", "expert_fc2") for name in MOE_TENSORS[role]]
     if spec.experts is None:
@@ -243,7 +243,7 @@ def _left_out(spec: DenseSpec, plan: ExpertPlan) -> Iterator[str]:
             yield from (name.format(layer=layer, expert=expert) for name in names)
 
 
-def _bytes_read(checkpoints: Sequence[DenseCheckpoint]) -> int:
+def _bytes_read(checkpoints: Sequence[SourceCheckpoint]) -> int:
     return sum(checkpoint.bytes_read for checkpoint in checkpoints)
 
 
@@ -279,7 +279,7 @@ class _LayerSource:
 
     def __init__(
         self,
-        dense: DenseCheckpoint,
+        dense: SourceCheckpoint,
         layer: int | None,
         plan: ExpertPlan,
         layout: ParallelLayout,

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_moe.hf.names import Row, Scope, Sharding, shapes_of, source_names, source_sizes
-from megatron_moe.hf.spec import DenseSpec
+from megatron_moe.hf.spec import ModelSpec
 
 Selection = slice | NDArray[np.int64] | None
 """Consecutive indices, a list of indices, or all of them."""
@@ -64,7 +64,7 @@ def pieces(
     *,
     layer: int | None,
     part: ShardIndex,
-    spec: DenseSpec,
+    spec: ModelSpec,
     neurons_M: Selection = None,
     expert: int | None = None,
 ) -> list[Piece]:
@@ -146,7 +146,7 @@ def _vocabulary(name: str, part: ShardIndex, vocab_size: int) -> list[Piece]:
     return [Piece(name, rows, None, slice(0, stop - padded.start))] if stop > padded.start else []
 
 
-def _qkv(names: list[str], part: ShardIndex, spec: DenseSpec) -> Iterator[tuple[str, slice, int]]:
+def _qkv(names: list[str], part: ShardIndex, spec: ModelSpec) -> Iterator[tuple[str, slice, int]]:
     """Yield query heads, key and value of each query group, as in Megatron-Core's fused QKV.
 
     With more ranks than groups, Megatron-Core cuts the fused rows into equal parts, wherever that
@@ -173,13 +173,13 @@ def _stack(runs: list[tuple[str, slice | NDArray[np.int64], int]]) -> list[Piece
     return stacked
 
 
-def _neurons(row: Row, spec: DenseSpec) -> int:
+def _neurons(row: Row, spec: ModelSpec) -> int:
     """Return the neurons of the source tensor; an expert takes its own from all of them."""
     sizes = source_sizes(spec)
     letter = {Scope.EXPERT: "M", Scope.SHARED: "S"}.get(row.scope)
     return spec.ffn_hidden_size if letter is None else sizes[letter]
 
 
-def _width(row: Row, spec: DenseSpec) -> int:
+def _width(row: Row, spec: ModelSpec) -> int:
     """Return the columns of the source tensor; an expert takes its neurons from all of them."""
     return shapes_of(row, spec, **source_sizes(spec))[0][1]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from megatron_moe.config.run import RunConfig
-from megatron_moe.hf.spec import DenseSpec
+from megatron_moe.hf.spec import ModelSpec
 from megatron_moe.planner.calibration import FITTED, Calibration
 from megatron_moe.planner.hardware import gpu_named
 from megatron_moe.planner.layer import Machine
@@ -60,7 +60,7 @@ class CheckResult:
 
 def check_layout(
     config: RunConfig,
-    spec: DenseSpec,
+    spec: ModelSpec,
     *,
     gpus: int,
     gpu: str = "h100",
@@ -117,7 +117,7 @@ def _excess(candidate: Candidate, excess: float, machine: Machine) -> str:
 
 
 def _advice(
-    config: RunConfig, spec: DenseSpec, shape: MoeShape, current: Candidate, machine: Machine
+    config: RunConfig, spec: ModelSpec, shape: MoeShape, current: Candidate, machine: Machine
 ) -> Iterator[str]:
     """Yield the three best changes of one setting."""
     better: list[tuple[float, str]] = []

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from megatron_moe.config.moe import Measure
 from megatron_moe.experts.methods import METHODS, measures
 from megatron_moe.experts.recipe import HELD_OUT_EVERY, PENALTIES, Recipe
-from megatron_moe.hf.spec import DenseSpec
+from megatron_moe.hf.spec import ModelSpec
 from megatron_moe.planner.flops import ForwardFlops, forward_flops
 from megatron_moe.planner.shape import source_shape
 
@@ -47,7 +47,7 @@ class ConstructionCost:
 
 
 def construction_cost(
-    recipe: Recipe, spec: DenseSpec, measure: Measure, *, seq_length: int, ranks: int
+    recipe: Recipe, spec: ModelSpec, measure: Measure, *, seq_length: int, ranks: int
 ) -> ConstructionCost:
     """Count the work of constructing ``recipe`` on ``measure.samples`` sequences."""
     samples = measure.samples
@@ -76,7 +76,7 @@ def construction_cost(
 
 
 def _fitting(
-    recipe: Recipe, spec: DenseSpec, forward: ForwardFlops, tokens: int, neurons: int
+    recipe: Recipe, spec: ModelSpec, forward: ForwardFlops, tokens: int, neurons: int
 ) -> float:
     """Return the operations of all passes of a fit over the text."""
     hidden, dense = spec.hidden_size, spec.ffn_hidden_size

@@ -15,7 +15,7 @@ from itertools import islice
 from megatron_moe.config.load import overridden
 from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import ConfigError
-from megatron_moe.hf.spec import DenseSpec
+from megatron_moe.hf.spec import ModelSpec
 from megatron_moe.planner.calibration import FITTED, Calibration
 from megatron_moe.planner.candidates import divisors
 from megatron_moe.planner.hardware import GPUS, gpu_named
@@ -78,7 +78,7 @@ class Relief:
 
 
 def searched(
-    config: RunConfig, spec: DenseSpec, *, gpus: int, gpu: str, constants: Calibration = FITTED
+    config: RunConfig, spec: ModelSpec, *, gpus: int, gpu: str, constants: Calibration = FITTED
 ) -> SearchResult:
     """Search as `search` does, and add to its message what to change if nothing fits.
 
@@ -94,7 +94,7 @@ def searched(
 
 
 def reliefs(
-    config: RunConfig, spec: DenseSpec, *, gpus: int, gpu: str, current: Candidate | None = None
+    config: RunConfig, spec: ModelSpec, *, gpus: int, gpu: str, current: Candidate | None = None
 ) -> list[Relief]:
     """Return changes that make a run fit, cheapest first.
 
@@ -123,7 +123,7 @@ def reliefs(
 
 def _settings(
     config: RunConfig,
-    spec: DenseSpec,
+    spec: ModelSpec,
     gpu: str,
     current: Candidate,
     work: Workload | None = None,
@@ -163,7 +163,7 @@ def _settings(
 
 
 def _less_state(
-    config: RunConfig, spec: DenseSpec, gpu: str, current: Candidate
+    config: RunConfig, spec: ModelSpec, gpu: str, current: Candidate
 ) -> Iterator[Relief]:
     """Yield settings that keep less state in the current layout, each with its first way to fit."""
     for changes in (LESS_STATE, LESS_TRAINED):
@@ -198,7 +198,7 @@ def _host_gib(shape: MoeShape, work: Workload, degrees: Degrees) -> float:
     return state.host / GIB
 
 
-def _illegal(config: RunConfig, spec: DenseSpec, degrees: Degrees, work: Workload) -> bool:
+def _illegal(config: RunConfig, spec: ModelSpec, degrees: Degrees, work: Workload) -> bool:
     return bool(violations(configured(config, degrees, work), spec, degrees.gpus))
 
 
@@ -214,7 +214,7 @@ def _difference(before: Workload, after: Workload) -> str:
 def _best(
     change: str,
     config: RunConfig,
-    spec: DenseSpec,
+    spec: ModelSpec,
     gpus: int,
     gpu: str,
     *,
@@ -240,7 +240,7 @@ def _best(
     ]
 
 
-def _more_gpus(config: RunConfig, spec: DenseSpec, gpus: int, gpu: str) -> list[Relief]:
+def _more_gpus(config: RunConfig, spec: ModelSpec, gpus: int, gpu: str) -> list[Relief]:
     """Return the smallest power-of-two multiple of the GPUs that fits.
 
     If there is none, stages of an odd number of layers may help: the numbers then have an odd
@@ -259,7 +259,7 @@ def _more_gpus(config: RunConfig, spec: DenseSpec, gpus: int, gpu: str) -> list[
     return []
 
 
-def _larger_gpus(config: RunConfig, spec: DenseSpec, gpus: int, gpu: str) -> list[Relief]:
+def _larger_gpus(config: RunConfig, spec: ModelSpec, gpus: int, gpu: str) -> list[Relief]:
     """Return the smallest GPU of more memory on which the run fits."""
     memory = gpu_named(gpu).hbm_gib
     larger = sorted((o for o in GPUS.values() if o.hbm_gib > 1.1 * memory), key=lambda o: o.hbm_gib)
@@ -271,7 +271,7 @@ def _larger_gpus(config: RunConfig, spec: DenseSpec, gpus: int, gpu: str) -> lis
 
 
 def _first_that_fits(
-    changed: Iterator[tuple[str, RunConfig]], spec: DenseSpec, gpus: int, gpu: str
+    changed: Iterator[tuple[str, RunConfig]], spec: ModelSpec, gpus: int, gpu: str
 ) -> list[Relief]:
     """Return the first of increasingly strong changes that fits."""
     for change, config in changed:

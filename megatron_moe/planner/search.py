@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import ConfigError
-from megatron_moe.hf.spec import DenseSpec
+from megatron_moe.hf.spec import ModelSpec
 from megatron_moe.planner.calibration import FITTED, Calibration
 from megatron_moe.planner.candidates import MICRO_BATCH_SIZES, chunkings, layouts
 from megatron_moe.planner.frontier import Family, Frontier, Setting
@@ -111,7 +111,7 @@ class SearchResult:
 
 def search(
     config: RunConfig,
-    spec: DenseSpec,
+    spec: ModelSpec,
     *,
     gpus: int,
     gpu: str = "h100",
@@ -162,7 +162,7 @@ def search(
 
 
 def _broken_by_all(
-    config: RunConfig, spec: DenseSpec, shape: MoeShape, gpus: int, machine: Machine
+    config: RunConfig, spec: ModelSpec, shape: MoeShape, gpus: int, machine: Machine
 ) -> list[str]:
     """Return the rules that the run breaks under every layout, whether it fits or not."""
     work = workload_of(config)
@@ -241,7 +241,7 @@ def _state_gib(shape: MoeShape, degrees: Degrees, work: Workload) -> float:
 
 
 def _walk(
-    config: RunConfig, spec: DenseSpec, space: _Space, frontier: Frontier, keep: int
+    config: RunConfig, spec: ModelSpec, space: _Space, frontier: Frontier, keep: int
 ) -> tuple[list[Candidate], list[TooLarge]]:
     """Visit settings from the fastest on until enough fit.
 

@@ -18,7 +18,7 @@ from megatron_moe.config.moe import Moe
 from megatron_moe.config.parts import Frozen, Role
 from megatron_moe.experts.from_source import settings_of
 from megatron_moe.experts.resolve import moe_layer_ids
-from megatron_moe.hf.spec import DenseSpec
+from megatron_moe.hf.spec import ModelSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,19 +119,19 @@ class MoeShape:
         return self.num_layers - len(self.moe_layers)
 
 
-def dense_shape(spec: DenseSpec) -> MoeShape:
+def dense_shape(spec: ModelSpec) -> MoeShape:
     """Return the shape of the dense model, without MoE layers."""
     return MoeShape(moe_layers=frozenset(), **_attention_of(spec))
 
 
-def source_shape(spec: DenseSpec) -> MoeShape:
+def source_shape(spec: ModelSpec) -> MoeShape:
     """Return the shape of the source itself, dense or MoE."""
     if spec.experts is None:
         return dense_shape(spec)
     return upcycled_shape(spec, Moe(**settings_of(spec.experts, spec.num_layers)))
 
 
-def upcycled_shape(spec: DenseSpec, moe: Moe) -> MoeShape:
+def upcycled_shape(spec: ModelSpec, moe: Moe) -> MoeShape:
     """Return the shape of the model that upcycling ``spec`` with ``moe`` produces."""
     return MoeShape(
         moe_layers=frozenset(moe_layer_ids(moe, spec.num_layers)),
@@ -145,7 +145,7 @@ def upcycled_shape(spec: DenseSpec, moe: Moe) -> MoeShape:
     )
 
 
-def _attention_of(spec: DenseSpec) -> dict[str, Any]:
+def _attention_of(spec: ModelSpec) -> dict[str, Any]:
     names = (
         "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
         "kv_channels", "vocab_size", "tied_embeddings", "qkv_bias", "qk_layernorm",

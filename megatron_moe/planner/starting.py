@@ -15,7 +15,7 @@ from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import ConfigError
 from megatron_moe.experts.from_source import settings_of
-from megatron_moe.hf.spec import DenseSpec
+from megatron_moe.hf.spec import ModelSpec
 from megatron_moe.planner.parameters import active_parameters
 from megatron_moe.planner.shape import source_shape
 
@@ -69,7 +69,7 @@ DENSE_EXPERTS, DENSE_TOPK = 8, 2
 DEFAULT_TOKENS = 100_000_000_000
 
 
-def starting_config(request: Request, spec: DenseSpec) -> RunConfig:
+def starting_config(request: Request, spec: ModelSpec) -> RunConfig:
     """Return a configuration with everything but a layout, which is that of one rank.
 
     Raises:
@@ -97,7 +97,7 @@ def starting_config(request: Request, spec: DenseSpec) -> RunConfig:
     return build(RunConfig, tree)
 
 
-def _experts(request: Request, spec: DenseSpec) -> tuple[dict[str, Any], dict[str, Any]]:
+def _experts(request: Request, spec: ModelSpec) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the sections moe and upcycle: new experts, or those of a MoE source as they are."""
     if spec.experts is None:
         experts, topk = request.experts or DENSE_EXPERTS, request.topk or DENSE_TOPK
@@ -112,19 +112,19 @@ def _experts(request: Request, spec: DenseSpec) -> tuple[dict[str, Any], dict[st
     return settings_of(spec.experts, spec.num_layers), {"method": "keep"}
 
 
-def name_of(spec: DenseSpec, experts: int | None, topk: int | None) -> str:
+def name_of(spec: ModelSpec, experts: int | None, topk: int | None) -> str:
     """Return the last part of the usual name of a run: ``e8t2``, or ``keep`` for a MoE source."""
     if spec.experts is not None:
         return "keep"
     return f"e{experts or DENSE_EXPERTS}t{topk or DENSE_TOPK}"
 
 
-def source_parameters(spec: DenseSpec) -> int:
+def source_parameters(spec: ModelSpec) -> int:
     """Return the number of weights of the source model that a token uses."""
     return active_parameters(source_shape(spec))
 
 
-def _sequence_length(request: Request, spec: DenseSpec) -> int:
+def _sequence_length(request: Request, spec: ModelSpec) -> int:
     if request.sequence_length is not None:
         return request.sequence_length
     usual = 8192 if source_parameters(spec) >= LONG_FROM else 4096
@@ -133,7 +133,7 @@ def _sequence_length(request: Request, spec: DenseSpec) -> int:
     return min(CPU_SEQUENCE if request.on_cpu else usual, longest)
 
 
-def _global_batch(request: Request, spec: DenseSpec, length: int) -> int:
+def _global_batch(request: Request, spec: ModelSpec, length: int) -> int:
     """Return the sequences of a step: at least one per GPU, and by the size of the model.
 
     It is a power of two times the odd factor of the number of GPUs, so that most layouts divide it.

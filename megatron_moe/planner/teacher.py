@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from megatron_moe.config.run import RunConfig
-from megatron_moe.hf.spec import DenseSpec, read_spec
+from megatron_moe.hf.spec import ModelSpec, read_spec
 from megatron_moe.parallel.shards import padded_vocabulary
 from megatron_moe.planner.activations import chunks_in_flight, local_tokens
 from megatron_moe.planner.flops import SequenceFlops, forward_flops
@@ -18,7 +18,7 @@ from megatron_moe.planner.shape import MoeShape, source_shape
 from megatron_moe.planner.workload import Degrees, TeacherWork, Workload
 
 
-def teacher_work(config: RunConfig, spec: DenseSpec) -> TeacherWork | None:
+def teacher_work(config: RunConfig, spec: ModelSpec) -> TeacherWork | None:
     """Return what the teacher of a run computes in its first step; None without a teacher.
 
     Args:
@@ -40,7 +40,7 @@ def teacher_work(config: RunConfig, spec: DenseSpec) -> TeacherWork | None:
     )
 
 
-def with_teacher(work: Workload, config: RunConfig, spec: DenseSpec) -> Workload:
+def with_teacher(work: Workload, config: RunConfig, spec: ModelSpec) -> Workload:
     """Return the work of a step including that of the teacher."""
     return replace(work, teacher=teacher_work(config, spec))
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_moe.config.run import RunConfig
-from megatron_moe.hf.spec import DenseSpec
+from megatron_moe.hf.spec import ModelSpec
 from megatron_moe.planner.epochs import Epochs, epochs_of
 from megatron_moe.planner.parameters import rank_parameters, total_parameters
 from megatron_moe.planner.search import Candidate
@@ -88,7 +88,7 @@ class WholeRun:
 
 def whole_run(
     config: RunConfig,
-    spec: DenseSpec,
+    spec: ModelSpec,
     candidate: Candidate,
     circumstances: Circumstances,
     *,

@@ -16,7 +16,7 @@ from megatron_moe.config.load import load
 from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import ConfigError, UserError
 from megatron_moe.experts.resolve import moe_layer_ids
-from megatron_moe.hf.spec import DenseSpec, read_spec
+from megatron_moe.hf.spec import ModelSpec, read_spec
 from megatron_moe.json_text import parse_json
 from megatron_moe.report.history import History, read_history
 from megatron_moe.report.records import Evaluation, TaskScores, read_records
@@ -34,7 +34,7 @@ class RunFiles:
     evaluations: list[Evaluation]
     tasks: list[TaskScores]
     analyses: list[Analysis]
-    spec: DenseSpec | None
+    spec: ModelSpec | None
     """Shape of the dense model, if its config.json still exists."""
     world_size: int | None
     """World size of the newest checkpoint's job, or else of the job that upcycled."""
@@ -126,7 +126,7 @@ def _newest(folder: Path, problems: list[str]) -> Path | None:
         return None
 
 
-def _spec(config: RunConfig, checkpoint: Path | None) -> DenseSpec | None:
+def _spec(config: RunConfig, checkpoint: Path | None) -> ModelSpec | None:
     """Read the shape from the checkpoint's copy of config.json, or else from the dense model."""
     for folder in ([source_copy(checkpoint)] if checkpoint else []) + [config.source.path]:
         if (folder / "config.json").exists():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_moe.config.run import RunConfig
-from megatron_moe.hf.spec import DenseSpec
+from megatron_moe.hf.spec import ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,7 +13,7 @@ class Case:
     """The input of a rule: a configuration, its dense model and the number of ranks."""
 
     config: RunConfig
-    spec: DenseSpec
+    spec: ModelSpec
     world_size: int
 
     @property

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from megatron_moe.config.run import Parallel, RunConfig
 from megatron_moe.errors import ConfigError
-from megatron_moe.hf.spec import DenseSpec
+from megatron_moe.hf.spec import ModelSpec
 from megatron_moe.rules import layout, moe, parts, precision, teacher, training
 from megatron_moe.rules.case import Case
 from megatron_moe.rules.nearest import changes, nearest_layout
 
 
-def check(config: RunConfig, spec: DenseSpec, world_size: int) -> None:
+def check(config: RunConfig, spec: ModelSpec, world_size: int) -> None:
     """Reject a configuration that cannot run.
 
     Raises:
@@ -25,7 +25,7 @@ def check(config: RunConfig, spec: DenseSpec, world_size: int) -> None:
         raise ConfigError("\n".join([*messages, *suggestion]))
 
 
-def legal_layout(config: RunConfig, spec: DenseSpec, world_size: int) -> list[str]:
+def legal_layout(config: RunConfig, spec: ModelSpec, world_size: int) -> list[str]:
     """Return a line with the nearest layout that keeps all layout rules, or none if not needed."""
     before, nearest = config.parallel, nearest_legal(config, spec, world_size)
     if nearest is None:
@@ -35,7 +35,7 @@ def legal_layout(config: RunConfig, spec: DenseSpec, world_size: int) -> list[st
     return [f"  nearest legal layout of {world_size} ranks: {changes(before, nearest)}"]
 
 
-def nearest_legal(config: RunConfig, spec: DenseSpec, world_size: int) -> Parallel | None:
+def nearest_legal(config: RunConfig, spec: ModelSpec, world_size: int) -> Parallel | None:
     """Return the nearest layout that keeps all rules of layouts; None if there is none.
 
     The configured layout itself is returned if it is legal. Rules that look at no degree are left
@@ -56,7 +56,7 @@ def nearest_legal(config: RunConfig, spec: DenseSpec, world_size: int) -> Parall
     )
 
 
-def violations(config: RunConfig, spec: DenseSpec, world_size: int) -> list[str]:
+def violations(config: RunConfig, spec: ModelSpec, world_size: int) -> list[str]:
     """Return the messages of all violated rules; an empty list means the configuration can run."""
     case = Case(config, spec, world_size)
     return [message for rule in RULES for message in rule(case)]

@@ -15,7 +15,7 @@ from megatron_moe.errors import nearest_multiples
 from megatron_moe.experts.methods import METHODS, MethodRow, needs
 from megatron_moe.experts.recipe import HELD_OUT_EVERY
 from megatron_moe.experts.resolve import make_recipe
-from megatron_moe.hf.spec import DenseSpec
+from megatron_moe.hf.spec import ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class _Case:
         return f"with upcycle.method ({self.upcycle.method})"
 
 
-def construction_violations(config: RunConfig, spec: DenseSpec) -> Iterator[str]:
+def construction_violations(config: RunConfig, spec: ModelSpec) -> Iterator[str]:
     """Yield the messages of all violated rules of upcycle.*."""
     case = _Case(config.moe, config.upcycle, spec.ffn_hidden_size)
     for rule in _RULES:
@@ -69,7 +69,7 @@ def construction_violations(config: RunConfig, spec: DenseSpec) -> Iterator[str]
         )
 
 
-def measuring_violations(config: RunConfig, spec: DenseSpec) -> Iterator[str]:
+def measuring_violations(config: RunConfig, spec: ModelSpec) -> Iterator[str]:
     """Yield the reasons why `megatron-moe construct` cannot run."""
     recipe, samples = make_recipe(spec, config.moe, config.upcycle), config.measure.samples
     experts = config.moe.num_moe_experts

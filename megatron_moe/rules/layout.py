@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from megatron_moe.errors import nearest_multiples
 from megatron_moe.experts.resolve import moe_layer_ids
-from megatron_moe.hf.spec import DenseSpec
+from megatron_moe.hf.spec import ModelSpec
 from megatron_moe.parallel.layout import indivisible_world, split_of
 from megatron_moe.parallel.stages import EVEN, layout_blocks, stage_sizes
 from megatron_moe.rules.case import Case, indivisible
@@ -48,13 +48,13 @@ def heads(case: Case) -> Iterator[str]:
         )  # fmt: skip
 
 
-def shards_heads(spec: DenseSpec, tp: int) -> bool:
+def shards_heads(spec: ModelSpec, tp: int) -> bool:
     """Return whether Megatron-Core can shard the attention of a model over tp ranks."""
     heads, groups = spec.num_attention_heads, spec.num_query_groups
     return not heads % tp and not (groups % tp and tp % groups) and not fused_rows(spec) % tp
 
 
-def fused_rows(spec: DenseSpec) -> int:
+def fused_rows(spec: ModelSpec) -> int:
     """Return the rows of the fused projection to query, key and value."""
     return (spec.num_attention_heads + 2 * spec.num_query_groups) * spec.kv_channels
 

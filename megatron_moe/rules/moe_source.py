@@ -13,14 +13,14 @@ from megatron_moe.config.run import RunConfig
 from megatron_moe.experts.methods import METHODS
 from megatron_moe.experts.resolve import chosen_by, moe_layer_ids, twins_of
 from megatron_moe.hf.moe_spec import ExpertsSpec
-from megatron_moe.hf.spec import DenseSpec
+from megatron_moe.hf.spec import ModelSpec
 
 _NUMBERS = ("num_moe_experts", "moe_router_topk")
 _UNUSED = ("plan", "reinit_ratio", "scale", "rescale", "permutation_seed", "router_init")
 """Settings of ``upcycle`` that describe how a dense FFN becomes experts."""
 
 
-def source_violations(config: RunConfig, spec: DenseSpec) -> Iterator[str]:
+def source_violations(config: RunConfig, spec: ModelSpec) -> Iterator[str]:
     """Yield the messages of violated rules on the source and the method.
 
     Without any, `construction_violations` applies to a dense source, and nothing else to a MoE.
@@ -78,7 +78,7 @@ def _may_change(method: Method) -> tuple[str, ...]:
     return () if method == "keep" else _NUMBERS
 
 
-def _same(config: RunConfig, spec: DenseSpec, experts: ExpertsSpec) -> Iterator[str]:
+def _same(config: RunConfig, spec: ModelSpec, experts: ExpertsSpec) -> Iterator[str]:
     moe, method = config.moe, config.upcycle.method
     if moe_layer_ids(moe, spec.num_layers) != experts.moe_layers:
         yield (
@@ -100,7 +100,7 @@ def _same(config: RunConfig, spec: DenseSpec, experts: ExpertsSpec) -> Iterator[
             )
 
 
-def _number(config: RunConfig, spec: DenseSpec, experts: ExpertsSpec) -> Iterator[str]:
+def _number(config: RunConfig, spec: ModelSpec, experts: ExpertsSpec) -> Iterator[str]:
     ours, theirs = config.moe.num_moe_experts, experts.num_moe_experts
     method, even = config.upcycle.method, chosen_by(config.upcycle) == "even"
     if (method == "grow" and ours <= theirs) or (method == "prune" and ours >= theirs):
@@ -129,7 +129,7 @@ def _grown(ours: int, theirs: int) -> str:
     return ", ".join(str(n) for n in (below, below + theirs) if n > theirs)
 
 
-def _parts(config: RunConfig, spec: DenseSpec, experts: ExpertsSpec) -> Iterator[str]:
+def _parts(config: RunConfig, spec: ModelSpec, experts: ExpertsSpec) -> Iterator[str]:
     """Yield why the parts of the experts cannot compute what the source computes."""
     moe, with_method = config.moe, f"with upcycle.method ({config.upcycle.method})"
     if not METHODS[config.upcycle.method].splits_experts:
@@ -166,7 +166,7 @@ def _parts(config: RunConfig, spec: DenseSpec, experts: ExpertsSpec) -> Iterator
         )
 
 
-def _top_k(config: RunConfig, spec: DenseSpec, experts: ExpertsSpec) -> Iterator[str]:
+def _top_k(config: RunConfig, spec: ModelSpec, experts: ExpertsSpec) -> Iterator[str]:
     """Yield why copies cannot compute what the source computes.
 
     With K' = m K, a token chooses all m copies of the K experts, because they have equal logits.
@@ -202,7 +202,7 @@ def _top_k(config: RunConfig, spec: DenseSpec, experts: ExpertsSpec) -> Iterator
         )
 
 
-def _twins(config: RunConfig, spec: DenseSpec, experts: ExpertsSpec) -> Iterator[str]:
+def _twins(config: RunConfig, spec: ModelSpec, experts: ExpertsSpec) -> Iterator[str]:
     upcycle = config.upcycle
     if upcycle.twins is not None and upcycle.method != "grow":
         yield (
@@ -217,7 +217,7 @@ def _twins(config: RunConfig, spec: DenseSpec, experts: ExpertsSpec) -> Iterator
         )
 
 
-def _choose(config: RunConfig, spec: DenseSpec, experts: ExpertsSpec) -> Iterator[str]:
+def _choose(config: RunConfig, spec: ModelSpec, experts: ExpertsSpec) -> Iterator[str]:
     upcycle = config.upcycle
     choices = METHODS[upcycle.method].choices
     if upcycle.choose is not None and not choices:
@@ -238,7 +238,7 @@ def _choose(config: RunConfig, spec: DenseSpec, experts: ExpertsSpec) -> Iterato
         )
 
 
-def _unused(config: RunConfig, spec: DenseSpec, experts: ExpertsSpec) -> Iterator[str]:
+def _unused(config: RunConfig, spec: ModelSpec, experts: ExpertsSpec) -> Iterator[str]:
     upcycle, moe = config.upcycle, config.moe
     names = _UNUSED[1:] if chosen_by(upcycle) != "even" else _UNUSED
     values = {name: value for name in names if (value := getattr(upcycle, name)) is not None}
@@ -256,7 +256,7 @@ def _unused(config: RunConfig, spec: DenseSpec, experts: ExpertsSpec) -> Iterato
         )
 
 
-def _optimizer_state(config: RunConfig, spec: DenseSpec, experts: ExpertsSpec) -> Iterator[str]:
+def _optimizer_state(config: RunConfig, spec: ModelSpec, experts: ExpertsSpec) -> Iterator[str]:
     folder, row = config.source.optimizer_state, METHODS[config.upcycle.method]
     if folder is None:
         return

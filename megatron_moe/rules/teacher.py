@@ -8,7 +8,7 @@ from megatron_moe.config.train import Teacher
 from megatron_moe.errors import UserError
 from megatron_moe.experts.from_source import source_config
 from megatron_moe.experts.methods import METHODS
-from megatron_moe.hf.spec import DenseSpec, read_spec
+from megatron_moe.hf.spec import ModelSpec, read_spec
 from megatron_moe.rules import layout
 from megatron_moe.rules.case import Case
 
@@ -96,7 +96,7 @@ def _logits(case: Case) -> Iterator[str]:
         yield from _own_layout(case, spec)
 
 
-def _own_layout(case: Case, spec: DenseSpec) -> Iterator[str]:
+def _own_layout(case: Case, spec: ModelSpec) -> Iterator[str]:
     own = Case(source_config(case.config, spec), spec, case.world_size)
     folder = case.config.teacher.path or case.config.source.path
     for rule in _LAYOUT:

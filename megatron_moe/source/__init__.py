@@ -1,1 +1,1 @@
-"""Dense models that a run starts from."""
+"""Models that a run starts from."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from megatron_moe.config.load import build, load
 from megatron_moe.config.run import RunConfig
 from megatron_moe.hf.known import model_named
-from megatron_moe.hf.spec import DenseSpec, spec_from_config
+from megatron_moe.hf.spec import ModelSpec, spec_from_config
 from megatron_moe.markdown import markdown_table
 from megatron_moe.planner.calibration import FITTED, PRIOR, Calibration
 from megatron_moe.planner.check import check_layout
@@ -282,7 +282,7 @@ def _by_convention(rows: tuple[Published, ...]) -> dict[str, Score]:
     return scores
 
 
-def _paper_case() -> tuple[RunConfig, DenseSpec]:
+def _paper_case() -> tuple[RunConfig, ModelSpec]:
     layout = {
         "context_parallel_size": 2, "pipeline_parallel_size": 4,
         "virtual_pipeline_parallel_size": 8, "expert_parallel_size": 8,

@@ -23,7 +23,7 @@ from megatron_moe.construct.solve import LayerMeasurements, layer_table
 from megatron_moe.data.feed import DataRank, Feed
 from megatron_moe.data.texts import Texts, open_texts
 from megatron_moe.experts.plan import ExpertPlan, make_expert_plan
-from megatron_moe.hf.reader import DenseCheckpoint
+from megatron_moe.hf.reader import SourceCheckpoint
 from megatron_moe.hf.spec import read_spec
 from megatron_moe.model.build import Model, build_model
 from megatron_moe.model.routers import set_output_scales
@@ -32,7 +32,7 @@ from megatron_moe.parallel.groups import create_groups
 from megatron_moe.rules.check import check
 from megatron_moe.runtime.engine import TORCH_ON_CPU
 from megatron_moe.runtime.world import World
-from megatron_moe.source.dense import open_dense
+from megatron_moe.source.open import open_source
 from megatron_moe.train.step import mean_loss
 from research.study.cases import Case
 from research.study.runs import PRETRAIN, on_one_thread, settings, write_result
@@ -63,7 +63,7 @@ def measure(config: RunConfig, out: Path) -> None:
 
 def _measure(config: RunConfig, out: Path, world: World) -> None:
     layout, groups = create_groups(config.parallel, seed=SEED)
-    dense = open_dense(config.source.path)
+    dense = open_source(config.source.path)
     as_dense = dense_config(config)
     model = build_model(
         as_dense, dense.spec, layout=layout, groups=groups, rank=world.rank, engine=TORCH_ON_CPU
@@ -97,7 +97,7 @@ def judge(case: Case, config: RunConfig, measured: Path, result: Path) -> None:
 def _judge(case: Case, config: RunConfig, measured: Path, result: Path, world: World) -> None:
     start = time.monotonic()
     layout, groups = create_groups(config.parallel, seed=SEED)
-    dense = open_dense(config.source.path)
+    dense = open_source(config.source.path)
     plan = _solved(
         make_expert_plan(dense.spec, config.moe, config.upcycle), config, dense, measured
     )
@@ -124,7 +124,7 @@ def _judge(case: Case, config: RunConfig, measured: Path, result: Path, world: W
 
 
 def _solved(
-    plan: ExpertPlan, config: RunConfig, dense: DenseCheckpoint, measured: Path
+    plan: ExpertPlan, config: RunConfig, dense: SourceCheckpoint, measured: Path
 ) -> ExpertPlan:
     recipe = plan.recipe
     if plan.needs == "nothing":

@@ -131,13 +131,13 @@ def made(world: World, config: RunConfig, inputs: dict[str, Any]) -> Any:
     from megatron_moe.data.feed import DataRank, Feed
     from megatron_moe.data.texts import Texts, open_text
     from megatron_moe.experts.plan import make_expert_plan
-    from megatron_moe.hf.reader import open_dense_checkpoint
+    from megatron_moe.hf.reader import open_safetensors
     from megatron_moe.model.build import build_model
     from megatron_moe.model.upcycle import upcycle
     from megatron_moe.parallel.groups import create_groups
 
     layout, groups = create_groups(config.parallel, seed=0)
-    dense = open_dense_checkpoint(inputs["dense"])
+    dense = open_safetensors(inputs["dense"])
     model = build_model(
         config, dense.spec, layout=layout, groups=groups, rank=world.rank, engine=TORCH_ON_CPU
     )

@@ -18,7 +18,7 @@ from megatron_moe.analyze.similarity import layer_similarity
 from megatron_moe.checkpoint.keys import checkpoint_key
 from megatron_moe.experts.plan import ExpertPlan
 from megatron_moe.hf.names import ROW_OF_ROLE
-from megatron_moe.hf.reader import DenseCheckpoint, open_dense_checkpoint
+from megatron_moe.hf.reader import SourceCheckpoint, open_safetensors
 
 LAYER = 1
 
@@ -33,14 +33,14 @@ class Stored(dict[str, Tensor]):
         return self[key][index].to(dtype)
 
 
-def matrices(dense: DenseCheckpoint) -> list[Tensor]:
+def matrices(dense: SourceCheckpoint) -> list[Tensor]:
     """Return gate, up and down of the layer, one row per neuron."""
     name = f"model.layers.{LAYER}.mlp.{{}}_proj.weight"
     gate_FD, up_FD, down_DF = (dense.read(name.format(x)) for x in ("gate", "up", "down"))
     return [gate_FD, up_FD, down_DF.T]
 
 
-def built(plan: ExpertPlan, sources: list[DenseCheckpoint], *, noise: float) -> Stored:
+def built(plan: ExpertPlan, sources: list[SourceCheckpoint], *, noise: float) -> Stored:
     """Return the plan's experts with added noise."""
     torch.manual_seed(0)
     layer = plan.layer(LAYER)
@@ -60,7 +60,7 @@ def built(plan: ExpertPlan, sources: list[DenseCheckpoint], *, noise: float) -> 
     return Stored(zip(keys, [torch.stack(fc1), torch.stack(fc2)], strict=True))
 
 
-def by_loops(plan: ExpertPlan, stored: Stored, sources: list[DenseCheckpoint]) -> tuple[Any, Any]:
+def by_loops(plan: ExpertPlan, stored: Stored, sources: list[SourceCheckpoint]) -> tuple[Any, Any]:
     """Compute cosines of experts as float64 vectors aligned with the dense layer."""
     layer, size = plan.layer(LAYER), plan.recipe.dense_ffn_hidden_size
     fc1, fc2 = (value.double().numpy() for value in stored.values())
@@ -83,10 +83,10 @@ def by_loops(plan: ExpertPlan, stored: Stored, sources: list[DenseCheckpoint]) -
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> list[DenseCheckpoint]:
+def sources(tmp_path_factory: pytest.TempPathFactory) -> list[SourceCheckpoint]:
     root: Path = tmp_path_factory.mktemp("similarity")
     folders = [save_dense(root / str(seed), seed=seed) for seed in (0, 1)]
-    return [open_dense_checkpoint(folder) for folder in folders]
+    return [open_safetensors(folder) for folder in folders]
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.1])

@@ -18,7 +18,7 @@ from megatron_moe.config.run import Parallel, Run, RunConfig
 from megatron_moe.config.train import Train
 from megatron_moe.errors import CheckpointError
 from megatron_moe.hf.names import ROW_OF_ROLE, match
-from megatron_moe.hf.spec import DenseSpec, read_spec, spec_from_config
+from megatron_moe.hf.spec import ModelSpec, read_spec, spec_from_config
 from megatron_moe.runtime.engine import TORCH_ON_CPU
 from megatron_moe.runtime.world import World
 
@@ -46,7 +46,7 @@ TABLE = [  # family, router order, MoE layers, architecture
 ]
 
 
-def spec_of(family: str) -> DenseSpec:
+def spec_of(family: str) -> ModelSpec:
     return spec_from_config(
         {
             "architectures": [f"{CLASSES[family]}ForCausalLM"],

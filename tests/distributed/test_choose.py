@@ -65,9 +65,9 @@ def measure(world: World, config: RunConfig, out: Path) -> None:
     from megatron_moe.construct.measure_experts import ExpertMeasurement
     from megatron_moe.construct.partial import PartialFiles
     from megatron_moe.data.texts import open_texts
-    from megatron_moe.source.dense import open_dense
+    from megatron_moe.source.open import open_source
 
-    source = open_dense(config.source.path)
+    source = open_source(config.source.path)
     texts = list(open_texts(config, vocab_size=source.spec.vocab_size).training.values())
     job = command._Construction(config, world, source, texts, out / "plan.safetensors")
     model, as_source, groups = job.source_model()

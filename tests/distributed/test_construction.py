@@ -28,7 +28,7 @@ from megatron_moe.experts.file import PLAN_FILE, write_plan
 from megatron_moe.experts.methods import METHODS as TABLE
 from megatron_moe.experts.plan import ExpertPlan
 from megatron_moe.hf.names import dense_tensors
-from megatron_moe.hf.reader import open_dense_checkpoint, open_mixed
+from megatron_moe.hf.reader import open_mixed, open_safetensors
 from megatron_moe.rules.check import violations
 from megatron_moe.runtime.engine import TORCH_ON_CPU
 from megatron_moe.runtime.world import World
@@ -105,7 +105,7 @@ def run_configs(root: Path, folders: list[Path]) -> dict[tuple[str, str], RunCon
         for layout in LAYOUTS
         for case in CASES
     }
-    spec = open_dense_checkpoint(folders[0]).spec
+    spec = open_safetensors(folders[0]).spec
     for config in configs.values():
         assert not violations(config, spec, 4)
     return configs
@@ -141,7 +141,7 @@ def filled_model(config: RunConfig, layout: Any, groups: Any, rank: int) -> tupl
     from megatron_moe.model.routers import set_output_scales
     from megatron_moe.model.upcycle import check_coverage, upcycle
 
-    dense = open_dense_checkpoint(config.source.path)
+    dense = open_safetensors(config.source.path)
     mixed = open_mixed(dense, config.upcycle.mix_with)
     plan = make_plan(dense.spec, config.moe, config.upcycle, dense)
     model = build_model(
@@ -197,7 +197,7 @@ def test_every_method_is_exported():
 
 def expected_bytes(config: RunConfig, neurons: int) -> int:
     """All that is not FFN once, and of every layer's FFN this many neurons."""
-    dense = open_dense_checkpoint(config.source.path)
+    dense = open_safetensors(config.source.path)
     spec = dense.spec
     neuron = 3 * spec.hidden_size * 4  # a row of gate and of up, a column of down, fp32
     skipped = spec.num_layers * (spec.ffn_hidden_size - neurons) * neuron

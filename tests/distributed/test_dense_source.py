@@ -20,7 +20,7 @@ from megatron_moe.hf.names import dense_tensors
 from megatron_moe.hf.spec import read_spec
 from megatron_moe.runtime.engine import TORCH_ON_CPU
 from megatron_moe.runtime.world import World
-from megatron_moe.source.dense import DistributedDense, open_dense
+from megatron_moe.source.open import DistributedSource, open_source
 
 pytestmark = pytest.mark.distributed
 
@@ -44,7 +44,7 @@ def test_it_upcycles_to_the_same_bits(tmp_path: Path, layers: str):
     both = shutil.copytree(saved, tmp_path / "both")
     shutil.copy(hf / "model.safetensors", both)
     with pytest.raises(CheckpointError, match="must hold one model"):
-        open_dense(both)
+        open_source(both)
     for name in ("tp2-ep2-etp2", "pp2"):
         world_size, parallel = LAYOUTS[name]
         for moe, upcycle in (
@@ -124,8 +124,8 @@ def filled(config, folder, layout, groups, rank):
     from megatron_moe.model.build import build_model
     from megatron_moe.model.upcycle import upcycle
 
-    dense = open_dense(folder)
-    assert isinstance(dense, DistributedDense) == (folder != config.source.path)
+    dense = open_source(folder)
+    assert isinstance(dense, DistributedSource) == (folder != config.source.path)
     dense.check_tensors(dict(dense_tensors(dense.spec)))
     plan = make_expert_plan(dense.spec, config.moe, config.upcycle)
     model = build_model(

@@ -188,7 +188,7 @@ def test_every_method_that_splits_can_be_solved_for(folder: Path, tmp_path: Path
 def _logits(world: World, config: RunConfig, out: Path) -> None:
     from megatron_moe.construct.complete import complete_plan
     from megatron_moe.experts.plan import make_expert_plan
-    from megatron_moe.hf.reader import open_dense_checkpoint
+    from megatron_moe.hf.reader import open_safetensors
     from megatron_moe.model.build import build_model
     from megatron_moe.model.upcycle import upcycle
     from megatron_moe.model.verify import _moe_logits
@@ -196,7 +196,7 @@ def _logits(world: World, config: RunConfig, out: Path) -> None:
     from megatron_moe.runtime.engine import TORCH_ON_CPU
 
     layout, groups = create_groups(config.parallel, seed=0)
-    dense = open_dense_checkpoint(config.source.path)
+    dense = open_safetensors(config.source.path)
     plan = make_expert_plan(dense.spec, config.moe, config.upcycle)
     plan = complete_plan(plan, config, dense)
     model = build_model(
@@ -287,10 +287,10 @@ def _stream(world: World, config: RunConfig, ids_S: torch.Tensor, expected_SD: t
     from megatron_moe.construct.stream import LayerStream
     from megatron_moe.data.batches import make_batch
     from megatron_moe.data.samples import Sample
-    from megatron_moe.hf.reader import open_dense_checkpoint
+    from megatron_moe.hf.reader import open_safetensors
     from megatron_moe.runtime.engine import TORCH_ON_CPU
 
-    dense = open_dense_checkpoint(config.source.path)
+    dense = open_safetensors(config.source.path)
     stream = LayerStream(config, dense, world.rank, TORCH_ON_CPU)
     ids_T = torch.cat([ids_S, ids_S[:1]]).numpy()
     batch = make_batch([Sample(ids_T, np.ones(len(ids_S), np.float32), np.arange(len(ids_S)))])

@@ -81,7 +81,7 @@ def upcycle_only(world: World, config: RunConfig) -> None:
     from megatron_moe.commands.upcycling import upcycled_model
     from megatron_moe.data.texts import open_texts
     from megatron_moe.experts.plan import make_expert_plan
-    from megatron_moe.hf.reader import open_dense_checkpoint
+    from megatron_moe.hf.reader import open_safetensors
     from megatron_moe.parallel.groups import create_groups
     from megatron_moe.train.guard import Signals
     from megatron_moe.train.watch import Watch, unobserved
@@ -90,7 +90,7 @@ def upcycle_only(world: World, config: RunConfig) -> None:
     layout, groups = create_groups(config.parallel, seed=0)
     watch = Watch(world, hang_seconds=60, observe=unobserved)
     job = Job(config, world, TORCH_ON_CPU, layout, groups, watch, Signals())
-    opened = open_dense_checkpoint(config.source.path)
+    opened = open_safetensors(config.source.path)
     plan = make_expert_plan(opened.spec, config.moe, config.upcycle)
     texts = open_texts(config, vocab_size=opened.spec.vocab_size)
     upcycled_model(job, opened, plan, texts)

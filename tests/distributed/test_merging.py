@@ -22,7 +22,7 @@ from megatron_moe.experts.from_source import complete_from_source
 from megatron_moe.experts.merge import Merge
 from megatron_moe.experts.plan import make_expert_plan
 from megatron_moe.hf.load import load_model
-from megatron_moe.hf.reader import open_dense_checkpoint
+from megatron_moe.hf.reader import open_safetensors
 from megatron_moe.hf.spec import read_spec
 from megatron_moe.runtime.world import World
 
@@ -79,7 +79,7 @@ def test_merged_experts_are_means(tmp_path: Path, family: str, experts: int, lay
     source = save_moe(tmp_path / "source", family)
     moe = {"num_moe_experts": experts, "moe_router_topk": min(experts, 2)}
     out, config = converted(tmp_path / "merged", source, moe, merging(tmp_path), layout=layout)
-    before, after = open_dense_checkpoint(source), open_dense_checkpoint(out)
+    before, after = open_safetensors(source), open_safetensors(out)
     last = 3
     merge, values = merge_of(config, last), {}
     for name in before.tensors:

@@ -25,7 +25,7 @@ from megatron_moe.parallel.layout import ParallelLayout, local_experts
 from megatron_moe.rules.check import violations
 from megatron_moe.runtime.engine import TORCH_ON_CPU
 from megatron_moe.runtime.world import World
-from megatron_moe.source.dense import open_dense
+from megatron_moe.source.open import open_source
 
 pytestmark = pytest.mark.distributed
 TOLERANCE = 1e-4
@@ -160,7 +160,7 @@ def check_logits(world: World, config: RunConfig, tolerance: float) -> None:
     from megatron_moe.parallel.groups import create_groups
     from megatron_moe.parallel.shards import padded_vocabulary
 
-    source = open_dense(config.source.path)
+    source = open_source(config.source.path)
     expected = dict(dense_tensors(source.spec))
     source.check_tensors(expected)
     plan = make_expert_plan(source.spec, config.moe, config.upcycle)

@@ -18,7 +18,7 @@ from megatron_moe.config.run import Parallel, Run, RunConfig
 from megatron_moe.config.train import Train
 from megatron_moe.experts.plan import make_expert_plan
 from megatron_moe.hf.names import dense_tensors
-from megatron_moe.hf.reader import open_dense_checkpoint
+from megatron_moe.hf.reader import open_safetensors
 from megatron_moe.hf.spec import read_spec
 from megatron_moe.rules.check import violations
 from megatron_moe.runtime.engine import TORCH_ON_CPU
@@ -124,7 +124,7 @@ def check_logits(world: World, config: RunConfig) -> None:
     from megatron_moe.model.verify import compare_with_dense
     from megatron_moe.parallel.groups import create_groups
 
-    dense = open_dense_checkpoint(config.source.path)
+    dense = open_safetensors(config.source.path)
     dense.check_tensors(dict(dense_tensors(dense.spec)))
     plan = make_expert_plan(dense.spec, config.moe, config.upcycle)
     layout, groups = create_groups(config.parallel, seed=0)

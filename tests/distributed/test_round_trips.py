@@ -21,7 +21,7 @@ from megatron_moe.experts.from_source import complete_from_source
 from megatron_moe.experts.plan import make_expert_plan
 from megatron_moe.hf.load import load_model
 from megatron_moe.hf.spec import read_spec
-from megatron_moe.source.dense import open_dense
+from megatron_moe.source.open import open_source
 
 pytestmark = pytest.mark.distributed
 
@@ -53,7 +53,7 @@ def check_similarities(run: Path, source: Path) -> None:
     config, spec = read_config(checkpoint), read_spec(source)
     plan = make_expert_plan(spec, config.moe, config.upcycle)
     with GlobalTensors(checkpoint) as tensors:
-        alike = layer_similarity(tensors, plan, 1, [open_dense(source)])
+        alike = layer_similarity(tensors, plan, 1, [open_source(source)])
     assert alike.to_dense_E is not None
     assert alike.to_dense_E.tolist() == pytest.approx([1.0] * 8)
     pairs_44 = alike.between_EE.unflatten(0, (4, 2)).unflatten(2, (4, 2)).mean(dim=(1, 3))

@@ -66,7 +66,7 @@ def check_step(world: World, config: RunConfig, exported: Path) -> None:
     from megatron_moe.model.upcycle import upcycle
     from megatron_moe.parallel.groups import create_groups
     from megatron_moe.runtime.engine import engine_of
-    from megatron_moe.source.dense import open_dense
+    from megatron_moe.source.open import open_source
     from megatron_moe.train.guard import StepGuard
     from megatron_moe.train.state import make_state
     from megatron_moe.train.step import train_step
@@ -75,7 +75,7 @@ def check_step(world: World, config: RunConfig, exported: Path) -> None:
     layout, groups = create_groups(config.parallel, seed=0)
     engine = engine_of("torch", world)
     job = Job(config, world, engine, layout, groups, nothing, nothing)
-    source = open_dense(config.source.path)
+    source = open_source(config.source.path)
     plan = make_expert_plan(source.spec, config.moe, config.upcycle)
     model = empty_model(job, source.spec, plan)
     upcycle(model, source, plan, layout=layout, rank=0)

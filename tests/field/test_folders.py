@@ -29,8 +29,8 @@ from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import UserError
 from megatron_moe.hf.load import load_model
 from megatron_moe.hf.names import dense_tensors
-from megatron_moe.hf.reader import open_dense_checkpoint
-from megatron_moe.hf.spec import DenseSpec
+from megatron_moe.hf.reader import open_safetensors
+from megatron_moe.hf.spec import ModelSpec
 from megatron_moe.model.rope import scaled_frequencies
 
 SECONDS = 300
@@ -124,7 +124,7 @@ def lay_out(folder: Path, kind: str) -> None:
 @torch.no_grad()
 def by_hand(folder: Path, ids_S: torch.Tensor) -> torch.Tensor:
     """Logits of the tensors and the numbers that this package reads, in a plain Llama block."""
-    dense = open_dense_checkpoint(folder)
+    dense = open_safetensors(folder)
     spec = dense.spec
     dense.check_tensors(dict(dense_tensors(spec)))
     w = {name: dense.read(name).float() for name, _ in dense_tensors(spec)}
@@ -168,11 +168,11 @@ def by_hand(folder: Path, ids_S: torch.Tensor) -> torch.Tensor:
     return _norm(x_SD, w["model.norm.weight"], spec) @ output.T / by.logits
 
 
-def _norm(x: torch.Tensor, weight: torch.Tensor, spec: DenseSpec) -> torch.Tensor:
+def _norm(x: torch.Tensor, weight: torch.Tensor, spec: ModelSpec) -> torch.Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + spec.layernorm_epsilon) * weight
 
 
-def _rotation(spec: DenseSpec, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _rotation(spec: ModelSpec, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     channels = torch.arange(0, spec.kv_channels, 2).float() / spec.kv_channels
     frequency_C = 1.0 / spec.rotary_base**channels
     if spec.rope_scaling is not None:
@@ -192,7 +192,7 @@ def check_folder(root: Path, draw: dict[str, Any]) -> str:
     ids_S = torch.arange(12) * 7 % 257
     try:
         ours_SV = by_hand(root / "dense", ids_S)
-        spec = open_dense_checkpoint(root / "dense").spec
+        spec = open_safetensors(root / "dense").spec
         run = build(RunConfig, tree(root / "run", root / "dense", root / "tokens"))
         config = json.loads((root / "dense" / "config.json").read_text())
         export = moe_config(spec, run, architecture_for(spec, run.moe), config)

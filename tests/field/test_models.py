@@ -23,7 +23,7 @@ from megatron_moe.commands.export import export_checkpoint
 from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import CheckpointError
-from megatron_moe.hf.reader import open_dense_checkpoint
+from megatron_moe.hf.reader import open_safetensors
 from megatron_moe.hf.spec import read_spec, spec_from_config
 from megatron_moe.model.rope import scaled_frequencies
 from megatron_moe.rules.check import violations
@@ -197,7 +197,7 @@ def test_folders_that_are_laid_out_otherwise(tmp_path: Path, name: str):
     save_dense(tmp_path / "dense", tie_word_embeddings=True)
     LAYOUTS[name](tmp_path / "dense")
     usual = load_file(tmp_path / "usual" / "model.safetensors")
-    dense = open_dense_checkpoint(tmp_path / "dense")
+    dense = open_safetensors(tmp_path / "dense")
     assert set(dense.tensors) == set(usual)
     for tensor in usual:
         assert torch.equal(dense.read(tensor), usual[tensor]), tensor
@@ -217,7 +217,7 @@ def test_an_incomplete_set_of_shards_is_refused(tmp_path: Path):
     two_shards(tmp_path / "dense")
     (tmp_path / "dense" / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(CheckpointError, match="has 1 of 2 shards, and no model"):
-        open_dense_checkpoint(tmp_path / "dense")
+        open_safetensors(tmp_path / "dense")
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ from megatron_moe.errors import UserError
 from megatron_moe.experts.file import read_plan, write_plan
 from megatron_moe.experts.plan import ExpertPlan, LayerTable, make_expert_plan
 from megatron_moe.hf.names import dense_tensors
-from megatron_moe.hf.reader import open_dense_checkpoint
+from megatron_moe.hf.reader import open_safetensors
 from megatron_moe.hf.spec import read_spec
 from megatron_moe.json_text import parse_json
 from megatron_moe.report.read import read_run
@@ -85,12 +85,12 @@ class Target:
 
 def tensors(folder: Path) -> None:
     spec = read_spec(folder / "dense")
-    checkpoint = open_dense_checkpoint(folder / "dense")
+    checkpoint = open_safetensors(folder / "dense")
     checkpoint.check_tensors(dict(dense_tensors(spec)))
 
 
 def shards(folder: Path) -> None:
-    checkpoint = open_dense_checkpoint(folder / "shards")
+    checkpoint = open_safetensors(folder / "shards")
     checkpoint.check_tensors(dict(dense_tensors(read_spec(folder / "shards"))))
 
 

@@ -49,12 +49,12 @@ def run_config(folder: Path, precision: str = "fp32", **moe: Any) -> RunConfig:
 def both_models(config: RunConfig) -> tuple[Any, Any]:
     """The upcycled model in Transformer Engine's layers and in torch-native ones, on the GPU."""
     from megatron_moe.experts.plan import make_expert_plan
-    from megatron_moe.hf.reader import open_dense_checkpoint
+    from megatron_moe.hf.reader import open_safetensors
     from megatron_moe.model.build import build_model
     from megatron_moe.model.upcycle import upcycle
     from megatron_moe.parallel.groups import create_groups
 
-    dense = open_dense_checkpoint(config.source.path)
+    dense = open_safetensors(config.source.path)
     plan = make_expert_plan(dense.spec, config.moe, config.upcycle)
     layout, groups = create_groups(config.parallel, seed=0)
     built = []

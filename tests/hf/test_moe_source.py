@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_moe.errors import CheckpointError
 from megatron_moe.hf.names import MOE_TENSORS, dense_tensors
-from megatron_moe.hf.reader import open_dense_checkpoint
+from megatron_moe.hf.reader import open_safetensors
 from megatron_moe.hf.spec import read_spec
 from megatron_moe.hf.unread import open_unread
 
@@ -20,7 +20,7 @@ from megatron_moe.hf.unread import open_unread
 @pytest.mark.parametrize("family", MOES)
 def test_tensors_of_both_spellings(tmp_path: Path, family: str, stacked: bool):
     folder = save_moe(tmp_path, family, stacked=stacked)
-    source = open_dense_checkpoint(folder)
+    source = open_safetensors(folder)
     expected = dict(dense_tensors(source.spec))
     assert expected == {name: info.shape for name, info in source.tensors.items()}
     source.check_tensors(expected)
@@ -47,7 +47,7 @@ def test_a_stack_of_another_shape_is_reported(tmp_path: Path):
     folder = save_moe(tmp_path, "qwen3_moe", stacked=True)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"moe_intermediate_size": 16}))
-    source = open_dense_checkpoint(folder)
+    source = open_safetensors(folder)
     with pytest.raises(CheckpointError, match=r"missing[\s\S]*unexpected[\s\S]*gate_up_proj"):
         source.check_tensors(dict(dense_tensors(source.spec)))
 

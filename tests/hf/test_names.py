@@ -46,8 +46,8 @@ from megatron_moe.hf.names import (
     match,
     shapes_of,
 )
-from megatron_moe.hf.reader import open_dense_checkpoint
-from megatron_moe.hf.spec import DenseSpec, read_spec
+from megatron_moe.hf.reader import open_safetensors
+from megatron_moe.hf.spec import ModelSpec, read_spec
 from megatron_moe.runtime.engine import TORCH_ON_CPU
 from megatron_moe.runtime.world import World
 
@@ -103,7 +103,7 @@ def test_dense_tensors_are_those_transformers_writes(tmp_path: Path, family: str
 
 def test_a_stacked_tensor_is_taken_apart_by_rows(tmp_path: Path):
     """The oracle is transformers, which splits the outputs of fused layers so."""
-    checkpoint = open_dense_checkpoint(save_dense(tmp_path, "phi3"))
+    checkpoint = open_safetensors(save_dense(tmp_path, "phi3"))
     model = Phi3ForCausalLM.from_pretrained(tmp_path)
     attention, mlp = model.model.layers[2].self_attn, model.model.layers[2].mlp
     q, k, v = attention.qkv_proj.weight.split([64, 32, 32])
@@ -126,7 +126,7 @@ def test_a_stacked_tensor_of_another_shape_is_reported_by_its_name(tmp_path: Pat
     tensors = load_file(folder / "model.safetensors")
     name = "model.layers.1.mlp.gate_up_proj.weight"
     save_file(tensors | {name: tensors[name][:-2].clone()}, folder / "model.safetensors")
-    checkpoint = open_dense_checkpoint(folder)
+    checkpoint = open_safetensors(folder)
     with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
         checkpoint.check_tensors(dict(dense_tensors(checkpoint.spec)))
 
@@ -259,7 +259,7 @@ def test_megatrons_parameters_and_rows_are_one_to_one(tmp_path: Path, family: st
     run_on_ranks(check_built_names, folder, read_spec(folder), world_size=1)
 
 
-def check_built_names(world: World, folder: Path, spec: DenseSpec) -> None:
+def check_built_names(world: World, folder: Path, spec: ModelSpec) -> None:
     from megatron_moe.model.build import build_model
     from megatron_moe.parallel.groups import create_groups
 
@@ -279,7 +279,7 @@ def check_built_names(world: World, folder: Path, spec: DenseSpec) -> None:
     assert set(parameters) == set(expected_parameters(spec, moe_layers={1, 2}, experts=3))
 
 
-def expected_parameters(spec: DenseSpec, *, moe_layers: set[int], experts: int):
+def expected_parameters(spec: ModelSpec, *, moe_layers: set[int], experts: int):
     """Yield every (role, layer, expert) that a model of this shape has on one rank."""
     for row in ROWS:
         if not has_row(row, spec):

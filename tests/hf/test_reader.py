@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from megatron_moe.errors import CheckpointError
 from megatron_moe.hf import reader, windows
 from megatron_moe.hf.names import dense_tensors
-from megatron_moe.hf.reader import DenseCheckpoint, open_dense_checkpoint, open_mixed
+from megatron_moe.hf.reader import SourceCheckpoint, open_mixed, open_safetensors
 from megatron_moe.hf.spec import spec_from_config
 
 CONFIG = {
@@ -48,8 +48,8 @@ def folder_of(path: Path, tensors: dict[str, Tensor], **config: object) -> Path:
     return path
 
 
-def dense_with(path: Path, tensors: dict[str, Tensor], **config: object) -> DenseCheckpoint:
-    return open_dense_checkpoint(folder_of(path, tensors, **config))
+def dense_with(path: Path, tensors: dict[str, Tensor], **config: object) -> SourceCheckpoint:
+    return open_safetensors(folder_of(path, tensors, **config))
 
 
 def sharded(path: Path, shards: dict[str, dict[str, Tensor]]) -> Path:
@@ -102,7 +102,7 @@ def index(full: Tensor, rows: object, columns: object) -> Tensor:
 @pytest.mark.parametrize(("rows", "columns"), SELECTIONS.values(), ids=SELECTIONS)
 def test_a_slice_is_what_indexing_gives(tmp_path: Path, rows, columns, dtype: torch.dtype):
     full = torch.randn(23, 11).to(dtype)
-    dense = open_dense_checkpoint(folder_of(tmp_path, {"other": torch.ones(3), "w": full}))
+    dense = open_safetensors(folder_of(tmp_path, {"other": torch.ones(3), "w": full}))
     result = dense.read("w", rows=rows, columns=columns)
     expected = index(full, rows, columns)
     assert result.dtype == dtype
@@ -140,7 +140,7 @@ def test_any_slice_of_any_tensor_fills_any_view(
     expected_around = around.clone()
     inside = (slice(1, -1),) * expected.ndim
     destination = nn.Parameter(around)[inside]  # a strided view that requires a gradient
-    dense = open_dense_checkpoint(path)
+    dense = open_safetensors(path)
     dense.read_into("w", destination, rows=rows, columns=columns)
 
     expected_around[inside] = expected.to(into)
@@ -153,7 +153,7 @@ def test_what_several_want_of_a_tensor_is_read_in_one_pass(
 ):
     """Random rows in 8 parts, random columns, an overlap, and all: no row is mapped twice."""
     full = torch.randn(200, 24)
-    dense = open_dense_checkpoint(folder_of(tmp_path, {"w": full}))
+    dense = open_safetensors(folder_of(tmp_path, {"w": full}))
     monkeypatch.setattr(windows, "WINDOW_BYTES", 16 * 24 * 4)
     mapped = []
     map_window = reader.mapped_rows
@@ -183,7 +183,7 @@ def test_tensors_that_no_machine_word_is_aligned_to_are_read(tmp_path: Path):
     values = torch.randn(5, 3)
     header = b'{"w":{"dtype":"F32","shape":[5,3],"data_offsets":[0,60]}}'
     header += b" " * (1 - len(header) % 8)
-    dense = open_dense_checkpoint(with_header(tmp_path, header, values.numpy().tobytes()))
+    dense = open_safetensors(with_header(tmp_path, header, values.numpy().tobytes()))
     assert torch.equal(dense.read("w", rows=slice(1, 5)), values[1:5])
 
 
@@ -199,9 +199,7 @@ def test_shards_are_read_by_index_and_through_the_links_of_the_hub_cache(tmp_pat
     snapshot.mkdir(parents=True)
     for name, blob in (("one.safetensors", "x1"), ("two.safetensors", "x2"), ("config.json",) * 2):
         (snapshot / name).symlink_to(f"../../blobs/{blob}")
-    dense = open_dense_checkpoint(
-        with_index(snapshot, {"a": "one.safetensors", "b": "two.safetensors"})
-    )
+    dense = open_safetensors(with_index(snapshot, {"a": "one.safetensors", "b": "two.safetensors"}))
     assert torch.equal(dense.read("a"), a)
     assert torch.equal(dense.read("b"), b)
     assert dense.tensors["b"].file == snapshot / "two.safetensors"
@@ -260,13 +258,13 @@ def test_beyond_its_destination_a_read_is_resident_with_some_windows(
     monkeypatch.setattr(windows, "WINDOW_BYTES", window)
     dense = dense_with(tmp_path / "dense", {"w": torch.ones(32768, 2048)})  # 256 MiB
     shutil.copytree(dense.folder, tmp_path / "other")
-    other = open_dense_checkpoint(tmp_path / "other")
+    other = open_safetensors(tmp_path / "other")
 
     shape = (32768 if rows is None else 4096, 2048 if columns is None else 256)
     destination = torch.full(shape, 7.0)
     assert destination.nbytes == 32 * 2**20
 
-    def read_an_eighth(dense: DenseCheckpoint) -> None:
+    def read_an_eighth(dense: SourceCheckpoint) -> None:
         dense.read_into("w", destination, rows=rows, columns=columns)
         assert destination.sum() == destination.numel()
 
@@ -314,7 +312,7 @@ def test_a_file_that_cannot_be_trusted_is_refused_with_its_name(
     tmp_path: Path, header: bytes, tensors: bytes, length: int | None, reason: str
 ):
     folder = with_header(tmp_path, header, tensors, length)
-    message = refused(lambda: open_dense_checkpoint(folder))
+    message = refused(lambda: open_safetensors(folder))
     assert reason in message
     assert str(tmp_path / "model.safetensors") in message
 
@@ -332,7 +330,7 @@ def test_a_damaged_file_is_refused_or_read_but_never_crashes(
     damaged = content[:position] + junk + content[position + len(junk) :]
     path.write_bytes(damaged[: len(damaged) - cut])
     try:
-        dense = open_dense_checkpoint(folder)
+        dense = open_safetensors(folder)
         for name in dense.tensors:
             dense.read(name)
     except CheckpointError:
@@ -346,7 +344,7 @@ def test_values_that_are_not_finite_are_refused_where_they_are_read(
 ):
     weight = torch.zeros(30, 10).to(dtype)
     weight[20, 4] = value
-    dense = open_dense_checkpoint(folder_of(tmp_path, {"w": weight}))
+    dense = open_safetensors(folder_of(tmp_path, {"w": weight}))
     dense.read("w", rows=slice(0, 20))
     dense.read("w", columns=np.array([0, 5, 9]))
     message = refused(lambda: dense.read("w", rows=np.array([0, 20])))
@@ -357,7 +355,7 @@ def test_values_that_are_not_finite_are_refused_where_they_are_read(
 
 def test_large_values_whose_sum_overflows_are_finite(tmp_path: Path):
     weight = torch.full((30, 10), 6e4, dtype=torch.float16)
-    dense = open_dense_checkpoint(folder_of(tmp_path, {"w": weight}))
+    dense = open_safetensors(folder_of(tmp_path, {"w": weight}))
     assert torch.equal(dense.read("w"), weight)
 
 
@@ -367,7 +365,7 @@ def test_an_index_cannot_name_a_file_outside_its_folder(tmp_path: Path, file: st
     folder = tmp_path / "dense"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CONFIG))
-    message = refused(lambda: open_dense_checkpoint(with_index(folder, {"w": file})))
+    message = refused(lambda: open_safetensors(with_index(folder, {"w": file})))
     assert f"lists the file {file!r} for w: it must be in the index's folder" in message
 
 
@@ -375,23 +373,23 @@ def test_an_index_cannot_name_a_file_outside_its_folder(tmp_path: Path, file: st
 def test_an_index_that_is_none_is_refused(tmp_path: Path, content: str):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     (tmp_path / "model.safetensors.index.json").write_text(content)
-    message = refused(lambda: open_dense_checkpoint(tmp_path))
+    message = refused(lambda: open_safetensors(tmp_path))
     assert 'is not an index of tensors: expected {"weight_map": {NAME: FILE}}' in message
 
 
 def test_shards_and_tensors_that_an_index_promises_must_be_there(tmp_path: Path):
     folder = sharded(tmp_path, {"one": {"a": torch.ones(2)}, "two": {"b": torch.ones(2)}})
     with_index(folder, {"a": "one", "b": "one"})
-    message = refused(lambda: open_dense_checkpoint(folder))
+    message = refused(lambda: open_safetensors(folder))
     assert "b must be in one according to" in message
     assert f"file: {folder / 'one'}" in message
     with_index(folder, {"a": "one", "b": "two", "c": "three", "d": "four"})
-    assert "2 of 4 missing:\n    four\n    three" in refused(lambda: open_dense_checkpoint(folder))
+    assert "2 of 4 missing:\n    four\n    three" in refused(lambda: open_safetensors(folder))
 
 
 def test_a_tensor_outside_the_index_is_not_overlooked(tmp_path: Path):
     folder = sharded(tmp_path, {"one": {"a": torch.ones(2), "b": torch.ones(3)}})
-    dense = open_dense_checkpoint(with_index(folder, {"a": "one"}))
+    dense = open_safetensors(with_index(folder, {"a": "one"}))
     assert "1 unexpected:\n    b" in refused(lambda: dense.check_tensors({"a": (2,)}))
 
 
@@ -408,7 +406,7 @@ class Trap:
 def test_pickles_are_refused_unopened_with_the_way_to_convert_them(tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     torch.save(Trap(tmp_path / "opened"), tmp_path / "pytorch_model.bin")
-    message = refused(lambda: open_dense_checkpoint(tmp_path))
+    message = refused(lambda: open_safetensors(tmp_path))
     assert "which can run code when they are opened: only safetensors are supported" in message
     assert "AutoModelForCausalLM.from_pretrained(folder" in message
     assert not (tmp_path / "opened").exists()
@@ -417,13 +415,13 @@ def test_pickles_are_refused_unopened_with_the_way_to_convert_them(tmp_path: Pat
 def test_a_folder_without_weights_says_what_it_holds(tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     (tmp_path / "weights.gguf").touch()
-    message = refused(lambda: open_dense_checkpoint(tmp_path))
+    message = refused(lambda: open_safetensors(tmp_path))
     assert "has neither model.safetensors nor model.safetensors.index.json" in message
     assert "config.json, weights.gguf" in message
 
 
 def test_a_file_that_shrinks_after_it_was_opened_is_refused(tmp_path: Path):
-    dense = open_dense_checkpoint(folder_of(tmp_path, {"w": torch.ones(9000, 4)}))
+    dense = open_safetensors(folder_of(tmp_path, {"w": torch.ones(9000, 4)}))
     os.truncate(tmp_path / "model.safetensors", 5000)
     assert "can no longer read" in refused(lambda: dense.read("w", rows=slice(8000, 9000)))
 
@@ -438,13 +436,13 @@ def test_a_file_that_shrinks_after_it_was_opened_is_refused(tmp_path: Path):
     ],
 )
 def test_indices_that_a_tensor_lacks_are_refused(tmp_path: Path, selection: dict, reason: str):
-    dense = open_dense_checkpoint(folder_of(tmp_path, {"w": torch.ones(6, 4)}))
+    dense = open_safetensors(folder_of(tmp_path, {"w": torch.ones(6, 4)}))
     assert reason in refused(lambda: dense.read("w", **selection))
 
 
 def test_a_selection_that_fits_no_dimension_is_refused(tmp_path: Path):
     tensors = {"flat": torch.ones(6), "cube": torch.ones(2, 2, 2)}
-    dense = open_dense_checkpoint(folder_of(tmp_path, tensors))
+    dense = open_safetensors(folder_of(tmp_path, tensors))
     assert "must have 2 dim" in refused(lambda: dense.read("flat", columns=slice(0, 1)))
     assert "must have 1 or 2 dimensions" in refused(lambda: dense.read("cube"))
     assert "has no tensor cubes" in refused(lambda: dense.read("cubes"))
@@ -501,7 +499,7 @@ def test_an_output_layer_next_to_tied_embeddings_must_equal_them(tmp_path: Path)
 
 
 def test_models_of_another_shape_are_not_mixed(tmp_path: Path):
-    dense = open_dense_checkpoint(whole_folder(tmp_path / "dense"))
+    dense = open_safetensors(whole_folder(tmp_path / "dense"))
     same = whole_folder(tmp_path / "same", max_position_embeddings=99)
     assert [other.folder for other in open_mixed(dense, [same])] == [same]
     wider = whole_folder(tmp_path / "wider", intermediate_size=8)

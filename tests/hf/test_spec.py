@@ -15,7 +15,7 @@ from transformers import (
 
 from megatron_moe.errors import CheckpointError
 from megatron_moe.hf.rope import RopeScaling
-from megatron_moe.hf.spec import DenseSpec, read_spec, spec_from_config
+from megatron_moe.hf.spec import ModelSpec, read_spec, spec_from_config
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -65,13 +65,13 @@ MODELS = {
 }
 
 
-def spec_from_transformers(config: PreTrainedConfig) -> DenseSpec:
+def spec_from_transformers(config: PreTrainedConfig) -> ModelSpec:
     """Build the spec from a config class of transformers: the oracle."""
     rope = config.rope_parameters
     eos = config.eos_token_id
     head_dim = getattr(config, "head_dim", None)
     keys = [key for key in LLAMA3 if key != "rope_type"]
-    return DenseSpec(
+    return ModelSpec(
         family=config.model_type,
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from megatron_moe.errors import CheckpointError
-from megatron_moe.hf.reader import open_dense_checkpoint
+from megatron_moe.hf.reader import open_safetensors
 from megatron_moe.hf.writer import FolderWriter
 
 ANNOUNCED = {"a": ((3, 5), torch.bfloat16), "b": ((7,), torch.float32), "c": ((), torch.float64)}
@@ -67,7 +67,7 @@ def test_transformers_loads_what_was_streamed_in_any_order(
     for name, tensor in loaded.state_dict().items():
         assert tensor.dtype == torch.bfloat16
         assert torch.equal(tensor, state[name])
-    dense = open_dense_checkpoint(target)
+    dense = open_safetensors(target)
     assert all(torch.equal(dense.read(name), state[name]) for name in state)
 
 

@@ -13,19 +13,19 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from megatron_moe.hf.names import ROW_OF_ROLE, shapes_of
-from megatron_moe.hf.spec import DenseSpec
+from megatron_moe.hf.spec import ModelSpec
 from megatron_moe.parallel.shards import Piece, ShardIndex, padded_vocabulary, pieces, select
 
 Array = NDArray[np.int64]
 EMPTY = -1
 
 
-def make_spec(**shape: int) -> DenseSpec:
+def make_spec(**shape: int) -> ModelSpec:
     sizes = {
         "num_layers": 2, "hidden_size": 8, "ffn_hidden_size": 24, "num_attention_heads": 8,
         "num_query_groups": 4, "kv_channels": 2, "vocab_size": 13, "max_position_embeddings": 8,
     }  # fmt: skip
-    return DenseSpec(
+    return ModelSpec(
         family="llama", layernorm_epsilon=1e-5, rotary_base=1e4, rope_scaling=None,
         tied_embeddings=False, qkv_bias=True, qk_layernorm=True, initializer_range=0.02,
         eos_token_id=None, bos_token_id=None, **sizes | shape,
@@ -33,7 +33,7 @@ def make_spec(**shape: int) -> DenseSpec:
 
 
 @st.composite
-def specs_and_sizes(draw: st.DrawFn) -> tuple[DenseSpec, int]:
+def specs_and_sizes(draw: st.DrawFn) -> tuple[ModelSpec, int]:
     """Draw a dense model and a number of tensor-parallel ranks that can shard it."""
     size = draw(st.sampled_from([1, 2, 3, 4, 8]))
     groups = size * draw(st.integers(1, 3))
@@ -52,7 +52,7 @@ def specs_and_sizes(draw: st.DrawFn) -> tuple[DenseSpec, int]:
     return spec, size
 
 
-def sources(role: str, spec: DenseSpec) -> dict[str, Array]:
+def sources(role: str, spec: ModelSpec) -> dict[str, Array]:
     """Return the row's dense tensors of layer 1, with all values distinct."""
     tensors, first = {}, 0
     for template, shape in zip(
@@ -84,35 +84,35 @@ def fill(shape: tuple[int, ...], parts: list[Piece], tensors: dict[str, Array]) 
 # The expected shards, built as in Megatron-Core and without the code under test.
 
 
-def fused_qkv(tensors: list[Array], spec: DenseSpec, size: int) -> list[Array]:
+def fused_qkv(tensors: list[Array], spec: ModelSpec, size: int) -> list[Array]:
     """Shard the rows of SelfAttention.linear_qkv: queries, key and value of group after group."""
     by_group = [t.reshape(spec.num_query_groups, -1, *t.shape[1:]) for t in tensors]
     fused = np.concatenate(by_group, axis=1)
     return np.split(fused.reshape(-1, *fused.shape[2:]), size)
 
 
-def fused_gated(tensors: list[Array], spec: DenseSpec, size: int) -> list[Array]:
+def fused_gated(tensors: list[Array], spec: ModelSpec, size: int) -> list[Array]:
     """Shard MLP.linear_fc1: each rank splits its own output in two, gate then up."""
     gates, ups = (np.split(t, size) for t in tensors)
     return [np.concatenate([gate, up]) for gate, up in zip(gates, ups, strict=True)]
 
 
-def columns(tensors: list[Array], spec: DenseSpec, size: int) -> list[Array]:
+def columns(tensors: list[Array], spec: ModelSpec, size: int) -> list[Array]:
     """Shard RowParallelLinear along its input."""
     return np.split(tensors[0], size, axis=1)
 
 
-def vocabulary(tensors: list[Array], spec: DenseSpec, size: int) -> list[Array]:
+def vocabulary(tensors: list[Array], spec: ModelSpec, size: int) -> list[Array]:
     """Shard VocabParallelEmbedding, padded with empty rows, into equal parts."""
     missing = -len(tensors[0]) % size
     return np.split(np.pad(tensors[0], ((0, missing), (0, 0)), constant_values=EMPTY), size)
 
 
-def whole(tensors: list[Array], spec: DenseSpec, size: int) -> list[Array]:
+def whole(tensors: list[Array], spec: ModelSpec, size: int) -> list[Array]:
     return [tensors[0]] * size
 
 
-ORACLES: dict[str, Callable[[list[Array], DenseSpec, int], list[Array]]] = {
+ORACLES: dict[str, Callable[[list[Array], ModelSpec, int], list[Array]]] = {
     "embedding": vocabulary,
     "input_norm": whole,
     "qkv": fused_qkv,
@@ -131,7 +131,7 @@ ORACLES: dict[str, Callable[[list[Array], DenseSpec, int], list[Array]]] = {
 @pytest.mark.parametrize("role", ORACLES)
 @given(case=specs_and_sizes())
 @settings(max_examples=40, deadline=None)
-def test_every_rank_holds_the_shard_of_megatron(role: str, case: tuple[DenseSpec, int]):
+def test_every_rank_holds_the_shard_of_megatron(role: str, case: tuple[ModelSpec, int]):
     spec, size = case
     tensors = sources(role, spec)
     expected = ORACLES[role](list(tensors.values()), spec, size)
@@ -143,7 +143,7 @@ def test_every_rank_holds_the_shard_of_megatron(role: str, case: tuple[DenseSpec
 @pytest.mark.parametrize("role", [role for role, oracle in ORACLES.items() if oracle is not whole])
 @given(case=specs_and_sizes())
 @settings(max_examples=20, deadline=None)
-def test_the_ranks_tile_each_tensor_exactly_once(role: str, case: tuple[DenseSpec, int]):
+def test_the_ranks_tile_each_tensor_exactly_once(role: str, case: tuple[ModelSpec, int]):
     spec, size = case
     tensors = sources(role, spec)
     taken = {name: np.zeros(tensor.shape, int) for name, tensor in tensors.items()}
@@ -156,7 +156,7 @@ def test_the_ranks_tile_each_tensor_exactly_once(role: str, case: tuple[DenseSpe
 
 @given(case=specs_and_sizes(), data=st.data())
 @settings(max_examples=60, deadline=None)
-def test_an_expert_takes_its_neurons_in_the_plans_order(case: tuple[DenseSpec, int], data):
+def test_an_expert_takes_its_neurons_in_the_plans_order(case: tuple[ModelSpec, int], data):
     spec, size = case
     some = st.integers(0, spec.ffn_hidden_size - 1)
     count = size * data.draw(st.integers(1, 4))

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import ConfigError
-from megatron_moe.hf.spec import DenseSpec, spec_from_config
+from megatron_moe.hf.spec import ModelSpec, spec_from_config
 from megatron_moe.parallel.layout import fold, local_experts
 from megatron_moe.rules.check import RULES, Case, check, legal_layout, violations
 
 LAYERS, HEADS, GROUPS, FFN, MAX_LENGTH = 12, 12, 6, 48, 256
 
 
-def make_spec(**changes: Any) -> DenseSpec:
+def make_spec(**changes: Any) -> ModelSpec:
     dense = {
         "architectures": ["LlamaForCausalLM"], "num_hidden_layers": LAYERS, "hidden_size": 48,
         "intermediate_size": FFN, "num_attention_heads": HEADS, "num_key_value_heads": GROUPS,
@@ -593,7 +593,7 @@ def test_degrees_that_divide_are_accepted(tp, cp, pp, vpp, ep, etp):
     assert_runs(config, make_spec(), 144)
 
 
-def assert_runs(config: RunConfig, spec: DenseSpec, world_size: int) -> None:
+def assert_runs(config: RunConfig, spec: ModelSpec, world_size: int) -> None:
     """Assert that everything that is sharded is divided evenly."""
     layout = fold(config.parallel, world_size=world_size)
     vpp = config.parallel.virtual_pipeline_parallel_size or 1

@@ -25,7 +25,7 @@ from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
 from megatron_moe.experts.plan import make_expert_plan
 from megatron_moe.hf.names import match
-from megatron_moe.hf.reader import DenseCheckpoint, open_dense_checkpoint
+from megatron_moe.hf.reader import SourceCheckpoint, open_safetensors
 from megatron_moe.model.build import Model, build_model
 from megatron_moe.model.upcycle import Filled, upcycle
 from megatron_moe.parallel.groups import create_groups
@@ -98,7 +98,7 @@ def run_config(
 
 
 def both(
-    config: RunConfig, dense: DenseCheckpoint, *, rank: int, world_size: int
+    config: RunConfig, dense: SourceCheckpoint, *, rank: int, world_size: int
 ) -> tuple[Built, Built]:
     """This rank with Transformer Engine's layers and with the torch-native ones."""
     plan = make_expert_plan(dense.spec, config.moe, config.upcycle)
@@ -131,7 +131,7 @@ def assert_same_tensors(ours: dict[tuple, Tensor], theirs: dict[tuple, Tensor]) 
 def test_each_parameter_is_filled_once_with_its_slice_and_saved_in_its_place(
     tmp_path: Path, name: str, family: str, changes: dict[str, Any]
 ):
-    dense = open_dense_checkpoint(save_dense(tmp_path / "dense", family, **changes))
+    dense = open_safetensors(save_dense(tmp_path / "dense", family, **changes))
     world_size, settings = layouts.changes(name)
     config = run_config(tmp_path, settings["parallel"])
     compare_all_ranks(config, dense, world_size)
@@ -139,7 +139,7 @@ def test_each_parameter_is_filled_once_with_its_slice_and_saved_in_its_place(
 
 def test_shared_experts_are_those_of_the_torch_native_layers(tmp_path: Path):
     """They are shared by tp, where the experts beside them are shared by etp."""
-    dense = open_dense_checkpoint(save_dense(tmp_path / "dense", "qwen2"))
+    dense = open_safetensors(save_dense(tmp_path / "dense", "qwen2"))
     world_size, parallel = layout("tp4 ep2 etp2")
     config = run_config(tmp_path, parallel, method="split_random", **PARTS)
     engine = compare_all_ranks(config, dense, world_size)
@@ -151,7 +151,7 @@ def test_shared_experts_are_those_of_the_torch_native_layers(tmp_path: Path):
 @pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"])
 def test_layers_for_fp8_products_hold_and_save_the_same(tmp_path: Path, recipe: str):
     """Only products are in fp8: weights stay in bf16, and so do checkpoints and their bytes."""
-    dense = open_dense_checkpoint(save_dense(tmp_path / "dense", "qwen3"))
+    dense = open_safetensors(save_dense(tmp_path / "dense", "qwen3"))
     world_size, parallel = layout("tp2 dp2 ep4")
     config = run_config(tmp_path, parallel)
     fp8 = config.train.model_copy(update={"fp8": "hybrid", "fp8_recipe": recipe})
@@ -163,7 +163,7 @@ def test_layers_for_fp8_products_hold_and_save_the_same(tmp_path: Path, recipe: 
 
 
 def test_a_shared_expert_to_overlap_holds_and_saves_the_same(tmp_path: Path):
-    dense = open_dense_checkpoint(save_dense(tmp_path / "dense", "qwen2"))
+    dense = open_safetensors(save_dense(tmp_path / "dense", "qwen2"))
     world_size, parallel = layout("tp2 dp2 ep2")
     config = run_config(
         tmp_path, parallel, method="split_random", moe_shared_expert_overlap=True, **PARTS
@@ -173,7 +173,7 @@ def test_a_shared_expert_to_overlap_holds_and_saves_the_same(tmp_path: Path):
     assert engine.model.transformer.moe_shared_expert_overlap
 
 
-def compare_all_ranks(config: RunConfig, dense: DenseCheckpoint, world_size: int) -> Built:
+def compare_all_ranks(config: RunConfig, dense: SourceCheckpoint, world_size: int) -> Built:
     """Each rank's two models, parameter by parameter and box by box; the last rank's for more."""
     check(config, dense.spec, world_size)
     for rank in range(world_size):
@@ -193,7 +193,7 @@ def compare_all_ranks(config: RunConfig, dense: DenseCheckpoint, world_size: int
 
 def test_names_and_shapes_of_a_folded_rank(tmp_path: Path):
     """As Transformer Engine 2.20 has them, for a reader: tp 2, ep 2, etp 1."""
-    dense = open_dense_checkpoint(save_dense(tmp_path / "dense", "qwen3"))
+    dense = open_safetensors(save_dense(tmp_path / "dense", "qwen3"))
     world_size, parallel = layout("tp2 dp2 ep2")
     config = run_config(tmp_path, parallel, moe_layers=[1])
     engine, _ = both(config, dense, rank=1, world_size=world_size)

@@ -46,14 +46,14 @@ def _fill(session: Session, config: RunConfig, folder: Path, world: World) -> No
 
     from megatron_moe.bench.steps import Bench, BenchOptions
     from megatron_moe.experts.plan import make_expert_plan
-    from megatron_moe.hf.reader import open_dense_checkpoint
+    from megatron_moe.hf.reader import open_safetensors
     from megatron_moe.model.upcycle import upcycle
     from megatron_moe.parallel.layout import fold
 
     device = world.device
     _write_dense(folder, config.source.path, device)
     model = Bench(config, world, BenchOptions(random=True)).state.model
-    dense = open_dense_checkpoint(folder)
+    dense = open_safetensors(folder)
     plan = make_expert_plan(dense.spec, config.moe, config.upcycle)
     layout = fold(config.parallel, world_size=1)
     file = folder / "model.safetensors"

@@ -17,7 +17,7 @@ from gpu_checks.inputs import ROOT, shape_config
 from gpu_checks.session import Session
 from gpu_checks.timing import GIB, synchronize
 from megatron_moe.config.run import RunConfig
-from megatron_moe.hf.spec import DenseSpec, read_spec
+from megatron_moe.hf.spec import ModelSpec, read_spec
 from megatron_moe.runtime.world import World
 
 TIMES_PEER, CAUSAL_MFU, MEMORY_ERROR = 2.0, 0.45, 0.10
@@ -193,7 +193,7 @@ def _peer_step(config: RunConfig, device: torch.device) -> Callable[[], None]:
 
 
 @torch.no_grad()
-def _mixtral(config: RunConfig, spec: DenseSpec, device: torch.device) -> Any:
+def _mixtral(config: RunConfig, spec: ModelSpec, device: torch.device) -> Any:
     """Return the peer in bf16 on the device, with random weights."""
     sys.path[:0] = [str(ROOT / "bench")]
     from step_peer import mixtral_config  # bench/step_peer.py

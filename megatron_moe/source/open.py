@@ -39,22 +39,22 @@ from megatron_moe.hf.names import (
     source_names,
     source_sizes,
 )
-from megatron_moe.hf.reader import DenseCheckpoint, Selected, open_dense_checkpoint
-from megatron_moe.hf.spec import DenseSpec, read_spec
+from megatron_moe.hf.reader import Selected, SourceCheckpoint, open_safetensors
+from megatron_moe.hf.spec import ModelSpec, read_spec
 
 INDEX = ".metadata"
 KEPT_TENSORS = 2
 """Number of tensors whose chunks stay memory-mapped: fc1 and fc2 of one layer."""
 
 
-def open_dense(folder: Path) -> DenseCheckpoint:
+def open_source(folder: Path) -> SourceCheckpoint:
     """Open the model in ``folder``: safetensors, or Megatron-Core's distributed checkpoint.
 
     Raises:
-        CheckpointError: As in `open_dense_checkpoint`, or the folder holds both formats.
+        CheckpointError: As in `open_safetensors`, or the folder holds both formats.
     """
     if not (folder / INDEX).exists():
-        return open_dense_checkpoint(folder)
+        return open_safetensors(folder)
     if any((folder / file).exists() for file in (SINGLE_FILE, INDEX_FILE)):
         raise CheckpointError(
             f"{folder} must hold one model, but it holds safetensors and a distributed checkpoint "
@@ -64,10 +64,10 @@ def open_dense(folder: Path) -> DenseCheckpoint:
     spec, source = read_spec(folder), GlobalTensors(folder)
     locations = dict(_locations(spec, source))
     tensors = {name: location.info(folder / INDEX) for name, location in locations.items()}
-    return DistributedDense(folder, spec, tensors, source=source, locations=locations)
+    return DistributedSource(folder, spec, tensors, source=source, locations=locations)
 
 
-def open_moments(folder: Path, spec: DenseSpec, moment: str) -> DistributedDense:
+def open_moments(folder: Path, spec: ModelSpec, moment: str) -> DistributedSource:
     """Open a moment of every parameter of a checkpoint's model, under the names of its tensors.
 
     Args:
@@ -85,11 +85,11 @@ def open_moments(folder: Path, spec: DenseSpec, moment: str) -> DistributedDense
     prefix = f"optimizer.{moment}." if moment else ""
     locations = dict(_locations(spec, source, prefix))
     tensors = {name: location.info(folder / INDEX) for name, location in locations.items()}
-    return DistributedDense(folder, spec, tensors, source=source, locations=locations)
+    return DistributedSource(folder, spec, tensors, source=source, locations=locations)
 
 
 def has_weights(folder: Path) -> bool:
-    """Return whether ``folder`` holds weights that `open_dense` may be able to open."""
+    """Return whether ``folder`` holds weights that `open_source` may be able to open."""
     return any((folder / file).exists() for file in (INDEX, SINGLE_FILE, INDEX_FILE))
 
 
@@ -122,7 +122,7 @@ class _Location:
 
 
 @dataclass(slots=True, kw_only=True)
-class DistributedDense(DenseCheckpoint):
+class DistributedSource(SourceCheckpoint):
     """A checkpoint that reads slices from the chunks of global tensors."""
 
     source: GlobalTensors
@@ -209,7 +209,7 @@ def _column_indices(columns: slice | Tensor | None, width: int) -> Tensor:
 
 
 def _locations(
-    spec: DenseSpec, source: GlobalTensors, prefix: str = ""
+    spec: ModelSpec, source: GlobalTensors, prefix: str = ""
 ) -> list[tuple[str, _Location]]:
     """Return the location of every Hugging Face tensor in the checkpoint, with its name.
 
@@ -239,7 +239,7 @@ def _locations(
     return locations
 
 
-def _source_parts(spec: DenseSpec) -> Iterator[tuple[Row, int | None, int | None]]:
+def _source_parts(spec: ModelSpec) -> Iterator[tuple[Row, int | None, int | None]]:
     """Yield the rows of a source model, with layer and expert of each of its parameters."""
     for row in ROWS:
         experts = range(source_sizes(spec).get("E", 0)) if row.scope is Scope.EXPERT else (None,)
@@ -265,19 +265,19 @@ def _locate(
     return None
 
 
-def _fused_shape(row: Row, spec: DenseSpec) -> tuple[int, ...]:
+def _fused_shape(row: Row, spec: ModelSpec) -> tuple[int, ...]:
     shapes = shapes_of(row, spec, **source_sizes(spec))
     return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
-def _fits(row: Row, size: tuple[int, ...], spec: DenseSpec) -> bool:
+def _fits(row: Row, size: tuple[int, ...], spec: ModelSpec) -> bool:
     expected = _fused_shape(row, spec)
     if row.sharding is Sharding.VOCABULARY:  # may be padded
         return size[0] >= expected[0] and size[1:] == expected[1:]
     return size == expected
 
 
-def _part(row: Row, part: int, spec: DenseSpec, whole: _Location) -> _Location:
+def _part(row: Row, part: int, spec: ModelSpec, whole: _Location) -> _Location:
     """Return the location of part ``part`` of a fused tensor."""
     shapes = shapes_of(row, spec, **source_sizes(spec))
     shape = shapes[part]
