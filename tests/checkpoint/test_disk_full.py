@@ -71,6 +71,8 @@ def test_a_refusal_is_in_words(number: int, words: str):
 
 
 def test_a_full_disk_says_how_much_is_free(tmp_path: Path):
-    text = refusal(OSError(ENOSPC, ""), tmp_path / "absent", needed=3 * 2**30)
-    assert text.startswith(f"no space left on the disk of {tmp_path}/absent: 3.0 GiB needed, ")
+    text = refusal(OSError(ENOSPC, ""), tmp_path / "absent", needed=2**50)
+    assert text.startswith(
+        f"no space left on the disk of {tmp_path}/absent: {2**20}.0 GiB needed, "
+    )
     assert text.endswith("iB free")

@@ -47,7 +47,10 @@ def run(inputs: dict[str, Path], name: str, kind: str, **more: Any) -> list[dict
     return run_training(settings, world_size=world_size)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=pytest.mark.slow if kind == "cv_squared" else []) for kind in KINDS],
+)
 def test_reported_values_and_training_do_not_depend_on_the_layout(
     inputs: dict[str, Path], kind: str
 ):

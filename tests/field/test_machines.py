@@ -259,8 +259,18 @@ def wait_for_step(process: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGTERM])
-@pytest.mark.parametrize("whole_group", [True, False], ids=["terminal", "process"])
+@pytest.mark.parametrize(
+    ("number", "whole_group"),
+    [
+        pytest.param(number, group, marks=[] if quick else pytest.mark.slow,
+                     id=f"{'terminal' if group else 'process'}-{int(number)}")
+        for number, group, quick in (
+            (signal.SIGINT, True, True), (signal.SIGINT, False, False),
+            (signal.SIGHUP, True, True), (signal.SIGHUP, False, False),
+            (signal.SIGTERM, True, False), (signal.SIGTERM, False, True),
+        )
+    ],
+)  # fmt: skip
 def test_a_signal_saves(run_yaml: Path, tmp_path: Path, number: int, whole_group: bool):
     process = start(run_yaml, tmp_path / "run")
     wait_for_step(process)
@@ -298,7 +308,7 @@ def test_nohup_is_honored(run_yaml: Path, tmp_path: Path):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("errors_too", [False, True])
+@pytest.mark.parametrize("errors_too", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_closed_output_does_not_end_the_run(run_yaml: Path, tmp_path: Path, errors_too: bool):
     words = " ".join(f"'{w}'" for w in command(run_yaml, f"run.dir={tmp_path / 'run'}"))
     pipe = f"set -o pipefail; {words} {'2>&1' if errors_too else ''} | head -2"
@@ -335,6 +345,7 @@ def test_a_folder_of_others_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
         make_folder(tmp_path, "run.dir")
 
 
+@pytest.mark.slow
 def test_a_server_for_metrics_that_is_not_there_is_noticed_before_upcycling(
     run_yaml: Path, tmp_path: Path
 ):

@@ -25,7 +25,7 @@ pytestmark = [
 ]
 
 FULL = (Disk.fill, r"no space left on the disk of \S+/(disk|run/tokens)/?\S*: .*0\.0 MiB free")
-NO_INODES = (Disk.take_inodes, r"no inodes left on the disk of \S+/disk/?\S*: it holds as many")
+NO_INODES = (Disk.take_inodes, r"no inodes left on the disk of \S+/disk/?\S*: it can hold no more")
 READ_ONLY = (Disk.read_only, "read-only")
 CONVERSATION = (
     '{"messages": [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]}\n'
@@ -135,6 +135,10 @@ COMMANDS: dict[str, Callable[[Path, Path], tuple[object, ...]]] = {
     ),
     "train": trains(),
     "train with TensorBoard": trains("log.tensorboard=true"),
+    "train with a record": lambda disk, source: (
+        "train", source / "run.yaml", f"run.dir={source / 'recorded'}",
+        f"moe.record_routing={disk / 'out' / 'routing'}",
+    ),
     "train on text": tokenizes("text.jsonl"),
     "train on conversations": tokenizes("chat.jsonl", "data.kind=chat"),
     "resume": lambda disk, source: (
@@ -177,6 +181,7 @@ WRITES = {
     "report/page.py": "report",
     "train/lock.py": "train",
     "train/metrics.py": "train",
+    "train/routing_record.py": "train with a record",
     "train/sinks.py": "train with TensorBoard",
 }
 NO_DISK = {

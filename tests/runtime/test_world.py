@@ -259,6 +259,7 @@ def test_groups_of_a_lost_rank_are_not_destroyed(tmp_path: Path, monkeypatch: py
     destroyed: list[str] = []
     monkeypatch.setattr(world_module.dist, "init_process_group", lambda *_, **__: None)
     monkeypatch.setattr(world_module.dist, "destroy_process_group", lambda: destroyed.append("x"))
+    monkeypatch.setattr(world_module, "threads_per_rank", lambda _: None)  # this process forks
     position = RankPosition(0, 1, 0, 1, f"file:{tmp_path / 'rendezvous'}")
     with pytest.raises(JobError), joined(position, "cpu"):
         raise JobError("rank 1 died")

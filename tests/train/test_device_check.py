@@ -170,7 +170,13 @@ SETTINGS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ("noisy-router", "tp-pp") else [])
+        for name in SETTINGS
+    ],
+)
 def test_checking_changes_no_number(inputs: Path, name: str):
     """Bits agree: the first pass leaves no trace, and gradients are summed in the same order."""
     world, changes = SETTINGS[name]
