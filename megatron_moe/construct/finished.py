@@ -63,6 +63,8 @@ def remove_records(folder: Path) -> None:
     """Delete the records of a complete fit; solved matrices stay."""
     for path in [*folder.glob("*.json"), folder / "key"]:
         path.unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def _file(folder: Path, layer: int) -> Path:

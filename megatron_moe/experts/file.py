@@ -89,7 +89,10 @@ def read_plan(path: Path, plan: ExpertPlan, *, source: str | None) -> ExpertPlan
         tables = _tables(arrays, {int(i): digest for i, digest in header.get("down", {}).items()})
     except (TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
-    result = plan.with_tables(tables, solved=solved if solved.is_dir() else None)
+    # A folder may be there without belonging to this plan: that of a fit of the router alone is
+    # empty, and an earlier plan may have left one.
+    belongs = bool(header.get("down")) and solved.is_dir()
+    result = plan.with_tables(tables, solved=solved if belongs else None)
     if result.hash != header["hash"]:
         raise CheckpointError(
             f"{path} is damaged: its tables have hash {result.hash[:12]}, but its header has "

@@ -15,6 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from training_runs import run_training, tree, write_tokens
 from transformers import AutoModelForCausalLM
 
+from megatron_moe.checkpoint.folder import step_folder
+from megatron_moe.checkpoint.global_tensors import GlobalTensors
 from megatron_moe.commands.report import report
 from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
@@ -183,6 +185,38 @@ def test_every_method_that_splits_can_be_solved_for(folder: Path, tmp_path: Path
     run_on_ranks(_logits, config, tmp_path / "logits.pt", world_size=1)
     ids_S, logits_SV = torch.load(tmp_path / "logits.pt")
     torch.testing.assert_close(logits_SV, by_hand(folder, config, ids_S), rtol=1e-3, atol=1e-3)
+
+
+def test_matrices_of_an_earlier_plan_are_not_used(folder: Path, fitted: RunConfig, tmp_path: Path):
+    """The plan file was constructed again without down; its neighbor folder is still there."""
+    weights = []
+    for name in ("alone", "beside"):
+        config = settings(folder, tmp_path / name, upcycle={"fit": ["router"]})
+        construct_on(config, 1)
+        assert config.upcycle.plan is not None
+        if name == "beside":
+            source = fitted.upcycle.plan.with_suffix(".down")  # pyright: ignore
+            shutil.copytree(source, config.upcycle.plan.with_suffix(".down"))
+        run_training(config.model_dump(mode="json"), world_size=1)
+        with GlobalTensors(step_folder(tmp_path / name, 0)) as saved:
+            key = "decoder.layers.0.mlp.experts.experts.linear_fc2.weight"
+            weights.append(saved.read(key, index=None, dtype=torch.float32))
+    assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize("method", ["weaver", "split_clustered"])
+def test_a_router_alone_can_be_fitted(folder: Path, tmp_path: Path, method: str):
+    """The run begins with the fitted rows, whatever rows the method has by default."""
+    config = settings(folder, tmp_path, upcycle={"method": method, "fit": ["router"]})
+    construct_on(config, 1)
+    assert config.upcycle.plan is not None
+    rows = load_file(config.upcycle.plan)
+    run_training(config.model_dump(mode="json"), world_size=1)
+    with GlobalTensors(step_folder(tmp_path, 0)) as saved:
+        for layer in (0, 2):
+            key = f"decoder.layers.{layer}.mlp.router.weight"
+            weights_ED = saved.read(key, index=None, dtype=torch.float32)
+            assert torch.equal(weights_ED, rows[f"layers.{layer}.router_ED"])
 
 
 def _logits(world: World, config: RunConfig, out: Path) -> None:
