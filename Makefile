@@ -57,7 +57,7 @@ install: $(INSTALLED) ## .venv with the package and all it needs
 demo: $(INSTALLED) ## upcycle a real dense model, train it, export it and generate text
 	@$(PYTHON) tools/demo.py
 
-test: $(INSTALLED) ## the tests, real weights included; about 17 minutes on 2 cores
+test: $(INSTALLED) ## the tests, real weights included; about 20 minutes on 2 cores
 	@if $(INDEX_ANSWERS); then marks='$(FAST)'; else marks='$(OFFLINE)'; \
 	    echo "make test: no package index answers, so tests marked network are left out"; fi; \
 	$(PYTHON) -m pytest -q $(SIDE_BY_SIDE) -m "$$marks"

@@ -25,7 +25,6 @@ from megatron_moe.commands.train import train
 from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
 from megatron_moe.markdown import markdown_table
-from megatron_moe.runtime.world import run_local_ranks
 from research.study.runs import collect, on_one_thread, write_result
 
 MODEL, TEXT = Path("runs/models/smollm2-135m"), Path("runs/text")
@@ -62,14 +61,12 @@ def main() -> None:
     """Judge every case that has no result yet, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path, help="folder for texts, plans and results")
-    parser.add_argument("--threads", type=int, default=1, help="threads of one case")
-    arguments = parser.parse_args()
-    out: Path = arguments.out
+    out: Path = parser.parse_args().out
     other = other_texts(out)
     for name, (moe, upcycle, samples) in CASES.items():
         result = out / f"{name.replace(', ', '-').replace(' ', '-').replace('/', '')}.json"
         if not result.exists():
-            values = judge(out, moe, upcycle, samples, other, threads=arguments.threads)
+            values = judge(out, moe, upcycle, samples, other)
             write_result(result, {"case": name, **values})
         print(json.dumps(json.loads(result.read_text())), flush=True)
     print(table(out))
@@ -98,7 +95,6 @@ def other_texts(out: Path) -> dict[str, Path]:
 
 def judge(
     out: Path, moe: dict[str, Any], upcycle: dict[str, Any], samples: int, other: dict[str, Path],
-    *, threads: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Construct one case and return its held-out losses, loads, errors and seconds."""
     run, plan = out / "run", out / "run" / "plan.safetensors"
@@ -109,13 +105,13 @@ def judge(
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     if samples:
         tree["upcycle"]["plan"] = str(plan)
-        on_ranks(partial(construct, build(RunConfig, tree)), threads)
+        on_one_thread(partial(construct, build(RunConfig, tree)))
         with safe_open(plan, "pt") as file:
             metadata = file.metadata()
         measured = json.loads(metadata["megatron_moe.expert_plan"])["measured_on"]
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     tree["data"] = judged_data(other)
-    on_ranks(partial(train, build(RunConfig, tree)), threads)
+    on_one_thread(partial(train, build(RunConfig, tree)))
     fits = measured.get("fit", {})
     return {
         **collect(run / "metrics.jsonl"),
@@ -127,14 +123,6 @@ def judge(
         ),
         "construct_peak_gib": round(after.ru_maxrss / 2**20, 2) if samples else None,
     }
-
-
-def on_ranks(work: Any, threads: int) -> None:
-    """Run ``work`` on one rank."""
-    if threads == 1:
-        on_one_thread(work)
-    else:
-        run_local_ranks(work, ranks=1, device="cpu")
 
 
 def settings(

@@ -48,7 +48,7 @@ class ReadRequest:
 
 @dataclass(slots=True)
 class SourceCheckpoint:
-    """A dense model on disk: its shape, its tensors, and methods to read slices of them."""
+    """A source model on disk: its shape, its tensors, and methods to read slices of them."""
 
     folder: Path
     spec: ModelSpec
@@ -223,7 +223,7 @@ def _is_contiguous_copy(info: TensorInfo, selection: Selected, into: Tensor) -> 
 
 
 def open_safetensors(folder: Path) -> SourceCheckpoint:
-    """Open the dense model in ``folder``, reading only config.json and headers.
+    """Open the model in ``folder``, reading only config.json and headers.
 
     Args:
         folder: A Hugging Face folder, or a snapshot in the Hub's cache, whose files are links.

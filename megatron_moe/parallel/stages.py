@@ -14,10 +14,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PipelineSplit:
-    """Layers of the first and of the last stage; None gives a stage as many as any other."""
+    """Division of layers into pipeline stages."""
 
     first: int | None = None
+    """Layers of the first stage; None: as many as any other."""
     last: int | None = None
+    """Layers of the last stage; None: as many as any other."""
     layout: str | None = None
     """Contents of each block, as in ``parallel.pipeline_model_parallel_layout``."""
 
@@ -42,6 +44,10 @@ def layout_blocks(layout: str) -> list[str]:
     return text.split("|")
 
 
+def _layers_of_blocks(layout: str) -> list[int]:
+    return [block.count("t") for block in layout_blocks(layout)]
+
+
 def _repeat(match: re.Match[str]) -> str:
     if len(match[2]) > len(str(MAX_REPEATED)) or int(match[2]) > MAX_REPEATED:
         raise ValueError(f"a layout may repeat a part {MAX_REPEATED} times, not {match[2]} times")
@@ -57,7 +63,7 @@ def stage_sizes(num_layers: int, pp: int, split: PipelineSplit = EVEN) -> list[i
     [2, 4]
     """
     if split.layout is not None:
-        blocks = [block.count("t") for block in layout_blocks(split.layout)]
+        blocks = _layers_of_blocks(split.layout)
         return None if sum(blocks) != num_layers else [sum(blocks[p::pp]) for p in range(pp)]
     given = [size for size in (split.first, split.last) if size is not None]
     others, left = pp - len(given), num_layers - sum(given)
@@ -85,7 +91,7 @@ def chunk_layers(
     [range(0, 2), range(4, 6)]
     """
     if split.layout is not None:
-        blocks = [block.count("t") for block in layout_blocks(split.layout)]
+        blocks = _layers_of_blocks(split.layout)
         index = vpp_rank * pp + pp_rank
         return range(sum(blocks[:index]), sum(blocks[: index + 1]))
     sizes = stage_sizes(num_layers, pp, split)

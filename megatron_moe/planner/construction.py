@@ -1,8 +1,7 @@
 """Count what `megatron-moe construct` computes: measuring, fitting and solving, and its memory.
 
 The passes are those of `construct/measure.py` and `construct/fit.py`. Products run in fp32 on all
-ranks; systems are solved in fp64 on one. Sums over text that is left out, norms and clusters are
-left out too.
+ranks; systems are solved in fp64 on one. Norms, logits of routers and clusters are not counted.
 
 Shape letters: T calibration tokens, D hidden_size, F dense neurons, E experts, M neurons of an
 expert, N neurons of a MoE layer.

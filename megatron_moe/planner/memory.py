@@ -10,7 +10,6 @@ import math
 from dataclasses import asdict, dataclass
 
 from megatron_moe.config.parts import ALL_TRAINED, Frozen, Role
-from megatron_moe.config.train import OptimizerName
 from megatron_moe.parallel.shards import padded_vocabulary
 from megatron_moe.parallel.stages import EVEN
 from megatron_moe.planner.activations import local_tokens, recomputed_layer, stage_activations
@@ -195,22 +194,15 @@ def _layout(
 
 
 def estimated_state(
-    shape: MoeShape,
-    degrees: Degrees,
-    *,
-    pp_rank: int,
-    weight_bytes: int = 2,
-    frozen: Frozen = ALL_TRAINED,
-    optimizer: OptimizerName = "adam",
-    precision: StatePrecision | None = None,
+    shape: MoeShape, work: Workload, degrees: Degrees, *, pp_rank: int
 ) -> ModelState:
     """Estimate `model_state` in closed form: optimizer state sharded evenly, without padding."""
+    frozen, precision, weight_bytes = work.frozen, work.state, work.bytes_per_value
     held = sum(rank_parameters(shape, degrees, pp_rank=pp_rank))
     dense, experts = trained_parameters(shape, degrees, pp_rank=pp_rank, frozen=frozen)
     shard = -(-dense // (degrees.dp * degrees.cp)) - (-experts // degrees.edp)
-    precision = precision or StatePrecision()
     saved = 0
-    if optimizer == "muon":  # one moment less per element of a matrix
+    if work.optimizer == "muon":  # one moment less per element of a matrix
         matrices = trained_parameters(
             shape, degrees, pp_rank=pp_rank, frozen=frozen.with_roles(ADAM_ROLES)
         )
@@ -241,15 +233,7 @@ def rank_memory(
         pp_rank: Pipeline coordinate of the rank.
         state: Result of `model_state`; None computes `estimated_state`, which is fast.
     """
-    state = state or estimated_state(
-        shape,
-        degrees,
-        pp_rank=pp_rank,
-        weight_bytes=work.bytes_per_value,
-        frozen=work.frozen,
-        optimizer=work.optimizer,
-        precision=work.state,
-    )
+    state = state or estimated_state(shape, work, degrees, pp_rank=pp_rank)
     activations = stage_activations(shape, work, degrees, pp_rank=pp_rank)
     activations += recomputed_layer(shape, work, degrees)
     dispatcher = _dispatcher(shape, work, degrees)

@@ -187,15 +187,7 @@ def _changed(
 
 
 def _host_gib(shape: MoeShape, work: Workload, degrees: Degrees) -> float:
-    state = estimated_state(
-        shape,
-        degrees,
-        pp_rank=0,
-        weight_bytes=work.bytes_per_value,
-        frozen=work.frozen,
-        precision=work.state,
-    )
-    return state.host / GIB
+    return estimated_state(shape, work, degrees, pp_rank=0).host / GIB
 
 
 def _illegal(config: RunConfig, spec: ModelSpec, degrees: Degrees, work: Workload) -> bool:

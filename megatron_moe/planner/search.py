@@ -228,15 +228,7 @@ def _space(shape: MoeShape, work: Workload, gpus: int, machine: Machine) -> _Spa
 
 def _state_gib(shape: MoeShape, degrees: Degrees, work: Workload) -> float:
     """Return the memory needed besides activations: weights, gradients, optimizer, framework."""
-    state = estimated_state(
-        shape,
-        degrees,
-        pp_rank=0,
-        weight_bytes=work.bytes_per_value,
-        frozen=work.frozen,
-        optimizer=work.optimizer,
-        precision=work.state,
-    )
+    state = estimated_state(shape, work, degrees, pp_rank=0)
     return (state.weights + state.gradients + state.optimizer) / GIB + FRAMEWORK_GIB
 
 

@@ -10,7 +10,7 @@ from megatron_moe.hf.spec import ModelSpec
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """The input of a rule: a configuration, its dense model and the number of ranks."""
+    """The input of a rule: a configuration, its source model and the number of ranks."""
 
     config: RunConfig
     spec: ModelSpec

@@ -86,7 +86,9 @@ def train_case(tree: dict[str, Any], result: Path, *, about: dict[str, Any]) -> 
     """Construct if needed, train, write ``result`` and delete the checkpoints."""
     run_dir, start = Path(tree["run"]["dir"]), time.monotonic()
     train_run(tree)
-    values = {**about, **collect(run_dir / "metrics.jsonl"), "seconds": time.monotonic() - start}
+    step_tokens = tree["train"]["global_batch_size"] * tree["data"]["seq_length"]
+    collected = collect(run_dir / "metrics.jsonl", step_tokens=step_tokens)
+    values = {**about, **collected, "seconds": time.monotonic() - start}
     shutil.rmtree(run_dir / "checkpoints")
     write_result(result, values)
 
@@ -122,14 +124,14 @@ def dense_run(
     return settings(DENSE, run_dir, dense, tokens, how, seed=0, domains=domains)
 
 
-def collect(metrics: Path) -> dict[str, Any]:
+def collect(metrics: Path, *, step_tokens: int = STEP_TOKENS) -> dict[str, Any]:
     """Collect the losses of a finished run."""
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     judged = [line for line in lines if "loss/validation" in line]
     prefix = "loss/validation/"
     return {
         "validation": [
-            [line["step"] * STEP_TOKENS, round(line["loss/validation"], 5)] for line in judged
+            [line["step"] * step_tokens, round(line["loss/validation"], 5)] for line in judged
         ],
         "training": [round(line["loss/lm"], 4) for line in lines if line["step"]],
         "domains": {

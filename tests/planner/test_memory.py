@@ -106,7 +106,7 @@ def test_replicas_share_the_optimizer_between_them(llama3_e8t2, tp, pp, ep):
 def test_closed_form_state_is_within_padding_of_the_exact(llama3_e8t2):
     for degrees in (Degrees(gpus=128, cp=2, pp=4, vpp=8, ep=8), Degrees(gpus=16, tp=2, ep=4)):
         exact = model_state(llama3_e8t2, degrees, pp_rank=0)
-        quick = estimated_state(llama3_e8t2, degrees, pp_rank=0)
+        quick = estimated_state(llama3_e8t2, WORK, degrees, pp_rank=0)
         assert quick.weights == pytest.approx(exact.weights, rel=1e-5)
         assert quick.optimizer == pytest.approx(exact.optimizer, rel=1e-4)
 
@@ -133,9 +133,8 @@ def test_closed_form_state_follows_roles_and_the_optimizer(llama3_e8t2, frozen, 
             ]  # fmt: skip
         else:
             exact = [model_state(llama3_e8t2, degrees, pp_rank=pp_rank, frozen=frozen)]
-        quick = estimated_state(
-            llama3_e8t2, degrees, pp_rank=pp_rank, frozen=frozen, optimizer=optimizer
-        )
+        work = replace(WORK, frozen=frozen, optimizer=optimizer)
+        quick = estimated_state(llama3_e8t2, work, degrees, pp_rank=pp_rank)
         assert quick.weights == pytest.approx(exact[0].weights, rel=1e-5)
         assert quick.gradients == pytest.approx(exact[0].gradients, rel=1e-4)
         mean = sum(state.optimizer for state in exact) / len(exact)
