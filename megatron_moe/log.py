@@ -43,12 +43,17 @@ def quiet_megatron(rank: int) -> None:
         logging.getLogger("megatron.core").setLevel(logging.ERROR)
 
 
+LINE_SECONDS = 2.0
+"""Least time between lines of progress, so that a job of a second prints one."""
+
+
 class _Progress:
     """Progress bar on rank 0 of a terminal. Without a terminal, subclasses print lines."""
 
     def __init__(self, title: str, *fields: str, rank: int, total: int | None, done: int) -> None:
         self._quiet = rank != 0
         self._first, self._start = done, time.monotonic()
+        self._tenth, self._printed = 0, self._start
         self._bar = None
         if console.is_terminal and not self._quiet:
             columns = ("{task.completed}/{task.total}", *(f"{{task.fields[{f}]}}" for f in fields))
@@ -72,6 +77,14 @@ class _Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+    def _line_is_due(self, done: int, total: int) -> bool:
+        """Return whether to print a line: at a new tenth of a job of seconds, and at the end."""
+        tenth, now = done * 10 // max(1, total), time.monotonic()
+        if done < total and (tenth <= self._tenth or now - self._printed < LINE_SECONDS):
+            return False
+        self._tenth, self._printed = tenth, now
+        return True
 
     def _left(self, done: int, total: int) -> str:
         """Return the remaining time at the pace so far."""
@@ -118,7 +131,7 @@ class RoundProgress(_Progress):
             self._begun, self._first = True, done - 1
         if self._bar is not None:
             self._bar.update(self._task, completed=done, total=total)
-        elif not self._quiet and (done == total or done % max(1, total // 10) == 0):
+        elif not self._quiet and self._line_is_due(done, total):
             console.print(f"{self._what} {done}/{total}  ETA {self._left(done, total)}")
 
     def say(self, text: str) -> None:
@@ -132,15 +145,14 @@ class BytesProgress(_Progress):
 
     def __init__(self, what: str, *, rank: int) -> None:
         super().__init__(what, "size", rank=rank, total=None, done=0)
-        self._what, self._next = what, 1
+        self._what = what
 
     def show(self, done: int, total: int) -> None:
         """Show the progress."""
         size = f"{done / 2**30:.2f}/{total / 2**30:.2f} GiB"
         if self._bar is not None:
             self._bar.update(self._task, completed=done, total=total, size=size)
-        elif not self._quiet and done * 10 >= self._next * total:
-            self._next = done * 10 // max(1, total) + 1
+        elif not self._quiet and self._line_is_due(done, total):
             console.print(f"{self._what} {size}  ETA {self._left(done, total)}")
 
 

@@ -21,6 +21,8 @@ from torch import Tensor
 
 from megatron_moe.checkpoint.global_tensors import GlobalTensors
 from megatron_moe.checkpoint.keys import checkpoint_key
+from megatron_moe.checkpoint.merged import read_merged
+from megatron_moe.config.train import Lora
 from megatron_moe.experts.plan import ExpertPlan
 from megatron_moe.hf.names import ROW_OF_ROLE, expert_names, ffn_names
 from megatron_moe.hf.reader import SourceCheckpoint
@@ -47,6 +49,8 @@ def layer_similarity(
     plan: ExpertPlan,
     layer: int,
     dense: Sequence[SourceCheckpoint] | None,
+    *,
+    lora: Lora = Lora(),  # noqa: B008 - frozen
 ) -> Similarity:
     """Compare the experts of layer ``layer`` of a checkpoint.
 
@@ -55,12 +59,13 @@ def layer_similarity(
         plan: Maps each expert neuron to its dense neuron.
         layer: Layer id, counted from 0 over the whole model.
         dense: The source checkpoints of the plan's experts, in the plan's order.
+        lora: Adapters of the run, which are added to the weights.
     """
     experts = plan.recipe.num_experts
     neurons_EM = torch.tensor(plan.layer(layer).neurons_EM)
     between_EE = torch.zeros(experts, experts, dtype=torch.float64)
     sums_3E = torch.zeros(3, experts, dtype=torch.float64)
-    for index, weights in _matrices(tensors, layer, experts):
+    for index, weights in _matrices(tensors, layer, experts, lora):
         between_EE += inner_products(weights, neurons_EM, plan.recipe.dense_ffn_hidden_size)
         for expert, weight_MD in enumerate(weights):
             if dense is not None:
@@ -103,16 +108,19 @@ def inner_products(weights: Sequence[Tensor], neurons_EM: Tensor, size: int) -> 
 
 
 def _matrices(
-    tensors: GlobalTensors, layer: int, experts: int
+    tensors: GlobalTensors, layer: int, experts: int, lora: Lora
 ) -> Iterator[tuple[int, list[Tensor]]]:
     """Yield gate, up and down (0, 1, 2) of all experts, one row per neuron; one at a time."""
     for role, parts in (("expert_fc1", (0, 1)), ("expert_fc2", (2,))):
-        key = checkpoint_key(ROW_OF_ROLE[role], layer=layer, moe_layer=True)
+        row = ROW_OF_ROLE[role]
+        key = checkpoint_key(row, layer=layer, moe_layer=True)
         _, dtype = tensors.shape_and_dtype(key)
         for part in parts:
             weights = []
             for expert in range(experts):
-                whole = tensors.read(key, index=expert, dtype=dtype)
+                whole = read_merged(
+                    tensors, key, row, lora, layer=layer, expert=expert, dtype=dtype
+                )
                 weights.append(whole.T if part == 2 else whole.chunk(2)[part].clone())
             yield part, weights
 

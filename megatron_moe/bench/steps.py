@@ -21,7 +21,7 @@ from megatron_moe.config.run import RunConfig
 from megatron_moe.model.config import check_dispatcher
 from megatron_moe.parallel.groups import create_groups
 from megatron_moe.planner.flops import SequenceFlops, sequence_flops
-from megatron_moe.planner.shape import upcycled_shape
+from megatron_moe.planner.shape import run_shape
 from megatron_moe.runtime.engine import engine_of
 from megatron_moe.runtime.wait import waiter
 from megatron_moe.runtime.world import World
@@ -56,9 +56,9 @@ class Bench:
         )  # fmt: skip
         spec = self.state.model.spec
         self._supply: Supply = make_supply(config, spec, self._groups, random=options.random)
-        self.shape = upcycled_shape(spec, config.moe)
+        self.shape = run_shape(config, spec)
         self.flops: SequenceFlops = sequence_flops(
-            self.shape, config.data.seq_length, config.train.frozen_after(0)
+            self.shape, config.data.seq_length, config.frozen_after(0)
         )
         self.peak: Peak = device_peak(world.device, self.state.model.transformer.params_dtype)
         self._guard = StepGuard(config.guard)

@@ -12,7 +12,6 @@ run.dir/checkpoints/latest            name of the newest checkpoint, replaced at
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable
@@ -26,15 +25,14 @@ from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import CheckpointError
 from megatron_moe.experts.file import PLAN_FILE, read_plan
 from megatron_moe.experts.plan import ExpertPlan, make_expert_plan
-from megatron_moe.hf.checksums import read_checksums
+from megatron_moe.hf.checksums import FILE as CHECKSUMS
+from megatron_moe.hf.checksums import Checksums, read_checksums
 from megatron_moe.hf.disk import fsync
+from megatron_moe.hf.source_files import source_files
 from megatron_moe.hf.spec import ModelSpec
 from megatron_moe.json_text import parse_json
 
 _STEP = re.compile(r"step_(\d{8,})")
-SOURCE_FILES = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",
-               "added_tokens.json", "vocab.json", "merges.txt", "chat_template*")  # fmt: skip
-"""Files of a source folder that an export needs: everything but the weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +55,8 @@ class Progress:
     """Position in each domain, and the domains' sampling weights (`BlendState.to_json`)."""
     balance: dict[str, float] | None = None
     """Coefficients of the load-balancing losses by MoE layer; None: they do not adapt."""
+    unused_steps: dict[str, list[int]] | None = None
+    """Consecutive steps in which each expert got no tokens, by MoE layer; None: not counted."""
 
 
 def step_folder(run_dir: Path, step: int) -> Path:
@@ -122,12 +122,27 @@ def check_small_files(folder: Path) -> None:
         CheckpointError: A file has changed since it was written.
     """
     try:
-        if (checksums := read_checksums(folder)) is not None:
+        if (checksums := checksums_of(folder)) is not None:
             for name in checksums.blocks:
                 if name != ".metadata" and not name.endswith(".distcp"):
                     checksums.check_file(name)
     except CheckpointError as error:
         raise with_way_out(error, folder) from None
+
+
+def checksums_of(folder: Path) -> Checksums | None:
+    """Return the checksums of a checkpoint; None: version 0.1 wrote it, without any.
+
+    Raises:
+        CheckpointError: ``CHECKSUMS`` is damaged or missing.
+    """
+    checksums = read_checksums(folder)
+    if checksums is None and read_progress(folder).tokens is not None:  # 0.1 counted no tokens
+        raise CheckpointError(
+            f"{folder / CHECKSUMS} is missing, so nothing tells whether other files have changed "
+            "since they were written"
+        )
+    return checksums
 
 
 def with_way_out(error: CheckpointError, folder: Path) -> CheckpointError:
@@ -143,9 +158,18 @@ def with_way_out(error: CheckpointError, folder: Path) -> CheckpointError:
 
 
 def read_progress(folder: Path) -> Progress:
-    """Read checkpoint.json of a complete checkpoint."""
+    """Read checkpoint.json of a complete checkpoint.
+
+    Raises:
+        CheckpointError: It is damaged, or the checkpoint has been removed meanwhile.
+    """
     try:
         return Progress(**parse_json((folder / "checkpoint.json").read_text()))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder} has been removed while it was read: a running job keeps only its newest "
+            "checkpoints (checkpoint.keep).\n  run the command again, or raise checkpoint.keep"
+        ) from None
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{folder / 'checkpoint.json'} is damaged: {error}") from error
 
@@ -258,11 +282,8 @@ def keep_source_files(run_dir: Path, source_folder: Path) -> Path:
 
 
 def _copy_source_files(source: Path, target: Path) -> None:
-    for pattern in SOURCE_FILES:
-        for file in source.glob(pattern):
-            # Folders such as tokenizer_old/ match too, and backups that only their owner may read.
-            if file.is_file() and os.access(file, os.R_OK):
-                shutil.copyfile(file, target / file.name)
+    for file in source_files(source):
+        shutil.copyfile(file, target / file.name)
 
 
 def publish(partial: Path, final: Path) -> None:

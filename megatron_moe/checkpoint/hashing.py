@@ -25,6 +25,9 @@ from megatron_moe.errors import CheckpointError
 from megatron_moe.hf.checksums import Block, Blocks
 from megatron_moe.hf.disk import refusal
 
+_PART_BYTES = 4 * 2**20
+"""Bytes that are hashed and then written at once: more leave the cache, fewer cost more calls."""
+
 
 @dataclass(frozen=True)
 class _Written(WriteResult):
@@ -48,19 +51,12 @@ class HashingWriter(FileSystemWriter):
         """Checksums of all ranks' tensors by file, on rank 0 after all have written."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this rank's tensors; the results carry their checksums.
-
-        torch's CRC32, which nothing reads, is left out: it takes five times as long as XXH3.
-        """
-        before = get_crc32_options()
-        set_crc32_options(False)
+        """Write this rank's tensors; the results carry their checksums."""
         try:
             results = super().write_data(plan, planner).wait()
         except OSError as error:
             needed = sum(map(_num_bytes, plan.items))
             raise CheckpointError(refusal(error, Path(self.path), needed=needed)) from None
-        finally:
-            set_crc32_options(before)
         checked: Future[list[WriteResult]] = Future()
         checked.set_result([self._checked(result) for result in results])
         return checked
@@ -73,7 +69,7 @@ class HashingWriter(FileSystemWriter):
         torch's own threads print their errors and leave out the tensors they had to write.
         """
         written: Queue[list[WriteResult]] = Queue()
-        with ThreadPoolExecutor(self.thread_count) as threads:
+        with _threads_without_crc32(self.thread_count) as threads:
             running = [
                 threads.submit(
                     _write_files_from_queue,
@@ -110,6 +106,20 @@ class HashingWriter(FileSystemWriter):
         where = result.storage_data
         checksum = self._hashing.checksums[where.relative_path, where.offset, where.length]
         return _Written(result.index, result.size_in_bytes, where, checksum)
+
+
+@contextlib.contextmanager
+def _threads_without_crc32(count: int) -> Iterator[ThreadPoolExecutor]:
+    """Yield threads in which torch does not compute a CRC32, which nothing reads.
+
+    The option belongs to a thread or, in torch 2.11, to the process.
+    """
+    before = get_crc32_options()
+    try:
+        with ThreadPoolExecutor(count, initializer=set_crc32_options, initargs=(False,)) as threads:
+            yield threads
+    finally:
+        set_crc32_options(before)
 
 
 def _num_bytes(item: WriteItem) -> int:
@@ -149,16 +159,17 @@ class _Hashed:
         self._stream, self._name, self._files = stream, name, files
         self._digest, self._start, self._end = xxhash.xxh3_64(), 0, 0
 
-    def write(self, data: Any) -> int:
-        """Write and hash."""
-        self._digest.update(data)
-        try:
-            count = self._stream.write(data)
-        except OSError as error:
-            self._files.refused = self._files.refused or error
-            raise
-        self._end += count
-        return count
+    def write(self, data: memoryview) -> int:
+        """Write and hash, in parts that are still in the cache when they are written."""
+        for first in range(0, len(data), _PART_BYTES):
+            part = data[first : first + _PART_BYTES]
+            self._digest.update(part)
+            try:
+                self._end += self._stream.write(part)
+            except OSError as error:
+                self._files.refused = self._files.refused or error
+                raise
+        return len(data)
 
     def tell(self) -> int:
         """Return the position; it ends one tensor and begins the next."""

@@ -17,4 +17,6 @@ def checkpoint_key(row: Row, *, layer: int | None, moe_layer: bool) -> str:
         template = row.megatron[0]  # a separate module in MoE layers, not fused
     if row.scope is Scope.EXPERT:
         template = row.megatron[-1].replace("experts.", "experts.experts.").replace("{expert}", "")
+    if row.scope is Scope.ADAPTER:
+        template = template.replace("local_experts.{expert}.", "experts.")
     return template.format(layer=layer)

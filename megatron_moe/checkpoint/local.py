@@ -172,7 +172,7 @@ class LocalCopies:
             dist.get_world_size(), config.parallel.model_dump(), config.train.precision,
             config.optimizer.optimizer, config.optimizer.use_distributed_optimizer,
             config.optimizer.exp_avg_dtype, config.optimizer.exp_avg_sq_dtype,
-            sorted(config.train.frozen_after(step).names()),
+            sorted(config.frozen_after(step).names()),
         ]  # fmt: skip
         return checksum(json.dumps(decisive).encode())
 

@@ -42,7 +42,6 @@ from megatron_moe.errors import CheckpointError
 from megatron_moe.hf.checksums import Blocks, write_checksums
 from megatron_moe.hf.disk import refusal
 from megatron_moe.model.build import Model
-from megatron_moe.train.balancing import Coefficients
 from megatron_moe.train.state import TrainState
 
 
@@ -181,12 +180,13 @@ def progress_of(state: TrainState, config: RunConfig, plan_hash: str) -> Progres
         precision=config.train.precision,
         blend=state.blend.to_json(),
         balance=_by_name(state.balance),
+        unused_steps=_by_name(state.unused_steps),
     )
 
 
-def _by_name(balance: Coefficients | None) -> dict[str, float] | None:
-    """Return the coefficients under names, because JSON has no other keys."""
-    return None if balance is None else {str(layer): value for layer, value in balance.items()}
+def _by_name[T](of_layers: dict[int, T] | None) -> dict[str, T] | None:
+    """Return values of layers under names, because JSON has no other keys."""
+    return None if of_layers is None else {str(layer): value for layer, value in of_layers.items()}
 
 
 def new_group() -> dist.ProcessGroup:
@@ -251,6 +251,10 @@ def adopt_progress(state: TrainState, progress: Progress, *, tokens: int) -> Non
     state.blend = BlendState.from_json(progress.blend, domains=state.blend.domains)
     if state.balance is not None and progress.balance is not None:
         state.balance = {layer: progress.balance[str(layer)] for layer in state.balance}
+    if state.unused_steps is not None and progress.unused_steps is not None:
+        state.unused_steps = {
+            layer: progress.unused_steps[str(layer)] for layer in state.unused_steps
+        }
 
 
 @torch.no_grad()

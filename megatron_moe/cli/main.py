@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,7 @@ from megatron_moe.cli.start import (
 from megatron_moe.cli.verify import verifying
 from megatron_moe.config.data import Mixing
 from megatron_moe.config.run import Parallel, RunConfig
-from megatron_moe.errors import ConfigError, UserError
+from megatron_moe.errors import ConfigError, JobError, UserError
 from megatron_moe.experts.from_source import load_run
 from megatron_moe.hf.disk import disk_errors_in_words, make_folder, naming
 from megatron_moe.hf.spec import ModelSpec, read_spec
@@ -144,8 +145,10 @@ def _dry_run(
 
 def _train(config: RunConfig, world: Any) -> None:
     from megatron_moe.commands.train import train
+    from megatron_moe.runtime.launchers import ELASTIC, STOPPED
 
-    train(config, world)
+    if not train(config, world) and world.reports is None and ELASTIC in os.environ:
+        sys.exit(STOPPED)
 
 
 @app.command()
@@ -173,19 +176,21 @@ def export(
     """Write a checkpoint as a Hugging Face MoE folder that transformers loads.
 
     Reads a checkpoint of any layout, expert by expert, in one process, without building a model.
-    The folder has a model card (README.md).
+    Adapters are added to their weights. The folder has a model card (README.md).
 
     Example: megatron-moe export runs/demo --out runs/demo/hf --dtype bf16
     """
-    from megatron_moe.commands.export import export_checkpoint
     from megatron_moe.commands.hub import hub_for, push
 
     shard_bytes = parse_size(max_shard_size, option="--max-shard-size")
     hub = None if push_to_hub is None else hub_for(push_to_hub)
+    from megatron_moe.commands.export import export_checkpoint, has_adapters  # imports torch
+
     architecture = export_checkpoint(
         source, out, dtype=dtype, max_shard_bytes=shard_bytes, name=push_to_hub, dense=dense
     )
-    print(f"Wrote {out} ({architecture})")
+    merged = ", with its adapters added to the weights" if has_adapters(source) else ""
+    print(f"Wrote {out} ({architecture}){merged}")
     if push_to_hub is not None:
         print(f"Uploaded it to {push(hub, push_to_hub, out)}")
 
@@ -299,11 +304,11 @@ def construct(
 ) -> None:
     """Measure the dense model on text and write the plan file that train reads.
 
-    Required for methods that use activations, centroid routers and calibrated scales. If
-    interrupted, run the same command to resume. --dry-run counts the work for the source's shape,
-    and measures the speed of this machine for a second.
+    Required for methods that use activations, for upcycle.fit, centroid routers and calibrated
+    scales. If interrupted, run the same command to resume. --dry-run counts the work for the
+    source's shape, and measures the speed of this machine for a second; --json needs it.
 
-    Example: megatron-moe construct configs/demo.yaml upcycle.plan=runs/plan.safetensors --ranks 4
+    Example: megatron-moe construct run.yaml upcycle.plan=runs/plan.safetensors --ranks 4
     """
     config = load_run(config_file, overrides)
     spec = spec_with_note(config.source.path) if dry else read_spec(config.source.path)
@@ -314,6 +319,9 @@ def construct(
         return
     if as_json:
         raise ConfigError("--json requires --dry-run")
+    from megatron_moe.construct.place import check_place
+
+    check_place(config)
     with resumable("run the same command to resume from the newest finished part"):
         on_ranks_at_hand(_construct, config, ranks, overrides=overrides or [])
 
@@ -432,7 +440,11 @@ def schema() -> None:
 
 
 def main() -> None:
-    """Run the command line and exit."""
+    """Run the command line and exit.
+
+    The status is 2 if the user has to correct something, and 1 if a job was lost, which launchers
+    may restart.
+    """
     try:
         with disk_errors_in_words(Path.cwd()):
             app()
@@ -441,4 +453,4 @@ def main() -> None:
         for line in str(error).splitlines():
             head = "" if line.startswith(" ") else f"{kind}: "
             print(head + line, file=sys.stderr)
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, JobError) else 2)

@@ -149,6 +149,7 @@ def plan_notes(config: RunConfig, *, gpus: int, gpu: str) -> Iterator[str]:
         )
     for setting, value in (
         ("train.fp8", config.train.fp8),
+        ("train.delay_wgrad_compute", config.train.delay_wgrad_compute),
         ("moe.moe_shared_expert_overlap", config.moe.moe_shared_expert_overlap),
     ):
         if value:

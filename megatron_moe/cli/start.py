@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
+from megatron_moe.cli.same_settings import check_same_settings
 from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import ConfigError, JobError
 from megatron_moe.hf.disk import disk_errors_in_words, make_folder
@@ -49,6 +50,8 @@ def on_ranks(
     check(resolved(config, engine), read_spec(config.source.path), world_size)
     make_folder(config.run.dir, "run.dir")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if position is not None:  # each machine has read settings of its own
+        story = partial(_with_same_settings, story)
     story_of_rank = partial(_in_run_dir, story, config)
     joined_to(position, story_of_rank, ranks=ranks or 1, device=device)
 
@@ -56,6 +59,13 @@ def on_ranks(
 def _in_run_dir(story: Callable[[RunConfig, World], None], config: RunConfig, world: World) -> None:
     with disk_errors_in_words(config.run.dir):
         story(config, world)
+
+
+def _with_same_settings(
+    story: Callable[[RunConfig, World], None], config: RunConfig, world: World
+) -> None:
+    check_same_settings(config, world)
+    story(config, world)
 
 
 @contextlib.contextmanager

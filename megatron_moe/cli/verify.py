@@ -17,15 +17,17 @@ verifying = typer.Typer()
 def verify(
     folder: Annotated[
         Path,
-        typer.Argument(metavar="FOLDER", help="A run, a checkpoint, an export or a source."),
+        typer.Argument(
+            metavar="FOLDER", help="A run, a checkpoint, an export, a source or a plan."
+        ),
     ],
     as_json: JsonFlag = False,
 ) -> None:
-    """Read every file of a checkpoint or model once and compare it with its checksum.
+    """Read every file of a checkpoint, model or plan once and compare it with its checksum.
 
-    Of a run, all checkpoints are verified. A folder without checksums, such as a model of the Hub,
-    is read too: sizes and headers must agree, and all values must be finite. Exits with status 2
-    if anything is damaged.
+    Of a run, all checkpoints are verified, and of a plan, its solved matrices. A folder without
+    checksums, such as a model of the Hub, is read too: sizes and headers must agree, and all values
+    must be finite. Exits with status 2 if anything is damaged.
 
     Example: megatron-moe verify runs/demo
     """

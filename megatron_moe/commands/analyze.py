@@ -24,6 +24,7 @@ from megatron_moe.checkpoint.global_tensors import GlobalTensors
 from megatron_moe.checkpoint.restored import Restored, restored_model
 from megatron_moe.checkpoint.sharded import restore_weights
 from megatron_moe.config.run import RunConfig
+from megatron_moe.config.train import Lora
 from megatron_moe.data.feed import DataRank, Feed
 from megatron_moe.data.samples import Text
 from megatron_moe.data.texts import Texts, open_text, open_texts
@@ -63,7 +64,7 @@ def analyze(
         if place:
             restored = _moved(restored, checkpoint, config)
         routed = _read(restored, config, texts, say)
-        alike = _similarities(restored, checkpoint, dense)
+        alike = _similarities(restored, checkpoint, dense, config.lora)
         analysis = _analysis(restored, checkpoint, config, routed, alike, sets)
         if world.rank == 0:
             path = path_of(config.run.dir, analysis.step)
@@ -123,13 +124,13 @@ def _read(
 
 
 def _similarities(
-    restored: Restored, checkpoint: Path, dense: Sequence[SourceCheckpoint] | None
+    restored: Restored, checkpoint: Path, dense: Sequence[SourceCheckpoint] | None, lora: Lora
 ) -> dict[int, Similarity]:
     """Compare the experts of every MoE layer; ranks take the layers in turn and share results."""
     mine = {}
     with GlobalTensors(checkpoint) as tensors:
         for layer in restored.plan.recipe.moe_layers[dist.get_rank() :: dist.get_world_size()]:
-            mine[layer] = layer_similarity(tensors, restored.plan, layer, dense)
+            mine[layer] = layer_similarity(tensors, restored.plan, layer, dense, lora=lora)
     gathered: list[dict[int, Similarity]] = [{}] * dist.get_world_size()
     dist.all_gather_object(gathered, mine)
     return {layer: result for part in gathered for layer, result in part.items()}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,24 +14,30 @@ import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_moe.config.load import dump
 from megatron_moe.config.run import RunConfig
-from megatron_moe.construct.complete import gather_tables, merged_tables, tables_from_weights
-from megatron_moe.construct.finished import remove_records, start
+from megatron_moe.construct.complete import (
+    check_solved_layers,
+    gather_tables,
+    merged_tables,
+    tables_from_weights,
+)
+from megatron_moe.construct.finished import start
 from megatron_moe.construct.fit import Fit, fit_table
 from megatron_moe.construct.measure import Measurement, calibration_batch, world_sum
 from megatron_moe.construct.measure_experts import ExpertMeasurement
 from megatron_moe.construct.partial import PartialFiles
+from megatron_moe.construct.place import partial_folder, publish, working_folder
 from megatron_moe.construct.solve import LayerMeasurements, layer_table
 from megatron_moe.construct.stream import LayerStream
 from megatron_moe.data.samples import Text
 from megatron_moe.data.texts import open_texts
-from megatron_moe.experts.file import write_plan
+from megatron_moe.errors import CheckpointError, ConfigError
+from megatron_moe.experts.file import PLAN_FILE, read_measured_on, read_plan, write_plan
 from megatron_moe.experts.from_source import check_ep, source_config
 from megatron_moe.experts.methods import METHODS, measures
 from megatron_moe.experts.partition import Evidence
 from megatron_moe.experts.plan import ExpertPlan, LayerTable, make_expert_plan
-from megatron_moe.experts.solved import solved_folder
+from megatron_moe.experts.solved import plan_file
 from megatron_moe.hf.names import dense_tensors
 from megatron_moe.hf.reader import SourceCheckpoint
 from megatron_moe.log import RoundProgress, console
@@ -47,13 +55,18 @@ def construct(config: RunConfig, world: World) -> None:
     Runs on every rank. The source model is sharded by the settings of ``parallel`` while it is
     measured; a fit has one layer in memory and divides the text among all ranks.
     """
-    path = config.upcycle.plan
-    assert path is not None
+    assert config.upcycle.plan is not None
+    path = plan_file(config.upcycle.plan)
     dense = open_source(config.source.path)
     dense.check_tensors(dict(dense_tensors(dense.spec)))
     plan = make_expert_plan(dense.spec, config.moe, config.upcycle)
+    key = _key(config, dense)
+    if _is_there(path, plan, key, dense, world):
+        return
     texts = open_texts(config, vocab_size=dense.spec.vocab_size)
-    job = _Construction(config, world, dense, list(texts.training.values()), path)
+    if plan.recipe.fit:
+        _check_distinct(config, texts.training)
+    job = _Construction(config, world, dense, list(texts.training.values()), path, key)
     results: dict[str, Any] = {}
     if plan.recipe.source_experts:
         plan, results["experts"] = job.chosen(plan)
@@ -63,17 +76,39 @@ def construct(config: RunConfig, world: World) -> None:
         plan = plan.with_tables(tables_from_weights(plan, dense))
     if plan.recipe.fit:
         plan, results["fit"] = job.fitted(plan)
+    else:
+        start(working_folder(path), job.key)
     if world.rank == 0:
         measured_on = {
             "samples": config.measure.samples,
             "seq_length": config.data.seq_length,
             "hidden_states": config.measure.hidden_states,
             "texts": list(texts.training),
+            "settings": key,
             **results,
         }
-        write_plan(path, plan, source=dense.fingerprint(), measured_on=measured_on)
-        remove_records(solved_folder(path))
+        complete = working_folder(path) / PLAN_FILE
+        write_plan(complete, plan, source=dense.fingerprint(), measured_on=measured_on)
+        publish(path)
         console.print(f"wrote {path}: plan {plan.hash[:12]}")
+
+
+def _check_distinct(config: RunConfig, texts: Mapping[str, Text]) -> None:
+    """Check that no calibration sequence repeats; domains take turns.
+
+    Raises:
+        ConfigError: A sequence would both fit and judge the fit.
+    """
+    shortest = min(texts, key=lambda name: texts[name].num_chunks)
+    chunks, samples = texts[shortest].num_chunks, config.measure.samples
+    if samples > chunks * len(texts):
+        raise ConfigError(
+            f"measure.samples ({samples}) with upcycle.fit must be at most {chunks * len(texts)}: "
+            f"text {shortest} has {chunks} sequences of data.seq_length "
+            f"({config.data.seq_length}) tokens, and one that repeats would both fit and judge "
+            f"the fit.\n  set measure.samples={chunks * len(texts)} or less, give more text, or "
+            "set a shorter data.seq_length"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +120,8 @@ class _Construction:
     dense: SourceCheckpoint
     texts: list[Text]
     path: Path
+    key: str
+    """Identifies settings and source."""
 
     def source_model(self) -> tuple[Model, RunConfig, ProcessGroupCollection]:
         """Build this rank's shard of the source model; return its configuration and groups too."""
@@ -110,7 +147,7 @@ class _Construction:
         measurement = ExpertMeasurement(
             model, as_source, self.texts, groups, gradients=choose == "utility"
         )
-        partial = PartialFiles(_partial_folder(self.path), _key(config, self.dense))
+        partial = PartialFiles(partial_folder(self.path), self.key)
         with RoundProgress("measuring experts", rank=self.world.rank) as progress:
             measurement.run(partial, progress.show)
         scores_LO = measurement.scores(choose)
@@ -140,7 +177,7 @@ class _Construction:
             model, as_source, self.texts, groups, clusters=config.moe.num_moe_experts,
             seed=config.upcycle.seed, by_cluster=METHODS[plan.recipe.method].by_cluster,
         )  # fmt: skip
-        partial = PartialFiles(_partial_folder(self.path), _key(config, dense))
+        partial = PartialFiles(partial_folder(self.path), self.key)
         with RoundProgress("measuring", rank=rank) as progress:
             cluster_N = measurement.run(partial, progress.show)
         sizes = None if cluster_N is None else np.bincount(cluster_N).tolist()
@@ -152,8 +189,8 @@ class _Construction:
     def fitted(self, plan: ExpertPlan) -> tuple[ExpertPlan, dict[str, Any]]:
         """Return the plan with what was solved for, and how well each layer fits; print a table."""
         config, world = self.config, self.world
-        folder = solved_folder(self.path)
-        start(folder, _key(config, self.dense))
+        folder = working_folder(self.path)
+        start(folder, self.key)
         fit = Fit(
             plan=plan, moe=config.moe, dense=self.dense,
             stream=LayerStream(
@@ -191,9 +228,47 @@ def _solved(
     return gather_tables(tables)
 
 
-def _partial_folder(plan: Path) -> Path:
-    return plan.with_name(f".{plan.name}.measuring")
+def _is_there(
+    path: Path, plan: ExpertPlan, key: str, dense: SourceCheckpoint, world: World
+) -> bool:
+    """Return whether these settings made the plan that is there; rank 0 says what it found.
+
+    All ranks must call this.
+    """
+    answer = [False]
+    if world.rank == 0:
+        publish(path)
+        if path.exists():
+            answer = [_found(path, plan, key, dense)]
+    dist.broadcast_object_list(answer, src=0)
+    return answer[0]
+
+
+def _found(path: Path, plan: ExpertPlan, key: str, dense: SourceCheckpoint) -> bool:
+    try:
+        if (read_measured_on(path) or {}).get("settings") != key:
+            console.print(f"{path} was made with other settings, and is replaced at the end")
+            return False
+        earlier = read_plan(path, plan, source=dense.fingerprint())
+        check_solved_layers(earlier, path, earlier.solved_layers)
+    except CheckpointError as error:
+        console.print(f"{str(error).splitlines()[0]}\nThe plan is constructed again")
+        return False
+    console.print(
+        f"{path} is there: plan {earlier.hash[:12]}, made with these settings. If the text has "
+        "changed, remove the file to construct it again"
+    )
+    return True
+
+
+_WITHOUT_EFFECT: dict[str, Any] = {
+    "run": {"dir"}, "upcycle": {"plan", "verify"}, "optimizer": True, "checkpoint": True,
+    "guard": True, "log": True,
+}  # fmt: skip
+"""Settings that do not change what `construct` computes."""
 
 
 def _key(config: RunConfig, dense: SourceCheckpoint) -> str:
-    return hashlib.sha256((dump(config) + dense.fingerprint()).encode()).hexdigest()
+    settings = config.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
+    text = json.dumps(settings, sort_keys=True) + dense.fingerprint()
+    return hashlib.sha256(text.encode()).hexdigest()

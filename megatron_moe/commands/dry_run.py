@@ -36,7 +36,7 @@ from megatron_moe.planner.memory import (
     rank_memory,
 )
 from megatron_moe.planner.parameters import total_parameters
-from megatron_moe.planner.shape import upcycled_shape
+from megatron_moe.planner.shape import run_shape
 from megatron_moe.planner.teacher import with_teacher
 from megatron_moe.planner.workload import Degrees, degrees_of, state_precision, workload_of
 from megatron_moe.runtime.engine import (
@@ -132,10 +132,10 @@ def dry_run(config: RunConfig, *, rank: int, world_size: int) -> DryRun:
 
 def largest_stage(config: RunConfig, spec: ModelSpec) -> int:
     """Return the number of steps before the stage that trains the most parameters."""
-    shape, train = upcycled_shape(spec, config.moe), config.train
+    shape = run_shape(config, spec)
     return max(
-        train.stage_starts(),
-        key=lambda step: total_parameters(shape, frozen=train.frozen_after(step)),
+        config.train.stage_starts(),
+        key=lambda step: total_parameters(shape, frozen=config.frozen_after(step)),
     )
 
 
@@ -204,7 +204,7 @@ def _report(
         counted=counted,
         planned=planned_bytes(config, spec, layout, rank=rank),
         memory=rank_memory(
-            upcycled_shape(spec, config.moe),
+            run_shape(config, spec),
             with_teacher(workload_of(config), config, spec),
             degrees,
             pp_rank=layout.attention.coords(rank)["pp"],
@@ -244,14 +244,14 @@ def planned_bytes(
     attention, experts = layout.attention.coords(rank), layout.experts.coords(rank)
     degrees = degrees_of(config, gpus=dist.get_world_size())
     overlaps = config.train.overlap_grad_reduce
-    shape = upcycled_shape(spec, config.moe)
+    shape = run_shape(config, spec)
     common: dict[str, Any] = {
         "pp_rank": attention["pp"],
         "weight_bytes": 2 if config.train.precision == "bf16" else 4,
         "replica": attention["dp"] * layout.attention.size("cp") + attention["cp"],
         "expert_replica": experts["edp"],
         "precision": state_precision(config),
-        "frozen": config.train.frozen_after(largest_stage(config, spec)),
+        "frozen": config.frozen_after(largest_stage(config, spec)),
     }
     sharded = config.optimizer.use_distributed_optimizer
     if config.optimizer.optimizer == "muon":

@@ -7,17 +7,20 @@ layout.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
 
 from megatron_moe.checkpoint.restored import Restored, restored_model
 from megatron_moe.config.run import RunConfig
+from megatron_moe.construct.complete import plan_on_text
 from megatron_moe.data.feed import DataRank, Feed
 from megatron_moe.data.reference import dense_losses
 from megatron_moe.data.texts import open_texts
-from megatron_moe.errors import ConfigError
+from megatron_moe.errors import CheckpointError, ConfigError
 from megatron_moe.evaluate.record import Evaluation, Figures
+from megatron_moe.experts.plan import ExpertPlan
 from megatron_moe.hf.reader import SourceCheckpoint, open_mixed
 from megatron_moe.hf.spec import read_spec
 from megatron_moe.model.routers import expert_biases
@@ -64,8 +67,13 @@ def evaluate(config: RunConfig, world: World, checkpoint: Path) -> Evaluation:
     losses = _losses(config, restored, feed)
     losses_step_0 = None
     if dense is not None:
-        _upcycle_again(config, world, restored, dense)
-        losses_step_0 = _losses(config, restored, feed)
+        try:
+            plan = _plan_of_step_0(restored.plan, config, dense)
+        except CheckpointError as error:
+            remarks.append(f"step 0: {error}")
+        else:
+            _upcycle_again(config, world, restored, plan, dense)
+            losses_step_0 = _losses(config, restored, feed)
     return _evaluation(
         checkpoint,
         restored,
@@ -93,15 +101,42 @@ def _losses(config: RunConfig, restored: Restored, feed: Feed) -> dict[str, floa
     }
 
 
+def _plan_of_step_0(plan: ExpertPlan, config: RunConfig, dense: SourceCheckpoint) -> ExpertPlan:
+    """Return the plan with its solved matrices, which are beside ``upcycle.plan`` alone.
+
+    Raises:
+        CheckpointError: That plan is missing, or is another one.
+    """
+    path = config.upcycle.plan
+    if not plan.solved_layers or path is None:
+        return plan
+    whole, problem = plan, None
+    try:
+        whole = plan_on_text(path, replace(plan, tables={}), dense)
+    except CheckpointError as error:
+        problem = str(error)
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)  # each rank checks other layers
+    if whole.hash != plan.hash:
+        problems.append(f"{path} is another plan than the run started from")
+    if message := next(filter(None, problems), None):
+        raise CheckpointError(message)
+    return whole
+
+
 def _upcycle_again(
-    config: RunConfig, world: World, restored: Restored, dense: SourceCheckpoint
+    config: RunConfig,
+    world: World,
+    restored: Restored,
+    plan: ExpertPlan,
+    dense: SourceCheckpoint,
 ) -> None:
     for bias_E, _ in expert_biases(restored.model.modules):
         bias_E.zero_()
     upcycle(
         restored.model,
         dense,
-        restored.plan,
+        plan,
         layout=restored.layout,
         rank=world.rank,
         mix_with=open_mixed(dense, config.upcycle.mix_with),

@@ -3,7 +3,8 @@
 The name table is read right to left: for every row of every layer, the global tensor is loaded from
 the checkpoint (one expert of it where it has experts), cut into the tensors Hugging Face wants,
 and written. There is no model, Megatron's or transformers', and never more than one expert or one
-embedding in memory. Factors that a run applies to outputs are multiplied into the weights.
+embedding in memory. Adapters are added to their weights, and factors that a run applies to outputs
+are multiplied into them.
 
 Shape letters of this module:
 
@@ -24,6 +25,7 @@ from torch import Tensor
 from megatron_moe.checkpoint import folder as folders
 from megatron_moe.checkpoint.global_tensors import GlobalTensors
 from megatron_moe.checkpoint.keys import checkpoint_key
+from megatron_moe.checkpoint.merged import read_merged
 from megatron_moe.commands.export_config import (
     check_export,
     exported_shared_size,
@@ -38,6 +40,7 @@ from megatron_moe.commands.export_dense import (
 from megatron_moe.commands.model_card import model_card
 from megatron_moe.config.moe import Moe
 from megatron_moe.config.run import RunConfig
+from megatron_moe.config.train import Lora
 from megatron_moe.errors import CheckpointError
 from megatron_moe.experts.plan import ExpertPlan, moe_layer_ids
 from megatron_moe.hf.dtypes import OF_PRECISION
@@ -109,7 +112,9 @@ def export_checkpoint(
     ):
         for entry in entries:
             factors = _factors(entry, plan, spec, half_open=half_open)
-            values = _values(entry, tensors, spec, _dtype_of(entry.row, _DTYPES[kind]), factors)
+            values = _values(
+                entry, tensors, spec, _dtype_of(entry.row, _DTYPES[kind]), factors, config.lora
+            )
             for tensor_name, tensor in zip(entry.names, values, strict=True):
                 writer.write(tensor_name, tensor)
         writer.add_file("config.json", (json.dumps(hf_config, indent=2) + "\n").encode())
@@ -118,6 +123,11 @@ def export_checkpoint(
             if file.name != "config.json":
                 writer.add_file(file.name, file)
     return architecture
+
+
+def has_adapters(source: Path) -> bool:
+    """Return whether an export of a run or checkpoint adds adapters to its weights."""
+    return bool(folders.read_config(folders.find_checkpoint(source)).lora.rank)
 
 
 def _card(
@@ -171,13 +181,16 @@ def _values(
     spec: ModelSpec,
     dtype: torch.dtype,
     factors: tuple[float, ...],
+    lora: Lora,
 ) -> list[Tensor]:
-    """Return the Hugging Face tensors of an entry."""
+    """Return the Hugging Face tensors of an entry, with its adapter added."""
     if entry.key is None:
         return [torch.zeros(shape, dtype=dtype) for shape in entry.shapes]
     folded = any(factor != 1 for factor in factors)
     read_as = torch.float32 if folded else dtype
-    fused = tensors.read(entry.key, index=entry.expert, dtype=read_as)
+    fused = read_merged(
+        tensors, entry.key, entry.row, lora, layer=entry.layer, expert=entry.expert, dtype=read_as
+    )
     cut = [
         _folded(tensor, factor, dtype)
         for tensor, factor in zip(_cut(fused, entry, spec), factors, strict=True)

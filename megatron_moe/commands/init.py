@@ -19,7 +19,7 @@ from megatron_moe.planner.hardware import gpu_named
 from megatron_moe.planner.layer import Machine
 from megatron_moe.planner.relief import searched
 from megatron_moe.planner.search import Candidate, NothingFitsError, configured
-from megatron_moe.planner.shape import upcycled_shape
+from megatron_moe.planner.shape import run_shape
 from megatron_moe.planner.starting import Request, starting_config
 from megatron_moe.planner.whole_run import Circumstances, whole_run
 from megatron_moe.rules.check import check
@@ -72,7 +72,7 @@ def _with_best_layout(
         with_torch = _search(_with_engine(config, "torch"), request, spec)
     except NothingFitsError:
         with_torch = []
-    shape = upcycled_shape(spec, config.moe)
+    shape = run_shape(config, spec)
     machine = Machine(gpu_named(request.gpu), FITTED)
     for one in with_torch:
         work = replace(one.work, engine="transformer_engine")

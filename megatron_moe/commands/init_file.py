@@ -13,7 +13,7 @@ from megatron_moe.planner.hardware import gpu_named
 from megatron_moe.planner.parameters import active_parameters, total_parameters
 from megatron_moe.planner.run_table import amount, duration, size
 from megatron_moe.planner.search import Candidate
-from megatron_moe.planner.shape import upcycled_shape
+from megatron_moe.planner.shape import run_shape
 from megatron_moe.planner.starting import Request, source_parameters
 from megatron_moe.planner.whole_run import WholeRun
 
@@ -46,7 +46,7 @@ def _line(name: str, value: object, comment: str) -> str:
 
 
 def _head(draft: Draft, request: Request, spec: ModelSpec) -> Iterator[str]:
-    config, shape = draft.config, upcycled_shape(spec, draft.config.moe)
+    config, shape = draft.config, run_shape(draft.config, spec)
     kept = spec.experts is not None
     of_source = "" if kept else f" ({amount(source_parameters(spec))} parameters)"
     yield (

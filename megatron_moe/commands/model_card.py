@@ -8,7 +8,9 @@ from typing import Any
 
 from megatron_moe import __version__
 from megatron_moe.checkpoint.folder import Progress
+from megatron_moe.config.moe import Upcycle
 from megatron_moe.config.run import RunConfig
+from megatron_moe.config.train import Lora
 from megatron_moe.hf.names import MOE_NAMES
 from megatron_moe.hf.spec import ModelSpec
 
@@ -47,6 +49,9 @@ def model_card(
         f"{moe.moe_ffn_hidden_size or spec.ffn_hidden_size} neurons, top-{moe.moe_router_topk}",
         "shared expert": str(moe.moe_shared_expert_intermediate_size or "none"),
         "training": f"{progress.step} steps, {tokens:,} tokens, precision {config.train.precision}",
+        **_solved(config.upcycle),
+        **_teacher(config),
+        **_adapters(config.lora),
         "weights": dtype,
         "architecture": f"`{architecture}`",
         **_losses(run_dir / "metrics.jsonl", progress.step),
@@ -67,6 +72,32 @@ def model_card(
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
         "```\n"
     )
+
+
+def _solved(upcycle: Upcycle) -> dict[str, str]:
+    """Return a row about what was solved for before training, if anything was."""
+    return {"solved for on text": ", ".join(sorted(set(upcycle.fit)))} if upcycle.fit else {}
+
+
+def _teacher(config: RunConfig) -> dict[str, str]:
+    """Return a row about the teacher, if the run has one."""
+    teacher = config.teacher
+    weights = {
+        "logits": teacher.logits_weight,
+        "layers": teacher.layers_weight,
+        "router": teacher.router_weight,
+    }
+    used = [f"{name} {weight:g}" for name, weight in weights.items() if weight]
+    name = (teacher.path or config.source.path).name
+    return {"teacher": f"{name}, weights: {', '.join(used)}"} if used else {}
+
+
+def _adapters(lora: Lora) -> dict[str, str]:
+    """Return a row about adapters, if the run has any."""
+    if not lora.rank:
+        return {}
+    targets = ", ".join(lora.targets)
+    return {"adapters": f"LoRA of rank {lora.rank}, alpha {lora.alpha:g}, on {targets}; merged"}
 
 
 def _losses(metrics: Path, step: int) -> dict[str, str]:

@@ -7,6 +7,7 @@ from functools import partial
 
 from megatron_moe.checkpoint.local import LocalCopies
 from megatron_moe.checkpoint.policy import roll_back, save_or_continue, step_message
+from megatron_moe.checkpoint.revive import revive
 from megatron_moe.checkpoint.sharded import Saver
 from megatron_moe.commands.job import Job
 from megatron_moe.commands.stages import enter_next_stage, stage_message
@@ -19,7 +20,7 @@ from megatron_moe.experts.plan import ExpertPlan
 from megatron_moe.hf.spec import ModelSpec
 from megatron_moe.log import StepProgress
 from megatron_moe.planner.flops import SequenceFlops, sequence_flops
-from megatron_moe.planner.shape import upcycled_shape
+from megatron_moe.planner.shape import run_shape
 from megatron_moe.planner.teacher import teacher_flops, teacher_work
 from megatron_moe.runtime.wait import waiter
 from megatron_moe.train.device_check import DeviceCheck
@@ -53,8 +54,8 @@ def continue_pretraining(
     feed: Feed,
     sinks: list[Sink],
     copies: LocalCopies | None = None,
-) -> None:
-    """Take the remaining steps, and run the hooks between them."""
+) -> bool:
+    """Take the remaining steps, run the hooks between them, and return whether none is left."""
     config = job.config
     peak = _announced_peak(job, state)
     resumed_step, writer = state.step, None
@@ -106,6 +107,7 @@ def continue_pretraining(
     if writer is not None:
         writer.close()
     job.say(f"Run megatron-moe report {config.run.dir} to see the run on one page.")
+    return state.step >= config.train.steps
 
 
 def _announced_peak(job: Job, state: TrainState) -> Peak:
@@ -192,6 +194,7 @@ def _take_step(
         guard=guard, at=at, teacher=teacher, check=check if due else None,
     )  # fmt: skip
     routing.end_step(state.step)
+    revive(state, result.revivals, job.groups)
     state.blend = after
     watch.at("report")
     return result
@@ -240,6 +243,8 @@ def _describe(
 ) -> Numbers:
     for warning in health.after(state.step, result.chosen_LE.numpy()):
         job.say(warning)
+    for revival in result.revivals:
+        job.say(f"Step {state.step}: {revival}")
     return step_numbers(
         result,
         step=state.step,
@@ -256,8 +261,8 @@ def _describe(
 def _flops(job: Job, state: TrainState) -> SequenceFlops:
     """Return the model's operations in the last step, on one sequence."""
     config = job.config
-    shape = upcycled_shape(state.model.spec, config.moe)
-    frozen = config.train.frozen_after(state.step - 1)
+    shape = run_shape(config, state.model.spec)
+    frozen = config.frozen_after(state.step - 1)
     return sequence_flops(shape, config.data.seq_length, frozen)
 
 
@@ -267,7 +272,7 @@ def _taught_flops(job: Job, spec: ModelSpec) -> SequenceFlops:
     work = teacher_work(config, spec)
     if work is None:
         return SequenceFlops(0, 0)
-    return teacher_flops(work, upcycled_shape(spec, config.moe), config.data.seq_length)
+    return teacher_flops(work, run_shape(config, spec), config.data.seq_length)
 
 
 def _validate(job: Job, state: TrainState, feed: Feed, numbers: Numbers) -> None:

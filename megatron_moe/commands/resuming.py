@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_moe.checkpoint.folder import keep_source_files, newest, source_copy
+from megatron_moe.config.load import leaves
 from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import ConfigError
 from megatron_moe.hf.disk import write_text
@@ -24,6 +25,9 @@ _TEXTS_FILE = "texts.json"
 
 _REFUSED = {
     "optimizer.optimizer": "the checkpoint holds the state of the other optimizer",
+    "lora.rank": "the checkpoint has adapters of another rank, or none",
+    "lora.alpha": "the trained adapters would have another factor",
+    "lora.targets": "the checkpoint has adapters of other parts",
     "moe.moe_router_topk": "the trained experts and router would compute something else",
     "moe.router_order": "the trained experts and router would compute something else",
     "moe.moe_router_score_function": "the trained router would compute something else",
@@ -87,7 +91,7 @@ def changed_settings(before: RunConfig, now: RunConfig, *, step: int) -> list[Ch
     Raises:
         ConfigError: A change would make the model compute something else.
     """
-    old, new = (dict(_leaves(c.model_dump(mode="json"))) for c in (before, now))
+    old, new = (dict(leaves(c.model_dump(mode="json"))) for c in (before, now))
     names = list(dict.fromkeys([*new, *old]))
     changes = [
         Change(name, old.get(name), new.get(name), _REFUSED_AS.get(name) or _effect(name))
@@ -154,11 +158,3 @@ def record_changes(run_dir: Path, changes: list[Change], *, step: int) -> None:
 def _effect(name: str) -> str:
     matches = [prefix for prefix in _EFFECTS if name.startswith(prefix)]
     return _EFFECTS[max(matches, key=len)] if matches else "takes effect"
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

@@ -17,7 +17,7 @@ from megatron_moe.commands.upcycling import empty_model
 from megatron_moe.experts.plan import ExpertPlan
 from megatron_moe.hf.spec import ModelSpec
 from megatron_moe.planner.parameters import total_parameters
-from megatron_moe.planner.shape import upcycled_shape
+from megatron_moe.planner.shape import run_shape
 from megatron_moe.train.garbage import collect_everything
 from megatron_moe.train.state import TrainState, make_state
 
@@ -64,10 +64,10 @@ def enter_next_stage(job: Job, state: TrainState, plan: ExpertPlan) -> None:
 def stage_message(job: Job, spec: ModelSpec, *, step: int) -> str:
     """Return what the stage after ``step`` steps trains, for the log; empty if that is all."""
     train = job.config.train
-    frozen = train.frozen_after(step)
-    if not (train.freeze or train.stages) or step >= train.steps:
+    frozen = job.config.frozen_after(step)
+    if not (frozen or train.stages) or step >= train.steps:
         return ""
-    shape = upcycled_shape(spec, job.config.moe)
+    shape = run_shape(job.config, spec)
     total = total_parameters(shape)
     trained = total_parameters(shape, frozen=frozen)
     names = ", ".join(frozen.names()) or "nothing"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moe.checkpoint.folder import (
+    complete,
     keep_source_files,
     plan_of,
     read_config,
@@ -44,7 +45,7 @@ from megatron_moe.model.grouped_experts import kernel_in
 from megatron_moe.model.overlap import start_tp_overlap
 from megatron_moe.parallel.groups import create_groups
 from megatron_moe.planner.memory import peak_memory
-from megatron_moe.planner.shape import upcycled_shape
+from megatron_moe.planner.shape import run_shape
 from megatron_moe.planner.teacher import with_teacher
 from megatron_moe.planner.workload import degrees_of, workload_of
 from megatron_moe.rules.installed import require_packages
@@ -58,7 +59,7 @@ from megatron_moe.train.state import TrainState, make_state
 from megatron_moe.train.watch import Observe, Watch, unobserved
 
 
-def train(config: RunConfig, world: World, observe: Observe = unobserved) -> None:
+def train(config: RunConfig, world: World, observe: Observe = unobserved) -> bool:
     """Turn the dense checkpoint into a Mixture-of-Experts and continue its pre-training.
 
     Runs on every rank; `rules.check` has passed the configuration. A run that has a checkpoint
@@ -69,6 +70,9 @@ def train(config: RunConfig, world: World, observe: Observe = unobserved) -> Non
         config: The run.
         world: This rank's place in the joined job.
         observe: Called with the stage and the step whenever this rank enters a stage.
+
+    Returns:
+        Whether all steps are taken; if not, a signal has stopped the run.
     """
     require_packages(config)
     engine = engine_of(config.run.engine, world)
@@ -81,13 +85,19 @@ def train(config: RunConfig, world: World, observe: Observe = unobserved) -> Non
         open_sinks(config, rank=world.rank, say=console.print) as sinks,
     ):
         layout, groups = create_groups(config.parallel, seed=config.run.seed)  # who holds what
-        _train(Job(config, world, engine, layout, groups, watch, signals), sinks)
+        return _train(Job(config, world, engine, layout, groups, watch, signals), sinks)
 
 
-def _train(job: Job, sinks: list[Sink]) -> None:
+def _train(job: Job, sinks: list[Sink]) -> bool:
     config, groups = job.config, job.groups
     job.watch.at("load")
     resume_from = agreed_newest(config.run.dir, job.world)
+    if resume_from is None and (unused := complete(config.run.dir)):
+        job.say(
+            f"There is no {config.run.dir}/checkpoints/latest, so this run starts at step 0. It "
+            f"replaces the checkpoints {', '.join(one.name for one in unused)} when it reaches "
+            "their steps; to resume, stop it and write the name of one into that file."
+        )
     before = None if resume_from is None else read_config(resume_from)
     changes: list[Change] = []
     if before is not None and resume_from is not None:
@@ -127,7 +137,7 @@ def _train(job: Job, sinks: list[Sink]) -> None:
         job.say(f"Experts use {kernel.name} ({kernel.reason})")
     job.say(announcement(texts, state.blend, config))
     # 5. train, validate, save
-    continue_pretraining(job, state, plan, feed_of(job, texts), sinks, copies)
+    return continue_pretraining(job, state, plan, feed_of(job, texts), sinks, copies)
 
 
 def _source(
@@ -154,7 +164,7 @@ def _source(
 def _predicted_memory(config: RunConfig, spec: ModelSpec, world_size: int) -> str:
     """Return what `plan` predicts for a rank, in words, without what it adds for CUDA."""
     work = with_teacher(workload_of(config), config, spec)
-    shape, degrees = upcycled_shape(spec, config.moe), degrees_of(config, gpus=world_size)
+    shape, degrees = run_shape(config, spec), degrees_of(config, gpus=world_size)
     memory = peak_memory(shape, work, degrees)
     gib = memory.total - memory.framework - memory.communication
     return (

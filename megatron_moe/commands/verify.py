@@ -1,4 +1,4 @@
-"""Verify a checkpoint, an export or a source: read every byte once and report what is damaged."""
+"""Verify a checkpoint, a model or a plan: read every byte once and report what is damaged."""
 
 from __future__ import annotations
 
@@ -9,10 +9,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_moe.checkpoint.folder import complete
+from megatron_moe.checkpoint.folder import checksums_of, complete
 from megatron_moe.checkpoint.global_tensors import GlobalTensors
+from megatron_moe.commands.verify_plan import (
+    files_of_plan,
+    plan_at,
+    problems_of_plan,
+    problems_of_runs_plan,
+)
 from megatron_moe.errors import CheckpointError
-from megatron_moe.hf.checksums import FILE, Checksums, file_checksum, read_checksums
+from megatron_moe.experts.file import PLAN_FILE
+from megatron_moe.hf.checksums import (
+    FILE,
+    Checksums,
+    file_checksum,
+    read_checksums,
+    readable_checksums,
+)
 from megatron_moe.hf.header import TensorInfo, read_headers
 from megatron_moe.hf.values import check_finite, mapped_rows
 from megatron_moe.hf.windows import windows
@@ -30,7 +43,8 @@ class Verified:
 
     folder: Path
     kind: str
-    """``checkpoint``, ``model`` (an export or a source), or ``source of a run``."""
+    """``checkpoint``, ``model`` (an export or a source), ``plan``, ``plan of a run``, or ``source
+    of a run``."""
     compared_with: str
     """Origin of the expected contents, in words."""
     files: int = 0
@@ -58,25 +72,44 @@ def verify(folder: Path, seen: Seen) -> list[Verified]:
     source of a run, if it is still there, is compared with the run's receipt.
 
     Args:
-        folder: A run (all its checkpoints), a checkpoint, or a Hugging Face folder.
+        folder: A run (all its checkpoints), a checkpoint, a Hugging Face folder, a plan file, or
+            the folder of its solved matrices.
         seen: Shows the progress.
 
     Raises:
         CheckpointError: ``folder`` is none of these.
     """
+    if (plan := plan_at(folder)) is not None:
+        return [_verified_plan(plan, seen)]
     single = any((folder / name).exists() for name in (FILE, "checkpoint.json", "config.json"))
     targets = [folder] if single else complete(folder)
     if not targets:
         raise CheckpointError(
             f"{folder} is neither a run with checkpoints, nor a checkpoint (no checkpoint.json), "
-            "nor a Hugging Face folder (no config.json)"
+            "nor a Hugging Face folder (no config.json), nor a plan file or its folder"
         )
     sources = {} if single else _sources_of_run(folder)
     files = [path for target in targets for path in _files(target)]
-    total = sum(path.stat().st_size for path in [*files, *sources])
+    plans = [] if single else [path for path in [folder / PLAN_FILE] if path.exists()]
+    total = sum(path.stat().st_size for path in [*files, *sources, *plans])
     counter = _Counter(seen, total)
     results = [_verified(target, counter) for target in targets]
+    if plans:
+        results.append(_verified_plan_of_run(folder, counter))
     return [*results, _verified_source(folder, sources, counter)] if sources else results
+
+
+def _verified_plan(plan: Path, seen: Seen) -> Verified:
+    files = files_of_plan(plan)
+    size = sum(path.stat().st_size for path in files)
+    problems = list(problems_of_plan(plan, _Counter(seen, size).add))
+    return Verified(plan, "plan", "the hashes in it", len(files), size, problems)
+
+
+def _verified_plan_of_run(run_dir: Path, counter: _Counter) -> Verified:
+    plan, problems = run_dir / PLAN_FILE, list(problems_of_runs_plan(run_dir))
+    counter.add(size := plan.stat().st_size)
+    return Verified(plan, "plan of a run", "the newest checkpoint's copy", 1, size, problems)
 
 
 def _sources_of_run(run_dir: Path) -> dict[Path, str]:
@@ -129,9 +162,11 @@ def _verified(folder: Path, counter: _Counter) -> Verified:
     files = _files(folder)
     result = Verified(folder, kind, FILE, len(files), sum(path.stat().st_size for path in files))
     try:
-        checksums = read_checksums(folder)
+        checksums = checksums_of(folder) if kind == "checkpoint" else read_checksums(folder)
     except CheckpointError as error:
         result.problems.append(str(error))
+        result.compared_with = f"what can be read of {FILE}, which is damaged"
+        result.problems += _against_damaged(folder, files, counter)
         return result
     if checksums is not None:
         result.problems += _against(checksums, counter)
@@ -153,6 +188,16 @@ def _against(checksums: Checksums, counter: _Counter) -> Iterator[str]:
             checksums.check_file(name, seen=counter.add)
         except CheckpointError as error:
             yield str(error)
+
+
+def _against_damaged(folder: Path, files: list[Path], counter: _Counter) -> Iterator[str]:
+    """Yield the problems of files, as far as a damaged ``CHECKSUMS`` shows them."""
+    checksums = readable_checksums(folder)
+    for problem in _against(checksums, counter):
+        yield f"{problem} (or its line in {FILE} is damaged)"
+    names = {path.relative_to(folder).as_posix() for path in files} - {FILE}
+    if unlisted := sorted(names - checksums.blocks.keys()):
+        yield f"{FILE} has no readable line for {', '.join(unlisted)}: not compared with anything"
 
 
 def _without_checksums(

@@ -5,13 +5,20 @@ from __future__ import annotations
 from megatron_moe.config.data import Domain, Mixing
 from megatron_moe.config.moe import Moe, Upcycle
 from megatron_moe.config.run import RunConfig
+from megatron_moe.config.train import Lora
+
+_NO_OVERLAP = {
+    "tp_comm_overlap": False,
+    "overlap_moe_expert_parallel_comm": False,
+    "delay_wgrad_compute": False,
+}
 
 
 def judging(config: RunConfig, world_size: int) -> RunConfig:
     """Remove what only training needs: training text, reference losses, the global batch size.
 
-    Overlap of tensor-parallel communication is turned off, because its buffers have the shape of
-    training's micro-batches.
+    Overlap of communication is turned off: with tp, its buffers have the shape of training's
+    micro-batches; with ep, it is for backward passes, and does not suit every layout.
     """
     data = config.data
     mixing = Mixing(weights=data.mixing.weights)
@@ -20,7 +27,7 @@ def judging(config: RunConfig, world_size: int) -> RunConfig:
     if data.validation_path is not None:
         update["path"] = data.validation_path
     batch = config.train.micro_batch_size * world_size
-    train = {"global_batch_size": batch, "tp_comm_overlap": False}
+    train = {"global_batch_size": batch, **_NO_OVERLAP}
     return config.model_copy(
         update={
             "data": data.model_copy(update=update),
@@ -35,8 +42,9 @@ def _held_out_alone(domain: Domain) -> Domain:
 
 
 def dense_config(config: RunConfig) -> RunConfig:
-    """Return the configuration of the dense model: no MoE layers, one sequence per micro-batch."""
+    """Return the configuration of the dense model: no MoE layers and adapters, single sequences."""
     moe = Moe(num_moe_experts=config.moe.num_moe_experts, moe_layers=[])
-    other = {"micro_batch_size": 1, "recompute": "none", "tp_comm_overlap": False}
+    other = {"micro_batch_size": 1, "recompute": "none", **_NO_OVERLAP}
     train = config.train.model_copy(update=other)
-    return config.model_copy(update={"moe": moe, "upcycle": Upcycle(), "train": train})
+    update = {"moe": moe, "upcycle": Upcycle(), "train": train, "lora": Lora()}
+    return config.model_copy(update=update)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -168,6 +168,19 @@ def build(cls: type[Model], tree: dict[str, Any]) -> Model:
 def dump(config: BaseModel) -> str:
     """Return the resolved configuration as YAML that `load` reads back to an equal object."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the settings of a dumped configuration under dotted names.
+
+    >>> dict(leaves({"optimizer": {"lr": 0.1}, "train": {"freeze": []}}))
+    {'optimizer.lr': 0.1, 'train.freeze': []}
+    """
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _without_empty_sections(cls: type[BaseModel], tree: dict[str, Any]) -> dict[str, Any]:

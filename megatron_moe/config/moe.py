@@ -24,6 +24,7 @@ Method = Literal[
     "split_random",
     "split_clustered",
     "split_coactivation",
+    "split_routed",
     "sharing_inner",
     "sharing_inter",
     "qwen",
@@ -123,6 +124,15 @@ class Moe(Section):
     aux_loss_decay: Beta = 0.99
     """Decay of the moving average per step. The default is that of arXiv 2406.06563."""
 
+    revive_after_steps: Count | None = None
+    """Re-create an expert from the busiest one of its layer after this many consecutive steps in
+    which it got (almost) no tokens. Its weights are a copy; its router row lies halfway between the
+    mean row and the copied expert's, so that it enters few sums at first. None: never."""
+
+    revive_below_load: Fraction = 0.01
+    """Load up to which an expert counts as without tokens, in multiples of the mean of its layer,
+    for revive_after_steps. 0: no token at all."""
+
     record_routing: HomePath | None = None
     """Folder for the experts that every token chooses in training, layer by layer: one file per
     step and rank, of tokens * MoE layers * K bytes in all. None: record nothing."""
@@ -205,6 +215,8 @@ class Upcycle(Section):
     split_clustered  one cluster of similar rows of up, all of equal size (LLaMA-MoE)
     split_coactivation  one cluster of neurons that contribute to the same tokens; a shared expert
                      gets those that most tokens use (needs a plan)
+    split_routed     the neurons that contribute most to the tokens which a fitted router sends to
+                     it, found in turns with that router, from split_coactivation on (needs a plan)
     sharing_inner    the M most important ones for one part of the text (LLaMA-MoE; needs a plan)
     sharing_inter    as sharing_inner, after the neurons that most experts want have moved to the
                      shared expert (LLaMA-MoE; needs a plan)
@@ -233,7 +245,7 @@ class Upcycle(Section):
 
     plan: HomePath | None = None
     """Plan file, written by `megatron-moe construct` and read by `train`. Required if the method,
-    the router or the scale is measured on text."""
+    the router or the scale is measured on text, or if upcycle.fit is not empty."""
 
     mix_with: list[HomePath] = []
     """Dense checkpoints that method mix uses besides source.path. Experts come from source.path and
@@ -297,8 +309,9 @@ class Measure(Section):
     """Size of the measurement by `megatron-moe construct`."""
 
     samples: Count = 256
-    """Number of training sequences to measure on. Must be a multiple of moe.num_moe_experts,
-    because they are divided into clusters of equal size."""
+    """Number of training sequences to measure on. With methods that divide them into one cluster of
+    equal size per expert (sharing_inner, sharing_inter, weaver), a multiple of
+    moe.num_moe_experts. With upcycle.fit, at least 8, and no more than the text has."""
 
     hidden_states: Count = 4096
     """Number of inputs per layer that are kept for router centroids and calibrated scales."""

@@ -11,8 +11,9 @@ from pydantic import AfterValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 Role = Literal[
-    "router", "experts", "shared_experts", "dense_ffn", "attention", "norms", "embeddings"
-]
+    "router", "experts", "shared_experts", "dense_ffn", "attention", "norms", "embeddings",
+    "adapters",
+]  # fmt: skip
 """Part of the model that settings name: every parameter has one role."""
 ROLE_NAMES: tuple[Role, ...] = get_args(Role)
 _PATTERN = rf"({'|'.join(ROLE_NAMES)})(?:@(\d{{1,4}})(?:-(\d{{1,4}}))?)?"
@@ -110,7 +111,8 @@ class Frozen:
 
     def with_roles(self, roles: frozenset[Role]) -> Frozen:
         """Return these parts and all of the roles."""
-        return Frozen(self.roles | roles, self.layers)
+        others = frozenset(part for part in self.layers if part.role not in roles)
+        return Frozen(self.roles | roles, others)
 
     def covers(self, part: Part) -> bool:
         """Return whether these parameters are frozen."""

@@ -8,13 +8,15 @@ than one section (does tp divide the heads? does the world size fit the layout?)
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from megatron_moe.config.data import Data
 from megatron_moe.config.moe import Measure, Moe, Source, Upcycle
-from megatron_moe.config.train import Optimizer, Teacher, Train
+from megatron_moe.config.parts import Frozen
+from megatron_moe.config.train import Lora, Optimizer, Teacher, Train
 from megatron_moe.config.values import (
     Count,
     HomePath,
@@ -165,8 +167,18 @@ class RunConfig(Section):
     parallel: Parallel = Parallel()
     data: Data
     train: Train
+    lora: Lora = Lora()
     optimizer: Optimizer = Optimizer()
     teacher: Teacher = Teacher()
     checkpoint: Checkpoint = Checkpoint()
     guard: Guard = Guard()
     log: Log = Log()
+
+    def frozen_after(self, step: int) -> Frozen:
+        """Return the parts that are frozen in the step after ``step``."""
+        return Frozen.named(self.train.freeze_after(step)).with_roles(self.lora.frozen)
+
+    @property
+    def always_frozen(self) -> Frozen:
+        """Parts that are never trained."""
+        return reduce(Frozen.__and__, map(self.frozen_after, self.train.stage_starts()))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from functools import reduce
 from itertools import accumulate
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megatron_moe.config.parts import Frozen, PartName
+from megatron_moe.config.parts import PartName, Role
 from megatron_moe.config.values import (
     Beta,
     Count,
@@ -21,6 +20,7 @@ from megatron_moe.config.values import (
 
 OptimizerName = Literal["adam", "muon"]
 StateDtype = Literal["fp32", "bf16"]
+LoraTarget = Literal["attention", "experts"]
 
 
 class Stage(Section):
@@ -89,6 +89,16 @@ class Train(Section):
     """Overlap tp communication with the matrix products that need it. Requires Transformer
     Engine."""
 
+    overlap_moe_expert_parallel_comm: bool = False
+    """Exchange tokens between ep ranks while another micro-batch is computed: the forward pass of
+    one micro-batch and the backward pass of the one before run layer by layer, in turns. Needs ep,
+    several micro-batches and, with pp, interleaved chunks. A CPU computes the same in this order,
+    but overlaps nothing."""
+
+    delay_wgrad_compute: bool = False
+    """With overlap_moe_expert_parallel_comm, compute weight gradients after those of inputs, so
+    that they overlap with the exchange too. Requires Transformer Engine."""
+
     gradient_accumulation_fusion: bool = True
     """Add weight gradients to their fp32 buffers inside the matrix products."""
 
@@ -100,8 +110,9 @@ class Train(Section):
     freeze: list[PartName] = []
     """Roles whose parameters are not trained: they have no gradients, no optimizer state and no
     reduction over dp. dense_ffn is the FFN of layers that stay dense, norms are all norms,
-    embeddings include the output layer. A frozen router keeps its expert biases too. attention@0-3
-    is the attention of layers 0 to 3 alone; layers are counted from 0."""
+    embeddings include the output layer, adapters are those of lora. A frozen router keeps its
+    expert biases too. attention@0-3 is the attention of layers 0 to 3 alone; layers are counted
+    from 0."""
 
     stages: list[Stage] = []
     """Stages that train different parts, in order, instead of freeze. Between two stages the run
@@ -125,17 +136,37 @@ class Train(Section):
         later = (start for start in self.stage_starts() if start > step)
         return min(next(later, self.steps), self.steps)
 
-    def frozen_after(self, step: int) -> Frozen:
-        """Return the parts that are frozen in the step after ``step``."""
+    def freeze_after(self, step: int) -> list[PartName]:
+        """Return the list ``freeze`` of the stage that takes the step after ``step``."""
         if not self.stages:
-            return Frozen.named(self.freeze)
+            return self.freeze
         current = sum(start <= step for start in self.stage_starts())
-        return Frozen.named(self.stages[current - 1].freeze)
+        return self.stages[current - 1].freeze
+
+
+class Lora(Section):
+    """Low-rank adapters (LoRA, arXiv 2106.09685): train W + alpha / rank * B A instead of W.
+
+    The weights of the targets are frozen. All other parts are trained as without adapters, unless
+    train.freeze names them. Export adds the adapters to the weights.
+    """
+
+    rank: NonNegativeInt = 0
+    """Rows of A and columns of B. 0: no adapters. B begins with zeros, so that the model of step 0
+    is that without adapters. Query, key and value share A, and so do gate and up."""
+
+    alpha: Positive = 32.0
+    """Factor of the adapters' output, divided by rank."""
+
+    targets: list[LoraTarget] = ["attention"]
+    """Roles whose matrices get adapters. attention: query, key, value and output projections.
+    experts: both matrices of each routed expert, with the torch engine and etp 1. To name the
+    adapters in train.freeze or optimizer.lr_multipliers, use the role adapters."""
 
     @property
-    def always_frozen(self) -> Frozen:
-        """Parts that are never trained."""
-        return reduce(Frozen.__and__, map(self.frozen_after, self.stage_starts()))
+    def frozen(self) -> frozenset[Role]:
+        """Roles that are frozen because adapters are trained in their place."""
+        return frozenset(self.targets if self.rank else ())
 
 
 class Optimizer(Section):

@@ -7,6 +7,7 @@ that a resumed run does not cluster again.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -36,8 +37,7 @@ def complete_plan(plan: ExpertPlan, config: RunConfig, dense: SourceCheckpoint) 
     if plan.needs == "text":
         if config.upcycle.plan is None:  # `construction_violations` reports this earlier
             raise ConfigError("upcycle.plan must be set")
-        complete = read_plan(config.upcycle.plan, plan, source=dense.fingerprint())
-        _check_solved(complete, config.upcycle.plan)
+        complete = plan_on_text(config.upcycle.plan, plan, dense)
     elif plan.needs == "nothing":
         return plan
     elif path.exists():
@@ -50,14 +50,25 @@ def complete_plan(plan: ExpertPlan, config: RunConfig, dense: SourceCheckpoint) 
     return complete
 
 
-def _check_solved(plan: ExpertPlan, path: Path) -> None:
-    """Check the files of solved matrices; layers are divided among the ranks.
+def plan_on_text(path: Path, plan: ExpertPlan, dense: SourceCheckpoint) -> ExpertPlan:
+    """Read a plan that ``construct`` wrote, with its solved matrices; all ranks must call this.
+
+    Raises:
+        CheckpointError: The file, or one of its matrices, is missing, or is of another plan.
+    """
+    complete = read_plan(path, plan, source=dense.fingerprint())
+    layers = complete.solved_layers[dist.get_rank() :: dist.get_world_size()]
+    check_solved_layers(complete, path, layers)
+    return complete
+
+
+def check_solved_layers(plan: ExpertPlan, path: Path, layers: Sequence[int]) -> None:
+    """Compare the files of these layers' solved matrices with their hashes in the plan.
 
     Raises:
         CheckpointError: A file is missing or changed.
     """
-    solved = [layer for layer, table in plan.tables.items() if table.down_hash]
-    for layer in solved[dist.get_rank() :: dist.get_world_size()]:
+    for layer in layers:
         check_solved(solved_folder(path), layer, plan.tables[layer].down_hash or "")
 
 

@@ -1,7 +1,9 @@
 """Record which layers a fit has finished, so that a killed `construct` can resume.
 
-PLAN.down/key          hash of settings and source; files of another key are deleted
-PLAN.down/00003.json   layer 3: router rows, hash of its solved matrix, and its `LayerFit`
+key          hash of settings and source; files of another key are deleted
+00003.json   layer 3: router rows, hash of its solved matrix, and its `LayerFit`
+
+These files are in the working folder of `megatron_moe.construct.place`.
 """
 
 from __future__ import annotations
@@ -34,8 +36,7 @@ def start(folder: Path, key: str) -> None:
         file = folder / "key"
         if not (file.exists() and file.read_text() == key):
             shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            file.write_text(key)
+            write_text(file, key)
     dist.barrier()
 
 
@@ -63,8 +64,6 @@ def remove_records(folder: Path) -> None:
     """Delete the records of a complete fit; solved matrices stay."""
     for path in [*folder.glob("*.json"), folder / "key"]:
         path.unlink(missing_ok=True)
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
 
 
 def _file(folder: Path, layer: int) -> Path:

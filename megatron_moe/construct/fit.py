@@ -12,7 +12,7 @@ sequence is left out of a layer's first solution, chooses the penalty, and gives
 reported.
 
 Memory per rank, in bytes: 4 * T * D for hidden states (twice that with ``fit_stream``), and about
-24 * N^2 + 24 * N * D during a solution, for T tokens and N neurons of a MoE layer.
+24 * N^2 + 64 * N * D during a solution, for T tokens and N neurons of a MoE layer.
 
 Shape letters: T tokens, D hidden_size, E experts, F dense neurons, N neurons of the MoE layer,
 S positions, B = 1 sequence.
@@ -37,7 +37,7 @@ from megatron_moe.construct.dense_ffn import (
     router_of,
 )
 from megatron_moe.construct.finished import FinishedLayer, read_finished, write_finished
-from megatron_moe.construct.fit_router import LOGIT_STD, Gains, Prices, RouterRegression, loads
+from megatron_moe.construct.fit_router import Gains, RouterRegression, balanced_rows, loads
 from megatron_moe.construct.measure import world_sum
 from megatron_moe.construct.ridge import RidgeSolution, RidgeSums, solve
 from megatron_moe.construct.stream import LayerStream
@@ -208,17 +208,10 @@ class Fit:
             regression.add(x_TD, gains.of(act_TF, y_TD))
         rows_ED, one_D = RouterRegression(regression.sums.map_(world_sum)).solve()
         rows_ED, one_D = rows_ED.to(self.stream.device), one_D.to(self.stream.device)
-        priced = [(x_TD @ rows_ED.T, x_TD @ one_D) for _, x_TD in self._inputs()]
-        prices = Prices(experts, self.plan.recipe.max_load)
-        while True:
-            price_E = prices.price_E.float().to(self.stream.device)
-            load_E = torch.zeros(experts, dtype=torch.float64, device=self.stream.device)
-            for logits_TE, one_T in priced:
-                load_E += loads(logits_TE - one_T[:, None] * price_E, self.moe.moe_router_topk)
-            load_E = world_sum(load_E)
-            if prices.adjust(load_E / load_E.mean()):
-                price_E = prices.price_E.float().to(self.stream.device)
-                return LOGIT_STD * (rows_ED - price_E[:, None] * one_D)
+        return balanced_rows(
+            rows_ED, one_D, (x_TD for _, x_TD in self._inputs()),
+            topk=self.moe.moe_router_topk, max_load=self.plan.recipe.max_load, total=world_sum,
+        )  # fmt: skip
 
     def _fit_down(
         self, plan: LayerPlan, sliced_ND: Tensor

@@ -10,6 +10,7 @@ Shape letters: T tokens, D hidden_size, E experts, K top-k, F dense neurons, M n
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -116,6 +117,33 @@ class Prices:
         change_E = self._step * (load_E.cpu() - self._bound)
         self.price_E = (self.price_E + change_E).clamp(min=0)
         return False
+
+
+def balanced_rows(
+    rows_ED: Tensor, one_D: Tensor, inputs: Iterable[Tensor], *, topk: int, max_load: float,
+    total: Callable[[Tensor], Tensor] = lambda load_E: load_E,
+) -> Tensor:  # fmt: skip
+    """Return the router's rows ``(E, D)`` with prices that keep the loads under ``max_load``.
+
+    Args:
+        rows_ED: Rows before any price, on the device of the inputs.
+        one_D: Row of a constant.
+        inputs: Inputs of the layer ``(T, D)``, in batches.
+        topk: K.
+        max_load: Bound on the load of an expert, in multiples of the mean.
+        total: Function that adds the loads of all ranks.
+    """
+    priced = [(x_TD @ rows_ED.T, x_TD @ one_D) for x_TD in inputs]
+    prices = Prices(len(rows_ED), max_load)
+    while True:
+        price_E = prices.price_E.float().to(rows_ED.device)
+        load_E = torch.zeros(len(rows_ED), dtype=torch.float64, device=rows_ED.device)
+        for logits_TE, one_T in priced:
+            load_E += loads(logits_TE - one_T[:, None] * price_E, topk)
+        load_E = total(load_E)
+        if prices.adjust(load_E / load_E.mean()):
+            price_E = prices.price_E.float().to(rows_ED.device)
+            return LOGIT_STD * (rows_ED - price_E[:, None] * one_D)
 
 
 def loads(logits_TE: Tensor, topk: int) -> Tensor:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_moe.hf.disk import fsync, write_text
+from megatron_moe.hf.disk import replacing, write_text
 
 
 class PartialFiles:
@@ -40,16 +40,16 @@ class PartialFiles:
 
     def save(self, tensors: Mapping[str, Tensor], rounds: int) -> None:
         """Save ``tensors``, and delete the previous files when all ranks have saved."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        save_file(dict(tensors), self._file(rounds))
-        fsync(self._file(rounds))  # before `latest` names it
+        file = self._file(rounds)
+        with replacing(file) as staged:  # durable before `latest` names it
+            save_file(dict(tensors), staged)
         dist.barrier()
         if dist.get_rank() == 0:
             latest = json.dumps({"rounds": rounds, "key": self._key})
             write_text(self._folder / "latest", latest)
         dist.barrier()
         for old in self._folder.glob(f"*-{dist.get_rank()}.safetensors"):
-            if old != self._file(rounds):
+            if old != file:
                 old.unlink()
 
     def remove(self) -> None:

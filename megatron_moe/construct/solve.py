@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_moe.config.moe import Moe
 from megatron_moe.construct.complete import weights
 from megatron_moe.construct.dense_ffn import DenseFfn, combine_weights, router_of
+from megatron_moe.construct.routed import routed_neurons
 from megatron_moe.experts import split
 from megatron_moe.experts.balanced import balanced_kmeans
 from megatron_moe.experts.draws import Use, generator
@@ -42,6 +43,13 @@ def layer_table(
     """Compute everything about one layer that cannot be derived from its recipe."""
     recipe = plan.recipe
     table = _partition(recipe, layer, measured, dense)
+    if METHODS[recipe.method].routed:
+        ffn = DenseFfn.read(dense, layer)
+        neurons_EM = routed_neurons(
+            ffn, plan.with_tables({layer: table}).layer(layer), measured.inputs_TD,
+            topk=moe.moe_router_topk, max_load=recipe.max_load,
+        )  # fmt: skip
+        table = replace(table, neurons_EM=neurons_EM)
     if recipe.router_init == "centroids":
         table = replace(table, router_ED=centroid_rows(recipe, layer, measured.inputs_TD))
     if recipe.calibrated:

@@ -57,11 +57,20 @@ def assign(costs_XC: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
     return solver.flows(arcs).reshape(points, clusters).argmax(axis=1), int(solver.optimal_cost())
 
 
+def assign_most(values_XC: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return the cluster of each point, all of equal size, with the largest sum of values."""
+    return assign(_as_integers(values_XC.max(axis=1, keepdims=True) - values_XC))[0]
+
+
 def _costs(points_XD: NDArray[np.float32], centers_CD: NDArray[np.float32]) -> NDArray[np.int64]:
     """Return squared distances as integers, without the terms that are equal for all clusters."""
     size_C = (centers_CD.astype(np.float64) ** 2).sum(axis=1)
     costs_XC = size_C - 2 * (points_XD @ centers_CD.T).astype(np.float64)
-    costs_XC -= costs_XC.min(axis=1, keepdims=True)
+    return _as_integers(costs_XC - costs_XC.min(axis=1, keepdims=True))
+
+
+def _as_integers(costs_XC: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Scale costs, zero or more, to integers."""
     largest = float(costs_XC.max()) or 1.0  # 0: all points are the same
     return np.rint(costs_XC / largest * STEPS_OF_COST).astype(np.int64)
 

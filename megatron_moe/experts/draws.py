@@ -33,6 +33,7 @@ class Use(IntEnum):
     CLUSTERS = 6
     TWINS = 7
     SHARED_NEURONS = 8
+    ADAPTERS = 9
 
 
 def generator(seed: int, layer: int, *key: int) -> np.random.Generator:

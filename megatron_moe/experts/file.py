@@ -7,6 +7,7 @@ the largest models.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import fields
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from megatron_moe.errors import CheckpointError
-from megatron_moe.experts.plan import ExpertPlan, LayerTable
+from megatron_moe.experts.plan import ExpertPlan, LayerTable, hash_of
 from megatron_moe.experts.recipe import SCHEMA
 from megatron_moe.experts.solved import solved_folder
 from megatron_moe.hf.disk import replacing
@@ -25,6 +26,7 @@ from megatron_moe.json_text import parse_json
 
 PLAN_FILE = "plan.safetensors"
 _KEY = "megatron_moe.expert_plan"
+_HEADER = {"schema", "recipe", "hash", "source", "measured_on", "down", "checksum"}
 
 
 def write_plan(
@@ -50,6 +52,7 @@ def write_plan(
         "measured_on": measured_on,
         "down": {layer: t.down_hash for layer, t in plan.tables.items() if t.down_hash},
     }
+    header["checksum"] = _header_checksum(header)
     with replacing(path) as staged:
         save_file(arrays, staged, metadata={_KEY: json.dumps(header)})
 
@@ -110,6 +113,47 @@ def read_measured_on(path: Path) -> dict[str, Any] | None:
     return _read(path)[0].get("measured_on")
 
 
+def is_plan_file(path: Path) -> bool:
+    """Return whether `write_plan` wrote this file, whatever its settings and its version."""
+    try:
+        with safe_open(path, "numpy") as file:
+            return _KEY in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
+
+
+def check_plan(path: Path) -> dict[int, str]:
+    """Check a plan file against the hashes in it; return those of its solved matrices by layer.
+
+    Raises:
+        CheckpointError: The file does not exist, or is damaged.
+    """
+    header, arrays = _read(path)
+    try:
+        down = {int(layer): str(digest) for layer, digest in header.get("down", {}).items()}
+        actual, written = hash_of(header["recipe"], _tables(arrays, down)), header["hash"]
+        # Plans of earlier versions have no checksum, and no name that is unknown.
+        known = header.keys() <= _HEADER and header.get("checksum") in (
+            None, _header_checksum(header),
+        )  # fmt: skip
+        if not known:
+            raise CheckpointError(f"{path} is damaged: its header does not fit the checksum in it")
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error!r}") from error
+    if actual != written:
+        raise CheckpointError(
+            f"{path} is damaged: its tables have hash {actual[:12]}, but its header has "
+            f"{written[:12]}"
+        )
+    return down
+
+
+def _header_checksum(header: dict[str, Any]) -> str:
+    rest = {name: value for name, value in header.items() if name != "checksum"}
+    stored = json.loads(json.dumps(rest))  # numbers of layers become texts, as in the file
+    return hashlib.sha256(json.dumps(stored, sort_keys=True).encode()).hexdigest()
+
+
 def _arrays(table: LayerTable) -> dict[str, np.ndarray]:
     stored = {}
     for field in fields(table):
@@ -124,7 +168,9 @@ def _arrays(table: LayerTable) -> dict[str, np.ndarray]:
 def _tables(arrays: dict[str, np.ndarray], down: dict[int, str]) -> dict[int, LayerTable]:
     values_by_layer: dict[int, dict[str, Any]] = {i: {"down_hash": down[i]} for i in down}
     for key, array in arrays.items():
-        _, layer, name = key.split(".")
+        layers, layer, name = key.split(".")
+        if layers != "layers":
+            raise ValueError(f"{key} is no name of a table")
         value = array.astype(np.int64) if array.dtype == np.int32 else array
         values_by_layer.setdefault(int(layer), {})[name] = value if value.ndim else float(value)
     return {layer: LayerTable(**values) for layer, values in values_by_layer.items()}
@@ -143,9 +189,27 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         raise CheckpointError(f"{path} is not a plan file: {error!r}") from error
 
 
+_SETTINGS = {
+    "num_experts": "moe.num_moe_experts",
+    "expert_ffn_hidden_size": "moe.moe_ffn_hidden_size",
+    "dense_ffn_hidden_size": "intermediate_size of the dense model",
+    "hidden_size": "hidden_size of the dense model",
+    "moe_layers": "moe.moe_layers",
+    "shared_size": "moe.moe_shared_expert_intermediate_size",
+    "num_sources": "models, with upcycle.mix_with",
+    "weight_scales": "factors of gate, up and down, from upcycle.rescale and moe.moe_router_topk",
+    "output_scale": "factor of the output, from upcycle.rescale and moe.moe_router_topk",
+    "calibrated": "factor measured on text, with upcycle.rescale",
+    "routing": "moe.moe_router_topk, moe.router_order, moe.moe_router_score_function",
+    "source_experts": "experts of the source",
+}
+"""Names of a recipe's fields in messages; the others are settings of section upcycle."""
+
+
 def _differences(stored: dict[str, Any], expected: dict[str, Any]) -> list[str]:
     return [
-        f"    {name}: the file has {stored.get(name)}, the configuration {expected.get(name)}"
+        f"    {_SETTINGS.get(name, f'upcycle.{name}')}: the file has {stored.get(name)}, "
+        f"the configuration {expected.get(name)}"
         for name in sorted(stored.keys() | expected.keys())
         if stored.get(name) != expected.get(name)
     ]

@@ -36,6 +36,9 @@ class MethodRow:
     needs: Needs = "nothing"
     by_cluster: bool = False
     """Whether the text must be measured by cluster, which takes a backward pass."""
+    routed: bool = False
+    """Whether neurons then change experts in turns with a router, so that a router must be fitted
+    (`construct/routed.py`)."""
     shared: Literal["none", "optional", "required"] = "none"
     """Whether the method can fill a shared expert, or must."""
     without_shared: Method | None = None
@@ -85,6 +88,9 @@ METHODS: dict[Method, MethodRow] = {
     ),
     "split_coactivation": MethodRow(
         partition=share.coactivation, experts="parts", needs="text", shared="optional"
+    ),
+    "split_routed": MethodRow(
+        partition=share.coactivation, experts="parts", needs="text", shared="optional", routed=True
     ),
     "sharing_inner": MethodRow(
         partition=share.sharing_inner, experts="subsets", needs="text", by_cluster=True

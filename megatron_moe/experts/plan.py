@@ -20,6 +20,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -148,19 +149,29 @@ class ExpertPlan:
         return replace(self, tables=tables, solved=solved)
 
     @property
+    def solved_layers(self) -> list[int]:
+        """Layers whose ``down`` matrices were solved for; their values are in `solved`."""
+        return [layer for layer, table in self.tables.items() if table.down_hash is not None]
+
+    @property
     def hash(self) -> str:
         """sha256 of the recipe and the tables: equal plans have equal hashes."""
-        digest = hashlib.sha256(json.dumps(self.recipe.content(), sort_keys=True).encode())
-        for layer in sorted(self.tables):
-            table = self.tables[layer]
-            for name in _HASHED:
-                if (value := getattr(table, name)) is not None:
-                    values = np.ascontiguousarray(value)
-                    digest.update(f"{layer} {name} {values.dtype} {values.shape}".encode())
-                    digest.update(values.tobytes())
-            if table.down_hash is not None:
-                digest.update(f"{layer} down {table.down_hash}".encode())
-        return digest.hexdigest()
+        return hash_of(self.recipe.content(), self.tables)
+
+
+def hash_of(recipe: Mapping[str, Any], tables: Mapping[int, LayerTable]) -> str:
+    """Return the hash of the plan with this `Recipe.content` and these tables."""
+    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode())
+    for layer in sorted(tables):
+        table = tables[layer]
+        for name in _HASHED:
+            if (value := getattr(table, name)) is not None:
+                values = np.ascontiguousarray(value)
+                digest.update(f"{layer} {name} {values.dtype} {values.shape}".encode())
+                digest.update(values.tobytes())
+        if table.down_hash is not None:
+            digest.update(f"{layer} down {table.down_hash}".encode())
+    return digest.hexdigest()
 
 
 def make_expert_plan(spec: ModelSpec, moe: Moe, upcycle: Upcycle) -> ExpertPlan:

@@ -17,6 +17,9 @@ HELD_OUT_EVERY = 8
 PENALTIES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 """Relative penalties that a fit of ``down`` tries; the text that is left out chooses one."""
 
+ROUTING_TURNS = 10
+"""Turns of method split_routed, in which neurons change experts. Later ones move less than 5%."""
+
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
@@ -53,6 +56,9 @@ class Recipe:
     max_load: float = 0.0
     """Bound on the load with a fitted router; 0 without one."""
     fit_stream: float = 0.0
+    routing: tuple[int | str, ...] = ()
+    """Experts per token, router order and score function that a fit or a measured factor is for;
+    empty without either."""
     source_experts: int = 0
     """Experts of a MoE source; 0 for a dense one."""
     choose: str = "even"

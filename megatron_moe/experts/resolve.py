@@ -44,6 +44,7 @@ def make_recipe(spec: ModelSpec, moe: Moe, upcycle: Upcycle) -> Recipe:
         fit=tuple(sorted(set(upcycle.fit))),
         max_load=upcycle.max_load if "router" in upcycle.fit else 0.0,
         fit_stream=upcycle.fit_stream if "down" in upcycle.fit else 0.0,
+        routing=_routing(moe) if upcycle.fit or calibrated else (),
         source_experts=0 if spec.experts is None else spec.experts.num_moe_experts,
         choose=chosen_by(upcycle),
         twins=twins_of(upcycle),
@@ -94,6 +95,10 @@ def output_factor(spec: ModelSpec, moe: Moe, upcycle: Upcycle) -> tuple[float, b
             return float(experts), False
         case rescale:
             return 1.0, rescale == "calibrated"
+
+
+def _routing(moe: Moe) -> tuple[int | str, ...]:
+    return moe.moe_router_topk, moe.router_order, moe.moe_router_score_function
 
 
 def _noise_std(upcycle: Upcycle) -> float:

@@ -24,8 +24,30 @@ _NAME = "down_ND"
 
 
 def solved_folder(plan: Path) -> Path:
-    """Return the folder of a plan file's solved matrices."""
-    return plan.with_suffix(".down")
+    """Return the folder of a plan file's solved matrices, which no other plan file shares.
+
+    A link to a plan file has the folder of the file. The names of folders differ in more than the
+    suffix too, because ``q.down`` belongs to ``q.safetensors``.
+
+    >>> solved_folder(Path("runs/q.safetensors")).name, solved_folder(Path("runs/q.k2")).name
+    ('q.down', 'q.k2.solved')
+    """
+    file = plan_file(plan)
+    if file.suffix == ".safetensors":
+        return file.with_suffix(".down")
+    return file.with_name(f"{file.name}.solved")
+
+
+def plan_of_folder(solved: Path) -> Path | None:
+    """Return the plan file of a folder of solved matrices; None if its name says it is none."""
+    if solved.suffix == ".down":
+        return solved.with_suffix(".safetensors")
+    return solved.with_suffix("") if solved.suffix == ".solved" else None
+
+
+def plan_file(plan: Path) -> Path:
+    """Return the file behind a link, and any other path as it is."""
+    return plan.resolve() if plan.is_symlink() else plan
 
 
 def solved_file(folder: Path, layer: int) -> Path:

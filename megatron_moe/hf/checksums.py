@@ -12,6 +12,7 @@ without reading the rest of the file. All other files have one block.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -23,6 +24,7 @@ from megatron_moe.errors import CheckpointError
 
 FILE = "CHECKSUMS"
 _TITLE = "megatron_moe checksums 1 xxh3_64"
+_LINE = re.compile(r"([0-9a-f]{16}) (\d{1,18}) (\d{1,18}) ([^\0]+)")
 _CHUNK_BYTES = 2**20
 """Bytes per read, few enough to be in the cache when they are hashed."""
 
@@ -201,7 +203,27 @@ def read_checksums(folder: Path) -> Checksums | None:
     blocks: dict[str, dict[int, Block]] = {}
     for line in text.decode().splitlines():
         digest, offset, length, name = line.split(" ", 3)
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        if not _is_inside(name):
             raise CheckpointError(f"{path} lists {name}, which is outside its folder")
         blocks.setdefault(name, {})[int(offset)] = Block(int(offset), int(length), digest)
     return Checksums(folder, blocks)
+
+
+def readable_checksums(folder: Path) -> Checksums:
+    """Return what can be read of a damaged ``CHECKSUMS``; its lines may be wrong."""
+    try:
+        text = (folder / FILE).read_bytes().decode(errors="replace")
+    except OSError:
+        text = ""
+    blocks: dict[str, dict[int, Block]] = {}
+    for line in text.splitlines():
+        fields = _LINE.fullmatch(line)
+        if fields is None or not _is_inside(fields[4]) or not (folder / fields[4]).is_file():
+            continue
+        offset, length = int(fields[2]), int(fields[3])
+        blocks.setdefault(fields[4], {})[offset] = Block(offset, length, fields[1])
+    return Checksums(folder, blocks)
+
+
+def _is_inside(name: str) -> bool:
+    return not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts

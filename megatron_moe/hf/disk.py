@@ -9,8 +9,9 @@ import errno
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megatron_moe.errors import ConfigError, DiskError
@@ -78,17 +79,24 @@ def replacing(path: Path) -> Iterator[Path]:
 
     At the end of the ``with`` block the file is flushed to disk and renamed, so that a reader sees
     the old file or the new one, even after a power failure. On an error it is removed, and ``path``
-    stays as it was. The folder is made if it is missing.
+    stays as it was. The folder is made if it is missing, and removed with the file.
     """
+    made = not path.parent.exists()
     make_folder(path.parent, f"the folder of {path.name}")
     staged = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
     try:
         with naming(path):
+            staged.touch()
+            permissions = stat.S_IMODE(staged.stat().st_mode)  # those of the umask
             yield staged
+            staged.chmod(permissions)  # safetensors puts a file for the owner alone in its place
             fsync(staged)
             staged.replace(path)
     except BaseException:
         staged.unlink(missing_ok=True)
+        if made:
+            with suppress(OSError):  # another rank has a file there
+                path.parent.rmdir()
         raise
     fsync(path.parent)
 

@@ -60,6 +60,7 @@ class Scope(Enum):
     EXPERT = "in MoE layers, once per expert"
     SHARED = "in MoE layers with a shared expert"
     GATE = "in MoE layers during training alone: no Hugging Face architecture has it"
+    ADAPTER = "beside a weight with an adapter, to which export adds it"
 
     @property
     def in_dense_model(self) -> bool:
@@ -89,6 +90,7 @@ class Row:
 
 
 _L = "decoder.layers.{layer}."
+_E = _L + "mlp.experts.local_experts.{expert}."
 _H = "model.layers.{layer}."
 _GATE_UP = (_H + "mlp.gate_proj.weight", _H + "mlp.up_proj.weight")
 _DOWN = (_H + "mlp.down_proj.weight",)
@@ -132,6 +134,14 @@ ROWS: tuple[Row, ...] = (
     Row("shared_fc2",  Scope.SHARED, (_L + "mlp.shared_experts.linear_fc2.weight",), _DOWN,    "DS",    Sharding.COLUMNS),
     Row("shared_gate", Scope.SHARED, (_L + "mlp.shared_experts.gate_weight",), (),         "1D",    Sharding.WHOLE,
                        setting="moe_shared_expert_gate"),
+    Row("qkv_in",      Scope.ADAPTER, (_L + "self_attention.linear_qkv.adapter.linear_in.weight",),   (), "", Sharding.WHOLE),
+    Row("qkv_out",     Scope.ADAPTER, (_L + "self_attention.linear_qkv.adapter.linear_out.weight",),  (), "", Sharding.QKV),
+    Row("proj_in",     Scope.ADAPTER, (_L + "self_attention.linear_proj.adapter.linear_in.weight",),  (), "", Sharding.COLUMNS),
+    Row("proj_out",    Scope.ADAPTER, (_L + "self_attention.linear_proj.adapter.linear_out.weight",), (), "", Sharding.WHOLE),
+    Row("expert_fc1_in",  Scope.ADAPTER, (_E + "linear_fc1.adapter.linear_in.weight",),  (), "", Sharding.WHOLE),
+    Row("expert_fc1_out", Scope.ADAPTER, (_E + "linear_fc1.adapter.linear_out.weight",), (), "", Sharding.WHOLE),
+    Row("expert_fc2_in",  Scope.ADAPTER, (_E + "linear_fc2.adapter.linear_in.weight",),  (), "", Sharding.WHOLE),
+    Row("expert_fc2_out", Scope.ADAPTER, (_E + "linear_fc2.adapter.linear_out.weight",), (), "", Sharding.WHOLE),
     Row("final_norm",  Scope.MODEL, ("decoder.final_layernorm.weight",),
                        ("model.norm.weight",),                           "D",        Sharding.WHOLE),
     Row("output",      Scope.MODEL, ("output_layer.weight",),
@@ -201,9 +211,17 @@ ROLES: dict[Role, tuple[str, ...]] = {
         "final_norm",
     ),
     "embeddings": ("embedding", "output"),
+    "adapters": tuple(row.role for row in ROWS if row.scope is Scope.ADAPTER),
 }
 """Rows of each role that settings name (train.freeze, optimizer.lr_multipliers)."""
+ADAPTERS = {row: (f"{row}_in", f"{row}_out") for row in ("qkv", "proj", "expert_fc1", "expert_fc2")}
+"""Rows of the adapter of each row that can have one: A, ``(R, inputs)``, and B, ``(outputs, R)``."""
 _ROLE_OF_ROW: dict[str, Role] = {row: role for role, rows in ROLES.items() for row in rows}
+
+
+def role_of(row: Row) -> Role:
+    """Return the role of a row in settings."""
+    return _ROLE_OF_ROW[row.role]
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,7 +297,7 @@ def in_source(row: Row, spec: ModelSpec, layer: int) -> bool:
             return True
         case Scope.DENSE:
             return not routed
-        case Scope.GATE:
+        case Scope.GATE | Scope.ADAPTER:
             return False
         case Scope.SHARED if experts is None or not experts.shared_size:
             return False

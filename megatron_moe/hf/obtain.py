@@ -18,13 +18,16 @@ def how_to_get(folder: Path) -> str:
         )
     model = known_model(folder.name)
     if model is not None and model.hub is None:
-        return "  no published model has this shape; plan and train --dry-run need no folder"
+        return (
+            "  no published model has this shape; plan, train --dry-run and construct --dry-run "
+            "need no folder"
+        )
     name = f"ORGANIZATION/{folder.name}" if model is None else model.hub
     get = f"  get it:  hf download {name} --local-dir {folder}"
     if model is not None:
         return get
     return (
         f"{get}\n"
-        f"  plan and train --dry-run read only its config.json:\n"
+        f"  plan, train --dry-run and construct --dry-run read only its config.json:\n"
         f"           hf download {name} config.json --local-dir {folder}"
     )

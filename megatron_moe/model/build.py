@@ -109,7 +109,7 @@ def build_model(
         vp_stage = vpp_rank if vpp > 1 else None
         spec_of_layers: Any = block_spec(
             transformer, spec, layers, router=router, engine=engine, vp_stage=vp_stage,
-            qk_norms=_qk_norms(spec, groups),
+            qk_norms=_qk_norms(spec, groups), lora=config.lora,
         )  # fmt: skip
         rotary_base: Any = spec.rotary_base  # declared int by Megatron-Core, but any number works
         module = GPTModel(

@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_moe.config.moe import Moe
 from megatron_moe.config.run import Parallel, RunConfig
+from megatron_moe.config.train import Train
 from megatron_moe.errors import ConfigError
 from megatron_moe.experts.resolve import moe_layer_ids
 from megatron_moe.hf.dtypes import OF_PRECISION
@@ -45,6 +46,7 @@ def transformer_settings(config: RunConfig, spec: ModelSpec, *, engine: Engine) 
         **_recompute(config.train.recompute, engine),
         **_kernels(config, engine),
         **_shared_expert_overlap(config.moe, engine),
+        **_expert_overlap(config.train, engine),
         bf16=dtype is torch.bfloat16,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -212,6 +214,17 @@ def _shared_expert_overlap(moe: Moe, engine: Engine) -> dict[str, Any]:
     return {"moe_shared_expert_overlap": True}
 
 
+def _expert_overlap(train: Train, engine: Engine) -> dict[str, Any]:
+    """Return the settings that overlap the exchange of tokens with another micro-batch."""
+    if not train.overlap_moe_expert_parallel_comm:
+        return {}
+    delayed = train.delay_wgrad_compute and not engine.is_torch
+    return {
+        "overlap_moe_expert_parallel_comm": True,
+        **({"delay_wgrad_compute": True} if delayed else {}),
+    }
+
+
 @contextmanager
 def without_fp8(transformer: TransformerConfig) -> Iterator[None]:
     """Compute products in bf16 inside a ``with`` block; layers read the setting in each pass."""
@@ -232,6 +245,8 @@ def check_engine(config: RunConfig, engine: Engine) -> None:
     for name, value, supported, needed in (
         ("train.fp8", train.fp8, not engine.is_torch, "Transformer Engine"),
         ("train.tp_comm_overlap", train.tp_comm_overlap, not engine.is_torch, "Transformer Engine"),
+        ("train.delay_wgrad_compute", train.delay_wgrad_compute, not engine.is_torch,
+         "Transformer Engine"),
         ("moe.moe_shared_expert_overlap", config.moe.moe_shared_expert_overlap, engine.on_cuda,
          "a GPU"),
     ):  # fmt: skip

@@ -82,7 +82,7 @@ def apply_experts(
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
+class Run:
     """Range of one expert's tokens, and the number of rows of its products."""
 
     start: int
@@ -109,7 +109,7 @@ class _Run:
             all_TD[self.start : self.start + self.count] = (left @ right)[: self.count]
 
 
-def _runs(counts: Sequence[int], x_TD: Tensor) -> Iterator[_Run]:
+def runs_of(counts: Sequence[int], x_TD: Tensor) -> Iterator[Run]:
     """Yield each expert's run of tokens.
 
     oneDNN, which multiplies bf16 on CPU, compiles a kernel for every new shape, and token counts
@@ -119,7 +119,7 @@ def _runs(counts: Sequence[int], x_TD: Tensor) -> Iterator[_Run]:
     rounded = x_TD.dtype == torch.bfloat16 and not x_TD.is_cuda
     for start, count in zip(accumulate(counts, initial=0), counts, strict=False):
         step = max(32, 1 << (count - 1).bit_length() >> 4) if rounded else 1
-        yield _Run(start, count, rows=-(-count // step) * step)
+        yield Run(start, count, rows=-(-count // step) * step)
 
 
 class _Experts(torch.autograd.Function):
@@ -133,7 +133,7 @@ class _Experts(torch.autograd.Function):
     def forward(
         ctx: Any, x_TD: Tensor, prob_T: Tensor, counts: Sequence[int], *weights: Tensor
     ) -> Tensor:
-        ctx.runs = list(_runs(counts, x_TD))
+        ctx.runs = list(runs_of(counts, x_TD))
         ctx.weights = weights[: len(counts)], weights[len(counts) :]  # not saved: see _weight_grad
         out_TD, kept = torch.empty_like(x_TD), []
         for run, fc1_2MD, fc2_DM in zip(ctx.runs, *ctx.weights, strict=True):
@@ -155,7 +155,7 @@ class _Experts(torch.autograd.Function):
             out_grad_RD = run.take(out_grad_TD)
             prob_R1 = run.weights(prob_T, x_TD.dtype)
             grad_RM = out_grad_RD @ fc2_DM
-            act_RM, h_grad_R2M, prob_grad_R = _swiglu_backward(h_R2M, prob_R1, grad_RM)
+            act_RM, h_grad_R2M, prob_grad_R = swiglu_backward(h_R2M, prob_R1, grad_RM)
             prob_grad_T[run.start : run.start + run.count] = prob_grad_R[: run.count]
             run.put_product(x_grad_TD, h_grad_R2M, fc1_2MD)
             fc1_grads.append(_weight_grad(fc1_2MD, h_grad_R2M, run.take(x_TD)))
@@ -163,7 +163,7 @@ class _Experts(torch.autograd.Function):
         return x_grad_TD, prob_grad_T, None, *fc1_grads, *fc2_grads
 
 
-def _swiglu_backward(
+def swiglu_backward(
     h_R2M: Tensor, prob_R1: Tensor, grad_RM: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute gradients from that of the weighted activations, which is overwritten.

@@ -15,10 +15,12 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_moe.config.parts import Frozen
+from megatron_moe.config.train import Lora
 from megatron_moe.hf.checksums import file_checksum
 from megatron_moe.hf.disk import write_text
 from megatron_moe.hf.header import INDEX_FILE
 from megatron_moe.hf.reader import SourceCheckpoint
+from megatron_moe.hf.source_files import source_files
 from megatron_moe.model.upcycle import Filled
 from megatron_moe.model.verify import Agreement
 
@@ -61,6 +63,7 @@ def gather_receipt(
     plan_hash: str,
     method: str,
     frozen: Frozen,
+    lora: Lora,
     agreement: Agreement | None,
     against_dense: dict[str, Any] | None,
     source_files: list[dict[str, Any]],
@@ -76,6 +79,7 @@ def gather_receipt(
         "method": method,
         "plan_hash": plan_hash,
         "frozen": sorted(frozen.names()),
+        "lora": lora.model_dump() if lora.rank else None,
         "tensors_covered": tensors_used,
         "source_bytes": source_bytes,
         "source_files": source_files,
@@ -89,7 +93,7 @@ def gather_receipt(
 
 
 def checksums_of_sources(sources: Sequence[SourceCheckpoint]) -> list[dict[str, Any]]:
-    """Return path, bytes and XXH3 of all files with weights, and of configuration and tokenizer.
+    """Return path, bytes and XXH3 of all files with weights, and of those that exports copy.
 
     All ranks must call it; each reads its share of the files.
     """
@@ -108,8 +112,8 @@ def _files_of(source: SourceCheckpoint) -> set[Path]:
     folder = source.folder.resolve()
     files = {folder / info.file.name for info in source.tensors.values()}
     files |= set(folder.glob("*.distcp"))
-    others = ("config.json", INDEX_FILE, "tokenizer.json")
-    return files | {folder / name for name in others if (folder / name).is_file()}
+    index = folder / INDEX_FILE
+    return files | set(source_files(folder)) | ({index} if index.is_file() else set())
 
 
 def write_receipt(receipt: dict[str, Any], run_dir: Path) -> None:

@@ -24,10 +24,13 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from megatron_moe.config.train import Lora
 from megatron_moe.hf.spec import ModelSpec
 from megatron_moe.model.attention import SdpaAttention
 from megatron_moe.model.experts import LoopExperts
 from megatron_moe.model.grouped_experts import GroupedExperts
+from megatron_moe.model.lora import adapted
+from megatron_moe.model.lora_experts import AdaptedExperts
 from megatron_moe.model.norm import RMSNorm
 from megatron_moe.model.residual import with_residual_adds
 from megatron_moe.runtime.engine import Engine
@@ -45,6 +48,7 @@ def block_spec(
     engine: Engine,
     vp_stage: int | None,
     qk_norms: QkNorms | None = None,
+    lora: Lora | None = None,
 ) -> TransformerBlockSubmodules:
     """Return the layer specs of one model chunk.
 
@@ -56,7 +60,67 @@ def block_spec(
         engine: Implementation of the layers.
         vp_stage: Index of this chunk on its pipeline rank; None if there is only one.
         qk_norms: Builders of the norms of query and key; None for the usual ones.
+        lora: Adapters of the layers; None for none.
     """
+    block = _block_spec(
+        config, spec, layers, router=router, engine=engine, vp_stage=vp_stage, qk_norms=qk_norms
+    )
+    if lora is not None and lora.rank:
+        _add_adapters(block, lora, fused=not (engine.is_torch or spec.post_norms))
+    return block
+
+
+def _add_adapters(block: TransformerBlockSubmodules, lora: Lora, *, fused: bool) -> None:
+    """Add adapters to the targets in the block's layers.
+
+    Args:
+        block: Layer specs of a chunk.
+        lora: The adapters.
+        fused: Whether the projection of query, key and value contains the norm before it.
+    """
+    layers: Any = block.layer_specs
+    if fused and "attention" in lora.targets:
+        _separate_norms(block)
+    specs = {id(layer): layer.submodules for layer in layers}  # layers may share a spec
+    for parts in specs.values():
+        attention = parts.self_attention.submodules
+        if "attention" in lora.targets:
+            attention.linear_qkv = adapted(attention.linear_qkv, lora, axis=0)
+            attention.linear_proj = adapted(attention.linear_proj, lora, axis=1)
+        if "experts" in lora.targets and parts.mlp.func is MoELayer:
+            linear = MLPSubmodules(
+                linear_fc1=adapted(ColumnParallelLinear, lora, axis=0),
+                linear_fc2=adapted(RowParallelLinear, lora, axis=1),
+            )
+            experts = partial(AdaptedExperts, submodules=linear)
+            submodules = replace(parts.mlp.keywords["submodules"], experts=experts)
+            parts.mlp = partial(MoELayer, submodules=submodules)
+
+
+def _separate_norms(block: TransformerBlockSubmodules) -> None:
+    """Separate the norm before attention from the projection: an adapter needs its output, too."""
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    layers: Any = block.layer_specs
+    for layer in layers:
+        parts = layer.submodules
+        parts.input_layernorm = TENorm
+        parts.self_attention.submodules.linear_qkv = _linear_without_norm()
+        keys = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+        parts.sharded_state_dict_keys_map = {**parts.sharded_state_dict_keys_map, **keys}
+
+
+def _block_spec(
+    config: TransformerConfig,
+    spec: ModelSpec,
+    layers: range,
+    *,
+    router: Any,
+    engine: Engine,
+    vp_stage: int | None,
+    qk_norms: QkNorms | None,
+) -> TransformerBlockSubmodules:
+    """Return the layer specs of one model chunk without adapters."""
     if not engine.is_torch:
         block = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
         block = _with_qk_norms(qk_norms, _with_router(router, block))

@@ -34,7 +34,7 @@ class TeacherFfn:
 
     def _membership(self, plan: LayerPlan) -> Tensor:
         """Return how often each of this rank's neurons is in each expert, ``(f, E)``."""
-        neurons_EM = torch.from_numpy(plan.neurons_EM)
+        neurons_EM = torch.tensor(plan.neurons_EM)  # a copy, as the plan's array is read-only
         size = self._fc2_Df.shape[1] * self._tp.size()
         counts = [torch.bincount(neuron_M, minlength=size) for neuron_M in neurons_EM]
         own = ShardIndex(self._tp.rank(), self._tp.size()).slice_of(size)

@@ -37,6 +37,7 @@ from megatron_moe.hf.reader import ReadRequest, SourceCheckpoint
 from megatron_moe.hf.spec import ModelSpec
 from megatron_moe.hf.windows import WINDOW_BYTES
 from megatron_moe.model.build import Chunk, Model
+from megatron_moe.model.lora import fill_adapter
 from megatron_moe.model.reshape import LocalExpert, LocalLayer, reshape_values
 from megatron_moe.model.routers import GATE_VALUES
 from megatron_moe.parallel.layout import ParallelLayout, local_experts
@@ -158,8 +159,14 @@ def upcycle(
         mix_with: Other checkpoints of a plan with several sources.
 
     Raises:
-        CheckpointError: No rule fills a parameter, or a tensor holds NaN or infinity.
+        CheckpointError: No rule fills a parameter, a tensor holds NaN or infinity, or the plan was
+            read without its solved matrices.
     """
+    if plan.solved_layers and plan.solved is None:
+        raise CheckpointError(
+            f"the plan has solved down matrices of {len(plan.solved_layers)} layers, but they are "
+            "not beside its file.\n  set upcycle.plan to the file that construct wrote"
+        )
     filled, layers = fill(model, [dense, *mix_with], plan, layout=layout, rank=rank)
     reshape_values(layers, plan.recipe, solved=plan.solved)
     return filled
@@ -303,6 +310,13 @@ class _LayerSource:
             return
         if row.scope is Scope.GATE:
             GATE_VALUES[row.role](parameter)
+            return
+        if row.scope is Scope.ADAPTER:
+            assert self.layer is not None
+            expert = None if matched.expert is None else self.experts[matched.expert]
+            fill_adapter(
+                parameter, row, layer=self.layer, part=self.tp, seed=self.recipe.seed, expert=expert
+            )
             return
         if matched.expert is not None:
             assert self.layer_plan is not None

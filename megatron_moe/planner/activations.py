@@ -14,8 +14,8 @@ from megatron_moe.planner.workload import Degrees, Recompute, Workload
 
 NORM_OUTPUTS = ("attention_norm_output", "ffn_norm_output")
 EXPERT_TENSORS = (
-    "router", "expert_input", "expert_hidden", "expert_activation", "shared_hidden",
-    "shared_activation",
+    "router", "expert_input", "expert_hidden", "expert_activation", "expert_adapters",
+    "shared_hidden", "shared_activation",
 )  # fmt: skip
 NOT_KEPT: dict[Recompute, tuple[str, ...]] = {
     "none": (),
@@ -61,6 +61,10 @@ def saved_tensors(
         "qkv": qkv_tokens * (shape.query_width + 2 * shape.kv_width) * value,
         "attention_output": heads * shape.query_width * value,
         "softmax_statistics": heads * shape.num_attention_heads * 4,
+        # Between A and B: of query, key and value on all tokens, of the output on this rank's.
+        "adapters": (tokens.gathered + tokens.sequence_parallel)
+        * shape.adapter_rank("attention")
+        * value,
         "ffn_norm_input": stream,
         "ffn_norm_output": stream,
     }
@@ -70,6 +74,8 @@ def saved_tensors(
         hidden = heads * shape.ffn_hidden_size * value
         return saved | {"ffn_hidden": 2 * hidden, "ffn_activation": hidden}
     neurons = tokens.expert_rows * shape.moe_ffn_hidden_size / degrees.etp * value
+    expert_rank = shape.adapter_rank("experts")
+    keeps_activation = work.engine == "transformer_engine" or expert_rank > 0
     shared = heads * shape.shared_expert_size * value
     return saved | {
         # Logits, probabilities and the auxiliary loss's scores in fp32, the routing map in 1 byte.
@@ -77,8 +83,9 @@ def saved_tensors(
         # Rows, and the router probability of each.
         "expert_input": tokens.expert_rows * (shape.hidden_size * value + 4),
         "expert_hidden": 2 * neurons,
-        # The torch engine's experts recompute it in the backward pass.
-        "expert_activation": neurons if work.engine == "transformer_engine" else 0.0,
+        # The torch engine's experts recompute it in the backward pass, unless they have adapters.
+        "expert_activation": neurons if keeps_activation else 0.0,
+        "expert_adapters": 2 * tokens.expert_rows * expert_rank * value,
         "shared_hidden": 2 * shared,
         "shared_activation": shared,
     }
@@ -125,10 +132,27 @@ def chunks_in_flight(*, micro_batches: int, degrees: Degrees, pp_rank: int) -> i
     return min(warm_up + 1, micro_batches * degrees.vpp)
 
 
+def paired_share(*, micro_batches: int, degrees: Degrees) -> float:
+    """Return the share of a step's passes that ``expert_overlap`` runs in pairs, on the first rank.
+
+    A pair is the forward pass of one micro-batch and the backward pass of another. The warm-up of
+    forward passes before it has one more than the ordinary schedule (``get_pp_rank_microbatches``).
+    Without interleaved chunks there are no pairs under pp.
+    """
+    total = micro_batches * degrees.vpp
+    if degrees.pp == 1:
+        return (total - 1) / total
+    if degrees.vpp == 1:
+        return 0.0
+    warm_up = 2 * (degrees.pp - 1) + (degrees.vpp - 1) * degrees.pp + 1
+    return max(0, total - warm_up) / total
+
+
 def stage_activations(shape: MoeShape, work: Workload, degrees: Degrees, *, pp_rank: int) -> float:
     """Return the bytes that a rank of stage ``pp_rank`` keeps at the peak of the schedule.
 
-    Each chunk is assumed to have the model's mean mix of MoE and dense layers.
+    Each chunk is assumed to have the model's mean mix of MoE and dense layers. A pair of passes
+    takes turns layer by layer (``expert_overlap``), so that one layer more is kept.
     """
     routed = kept_bytes(shape, work, degrees, routes=True) if shape.moe_layers else 0.0
     dense = kept_bytes(shape, work, degrees, routes=False) if shape.num_dense_layers else 0.0
@@ -136,7 +160,8 @@ def stage_activations(shape: MoeShape, work: Workload, degrees: Degrees, *, pp_r
     in_flight = chunks_in_flight(
         micro_batches=work.micro_batches(degrees), degrees=degrees, pp_rank=pp_rank
     )
-    return in_flight * model * degrees.stage_shares(shape.num_layers)[pp_rank] / degrees.vpp
+    share = degrees.stage_shares(shape.num_layers)[pp_rank] / degrees.vpp
+    return in_flight * model * share + work.expert_overlap * max(routed, dense)
 
 
 def recomputed_layer(shape: MoeShape, work: Workload, degrees: Degrees) -> float:

@@ -6,6 +6,7 @@ This is a fast version of the rules that ``rules/check.py`` explains; a test com
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 from megatron_moe.planner.shape import MoeShape
 from megatron_moe.planner.workload import Degrees
@@ -36,20 +37,21 @@ def layouts(
                     yield Degrees(gpus=gpus, tp=tp, cp=cp, pp=pp, ep=ep, etp=etp)
 
 
-def chunkings(shape: MoeShape, degrees: Degrees, *, micro_batches: int) -> list[int]:
+def chunkings(shape: MoeShape, degrees: Degrees, *, micro_batches: int) -> tuple[int, ...]:
     """Return the values of vpp that the layout allows for ``micro_batches``, largest first."""
     if degrees.pp == 1 or micro_batches % degrees.pp:
-        return [1]
+        return (1,)
     return divisors(shape.num_layers // degrees.pp)[::-1]
 
 
-def divisors(n: int) -> list[int]:
+@lru_cache(maxsize=1024)
+def divisors(n: int) -> tuple[int, ...]:
     """Return the divisors of ``n`` in ascending order.
 
     >>> divisors(12)
-    [1, 2, 3, 4, 6, 12]
+    (1, 2, 3, 4, 6, 12)
     """
-    return [d for d in range(1, n + 1) if n % d == 0]
+    return tuple(d for d in range(1, n + 1) if n % d == 0)
 
 
 def _expert_grids(shape: MoeShape, stage: int, gpus_per_node: int) -> Iterator[tuple[int, int]]:

@@ -14,7 +14,7 @@ from megatron_moe.planner.layer import Machine
 from megatron_moe.planner.memory import peak_memory
 from megatron_moe.planner.relief import reliefs
 from megatron_moe.planner.search import Candidate, configured
-from megatron_moe.planner.shape import MoeShape, upcycled_shape
+from megatron_moe.planner.shape import MoeShape, run_shape
 from megatron_moe.planner.teacher import with_teacher
 from megatron_moe.planner.time import step_time
 from megatron_moe.planner.workload import Degrees, Workload, degrees_of, workload_of
@@ -76,7 +76,7 @@ def check_layout(
         return CheckResult(
             legal=False, fits=False, reasons=tuple(broken_rules), candidate=None, advice=()
         )
-    shape, degrees = upcycled_shape(spec, config.moe), degrees_of(config, gpus=gpus)
+    shape, degrees = run_shape(config, spec), degrees_of(config, gpus=gpus)
     candidate = predict_candidate(
         shape, with_teacher(workload_of(config), config, spec), degrees, machine
     )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from megatron_moe.config.moe import Measure
 from megatron_moe.experts.methods import METHODS, measures
-from megatron_moe.experts.recipe import HELD_OUT_EVERY, PENALTIES, Recipe
+from megatron_moe.experts.recipe import HELD_OUT_EVERY, PENALTIES, ROUTING_TURNS, Recipe
 from megatron_moe.hf.spec import ModelSpec
 from megatron_moe.planner.flops import ForwardFlops, forward_flops
 from megatron_moe.planner.shape import source_shape
@@ -62,17 +62,34 @@ def construction_cost(
         kept = layers * min(measure.hidden_states, tokens)
         activations = 0 if by_cluster else 4 * spec.hidden_size * spec.ffn_hidden_size
         measuring = forward.model * (4 if by_cluster else 1) + kept * activations
+        if METHODS[recipe.method].routed:
+            measuring += layers * _routing(recipe, spec, tokens=kept // layers)
     hidden = spec.hidden_size
     states = (2 if recipe.fit_stream else 1) * -(-samples // ranks) * seq_length * hidden
     fits = bool(recipe.fit)
+    # In fp64: Gram matrix, system and factor; products, right side and solution. In fp32: the dense
+    # weights, sliced rows, and a solution for each penalty.
+    single = 4 * (3 + 1 + len(PENALTIES))
+    solution = 24 * neurons * (neurons + hidden) + single * neurons * hidden
     return ConstructionCost(
         layers=layers,
         measuring=measuring,
         fitting=_fitting(recipe, spec, forward, tokens, neurons) if fits else 0,
         solving=layers * _solving(recipe, neurons, hidden),
-        rank_bytes=fits * (4 * states + 24 * neurons * (neurons + hidden) + 12 * hidden * neurons),
+        rank_bytes=fits * (4 * states + solution),
         disk_bytes=4 * layers * neurons * hidden * ("down" in recipe.fit),
     )
+
+
+def _routing(recipe: Recipe, spec: ModelSpec, *, tokens: int) -> float:
+    """Return the operations of the turns in which neurons of a layer change experts."""
+    hidden, dense, size = spec.hidden_size, spec.ffn_hidden_size, recipe.expert_ffn_hidden_size
+    routed, experts = recipe.num_experts * size, recipe.num_experts
+    target = 2 * tokens * hidden * (3 * dense + recipe.shared_size)
+    grams = 2 * hidden * routed * size
+    per_token = 2 * hidden * dense + 2 * routed * (size + experts) + 2 * hidden**2
+    per_token += 2 * hidden * 2 * (experts + 1)
+    return target + ROUTING_TURNS * (grams + tokens * per_token)
 
 
 def _fitting(

@@ -13,7 +13,7 @@ from megatron_moe.hf.planned import spec_to_plan
 from megatron_moe.hf.spec import read_spec, spec_from_config
 from megatron_moe.planner.flops import ForwardFlops, forward_flops, training_flops
 from megatron_moe.planner.parameters import active_parameters, total_parameters
-from megatron_moe.planner.shape import MoeShape, source_shape, upcycled_shape
+from megatron_moe.planner.shape import MoeShape, run_shape, source_shape
 
 DEFAULT_SEQUENCE = 4096
 
@@ -64,7 +64,7 @@ def count(path: Path, *, sequence_length: int | None = None) -> ModelCounts:
         return count_shape(shape, sequence_length=sequence_length or DEFAULT_SEQUENCE)
     config = load_run(path)
     spec, _ = spec_to_plan(config.source.path)
-    shape = upcycled_shape(spec, config.moe)
+    shape = run_shape(config, spec)
     return count_shape(
         shape,
         sequence_length=sequence_length or config.data.seq_length,
@@ -95,4 +95,5 @@ def count_shape(
 
 
 def _by_part(flops: ForwardFlops) -> dict[str, int]:
-    return {name: getattr(flops, name) for name in ForwardFlops.__slots__}
+    parts = {name: getattr(flops, name) for name in ForwardFlops.__slots__}
+    return {name: count for name, count in parts.items() if count or name != "adapters"}

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 
 from megatron_moe.config.parts import ALL_TRAINED, Frozen, Role
+from megatron_moe.planner.parameters import attention_adapters, expert_adapters
 from megatron_moe.planner.shape import MoeShape
 
 
@@ -29,6 +30,7 @@ class ForwardFlops:
     experts: int
     shared_experts: int
     output_layer: int
+    adapters: int
     router: int
     """Not included in `model`, because papers exclude it."""
     padding: int
@@ -44,6 +46,7 @@ class ForwardFlops:
             + self.experts
             + self.shared_experts
             + self.output_layer
+            + self.adapters
         )
 
     @property
@@ -82,6 +85,8 @@ def forward_flops(
         experts=shape.num_moe_layers * rows * expert_row,
         shared_experts=shape.num_moe_layers * tokens * _shared_expert_flops(shape),
         output_layer=tokens * 2 * d * shape.vocab_size,
+        adapters=layers * tokens * 2 * sum(attention_adapters(shape, 1).values())
+        + shape.num_moe_layers * rows * 2 * sum(expert_adapters(shape, 1).values()),
         router=shape.num_moe_layers * tokens * 2 * d * shape.num_moe_experts,
         padding=shape.num_moe_layers
         * expert_row
@@ -124,11 +129,12 @@ def step_flops(shape: MoeShape, forward: ForwardFlops, frozen: Frozen) -> int:
         "dense_ffn": forward.dense_ffn,
         "experts": forward.experts,
         "shared_experts": forward.shared_experts,
+        "adapters": forward.adapters,
     }
     left_out = forward.output_layer * ("embeddings" in frozen)
     for role, flops in weights.items():
         if layers := len(shape.layers_with(role)):
-            left_out += flops // layers * (layers - shape.trained_layers(role, frozen))
+            left_out += flops * (layers - shape.trained_layers(role, frozen)) // layers
     return training_flops(forward.model) - left_out
 
 

@@ -74,8 +74,10 @@ GPUS: dict[str, Gpu] = {
             nvlink_bytes_per_second=900e9,
             network_bytes_per_second=50e9,
         ),
-        # NVIDIA data sheets; without NVLink, GPUs of a node share PCIe 4. Their network is assumed
-        # to be 100 Gb/s.
+        # Without NVLink, GPUs of a node share PCIe 4. Their network is assumed to be 100 Gb/s.
+        # Checked 2026-11-29. L40S: a reseller's copy of NVIDIA's data sheet (bf16 362.05 TFLOP/s,
+        # 733 with sparsity; 864 GB/s). RTX 4090: two tables of specifications (bf16 165.15 TFLOP/s,
+        # 330.3 with sparsity; 1008 GB/s). hbm_gib of both is not verified.
         Gpu(
             name="l40s",
             peak_flops=362e12,

@@ -107,7 +107,7 @@ def _attention(
         backward=passes,
     )
     trained = shape.trained_share("attention", work.frozen)
-    return {
+    attention = {
         "gemm": kernels.linear(tokens, d, qkv, trained=trained)
         + kernels.linear(tokens, shape.query_width // tp, d, trained=trained),
         "attention": core,
@@ -115,6 +115,32 @@ def _attention(
         "tp": _sequence_parallel(tokens * d, work, degrees, links)
         + _shared_groups(tokens, shape, work, degrees, links),
         "cp": _exchange_kv(shape, work, degrees, links, attention=core),
+    }
+    return total([attention, _attention_adapters(shape, work, degrees, kernels, links)])
+
+
+def _attention_adapters(
+    shape: MoeShape, work: Workload, degrees: Degrees, kernels: Kernels, links: Links
+) -> Parts:
+    """Return the time of attention's adapters, and of adding their output."""
+    rank, d, tp = shape.adapter_rank("attention"), shape.hidden_size, degrees.tp
+    if not rank:
+        return {}
+    tokens = local_tokens(shape, work, degrees)
+    heads, qkv = shape.query_width // tp, (shape.query_width + 2 * shape.kv_width) // tp
+    trained = shape.trained_share("adapters", work.frozen)
+    products = (
+        (tokens.sequence_parallel, d, rank),
+        (tokens.gathered, rank, qkv),
+        (tokens.gathered, heads, rank),
+        (tokens.sequence_parallel, rank, d),
+    )
+    once = links.gather(group_of("tp", degrees), tokens.gathered * rank * work.bytes_per_value)
+    added = tokens.gathered * qkv + tokens.sequence_parallel * d
+    return {
+        "gemm": sum((kernels.linear(*sizes, trained=trained) for sizes in products), ZERO),
+        "memory": kernels.elementwise(added, forward=3, backward=0),
+        "tp": Seconds(2 * once, 2 * once),
     }
 
 
@@ -148,7 +174,24 @@ def _experts(
         "ep": dispatch,
         "etp": Seconds(2 * gather, 2 * gather),
     }
-    return total([routed, shared])
+    return total([routed, shared, _expert_adapters(rows, shape, work, degrees, kernels)])
+
+
+def _expert_adapters(
+    rows: float, shape: MoeShape, work: Workload, degrees: Degrees, kernels: Kernels
+) -> Parts:
+    """Return the time of the adapters of a rank's experts, and of adding their output."""
+    rank, d = shape.adapter_rank("experts"), shape.hidden_size
+    if not rank:
+        return {}
+    copies, neurons = shape.num_moe_experts // degrees.ep, shape.moe_ffn_hidden_size // degrees.etp
+    trained = shape.trained_share("adapters", work.frozen)
+    sizes = ((d, rank), (rank, 2 * neurons), (neurons, rank), (rank, d))
+    products = (kernels.grouped(rows, *one, copies=copies, trained=trained) for one in sizes)
+    return {
+        "gemm": sum(products, ZERO),
+        "memory": kernels.elementwise(rows * (2 * neurons + d), forward=3, backward=0),
+    }
 
 
 def _ffn(

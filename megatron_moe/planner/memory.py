@@ -198,8 +198,9 @@ def estimated_state(
 ) -> ModelState:
     """Estimate `model_state` in closed form: optimizer state sharded evenly, without padding."""
     frozen, precision, weight_bytes = work.frozen, work.state, work.bytes_per_value
-    held = sum(rank_parameters(shape, degrees, pp_rank=pp_rank))
-    dense, experts = trained_parameters(shape, degrees, pp_rank=pp_rank, frozen=frozen)
+    held = dense, experts = rank_parameters(shape, degrees, pp_rank=pp_rank)
+    if frozen:
+        dense, experts = trained_parameters(shape, degrees, pp_rank=pp_rank, frozen=frozen)
     shard = -(-dense // (degrees.dp * degrees.cp)) - (-experts // degrees.edp)
     saved = 0
     if work.optimizer == "muon":  # one moment less per element of a matrix
@@ -208,7 +209,7 @@ def estimated_state(
         )
         saved = -(-matrices[0] // (degrees.dp * degrees.cp)) - (-matrices[1] // degrees.edp)
     return ModelState(
-        weights=held * weight_bytes,
+        weights=sum(held) * weight_bytes,
         gradients=(dense + experts) * precision.gradient,
         optimizer=shard * (precision.moments + (precision.master if weight_bytes < 4 else 0))
         - saved * (precision.moments - precision.momentum),

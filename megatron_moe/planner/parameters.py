@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from megatron_moe.config.parts import ALL_TRAINED, Frozen, Part, Role
-from megatron_moe.hf.names import parameter_part
+from megatron_moe.hf.names import ROW_OF_ROLE, parameter_part
 from megatron_moe.parallel.shards import padded_vocabulary
-from megatron_moe.parallel.stages import chunk_layers, is_first, is_last
+from megatron_moe.parallel.stages import PipelineSplit, chunk_layers, is_first, is_last
 from megatron_moe.planner.shape import MoeShape
 from megatron_moe.planner.workload import Degrees
 
@@ -74,6 +74,7 @@ def rank_parameters(shape: MoeShape, degrees: Degrees, *, pp_rank: int) -> tuple
     qkv = (shape.query_width + 2 * shape.kv_width) // tp
     attention = d * (qkv + shape.query_width // tp + 2) + qkv * shape.qkv_bias
     attention += sum(shape.qk_norm_sizes(tp))
+    attention += sum(attention_adapters(shape, tp).values())
     router = sum(shape.router_sizes.values()) + d * shape.shared_expert_gate
     dense = len(layers) * attention
     dense += routed * (router + 3 * d * (shape.shared_expert_size // tp))
@@ -83,25 +84,23 @@ def rank_parameters(shape: MoeShape, degrees: Degrees, *, pp_rank: int) -> tuple
     if pp_rank == degrees.pp - 1:
         dense += d + vocabulary * (not shape.tied_embeddings or degrees.pp > 1)
     local = shape.num_moe_experts // degrees.ep
-    experts = routed * local * 3 * d * (shape.moe_ffn_hidden_size // degrees.etp)
+    adapters = sum(expert_adapters(shape, degrees.etp).values())
+    experts = routed * local * (3 * d * (shape.moe_ffn_hidden_size // degrees.etp) + adapters)
     return dense, experts
 
 
-def rank_layers(shape: MoeShape, degrees: Degrees, *, pp_rank: int) -> list[int]:
+def rank_layers(shape: MoeShape, degrees: Degrees, *, pp_rank: int) -> tuple[int, ...]:
     """Return the ids of the layers of all chunks of a pipeline rank."""
-    chunks = (_chunk_layers(shape, degrees, pp_rank, vpp) for vpp in range(degrees.vpp))
-    return [layer for chunk in chunks for layer in chunk]
+    return _rank_layers(shape.num_layers, degrees.pp, degrees.vpp, degrees.split, pp_rank)
 
 
-def _chunk_layers(shape: MoeShape, degrees: Degrees, pp_rank: int, vpp_rank: int) -> range:
-    return chunk_layers(
-        num_layers=shape.num_layers,
-        pp=degrees.pp,
-        vpp=degrees.vpp,
-        split=degrees.split,
-        pp_rank=pp_rank,
-        vpp_rank=vpp_rank,
-    )
+@lru_cache(maxsize=4096)  # a search asks for the same few, tens of thousands of times
+def _rank_layers(
+    num_layers: int, pp: int, vpp: int, split: PipelineSplit, pp_rank: int
+) -> tuple[int, ...]:
+    position = {"num_layers": num_layers, "pp": pp, "vpp": vpp, "pp_rank": pp_rank}
+    chunks = (chunk_layers(**position, split=split, vpp_rank=chunk) for chunk in range(vpp))
+    return tuple(layer for chunk in chunks for layer in chunk)
 
 
 def trained_parameters(
@@ -111,34 +110,35 @@ def trained_parameters(
     dense, experts = rank_parameters(shape, degrees, pp_rank=pp_rank)
     if not frozen:
         return dense, experts
-    left_out: Counter[Role] = Counter()
+    left_out = {False: 0, True: 0}  # of all others, and of experts
     vocabulary = padded_vocabulary(shape.vocab_size, degrees.tp) // degrees.tp * shape.hidden_size
     if "embeddings" in frozen:
         copies = (pp_rank == 0) + (
             pp_rank == degrees.pp - 1 and (not shape.tied_embeddings or degrees.pp > 1)
         )
-        left_out["embeddings"] += vocabulary * copies
+        left_out[False] += vocabulary * copies
     if "norms" in frozen and pp_rank == degrees.pp - 1:
-        left_out["norms"] += shape.hidden_size
+        left_out[False] += shape.hidden_size
     layers = rank_layers(shape, degrees, pp_rank=pp_rank)
     for routes in (True, False):
         alike = [layer for layer in layers if (layer in shape.moe_layers) == routes]
         if alike:
-            for role, numel in _sizes_by_role(
+            for (role, expert), numel in _sizes_by_role(
                 shape, degrees.tp, degrees.ep, degrees.etp, alike[0]
             ).items():
-                left_out[role] += numel * (len(alike) - frozen.trained(role, alike))
-    frozen_experts = left_out.pop("experts", 0)
-    return dense - left_out.total(), experts - frozen_experts
+                left_out[expert] += numel * (len(alike) - frozen.trained(role, alike))
+    return dense - left_out[False], experts - left_out[True]
 
 
 @lru_cache(maxsize=4096)
-def _sizes_by_role(shape: MoeShape, tp: int, ep: int, etp: int, layer: int) -> Counter[Role]:
-    """Return the parameters of one layer on a rank by role."""
-    sizes: Counter[Role] = Counter()
+def _sizes_by_role(
+    shape: MoeShape, tp: int, ep: int, etp: int, layer: int
+) -> Counter[tuple[Role, bool]]:
+    """Return the parameters of one layer on a rank, by role and whether they are an expert's."""
+    sizes: Counter[tuple[Role, bool]] = Counter()
     degrees = Degrees(gpus=tp * ep * etp, tp=tp, ep=ep, etp=etp)
     for tensor in layer_tensors(shape, degrees, layer=layer):
-        sizes[tensor.part.role] += tensor.numel
+        sizes[tensor.part.role, tensor.expert] += tensor.numel
     return sizes
 
 
@@ -151,7 +151,15 @@ def chunk_tensors(
     tensors: list[LocalTensor] = []
     if is_first(pp_rank=pp_rank, vpp_rank=vpp_rank):
         tensors.append(LocalTensor("embedding.word_embeddings.weight", vocabulary))
-    for layer in _chunk_layers(shape, degrees, pp_rank, vpp_rank):
+    layers = chunk_layers(
+        num_layers=shape.num_layers,
+        pp=degrees.pp,
+        vpp=degrees.vpp,
+        split=degrees.split,
+        pp_rank=pp_rank,
+        vpp_rank=vpp_rank,
+    )
+    for layer in layers:
         tensors += layer_tensors(shape, degrees, layer=layer)
     if is_last(pp=degrees.pp, vpp=degrees.vpp, pp_rank=pp_rank, vpp_rank=vpp_rank):
         tensors.append(LocalTensor("decoder.final_layernorm.weight", shape.hidden_size))
@@ -164,11 +172,16 @@ def layer_tensors(shape: MoeShape, degrees: Degrees, *, layer: int) -> list[Loca
     """Return the parameters of one layer on one rank."""
     prefix, d, tp = f"decoder.layers.{layer}.", shape.hidden_size, degrees.tp
     qkv = (shape.query_width + 2 * shape.kv_width) // tp
+    adapters = attention_adapters(shape, tp)
     sizes = {
         "input_layernorm.weight": d * (not shape.post_norms),
         "self_attention.linear_proj.weight": d * shape.query_width // tp,
+        "self_attention.linear_proj.adapter.linear_in.weight": adapters["proj_in"],
+        "self_attention.linear_proj.adapter.linear_out.weight": adapters["proj_out"],
         "self_attention.linear_qkv.weight": d * qkv,
         "self_attention.linear_qkv.bias": qkv * shape.qkv_bias,
+        "self_attention.linear_qkv.adapter.linear_in.weight": adapters["qkv_in"],
+        "self_attention.linear_qkv.adapter.linear_out.weight": adapters["qkv_out"],
         "self_attention.q_layernorm.weight": shape.qk_norm_sizes(tp)[0],
         "self_attention.k_layernorm.weight": shape.qk_norm_sizes(tp)[1],
         "self_attn_bda.norm.weight": d * shape.post_norms,
@@ -182,6 +195,10 @@ def layer_tensors(shape: MoeShape, degrees: Degrees, *, layer: int) -> list[Loca
         for expert in range(shape.num_moe_experts // degrees.ep):
             experts[f"mlp.experts.linear_fc1.weight{expert}"] = 2 * neurons * d
             experts[f"mlp.experts.linear_fc2.weight{expert}"] = neurons * d
+            for row, numel in expert_adapters(shape, degrees.etp).items():
+                (template,) = ROW_OF_ROLE[row].megatron
+                name = template.format(layer=layer, expert=expert).removeprefix(prefix)
+                experts |= {name: numel} if numel else {}
         shared = _ffn("mlp.shared_experts.", d, shape.shared_expert_size // tp)
         shared["mlp.shared_experts.gate_weight"] = d * shape.shared_expert_gate
     else:
@@ -194,6 +211,29 @@ def layer_tensors(shape: MoeShape, degrees: Degrees, *, layer: int) -> list[Loca
     ]
 
 
+def attention_adapters(shape: MoeShape, tp: int) -> dict[str, int]:
+    """Return the parameters of a layer's attention adapters on one of ``tp`` ranks, by row."""
+    rank, d = shape.adapter_rank("attention"), shape.hidden_size
+    return {
+        "proj_in": rank * shape.query_width // tp,
+        "proj_out": rank * d,
+        "qkv_in": rank * d,
+        "qkv_out": rank * (shape.query_width + 2 * shape.kv_width) // tp,
+    }
+
+
+def expert_adapters(shape: MoeShape, etp: int) -> dict[str, int]:
+    """Return the parameters of an expert's adapters on one of ``etp`` ranks, by row."""
+    rank, d = shape.adapter_rank("experts"), shape.hidden_size
+    neurons = shape.moe_ffn_hidden_size // etp
+    return {
+        "expert_fc1_in": rank * d,
+        "expert_fc1_out": rank * 2 * neurons,
+        "expert_fc2_in": rank * neurons,
+        "expert_fc2_out": rank * d,
+    }
+
+
 def _ffn(prefix: str, hidden_size: int, neurons: int) -> dict[str, int]:
     return {
         f"{prefix}linear_fc1.weight": 2 * neurons * hidden_size,
@@ -202,4 +242,5 @@ def _ffn(prefix: str, hidden_size: int, neurons: int) -> dict[str, int]:
 
 
 def _expert_numel(shape: MoeShape) -> int:
-    return 3 * shape.hidden_size * shape.moe_ffn_hidden_size
+    adapters = sum(expert_adapters(shape, 1).values())
+    return 3 * shape.hidden_size * shape.moe_ffn_hidden_size + adapters

@@ -28,7 +28,7 @@ from megatron_moe.planner.search import (
     configured,
     search,
 )
-from megatron_moe.planner.shape import MoeShape, upcycled_shape
+from megatron_moe.planner.shape import MoeShape, run_shape
 from megatron_moe.planner.time import step_time
 from megatron_moe.planner.workload import Degrees, Workload, workload_of
 from megatron_moe.rules.check import violations
@@ -36,6 +36,8 @@ from megatron_moe.rules.check import violations
 BF16_GRADIENTS = ("train.grad_reduce_in_fp32=false",)
 BF16_MOMENTS = ("optimizer.exp_avg_dtype=bf16", "optimizer.exp_avg_sq_dtype=bf16")
 ON_HOST = ("optimizer.optimizer_cpu_offload=true",)
+LOW_RANK = ("lora.rank=16",)
+LOW_RANK_EXPERTS = ("lora.rank=16", "lora.targets=[attention,experts]", "run.engine=torch")
 WITHOUT_EXPERTS = ("train.freeze=[experts]",)
 
 LESS_STATE = (
@@ -46,11 +48,14 @@ LESS_STATE = (
 )
 """Settings that make gradients and optimizer state smaller, from the cheapest on."""
 LESS_TRAINED = (
+    LOW_RANK,
+    LOW_RANK_EXPERTS,
     WITHOUT_EXPERTS,
+    (*WITHOUT_EXPERTS, *LOW_RANK),
     (*WITHOUT_EXPERTS, *BF16_MOMENTS, *BF16_GRADIENTS),
     (*WITHOUT_EXPERTS, *BF16_MOMENTS, *BF16_GRADIENTS, *ON_HOST),
 )
-"""Settings that leave the largest part of the model as it is: this trains less."""
+"""Settings that train less: not the largest part of the model, or updates of a small rank."""
 
 MAX_DOUBLINGS = 7
 """Number of times that the GPUs are doubled in search of a number that fits."""
@@ -139,7 +144,7 @@ def _settings(
         work: The work of a step after ``change``; None: as it is now.
         change: Other settings that were changed before.
     """
-    shape, machine = upcycled_shape(spec, config.moe), Machine(gpu_named(gpu), FITTED)
+    shape, machine = run_shape(config, spec), Machine(gpu_named(gpu), FITTED)
     work, degrees = work or current.work, current.degrees
     later = work.recompute_settings[work.recompute_settings.index(work.recompute) :]
     size = work.micro_batch_size
@@ -169,7 +174,9 @@ def _less_state(
     for changes in (LESS_STATE, LESS_TRAINED):
         for change, changed in _changed(config, changes):
             own = workload_of(changed)
-            work = replace(current.work, state=own.state, frozen=own.frozen)
+            work = replace(current.work, state=own.state, frozen=own.frozen, engine=own.engine)
+            if work.recompute not in work.recompute_settings:
+                continue
             yield from islice(_settings(changed, spec, gpu, current, work, change), 1)
 
 
@@ -227,7 +234,7 @@ def _best(
             tokens_per_second=best.time.tokens_per_second_per_gpu * gpus,
             gib=best.memory.total,
             usable_gib=result.usable_gib,
-            host_gib=_host_gib(upcycled_shape(spec, config.moe), best.work, best.degrees),
+            host_gib=_host_gib(run_shape(config, spec), best.work, best.degrees),
         )
     ]
 

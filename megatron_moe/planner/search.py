@@ -14,7 +14,7 @@ from megatron_moe.planner.frontier import Family, Frontier, Setting
 from megatron_moe.planner.hardware import gpu_named
 from megatron_moe.planner.layer import Machine
 from megatron_moe.planner.memory import FRAMEWORK_GIB, GIB, RankMemory, estimated_state, peak_memory
-from megatron_moe.planner.shape import MoeShape, upcycled_shape
+from megatron_moe.planner.shape import MoeShape, run_shape
 from megatron_moe.planner.teacher import with_teacher
 from megatron_moe.planner.time import StepTime
 from megatron_moe.planner.workload import Degrees, Workload, workload_of
@@ -135,7 +135,7 @@ def search(
         ConfigError: The GPU is unknown, or no layout is legal.
         NothingFitsError: No legal layout fits.
     """
-    shape, machine = upcycled_shape(spec, config.moe), Machine(gpu_named(gpu), constants)
+    shape, machine = run_shape(config, spec), Machine(gpu_named(gpu), constants)
     space = _space(shape, with_teacher(workload_of(config), config, spec), gpus, machine)
     if not space.num_legal:
         broken_rules = violations(config, spec, gpus)

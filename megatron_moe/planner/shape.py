@@ -11,11 +11,12 @@ Shape letters of this folder:
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_moe.config.moe import Moe
 from megatron_moe.config.parts import Frozen, Role
+from megatron_moe.config.run import RunConfig
 from megatron_moe.experts.from_source import settings_of
 from megatron_moe.experts.resolve import moe_layer_ids
 from megatron_moe.hf.spec import ModelSpec
@@ -53,6 +54,10 @@ class MoeShape:
     """Whether the shared expert has a learned scalar gate (Qwen2-MoE)."""
     router_gate: str = "linear"
     """The router's network, one of the values of `Moe.router_gate`."""
+    lora_rank: int = 0
+    """Rank of the adapters (R); 0 if there are none."""
+    lora_targets: tuple[Role, ...] = ()
+    """Roles whose matrices have adapters."""
 
     @property
     def query_width(self) -> int:
@@ -74,6 +79,10 @@ class MoeShape:
             return self.query_width // tp, self.kv_width // tp
         return self.kv_channels * self.qk_layernorm, self.kv_channels * self.qk_layernorm
 
+    def adapter_rank(self, role: Role) -> int:
+        """Return the rank of the adapters of a role's matrices; 0 if they have none."""
+        return self.lora_rank if role in self.lora_targets else 0
+
     @property
     def router_sizes(self) -> dict[str, int]:
         """Number of parameters of one router, by name."""
@@ -90,6 +99,8 @@ class MoeShape:
         match role:
             case "embeddings":
                 return ()
+            case "adapters":
+                return sorted({n for target in self.lora_targets for n in self.layers_with(target)})
             case "attention" | "norms":
                 return range(self.num_layers)
             case "dense_ffn":
@@ -143,6 +154,13 @@ def upcycled_shape(spec: ModelSpec, moe: Moe) -> MoeShape:
         router_gate=moe.router_gate,
         **_attention_of(spec),
     )
+
+
+def run_shape(config: RunConfig, spec: ModelSpec) -> MoeShape:
+    """Return the shape of the model that a run trains, with its adapters."""
+    lora = config.lora
+    targets = tuple(sorted(lora.frozen))
+    return replace(upcycled_shape(spec, config.moe), lora_rank=lora.rank, lora_targets=targets)
 
 
 def _attention_of(spec: ModelSpec) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from functools import lru_cache
 
 from megatron_moe.config.parts import Frozen
 from megatron_moe.parallel.shards import padded_vocabulary
+from megatron_moe.planner.activations import paired_share
 from megatron_moe.planner.flops import sequence_flops
 from megatron_moe.planner.kernels import HBM_EFFICIENCY, Kernels, Seconds
 from megatron_moe.planner.layer import EXPOSED, Machine, ffn_seconds, layer_seconds
@@ -60,6 +61,9 @@ def step_time(shape: MoeShape, work: Workload, degrees: Degrees, machine: Machin
     share = max(degrees.stage_shares(shape.num_layers))
     slowest = sum(layers.values()) * share + output
     parts = {name: batches * seconds * share for name, seconds in layers.items()}
+    if work.expert_overlap and "ep" in parts:
+        pairs = paired_share(micro_batches=batches, degrees=degrees)
+        parts["ep"] *= 1 - (1 - EXPOSED) * pairs
     parts["output_layer"] = batches * output
     parts["bubble"] = (degrees.pp - 1) / degrees.vpp * slowest
     parts["pp"] = batches * _send(shape, work, degrees, machine)
@@ -118,12 +122,13 @@ def _forward(
 def least_seconds(shape: MoeShape, work: Workload, degrees: Degrees, machine: Machine) -> float:
     """Return a lower bound on the step time of layouts with this tp, cp, ep, etp and micro-batch.
 
-    It assumes one stage, so that no rank waits, no gradient reduction, no optimizer, and counts the
-    output layer once.
+    It assumes one stage, so that no rank waits, no gradient reduction, no optimizer, counts the
+    output layer once, and overlaps all exchanges that overlap in part.
     """
     batches = work.global_batch_size * degrees.tp * degrees.cp / degrees.gpus
     layers, output = _model(shape, work, degrees, machine)
-    return batches / work.micro_batch_size * (sum(layers.values()) + output)
+    hidden = (1 - EXPOSED) * work.expert_overlap * layers.get("ep", 0.0)
+    return batches / work.micro_batch_size * (sum(layers.values()) - hidden + output)
 
 
 def _model(

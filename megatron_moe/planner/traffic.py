@@ -115,6 +115,8 @@ def _attention(shape: MoeShape, work: Workload, degrees: Degrees) -> Traffic:
     # With more tp ranks than query groups, the output of the fused projection is gathered.
     fused = shape.query_width + 2 * shape.kv_width
     fused *= shape.num_layers * (degrees.tp > shape.num_query_groups)
+    # The products of an adapter's A: one gather and one scatter forward, one of each backward.
+    fused += 2 * shape.num_layers * shape.adapter_rank("attention")
     fused_bytes = ranks * batches * _tokens(work, degrees) * fused * work.bytes_per_value
     return {
         ("tp", "all_gather"): (2 * shared_by_tp + again) * block + fused_bytes,
@@ -168,6 +170,7 @@ def _replicated(shape: MoeShape, work: Workload, degrees: Degrees) -> Traffic:
         "norms": norms,
         "router": sum(shape.router_sizes.values()),
         "shared_experts": shape.hidden_size * shape.shared_expert_gate,
+        "adapters": 2 * shape.hidden_size * shape.adapter_rank("attention"),
     }
     for role, of_layer in in_layer.items():
         trained += shape.trained_layers(role, work.frozen) * of_layer

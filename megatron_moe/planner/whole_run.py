@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from megatron_moe.config.run import RunConfig
@@ -11,7 +11,7 @@ from megatron_moe.hf.spec import ModelSpec
 from megatron_moe.planner.epochs import Epochs, epochs_of
 from megatron_moe.planner.parameters import rank_parameters, total_parameters
 from megatron_moe.planner.search import Candidate
-from megatron_moe.planner.shape import MoeShape, upcycled_shape
+from megatron_moe.planner.shape import MoeShape, run_shape
 from megatron_moe.planner.workload import Degrees, Workload
 
 GPU_HOURS_PER_FAILURE = 50_000
@@ -95,7 +95,7 @@ def whole_run(
     gpus_per_node: int = 8,
 ) -> WholeRun:
     """Predict a run of ``train.steps`` steps with the layout of ``candidate``."""
-    shape = upcycled_shape(spec, config.moe)
+    shape = run_shape(config, spec)
     degrees, work, time = candidate.degrees, candidate.work, candidate.time
     steps = config.train.steps
     size = checkpoint_bytes(shape, work)
@@ -136,11 +136,13 @@ def whole_run(
 
 
 def checkpoint_bytes(shape: MoeShape, work: Workload) -> int:
-    """Return the bytes of one checkpoint: weights, two moments and, for bf16, master weights."""
-    moments = work.state.moments + work.state.host
-    return total_parameters(shape) * (
-        work.bytes_per_value + moments + (4 if work.precision == "bf16" else 0)
-    )
+    """Return the bytes of one checkpoint: weights, and the optimizer state of those trained.
+
+    The state is two moments and, for bf16, master weights.
+    """
+    state = work.state.moments + work.state.host + (4 if work.precision == "bf16" else 0)
+    trained = total_parameters(shape, frozen=work.frozen)
+    return total_parameters(shape) * work.bytes_per_value + trained * state
 
 
 def source_bytes_read(shape: MoeShape, degrees: Degrees) -> int:
@@ -149,7 +151,7 @@ def source_bytes_read(shape: MoeShape, degrees: Degrees) -> int:
     A rank reads its shards of the dense weights, and once the shard of the FFN that all of its
     experts of a layer are copies of.
     """
-    total = 0
+    total, shape = 0, replace(shape, lora_rank=0)
     local_experts = max(1, shape.num_moe_experts // degrees.ep)
     for pp_rank in range(degrees.pp):
         dense, experts = rank_parameters(shape, degrees, pp_rank=pp_rank)

@@ -132,6 +132,9 @@ class Workload:
     precision: Literal["fp32", "bf16"] = "bf16"
     tp_comm_overlap: bool = False
     """Whether all tp collectives overlap with products, in pieces (``train.tp_comm_overlap``)."""
+    expert_overlap: bool = False
+    """Whether the all-to-all over ep overlaps with the other pass of another micro-batch
+    (``train.overlap_moe_expert_parallel_comm``)."""
     engine: Engine = "transformer_engine"
     """Implementation of the layers; it determines which tensors the backward pass keeps."""
     frozen: Frozen = ALL_TRAINED
@@ -220,8 +223,9 @@ def workload_of(config: RunConfig) -> Workload:
         recompute=config.train.recompute,
         precision=config.train.precision,
         tp_comm_overlap=config.train.tp_comm_overlap,
+        expert_overlap=config.train.overlap_moe_expert_parallel_comm,
         engine=engine_assumed(config),
-        frozen=config.train.always_frozen,
+        frozen=config.always_frozen,
         optimizer=config.optimizer.optimizer,
         state=state_precision(config),
         device_check_interval=config.guard.device_check_interval,

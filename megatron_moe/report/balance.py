@@ -27,7 +27,9 @@ from megatron_moe.report.picture import Rows, Scale, heat_picture, line_picture
 from megatron_moe.report.read import RunFiles
 from megatron_moe.report.thin import thin
 
-LOADS = "router/load_by_expert"
+LOADS, REVIVED = "router/load_by_expert", "router/revived"
+MOST_REVIVALS = 50
+"""Number of rows in the table of re-created experts."""
 
 
 def balance(run: RunFiles) -> Section:
@@ -47,6 +49,7 @@ def balance(run: RunFiles) -> Section:
     series = run.history.series(LOADS)
     pictures = [_mean(run), *by_layer, *([] if series is None else _experts(run, series))]
     remarks = [
+        _revived(run),
         _no_drops(run),
         _no_loads() if series is None else None,
         thinning_note(run.history, "router/load_imbalance"),
@@ -119,6 +122,22 @@ def _no_drops(run: RunFiles) -> Html | None:
         "moe.moe_expert_capacity_factor is null" if factor is None else f"capacity factor {factor}"
     )
     return el("p", f"No expert choice was dropped in any step ({reason}).")
+
+
+def _revived(run: RunFiles) -> Html | None:
+    """Return a table of the experts that were re-created from siblings, the newest first."""
+    rows = [
+        [f"{step:,}", *(f"{number:.0f}" for number in numbers)]
+        for step, revived in reversed(run.history.tables(REVIVED))
+        for numbers in revived
+    ]
+    if not rows:
+        return None
+    title = f"Dead experts that were re-created: {len(rows):,}"
+    if len(rows) > MOST_REVIVALS:
+        title += f", of which the newest {MOST_REVIVALS}"
+    head = ["after step", "layer", "expert", "copied from expert"]
+    return table(head, rows[:MOST_REVIVALS], caption=title)
 
 
 def _no_loads() -> Html:

@@ -68,6 +68,18 @@ class History:
         steps, values = zip(*logged, strict=True)
         return Series(np.array(steps), np.stack(values))
 
+    def tables(self, name: str) -> list[tuple[int, Array]]:
+        """Return the steps at which a table ``name`` was logged, and the tables, in order.
+
+        Raises:
+            DataError: A value is not a list of equally long lists of numbers.
+        """
+        logged = [(line["step"], _array(line, name)) for line in self.lines if name in line]
+        for step, value in logged:
+            if value.ndim != 2:
+                raise DataError(f"metrics.jsonl, step {step}: {name} is not a table")
+        return logged
+
 
 def _array(line: Numbers, name: str) -> Array:
     try:

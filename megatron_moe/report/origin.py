@@ -51,10 +51,17 @@ def _receipt_facts(receipt: dict[str, Any]) -> Html:
             f"{check['argmax_agreement']:.1%} of {check['tokens']} next tokens identical",
         )
     )
+    lora = receipt.get("lora")
+    adapters = lora and (
+        "adapters",
+        f"LoRA of rank {lora['rank']}",
+        f"alpha {lora['alpha']:g}, on {', '.join(lora['targets'])}",
+    )
     times = receipt["bytes_read"] / max(receipt["source_bytes"], 1)
     return facts(
         [
             ("method", receipt["method"], f"plan {receipt['plan_hash'][:12]}"),
+            *([adapters] if adapters else []),
             agreement,
             (
                 "read by all ranks",

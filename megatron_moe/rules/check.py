@@ -9,7 +9,7 @@ from __future__ import annotations
 from megatron_moe.config.run import Parallel, RunConfig
 from megatron_moe.errors import ConfigError
 from megatron_moe.hf.spec import ModelSpec
-from megatron_moe.rules import layout, moe, parts, precision, teacher, training
+from megatron_moe.rules import layout, lora, moe, overlap, parts, precision, teacher, training
 from megatron_moe.rules.case import Case
 from megatron_moe.rules.nearest import changes, nearest_layout
 
@@ -28,6 +28,8 @@ def check(config: RunConfig, spec: ModelSpec, world_size: int) -> None:
 def legal_layout(config: RunConfig, spec: ModelSpec, world_size: int) -> list[str]:
     """Return a line with the nearest layout that keeps all layout rules, or none if not needed."""
     before, nearest = config.parallel, nearest_legal(config, spec, world_size)
+    if nearest is None and world_size == 1:  # there is but one layout, so it is not the cause
+        return []
     if nearest is None:
         return [f"  no layout of {world_size} ranks is legal with the other settings"]
     if nearest is before:
@@ -65,15 +67,17 @@ def violations(config: RunConfig, spec: ModelSpec, world_size: int) -> list[str]
 LAYOUT_RULES = (
     layout.world, layout.heads, layout.experts, layout.dense_ffn,
     layout.pipeline, layout.pipeline_layout, layout.sequence, layout.batch, layout.batch_ramp,
+    lora.whole_experts, layout.expert_overlap,
 )  # fmt: skip
 """Rules that another layout can satisfy."""
 
 RULES = (
-    *LAYOUT_RULES, layout.tp_overlap, precision.fp8, precision.shared_overlap,
+    *LAYOUT_RULES, layout.tp_overlap, precision.fp8,
+    overlap.shared_experts, overlap.expert_exchange, overlap.weight_gradients,
     moe.capacity, moe.dispatcher, moe.router, moe.construction,
     moe.shared_expert, moe.moe_layers,
     training.schedule, training.weight_decay, training.gradients, training.muon, training.moments,
-    parts.roles, parts.stages, teacher.teacher,
+    parts.roles, parts.stages, lora.adapters, lora.alone, teacher.teacher,
     training.texts, training.mixing, training.context, training.recompute, training.reset_attention,
     training.device_check, training.local_copies,
 )  # fmt: skip

@@ -52,6 +52,12 @@ def construction_violations(config: RunConfig, spec: ModelSpec) -> Iterator[str]
             f"upcycle.fit_stream ({recipe.fit_stream}) must be 0 for a {spec.family} model: a norm "
             "between its FFN and the residual stream hides which output would restore the stream"
         )
+    if needs(recipe) != "text" and config.upcycle.plan is not None:
+        yield (
+            f"upcycle.plan ({config.upcycle.plan}) has no effect with upcycle.method "
+            f"({recipe.method}), this router and scale, which need nothing from a plan file.\n"
+            "  leave upcycle.plan unset"
+        )
     if needs(recipe) == "text" and config.upcycle.plan is None:
         subject = (
             f"upcycle.method ({recipe.method})"
@@ -237,6 +243,13 @@ def _router(case: _Case) -> Iterator[str]:
 
 def _fit(case: _Case) -> Iterator[str]:
     u = case.upcycle
+    if case.method.routed and "router" not in u.fit:
+        fit = ", ".join(u.fit) or "nothing"
+        yield (
+            f"upcycle.fit ({fit}) {case.with_method} must contain router: the "
+            "method groups neurons by what a fitted router sends to them.\n"
+            "  set upcycle.fit=[router,down], or upcycle.method=split_coactivation"
+        )
     if not u.fit:
         return
     named = f"upcycle.fit ({', '.join(u.fit)})"
@@ -261,6 +274,11 @@ def _fit(case: _Case) -> Iterator[str]:
         yield (
             f"upcycle.router_init ({u.router_init}) has no effect with {named}, which solves for "
             "the router's rows.\n  leave upcycle.router_init unset"
+        )
+    if "router" in u.fit and case.moe.num_moe_experts < 2:
+        yield (
+            f"{named} needs moe.num_moe_experts ({case.moe.num_moe_experts}) to be at least 2: a "
+            "router of one expert has nothing to choose.\n  set moe.num_moe_experts=2 or more"
         )
     if case.moe.router_gate != "linear":
         yield (

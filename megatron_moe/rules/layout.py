@@ -236,6 +236,39 @@ def tp_overlap(case: Case) -> Iterator[str]:
         )
 
 
+def expert_overlap(case: Case) -> Iterator[str]:
+    """Check that tokens are exchanged between ranks, and that the schedule takes passes in pairs.
+
+    Megatron-Core requires the same, but for the number of micro-batches.
+    """
+    p, train = case.config.parallel, case.config.train
+    if not train.overlap_moe_expert_parallel_comm:
+        return
+    setting = "train.overlap_moe_expert_parallel_comm (true)"
+    way_out = "leave train.overlap_moe_expert_parallel_comm unset"
+    pp, ep = p.pipeline_parallel_size, p.expert_parallel_size
+    if ep == 1:
+        yield (
+            f"{setting} needs parallel.expert_parallel_size (1) to be at least 2: no tokens are "
+            f"exchanged between ranks.\n  {way_out}"
+        )
+    if pp > 1 and case.vpp == 1:
+        yield (
+            f"{setting} with parallel.pipeline_parallel_size ({pp}) needs "
+            "parallel.virtual_pipeline_parallel_size (1) to be at least 2: only the interleaved "
+            "schedule pairs the forward pass of one micro-batch with the backward pass of another."
+            f"\n  set parallel.virtual_pipeline_parallel_size=2, or {way_out}"
+        )
+    model = pp * p.context_parallel_size * p.tensor_parallel_size
+    unit = train.micro_batch_size * case.world_size // model
+    if pp == 1 and case.world_size % model == 0 and train.global_batch_size == unit:
+        yield (
+            f"{setting} needs at least two micro-batches in a step, but train.global_batch_size "
+            f"({train.global_batch_size}) / (micro_batch_size * dp) is 1: there is no other one to "
+            f"compute meanwhile.\n  smallest train.global_batch_size: {2 * unit}"
+        )
+
+
 def batch(case: Case) -> Iterator[str]:
     """Check that replicas get whole micro-batches, and an interleaved schedule whole rounds."""
     p, train = case.config.parallel, case.config.train

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_moe.config.moe import Moe
+from megatron_moe.config.parts import layers_of_name
 from megatron_moe.config.run import RunConfig
 from megatron_moe.experts.resolve import moe_layer_ids
 from megatron_moe.rules.case import Case, indivisible
@@ -145,6 +146,7 @@ def router(case: Case) -> Iterator[str]:
             "  set moe.router_gate=noisy_linear or moe.moe_router_load_balancing_type=aux_loss"
         )
     yield from _adaptive(moe)
+    yield from _revived(case.config)
     yield from _recorded(case.config)
     if sigmoid and moe.router_order != "topk_softmax":
         yield (
@@ -173,6 +175,52 @@ def _adaptive(moe: Moe) -> Iterator[str]:
                 f"coefficient is constant.\n  set moe.adaptive_aux_loss=true, or leave moe.{name} "
                 "unset"
             )
+
+
+def _revived(config: RunConfig) -> Iterator[str]:
+    """Check that dead experts can be re-created, and that a copy can get tokens and learn."""
+    moe = config.moe
+    if moe.revive_after_steps is None:
+        if moe.revive_below_load != Moe.model_fields["revive_below_load"].default:
+            yield (
+                f"moe.revive_below_load ({moe.revive_below_load}) has no effect without "
+                "moe.revive_after_steps: no expert is re-created.\n"
+                "  set moe.revive_after_steps, or leave moe.revive_below_load unset"
+            )
+        return
+    setting = f"moe.revive_after_steps ({moe.revive_after_steps})"
+    way_out = "leave moe.revive_after_steps unset"
+    if moe.moe_router_topk == 1:
+        yield (
+            f"{setting} needs moe.moe_router_topk (1) to be at least 2: a re-created expert ranks "
+            f"below the one that it copies, and would get no token.\n  {way_out}"
+        )
+    elif moe.moe_router_topk == moe.num_moe_experts:
+        yield (
+            f"{setting} needs moe.moe_router_topk ({moe.moe_router_topk}) to be less than "
+            f"moe.num_moe_experts: every expert gets all tokens, so none is dead.\n  {way_out}"
+        )
+    lists = [config.train.freeze, *(stage.freeze for stage in config.train.stages)]
+    names = dict.fromkeys(name for named in lists for name in named)
+    if frozen := [name for name in names if layers_of_name(name)[0] in ("router", "experts")]:
+        yield (
+            f"{setting} cannot be combined with frozen {', '.join(frozen)} (train.freeze or "
+            "train.stages): re-creating an expert changes its weights and its router row.\n"
+            f"  do not freeze routers or experts, or {way_out}"
+        )
+    if moe.replay_routing is not None:
+        yield (
+            f"{setting} cannot be combined with moe.replay_routing ({moe.replay_routing}): tokens "
+            "go to the recorded experts, so a re-created one would stay without.\n"
+            f"  {way_out}"
+        )
+    if config.teacher.router_weight:
+        yield (
+            f"{setting} cannot be combined with teacher.router_weight "
+            f"({config.teacher.router_weight}): it compares each expert with the neurons that the "
+            f"expert was made of, which a re-created one has no more.\n"
+            f"  set teacher.router_weight=0, or {way_out}"
+        )
 
 
 def _recorded(config: RunConfig) -> Iterator[str]:

@@ -28,7 +28,7 @@ def roles(case: Case) -> Iterator[str]:
                 f"  its roles: {', '.join(present)}{layers}"
             )
     for name, named in lists.items():
-        frozen = Frozen.named(named)
+        frozen = Frozen.named(named).with_roles(case.config.lora.frozen)
         if all(_nothing_trained(role, layers, frozen) for role, layers in present.items()):
             yield (
                 f"{name} ({', '.join(named)}) freezes all parameters: nothing is left to train.\n"
@@ -86,7 +86,12 @@ def _present_roles(case: Case) -> dict[Role, Collection[int]]:
     dense = [layer for layer in every if layer not in routed]
     layers: dict[Role, Collection[int]] = dict.fromkeys(ROLE_NAMES, routed)
     layers |= {"attention": every, "norms": every, "embeddings": (), "dense_ffn": dense}
-    absent = {"shared_experts": not moe.shared_size, "dense_ffn": not dense}
+    layers["adapters"] = every if "attention" in case.config.lora.targets else routed
+    absent = {
+        "shared_experts": not moe.shared_size,
+        "dense_ffn": not dense,
+        "adapters": not case.config.lora.rank,
+    }
     return {role: layers[role] for role in ROLE_NAMES if not absent.get(role)}
 
 

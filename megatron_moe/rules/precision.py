@@ -1,4 +1,4 @@
-"""Rules of fp8 products and of the overlap of shared experts, which need a GPU."""
+"""Rules of fp8 products, which need a GPU."""
 
 from __future__ import annotations
 
@@ -65,27 +65,3 @@ def _sides(case: Case) -> dict[str, float]:
     if len(moe_layer_ids(moe, spec.num_layers)) < spec.num_layers:
         sides["intermediate_size of dense layers / tp"] = spec.ffn_hidden_size / tp
     return sides
-
-
-def shared_overlap(case: Case) -> Iterator[str]:
-    """Check that there is a shared expert, and communication that it can overlap with."""
-    moe, run = case.config.moe, case.config.run
-    if not moe.moe_shared_expert_overlap:
-        return
-    setting, way_out = "moe.moe_shared_expert_overlap (true)", "leave it unset"
-    if not moe.shared_size:
-        yield (
-            f"{setting} needs moe.moe_shared_expert_intermediate_size: there is no shared expert "
-            f"to compute meanwhile.\n  {way_out}"
-        )
-    if moe.moe_token_dispatcher_type == "allgather":
-        yield (
-            f"{setting} needs moe.moe_token_dispatcher_type (allgather) to be alltoall or flex: "
-            "only they run the shared expert between their parts.\n"
-            f"  set moe.moe_token_dispatcher_type=alltoall, or {way_out}"
-        )
-    if run.device == "cpu":
-        yield (
-            f"{setting} needs run.device (cpu) to be cuda: a CPU has no second stream of kernels.\n"
-            f"  {way_out}"
-        )

@@ -7,7 +7,9 @@ The machine's GPUs are hidden. Replacements::
 
     torch.cuda.current_device() and "cuda" literals      the CPU
     streams and events                                   objects that do nothing
+    Tensor.record_stream(stream)                         nothing
     torch.cuda RNG state                                 the CPU generator's
+    calls that wait for CUDA to be initialized           dropped, or they would pile up at each step
     Tensor.type() == "torch.cuda.FloatTensor"            true: Megatron-Core groups parameters by it
     all_to_all_single with sizes in a tensor             sizes in a list of int
     all_gather and reduce_scatter of unequal parts       padded to the largest part
@@ -96,6 +98,7 @@ def _replace_cuda_queries() -> None:
         "get_rng_state": get_rng_state,
         "set_rng_state": set_rng_state,
         "manual_seed": torch.manual_seed,
+        "_lazy_call": lambda *args, **kwargs: None,
         "memory_allocated": lambda *args: 0,
         "max_memory_allocated": lambda *args: 0,
     }
@@ -130,6 +133,7 @@ def _replace_cuda_literals() -> None:
     replace(Tensor, "to", tensor_to)
     replace(Tensor, "type", tensor_type)
     replace(Tensor, "cuda", lambda self, *args, **kwargs: self)
+    replace(Tensor, "record_stream", lambda self, stream: None)
     replace(torch.nn.Module, "cuda", lambda self, device=None: self)
 
 

@@ -17,6 +17,11 @@ from urllib.parse import urlsplit
 from megatron_moe.errors import ConfigError
 
 _PORT = "29500"
+ELASTIC = "MEGATRON_MOE_ELASTIC"
+"""Variable that launch/nodes.sh sets if torchrun is to restart ranks that a signal has stopped."""
+STOPPED = 75
+"""Exit status of such ranks: torchrun takes 0 for the end of the job, and would not restart them.
+It is the EX_TEMPFAIL of sysexits.h: try again later."""
 RESOLVE_SECONDS = 60.0
 """Seconds that the name of the first host may take to be published."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import signal
 import sys
@@ -17,7 +18,7 @@ from datetime import timedelta
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -30,7 +31,8 @@ from megatron_moe.log import console, quiet_megatron
 from megatron_moe.runtime import cpu
 from megatron_moe.runtime.cores import threads_per_rank
 from megatron_moe.runtime.gpus import claim_gpu, gpu_of, visible_gpus
-from megatron_moe.runtime.launchers import RankPosition, wait_until_resolved
+from megatron_moe.runtime.launchers import ELASTIC, RankPosition, wait_until_resolved
+from megatron_moe.runtime.meeting import meet
 from megatron_moe.runtime.memory_limit import memory_limit
 
 TIMEOUT = timedelta(hours=2)
@@ -110,6 +112,9 @@ def joined(
 ) -> Iterator[World]:
     """Join the job at ``position`` inside a ``with`` block."""
     quiet_megatron(position.rank)
+    if reports is None and ELASTIC in os.environ and sys.platform == "linux":
+        # If torchrun's agent is killed, the others restart without it, so this rank must not go on.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     wait_until_resolved(position)
     if device == "cuda":
         local_device = _select_gpu(position)
@@ -120,7 +125,7 @@ def joined(
         local_device = cpu.CPU
     dist.init_process_group(
         "nccl" if device == "cuda" else "gloo",
-        **_rendezvous(position),
+        store=meet(position),
         rank=position.rank,
         world_size=position.size,
         timeout=TIMEOUT,
@@ -152,18 +157,6 @@ def joined(
     finally:
         if not lost:
             dist.destroy_process_group()
-
-
-def _rendezvous(position: RankPosition) -> dict[str, Any]:
-    """Return the arguments of ``init_process_group`` that say where ranks meet.
-
-    torch percent-encodes the path of a ``file://`` address on some ways and not on others, so that
-    ranks wait for each other in different files; a store takes the path itself.
-    """
-    if position.init_method.startswith("file:"):
-        path = position.init_method.removeprefix("file:")
-        return {"store": dist.FileStore(path, position.size)}
-    return {"init_method": position.init_method}
 
 
 def _select_gpu(position: RankPosition) -> torch.device:
@@ -200,8 +193,10 @@ def run_local_ranks(
         ]
         try:
             with _forwarded_signals(processes):
+                gc.freeze()  # or each rank copies all imports, to search them for garbage
                 for process in processes:
                     process.start()
+                gc.unfreeze()  # or this process would keep its garbage for good
                 _wait(processes)
             exit_codes = [process.exitcode for process in processes]
         finally:
@@ -287,12 +282,20 @@ def _local_rank(
         _report(folder, rank, error)
         sys.exit(1)
     except Exception:
-        (folder / f"bug-{rank:05d}").write_text(traceback.format_exc())
+        _leave(folder, "bug", rank, traceback.format_exc())
         sys.exit(1)
 
 
 def _report(folder: Path, rank: int, error: UserError) -> None:
-    (folder / f"{type(error).__name__}-{rank:05d}").write_text(str(error))
+    _leave(folder, type(error).__name__, rank, str(error))
+
+
+def _leave(folder: Path, kind: str, rank: int, text: str) -> None:
+    """Leave a text for the process that started this rank, or print it if the disk is full."""
+    try:
+        (folder / f"{kind}-{rank:05d}").write_text(text)
+    except OSError as problem:
+        print(f"rank {rank}: {kind}: {text}\n  ({problem})", file=sys.stderr, flush=True)
 
 
 _CAUSES = (
@@ -316,7 +319,7 @@ def _problem(
     for kind in _CAUSES:
         if messages := _messages(folder, kind.__name__):
             return kind("\n".join(messages))
-    bugs = sorted(folder.glob("bug-*"))
+    bugs = [path for path in sorted(folder.glob("bug-*")) if path.stat().st_size]
     if bugs:
         return RuntimeError(f"rank {int(bugs[0].name[4:])} failed:\n\n{bugs[0].read_text()}")
     messages = _messages(folder, "JobError")
@@ -325,14 +328,20 @@ def _problem(
     killed = [
         _exit_message(rank, code, out_of_memory)
         for rank, code in enumerate(exit_codes)
-        if code not in (0, 1)
+        if code not in (0, 1) or (code == 1 and not _left(folder, rank))
     ]
     return errors.JobError("\n".join([*messages, *killed]))
 
 
+def _left(folder: Path, rank: int) -> bool:
+    """Return whether a rank has left a text, which is empty if its disk was full."""
+    return any(path.stat().st_size for path in folder.glob(f"*-{rank:05d}"))
+
+
 def _messages(folder: Path, kind: str) -> list[str]:
     """Return the messages of the ranks' errors of this kind, without duplicates."""
-    return list(dict.fromkeys(p.read_text() for p in sorted(folder.glob(f"{kind}-*"))))
+    texts = [path.read_text() for path in sorted(folder.glob(f"{kind}-*"))]
+    return list(dict.fromkeys(filter(None, texts)))
 
 
 def _exit_message(rank: int, exit_code: int | None, out_of_memory: str | None) -> str:
@@ -341,6 +350,8 @@ def _exit_message(rank: int, exit_code: int | None, out_of_memory: str | None) -
         return f"rank {rank} was killed (SIGKILL){':' if out_of_memory else ','} {cause}"
     if exit_code is None:
         return f"rank {rank} did not exit and was killed"
+    if exit_code == 1:
+        return f"rank {rank} failed and left no report: {tempfile.gettempdir()} may be full"
     if exit_code < 0:
         return f"rank {rank} was ended by {signal.Signals(-exit_code).name}"
     return f"rank {rank} exited with code {exit_code}"

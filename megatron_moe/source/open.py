@@ -51,7 +51,7 @@ def open_source(folder: Path) -> SourceCheckpoint:
     """Open the model in ``folder``: safetensors, or Megatron-Core's distributed checkpoint.
 
     Raises:
-        CheckpointError: As in `open_safetensors`, or the folder holds both formats.
+        CheckpointError: As in `open_safetensors`, or the folder holds both formats, or adapters.
     """
     if not (folder / INDEX).exists():
         return open_safetensors(folder)
@@ -62,6 +62,12 @@ def open_source(folder: Path) -> SourceCheckpoint:
             "  move one of them to its own folder, with config.json and the tokenizer"
         )
     spec, source = read_spec(folder), GlobalTensors(folder)
+    if any(".adapter." in name for name in source.names):
+        raise CheckpointError(
+            f"{folder} holds adapters (lora.rank), which are not read: its weights alone are not "
+            "the trained model.\n"
+            "  export the run with megatron-moe export, and use that folder"
+        )
     locations = dict(_locations(spec, source))
     tensors = {name: location.info(folder / INDEX) for name, location in locations.items()}
     return DistributedSource(folder, spec, tensors, source=source, locations=locations)

@@ -1,8 +1,11 @@
 """Adapt the coefficient of each layer's load-balancing loss to its imbalance (arXiv 2406.06563).
 
 A layer whose experts are used evenly needs no balancing loss, which only disturbs its router; a
-layer that drops tokens needs more. The coefficients are a function of numbers that are summed over
-all ranks, in float64 on the host, so they are the same on every rank.
+layer that drops tokens needs more. `adapted` computes equations 7 to 9 of section 4.2. Defaults of
+the settings are those of Skywork-MoE there: sensitivity 1/5, bound 0.01, decay 0.99. That the first
+coefficient is the bound, and the rate of a run without a capacity, are our choices. Coefficients
+are a function of numbers that are summed over all ranks, in float64 on the host, so they are the
+same on every rank.
 
 Shape letters of this module:
 

@@ -25,6 +25,8 @@ router/entropy                            nats, of the softmax over all experts,
 router/drop_rate                          choices dropped by capacity / all choices
 router/*_by_layer                         each of these three, as a list over MoE layers
 router/aux_loss_coeff_by_layer            weight of each load-balancing loss, if they adapt
+router/revived                            [layer, expert, sibling] of each dead expert that was
+                                          re-created after the step; absent if there is none
 router/load_by_expert                     an expert's tokens / mean, a list over MoE layers of lists
                                           over experts; about a hundred times per run
 throughput/tokens_per_second_per_gpu      tokens of the global batch / seconds / ranks
@@ -105,6 +107,7 @@ def step_numbers(
         "router/entropy_by_layer": _rounded(result.entropy_L),
         "router/drop_rate_by_layer": _rounded(drop_rate_L),
         **_coefficients(result),
+        **_revived(result),
         **expert_loads(result.chosen_LE, step, steps=config.train.steps),
         "throughput/tokens_per_second_per_gpu": step_tokens / slowest / ranks,
         "throughput/tflops_per_gpu": flops.causal * rate / 1e12,
@@ -123,6 +126,12 @@ def _coefficients(result: StepResult) -> Numbers:
     if result.balance is None:
         return {}
     return {"router/aux_loss_coeff_by_layer": list(result.balance.values())}
+
+
+def _revived(result: StepResult) -> Numbers:
+    """Return which experts were re-created from which siblings, if any were."""
+    revived = [[each.layer, each.expert, each.sibling] for each in result.revivals]
+    return {"router/revived": revived} if revived else {}
 
 
 def expert_loads(chosen_LE: Tensor, step: int, *, steps: int) -> Numbers:
@@ -232,15 +241,15 @@ def _finite(numbers: Mapping[str, Any]) -> dict[str, Any]:
 
 def _reopen(path: Path, resumed_step: int) -> TextIO:
     if path.exists():
-        lines = path.read_text().splitlines()
+        lines = path.read_text(errors="replace").splitlines()
         kept = [line for line in lines if resumed_step and _step_of(line) <= resumed_step]
         write_text(path, "".join(line + "\n" for line in kept))
     return path.open("a")
 
 
 def _step_of(line: str) -> float:
-    """Return the step of a line, or infinity if a crash cut it short, so that it is dropped."""
+    """Return the step of a line, or infinity if it is damaged or cut short, so it is dropped."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
         return float("inf")

@@ -20,6 +20,7 @@ from itertools import batched
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_moe.config.load import leaves
 from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import ConfigError
 from megatron_moe.hf.disk import write_text
@@ -228,20 +229,11 @@ def _mlflow_run(client: Any, config: RunConfig) -> str:
     experiment = client.get_experiment_by_name(name)
     identity = client.create_experiment(name) if experiment is None else experiment.experiment_id
     run_id = client.create_run(identity, run_name=config.run.dir.name).info.run_id
-    settings = [Param(k, str(value)[:500]) for k, value in _flat(config.model_dump(mode="json"))]
+    settings = [Param(k, str(value)[:500]) for k, value in leaves(config.model_dump(mode="json"))]
     for some in batched(settings, 100):  # MLflow's bound for one request
         client.log_batch(run_id, params=some)
     write_text(path, run_id + "\n")
     return run_id
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the settings of a tree of sections under dotted names."""
-    for name, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def _mlflow_name(name: str) -> str:

@@ -30,6 +30,7 @@ from megatron_moe.runtime.torch_engine import use_fused_adamw
 from megatron_moe.train.balancing import Coefficients
 from megatron_moe.train.muon import complete, mark_fused, shards_by_matrix
 from megatron_moe.train.optimizers import group_overrides, optimizer_config, store_moments
+from megatron_moe.train.revival import UnusedSteps
 from megatron_moe.train.schedule import make_schedule
 
 
@@ -52,6 +53,8 @@ class TrainState:
     """Tokens consumed; sequences may have had several lengths."""
     balance: Coefficients | None = None
     """Coefficients of the next step's load-balancing losses, if they adapt."""
+    unused_steps: UnusedSteps | None = None
+    """Consecutive steps in which each expert got no tokens, if dead experts are re-created."""
 
     def gather_weights(self) -> None:
         """Gather updated weights on every dp rank, for code that reads them outside a forward pass.
@@ -110,13 +113,14 @@ def make_state(
             they are then counted on, even if the configuration treats all parts alike.
     """
     transformer, engine = model.transformer, model.engine
-    freeze(model, config.train.frozen_after(step))
+    freeze(model, config.frozen_after(step))
     settings = optimizer_config(config, overlap_param_gather=_overlaps_gather(config, engine))
     ddp = DistributedDataParallelConfig(
         use_distributed_optimizer=settings.use_distributed_optimizer,
         grad_reduce_in_fp32=config.train.grad_reduce_in_fp32,
         overlap_grad_reduce=config.train.overlap_grad_reduce,
         overlap_param_gather=_overlaps_gather(config, engine),
+        delay_wgrad_compute=transformer.delay_wgrad_compute,
     )
     wrapped = []
     for index, module in enumerate(model.modules):
@@ -151,9 +155,11 @@ def make_state(
         transformer.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
     blend = start_blend(starting_weights(config.data))
     state = TrainState(model, wrapped, optimizer, make_schedule(config, optimizer), blend)
+    layers = moe_layer_ids(config.moe, model.spec.num_layers)
     if config.moe.adaptive_aux_loss:
-        layers = moe_layer_ids(config.moe, model.spec.num_layers)
         state.balance = dict.fromkeys(layers, config.moe.moe_aux_loss_coeff)
+    if config.moe.revive_after_steps is not None:
+        state.unused_steps = {layer: [0] * config.moe.num_moe_experts for layer in layers}
     return state
 
 

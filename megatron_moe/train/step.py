@@ -7,7 +7,7 @@ Shape letters of this module:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -29,6 +29,7 @@ from megatron_moe.train.device_check import DeviceCheck
 from megatron_moe.train.guard import Decision, StepGuard
 from megatron_moe.train.inputs import model_inputs, on_device
 from megatron_moe.train.optimizers import clip_and_step
+from megatron_moe.train.revival import Revival, due_revivals, unused_after
 from megatron_moe.train.state import TrainState
 from megatron_moe.train.teacher import Lesson, Teacher
 
@@ -63,6 +64,8 @@ class StepResult:
     """Whether the weights were updated."""
     balance: Coefficients | None = None
     """Coefficients of the load-balancing losses, if they adapt."""
+    revivals: Sequence[Revival] = ()
+    """Dead experts that are re-created after the step."""
 
 
 def train_step(
@@ -79,7 +82,7 @@ def train_step(
     """Run forward and backward passes over this rank's micro-batches, then update the weights.
 
     ``guard`` may reject the update; the schedule and the position in the data advance anyway.
-    ``check`` computes the step twice.
+    ``check`` computes the step twice. The caller re-creates the experts of ``StepResult.revivals``.
     """
     sequences = len(batches) * config.train.micro_batch_size * groups.dp.size()
     for chunk in state.wrapped:
@@ -114,6 +117,10 @@ def train_step(
         clip_and_step(optimizer, grad_norm)
         if balance is not None:
             state.balance = adapted(balance, result.chosen_LE, result.kept_L, config.moe)
+        if state.unused_steps is not None:
+            chosen_LE, moe = result.chosen_LE, config.moe
+            state.unused_steps = unused_after(state.unused_steps, chosen_LE, moe)
+            result = replace(result, revivals=due_revivals(state.unused_steps, chosen_LE, moe))
     else:
         for bias_E, before_E in biases:
             bias_E.copy_(before_E)
@@ -204,20 +211,36 @@ def _forward_step(
     at: Mark,
     work: Iterator[tuple[Batch, Lesson | None]],
     module: Any,
-) -> tuple[Tensor, Any]:
+    return_schedule_plan: bool = False,
+) -> tuple[Any, Any]:
+    """Run a forward pass; or, for a schedule that runs it piece by piece, return a plan of it."""
     at("forward")
     batch, lesson = next(work)
     batch = on_device(batch, model)
     for router in routers_in(module):
         router.start_pass(batch.samples_B)
-    output = module(
+    run = module.build_schedule_plan if return_schedule_plan else module
+    output = run(
         **model_inputs(batch, config.data, model),
         labels=batch.labels_BS,
         output_processor=process if lesson is None else lesson.process,
     )
+    loss = partial(_loss if lesson is None else lesson.loss, batch.loss_mask_BS)
+    if return_schedule_plan:
+        return output, partial(_loss_of_plan, at, loss)
+    _mark_backward(output, at)
+    return output, loss
+
+
+def _mark_backward(output: Tensor, at: Mark) -> None:
     if output.requires_grad:  # called when the gradient of the output is ready
         output.register_hook(lambda _: at("backward"))
-    return output, partial(_loss if lesson is None else lesson.loss, batch.loss_mask_BS)
+
+
+def _loss_of_plan(at: Mark, loss: Callable[[Tensor], Any], losses: Tensor) -> Any:
+    """Return the loss of a pass that was planned, whose output exists only now."""
+    _mark_backward(losses, at)
+    return loss(losses)
 
 
 def _loss(loss_mask_BS: Tensor, losses_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -65,6 +65,19 @@ def failed(report: Report, reason: str) -> str:
     return f"{report.name} failed in {report.location}: {reason}"
 
 
+def reason_of(error: BaseException) -> str:
+    r"""Return the kind of an error and the first line of its text; some begin with empty lines.
+
+    >>> reason_of(RuntimeError("\n\nconnection closed\nby peer"))
+    'RuntimeError: connection closed'
+    >>> reason_of(AssertionError())
+    'AssertionError without a message'
+    """
+    kind = type(error).__name__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{kind}: {lines[0]}" if lines else f"{kind} without a message"
+
+
 def silent(report: Report, seconds: float) -> str:
     """Return the message for a rank whose connection is open but silent."""
     return (

@@ -29,7 +29,7 @@ from megatron_moe.train.channel import TEXT_CHARACTERS, Channel, Message
 from megatron_moe.train.handshake import new_secret
 from megatron_moe.train.monitor import TICK_SECONDS, Monitor
 from megatron_moe.train.port import Addresses, connect, hosts_of, listening_on
-from megatron_moe.train.verdict import Report, died, silent
+from megatron_moe.train.verdict import Report, died, reason_of, silent
 from megatron_moe.train.waiting import waits_for_ranks
 
 GRACE_SECONDS = 5.0
@@ -118,8 +118,7 @@ class Watch:
             if type(error) is RuntimeError or isinstance(error, dist.DistError):
                 self._verdict_set.wait(GRACE_SECONDS)
             if self._verdict is None:
-                reason = f"{type(error).__name__}: {error}".splitlines()[0]
-                last_message = Message(failed=reason[:TEXT_CHARACTERS])
+                last_message = Message(failed=reason_of(error)[:TEXT_CHARACTERS])
         self._ending.set()
         self._moved.set()
         self._channel.send(last_message)
@@ -177,7 +176,7 @@ class Watch:
             waiting |= waits_for_ranks(frame, cuda=cuda and innermost)
             innermost = False
             if "megatron_moe" in file.split(os.sep) or frame.f_back is None:
-                where = f"{os.path.relpath(file)}:{frame.f_lineno} in {frame.f_code.co_name}"
+                where = f"{_shown(file)}:{frame.f_lineno} in {frame.f_code.co_name}"
                 break
             frame = frame.f_back
         return replace(report, where=where, waiting=waiting, resident=resident_bytes())
@@ -211,8 +210,10 @@ class Watch:
         self._verdict = verdict
         self._verdict_set.set()
         if not self._ending.wait(GRACE_SECONDS):
-            self._world.report_error(self._lost(verdict))
-            os._exit(1)
+            try:
+                self._world.report_error(self._lost(verdict))
+            finally:  # a report that cannot be written, on a full disk, must not keep the rank
+                os._exit(1)
 
     def _lost(self, verdict: str) -> JobError:
         """Return the error for a verdict, with what this host knows about its memory."""
@@ -221,3 +222,11 @@ class Watch:
         if reason is None:
             return JobError(verdict)
         return JobError("\n  ".join([verdict, reason, *filter(None, [self.predicted_memory])]))
+
+
+def _shown(file: str) -> str:
+    """Return the path from the current folder, if that exists: it may be removed meanwhile."""
+    try:
+        return os.path.relpath(file)
+    except OSError:
+        return file
