@@ -1,5 +1,15 @@
 # shellcheck shell=bash
-# Functions of local.sh and nodes.sh: find the interpreter, and count ranks.
+# Functions of local.sh and nodes.sh: check numbers, find the interpreter, and count ranks.
+
+# Refuse a variable that is set to something else than a whole number in a range. Arguments: name of the
+# script, name of the variable, least and greatest number.
+check_number() {
+    local value=${!2:-$3}
+    if [[ ! $value =~ ^[0-9]{1,9}$ ]] || ((10#$value < $3 || 10#$value > $4)); then
+        echo "$1: $2 ($value) must be a whole number from $3 to $4" >&2
+        exit 2
+    fi
+}
 
 # Set PYTHON, unless it is set, to the repository's .venv or the python in PATH.
 find_python() {

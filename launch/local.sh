@@ -3,12 +3,12 @@
 #
 #   launch/local.sh CONFIG.yaml [key.path=value ...]
 #
-#   RANKS=4 launch/local.sh CONFIG.yaml       so many ranks; default: the GPUs in sight, or 1
+#   RANKS=4 launch/local.sh CONFIG.yaml       so many ranks; default: the visible GPUs, or 1
 #   ACTION=bench launch/local.sh ...          measure instead of training
 #   PYTHON=python3 launch/local.sh ...        the interpreter that has the package; default:
 #                                             .venv/bin/python of the repository, or python
 #
-# Same command again: the run goes on from its newest checkpoint.
+# Run the same command again to resume from the newest checkpoint.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -27,12 +27,13 @@ fi
 source "$here/common.sh"
 find_python "$here"
 count_ranks
+check_number launch/local.sh RANKS 1 1024
 if ((GPUS > 0)); then
     echo "launch/local.sh: $RANKS ranks on $GPUS GPUs" >&2
 else
-    echo "launch/local.sh: no GPU in sight, $RANKS ranks on CPU" >&2
+    echo "launch/local.sh: no GPU found, $RANKS ranks on CPU" >&2
 fi
 
 # --standalone: a free port is chosen, so that two runs on one machine do not meet.
-exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$RANKS" \
+exec "$PYTHON" "$here/agent.py" --standalone --nproc-per-node "$RANKS" \
     -m megatron_moe "${ACTION:-train}" "$@"

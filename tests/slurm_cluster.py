@@ -1,4 +1,7 @@
-"""A SLURM cluster of two nodes on this machine: munged, slurmctld and two slurmd, all real."""
+"""A SLURM cluster of two nodes on this machine: munged, slurmctld and two slurmd, all real.
+
+With `Hosts`, each node and the controller have a network of their own.
+"""
 
 import os
 import re
@@ -12,6 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from hosts import Hosts
+
 NODES = ("n1", "n2")
 CPUS_PER_NODE = 4
 """Number of CPUs of a node in SLURM's configuration, whatever this machine has."""
@@ -20,7 +25,7 @@ DEAD_AFTER_SECONDS = 10
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 CONFIG = """\
 ClusterName=test
-SlurmctldHost={host}(127.0.0.1)
+SlurmctldHost={host}({controller})
 SlurmUser=root
 SlurmdUser=root
 AuthInfo=socket={root}/munge/socket
@@ -59,10 +64,12 @@ class Cluster:
 
     Args:
         root: Folder for keys, logs and state. Unix sockets allow about 100 characters.
+        hosts: One host for each node, and one for the controller; None: all share this machine's
+            network.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, hosts: Hosts | None = None) -> None:
+        self.root, self.hosts = root, hosts
         self.environment = {**os.environ, "SLURM_CONF": str(root / "slurm.conf")}
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
         self._hurried: set[tuple[str, str]] = set()
@@ -72,16 +79,18 @@ class Cluster:
         key.write_bytes(secrets.token_bytes(128))
         key.chmod(0o400)
         host, ports = os.uname().nodename.split(".")[0], _free_ports(1 + len(NODES))
+        addresses = ["127.0.0.1"] * len(ports) if hosts is None else hosts.addresses
         nodes = "\n".join(
-            f"NodeName={name} NodeAddr=127.0.0.1 NodeHostname={host} Port={port} "
+            f"NodeName={name} NodeAddr={address} NodeHostname={host} Port={port} "
             f"CPUs={CPUS_PER_NODE}"
-            for name, port in zip(NODES, ports[1:], strict=True)
+            for name, address, port in zip(NODES, addresses, ports[1:], strict=False)
         )
         (root / "slurm.conf").write_text(
             CONFIG.format(
-                host=host, root=root, port=ports[0], nodes=nodes, dead_after=DEAD_AFTER_SECONDS
+                host=host, controller=addresses[-1], root=root, port=ports[0], nodes=nodes,
+                dead_after=DEAD_AFTER_SECONDS,
             )
-        )
+        )  # fmt: skip
 
     def start(self) -> None:
         """Start all daemons and wait until both nodes are idle."""
@@ -95,7 +104,7 @@ class Cluster:
         self._start("slurmctld", "slurmctld", "-D", "-c")
         for node in NODES:
             self.start_node(node)
-        wait_for(self.idle, "idle nodes", seconds=30)
+        wait_for(self.idle, "idle nodes")
 
     def start_node(self, node: str) -> None:
         """Start the daemon of one node."""
@@ -118,9 +127,13 @@ class Cluster:
             daemon.wait(timeout=30)
 
     def run(self, *words: str, **environment: str) -> str:
-        """Run a SLURM command and return what it printed."""
+        """Run a SLURM command where the controller is, and return what it printed."""
         done = subprocess.run(
-            words, env=self.environment | environment, capture_output=True, text=True, check=False
+            self._there("slurmctld", *words),
+            env=self.environment | environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == 0, (words, done.stderr)
         return done.stdout
@@ -150,23 +163,36 @@ class Cluster:
         attempt = (number, job["Restarts"])
         waits = (job["JobState"], job["Reason"]) == ("PENDING", "BeginTime")
         if waits and attempt not in self._hurried:
-            # SLURM delays a requeued job by two minutes. Its daemons need a few seconds of them, to
-            # end the old attempt: an immediate start would fail.
+            # SLURM delays a requeued job by two minutes. It needs a part of them: the order to end
+            # the old attempt is repeated while a node does not answer, and ended a new attempt that
+            # started after 15 seconds.
             self._hurried.add(attempt)
-            self.run("scontrol", "update", f"JobId={number}", "StartTime=now+15seconds")
+            self.run("scontrol", "update", f"JobId={number}", "StartTime=now+60seconds")
         return job["JobState"] not in ("PENDING", "RUNNING", "COMPLETING")
+
+    def _there(self, name: str, *words: str) -> tuple[str, ...]:
+        """Return the words of a command that runs on the host of a daemon."""
+        if self.hosts is None or name == "munged":  # it listens at a path only
+            return words
+        host = NODES.index(name) if name in NODES else len(NODES)
+        # Not `ip netns exec`, which mounts a /sys without the cgroups that slurmd needs.
+        return ("nsenter", f"--net=/run/netns/{self.hosts.names[host]}", *words)
 
     def _start(self, name: str, *words: str) -> None:
         with (self.root / f"{name}.out").open("ab") as output:
             self.daemons[name] = subprocess.Popen(
-                words, env=self.environment, stdout=output, stderr=output, start_new_session=True
+                self._there(name, *words),
+                env=self.environment,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
             )
 
 
 @contextmanager
-def cluster(root: Path) -> Iterator[Cluster]:
+def cluster(root: Path, hosts: Hosts | None = None) -> Iterator[Cluster]:
     """Yield a running cluster."""
-    result = Cluster(root)
+    result = Cluster(root, hosts)
     try:
         result.start()
         yield result

@@ -15,6 +15,7 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 LOCAL, SLURM = ROOT / "launch" / "local.sh", ROOT / "launch" / "slurm.sbatch"
+AGENT = ROOT / "launch" / "agent.py"
 NODES = ROOT / "launch" / "nodes.sh"
 ENTRYPOINT = ROOT / "docker" / "entrypoint.sh"
 SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), SLURM, ENTRYPOINT])
@@ -89,7 +90,7 @@ class TestLocal:
         return call
 
     def expected(self, stage: Stage, ranks: int) -> list[str]:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        torchrun = [str(AGENT), "--standalone", "--nproc-per-node", str(ranks)]
         train = ["-m", "megatron_moe", "train", str(stage.config), "train.steps=3", "run.dir=a b"]
         return [*torchrun, *train]
 
@@ -246,8 +247,12 @@ class TestSlurm:
         assert env["MASTER_ADDR"] == "10.0.0.7"
 
     def test_a_save_that_takes_too_long_is_given_up(self, job: Stage):
-        deaf = "import signal, time; signal.signal(signal.SIGUSR1, signal.SIG_IGN);"
-        job.stand_in("srun", deaf + "print('ready', flush=True); time.sleep(4)")
+        deaf = (
+            "import os, signal, time; signal.signal(signal.SIGUSR1, signal.SIG_IGN);"
+            "print('ready', flush=True)\n"
+            "while not os.path.exists('end'): time.sleep(0.05)"
+        )
+        job.stand_in("srun", deaf)
         job.env["SAVE_SECONDS"] = "1"
         process = subprocess.Popen(
             [SLURM, "run.yaml"], env=job.env, cwd=job.folder, stdout=subprocess.PIPE, text=True
@@ -257,6 +262,7 @@ class TestSlurm:
         process.send_signal(signal.SIGUSR1)
         wait_until(lambda: len(requeues(job)) == 1)
         assert process.poll() is None, "requeued while the step was still there"
+        (job.folder / "end").touch()
         assert process.wait(timeout=30) == 0
         assert len(requeues(job)) == 1, "requeued once"
 
@@ -333,9 +339,10 @@ class TestNodes:
         assert result.returncode == 0, result.stderr
         argv, env = stage.calls("python")[-1]
         assert argv == [
-            "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "4",
-            "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", "a b",
-            "--max-restarts", "3", "--local-addr", "10.0.0.7",
+            str(ROOT / "launch" / "agent.py"), "--nnodes", "2", "--nproc-per-node", "4",
+            "--rdzv-backend", "c10d_limited", "--rdzv-endpoint", endpoint, "--rdzv-id", "a b",
+            "--rdzv-conf", "last_call_timeout=30", "--max-restarts", "3",
+            "--local-addr", "10.0.0.7",
             "-m", "megatron_moe", "train", str(stage.config), "run.dir=a b",
         ]  # fmt: skip
         assert "MASTER_ADDR" not in env
@@ -419,3 +426,22 @@ def wait_until(condition, seconds: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("NNODES", value) for value in ("abc", "0", "-1", "2:1", "1:", "1.5")),
+        *(("RANKS", value) for value in ("0", "-1", "abc", "2.5")),
+        ("RESTARTS", "-1"), ("RESTARTS", "x"), ("MASTER_PORT", "99999"), ("MASTER_PORT", "0"),
+        ("LAST_CALL", "x"), ("LAST_CALL", "-3"),
+    ],
+)  # fmt: skip
+def test_a_wrong_number_is_refused_before_torchrun_starts(stage: Stage, name: str, value: str):
+    stage.env |= {"PYTHON": sys.executable, "NNODES": "2", "MASTER_ADDR": "localhost"} | {
+        name: value
+    }
+    for script in (NODES, LOCAL) if name == "RANKS" else (NODES,):
+        result = stage.run(script, stage.config)
+        assert result.returncode == 2
+        assert f"launch/{script.name}: {name} ({value}) must be " in result.stderr

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from hosts import missing
+from recovery import Record, told
 from tiny import save_dense
 from training_runs import read_metrics, run_training, tree, write_tokens
 
@@ -41,20 +42,23 @@ def hosts() -> Iterator[list[str]]:
         ip("netns", "del", name)
 
 
-def launch(hosts: list[str], config: Path) -> list[subprocess.Popen[str]]:
+def launch(
+    hosts: list[str], config: Path, paths: tuple[str, str] = ("", ""), *, restarts: int = 0
+) -> list[subprocess.Popen[str]]:
+    """Run launch/nodes.sh on both hosts, each with one more folder in PYTHONPATH."""
     return [
         subprocess.Popen(
             ["ip", "netns", "exec", host, ROOT / "launch" / "nodes.sh", config],
             env={
-                **os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "NNODES": "2",
-                "MASTER_ADDR": ADDRESSES[0], "NODE_ADDR": address, "RANKS": "1", "RESTARTS": "0",
-                "GLOO_SOCKET_IFNAME": "eth0",
+                **os.environ, "PYTHON": sys.executable, "PYTHONPATH": f"{ROOT}:{path}",
+                "NNODES": "2", "MASTER_ADDR": ADDRESSES[0], "NODE_ADDR": address, "RANKS": "1",
+                "RESTARTS": str(restarts), "GLOO_SOCKET_IFNAME": "eth0",
             },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for host, address in zip(hosts, ADDRESSES, strict=True)
+        for host, address, path in zip(hosts, ADDRESSES, paths, strict=True)
     ]  # fmt: skip
 
 
@@ -79,8 +83,69 @@ def test_two_hosts_train_as_one(hosts: list[str], tmp_path: Path):
     ]
 
 
+def refused_settings(root: Path) -> Path:
+    """Return the file of a configuration that breaks a rule on two ranks."""
+    settings = tree(
+        root / "run", save_dense(root / "dense"), write_tokens(root / "tokens"),
+        parallel={"tensor_parallel_size": 3},
+    )  # fmt: skip
+    (root / "run.yaml").write_text(yaml.safe_dump(settings))
+    return root / "run.yaml"
+
+
+def test_no_host_tries_a_refused_setting_again(hosts: list[str], tmp_path: Path):
+    """Each reports its own reason, also one whose ranks are later than the rendezvous's keeper."""
+    late = tmp_path / "late"
+    late.mkdir()
+    (late / "sitecustomize.py").write_text(
+        "import os, time\nif 'RANK' in os.environ: time.sleep(3)"
+    )
+    started = launch(hosts, refused_settings(tmp_path), ("", str(late)), restarts=3)
+    for process in started:
+        output = process.communicate(timeout=300)[0]
+        assert process.returncode == 1, output
+        assert output.count("nearest legal layout of 2 ranks: ") == 1, output
+        assert "launch/nodes.sh: ranks of this machine failed with exit status 2: " in output
+        assert "Correct what they name, and run the same command on all machines." in output
+        assert "Traceback" not in output, output
+
+
+def test_a_local_job_ends_with_its_own_message_alone(tmp_path: Path):
+    done = subprocess.run(
+        [ROOT / "launch" / "local.sh", refused_settings(tmp_path)],
+        env={**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "RANKS": "2"},
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 1
+    kinds = ("launch/local.sh: ", "ConfigError: ", "  ")
+    foreign = [line for line in done.stderr.splitlines() if not line.startswith(kinds)]
+    assert foreign == []
+    end = "their errors are above.\n  Correct what they name, and run the same command.\n"
+    assert done.stderr.endswith(end), done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("hours", [-1, 1])
+def test_clocks_may_be_an_hour_apart(hosts: list[str], tmp_path: Path, hours: int):
+    """Python's clock is wrong on the second host; torchrun drops heartbeats older than 15 s."""
+    dense, tokens = save_dense(tmp_path / "dense"), write_tokens(tmp_path / "tokens")
+    settings = tree(
+        tmp_path / "run", dense, tokens, train={"steps": 3}, parallel={"expert_parallel_size": 2}
+    )
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    (tmp_path / "wrong").mkdir()
+    (tmp_path / "wrong" / "sitecustomize.py").write_text(
+        f"import time\nright = time.time\ntime.time = lambda: right() + {3600 * hours}\n"
+    )
+    started = launch(hosts, tmp_path / "run.yaml", ("", str(tmp_path / "wrong")))
+    outputs = [process.communicate(timeout=300)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], "\n".join(outputs)
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [0, 1, 2, 3]
+
+
 @pytest.mark.skipif(missing() is not None, reason=str(missing()))
-def test_an_unknown_own_name_is_refused(tmp_path: Path):
+def test_an_unknown_own_name_is_refused(tmp_path: Path, record_property: Record):
     """Torchrun would end with a traceback."""
     (tmp_path / "run.yaml").touch()
     script = f"hostname no-such-name; exec {ROOT}/launch/nodes.sh {tmp_path}/run.yaml"
@@ -91,3 +156,4 @@ def test_an_unknown_own_name_is_refused(tmp_path: Path):
     )  # fmt: skip
     assert done.returncode == 2
     assert "no-such-name, the name of this machine, cannot be resolved" in done.stderr
+    record_property("saw", told(done.stderr))

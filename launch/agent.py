@@ -1,0 +1,119 @@
+"""Run torchrun's agent on this machine, as local.sh and nodes.sh ask, and say in words why it ends.
+
+torchrun itself would end with a traceback of its own modules, below the errors of the ranks, and it
+would restart ranks that have refused a setting or a file, which no restart changes.
+"""
+
+import logging
+import sys
+from typing import Any
+
+from keeper import NAME, limited_rendezvous
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.agent.server.api import DEFAULT_ROLE, RunResult, WorkerGroup
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous.api import (
+    RendezvousClosedError,
+    RendezvousConnectionError,
+    RendezvousTimeoutError,
+    rendezvous_handler_registry,
+)
+from torch.distributed.launcher import api as launcher
+
+REFUSED = 2
+"""Exit status of ranks whose error another try would repeat (megatron_moe/cli/main.py)."""
+WAIT_SECONDS = 30
+"""Longest wait for the other machines once ranks of this one have refused their input."""
+
+
+class Agent(LocalElasticAgent):
+    """Agent of torchrun that restarts nothing if a rank has refused its input."""
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        result = super()._monitor_workers(worker_group)
+        if refused(result):
+            self._remaining_restarts = 0
+        return result
+
+    def _invoke_run(self, role: str = DEFAULT_ROLE) -> RunResult:
+        result = super()._invoke_run(role)
+        if refused(result):
+            # A setting is refused on all machines, on some later than here. If the keeper of the
+            # rendezvous did not wait for them, they would report its end instead of their reason.
+            self._exit_barrier_timeout = WAIT_SECONDS
+            self._exit_barrier()
+        return result
+
+
+def refused(result: RunResult) -> bool:
+    """Return whether a rank of this machine has refused its input."""
+    return any(failure.exitcode == REFUSED for failure in result.failures.values())
+
+
+def main() -> None:
+    """Run the agent with the arguments of torchrun."""
+    launcher.LocalElasticAgent = Agent
+    rendezvous_handler_registry.register(NAME, limited_rendezvous)
+    # It warns of each heartbeat and farewell that the rendezvous does not take, which is usual at
+    # the end of a job; if it matters, an exception follows.
+    quiet("elastic.rendezvous.dynamic_rendezvous", logging.ERROR)
+    # It warns that each of several ranks computes with one thread, unless OMP_NUM_THREADS is set.
+    quiet("run", logging.ERROR)
+    # Both report the exit status of each rank in some lines; we do so in one.
+    quiet("elastic.multiprocessing.api", logging.CRITICAL)
+    quiet("elastic.agent.server.api", logging.CRITICAL)
+    args = torchrun.parse_args(sys.argv[1:])
+    script = "launch/local.sh" if args.standalone else "launch/nodes.sh"
+    try:
+        torchrun.run(args)
+    except (ChildFailedError, SignalException, *RENDEZVOUS) as error:
+        reason, way_out = explained(error, args)
+        if args.standalone:
+            way_out = way_out.replace(" on all machines", "")
+        print(f"{script}: {reason}.\n  {way_out}.", file=sys.stderr)
+        sys.exit(1)
+
+
+def quiet(module: str, level: int) -> None:
+    """Log only messages of this level, or above, from a module of torchrun."""
+    logging.getLogger(f"torch.distributed.{module}").setLevel(level)
+
+
+RENDEZVOUS = (RendezvousConnectionError, RendezvousTimeoutError, RendezvousClosedError)
+AGAIN = "run the same command on all machines"
+RESUME = f"{AGAIN.capitalize()} to resume from the newest checkpoint"
+
+
+def explained(error: Exception, args: Any) -> tuple[str, str]:
+    """Return why this machine's part of the job ends, and what to do."""
+    match error:
+        case ChildFailedError():
+            codes = {failure.exitcode for failure in error.failures.values()}
+            return (
+                f"ranks of this machine failed with exit status {', '.join(map(str, codes))}: "
+                "their errors are above",
+                f"Correct what they name, and {AGAIN}" if REFUSED in codes else RESUME,
+            )
+        case RendezvousConnectionError():
+            return (
+                f"the rendezvous at {args.rdzv_endpoint} does not answer: the machine that keeps "
+                "it is gone, or cannot be reached from here",
+                f"{RESUME}; if that machine is gone, with another MASTER_ADDR",
+            )
+        case RendezvousTimeoutError():
+            fewest = args.nnodes.partition(":")[0]
+            return f"fewer than {fewest} machines have joined in time", RESUME
+        case RendezvousClosedError():
+            return (
+                f"the job {args.rdzv_id} has ended on the other machines, and takes no new ones",
+                f"Once they have ended, {AGAIN}",
+            )
+        case SignalException():
+            return f"stopped by {error.sigval.name}", RESUME
+    raise error
+
+
+if __name__ == "__main__":
+    main()
