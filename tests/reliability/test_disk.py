@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from commands import run_command
 from disks import Disk, missing
+from recovery import Record, told
 from tiny import save_dense, save_tokenizer
 from training_runs import run_training, tree, write_tokens
 
@@ -65,10 +67,11 @@ def disk(tmp_path: Path, source: Path) -> Iterator[Disk]:
 
 
 def command(*words: object) -> subprocess.CompletedProcess[str]:
-    script = str(words[0]).endswith(".py")
+    if not str(words[0]).endswith(".py"):
+        return run_command(*words, cwd=ROOT, timeout=300)
     return subprocess.run(
-        [sys.executable, *([] if script else ["-m", "megatron_moe"]), *map(str, words)],
-        capture_output=True, text=True, check=False, timeout=300, cwd=ROOT,
+        [sys.executable, *map(str, words)], capture_output=True, text=True, check=False,
+        timeout=300, cwd=ROOT,
     )  # fmt: skip
 
 
@@ -83,7 +86,7 @@ def constructs(method: str, *changes: str) -> Callable[[Path, Path], tuple[objec
     """Return a plan on the disk."""
     return lambda disk, source: (
         "construct", source / "run.yaml", f"upcycle.method={method}", "moe.moe_ffn_hidden_size=24",
-        f"upcycle.plan={disk / 'out' / 'plan.safetensors'}", f"run.dir={disk / 'out' / 'run'}",
+        f"upcycle.plan={disk / 'out' / 'plan.safetensors'}", f"run.dir={source / 'constructing'}",
         *changes,
     )  # fmt: skip
 
@@ -119,7 +122,7 @@ COMMANDS: dict[str, Callable[[Path, Path], tuple[object, ...]]] = {
         "reference-loss", source / "run.yaml", f"run.dir={source / 'reference'}",
         "--out", disk / "out" / "reference.json",
     ),
-    "construct": constructs("split_coactivation", "measure.samples=2"),
+    "construct": constructs("split_coactivation", "measure.samples=2", "measure.interval=1"),
     "construct with fits": constructs(
         "split_coactivation", "measure.samples=8", "upcycle.fit=[router, down]",
     ),
@@ -232,7 +235,11 @@ CASES = [
     ],
 )  # fmt: skip
 def test_a_disk_that_takes_nothing(
-    disk: Disk, source: Path, name: str, state: tuple[Callable[[Disk], None], str]
+    disk: Disk,
+    source: Path,
+    name: str,
+    state: tuple[Callable[[Disk], None], str],
+    record_property: Record,
 ):
     before = {path: path.stat().st_mtime_ns for path in disk.path.rglob("*") if path.is_file()}
     spoil, words = state
@@ -243,9 +250,12 @@ def test_a_disk_that_takes_nothing(
     assert re.search(words, output), output
     assert "Traceback" not in output, output
     assert len(set(re.findall(r"^\w+Error: .*", output, re.MULTILINE))) == 1, output
+    record_property("saw", told(output))
     left = {path for path in disk.path.rglob("*") if path.is_file()} - before.keys()
     whole = [p for p in left if p.name != "filler" and p.stat().st_size and p.suffix != ".jsonl"]
     assert [p for p in whole if p.name not in ("run.id", "lock")] == []
+    empty = [path for path in disk.path.rglob(".*") if path.is_dir() and not any(path.iterdir())]
+    assert empty == [], "nothing is left of what never began"
     _still_read(disk, source)
 
 
@@ -261,7 +271,9 @@ def _still_read(disk: Disk, source: Path) -> None:
 
 
 @pytest.mark.slow
-def test_local_copies_on_a_full_disk(disk: Disk, source: Path, tmp_path: Path):
+def test_local_copies_on_a_full_disk(
+    disk: Disk, source: Path, tmp_path: Path, record_property: Record
+):
     """A job does not start with one; if it fills up later, training continues."""
     words = (
         "train", source / "run.yaml", f"run.dir={tmp_path / 'run'}", "--ranks", "2",
@@ -283,6 +295,7 @@ def test_local_copies_on_a_full_disk(disk: Disk, source: Path, tmp_path: Path):
     assert "Training continues; the last local copy stays." in done.stdout, output
     assert re.search(FULL[1], done.stdout), output
     assert done.returncode == 0, output
+    record_property("saw", told(output))
 
 
 def test_a_thin_disk_says_that_the_free_space_is_not_there(tmp_path: Path):

@@ -10,8 +10,9 @@ from hosts import Hosts, missing
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
-import chaos
-import chaos_faults as faults
+import chaos_job
+from faults import network
+from faults.fault import Fault
 
 pytestmark = [
     pytest.mark.slow,
@@ -21,21 +22,21 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[chaos.Stage]:
-    with Hosts(chaos.RANKS) as hosts:
-        yield chaos.Stage(tmp_path_factory.mktemp("hosts"), hosts)
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[chaos_job.Stage]:
+    with Hosts(chaos_job.RANKS) as hosts:
+        yield chaos_job.Stage(tmp_path_factory.mktemp("hosts"), hosts)
 
 
-def vanishes(hosts: Hosts) -> faults.Fault:
-    return faults.cut_off(hosts, "forward")
+def vanishes(hosts: Hosts) -> Fault:
+    return network.cut_off(hosts, "forward")
 
 
-def returns(hosts: Hosts) -> faults.Fault:
-    return faults.cut_off(hosts, "forward", seconds=3)
+def returns(hosts: Hosts) -> Fault:
+    return network.cut_off(hosts, "forward", seconds=3)
 
 
-def read_only(hosts: Hosts) -> faults.Fault:
-    return faults.folder_fails_on_a_host()
+def read_only(hosts: Hosts) -> Fault:
+    return network.folder_fails_on_a_host()
 
 
 @pytest.mark.parametrize(
@@ -51,8 +52,8 @@ def read_only(hosts: Hosts) -> faults.Fault:
     ],
 )
 def test_a_run_survives_its_network(
-    stage: chaos.Stage, fault: Callable[[Hosts], faults.Fault], message: str
+    stage: chaos_job.Stage, fault: Callable[[Hosts], Fault], message: str
 ):
     assert stage.hosts is not None
-    outcome = chaos.inject(stage, fault(stage.hosts))
+    outcome = chaos_job.inject(stage, fault(stage.hosts))
     assert re.search(message, outcome.message), outcome.message

@@ -1,0 +1,1 @@
+"""Faults that ``make chaos`` injects into training jobs, by what they hit."""
