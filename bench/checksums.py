@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Seconds of a checkpoint's save and load with checksums, beside torch's own writer and reader.
+"""Seconds of a checkpoint's save and load with checksums, with torch's own CRC32, and with neither.
 
-They take turns on one rank, so both see the same machine. A disk hides some of the cost behind its
+They take turns on one rank, so all see the same machine. torch computes the CRC32 as it writes, and
+nothing checks it as it reads; our writer replaces it. A disk hides some of the cost behind its
 writes; memory (/dev/shm) hides nothing. Seconds of the processor vary less than those of the clock
 where other programs run.
 
@@ -19,7 +20,8 @@ from typing import Any
 
 from harness import keep, machine, ratios, say, spread_of
 
-ROUNDS, TENSORS, MIB_EACH = 7, 32, 16
+ROUNDS, TENSORS, MIB_EACH = 21, 32, 16
+WAYS = {"with checksums": "ours", "with torch's CRC32": "torch's", "without checksums": "bare"}
 PLACES = {"disk": None, "memory": "/dev/shm"}
 
 
@@ -52,22 +54,22 @@ def _measure(folder: Path, out: Path) -> None:
     boxes = {f"t{i}": [Box((0, 0), torch.randn(rows, 1024), (rows, 1024))] for i in range(TENSORS)}
     seconds: dict[str, list[float]] = {}
     for turn in range(ROUNDS + 1):
-        with_first = turn % 2 == 0
-        for checked in (with_first, not with_first):
-            for name, value in _turn(boxes, folder, checked=checked).items():
+        ways = list(WAYS)[turn % 3 :] + list(WAYS)[: turn % 3]
+        for way in ways:
+            for name, value in _turn(boxes, folder, writer=WAYS[way]).items():
                 if turn:  # the first warms up
-                    key = f"{name} {'with' if checked else 'without'} checksums"
-                    seconds.setdefault(key, []).append(value)
+                    seconds.setdefault(f"{name} {way}", []).append(value)
     measured: dict[str, Any] = {"gib": TENSORS * MIB_EACH / 1024, "rounds": ROUNDS}
     measured |= {f"{key}, seconds": spread_of(values) for key, values in seconds.items()}
     for name in ("save", "load", "save (processor)", "load (processor)"):
-        pair = (seconds[f"{name} with checksums"], seconds[f"{name} without checksums"])
-        measured[f"{name}, ratio"] = ratios(*pair)
+        with_ours, *others = (seconds[f"{name} {way}"] for way in WAYS)
+        for way, other in zip(list(WAYS)[1:], others, strict=True):
+            measured[f"{name}, ratio to {way}"] = ratios(with_ours, other)
     out.write_text(json.dumps(measured))
 
 
-def _turn(boxes: Any, folder: Path, *, checked: bool) -> dict[str, float]:
-    """Save and load once; without checksums, with torch's own writer."""
+def _turn(boxes: Any, folder: Path, *, writer: str) -> dict[str, float]:
+    """Save and load once, with one of `WAYS`."""
     import torch.distributed as dist
     import torch.distributed.checkpoint as dcp
 
@@ -78,15 +80,15 @@ def _turn(boxes: Any, folder: Path, *, checked: bool) -> dict[str, float]:
     assert isinstance(group, dist.ProcessGroup)
     target.mkdir()
     start, busy = time.perf_counter(), time.process_time()
-    if checked:
+    if writer == "ours":
         write_checksums(target, storage.write_boxes(boxes, target, group))
     else:
-        writer = dcp.FileSystemWriter(target, thread_count=storage._FILES_AT_ONCE)
         dcp.save(
-            {}, storage_writer=writer, planner=storage._SavePlanner(boxes), process_group=group
-        )
+            {}, storage_writer=_writer(target, bare=writer == "bare"),
+            planner=storage._SavePlanner(boxes), process_group=group,
+        )  # fmt: skip
     saved, busy_saved = time.perf_counter(), time.process_time()
-    if checked:
+    if writer == "ours":
         storage.read_boxes(boxes, target, group)
     else:
         reader = dcp.FileSystemReader(target)
@@ -101,6 +103,28 @@ def _turn(boxes: Any, folder: Path, *, checked: bool) -> dict[str, float]:
         "save (processor)": busy_saved - busy,
         "load (processor)": busy_loaded - busy_saved,
     }
+
+
+def _writer(folder: Path, *, bare: bool) -> Any:
+    """Return torch's writer, or ours without its checksums."""
+    from torch.distributed.checkpoint import FileSystemWriter
+    from torch.distributed.checkpoint.filesystem import FileSystem
+
+    from megatron_moe.checkpoint.hashing import HashingWriter
+    from megatron_moe.checkpoint.storage import _FILES_AT_ONCE
+
+    class Bare(HashingWriter):
+        def _checked(self, result: Any) -> Any:
+            return result
+
+        def finish(self, metadata: Any, results: Any) -> None:
+            FileSystemWriter.finish(self, metadata, results)
+
+    if not bare:
+        return FileSystemWriter(folder, thread_count=_FILES_AT_ONCE)
+    writer = Bare(folder, files_at_once=_FILES_AT_ONCE)
+    writer.fs = FileSystem()
+    return writer
 
 
 if __name__ == "__main__":

@@ -7,31 +7,29 @@ python bench/page.py          # rewrite the tables
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from harness import RESULTS, ROOT
 
-from megatron_moe.markdown import markdown_table
+from megatron_moe.markdown import markdown_table, with_tables
 
 PAGE = ROOT / "docs" / "performance.md"
-_BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 Cases = dict[str, Any]
 
 
-def with_tables(text: str, results: Path = RESULTS) -> str:
+def rendered(text: str, results: Path = RESULTS) -> str:
     """Return the page with every table rewritten from the results."""
+    return with_tables(text, {name: partial(_written, name, results) for name in TABLES})
 
-    def written(block: re.Match[str]) -> str:
-        head, name, end = block.groups()
-        file = results / f"{name}.json"
-        if not file.exists():
-            return f"{head}Not measured yet.\n{end}"
-        return head + TABLES[name](json.loads(file.read_text(encoding="utf-8"))) + end
 
-    return _BLOCK.sub(written, text)
+def _written(name: str, results: Path) -> str:
+    file = results / f"{name}.json"
+    if not file.exists():
+        return "Not measured yet.\n"
+    return TABLES[name](json.loads(file.read_text(encoding="utf-8")))
 
 
 def step_table(cases: Cases) -> str:
@@ -227,4 +225,4 @@ def _machine(cases: Cases) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(rendered(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

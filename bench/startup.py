@@ -3,7 +3,7 @@
 
 Each is repeated, and whatever it is compared with comes in between:
 
-    help, plan      the command from start to end
+    help, plan      the command from start to end; plan also for 1,024 GPUs
     first step      a tiny model on 4 ranks: from the command to the first step in metrics.jsonl
     save, export    against dd writing as many bytes to the same disk, both with fsync
     async save      what a save beside training takes of it: until it returns, and of steps
@@ -42,7 +42,7 @@ MIB = 2**20
 def main() -> None:
     """Measure what is asked for and keep it."""
     cases: dict[str, Callable[[Path, int], dict[str, Any]]] = {
-        "help": help_, "plan": plan, "first step": first_step, "save": save,
+        "help": help_, "plan": plan, "plan 1024": plan_1024, "first step": first_step, "save": save,
     }  # fmt: skip
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -78,6 +78,15 @@ def plan(scratch: Path, rounds: int) -> dict[str, Any]:
     file = ROOT / "configs" / "h100" / "llama3-8b-e8t2-dropless-128.yaml"
     command = [*PROGRAM, "plan", str(file), f"source.path={dense}", "--gpus", "128"]
     return {**_timed("plan", command, rounds), "target": 2.0, "torch": _imports(command)}
+
+
+def plan_1024(scratch: Path, rounds: int) -> dict[str, Any]:
+    """`megatron-moe plan` for 1,024 GPUs: of a model that fits, and of one that never does."""
+    output: dict[str, Any] = {"target": 2.0}
+    for model in ("llama-3-70b", "llama-3.1-405b"):
+        command = [*PROGRAM, "plan", "--model", model, "--gpus", "1024"]
+        output[model] = _timed(f"plan, {model}", command, rounds, fails=model == "llama-3.1-405b")
+    return output
 
 
 def first_step(scratch: Path, rounds: int) -> dict[str, Any]:
@@ -321,11 +330,15 @@ def _has_step(file: Path, step: int) -> bool:
     return any(json.loads(line)["step"] >= step for line in lines if line.endswith("}"))
 
 
-def _timed(name: str, command: list[str], rounds: int) -> dict[str, Any]:
+def _timed(name: str, command: list[str], rounds: int, *, fails: bool = False) -> dict[str, Any]:
+    """Time a command that ends well, or one whose answer is an error."""
     seconds, busy = [], []
     for number in range(rounds + 1):
         start, before = time.perf_counter(), _children_seconds()
-        subprocess.run(command, stdout=subprocess.DEVNULL, check=True, cwd=ROOT)
+        silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL if fails else None}
+        status = subprocess.run(command, **silent, cwd=ROOT).returncode
+        if status != (2 if fails else 0):
+            raise SystemExit(f"{' '.join(command)} ended with status {status}")
         seconds.append(time.perf_counter() - start)
         busy.append(_children_seconds() - before)
         say(f"startup, {name}, {number}/{rounds}: {seconds[-1]:.2f} s, {busy[-1]:.2f} CPU s")

@@ -7,17 +7,16 @@ counts if all seeds agree on its sign.
 from __future__ import annotations
 
 import json
-import re
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from megatron_moe.markdown import markdown_table
+from megatron_moe.markdown import markdown_table, with_tables
 from research.study.page import spread
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE, NUMBERS = DOCS / "growing.md", DOCS / "growing.json"
-BLOCK = re.compile(r"(<!-- study: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 FROM_8, FROM_16, FROM_16_K4 = "8 experts", "16 from the start", "16 top-4 from the start"
 PAIRS = (
@@ -47,7 +46,7 @@ def main() -> None:
 def render(text: str, numbers: Numbers) -> str:
     """Return the page with current tables."""
     tables = {"runs": runs_table, "differences": differences_table, "origin": origin}
-    return BLOCK.sub(lambda match: match[1] + tables[match[2]](numbers) + match[3], text)
+    return with_tables(text, {name: partial(table, numbers) for name, table in tables.items()})
 
 
 def origin(numbers: Numbers) -> str:

@@ -21,8 +21,8 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from megatron_moe.checkpoint.folder import SOURCE_FILES
 from megatron_moe.config.mixtures import PRESETS, SLIMPAJAMA
+from megatron_moe.hf.source_files import source_files
 
 ROOT = Path(__file__).parents[1]
 DENSE, CUT, DOMAINS = (ROOT / "runs" / p for p in ("models/smollm2-135m", "models/cut", "domains"))
@@ -93,10 +93,9 @@ def cut_layers(dense: Path, out: Path) -> None:
     model.model.layers = torch.nn.ModuleList(model.model.layers[layer] for layer in KEPT)
     model.config.num_hidden_layers = len(KEPT)
     model.save_pretrained(out)
-    for pattern in SOURCE_FILES:
-        for file in dense.glob(pattern):
-            if not (out / file.name).exists():
-                shutil.copyfile(file, out / file.name)
+    for file in source_files(dense):
+        if not (out / file.name).exists():
+            shutil.copyfile(file, out / file.name)
 
 
 def collect(metrics: Path) -> dict[str, Any]:

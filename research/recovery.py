@@ -2,8 +2,8 @@
 
 A small Llama is trained on every second file of Python's standard library and split into 8 experts,
 top-2, so that a token passes a quarter of the neurons. Each case then trains on the other files: a
-long run, and one of a tenth of its tokens. An hour on 2 idle cores; prints a table, and writes it
-as JSON.
+long run, and one of a tenth of its tokens. Half an hour on 2 idle cores; writes docs/recovery.json
+and the curves, docs/recovery.svg.
 """
 
 from __future__ import annotations
@@ -14,21 +14,30 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from megatron_moe.markdown import markdown_table
 from research.muon import DOMAIN, prepare
 from research.study.cases import Case
+from research.study.plot import PANEL, WIDTH, panel
 from research.study.runs import STEP_TOKENS, Training, settings, train_case
 
-LONG, SHORT = 200, 20
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+LONG, SHORT, JUDGED = 200, 20, 10
+"""Steps of a long run and of a tenth of it, and how often a run is judged on the way."""
 SEEDS = (0, 1, 2)
 RANDOM = {"method": "split_random", "rescale": "N/K"}
 SOLVED = {"method": "split_coactivation", "fit": ["router", "down"]}
+DENSE = {"method": "copy"}
 LOGITS = {"logits_weight": 1.0}
 ALL = {"logits_weight": 1.0, "layers_weight": 1.0, "router_weight": 0.1}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
+    "dense": (DENSE, {}, LONG),
     "random": (RANDOM, {}, LONG),
     "solved": (SOLVED, {}, LONG),
     "solved, logits": (SOLVED, LOGITS, LONG),
+    "dense, a tenth": (DENSE, {}, SHORT),
     "random, a tenth": (RANDOM, {}, SHORT),
     "solved, a tenth": (SOLVED, {}, SHORT),
     "random, logits, a tenth": (RANDOM, LOGITS, SHORT),
@@ -41,7 +50,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
 
 
 def main() -> None:
-    """Create the inputs once, train every case that has no result yet, and print the table."""
+    """Create the inputs once, and train every case that has no result yet."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path, help="folder for inputs, runs and results")
     out: Path = parser.parse_args().out
@@ -56,9 +65,10 @@ def main() -> None:
                 train_case(tree, result, about={"case": name, "seed": seed})
             print(f"{name:24} seed {seed}: {json.loads(result.read_text())['validation']}")
     results = [json.loads(path.read_text()) for path in sorted(out.glob("*-[0-9].json"))]
-    print(table(results))
+    (DOCS / "recovery.svg").write_text(plot(results))
     kept = [{key: one[key] for key in ("case", "seed", "validation")} for one in results]
-    (out / "recovery.json").write_text(json.dumps(kept) + "\n")
+    lines = ",\n".join(json.dumps(one) for one in kept)
+    (DOCS / "recovery.json").write_text(f"[\n{lines}\n]\n")
 
 
 def case_settings(
@@ -66,10 +76,12 @@ def case_settings(
 ) -> dict[str, Any]:
     """Return the configuration of one case without its teacher."""
     how = Training(steps=steps, lr=1e-3, warmup_steps=steps // 10)
+    shape = "dense" if upcycle is DENSE else "parts"
     tree = settings(
-        Case("split", "parts", upcycle), run_dir, dense, out / "continue-tokens", how, seed=seed,
+        Case("split", shape, upcycle), run_dir, dense, out / "continue-tokens", how, seed=seed,
         domains=[DOMAIN],
     )  # fmt: skip
+    tree["checkpoint"]["interval"] = steps // JUDGED  # held-out text is judged at each save
     if "fit" in upcycle:
         tree["upcycle"]["plan"] = str(out / f"solved-{seed}.safetensors")
         tree["measure"] = {"samples": 512, "hidden_states": 1024, "interval": 1000}
@@ -87,6 +99,46 @@ def table(results: list[dict[str, Any]]) -> str:
             [name.removesuffix(", a tenth"), tokens, *map(spread, (columns[0], columns[-1]))]
         )
     return markdown_table(["case", "tokens", "before", "after"], rows)
+
+
+def curves(results: list[dict[str, Any]]) -> dict[str, NDArray[np.float64]]:
+    """Return held-out losses of the long runs, ``(seeds, points)``, by case."""
+    return {
+        name: np.asarray(
+            [[loss for _, loss in one["validation"]] for one in results if one["case"] == name]
+        )
+        for name, (_, _, steps) in CASES.items()
+        if steps == LONG
+    }
+
+
+def costs(results: list[dict[str, Any]]) -> str:
+    """Return in Markdown how many tokens a long run takes to each of several held-out losses."""
+    mean = {name: losses.mean(axis=0) for name, losses in curves(results).items()}
+    tokens = np.linspace(0, LONG * STEP_TOKENS, JUDGED + 1)
+    rows = []
+    for level in np.arange(5.1, 4.7, -0.1):
+        cells = []
+        for losses in mean.values():
+            least = np.minimum.accumulate(losses)
+            reached = least[-1] <= level
+            cells.append(f"{np.interp(-level, -least, tokens):,.0f}" if reached else "not reached")
+        rows.append([f"{level:.1f}", *cells])
+    return markdown_table(["nats", *mean], rows)
+
+
+def plot(results: list[dict[str, Any]]) -> str:
+    """Return the curves of the long runs as SVG."""
+    height = PANEL + 20
+    return "\n".join([
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
+        'font-family="sans-serif" font-size="11">',
+        f'<rect width="{WIDTH}" height="{height}" fill="white"/>',
+        *panel("a small model: solved experts and a teacher", curves(results), top=30),
+        f'<text x="260" y="{height - 10}" text-anchor="middle">tokens, up to '
+        f"{LONG * STEP_TOKENS:,}; loss on held-out text, nats per token; bands: all seeds</text>",
+        "</svg>\n",
+    ])  # fmt: skip
 
 
 def spread(losses: Sequence[float]) -> str:

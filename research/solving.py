@@ -1,9 +1,9 @@
-"""Compare what is solved for, on SmolLM2-135M before any training step.
+"""Compare what is solved for, on SmolLM2-135M before any training step; write docs/solving.json.
 
 Splits the FFNs into 8 experts in several ways, solves for routers and down matrices on the demo's
 training text, and judges each model on held-out text of the same kind, on C++ headers and on
 licenses, none of which is in the calibration text. Each case takes about 13 minutes of one core
-(32,768 tokens); a case that has a result is skipped. Prints a table.
+(32,768 tokens); a case that has a result is skipped. Needs the model and text of `make demo`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from megatron_moe.markdown import markdown_table
 from research.study.runs import collect, on_one_thread, write_result
 
 MODEL, TEXT = Path("runs/models/smollm2-135m"), Path("runs/text")
+DOCS = Path(__file__).resolve().parents[1] / "docs"
 SEQ_LENGTH, HELD_OUT = 512, 16
 BOTH = ["router", "down"]
 QUARTER = {"moe_router_topk": 2, "moe_ffn_hidden_size": 192}
@@ -36,23 +37,29 @@ SHARED = {
 }  # fmt: skip
 HALF = {"moe_router_topk": 4, "moe_ffn_hidden_size": 192}
 COPIES = {"num_moe_experts": 2, "moe_router_topk": 2}
-SOLVED = {"method": "split_coactivation", "fit": BOTH}
+COACTIVE = {"method": "split_coactivation", "fit": BOTH}
+SOLVED = {"method": "split_routed", "fit": BOTH}
+FREE = {"max_load": 8.0}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "dense": (COPIES, {"method": "copy"}, 0),
     "25%, random, N/K": (QUARTER, {"method": "split_random", "rescale": "N/K"}, 0),
     "25%, both": (QUARTER, SOLVED, 64),
+    "25%, both, no bound": (QUARTER, SOLVED | FREE, 64),
     "44%, both": (SHARED, SOLVED, 64),
-    "25%, both, no bound": (QUARTER, SOLVED | {"max_load": 8.0}, 64),
     "50%, both": (HALF, SOLVED, 64),
-    "25%, both, 8k tokens": (QUARTER, SOLVED, 16),
-    "25%, clusters, N/K": (QUARTER, SOLVED | {"fit": []}, 64),
+    "25%, coactivation, both": (QUARTER, COACTIVE, 64),
+    "25%, coactivation, both, no bound": (QUARTER, COACTIVE | FREE, 64),
+    "44%, coactivation, both": (SHARED, COACTIVE, 64),
     "25%, router": (QUARTER, SOLVED | {"fit": ["router"]}, 64),
-    "25%, down": (QUARTER, SOLVED | {"fit": ["down"]}, 64),
-    "25%, both, stream 0.3": (QUARTER, SOLVED | {"fit_stream": 0.3}, 64),
-    "44%, both, no bound": (SHARED, SOLVED | {"max_load": 8.0}, 64),
+    "25%, coactivation, down": (QUARTER, COACTIVE | {"fit": ["down"]}, 64),
+    "25%, coactivation, N/K": (QUARTER, COACTIVE | {"fit": []}, 64),
     "25%, both, 4k tokens": (QUARTER, SOLVED, 8),
+    "25%, both, 8k tokens": (QUARTER, SOLVED, 16),
+    "25%, both, 8k tokens, seed 1": (QUARTER, SOLVED | {"seed": 1}, 16),
+    "25%, both, 8k tokens, seed 2": (QUARTER, SOLVED | {"seed": 2}, 16),
+    "25%, both, 8k tokens, stream 0.3": (QUARTER, SOLVED | {"fit_stream": 0.3}, 16),
+    "25%, both, 8k tokens, stream 1": (QUARTER, SOLVED | {"fit_stream": 1.0}, 16),
     "25%, both, 128k tokens": (QUARTER, SOLVED, 256),
-    "44%, both, 128k tokens": (SHARED, SOLVED, 256),
 }
 """Settings of the experts and of their construction, and sequences of calibration, by name."""
 
@@ -61,15 +68,24 @@ def main() -> None:
     """Judge every case that has no result yet, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path, help="folder for texts, plans and results")
-    out: Path = parser.parse_args().out
+    parser.add_argument("cases", nargs="*", metavar="CASE", help="names in CASES (all)")
+    chosen = parser.parse_args()
+    if unknown := set(chosen.cases) - set(CASES):
+        parser.error(f"unknown case {sorted(unknown)}; known: {list(CASES)}")
+    if not (MODEL / "config.json").exists() or not (TEXT / "train.jsonl").exists():
+        parser.error(f"{MODEL} or {TEXT} is missing; make demo gets both")
+    out: Path = chosen.out
     other = other_texts(out)
-    for name, (moe, upcycle, samples) in CASES.items():
+    for name in chosen.cases or CASES:
+        moe, upcycle, samples = CASES[name]
         result = out / f"{name.replace(', ', '-').replace(' ', '-').replace('/', '')}.json"
         if not result.exists():
             values = judge(out, moe, upcycle, samples, other)
             write_result(result, {"case": name, **values})
         print(json.dumps(json.loads(result.read_text())), flush=True)
-    print(table(out))
+    results = {one["case"]: one for one in map(_read, sorted(out.glob("*.json")))}
+    lines = ",\n".join(json.dumps(results[name]) for name in CASES if name in results)
+    (DOCS / "solving.json").write_text(f"[\n{lines}\n]\n")
 
 
 def other_texts(out: Path) -> dict[str, Path]:
@@ -130,7 +146,7 @@ def settings(
 ) -> dict[str, Any]:
     """Return the configuration of a case as in its YAML file."""
     return {
-        "run": {"dir": str(run), "device": "cpu"},
+        "run": {"dir": str(run), "device": "cpu", "seed": upcycle.get("seed", 0)},
         "source": {"path": str(MODEL)},
         "moe": {"num_moe_experts": 8, **moe},
         "upcycle": {"verify": "never", **upcycle},
@@ -155,20 +171,16 @@ def judged_data(other: dict[str, Path]) -> dict[str, Any]:
     return {"domains": domains, "seq_length": SEQ_LENGTH, "validation_samples": HELD_OUT}
 
 
-def table(out: Path) -> str:
+def table(results: list[dict[str, Any]]) -> str:
     """Return all results as Markdown, with losses relative to the dense model's."""
-    results = {one["case"]: one for one in map(_read, sorted(out.glob("*.json")))}
-    dense = results["dense"]["domains"]
+    dense = next(one for one in results if one["case"] == "dense")["domains"]
     head, rows = ["case", "tokens", *(f"{name} (above dense)" for name in dense), "load"], []
-    for name in CASES:
-        if name in results:
-            one = results[name]
-            losses = [
-                f"{loss:.3f} ({loss - dense[domain]:+.3f})"
-                for domain, loss in one["domains"].items()
-            ]
-            load = "" if one["max_load"] is None else f"{one['max_load']:.2f}"
-            rows.append([name, f"{one['tokens']:,}", *losses, load])
+    for one in results:
+        losses = [
+            f"{loss:.3f} ({loss - dense[domain]:+.3f})" for domain, loss in one["domains"].items()
+        ]
+        load = "" if one["max_load"] is None else f"{one['max_load']:.2f}"
+        rows.append([one["case"], f"{one['tokens']:,}", *losses, load])
     return markdown_table(head, rows)
 
 

@@ -12,18 +12,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-from research.solving import QUARTER, SOLVED, judged_data, other_texts, settings
+from research.solving import COACTIVE, QUARTER, judged_data, other_texts, settings
 from research.study.runs import train_case
 
 STEPS, SEQUENCES = 100, 2
 RANDOM = {"method": "split_random", "rescale": "N/K"}
 TEACHER = {"logits_weight": 1.0}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], int, float]] = {
-    "solved, logits, a tenth": (SOLVED, TEACHER, STEPS // 10, 2e-4),
+    "solved, logits, a tenth": (COACTIVE, TEACHER, STEPS // 10, 2e-4),
     "random": (RANDOM, {}, STEPS, 1e-3),
-    "solved, a tenth": (SOLVED, {}, STEPS // 10, 2e-4),
+    "solved, a tenth": (COACTIVE, {}, STEPS // 10, 2e-4),
     "random, lr 3e-4": (RANDOM, {}, STEPS, 3e-4),
-    "solved, logits": (SOLVED, TEACHER, STEPS, 3e-4),
+    "solved, logits": (COACTIVE, TEACHER, STEPS, 3e-4),
 }
 """Construction, teacher, steps and learning rate by name."""
 

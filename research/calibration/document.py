@@ -18,7 +18,7 @@ from megatron_moe.config.load import build, load
 from megatron_moe.config.run import RunConfig
 from megatron_moe.hf.known import model_named
 from megatron_moe.hf.spec import ModelSpec, spec_from_config
-from megatron_moe.markdown import markdown_table
+from megatron_moe.markdown import markdown_table, with_tables
 from megatron_moe.planner.calibration import FITTED, PRIOR, Calibration
 from megatron_moe.planner.check import check_layout
 from megatron_moe.planner.count import count_shape
@@ -40,7 +40,6 @@ from research.calibration.fit import (
 from research.calibration.published import Convention, Published, published, validation
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "planning.md"
-BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 DATE = re.compile(r"(Tables of )\d{4}-\d{2}-\d{2}")
 
 COUNTS: dict[Convention, str] = {"causal": "causal", "full_attention": "full"}
@@ -58,7 +57,7 @@ LLAMA2_7B = LLAMA3_8B | {
 
 def render(text: str) -> str:
     """Return the document with current tables and otherwise unchanged text."""
-    return BLOCK.sub(lambda match: match[1] + TABLES[match[2]]() + match[3], text)
+    return with_tables(text, TABLES)
 
 
 def main(path: Path) -> None:

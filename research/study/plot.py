@@ -31,7 +31,7 @@ def plots(numbers: dict[str, Any]) -> str:
     panels = [
         line
         for index, (title, cases) in enumerate(PANELS)
-        for line in _panel(title, _curves(numbers, cases), top=30 + PANEL * index)
+        for line in panel(title, _curves(numbers, cases), top=30 + PANEL * index)
     ]
     tokens = numbers["trained"][0]["validation"][-1][0]
     return "\n".join([
@@ -57,7 +57,8 @@ def _curves(numbers: dict[str, Any], cases: Sequence[str]) -> dict[str, NDArray[
     return curves
 
 
-def _panel(title: str, curves: dict[str, NDArray[np.float64]], *, top: int) -> Iterator[str]:
+def panel(title: str, curves: dict[str, NDArray[np.float64]], *, top: int) -> Iterator[str]:
+    """Yield the SVG elements of a panel for losses ``(seeds, points)`` by case: mean and range."""
     left, width, height = 45, 430, PANEL - 50
     if not curves:
         return

@@ -107,7 +107,7 @@ def train_run(tree: dict[str, Any]) -> None:
         raise JobError(f"{config.run.dir} was stopped before its last step")
 
 
-def on_one_thread(work: Callable[[World], None]) -> None:
+def on_one_thread(work: Callable[[World], object]) -> None:
     """Run ``work`` on one rank with one thread."""
 
     def run(world: World) -> None:

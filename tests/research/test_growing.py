@@ -12,7 +12,7 @@ RESULTS = json.loads(NUMBERS.read_text())
 def test_the_tables_are_of_these_numbers():
     text = PAGE.read_text()
     assert render(text, RESULTS) == text
-    assert all(f"<!-- study: {name} -->" in text for name in ("origin", "runs", "differences"))
+    assert all(f"<!-- table: {name} -->" in text for name in ("origin", "runs", "differences"))
 
 
 def test_runs_with_equal_top_k_have_equal_costs():
