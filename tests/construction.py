@@ -38,6 +38,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # moe, upcycle
     "split_clustered": (SPLIT, {"method": "split_clustered", "rescale": "N"}),
     "split_clustered-shared": (SHARED, {"method": "split_clustered"}),
     "split_coactivation": (SHARED, {"method": "split_coactivation", "plan": PLAN}),
+    "split_routed": (SPLIT, {"method": "split_routed", "plan": PLAN, "fit": ["router"]}),
     "sharing_inner": (
         {"num_moe_experts": 4, "moe_ffn_hidden_size": 32},
         {"method": "sharing_inner", "plan": PLAN, "router_init": "centroids"},

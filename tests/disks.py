@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 KIB = 1024
@@ -24,6 +26,18 @@ def missing() -> str | None:
 
 def _run(*words: object) -> None:
     subprocess.run([str(word) for word in words], check=True, capture_output=True)
+
+
+def _output(*words: object) -> str:
+    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def _wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the disk is in use"
+        time.sleep(0.1)
 
 
 class Disk:
@@ -102,7 +116,10 @@ class ThinDisk:
     def repair(self) -> None:
         """Give it the storage that it promises; unmount, check and mount it again."""
         self._storage.repair()
-        _run("umount", self.path)
+        _wait_for(lambda: not subprocess.run(["umount", self.path], check=False).returncode)
+        # The loop device writes what it has cached when it is detached, a moment after umount. That
+        # would damage the file system again after the check.
+        _wait_for(lambda: not _output("losetup", "--associated", self._image))
         checked = subprocess.run(
             ["e2fsck", "-f", "-y", self._image], capture_output=True, check=False
         )

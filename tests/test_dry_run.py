@@ -4,13 +4,12 @@ It stands for a rank in a child, because the rest of the tests fork ranks out of
 """
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.multiprocessing as mp
+from commands import run_command
 from dense_models import DENSE_MODELS, H100_FILES, shipped
 from layouts import layout
 from tiny import save_dense
@@ -23,7 +22,7 @@ from megatron_moe.errors import ConfigError
 from megatron_moe.hf.spec import ModelSpec, read_spec
 from megatron_moe.parallel.layout import fold
 from megatron_moe.planner.parameters import rank_parameters, rank_tensors
-from megatron_moe.planner.shape import upcycled_shape
+from megatron_moe.planner.shape import run_shape
 
 # Odd sizes, so that padding shows: no tensor is a multiple of 64, and the vocabulary is prime.
 DENSE = {
@@ -42,7 +41,7 @@ def agrees_with_the_planner(
     result: DryRun, config: RunConfig, spec: ModelSpec, *, world_size: int
 ) -> None:
     assert result.counted == result.planned
-    shape, stage = upcycled_shape(spec, config.moe), result.groups["pp"].index(result.rank)
+    shape, stage = run_shape(config, spec), result.groups["pp"].index(result.rank)
     assert result.parameters == sum(rank_parameters(shape, result.degrees, pp_rank=stage))
     chunks = rank_tensors(shape, result.degrees, pp_rank=stage)
     assert result.filled.parameters == sum(map(len, chunks))
@@ -184,6 +183,47 @@ def test_frozen_roles_take_no_gradients_and_no_optimizer_state(
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
+    ("targets", "freeze", "distributed"),
+    [
+        (["attention"], [], True),
+        (["attention", "experts"], ["embeddings", "norms"], True),
+        (["experts"], ["adapters@0-1", "router"], True),
+        (["attention", "experts"], ["adapters"], False),
+    ],
+    ids=str,
+)
+def test_adapters_take_the_planners_bytes(
+    tmp_path: Path, targets: list[str], freeze: list[str], distributed: bool
+):
+    """To the byte; frozen targets take their weights alone."""
+    dense = tmp_path / "dense"
+    dense.mkdir()
+    (dense / "config.json").write_text(json.dumps(DENSE))
+
+    def check() -> None:
+        for name in LAYOUTS:
+            if "etp2" in name and "experts" in targets:
+                continue
+            world_size, parallel = layout(name)
+            config = build(
+                RunConfig,
+                tree(
+                    tmp_path, dense, tmp_path, parallel=parallel, run={"engine": "torch"},
+                    moe={"num_moe_experts": 8, "moe_layers": [0, 1, 3, 6]},
+                    train={"precision": "bf16", "global_batch_size": 32, "freeze": freeze},
+                    lora={"rank": 3, "alpha": 8.0, "targets": targets},
+                    optimizer={"use_distributed_optimizer": distributed},
+                ),
+            )  # fmt: skip
+            for rank in {0, world_size // 3, world_size - 1}:
+                found = dry_run(config, rank=rank, world_size=world_size)
+                agrees_with_the_planner(found, config, read_spec(dense), world_size=world_size)
+
+    in_a_child(check)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
     ("method", "moe"),
     [
         ("copy", {}),
@@ -251,17 +291,10 @@ def yaml_file(tmp_path: Path) -> Path:
     return path
 
 
-def command(*arguments: object, name: str = "train") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "megatron_moe", name, *map(str, arguments)],
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-
-
 def test_json_of_the_command(yaml_file: Path):
-    output = command(
-        yaml_file, "parallel.expert_parallel_size=4", "--dry-run", "--world-size", 4, "--rank", 3,
-        "--json",
+    output = run_command(
+        "train", yaml_file, "parallel.expert_parallel_size=4", "--dry-run", "--world-size", 4,
+        "--rank", 3, "--json",
     )  # fmt: skip
     assert output.returncode == 0, output.stderr
     numbers = json.loads(output.stdout)
@@ -285,7 +318,7 @@ def test_json_of_the_command(yaml_file: Path):
     ],
 )
 def test_refusals(yaml_file: Path, arguments: tuple, words: str):
-    output = command(yaml_file, *arguments)
+    output = run_command("train", yaml_file, *arguments)
     assert output.returncode == 2
     assert words in output.stderr
     assert "Traceback" not in output.stderr
@@ -293,9 +326,9 @@ def test_refusals(yaml_file: Path, arguments: tuple, words: str):
 
 def test_recomputation_of_another_engine_does_not_stop_the_dry_run(yaml_file: Path):
     """As on a laptop, which builds torch-native layers for a configuration of H100s."""
-    output = command(
-        yaml_file, "run.device=auto", "train.recompute=selective", "--dry-run", "--world-size", 4,
-        "--json",
+    output = run_command(
+        "train", yaml_file, "run.device=auto", "train.recompute=selective", "--dry-run",
+        "--world-size", 4, "--json",
     )  # fmt: skip
     assert output.returncode == 0, output.stderr
     assert "torch-native" in json.loads(output.stdout)["layer_spec"]
@@ -307,7 +340,7 @@ def test_construct_shows_hours_and_memory_of_a_model_that_is_not_here(yaml_file:
         "source.path=llama-2-7b", "moe.num_moe_experts=16", "moe.moe_ffn_hidden_size=688",
         "upcycle.method=split_random", "upcycle.fit=[down]", "upcycle.plan=x", "measure.samples=64",
     )  # fmt: skip
-    output = command(yaml_file, *arguments, "--dry-run", "--json", name="construct")
+    output = run_command("construct", yaml_file, *arguments, "--dry-run", "--json")
     assert output.returncode == 0, output.stderr
     cost = json.loads(output.stdout)
     n, d = 11008, 4096
@@ -315,7 +348,7 @@ def test_construct_shows_hours_and_memory_of_a_model_that_is_not_here(yaml_file:
     assert cost["disk_bytes"] == 32 * 4 * n * d
     assert cost["rank_bytes"] > 24 * n**2
     assert cost["hours"] > 0
-    refused = command(yaml_file, *arguments, "--json", name="construct")
+    refused = run_command("construct", yaml_file, *arguments, "--json")
     assert refused.returncode == 2
 
 

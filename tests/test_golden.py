@@ -28,6 +28,10 @@ VARIATIONS = {
             "parallel.virtual_pipeline_parallel_size=1",
             "parallel.pipeline_model_parallel_layout=Et*7|t*9|t*9|t*7L",
         ],
+        "expert-overlap": [
+            "train.overlap_moe_expert_parallel_comm=true",
+            "train.delay_wgrad_compute=true",
+        ],
     },
     "qwen2-7b-e64t8-qwen-128": {"shared-overlap": ["moe.moe_shared_expert_overlap=true"]},
 }

@@ -3,12 +3,12 @@
 import json
 import os
 import pty
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch.multiprocessing as mp
+from commands import run_command
 from tiny import save_dense, save_moe
 from training_runs import read_metrics, write_tokens
 
@@ -89,23 +89,15 @@ def test_the_dry_run_of_a_file_builds(tmp_path: Path):
     mp.start_processes(check, nprocs=1, start_method="fork")
 
 
-def typed(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "megatron_moe", *map(str, words)],
-        capture_output=True, text=True, check=True, cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-
-
 @pytest.mark.distributed
 def test_train_runs_on_the_file_unchanged(tmp_path: Path):
     """A tiny model on two ranks of this machine; its checkpoint is as large as predicted."""
     save_dense(tmp_path / "tiny dense")
     write_tokens(tmp_path / "tokens", documents=40)
     words = ["init", "tiny dense", "--gpu", "cpu", "--gpus", 2, "--experts", 4]
-    done = typed(*words, "--data", "tokens", cwd=tmp_path)
+    done = run_command(*words, "--data", "tokens", cwd=tmp_path, check=True)
     assert done.stdout == "run.yaml\n"
-    typed("train", "run.yaml", "--ranks", 2, cwd=tmp_path)
+    run_command("train", "run.yaml", "--ranks", 2, cwd=tmp_path, check=True)
     config = load_run(tmp_path / "run.yaml")
     run_dir = tmp_path / config.run.dir
     assert read_metrics(run_dir)[-1]["step"] == 20
@@ -131,12 +123,12 @@ def test_a_moe_is_continued_as_it_is(tmp_path: Path, capsys, monkeypatch):
         message = refused(capsys, monkeypatch, "olmoe", option, 4)
         assert f"{option} (4) is for dense models: olmoe is a MoE" in message
     words = ["olmoe", "--gpu", "cpu", "--gpus", 2, "--data", "tokens"]
-    typed("init", *words, cwd=tmp_path)
+    run_command("init", *words, cwd=tmp_path, check=True)
     config = load_run(Path("run.yaml"))
     assert (config.upcycle.method, config.moe.num_moe_experts) == ("keep", 4)
     assert config.moe.router_order == "softmax_topk"
     assert config.run.dir == Path("runs/olmoe-keep")
-    typed("train", "run.yaml", "--ranks", 2, cwd=tmp_path)
+    run_command("train", "run.yaml", "--ranks", 2, cwd=tmp_path, check=True)
     assert read_metrics(config.run.dir)[-1]["step"] == 20
 
 

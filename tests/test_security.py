@@ -8,7 +8,6 @@ import re
 import shutil
 import stat
 import subprocess
-import sys
 from dataclasses import fields
 from datetime import timedelta
 from inspect import signature
@@ -18,6 +17,7 @@ import psutil
 import pytest
 import torch.distributed as dist
 import yaml
+from commands import run_command
 from ranks import run_on_ranks
 from tiny import save_dense, save_tokenizer
 from training_runs import tree, write_tokens
@@ -282,18 +282,11 @@ def test_a_run_on_one_machine_needs_no_network(tmp_path: Path):
     dense, tokens = save_dense(tmp_path / "dense"), write_tokens(tmp_path / "tokens")
     settings = tree(tmp_path / "run", dense, tokens, train={"steps": 2})
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
-    moe = f"{sys.executable} -m megatron_moe"
-    script = (
-        "set -e; ip link set lo up\n"
-        f"{moe} train run.yaml --ranks 2\n{moe} export run --out hf\n{moe} verify hf\n"
-    )
-    done = subprocess.run(
-        ["unshare", "--net", "sh", "-c", script],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    for command in ("train run.yaml --ranks 2", "export run --out hf", "verify hf"):
+        done = run_command(*command.split(), cwd=tmp_path, prepare=_leave_network, check=True)
     assert "hf: intact" in done.stdout
+
+
+def _leave_network() -> None:
+    os.unshare(os.CLONE_NEWNET)
+    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)

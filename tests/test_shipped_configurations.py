@@ -1,13 +1,13 @@
 """Shipped configurations without their dense model: planned by its known shape, else refused."""
 
 import json
-import os
 import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from commands import run_command
 from dense_models import H100_FILES
 
 from megatron_moe.cli import main as cli
@@ -75,11 +75,7 @@ def test_a_dry_run_needs_no_model(tmp_path: Path):
     """In a child: a dry run replaces functions of torch for the whole process."""
     (file,) = [file for file in H100_FILES if file.stem == "llama3.2-3b-e8t2-8"]
     words = ["train", file, "--dry-run", "--world-size", "8", "--json"]
-    done = subprocess.run(
-        [sys.executable, "-m", "megatron_moe", *words],
-        capture_output=True, text=True, check=True, cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    done = run_command(*words, cwd=tmp_path, check=True)
     result = json.loads(done.stdout)
     assert result["state_bytes"] == result["planned_state_bytes"]
     assert "does not exist. Its shape is taken" in done.stderr

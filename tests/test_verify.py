@@ -4,13 +4,13 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import xxhash
+from commands import run_command
+from old_checkpoints import as_of_version_0_1
 from safetensors.torch import save_file
 from tiny import save_dense
 from training_runs import run_training, tree, write_tokens
@@ -29,9 +29,11 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a run with two checkpoints, and its export below it."""
     root = tmp_path_factory.mktemp("verify")
     dense, tokens = save_dense(root / "dense"), write_tokens(root / "tokens")
+    (dense / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 128}))
     settings = tree(
         root / "run", dense, tokens, train={"steps": 2}, checkpoint={"interval": 1},
-        parallel={"expert_parallel_size": 2},
+        parallel={"expert_parallel_size": 2}, upcycle={"method": "split_clustered"},
+        moe={"num_moe_experts": 4, "moe_ffn_hidden_size": 24},
     )  # fmt: skip
     run_training(settings, world_size=2)
     export_checkpoint(root / "run", root / "run" / "hf")
@@ -59,12 +61,17 @@ def test_every_flipped_bit_is_found_and_named(run_dir: Path, of: str):
                 damaged[place] ^= bit
                 path.write_bytes(damaged)
                 problems = problems_of(folder)
-                assert len(problems) == 1, (path, place, problems)
+                if path.name == "CHECKSUMS":  # the line of another file may be what was changed
+                    assert all("or its line in CHECKSUMS" in p or "no readable line" in p
+                               for p in problems[1:]), problems  # fmt: skip
+                else:
+                    assert len(problems) == 1, (path, place, problems)
                 assert str(path) in problems[0], (path, place, problems)
                 tried += 1
         for changed in (content[:-1], content + b"x", b""):
             path.write_bytes(changed)
-            assert [str(path) in problem for problem in problems_of(folder)] == [True]
+            named = [str(path) in problem for problem in problems_of(folder)]
+            assert named == [True] or (path.name == "CHECKSUMS" and named[0])
             tried += 1
         path.unlink()
         assert path.name == "CHECKSUMS" or [str(path) in p for p in problems_of(folder)] == [True]
@@ -74,11 +81,30 @@ def test_every_flipped_bit_is_found_and_named(run_dir: Path, of: str):
     print(f"{of}: {tried} changes of {len(files_of(folder))} files, all found")  # for pytest -s
 
 
+def test_damaged_checksums_hide_no_other_damage(run_dir: Path, tmp_path: Path):
+    folder = tmp_path / "hf"
+    shutil.copytree(run_dir / "hf", folder)
+    title, _, lines = (folder / "CHECKSUMS").read_text().partition("\n")
+    (folder / "CHECKSUMS").write_text(f"{title[:-1]}x\n{lines}")
+    assert [str(folder / "CHECKSUMS") in problem for problem in problems_of(folder)] == [True]
+    weights = next(folder.glob("*.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    problems = problems_of(folder)
+    assert len(problems) == 2
+    assert f"{weights} is damaged" in problems[1]
+    without_config = "".join(x for x in lines.splitlines(True) if "config.json" not in x)
+    (folder / "CHECKSUMS").write_text(f"{title}\n{without_config}")
+    assert "no readable line for config.json" in problems_of(folder)[2]
+
+
 def test_the_receipt_identifies_the_source(run_dir: Path):
     """The oracle is xxhash itself, over each file in one piece."""
     dense = run_dir.parent / "dense"
     files = json.loads((run_dir / "receipt.json").read_text())["source_files"]
-    paths = [dense / "config.json", dense / "model.safetensors"]
+    names = ["config.json", "generation_config.json", "model.safetensors", "tokenizer_config.json"]
+    paths = [dense / name for name in names]
     assert files == [
         {
             "path": str(path), "bytes": path.stat().st_size,
@@ -87,13 +113,14 @@ def test_the_receipt_identifies_the_source(run_dir: Path):
         for path in paths
     ]  # fmt: skip
     assert problems_of(run_dir) == []
-    content = paths[1].read_bytes()
-    paths[1].write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    assert [p.partition(" is not what ")[0] for p in problems_of(run_dir)] == [str(paths[1])]
-    paths[1].rename(dense / "away")  # a source may be removed after the upcycling
+    weights = paths[2]
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert [p.partition(" is not what ")[0] for p in problems_of(run_dir)] == [str(weights)]
+    weights.rename(dense / "away")  # a source may be removed after the upcycling
     assert problems_of(run_dir) == []
     (dense / "away").unlink()
-    paths[1].write_bytes(content)
+    weights.write_bytes(content)
 
 
 def test_shards_of_an_export_have_one_checksum_for_each_tensor(tmp_path: Path):
@@ -112,9 +139,21 @@ def test_shards_of_an_export_have_one_checksum_for_each_tensor(tmp_path: Path):
 
 def test_a_run_is_verified_with_all_its_checkpoints(run_dir: Path):
     results = verify(run_dir, lambda *_: None)
-    assert [result.folder.name for result in results] == ["step_00000001", "step_00000002", "dense"]
+    names = [result.folder.name for result in results]
+    assert names == ["step_00000001", "step_00000002", "plan.safetensors", "dense"]
     compared = [result.compared_with for result in results]
-    assert compared == ["CHECKSUMS", "CHECKSUMS", str(run_dir / "receipt.json")]
+    copy = "the newest checkpoint's copy"
+    assert compared == ["CHECKSUMS", "CHECKSUMS", copy, str(run_dir / "receipt.json")]
+
+
+def test_a_flipped_bit_of_a_runs_plan_is_named(run_dir: Path):
+    """Also where no table is: in the words of its header."""
+    plan = run_dir / "plan.safetensors"
+    content = plan.read_bytes()
+    for place in (0, content.index(b"measured_on"), len(content) - 1):
+        plan.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        assert [str(plan) in problem for problem in problems_of(run_dir)] == [True]
+    plan.write_bytes(content)
 
 
 def test_progress_ends_at_the_total(run_dir: Path):
@@ -127,7 +166,8 @@ def test_progress_ends_at_the_total(run_dir: Path):
 
 def test_a_checkpoint_of_version_0_1_is_read(run_dir: Path, tmp_path: Path):
     old = tmp_path / "run"
-    shutil.copytree(run_dir, old, ignore=lambda *_: ["CHECKSUMS"])
+    shutil.copytree(run_dir, old)
+    as_of_version_0_1(old)
     (result,) = verify(step_folder(old, 1), lambda *_: None)
     assert result.problems == []
     assert result.compared_with.startswith("no checksums: ")
@@ -163,16 +203,12 @@ def test_the_hubs_cache_is_compared_with_its_sha256(tmp_path: Path):
 
 
 def test_the_command_reports_and_exits(run_dir: Path, tmp_path: Path):
-    def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-        words = [sys.executable, "-m", "megatron_moe", "verify", *map(str, arguments)]
-        return subprocess.run(words, capture_output=True, text=True, check=False)
-
-    good = command(run_dir / "hf")
+    good = run_command("verify", run_dir / "hf")
     assert good.returncode == 0, good.stderr
     assert f"{run_dir / 'hf'}: intact (" in good.stdout
     shutil.copytree(run_dir / "hf", tmp_path / "hf")
     (tmp_path / "hf" / "config.json").write_text("{}")
-    bad = command(tmp_path / "hf", "--json")
+    bad = run_command("verify", tmp_path / "hf", "--json")
     assert bad.returncode == 2
     (result,) = json.loads(bad.stdout)
     assert "config.json is damaged" in result["problems"][0]

@@ -1,7 +1,10 @@
 """Tests that a changed byte of a checkpoint is noticed, wherever it is, and named."""
 
+import io
 import re
 import shutil
+import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from megatron.core.parallel_state import destroy_model_parallel
+from old_checkpoints import as_of_version_0_1
 from ranks import run_on_ranks
 from tiny import save_dense
 from training_runs import run_training, tree, write_tokens
@@ -19,6 +23,7 @@ from megatron_moe.checkpoint.folder import newest, step_folder
 from megatron_moe.checkpoint.index import SafeReader
 from megatron_moe.commands.export import export_checkpoint
 from megatron_moe.commands.train import train
+from megatron_moe.commands.verify import verify
 from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import CheckpointError
@@ -76,6 +81,21 @@ def test_checksums_cover_every_byte_of_every_file(run: dict[str, Any]):
         checksums.check_file(name)
 
 
+def test_only_our_checksum_is_computed(run: dict[str, Any]):
+    """Without the option of the thread that writes, torch computes a CRC32 too."""
+    folder = checkpoint_of(run)
+    checksums = read_checksums(folder)
+    assert checksums is not None
+    for name, blocks in checksums.blocks.items():
+        if name.endswith(".distcp"):
+            content = (folder / name).read_bytes()
+            for block in blocks.values():
+                tensor = content[block.offset : block.offset + block.length]
+                with zipfile.ZipFile(io.BytesIO(tensor)) as file:
+                    (data,) = (one for one in file.infolist() if one.filename.endswith("data/0"))
+                assert data.CRC == 0 != zlib.crc32(tensor)
+
+
 def test_a_resume_refuses_a_flipped_bit_in_any_file(run: dict[str, Any]):
     run_on_ranks(_resumes_refuse, run, world_size=2)
 
@@ -123,11 +143,34 @@ def test_an_export_refuses_a_flipped_bit(run: dict[str, Any], tmp_path: Path):
 def test_a_checkpoint_without_checksums_is_read(run: dict[str, Any], tmp_path: Path):
     """As version 0.1 wrote it."""
     old = tmp_path / "run"
-    shutil.copytree(run["run"]["dir"], old, ignore=lambda *_: ["CHECKSUMS"])
+    shutil.copytree(run["run"]["dir"], old)
+    as_of_version_0_1(old)
     lines = run_training({**run, "run": {**run["run"], "dir": str(old)}}, world_size=2)
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     assert read_checksums(step_folder(old, 2)) is None
     assert read_checksums(step_folder(old, 3)) is not None
+
+
+def test_a_checkpoint_that_lost_its_checksums_is_refused(run: dict[str, Any], tmp_path: Path):
+    lost = tmp_path / "run"
+    shutil.copytree(run["run"]["dir"], lost)
+    (step_folder(lost, 2) / "CHECKSUMS").unlink()
+    with pytest.raises(CheckpointError, match=r"CHECKSUMS is missing[^\n]*\n  write step_00000001"):
+        export_checkpoint(lost, tmp_path / "hf", dtype="float32")
+    (result, *_) = verify(step_folder(lost, 2), lambda *_: None)
+    assert "CHECKSUMS is missing" in result.problems[0]
+
+
+def test_a_run_that_lost_latest_says_what_it_will_replace(
+    run: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    lost = tmp_path / "run"
+    shutil.copytree(run["run"]["dir"], lost)
+    (lost / "checkpoints" / "latest").unlink()
+    run_training({**run, "run": {**run["run"], "dir": str(lost)}}, world_size=2)
+    said = " ".join(capfd.readouterr().out.split())
+    assert "so this run starts at step 0" in said
+    assert "step_00000001, step_00000002 when it reaches their steps" in said
 
 
 def test_torch_marks_the_bounds_of_each_tensor(tmp_path: Path):

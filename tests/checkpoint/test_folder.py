@@ -224,6 +224,13 @@ def test_a_damaged_checkpoint_json_is_named(tmp_path: Path, dense: Path, damage)
         read_progress(path.parent)
 
 
+def test_a_checkpoint_that_a_running_job_removes_is_named(tmp_path: Path):
+    with pytest.raises(
+        CheckpointError, match=r"removed while it was read[^\n]*\n.*checkpoint\.keep"
+    ):
+        read_progress(step_folder(tmp_path, 3))
+
+
 def test_a_damaged_configuration_is_named(tmp_path: Path, dense: Path):
     final = save(tmp_path, 10, dense)
     (final / "config.yaml").write_text("run: {dir: 3")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from old_checkpoints import as_of_version_0_1
 from tiny import save_dense
 from training_runs import run_training, tree, write_tokens
 
@@ -54,7 +55,8 @@ def copy(run: dict, tmp_path: Path) -> dict:
     There are no checksums, which would notice these changes: whoever makes them on purpose can
     write checksums too.
     """
-    shutil.copytree(run["run"]["dir"], tmp_path / "run", ignore=lambda *_: ["CHECKSUMS"])
+    shutil.copytree(run["run"]["dir"], tmp_path / "run")
+    as_of_version_0_1(tmp_path / "run")
     (tmp_path / "run" / "checkpoints" / "latest").write_text("step_00000001\n")
     return {**run, "run": {**run["run"], "dir": str(tmp_path / "run")}}
 

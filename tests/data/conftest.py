@@ -5,13 +5,8 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
 from sentencepiece import SentencePieceTrainer
 from tiny import TOKENIZER_SIZE, save_tokenizer
-
-# A busy machine can be slow, which is no reason to fail a property test.
-settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,6 @@
 """Instruction tuning: conversations side by side learn as if each were alone."""
 
 import json
-import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -10,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from commands import run_command
 from layouts import LAYOUTS
 from tiny import CHATML, TOKENIZER_SIZE, save_dense, save_tokenizer
 from training_runs import run_training, tree
@@ -104,10 +103,7 @@ def test_the_command_reports_what_it_omits_and_sets_the_reference(
 ):
     config, out = inputs["root"] / "run.yaml", inputs["root"] / "reference.json"
     config.write_text(yaml.safe_dump(settings(inputs, "1")))
-    done = subprocess.run(
-        [sys.executable, "-m", "megatron_moe", "reference-loss", config, "--out", out],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
+    done = run_command("reference-loss", config, "--out", out, check=True)
     output = " ".join(done.stdout.split())
     assert "chat.jsonl:4: has no list 'messages'" in output
     assert "1 conversations are longer than data.seq_length + 1 = 65 tokens" in output

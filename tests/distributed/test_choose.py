@@ -69,7 +69,7 @@ def measure(world: World, config: RunConfig, out: Path) -> None:
 
     source = open_source(config.source.path)
     texts = list(open_texts(config, vocab_size=source.spec.vocab_size).training.values())
-    job = command._Construction(config, world, source, texts, out / "plan.safetensors")
+    job = command._Construction(config, world, source, texts, out / "plan.safetensors", key="")
     model, as_source, groups = job.source_model()
     measurement = ExpertMeasurement(model, as_source, texts, groups, gradients=True)
     measurement.run(PartialFiles(out / "partial", "key"), lambda done, total: None)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from layouts import LAYOUTS
 from megatron.core import dist_checkpointing
 from ranks import run_on_ranks
@@ -45,14 +46,14 @@ def test_it_upcycles_to_the_same_bits(tmp_path: Path, layers: str):
     shutil.copy(hf / "model.safetensors", both)
     with pytest.raises(CheckpointError, match="must hold one model"):
         open_source(both)
-    for name in ("tp2-ep2-etp2", "pp2"):
+    split = {"num_moe_experts": 4, "moe_ffn_hidden_size": 24}
+    for name, moe, upcycle in (
+        ("pp2", {"num_moe_experts": 4}, {}),
+        ("tp2-ep2-etp2", split, {"method": "split_random"}),
+    ):
         world_size, parallel = LAYOUTS[name]
-        for moe, upcycle in (
-            ({"num_moe_experts": 4}, {}),
-            ({"num_moe_experts": 4, "moe_ffn_hidden_size": 24}, {"method": "split_random"}),
-        ):
-            settings = tree(tmp_path, hf, tokens, parallel=parallel, moe=moe, upcycle=upcycle)
-            run_on_ranks(compare, build(RunConfig, settings), saved, world_size=world_size)
+        settings = tree(tmp_path, hf, tokens, parallel=parallel, moe=moe, upcycle=upcycle)
+        run_on_ranks(compare, build(RunConfig, settings), saved, world_size=world_size)
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "glm4_moe"])
@@ -117,6 +118,7 @@ def compare(world: World, config: RunConfig, distributed: Path) -> None:
         expected = dict([*other.named_parameters(), *other.named_buffers()])
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
             assert torch.equal(tensor, expected[name]), name
+    dist.barrier()  # gloo fails a rank whose peer ends while it still connects
 
 
 def filled(config, folder, layout, groups, rank):

@@ -14,12 +14,20 @@ from tiny import MULTIPLIERS, save_dense
 from torch.utils.flop_counter import FlopCounterMode
 from training_runs import run_training, tree, write_tokens
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from megatron_moe.checkpoint.folder import step_folder
 from megatron_moe.checkpoint.global_tensors import GlobalTensors
+from megatron_moe.cli.main import app
+from megatron_moe.commands.export import export_checkpoint
 from megatron_moe.commands.report import report
 from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
+from megatron_moe.data.batches import validation_batches
+from megatron_moe.data.texts import open_texts
+from megatron_moe.errors import CheckpointError, ConfigError
+from megatron_moe.experts.file import read_plan
+from megatron_moe.experts.plan import make_expert_plan
 from megatron_moe.experts.resolve import make_recipe
 from megatron_moe.hf.spec import read_spec
 from megatron_moe.planner.construction import construction_cost
@@ -98,15 +106,35 @@ def test_an_interrupted_fit_resumes(folder: Path, fitted: RunConfig, tmp_path: P
     config = settings(folder, tmp_path)
     with pytest.raises(Exception, match="killed"):
         run_on_ranks(_killed_after_one_layer, config, world_size=2)
-    left = config.upcycle.plan.with_suffix(".down")  # pyright: ignore
+    left = tmp_path / ".plan.safetensors.fitting"
     assert sorted(file.name for file in left.iterdir()) == [
         "00000.json", "00000.safetensors", "key",
     ]  # fmt: skip
     written = (left / "00000.safetensors").stat().st_mtime_ns
     construct_on(config, 2)
+    left = tmp_path / "plan.down"
     assert (left / "00000.safetensors").stat().st_mtime_ns == written, "it was not solved again"
     assert [file.suffix for file in sorted(left.iterdir())] == [".safetensors"] * 2
     assert_same_plan(fitted, config)
+
+
+def test_a_finished_plan_is_not_made_again(folder: Path, tmp_path: Path, capfd: Any):
+    """Nor lost: other settings replace it, and what is damaged is made again."""
+    config = settings(folder, tmp_path, upcycle={"fit": ["router"]})
+    plan = tmp_path / "plan.safetensors"
+    construct_on(config, 1)
+    written, told = plan.stat().st_mtime_ns, capfd.readouterr().out
+    construct_on(config, 2)
+    assert plan.stat().st_mtime_ns == written
+    again = capfd.readouterr().out
+    assert f"{plan} is there: plan {told.split('plan ')[-1].split()[0]}, made with these" in again
+    with pytest.raises(Exception, match="killed"):
+        run_on_ranks(_killed_after_one_layer, settings(folder, tmp_path), world_size=1)
+    assert f"{plan} was made with other settings" in capfd.readouterr().out
+    assert plan.stat().st_mtime_ns == written, "the old plan is there until the new one is whole"
+    plan.write_bytes(plan.read_bytes()[:-1])
+    construct_on(config, 1)
+    assert "The plan is constructed again" in capfd.readouterr().out
 
 
 def _killed_after_one_layer(world: World, config: RunConfig) -> None:
@@ -171,6 +199,7 @@ OTHERS = {  # method, order of the router, neurons of the shared expert
     "inner": ("sharing_inner", "topk_softmax", None),
     "inter": ("sharing_inter", "softmax_topk", 32),
     "weaver": ("weaver", "topk_softmax", 32),
+    "routed": ("split_routed", "softmax_topk", 32),
 }
 
 
@@ -185,6 +214,85 @@ def test_every_method_that_splits_can_be_solved_for(folder: Path, tmp_path: Path
     run_on_ranks(_logits, config, tmp_path / "logits.pt", world_size=1)
     ids_S, logits_SV = torch.load(tmp_path / "logits.pt")
     torch.testing.assert_close(logits_SV, by_hand(folder, config, ids_S), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("shared", "architecture"), [(32, "Qwen2MoeForCausalLM"), (None, "MixtralForCausalLM")]
+)
+def test_an_export_is_plain_and_scores_what_the_trainer_reports(
+    folder: Path, tmp_path: Path, shared: int | None, architecture: str
+):
+    """Step 0 of a solved model under ep 2, on held-out text, and its export in transformers."""
+    moe = {"moe_layers": "all" if shared is None else [0, 2],
+           "moe_ffn_hidden_size": 24 if shared is None else 16,
+           "moe_shared_expert_intermediate_size": shared}  # fmt: skip
+    config = settings(
+        folder, tmp_path, moe=moe, upcycle={"method": "split_routed"},
+        parallel={"expert_parallel_size": 2},
+        data={"validation_path": str(folder / "tokens"), "validation_samples": 6},
+    )  # fmt: skip
+    assert not violations(config, read_spec(folder / "dense"), 2)
+    construct_on(config, 2)
+    line = run_training(config.model_dump(mode="json"), world_size=2)[-1]
+    assert export_checkpoint(tmp_path, tmp_path / "hf") == architecture
+    assert "| solved for on text | down, router |" in (tmp_path / "hf" / "README.md").read_text()
+    run_on_ranks(_loss_of_an_export, config, tmp_path / "hf", world_size=1)
+    expected = float((tmp_path / "hf" / "loss").read_text())
+    # fp32 sums in another order
+    assert line["loss/validation"] == pytest.approx(expected, abs=2e-5)
+    if shared is not None:
+        assert_evaluated(tmp_path, expected)
+
+
+def assert_evaluated(run: Path, expected: float) -> None:
+    """The model at step 0 is built again from the solved matrices, or it is left out."""
+    result = CliRunner().invoke(app, ["evaluate", str(run), "--json"])
+    assert result.exception is None, result.exception
+    ours = json.loads((run / "evaluation" / "step-000000.json").read_text())
+    for model in ("domains", "step_0"):
+        (figures,) = ours[model].values()
+        assert figures["loss"] == pytest.approx(expected, abs=2e-5), model
+    shutil.rmtree(run / "plan.down")
+    result = CliRunner().invoke(app, ["evaluate", str(run), "--json"])
+    ours = json.loads((run / "evaluation" / "step-000000.json").read_text())
+    assert ours["step_0"] is None
+    assert "restore the folder next to the plan file" in str(ours["remarks"])
+
+
+def _loss_of_an_export(world: World, config: RunConfig, exported: Path) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
+    (text,) = open_texts(config, vocab_size=257).validation.values()
+    losses = []
+    for batch in validation_batches(text, num_samples=6, micro_batch_size=1, dp_rank=0, dp_size=1):
+        with torch.no_grad():
+            logits_SV = model(batch.tokens_BS).logits[0]
+        losses.append(torch.nn.functional.cross_entropy(logits_SV, batch.labels_BS[0]))
+    (exported / "loss").write_text(str(float(torch.stack(losses).mean())))
+
+
+@pytest.mark.parametrize(
+    ("moe", "names"),
+    [
+        ({"router_order": "softmax_topk"}, "moe.router_order"),
+        ({"moe_router_topk": 3}, "moe.moe_router_topk"),
+        ({"moe_router_score_function": "sigmoid"}, "moe.moe_router_score_function"),
+    ],
+)
+def test_a_plan_is_for_the_routing_that_it_was_solved_with(
+    folder: Path, fitted: RunConfig, moe: dict[str, Any], names: str
+):
+    config, spec = settings(folder, folder / "another", moe=moe), read_spec(folder / "dense")
+    plan = make_expert_plan(spec, config.moe, config.upcycle)
+    assert fitted.upcycle.plan is not None
+    with pytest.raises(CheckpointError, match=f"{names}.*the file has"):
+        read_plan(fitted.upcycle.plan, plan, source=None)
+
+
+def test_a_sequence_that_would_fit_and_judge_is_refused(folder: Path, tmp_path: Path):
+    config = settings(folder, tmp_path, measure={"samples": 188})
+    with pytest.raises(ConfigError, match=r"samples \(188\) .*at most 187: text text has 187"):
+        construct_on(config, 1)
+    assert not list(tmp_path.glob("*.down"))
 
 
 def test_matrices_of_an_earlier_plan_are_not_used(folder: Path, fitted: RunConfig, tmp_path: Path):
@@ -338,7 +446,7 @@ def _stream(world: World, config: RunConfig, ids_S: torch.Tensor, expected_SD: t
     assert (hidden_SBD[:, 0] - expected_SD).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("method", ["split_random", "split_coactivation"])
+@pytest.mark.parametrize("method", ["split_random", "split_coactivation", "split_routed"])
 def test_the_planner_counts_what_a_fit_computes(folder: Path, tmp_path: Path, method: str):
     """Torch counts products; within 3%, the router's logits and what is left out of the count."""
     dense = save_dense(tmp_path / "dense", num_hidden_layers=2, hidden_size=96,

@@ -19,13 +19,13 @@ from megatron_moe.commands.export import export_checkpoint
 
 pytestmark = pytest.mark.distributed
 QUICK = [
-    "tp2", "dp2 etp2", "cp2 drops", "pp2 recompute-selective",
-    "tp2 dp2 ep4 capacity", "cp2 dp2 ep2 etp2", "pp2 vpp2 dp2 ep2", "tp2 cp2 ep2 recompute-full",
+    "cp2 drops", "pp2 recompute-selective",
+    "cp2 dp2 ep2 etp2", "pp2 vpp2 dp2 ep2", "tp2 cp2 ep2 recompute-full",
     "tp2 pp2 etp2 drops", "cp2 pp2 vpp2 ep2 capacity", "dp2 ep2 replicated", "tp2 pp2 dp2 ep4",
-    "dp2 ep2 allgather", "cp2 ep2 padded", "pp2 dp2 ep2 first-3",
-    "pp2 dp2 ep2 layout-Ettt|tL", "pp2 vpp2 layout-E|tt|tt|L",
+    "dp2 ep2 allgather", "cp2 ep2 padded", "pp2 dp2 ep2 first-3", "pp2 vpp2 layout-E|tt|tt|L",
 ]  # fmt: skip
 THOROUGH = [
+    "tp2", "dp2 etp2", "tp2 dp2 ep4 capacity", "pp2 dp2 ep2 layout-Ettt|tL",
     "cp2 pp2 ep2 recompute-moe", "dp4 ep4 drops recompute-moe",
     "tp2 pp2 vpp2 ep2 recompute-full", "tp2 dp2 ep2 etp2 drops",
     "tp4", "cp4", "pp4", "tp4 ep4 replicated", "tp2 etp2 capacity recompute-full",

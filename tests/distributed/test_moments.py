@@ -42,7 +42,9 @@ def resumed(runs: Runs, of: str, where: str, layout: str, **optimizer: Any) -> l
     return runs.train(where, layout, train=train, optimizer=optimizer)[3:]
 
 
-@pytest.mark.parametrize("layout", ["dp2 ep2", "tp2 replicated"])
+@pytest.mark.parametrize(
+    "layout", ["dp2 ep2", pytest.param("tp2 replicated", marks=pytest.mark.slow)]
+)
 def test_moments_in_host_memory_change_no_bit(runs: Runs, layout: str):
     plain = trained(runs, f"plain {layout}", layout, {})
     ours = trained(runs, f"host {layout}", layout, HOST)
@@ -54,7 +56,7 @@ def test_moments_in_host_memory_change_no_bit(runs: Runs, layout: str):
     assert all(torch.equal(tensors[key], expected[key]) for key in expected)
 
 
-@pytest.mark.parametrize("layout", ["tp2 dp2 ep2", "pp2"])
+@pytest.mark.parametrize("layout", ["tp2 dp2 ep2", pytest.param("pp2", marks=pytest.mark.slow)])
 def test_moments_in_bf16_under_a_layout_equal_those_of_one_rank(runs: Runs, layout: str):
     """Another order of fp32 sums may round a moment to its neighbor, 2^-8 away.
 
@@ -67,7 +69,13 @@ def test_moments_in_bf16_under_a_layout_equal_those_of_one_rank(runs: Runs, layo
         assert ours["grad_norm"] == pytest.approx(one["grad_norm"], rel=5e-4)
 
 
-@pytest.mark.parametrize("optimizer", [BF16, BF16 | HOST], ids=["bf16", "bf16-host"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        pytest.param(BF16, marks=pytest.mark.slow, id="bf16"),
+        pytest.param(BF16 | HOST, id="bf16-host"),
+    ],
+)
 def test_a_resume_is_the_uninterrupted_run(runs: Runs, optimizer: dict[str, Any]):
     """Under the same layout to the last bit; under another as in test_resume.py for bf16."""
     where = f"whole {len(optimizer)}"

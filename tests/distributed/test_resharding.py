@@ -90,10 +90,21 @@ def test_the_run_resumes_under_another_layout(inputs: dict[str, Path], before: s
         assert ours["learning_rate"] == whole["learning_rate"]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+SAVED_AGAIN = [
+    ("dp2 ep2", "tp2 pp2"),
+    ("pp2", "1"),
+    ("dp2 replicated", "dp2 ep2 etp1"),
+    ("tp2", "dp2"),
+]
+
+
 @pytest.mark.parametrize(
-    ("before", "after"),
-    [("dp2 ep2", "tp2 pp2"), ("pp2", "1"), ("dp2 replicated", "dp2 ep2 etp1"), ("tp2", "dp2")],
+    ("before", "after", "precision"),
+    [
+        (*SAVED_AGAIN[0], "fp32"),
+        *(pytest.param(*pair, "fp32", marks=slow) for pair in SAVED_AGAIN[1:]),
+        *((*pair, "bf16") for pair in SAVED_AGAIN),  # with master weights besides
+    ],
 )
 def test_saved_again_under_another_layout_it_is_the_same_checkpoint(
     inputs: dict[str, Path], before: str, after: str, precision: str

@@ -1,8 +1,6 @@
 """A killed run, started again with the same command, is the run that was never killed."""
 
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from commands import Command, run_command, start_command
 from ranks import run_on_ranks
 from tiny import save_dense
 from training_runs import read_metrics, run_training, tree, write_tokens
@@ -50,19 +49,18 @@ def test_kill_9_in_the_middle_changes_no_bit(inputs: dict[str, Path], precision:
     run_dir = Path(killed["run"]["dir"])
     config = inputs["root"] / f"{precision}.yaml"
     config.write_text(yaml.safe_dump(killed))
-    command = [sys.executable, "-m", "megatron_moe", "train", str(config), "--ranks", "2"]
-    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = ("train", config, "--ranks", 2)
+    job = start_command(*command)
     wait_for_step(run_dir, 4, job)
-    children = psutil.Process(job.pid).children()
-    children[-1].send_signal(signal.SIGKILL)
-    output, _ = job.communicate(timeout=60)
-    assert job.returncode != 0, output
+    psutil.Process(job.process.pid).children()[-1].send_signal(signal.SIGKILL)
+    ended = job.wait()
+    assert ended.returncode != 0, ended
     saved = newest(run_dir)
     assert saved is not None
     first = read_progress(saved).step
-    assert 3 <= first < STEPS, output
+    assert 3 <= first < STEPS, ended
 
-    again = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    again = run_command(*command, check=True)
     assert f"at step {first}" in again.stdout
     assert "upcycled" not in again.stdout
     lines = read_metrics(run_dir)
@@ -74,12 +72,12 @@ def test_kill_9_in_the_middle_changes_no_bit(inputs: dict[str, Path], precision:
     ]  # fmt: skip
 
 
-def wait_for_step(run_dir: Path, step: int, job: subprocess.Popen) -> None:
+def wait_for_step(run_dir: Path, step: int, job: Command) -> None:
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline:
         if (run_dir / "metrics.jsonl").exists() and read_whole_lines(run_dir) > step:
             return
-        assert job.poll() is None, job.communicate()[0]
+        assert job.process.is_alive(), job.wait()
         time.sleep(0.01)
     raise AssertionError("the run did not get going")
 

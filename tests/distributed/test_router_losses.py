@@ -29,6 +29,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "moe_aux_loss_coeff": 0.1,
     },
 }
+SLOW = ("cv_squared", "global_aux_loss")
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def run(inputs: dict[str, Path], name: str, kind: str, **more: Any) -> list[dict
 
 @pytest.mark.parametrize(
     "kind",
-    [pytest.param(kind, marks=pytest.mark.slow if kind == "cv_squared" else []) for kind in KINDS],
+    [pytest.param(kind, marks=[pytest.mark.slow] * (kind in SLOW)) for kind in KINDS],
 )
 def test_reported_values_and_training_do_not_depend_on_the_layout(
     inputs: dict[str, Path], kind: str

@@ -19,7 +19,11 @@ from megatron_moe.runtime.engine import TORCH_ON_CUDA
 from megatron_moe.runtime.world import World
 
 pytestmark = pytest.mark.distributed
-LAYOUTS = ["1", "dp2", "tp2 ep2", "pp2 dp2 ep2 recompute-full", "dp2 etp2 recompute-moe"]
+LAYOUTS = [
+    "dp2", "tp2 ep2",
+    *(pytest.param(name, marks=pytest.mark.slow)
+      for name in ("1", "pp2 dp2 ep2 recompute-full", "dp2 etp2 recompute-moe")),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from megatron_moe.hf.spec import read_spec
 from megatron_moe.planner.by_matrix import kept_tensors
 from megatron_moe.planner.memory import has_own_replicas
 from megatron_moe.planner.parameters import rank_tensors
-from megatron_moe.planner.shape import upcycled_shape
+from megatron_moe.planner.shape import run_shape
 from megatron_moe.planner.traffic import Traffic, sent_per_rank, step_traffic
 from megatron_moe.planner.workload import Degrees, degrees_of, workload_of
 from megatron_moe.rules.check import check
@@ -61,6 +61,21 @@ def test_bytes_of_a_step_of_muon_are_the_formula(
     bytes_are_the_formula(tmp_path, layout, precision, False, frozen, "muon")
 
 
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("layout", "targets", "frozen"),
+    [
+        ("tp2 dp2 ep2", ["attention", "experts"], []),
+        ("pp2 tp2", ["attention"], ["experts", "adapters@0-1"]),
+    ],
+)
+def test_bytes_of_a_step_with_adapters_are_the_formula(
+    tmp_path: Path, layout: str, targets: list[str], frozen: list[str]
+):
+    lora = {"rank": 3, "targets": targets}
+    bytes_are_the_formula(tmp_path, layout, "fp32", False, frozen, lora=lora)
+
+
 def bytes_are_the_formula(
     tmp_path: Path,
     layout: str,
@@ -68,9 +83,10 @@ def bytes_are_the_formula(
     tied: bool,
     frozen: list[str],
     optimizer: str = "adam",
+    lora: dict[str, Any] | None = None,
 ) -> None:
     world_size, settings = changes(layout.removesuffix(" kv1"))
-    settings["optimizer"] = {"optimizer": optimizer}
+    settings |= {"optimizer": {"optimizer": optimizer}, "lora": lora or {}}
     (tmp_path / "dense").mkdir()
     shape: dict[str, Any] = dict(SHAPE)
     if layout.endswith("kv1"):  # more tp ranks than query groups
@@ -101,7 +117,7 @@ def bytes_are_the_formula(
     else:
         assert norm == 0
     expected = step_traffic(
-        upcycled_shape(read_spec(config.source.path), config.moe),
+        run_shape(config, read_spec(config.source.path)),
         workload_of(config),
         degrees_of(config, gpus=world_size),
         padded_rows=_padded_rows(config),
@@ -115,7 +131,7 @@ def padded_gathers(expected: Traffic, config: RunConfig, degrees: Degrees) -> Tr
     """Add what a CPU pads: gloo gathers equal parts, and replicas update unequal numbers."""
     if degrees.dp * degrees.cp == 1:
         return expected
-    shape, work = upcycled_shape(read_spec(config.source.path), config.moe), workload_of(config)
+    shape, work = run_shape(config, read_spec(config.source.path)), workload_of(config)
     padded = dict(expected)
     for pp_rank in range(degrees.pp):
         chunks = rank_tensors(shape, degrees, pp_rank=pp_rank)

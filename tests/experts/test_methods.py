@@ -20,7 +20,7 @@ from megatron_moe.experts.partition import Evidence
 from megatron_moe.experts.plan import ExpertPlan
 from megatron_moe.experts.recipe import Recipe
 
-QUICK = settings(max_examples=60, deadline=None)
+QUICK = settings(max_examples=60)
 SEEDS = st.integers(0, 2**31)
 
 

@@ -46,6 +46,7 @@ OTHER_VALUES = {
     "fit": ("down",),
     "max_load": 1.5,
     "fit_stream": 0.5,
+    "routing": (2, "topk_softmax", "softmax"),
 }
 
 

@@ -143,7 +143,7 @@ def run_config(folder: Path, **moe: Any) -> RunConfig:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(absent=st.sets(st.sampled_from(ABSENT_KEYS)))
 def test_absent_keys_mean_the_same_in_the_export(
     tmp_path_factory: pytest.TempPathFactory, family: str, absent: set[str]

@@ -220,7 +220,7 @@ def check_folder(root: Path, draw: dict[str, Any]) -> str:
 QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=QUIET)
+@settings(max_examples=15, suppress_health_check=QUIET)
 @given(draw=FOLDERS)
 def test_a_few_folders(tmp_path_factory: pytest.TempPathFactory, draw: dict[str, Any]):
     assert check_folder(tmp_path_factory.mktemp("folder"), draw) in ("parity", "refused")
@@ -232,7 +232,7 @@ def test_folders_for_five_minutes(tmp_path_factory: pytest.TempPathFactory):
     outcomes: Counter[str] = Counter()
     families: Counter[str] = Counter()
 
-    @settings(max_examples=20, deadline=None, suppress_health_check=QUIET, database=None)
+    @settings(max_examples=20, derandomize=False, suppress_health_check=QUIET, database=None)
     @given(draw=FOLDERS)
     def some(draw: dict[str, Any]) -> None:
         root = tmp_path_factory.mktemp("folder")

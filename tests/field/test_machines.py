@@ -1,6 +1,6 @@
 """Rows 13, 14, 16 to 21, 24, 39: machines, launchers and signals as people have them.
 
-Whole commands run in processes of their own, as a user starts them.
+Whole commands run in processes of their own, most of them forks of this one.
 """
 
 import contextlib
@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 import yaml
+from commands import Command, read, run_command, start_command
 from tiny import save_dense
 from training_runs import tree, write_tokens
 
@@ -24,6 +26,7 @@ from megatron_moe.errors import ConfigError, DataError
 from megatron_moe.hf.disk import make_folder
 from megatron_moe.runtime.cores import available_cores, threads_per_rank
 from megatron_moe.runtime.launchers import RankPosition, position_from_environment
+from megatron_moe.runtime.world import World, run_local_ranks
 
 ROOT = Path(__file__).parents[2]
 LAUNCHER_PREFIXES = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "SLURM_", "OMPI_", "PMI_", "MPI_")
@@ -88,26 +91,22 @@ def test_a_user_without_a_passwd_entry_can_lock_a_run(tmp_path: Path, uid: int):
 @pytest.mark.parametrize(
     "name", ["a@b", "with space", "100%25", "\u00fcml\u00e4ut", "long" * 40, "#?;"]
 )
-def test_any_folder_for_temporary_files(run_yaml: Path, tmp_path: Path, name: str):
-    (tmp_path / name).mkdir()
-    script = (
-        "import torch.distributed as dist\n"
-        "from megatron_moe.runtime.world import run_local_ranks\n"
-        "run_local_ranks(lambda world: dist.barrier(), ranks=2, device='cpu')\n"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", script], env=environment(TMPDIR=str(tmp_path / name)),
-        capture_output=True, text=True, check=False, timeout=120,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+def test_any_folder_for_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+    folder = tmp_path / name
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+
+    def meet_there(_: World) -> None:
+        assert list(folder.glob("megatron-moe-*")), "ranks meet in it"
+        dist.barrier()
+
+    run_local_ranks(meet_there, ranks=2, device="cpu")
 
 
 def test_no_folder_for_temporary_files_is_refused(monkeypatch: pytest.MonkeyPatch):
-    from megatron_moe.runtime import world
-
     monkeypatch.setattr("tempfile.tempdir", "/nowhere")
     with pytest.raises(ConfigError, match=r"(?s)temporary files.*set TMPDIR"):
-        world.run_local_ranks(lambda _: None, ranks=1, device="cpu")
+        run_local_ranks(lambda _: None, ranks=1, device="cpu")
 
 
 # ---- launchers -----------------------------------------------------------------------------------
@@ -236,26 +235,32 @@ def test_the_users_number_of_threads_is_kept(monkeypatch: pytest.MonkeyPatch):
 LONG = ("train.steps=400", "optimizer.warmup_steps=1")
 
 
-def start(run_yaml: Path, run_dir: Path, *, prefix: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [*prefix, *command(run_yaml, f"run.dir={run_dir}", *LONG)], env=environment(),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        preexec_fn=_heed_interrupts,
-    )  # fmt: skip
+def start(run_yaml: Path, run_dir: Path, hangup: signal.Handlers = signal.SIG_DFL) -> Command:
+    """Start a long run in a session of its own, and wait for its second step."""
+
+    def prepare() -> None:
+        os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
+        signal.signal(signal.SIGHUP, hangup)
+
+    job = start_command("train", run_yaml, f"run.dir={run_dir}", *LONG, prepare=prepare)
+    wait_for_steps(job, 2)
+    return job
 
 
-def _heed_interrupts() -> None:
-    """Undo what a shell does to programs that it starts in the background, such as these tests."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+def steps_of(job: Command) -> int:
+    return read(job.out).count("\nstep ")
 
 
-def wait_for_step(process: subprocess.Popen[str]) -> None:
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step 2/"):
-            return
-    raise AssertionError(process.stderr and process.stderr.read())
+def wait_for_steps(job: Command, count: int) -> None:
+    while steps_of(job) < count:
+        assert job.process.is_alive(), job.wait()
+        time.sleep(0.01)
+
+
+def pid_of(job: Command) -> int:
+    assert job.process.pid is not None
+    return job.process.pid
 
 
 @pytest.mark.distributed
@@ -272,39 +277,35 @@ def wait_for_step(process: subprocess.Popen[str]) -> None:
     ],
 )  # fmt: skip
 def test_a_signal_saves(run_yaml: Path, tmp_path: Path, number: int, whole_group: bool):
-    process = start(run_yaml, tmp_path / "run")
-    wait_for_step(process)
-    (os.killpg if whole_group else os.kill)(process.pid, number)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert "Stopped by a signal after step" in out
+    job = start(run_yaml, tmp_path / "run")
+    (os.killpg if whole_group else os.kill)(pid_of(job), number)
+    done = job.wait()
+    assert done.returncode == 0, done.stderr
+    assert "Stopped by a signal after step" in done.stdout
     assert (tmp_path / "run" / "checkpoints" / "latest").exists()
 
 
 @pytest.mark.distributed
 def test_a_second_interrupt_ends_at_once(run_yaml: Path, tmp_path: Path):
-    process = start(run_yaml, tmp_path / "run")
-    wait_for_step(process)
-    os.kill(process.pid, signal.SIGINT)
-    os.kill(process.pid, signal.SIGINT)
+    job = start(run_yaml, tmp_path / "run")
+    os.kill(pid_of(job), signal.SIGINT)
+    os.kill(pid_of(job), signal.SIGINT)
     time.sleep(0.05)
     with contextlib.suppress(ProcessLookupError):
-        os.kill(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert "Traceback" not in err
+        os.kill(pid_of(job), signal.SIGINT)
+    done = job.wait()
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.distributed
 def test_nohup_is_honored(run_yaml: Path, tmp_path: Path):
-    process = start(run_yaml, tmp_path / "run", prefix=("nohup",))
-    wait_for_step(process)
-    os.killpg(process.pid, signal.SIGHUP)
-    time.sleep(2)
-    assert process.poll() is None
-    os.killpg(process.pid, signal.SIGTERM)
-    process.communicate(timeout=120)
-    assert process.returncode == 0
+    """It starts a program with the signal ignored, which the program must leave so."""
+    job = start(run_yaml, tmp_path / "run", hangup=signal.SIG_IGN)
+    os.killpg(pid_of(job), signal.SIGHUP)
+    wait_for_steps(job, steps_of(job) + 2)  # a signal that is heeded ends the run after a step
+    os.killpg(pid_of(job), signal.SIGTERM)
+    assert job.wait().returncode == 0
 
 
 @pytest.mark.distributed
@@ -330,10 +331,7 @@ def test_folders_that_cannot_be_made_are_refused(tmp_path: Path, run_yaml: Path,
     (tmp_path / "file").write_text("")
     path = {"a file": tmp_path / "file", "below a file": tmp_path / "file" / "run",
             "too long": tmp_path / ("x" * 300)}[kind]  # fmt: skip
-    result = subprocess.run(
-        command(run_yaml, f"run.dir={path}"), env=environment(), capture_output=True, text=True,
-        check=False, timeout=120,
-    )  # fmt: skip
+    result = run_command("train", run_yaml, f"run.dir={path}")
     assert result.returncode == 2
     assert f"ConfigError: run.dir ({path}) must be a folder that can be created" in result.stderr
     assert "Traceback" not in result.stderr
@@ -387,10 +385,7 @@ def test_a_killed_tokenizing_process_is_named(
 
 
 def test_an_empty_prompt_is_refused(run_yaml: Path):
-    words = [sys.executable, "-m", "megatron_moe", "generate", str(run_yaml.parent), ""]
-    result = subprocess.run(
-        words, env=environment(), capture_output=True, text=True, check=False, timeout=120
-    )
+    result = run_command("generate", run_yaml.parent, "")
     assert result.returncode == 2
     assert result.stderr.startswith("ConfigError: PROMPT must not be empty")
 
@@ -409,9 +404,7 @@ def test_program_settings_of_the_source_are_ignored(run_yaml: Path, tmp_path: Pa
     shutil.copytree(run_yaml.parent / "dense", tmp_path / "dense")
     config = json.loads((tmp_path / "dense" / "config.json").read_text())
     (tmp_path / "dense" / "config.json").write_text(json.dumps(config | odd))
-    result = subprocess.run(
-        command(run_yaml, f"run.dir={tmp_path / 'run'}", f"source.path={tmp_path / 'dense'}",
-                "upcycle.verify=always", "train.steps=0", "optimizer.warmup_steps=0"),
-        env=environment(), capture_output=True, text=True, check=False, timeout=200,
+    run_command(
+        "train", run_yaml, f"run.dir={tmp_path / 'run'}", f"source.path={tmp_path / 'dense'}",
+        "upcycle.verify=always", "train.steps=0", "optimizer.warmup_steps=0", check=True,
     )  # fmt: skip
-    assert result.returncode == 0, result.stderr

@@ -24,6 +24,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+from old_checkpoints import as_of_version_0_1
 from tiny import save_dense, save_tokenizer
 from training_runs import run_training, tree, write_tokens
 
@@ -154,6 +155,7 @@ TARGETS = [
     Target("chat.jsonl", conversations),
     Target("run/metrics.jsonl", lambda folder: read_run(folder / "run")),
 ]
+CHANGED_WITHOUT = ("CHECKSUMS", "checkpoint.json")
 WITHOUT_CHECKSUMS = ("checkpoint.json", "config.yaml", "source/config.json", ".metadata", "__0_0")
 """Files of a checkpoint that are read as version 0.1 wrote them, or the checksum says it all."""
 
@@ -308,13 +310,21 @@ def _watched(folder: Path, size: int) -> Iterator[None]:
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.file.replace("/", "-"))
 def test_reading_succeeds_or_is_refused(stage: Path, target: Target):
     path = stage / target.file
-    content = path.read_bytes()
     target.read(stage)  # imports what it needs, and shows that the undamaged file is read
-    hidden = _without_checksums(stage, target)
     counts: Counter[str] = Counter()
+    with _without_checksums(stage, target):
+        _damage(path, target, stage, counts)
+    assert step_folder(stage / "run", 2).is_dir()
+    if SECONDS:  # shown by pytest -s
+        print(f"{target.file}: {counts['tried']} damaged files, {counts['refused']} refused")
+
+
+def _damage(path: Path, target: Target, stage: Path, counts: Counter[str]) -> None:
+    """Damage a file at random, read it, count the tries, and restore it."""
+    content = path.read_bytes()
 
     @settings(
-        max_examples=EXAMPLES if not SECONDS else 500, deadline=None, database=None,
+        max_examples=EXAMPLES if not SECONDS else 500, database=None,
         suppress_health_check=list(HealthCheck), derandomize=not SECONDS,
         phases=(Phase.generate, Phase.shrink),
     )  # fmt: skip
@@ -339,16 +349,20 @@ def test_reading_succeeds_or_is_refused(stage: Path, target: Target):
                 break
     finally:
         path.write_bytes(content)
-        if hidden is not None:
-            hidden.rename(hidden.with_name("CHECKSUMS"))
-    assert step_folder(stage / "run", 2).is_dir()
-    if SECONDS:  # shown by pytest -s
-        print(f"{target.file}: {counts['tried']} damaged files, {counts['refused']} refused")
 
 
-def _without_checksums(stage: Path, target: Target) -> Path | None:
-    """Move a checkpoint's checksums away, so that the reader itself must notice the damage."""
+@contextlib.contextmanager
+def _without_checksums(stage: Path, target: Target) -> Iterator[None]:
+    """Take a checkpoint's checksums away, so that the reader itself must notice the damage."""
     name = target.file.removeprefix(STEP + "/")
     if not name.startswith(WITHOUT_CHECKSUMS) or not target.file.startswith(STEP):
-        return None
-    return (stage / STEP / "CHECKSUMS").rename(stage / STEP / "hidden")
+        yield
+        return
+    step = (stage / STEP).parent.glob("step_*/*")
+    held = {path: path.read_bytes() for path in step if path.name in CHANGED_WITHOUT}
+    as_of_version_0_1(stage / "run")
+    try:
+        yield
+    finally:
+        for path, content in held.items():
+            path.write_bytes(content)

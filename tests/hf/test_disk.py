@@ -1,9 +1,13 @@
 """Files are replaced as a whole, durably, by one helper."""
 
+import os
 import re
+import stat
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from megatron_moe.hf import disk
 from megatron_moe.hf.disk import replacing, write_text
@@ -35,6 +39,23 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, error: type[Ba
         write_half(path, error)
     assert path.read_text() == "old"
     assert names(tmp_path) == ["file"]
+    with pytest.raises(error):
+        write_half(tmp_path / "new" / "file", error)
+    assert names(tmp_path) == ["file"], "the folder that was made for it is gone too"
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077], ids=["022", "077"])
+def test_the_users_umask_decides_who_reads_a_file(tmp_path: Path, umask: int):
+    """Whoever writes it: safetensors makes its files for their owner alone."""
+    before = os.umask(umask)
+    try:
+        write_text(tmp_path / "text", "x")
+        with replacing(tmp_path / "tensors") as staged:
+            save_file({"w": np.zeros(3)}, staged)
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert modes == {"text": 0o666 & ~umask, "tensors": 0o666 & ~umask}
 
 
 def test_content_is_on_disk_before_the_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

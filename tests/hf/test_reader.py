@@ -121,7 +121,7 @@ def indices(draw: st.DrawFn, size: int):
     return draw(hnp.arrays(np.int64, st.integers(0, 40), elements=st.integers(0, size - 1)))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_any_slice_of_any_tensor_fills_any_view(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
@@ -317,7 +317,7 @@ def test_a_file_that_cannot_be_trusted_is_refused_with_its_name(
     assert str(tmp_path / "model.safetensors") in message
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(position=st.integers(0, 300), junk=st.binary(min_size=1, max_size=4), cut=st.integers(0, 40))
 def test_a_damaged_file_is_refused_or_read_but_never_crashes(
     tmp_path_factory: pytest.TempPathFactory, position: int, junk: bytes, cut: int

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_moe.config.judging import dense_config, judging
 from megatron_moe.config.load import build
 from megatron_moe.config.moe import Moe
 from megatron_moe.config.run import RunConfig
@@ -116,9 +117,30 @@ def test_the_shared_expert_is_overlapped_on_cuda_only():
         assert settings.get("moe_shared_expert_overlap", False) == engine.on_cuda
 
 
+def test_the_exchange_overlaps_on_every_engine_and_weight_gradients_are_delayed_on_one():
+    asked = {"overlap_moe_expert_parallel_comm": True, "delay_wgrad_compute": True}
+    for engine in ENGINES:
+        settings = settings_of(engine, **asked)
+        assert settings["overlap_moe_expert_parallel_comm"]
+        assert settings.get("delay_wgrad_compute", False) == (not engine.is_torch)
+        assert not asked.keys() & settings_of(engine).keys()
+
+
+def test_commands_without_a_backward_pass_do_not_overlap_the_exchange():
+    asked = {"overlap_moe_expert_parallel_comm": True, "delay_wgrad_compute": True}
+    config = config_of({}, **asked)
+    for other in (judging(config, 2), dense_config(config)):
+        assert not any(getattr(other.train, name) for name in asked)
+
+
 @pytest.mark.parametrize(
     ("moe", "train", "named"),
     [
+        (
+            {},
+            {"delay_wgrad_compute": True},
+            r"train.delay_wgrad_compute \(True\) needs Transformer Engine",
+        ),
         ({}, {"fp8": "hybrid"}, r"train.fp8 \(hybrid\) needs Transformer Engine"),
         ({}, {"tp_comm_overlap": True}, r"train.tp_comm_overlap \(True\) needs Transformer"),
         (

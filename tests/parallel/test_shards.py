@@ -130,7 +130,7 @@ ORACLES: dict[str, Callable[[list[Array], ModelSpec, int], list[Array]]] = {
 
 @pytest.mark.parametrize("role", ORACLES)
 @given(case=specs_and_sizes())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_every_rank_holds_the_shard_of_megatron(role: str, case: tuple[ModelSpec, int]):
     spec, size = case
     tensors = sources(role, spec)
@@ -142,7 +142,7 @@ def test_every_rank_holds_the_shard_of_megatron(role: str, case: tuple[ModelSpec
 
 @pytest.mark.parametrize("role", [role for role, oracle in ORACLES.items() if oracle is not whole])
 @given(case=specs_and_sizes())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_the_ranks_tile_each_tensor_exactly_once(role: str, case: tuple[ModelSpec, int]):
     spec, size = case
     tensors = sources(role, spec)
@@ -155,7 +155,7 @@ def test_the_ranks_tile_each_tensor_exactly_once(role: str, case: tuple[ModelSpe
 
 
 @given(case=specs_and_sizes(), data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_an_expert_takes_its_neurons_in_the_plans_order(case: tuple[ModelSpec, int], data):
     spec, size = case
     some = st.integers(0, spec.ffn_hidden_size - 1)

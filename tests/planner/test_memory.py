@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_moe.config.parts import Frozen
@@ -19,13 +19,13 @@ from megatron_moe.planner.memory import (
     rank_memory,
 )
 from megatron_moe.planner.parameters import rank_parameters, rank_tensors
+from megatron_moe.planner.shape import MoeShape
 from megatron_moe.planner.workload import RECOMPUTE_SETTINGS, Degrees, Workload
 from research.calibration.published import published
 
 WORK = Workload(sequence_length=8192, global_batch_size=256, capacity_factor=1.0)
 
 
-@settings(deadline=None)  # the first example imports Megatron-Core
 @given(
     sizes=st.lists(st.integers(1, 5000), min_size=1, max_size=30),
     replicas=st.sampled_from([1, 2, 3, 8]),
@@ -164,6 +164,17 @@ def test_the_first_stage_keeps_most_and_interleaving_keeps_more(llama3_e8t2):
     kept = [stage_activations(llama3_e8t2, WORK, plain, pp_rank=rank) for rank in range(4)]
     assert kept == sorted(kept, reverse=True)
     assert stage_activations(llama3_e8t2, WORK, chunked, pp_rank=0) > kept[0]
+
+
+def test_paired_passes_keep_one_layer_more(llama3_e8t2: MoeShape):
+    """They take turns layer by layer: one pass frees a layer after the other has added one."""
+    degrees = Degrees(gpus=8, ep=8)
+    one, paired = (
+        stage_activations(llama3_e8t2, replace(WORK, expert_overlap=on), degrees, pp_rank=0)
+        for on in (False, True)
+    )
+    layer = kept_bytes(llama3_e8t2, WORK, degrees, routes=True)
+    assert paired - one == pytest.approx(layer)
 
 
 @given(

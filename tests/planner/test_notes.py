@@ -23,6 +23,7 @@ def notes(tmp_path: Path, **sections: dict[str, Any]) -> list[str]:
 @pytest.mark.parametrize(
     ("section", "values", "named"),
     [("train", {"fp8": "hybrid"}, "train.fp8 (hybrid)"),
+     ("train", {"delay_wgrad_compute": True}, "train.delay_wgrad_compute (True)"),
      ("moe", {"moe_shared_expert_overlap": True}, "moe.moe_shared_expert_overlap (True)")],
 )  # fmt: skip
 def test_settings_that_nobody_measured_are_not_predicted(

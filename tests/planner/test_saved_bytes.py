@@ -20,7 +20,7 @@ from training_runs import tree
 from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
 from megatron_moe.planner.activations import kept_bytes, local_tokens
-from megatron_moe.planner.shape import MoeShape, upcycled_shape
+from megatron_moe.planner.shape import MoeShape, run_shape
 from megatron_moe.planner.workload import Degrees, Workload, degrees_of, workload_of
 from megatron_moe.runtime.engine import TORCH_ON_CPU
 from megatron_moe.runtime.world import World
@@ -32,8 +32,11 @@ CASES = [
 ]  # fmt: skip
 
 
+ADAPTED = ["1 lora", "tp2 ep2 lora"]
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, *ADAPTED])
 def test_planned_bytes_are_what_autograd_saves(tmp_path: Path, name: str, precision: str):
     dense = save_dense(
         tmp_path / "dense", num_hidden_layers=2, hidden_size=128, intermediate_size=384
@@ -45,6 +48,8 @@ def test_planned_bytes_are_what_autograd_saves(tmp_path: Path, name: str, precis
         "moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True,
     }  # fmt: skip
     settings["train"] |= {"micro_batch_size": 2, "precision": precision}
+    if name in ADAPTED:
+        settings["lora"] = {"rank": 128, "targets": ["attention", "experts"]}
     text = {"path": str(tmp_path / "text"), "seq_length": 64}
     config = build(RunConfig, tree(tmp_path / "run", dense, tmp_path, data=text, **settings))
     run_on_ranks(check, config, world_size=world_size)
@@ -55,7 +60,7 @@ def check(world: World, config: RunConfig) -> None:
 
     spec = read_spec(config.source.path)
     saved = measure(world, config, spec)
-    shape, work = upcycled_shape(spec, config.moe), workload_of(config)
+    shape, work = run_shape(config, spec), workload_of(config)
     degrees = degrees_of(config, gpus=world.size)
     planned = stream_bytes(shape, work, degrees)  # input of the final norm
     for routes in (False, True):

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-import resource
+import pstats
 import subprocess
 import sys
 from dataclasses import replace
@@ -111,8 +111,7 @@ def test_more_memory_is_never_slower(make_config, llama3_spec):
     assert h200.best[0].time.mfu > h100.best[0].time.mfu
 
 
-def test_a_thousand_gpus_take_two_seconds(make_config, llama3_config, tmp_path):
-    """Measure the CPU time of a whole process, with imports and output: load does not matter."""
+def test_a_thousand_gpus_take_few_calls(make_config, llama3_config, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(llama3_config))
     config = make_config(gbs=1024)
     dense = config.source.model_copy(update={"path": tmp_path})
@@ -127,7 +126,8 @@ def test_a_thousand_gpus_take_two_seconds(make_config, llama3_config, tmp_path):
         "print(search_report(search(config, read_spec(config.source.path), gpus=1024)))\n"
         "assert 'torch' not in sys.modules\n"
     )
-    assert cpu_seconds([sys.executable, "-c", program, str(tmp_path / "run.yaml")]) < 2.0
+    (tmp_path / "program.py").write_text(program)
+    assert calls([str(tmp_path / "program.py"), str(tmp_path / "run.yaml")], tmp_path) < MAX_CALLS
 
 
 @pytest.mark.parametrize(
@@ -138,23 +138,22 @@ def test_a_thousand_gpus_take_two_seconds(make_config, llama3_config, tmp_path):
         ("plan", "--model", "llama-3.1-405b", "--gpus", "1024"),  # nothing fits
     ],
 )
-def test_commands_answer_in_two_seconds(words: tuple[str, ...], tmp_path):
-    """Measure the CPU time of the real program; init searches for both engines."""
-    assert cpu_seconds([sys.executable, "-m", "megatron_moe", *words], cwd=tmp_path) < 2.0
+def test_commands_take_few_calls(words: tuple[str, ...], tmp_path):
+    assert calls(["-m", "megatron_moe", *words], tmp_path) < MAX_CALLS
 
 
-def cpu_seconds(command: list[str], cwd: Path | None = None) -> float:
-    """The least of three tries: a busy machine adds a little even to CPU time, and never less."""
-    tries = []
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run(command, check=False, cwd=cwd, capture_output=True, text=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert "Traceback" not in done.stderr, done.stderr
-        tries.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-        if tries[-1] < 2.0:
-            break
-    return min(tries)
+MAX_CALLS = 5_000_000
+"""Bound for a command that must answer in two seconds, at 2.5 M calls a second; `bench/startup.py`
+measures the seconds. At most 4.0 M are made. A machine's speed and load do not change them."""
+
+
+def calls(arguments: list[str], folder: Path) -> int:
+    """Return the number of function calls of a Python process, from imports to output."""
+    profile = folder / "calls.prof"
+    command = [sys.executable, "-m", "cProfile", "-o", str(profile), *arguments]
+    done = subprocess.run(command, check=False, cwd=folder, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr, done.stderr
+    return pstats.Stats(str(profile)).total_calls  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_message_if_nothing_fits(make_config, llama3_spec):

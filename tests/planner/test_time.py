@@ -3,9 +3,10 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_moe.planner.activations import paired_share
 from megatron_moe.planner.calibration import FITTED
 from megatron_moe.planner.hardware import GPUS
 from megatron_moe.planner.kernels import Kernels
@@ -100,7 +101,6 @@ def test_strong_scaling_loses_efficiency():
 
 
 @given(name=st.sampled_from(sorted(GPUS)), factor=st.floats(0.5, 2.0), imbalance=st.floats(1, 3))
-@settings(deadline=None)
 def test_more_load_takes_longer_on_every_gpu(name, factor, imbalance):
     row, machine = published()[0], Machine(GPUS[name], FITTED)
     light = replace(row.work, capacity_factor=factor, imbalance=imbalance)
@@ -192,3 +192,40 @@ def test_accumulation_of_gradients_hides_behind_large_products_only():
     many, few = (kernels.linear(rows, 8192, 57344) for rows in (65536, 512))
     assert many.backward / many.forward == pytest.approx(2, abs=0.02)
     assert few.backward / few.forward > 2.3
+
+
+def test_an_overlapped_exchange_hides_in_pairs_of_passes_only():
+    """One micro-batch has no pair; under pp, interleaved chunks have them, after the warm-up."""
+    alone = Degrees(gpus=8, ep=8)
+    row = published()[0]
+    work = replace(row.work, micro_batch_size=1)
+    for degrees, batches, share in (
+        (alone, 1, 0.0), (alone, 4, 3 / 4), (replace(alone, gpus=16, pp=2), 4, 0.0),
+        (replace(alone, gpus=16, pp=2, vpp=2), 8, (16 - 5) / 16),
+        (replace(alone, gpus=16, pp=2, vpp=2), 2, 0.0),
+    ):  # fmt: skip
+        step = replace(work, global_batch_size=batches * degrees.dp)
+        before = step_time(row.shape, step, degrees, H100)
+        after = step_time(row.shape, replace(step, expert_overlap=True), degrees, H100)
+        assert after.parts["ep"] == pytest.approx(before.parts["ep"] * (1 - 0.7 * share))
+        others = before.parts.keys() - {"ep"}
+        assert all(after.parts[name] == before.parts[name] for name in others)
+        bound = least_seconds(row.shape, replace(step, expert_overlap=True), degrees, H100)
+        assert bound < after.step_seconds
+
+
+@pytest.mark.parametrize("pp", [2, 4])
+def test_the_pairs_are_those_of_megatrons_schedule(pp: int):
+    """Megatron-Core's own count of the passes that remain after the warm-up, on the first rank."""
+    from types import SimpleNamespace
+
+    from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
+
+    for vpp, batches in ((2, 8), (4, 8), (2, 4)):
+        group = SimpleNamespace(size=lambda: pp, rank=lambda: 0)
+        communicator = SimpleNamespace(pp_group=group, virtual_pipeline_model_parallel_size=vpp)
+        total, _, _, remaining = get_pp_rank_microbatches(
+            batches, vpp, pp, overlap_moe_expert_parallel_comm=True, p2p_communicator=communicator
+        )
+        degrees = Degrees(gpus=pp, pp=pp, vpp=vpp)
+        assert paired_share(micro_batches=batches, degrees=degrees) == remaining / total

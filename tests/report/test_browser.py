@@ -4,7 +4,6 @@ The tests use the system's Chromium, which `.ci/run` installs, and are skipped w
 """
 
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,11 +65,8 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the report of 1000 steps and 128 experts, after checking its size and cost."""
-    run = write_run(tmp_path_factory.mktemp("large"))
-    start = time.process_time()
-    page = report(run)
-    assert time.process_time() - start < 20, "took 5 s when written, 1 s of it for JSON"
+    """Return the report of 1000 steps and 128 experts, after checking its size."""
+    page = report(write_run(tmp_path_factory.mktemp("large")))
     assert page.stat().st_size < 2_500_000, "was 1.4 MB when written"
     return page
 

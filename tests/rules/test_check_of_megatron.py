@@ -68,7 +68,7 @@ def _compare(_: int, groups: int) -> None:
     dense = DENSE | {"num_key_value_heads": groups}
     seen = {"both": 0, "neither": 0, "stricter": 0}
 
-    @settings(max_examples=120, deadline=None, phases=[Phase.generate], derandomize=True,
+    @settings(max_examples=120, phases=[Phase.generate], derandomize=True,
               suppress_health_check=list(HealthCheck))  # fmt: skip
     @given(layouts())
     def agree(drawn: tuple[RunConfig, int]) -> None:

@@ -73,7 +73,7 @@ REFUSALS = [
      "moe.moe_shared_expert_intermediate_size (16) with upcycle.method (copy) has no neurons to "
      "use: the routed experts hold the whole dense FFN, and its neurons would count twice.\n"
      "  methods with a shared expert: split_random, split_clustered, split_coactivation, "
-     "sharing_inter, qwen, weaver"),
+     "split_routed, sharing_inter, qwen, weaver"),
     ("no-shared", sizes(6), {"method": "weaver", **PLAN},
      "upcycle.method (weaver) needs moe.moe_shared_expert_intermediate_size: the method moves "
      "common neurons to a shared expert.\n"
@@ -114,7 +114,16 @@ REFUSALS = [
      "upcycle.fit (down) with upcycle.method (copy): it solves for experts that are parts of the "
      "dense FFN.\n"
      "  set upcycle.method to one of split_random, split_clustered, split_coactivation, "
-     "sharing_inner, sharing_inter, weaver, or leave upcycle.fit empty"),
+     "split_routed, sharing_inner, sharing_inter, weaver, or leave upcycle.fit empty"),
+    ("fit-routed", sizes(6), {"method": "split_routed", "fit": ["down"], **PLAN},
+     "upcycle.fit (down) with upcycle.method (split_routed) must contain router: the method groups "
+     "neurons by what a fitted router sends to them.\n"
+     "  set upcycle.fit=[router,down], or upcycle.method=split_coactivation"),
+    ("fit-one-expert",
+     {"num_moe_experts": 1, "moe_router_topk": 1, "router_order": "softmax_topk", **sizes(48)},
+     {"method": "split_random", "fit": ["router"], **PLAN},
+     "upcycle.fit (router) needs moe.num_moe_experts (1) to be at least 2: a router of one expert "
+     "has nothing to choose.\n  set moe.num_moe_experts=2 or more"),
     ("fit-noise", sizes(6), {"method": "split_random", "fit": ["down"], "noise_std": 0.1, **PLAN},
      "upcycle.fit (down) cannot be combined with upcycle.reinit_ratio (None) or upcycle.noise_std "
      "(0.1): they change the neurons that were solved for.\n"

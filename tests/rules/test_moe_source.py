@@ -56,6 +56,16 @@ def test_keep_takes_every_setting_from_the_source(tmp_path: Path):
     assert not violations(build(RunConfig, settings), read_spec(tmp_path), 1)
 
 
+def test_adapters_have_no_moments_in_the_run_of_the_source(tmp_path: Path):
+    settings = tree(tmp_path, QWEN2_MOE, upcycle={"method": "keep"}, lora={"rank": 4})
+    settings["source"]["optimizer_state"] = "runs/moe"
+    config = build(RunConfig, complete_from_source(settings))
+    assert violations(config, read_spec(tmp_path), 1) == [
+        "lora.rank (4) cannot be combined with source.optimizer_state (runs/moe): adapters have no "
+        "moments in the source's run.\n  leave source.optimizer_state unset, or lora.rank"
+    ]
+
+
 def test_what_is_set_is_kept(tmp_path: Path):
     upcycle = {"method": "grow", "twins": "exact"}
     moe = {"num_moe_experts": 24, "moe_aux_loss_coeff": 0.0, "first_dense_layers": 1}

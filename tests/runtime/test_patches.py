@@ -3,6 +3,8 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
+from megatron.core.tensor_parallel.random import _set_cuda_rng_state
 
 from megatron_moe.errors import ConfigError
 from megatron_moe.runtime import patches
@@ -11,11 +13,14 @@ from megatron_moe.runtime.patches import PatchError, check_megatron_version, rep
 CUDA = (
     "current_device", "device_count", "is_available", "set_device", "synchronize", "empty_cache",
     "Stream", "Event", "current_stream", "default_stream", "stream", "get_rng_state",
-    "set_rng_state", "manual_seed", "memory_allocated", "max_memory_allocated",
+    "set_rng_state", "manual_seed", "_lazy_call", "memory_allocated", "max_memory_allocated",
     "random.get_rng_state", "random.set_rng_state",
 )  # fmt: skip
 FACTORIES = ("tensor", "empty", "zeros", "ones", "full", "arange", "empty_like", "zeros_like")
-METHODS = ("Tensor.to", "Tensor.type", "Tensor.cuda", "nn.modules.module.Module.cuda")
+METHODS = (
+    "Tensor.to", "Tensor.type", "Tensor.cuda", "Tensor.record_stream",
+    "nn.modules.module.Module.cuda",
+)  # fmt: skip
 COLLECTIVES = (
     "all_to_all_single", "all_gather", "reduce_scatter", "all_gather_into_tensor",
     "reduce_scatter_tensor",
@@ -44,6 +49,13 @@ ON_CPU = [
 def test_all_replacements_on_a_cpu_are_listed():
     """A new one is added here too, so that nobody has to search for it."""
     assert patches.REPLACED[: len(ON_CPU)] == ON_CPU
+
+
+def test_calls_that_wait_for_cuda_do_not_pile_up():
+    """Megatron-Core makes two per layer and step, and torch keeps a stack trace with each."""
+    waiting = len(torch.cuda._queued_calls)
+    _set_cuda_rng_state(torch.get_rng_state())
+    assert len(torch.cuda._queued_calls) == waiting
 
 
 def test_an_attribute_that_is_gone_is_an_error():

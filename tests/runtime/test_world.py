@@ -1,15 +1,18 @@
 """Tests of joining a job: rank positions, devices, and local ranks that fail."""
 
+import gc
 import logging
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import disks
 import pytest
 import torch
 import torch.distributed as dist
@@ -151,6 +154,17 @@ def test_ranks_join_one_world(tmp_path: Path):
 
 
 @pytest.mark.distributed
+def test_ranks_do_not_search_the_imports_for_garbage():
+    """They would copy the memory that they share, to write to each object's header."""
+
+    def frozen(world: World) -> None:
+        assert gc.get_freeze_count() > 100_000
+
+    run_local_ranks(frozen, ranks=2, device="cpu")
+    assert gc.get_freeze_count() == 0, "this process still collects its garbage"
+
+
+@pytest.mark.distributed
 def test_megatron_warns_on_one_rank_alone(capfd: pytest.CaptureFixture[str]):
     def run(world: World) -> None:  # print warnings that pytest would capture
         warnings.showwarning = lambda message, *_: os.write(2, f"{message}\n".encode())
@@ -212,6 +226,32 @@ def test_a_rank_that_fails_ends_the_others(
         os.kill(sleeper, 0)
 
 
+@pytest.mark.distributed
+@pytest.mark.skipif(disks.missing() is not None, reason=str(disks.missing()))
+@pytest.mark.parametrize("error", [ConfigError("moe.x is odd"), ZeroDivisionError("a bug")])
+def test_an_error_is_not_lost_with_its_disk(
+    error: Exception,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+):
+    """Local ranks leave errors in a temporary folder; an empty file there is no message."""
+
+    def run(world: World) -> None:
+        dist.barrier()
+        if world.rank == 1:
+            disk.fill()
+            raise error
+        time.sleep(120)
+
+    monkeypatch.setattr(world_module, "NOTICE_SECONDS", 1.0)
+    with disks.Disk(tmp_path / "disk", 2**16) as disk:
+        monkeypatch.setattr(tempfile, "tempdir", str(disk.path))
+        with pytest.raises(JobError, match=r"rank 1 failed and left no report: .* may be full"):
+            run_local_ranks(run, ranks=2, device="cpu")
+    assert str(error) in capfd.readouterr().err
+
+
 class Joining:
     """Replace CUDA and torch.distributed while `joined` runs, and record its calls."""
 
@@ -224,6 +264,7 @@ class Joining:
             dist, "init_process_group", lambda *args, **kwargs: self.calls.append(("init", kwargs))
         )
         monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+        monkeypatch.setattr(world_module, "meet", lambda position: None)
         store = dist.HashStore()
         monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)

@@ -8,6 +8,7 @@ import pytest
 from dense_models import DENSE_MODELS, H100_FILES, shipped
 
 from megatron_moe.commands.dry_run import dry_run
+from megatron_moe.config.train import Lora
 from megatron_moe.planner.parameters import rank_tensors
 from megatron_moe.planner.shape import upcycled_shape
 
@@ -47,3 +48,30 @@ def test_moments_kept_apart_use_the_same_adam_as_without_the_engine(
     assert result.layer_spec == "Transformer Engine"
     assert result.counted == result.planned
     assert (result.counted.host > 0) == ("optimizer_cpu_offload" in changes)
+
+
+def test_adapters_of_attention_take_the_planners_bytes(tmp_path: Path):
+    config, _, gpus = shipped(
+        next(path for path in H100_FILES if path.stem.startswith("llama3.2-3b"))
+    )
+    (tmp_path / "config.json").write_text(json.dumps(DENSE_MODELS[config.source.path.name]))
+    dense = config.source.model_copy(update={"path": tmp_path})
+    config = config.model_copy(update={"source": dense, "lora": Lora(rank=16)})
+    result = dry_run(config, rank=0, world_size=gpus)
+    assert result.layer_spec == "Transformer Engine"
+    assert result.counted == result.planned
+
+
+def test_data_parallelism_treats_delayed_weight_gradients_apart(tmp_path: Path):
+    """Gradient buffers and hooks of a rank, for a schedule that runs layers piece by piece."""
+    (path,) = [path for path in H100_FILES if path.stem == "llama3-8b-e8t2-dropless-128"]
+    config, _, gpus = shipped(path)
+    (tmp_path / "config.json").write_text(json.dumps(DENSE_MODELS[config.source.path.name]))
+    dense = config.source.model_copy(update={"path": tmp_path})
+    overlap = {"overlap_moe_expert_parallel_comm": True, "delay_wgrad_compute": True}
+    train = config.train.model_copy(update=overlap)
+    result = dry_run(
+        config.model_copy(update={"source": dense, "train": train}), rank=0, world_size=gpus
+    )
+    assert result.layer_spec == "Transformer Engine"
+    assert result.counted == result.planned

@@ -23,6 +23,7 @@ from training_runs import tree
 from megatron_moe.checkpoint.boxes import placements
 from megatron_moe.config.load import build
 from megatron_moe.config.run import RunConfig
+from megatron_moe.config.train import Lora
 from megatron_moe.experts.plan import make_expert_plan
 from megatron_moe.hf.names import match
 from megatron_moe.hf.reader import SourceCheckpoint, open_safetensors
@@ -162,6 +163,30 @@ def test_layers_for_fp8_products_hold_and_save_the_same(tmp_path: Path, recipe: 
     assert (transformer.fp8, transformer.fp8_recipe) == ("hybrid", recipe)
 
 
+@pytest.mark.parametrize("name", ["tp2 dp2 ep2", "pp2 vpp2 dp2 ep2"])
+def test_layers_that_run_piece_by_piece_hold_and_save_the_same(tmp_path: Path, name: str):
+    """With delayed weight gradients, which linear layers and grouped experts then store."""
+    dense = open_safetensors(save_dense(tmp_path / "dense", "qwen2"))
+    world_size, parallel = layout(name)
+    config = run_config(tmp_path, parallel)
+    overlap = {"overlap_moe_expert_parallel_comm": True, "delay_wgrad_compute": True}
+    run = config.run.model_copy(update={"device": "cuda"})
+    train = config.train.model_copy(update=overlap)
+    engine = compare_all_ranks(
+        config.model_copy(update={"run": run, "train": train}), dense, world_size
+    )
+    assert engine.model.transformer.overlap_moe_expert_parallel_comm
+    assert engine.model.transformer.delay_wgrad_compute
+    delayed = {
+        name.split(".", 2)[2]
+        for chunk in engine.model.modules
+        for name, module in chunk.decoder.named_modules()
+        if hasattr(module, "need_backward_dw") and module.need_backward_dw()
+    }
+    attention = {"self_attention.linear_qkv", "self_attention.linear_proj"}
+    assert attention | {"mlp.experts.linear_fc1", "mlp.experts.linear_fc2"} <= delayed
+
+
 def test_a_shared_expert_to_overlap_holds_and_saves_the_same(tmp_path: Path):
     dense = open_safetensors(save_dense(tmp_path / "dense", "qwen2"))
     world_size, parallel = layout("tp2 dp2 ep2")
@@ -173,13 +198,32 @@ def test_a_shared_expert_to_overlap_holds_and_saves_the_same(tmp_path: Path):
     assert engine.model.transformer.moe_shared_expert_overlap
 
 
-def compare_all_ranks(config: RunConfig, dense: SourceCheckpoint, world_size: int) -> Built:
+@pytest.mark.parametrize("family", ["llama", "qwen2", "olmo2"])
+def test_adapters_of_attention_hold_and_save_the_same(tmp_path: Path, family: str):
+    """The norm before attention becomes a module of its own, under its old key in checkpoints."""
+    dense = open_safetensors(save_dense(tmp_path / "dense", family))
+    world_size, parallel = layout("tp2 dp2 ep4")
+    config = run_config(tmp_path, parallel)
+    config = config.model_copy(update={"lora": Lora(rank=3)})
+    engine = compare_all_ranks(config, dense, world_size, fused=False)
+    shapes = {name: tuple(p.shape) for _, name, p in engine.parameters() if ".adapter." in name}
+    assert len(shapes) == 4 * 4
+    assert shapes["decoder.layers.0.self_attention.linear_proj.adapter.linear_in.weight"] == (3, 32)
+
+
+def compare_all_ranks(
+    config: RunConfig, dense: SourceCheckpoint, world_size: int, *, fused: bool = True
+) -> Built:
     """Each rank's two models, parameter by parameter and box by box; the last rank's for more."""
     check(config, dense.spec, world_size)
     for rank in range(world_size):
         engine, native = both(config, dense, rank=rank, world_size=world_size)
         names = [name for _, name, _ in engine.parameters()]
-        assert any("linear_qkv.layer_norm_weight" in name for name in names), "not TE's layers"
+        assert any("linear_qkv.layer_norm_weight" in name for name in names) == fused
+        routed = [
+            name for name in names if ".mlp.experts.linear_fc1" in name
+        ]  # none in some stages
+        assert all(name[-1].isdigit() for name in routed), "not TE's experts"
         assert engine.filled == native.filled
         assert engine.filled.parameters == len(names)
         meanings = engine.by_meaning()

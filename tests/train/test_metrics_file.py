@@ -48,6 +48,18 @@ def test_a_half_written_last_line_goes(tmp_path: Path, cut: int):
     assert steps_of(tmp_path) == [(0, "a"), (1, "a"), (2, "a"), (3, "a"), (4, "b"), (5, "b")]
 
 
+@pytest.mark.parametrize(
+    "line", [b'{"step": \xff}', b"[1]", b"1", b'{"step": null}', b'{"loss/lm": 1}']
+)
+def test_a_damaged_line_goes_and_blocks_no_resume(tmp_path: Path, line: bytes):
+    write_steps(tmp_path, range(3), resumed_step=0)
+    path = tmp_path / "metrics.jsonl"
+    first, _, *others = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([first, line, *others, b""]))
+    write_steps(tmp_path, range(3, 4), resumed_step=2, run="b")
+    assert steps_of(tmp_path) == [(0, "a"), (2, "a"), (3, "b")]
+
+
 def test_a_whole_last_line_without_its_newline_stays_a_line(tmp_path: Path):
     write_steps(tmp_path, range(3), resumed_step=0)
     path = tmp_path / "metrics.jsonl"

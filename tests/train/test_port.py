@@ -3,7 +3,10 @@
 import os
 import re
 import socket
+import sys
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import pytest
@@ -13,6 +16,7 @@ from ranks import run_on_ranks
 from megatron_moe.errors import JobError
 from megatron_moe.runtime.world import World
 from megatron_moe.train import port
+from megatron_moe.train import watch as watch_module
 from megatron_moe.train.port import connect, hosts_of, listening_on
 from megatron_moe.train.watch import Watch, unobserved
 
@@ -109,3 +113,23 @@ def test_a_rank_that_cannot_connect_says_to_whom(monkeypatch: pytest.MonkeyPatch
         address = server.getsockname()
     with pytest.raises(JobError, match=r"rank 3 on .* cannot report to rank 0: 127\.0\.0\.1 port"):
         connect([address], bytes(32), rank=3)
+
+
+@pytest.mark.distributed
+def test_a_rank_ends_even_if_it_cannot_say_why(monkeypatch: pytest.MonkeyPatch):
+    """As when standard error is a file on a full disk: it would wait for the lost rank forever."""
+    monkeypatch.setattr(watch_module, "GRACE_SECONDS", 0.2)
+    with pytest.raises(JobError) as caught:
+        run_on_ranks(_cannot_report, world_size=2)
+    assert "rank 1 exited with code 3" in str(caught.value)
+    assert "rank 0 failed and left no report" in str(caught.value), "it was killed instead"
+
+
+def _cannot_report(world: World) -> None:
+    launched = replace(world, reports=None)  # as by torchrun: errors go to standard error
+    with Watch(launched, hang_seconds=60, observe=unobserved):
+        sys.stderr = Path("/dev/full").open("w")  # noqa: SIM115
+        dist.barrier()
+        if world.rank == 1:
+            os._exit(3)
+        time.sleep(120)
