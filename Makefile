@@ -38,6 +38,9 @@ OLDEST_VENV := .venv-oldest
 OLDEST_PYTHON := $(OLDEST_VENV)/bin/python
 OLDEST_INSTALLED := $(OLDEST_VENV)/.installed
 
+# Python compiles what it imports, once. Compiling all modules of all packages takes a minute more.
+PIP_INSTALL := install --quiet --no-compile
+
 # Make the packages of .venv visible in another environment. CUDA's libraries are linked, because torch
 # and Transformer Engine look for them in their own site-packages.
 define SEE_PROJECT_PACKAGES
@@ -47,7 +50,7 @@ printf '%s\n' "$$project" "$(CURDIR)" > "$$own/project.pth" && ln -s "$$project/
 endef
 
 .PHONY: help install demo test test-gpu test-slurm test-te fuzz test-oldest test-all golden check format clean chaos \
-    study bench docs package
+    study recovery bench docs package
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile | expand -t 16
@@ -57,13 +60,13 @@ install: $(INSTALLED) ## .venv with the package and all it needs
 demo: $(INSTALLED) ## upcycle a real dense model, train it, export it and generate text
 	@$(PYTHON) tools/demo.py
 
-test: $(INSTALLED) ## the tests, real weights included; about 20 minutes on 2 cores
+test: $(INSTALLED) ## the tests, real weights included; about 15 minutes on 2 cores
 	@if $(INDEX_ANSWERS); then marks='$(FAST)'; else marks='$(OFFLINE)'; \
 	    echo "make test: no package index answers, so tests marked network are left out"; fi; \
 	$(PYTHON) -m pytest -q $(SIDE_BY_SIDE) -m "$$marks"
 
-test-all: $(INSTALLED) ## all tests, including slow ones
-	@$(PYTHON) -m pytest -q $(SIDE_BY_SIDE)
+test-all: $(INSTALLED) ## all tests, including slow ones, with new examples of random inputs
+	@$(PYTHON) -m pytest -q $(SIDE_BY_SIDE) --hypothesis-profile=new
 
 test-oldest: $(OLDEST_INSTALLED) ## the tests that need no package index, with the oldest supported torch
 	@$(OLDEST_PYTHON) -m pytest -q $(SIDE_BY_SIDE) -m '$(OFFLINE)'
@@ -95,6 +98,11 @@ chaos: $(INSTALLED) ## kill, stop and starve training jobs; writes docs/reliabil
 
 study: $(INSTALLED) ## every method on real text, same tokens each; an hour; writes docs/study.md
 	@$(PYTHON) -m research.study
+
+recovery: $(INSTALLED) ## split models, solved and taught; hours, after make demo; writes docs/recovery.md
+	@$(PYTHON) -m research.solving runs/solving
+	@$(PYTHON) -m research.recovery runs/recovery
+	@$(PYTHON) -m research.recovery_page
 
 bench: $(INSTALLED) ## speed beside peers, on an idle machine; writes the tables of docs/performance.md
 	@$(PYTHON) bench/all.py
@@ -144,19 +152,19 @@ $(PYTHON):
 $(INSTALLED): pyproject.toml constraints.txt | $(PYTHON)
 	@echo "installing $$(grep -c '==' constraints.txt) packages into $(VENV): about 7 GB with" \
 	    "torch and its CUDA libraries, some minutes the first time"
-	@$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	@$(PIP) $(PIP_INSTALL) --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 $(OLDEST_INSTALLED): $(INSTALLED) Makefile
 	@echo "making $(OLDEST_VENV) with $(OLDEST_TORCH): about 2 GB, a minute"
 	@$(PYTHON) -m venv --without-pip --clear $(OLDEST_VENV)
 	@$(call SEE_PROJECT_PACKAGES,$(OLDEST_PYTHON))
-	@$(PIP) --python $(OLDEST_PYTHON) install --quiet --no-deps $(OLDEST_TORCH)
+	@$(PIP) --python $(OLDEST_PYTHON) $(PIP_INSTALL) --no-deps $(OLDEST_TORCH)
 	@touch $@
 
 $(TE_INSTALLED): $(INSTALLED) $(TE_WHEEL) Makefile
 	@echo "making $(TE_VENV) with Transformer Engine $(TE_VERSION): about 1 GB, some minutes"
 	@$(PYTHON) -m venv --without-pip --clear $(TE_VENV)
 	@$(call SEE_PROJECT_PACKAGES,$(TE_PYTHON))
-	@$(PIP) --python $(TE_PYTHON) install --quiet --no-deps $(TE_PACKAGES) $(TE_WHEEL)
+	@$(PIP) --python $(TE_PYTHON) $(PIP_INSTALL) --no-deps $(TE_PACKAGES) $(TE_WHEEL)
 	@touch $@
