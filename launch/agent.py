@@ -4,13 +4,21 @@ torchrun itself would end with a traceback of its own modules, below the errors 
 would restart ranks that have refused a setting or a file, which no restart changes.
 """
 
+import contextlib
 import logging
+import socket
 import sys
+import time
 from typing import Any
 
 from keeper import NAME, limited_rendezvous
 from torch.distributed import run as torchrun
-from torch.distributed.elastic.agent.server.api import DEFAULT_ROLE, RunResult, WorkerGroup
+from torch.distributed.elastic.agent.server.api import (
+    DEFAULT_ROLE,
+    RunResult,
+    WorkerGroup,
+    WorkerState,
+)
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -26,16 +34,48 @@ REFUSED = 2
 """Exit status of ranks whose error another try would repeat (megatron_moe/cli/main.py)."""
 WAIT_SECONDS = 30
 """Longest wait for the other machines once ranks of this one have refused their input."""
+LISTEN_SECONDS = 2
+"""Seconds between questions whether another machine has refused its input."""
+PATIENCE_SECONDS = 20
+"""Seconds from a yes until the ranks of this machine are stopped. Most inputs are refused on all
+machines, and each is to print its own reason; less than `WAIT_SECONDS`."""
+KEY = "megatron-moe-refused"
+
+
+class RefusedElsewhereError(Exception):
+    """Ranks of another machine have refused their input, and those of this one wait for them."""
 
 
 class Agent(LocalElasticAgent):
-    """Agent of torchrun that restarts nothing if a rank has refused its input."""
+    """Agent of torchrun that restarts nothing if a rank of any machine has refused its input."""
+
+    _listened = _ends = 0.0
+    """Times of the last question, and at which ranks are stopped if another machine has refused."""
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result = super()._monitor_workers(worker_group)
         if refused(result):
             self._remaining_restarts = 0
+            with contextlib.suppress(RuntimeError):  # the keeper of the rendezvous is gone
+                self._store.set(KEY, socket.gethostname())
+        elif result.state == WorkerState.HEALTHY:
+            self._listen()
         return result
+
+    def _listen(self) -> None:
+        """End the ranks of this machine a while after those of another have refused their input."""
+        now = time.monotonic()
+        if now - self._listened < LISTEN_SECONDS:
+            return
+        self._listened = now
+        host = ""
+        with contextlib.suppress(RuntimeError):  # the agent notices a lost connection by itself
+            host = self._store.get(KEY).decode() if self._store.check([KEY]) else ""
+        if not host:
+            return
+        self._ends = self._ends or now + PATIENCE_SECONDS
+        if now >= self._ends:
+            raise RefusedElsewhereError(host)
 
     def _invoke_run(self, role: str = DEFAULT_ROLE) -> RunResult:
         result = super()._invoke_run(role)
@@ -68,7 +108,7 @@ def main() -> None:
     script = "launch/local.sh" if args.standalone else "launch/nodes.sh"
     try:
         torchrun.run(args)
-    except (ChildFailedError, SignalException, *RENDEZVOUS) as error:
+    except (ChildFailedError, SignalException, RefusedElsewhereError, *RENDEZVOUS) as error:
         reason, way_out = explained(error, args)
         if args.standalone:
             way_out = way_out.replace(" on all machines", "")
@@ -95,6 +135,12 @@ def explained(error: Exception, args: Any) -> tuple[str, str]:
                 f"ranks of this machine failed with exit status {', '.join(map(str, codes))}: "
                 "their errors are above",
                 f"Correct what they name, and {AGAIN}" if REFUSED in codes else RESUME,
+            )
+        case RefusedElsewhereError():
+            return (
+                f"ranks of {error}, another machine of the job, have refused a setting or a file: "
+                "the reason is in its output",
+                f"Correct what it names, and {AGAIN}",
             )
         case RendezvousConnectionError():
             return (

@@ -43,12 +43,20 @@ def hosts() -> Iterator[list[str]]:
 
 
 def launch(
-    hosts: list[str], config: Path, paths: tuple[str, str] = ("", ""), *, restarts: int = 0
+    hosts: list[str],
+    config: Path,
+    paths: tuple[str, str] = ("", ""),
+    *,
+    restarts: int = 0,
+    changes: tuple[str, str] | None = None,
 ) -> list[subprocess.Popen[str]]:
-    """Run launch/nodes.sh on both hosts, each with one more folder in PYTHONPATH."""
+    """Run launch/nodes.sh on both hosts, each with one more folder in PYTHONPATH.
+
+    `changes` are settings, one on the command line of each host.
+    """
     return [
         subprocess.Popen(
-            ["ip", "netns", "exec", host, ROOT / "launch" / "nodes.sh", config],
+            ["ip", "netns", "exec", host, ROOT / "launch" / "nodes.sh", config, *change],
             env={
                 **os.environ, "PYTHON": sys.executable, "PYTHONPATH": f"{ROOT}:{path}",
                 "NNODES": "2", "MASTER_ADDR": ADDRESSES[0], "NODE_ADDR": address, "RANKS": "1",
@@ -58,7 +66,9 @@ def launch(
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for host, address, path in zip(hosts, ADDRESSES, paths, strict=True)
+        for host, address, path, *change in zip(
+            hosts, ADDRESSES, paths, *([changes] if changes else []), strict=True
+        )
     ]  # fmt: skip
 
 
@@ -108,6 +118,22 @@ def test_no_host_tries_a_refused_setting_again(hosts: list[str], tmp_path: Path)
         assert "launch/nodes.sh: ranks of this machine failed with exit status 2: " in output
         assert "Correct what they name, and run the same command on all machines." in output
         assert "Traceback" not in output, output
+
+
+def test_a_host_ends_if_only_the_other_refuses_its_input(hosts: list[str], tmp_path: Path):
+    """Its ranks would wait ten minutes for those of the other."""
+    settings = tree(
+        tmp_path / "run", save_dense(tmp_path / "dense"), write_tokens(tmp_path / "tokens")
+    )
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    changes = ("train.steps=3", "train.steps=-1")
+    started = launch(hosts, tmp_path / "run.yaml", restarts=3, changes=changes)
+    waiting, refusing = (process.communicate(timeout=300)[0] for process in started)
+    assert [process.returncode for process in started] == [1, 1]
+    assert "train.steps is -1" in refusing
+    assert "another machine of the job, have refused a setting or a file" in waiting
+    assert "Correct what it names, and run the same command on all machines." in waiting
+    assert "Traceback" not in waiting + refusing, waiting + refusing
 
 
 def test_a_local_job_ends_with_its_own_message_alone(tmp_path: Path):
