@@ -145,8 +145,9 @@ def explained(error: Exception, args: Any) -> tuple[str, str]:
         case RendezvousConnectionError():
             return (
                 f"the rendezvous at {args.rdzv_endpoint} does not answer: the machine that keeps "
-                "it is gone, or cannot be reached from here",
-                f"{RESUME}; if that machine is gone, with another MASTER_ADDR",
+                "it is gone, or cannot be reached from here, or another program uses its port",
+                f"{RESUME}; if that machine is gone, with another MASTER_ADDR; if the port is "
+                "taken, with another MASTER_PORT",
             )
         case RendezvousTimeoutError():
             fewest = args.nnodes.partition(":")[0]

@@ -9,11 +9,13 @@ import socket
 import threading
 import time
 from datetime import datetime, timedelta, tzinfo
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from torch.distributed import Store
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
 from torch.distributed.elastic.rendezvous import dynamic_rendezvous as dynamic
+from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import (
     DEFAULT_PORT,
     C10dRendezvousBackend,
@@ -27,6 +29,8 @@ from torch.distributed.elastic.rendezvous.utils import (
 NAME = "c10d_limited"
 SILENT_SECONDS = 60
 """Seconds after which a connection to the keeper is lost if its machine does not answer."""
+CONNECT_SECONDS = 90
+"""Longest wait for the rendezvous; torch gives up a machine that is not there after 60 s."""
 CLOCK, CLOCK_SECONDS, COMPARE_SECONDS = "megatron-moe-clock", 1, 60
 
 
@@ -56,12 +60,38 @@ class Clock:
 
 def limited_rendezvous(params: RendezvousParameters) -> RendezvousHandler:
     """Return torch's rendezvous with both changes, for its registry."""
-    _, store = create_backend(params)
+    store = _connected(params)
     host, port = parse_rendezvous_endpoint(params.endpoint, DEFAULT_PORT)
     # As create_backend decides who serves the store.
     _share_the_clock(store.clone(), keeps=_matches_machine_hostname(host))
     _limit_connections(port)
     return dynamic.create_handler(store, LimitedBackend(store, params.run_id), params)
+
+
+def _connected(params: RendezvousParameters) -> Store:
+    """Connect to the rendezvous, or serve it.
+
+    torch itself would wait forever for an answer of another program at the same port.
+
+    Raises:
+        RendezvousConnectionError: It cannot be reached, or does not answer.
+    """
+    outcome: SimpleQueue[Store | Exception] = SimpleQueue()
+
+    def connect() -> None:
+        try:
+            outcome.put(create_backend(params)[1])
+        except Exception as error:  # raised below
+            outcome.put(error)
+
+    threading.Thread(target=connect, name="rendezvous", daemon=True).start()
+    try:
+        store = outcome.get(timeout=CONNECT_SECONDS)
+    except Empty:
+        raise RendezvousConnectionError(f"no answer within {CONNECT_SECONDS} s") from None
+    if isinstance(store, Exception):
+        raise store
+    return store
 
 
 def _share_the_clock(store: Store, *, keeps: bool) -> None:

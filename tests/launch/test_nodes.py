@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -148,6 +149,25 @@ def test_a_local_job_ends_with_its_own_message_alone(tmp_path: Path):
     assert foreign == []
     end = "their errors are above.\n  Correct what they name, and run the same command.\n"
     assert done.stderr.endswith(end), done.stderr
+
+
+def test_another_program_uses_the_port_of_the_rendezvous():
+    """It takes the connection and never answers; torch would wait for it without an end."""
+    agent = "import keeper; keeper.CONNECT_SECONDS = 1; import agent; agent.main()"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        endpoint = f"127.0.0.1:{server.getsockname()[1]}"
+        done = subprocess.run(
+            [
+                sys.executable, "-c", agent, "--nnodes", "2", "--rdzv-backend", "c10d_limited",
+                "--rdzv-endpoint", endpoint, "--rdzv-id", "job", "-m", "megatron_moe",
+            ],
+            env={**os.environ, "PYTHONPATH": str(ROOT / "launch")},
+            capture_output=True, text=True, check=False, timeout=300,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert f"the rendezvous at {endpoint} does not answer: " in done.stderr
+    assert "if the port is taken, with another MASTER_PORT.\n" in done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
 
 
 @pytest.mark.slow
