@@ -33,7 +33,7 @@ def _output(*words: object) -> str:
     return done.stdout.strip()
 
 
-def _wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
+def _wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "the disk is in use"

@@ -79,7 +79,7 @@ class Hosts:
         for name in self.names:
             subprocess.run(["ip", "netns", "add", name], check=True)
         self._process.start()
-        assert self._ready.wait(20), "the network did not start"
+        assert self._ready.wait(120), "the network did not start"
         return self
 
     def __exit__(

@@ -58,7 +58,7 @@ class Recovery:
 
     def record(self, record_property: Record) -> None:
         """Put what happened into the test's report; call it after the end of the job."""
-        self._thread.join(5)
+        self._thread.join(60)
         record_property("saw", told(self._log()))
         record_property("steps_again", self._again)
         record_property("recover_seconds", round(self._seconds, 1))

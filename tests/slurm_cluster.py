@@ -100,7 +100,7 @@ class Cluster:
             ("log-file", "log"), ("seed-file", "seed"),
         ))  # fmt: skip
         self._start("munged", "munged", "--foreground", "--force", *words)
-        wait_for(lambda: (munge / "socket").exists(), "munged", seconds=10)
+        wait_for(lambda: (munge / "socket").exists(), "munged", seconds=120)
         self._start("slurmctld", "slurmctld", "-D", "-c")
         for node in NODES:
             self.start_node(node)
@@ -124,7 +124,7 @@ class Cluster:
         for daemon in reversed(self.daemons.values()):
             daemon.terminate()
         for daemon in self.daemons.values():
-            daemon.wait(timeout=30)
+            daemon.wait(timeout=120)
 
     def run(self, *words: str, **environment: str) -> str:
         """Run a SLURM command where the controller is, and return what it printed."""

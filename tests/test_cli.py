@@ -59,7 +59,7 @@ def refused(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, *arg
 
 def python(*args: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *map(str, args)], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, *map(str, args)], capture_output=True, text=True, timeout=300, check=False
     )
 
 

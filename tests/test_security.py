@@ -243,7 +243,7 @@ def test_a_slurm_job_has_its_nodes_for_itself():
 
 def test_torchs_rendezvous_store_answers_anyone():
     """The page warns of it. If torch begins to authenticate, the page should say so."""
-    seconds = timedelta(seconds=10)
+    seconds = timedelta(seconds=120)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=seconds)
     own = {
         c.laddr.ip

@@ -288,11 +288,10 @@ def test_a_signal_saves(run_yaml: Path, tmp_path: Path, number: int, whole_group
 @pytest.mark.distributed
 def test_a_second_interrupt_ends_at_once(run_yaml: Path, tmp_path: Path):
     job = start(run_yaml, tmp_path / "run")
-    os.kill(pid_of(job), signal.SIGINT)
-    os.kill(pid_of(job), signal.SIGINT)
-    time.sleep(0.05)
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid_of(job), signal.SIGINT)
+    for _ in range(3):  # signals that arrive together are one
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid_of(job), signal.SIGINT)
+        time.sleep(0.05)
     done = job.wait()
     assert done.returncode != 0
     assert "Traceback" not in done.stderr
@@ -315,7 +314,7 @@ def test_a_closed_output_does_not_end_the_run(run_yaml: Path, tmp_path: Path, er
     pipe = f"set -o pipefail; {words} {'2>&1' if errors_too else ''} | head -2"
     result = subprocess.run(
         ["bash", "-c", pipe], env=environment(), capture_output=True, text=True, check=False,
-        timeout=200,
+        timeout=600,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert finished(tmp_path / "run")

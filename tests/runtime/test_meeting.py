@@ -56,7 +56,7 @@ def test_all_ranks_meet(method: str):
 def test_a_rank_that_does_not_start_is_named(method: str):
     start = time.monotonic()
     errors = meet_all([0, 2], method)
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 300
     assert len(errors) == 2
     assert errors[0].startswith("0: "), errors
     assert "rank 1 has not started within 2 s of rank 0, or cannot reach rank 0" in errors[0]

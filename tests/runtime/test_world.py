@@ -202,7 +202,7 @@ def test_a_rank_that_fails_ends_the_others(
     def run(world: World) -> None:
         (tmp_path / str(world.rank)).write_text(str(os.getpid()))
         if world.rank != 1:
-            time.sleep(120)
+            time.sleep(1200)
         while len(list(tmp_path.iterdir())) < 2:
             time.sleep(0.01)
         if kind == "user-error":
@@ -220,7 +220,7 @@ def test_a_rank_that_fails_ends_the_others(
     with pytest.raises(expected[kind][0], match=expected[kind][1]) as caught:
         run_local_ranks(run, ranks=2, device="cpu")
     assert isinstance(caught.value, UserError) == (kind != "bug")
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 300
     sleeper = int((tmp_path / "0").read_text())
     with pytest.raises(ProcessLookupError):
         os.kill(sleeper, 0)
@@ -242,7 +242,7 @@ def test_an_error_is_not_lost_with_its_disk(
         if world.rank == 1:
             disk.fill()
             raise error
-        time.sleep(120)
+        time.sleep(1200)
 
     monkeypatch.setattr(world_module, "NOTICE_SECONDS", 1.0)
     with disks.Disk(tmp_path / "disk", 2**16) as disk:

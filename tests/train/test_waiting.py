@@ -55,7 +55,9 @@ def blocked(function: Callable[[], None]) -> Iterator[tuple[int, FrameType]]:
         thread = threading.Thread(target=function)
         thread.start()
         assert thread.ident is not None
-        time.sleep(0.05)
+        while sys._current_frames()[thread.ident].f_code is not function.__code__:
+            time.sleep(0.01)
+        time.sleep(0.05)  # from its first line into the lock
         yield thread.ident, sys._current_frames()[thread.ident]
     thread.join()
     if LOCK.locked():
