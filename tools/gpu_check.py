@@ -41,7 +41,7 @@ from megatron_moe.runtime.gpus import visible_gpus  # noqa: E402
 
 COLUMNS = {"check": 10, "what": 44, "expected": 38, "measured": 46, "verdict": 8}
 """Names of the table's columns and their width in characters."""
-REHEARSAL_PATIENCE = 5
+REHEARSAL_PATIENCE = 40
 """Factor on time limits in a rehearsal: a CPU that others use too may take long."""
 LAST_LINES = 12
 """Lines of a failed child's output that are kept."""
