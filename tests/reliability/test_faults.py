@@ -33,7 +33,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> chaos_job.Stage:
         (processes.kill_half_written(1, async_save=True), r"^JobError: rank 1 died in ", None),
         (
             processes.hanging(1),
-            r"no rank has made progress for 8 s: rank 1 is stuck in the data stage of step 5 at ",
+            r"no rank has made progress for 20 s: rank 1 is stuck in the data stage of step 5 at ",
             1,
         ),
         (
@@ -60,7 +60,7 @@ def test_a_run_survives(
     outcome = chaos_job.inject(stage, fault)
     assert re.search(message, outcome.message), outcome.message
     assert steps_again is None or outcome.steps_again == steps_again
-    assert outcome.ended_seconds < 60
+    assert outcome.ended_seconds < 300
 
 
 def test_the_second_job_on_a_folder_gets_an_error_that_names_the_first(stage: chaos_job.Stage):

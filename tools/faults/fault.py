@@ -20,7 +20,7 @@ IN_THE_MIDDLE_SECONDS = 0.3
 """Seconds from the start of a stage to the fault, so that it does not occur between stages."""
 BLOW_STEP = 4
 """Steps before a fault is injected from outside: one more than the first checkpoint."""
-HANG_SECONDS = 8.0
+HANG_SECONDS = 20.0
 """``guard.hang_seconds`` of runs that hang: more than a step takes on a busy machine."""
 
 
