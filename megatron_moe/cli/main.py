@@ -446,8 +446,9 @@ def main() -> None:
     The status is 2 if the user has to correct something, and 1 if a job was lost, which launchers
     may restart.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be no text of the terminal
-        sys.stdout.reconfigure(errors="backslashreplace")
+    for stream in (sys.stdout, sys.stderr):  # names of files may be no text of the terminal
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         with disk_errors_in_words(Path.cwd()):
             app()

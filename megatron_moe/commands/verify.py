@@ -7,17 +7,19 @@ from pathlib import Path
 from megatron_moe.checkpoint.folder import checkpoint_folders, newest
 from megatron_moe.commands.verify_folder import verified_folder
 from megatron_moe.commands.verify_latest import problem_of_latest, remark_on_latest
-from megatron_moe.commands.verify_listing import list_folder, refuse_irregular
+from megatron_moe.commands.verify_listing import in_words, list_folder, refuse_irregular
 from megatron_moe.commands.verify_place import check_place, is_one_folder, is_run, refusal
 from megatron_moe.commands.verify_plan import (
     files_of_plan,
     plan_at,
     problems_of_plan,
     problems_of_runs_plan,
+    unlisted_of_plan,
 )
 from megatron_moe.commands.verify_result import Counter, Seen, Verified, size_of
 from megatron_moe.errors import CheckpointError
 from megatron_moe.experts.file import PLAN_FILE
+from megatron_moe.experts.solved import solved_folder
 from megatron_moe.hf.checksums import file_checksum
 from megatron_moe.json_text import parse_json
 from megatron_moe.regular_file import regular
@@ -41,17 +43,17 @@ def verify(path: Path, seen: Seen) -> list[Verified]:
             may never end.
     """
     check_place(path)
-    if (plan := plan_at(path)) is not None:
-        return [_verified_plan(plan, seen)]
     single = path.is_dir() and is_one_folder(path)
     if not single and not is_run(path):
-        raise CheckpointError(refusal(path))
+        if (plan := plan_at(path)) is None:
+            raise CheckpointError(refusal(path))
+        return [_verified_plan(plan, seen)]
     listings = [list_folder(folder) for folder in ([path] if single else _checkpoints(path))]
     refuse_irregular(listings)
     sources = {} if single else _sources_of_run(path)
     plans = [] if single else [file for file in [path / PLAN_FILE] if file.exists()]
     files = [listing.folder / name for listing in listings for name in listing.names]
-    counter = Counter(seen, sum(size_of(file) for file in [*files, *sources, *plans]))
+    counter = Counter(seen, sum(size_of(file) or 0 for file in [*files, *sources, *plans]))
     results = [] if single else [_verified_latest(path)]
     results += [verified_folder(listing, counter) for listing in listings]
     if plans:
@@ -70,7 +72,7 @@ def _checkpoints(run_dir: Path) -> list[Path]:
 def _verified_latest(run_dir: Path) -> Verified:
     pointer = run_dir / "checkpoints" / "latest"
     result = Verified(pointer, "latest of a run", "the checkpoints next to it")
-    result.files, result.num_bytes = int(pointer.is_file()), size_of(pointer)
+    result.files, result.num_bytes = int(pointer.is_file()), size_of(pointer) or 0
     if (problem := problem_of_latest(run_dir)) is not None:
         result.problems.append(problem)
     elif (remark := remark_on_latest(run_dir)) is not None:
@@ -81,8 +83,12 @@ def _verified_latest(run_dir: Path) -> Verified:
 def _verified_plan(plan: Path, seen: Seen) -> Verified:
     files = files_of_plan(plan)
     size = sum(path.stat().st_size for path in files)
-    problems = list(problems_of_plan(plan, Counter(seen, size).add))
-    return Verified(plan, "plan", "the hashes in it", len(files), size, problems)
+    result = Verified(plan, "plan", "the hashes in it", len(files), size)
+    result.problems += problems_of_plan(plan, Counter(seen, size).add)
+    if others := unlisted_of_plan(plan):
+        where = solved_folder(plan)
+        result.notes.append(f"in {where}, but not a part of this plan: {in_words(others)}")
+    return result
 
 
 def _verified_plan_of_run(run_dir: Path, counter: Counter) -> Verified:
@@ -107,7 +113,7 @@ def _sources_of_run(run_dir: Path) -> dict[Path, str]:
         raise CheckpointError(f"cannot read {receipt}: {error.strerror or error}") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{receipt} is damaged: {error}") from error
-    return {path: digest for path, digest in files.items() if path.is_file()}
+    return {path: digest for path, digest in files.items() if size_of(path) is not None}
 
 
 def _verified_source(run_dir: Path, files: dict[Path, str], counter: Counter) -> Verified:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from megatron_moe.checkpoint.folder import checksums_of
 from megatron_moe.commands.verify_listing import Listing, in_words, without_checksum
@@ -47,16 +47,16 @@ def _unless_removed(result: Verified) -> Verified:
     return result
 
 
-def _count(result: Verified, names: Iterator[str] | list[str]) -> None:
-    for path in (result.folder / name for name in names):
-        result.files += path.is_file()
-        result.num_bytes += size_of(path)
+def _count(result: Verified, names: Iterable[str]) -> None:
+    """Add the files with these names to those that were checked."""
+    sizes = [size for name in names if (size := size_of(result.folder / name)) is not None]
+    result.files, result.num_bytes = len(sizes), sum(sizes)
 
 
 def _against(result: Verified, listing: Listing, checksums: Checksums, counter: Counter) -> None:
     """Add the problems of a folder that has checksums."""
     result.problems += _problems(checksums, counter)
-    _count(result, list(checksums.blocks))
+    _count(result, checksums.blocks)
     visible, hidden = without_checksum(listing, checksums.blocks.keys())
     if visible:
         result.problems.append(
@@ -81,13 +81,11 @@ def _against_damaged(result: Verified, listing: Listing, counter: Counter) -> No
     checksums = readable_checksums(result.folder)
     for problem in _problems(checksums, counter):
         result.problems.append(f"{problem} (or its line in {FILE} is damaged)")
-    _count(result, list(checksums.blocks))
-    unlisted = [
-        name for names in without_checksum(listing, checksums.blocks.keys()) for name in names
-    ]
-    if unlisted:
+    _count(result, checksums.blocks)
+    visible, hidden = without_checksum(listing, checksums.blocks.keys())
+    if visible or hidden:
         result.problems.append(
-            f"{FILE} has no readable line for {in_words(sorted(unlisted))}: not compared with "
+            f"{FILE} has no readable line for {in_words([*visible, *hidden])}: not compared with "
             "anything"
         )
 
@@ -98,7 +96,10 @@ def _without_checksums(result: Verified, listing: Listing, counter: Counter) -> 
     is_checkpoint = result.kind == "checkpoint"
     checked = check_values(listing, is_checkpoint=is_checkpoint, seen=counter.add)
     result.problems += checked.problems
-    _count(result, sorted(checked.names))
+    if not is_checkpoint and "config.json" not in listing.names:
+        path = result.folder / "config.json"
+        result.problems.append(f"{path} is missing: without it, no program can load the weights")
+    _count(result, checked.names)
     unchecked = [name for name in listing.names if name not in checked.names]
     if unchecked:
         result.notes.append(f"not checked, for lack of checksums: {in_words(unchecked)}")

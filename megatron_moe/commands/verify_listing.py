@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, field
@@ -38,7 +39,8 @@ def list_folder(folder: Path) -> Listing:
                 problem = f"{path} is a link to {os.readlink(path)}, which does not exist"
                 listing.problems.append(problem)
         except OSError as error:
-            listing.irregular.append(f"cannot read {path}: {error.strerror or error}")
+            kind = listing.irregular if error.errno == errno.EINVAL else listing.problems
+            kind.append(f"cannot read {path}: {error.strerror or error}")
         else:
             listing.names.append(path.relative_to(folder).as_posix())
     listing.names = sorted(set(listing.names) - {FILE})
@@ -92,4 +94,4 @@ def in_words(names: list[str]) -> str:
     'a, b'
     """
     more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return ", ".join(names[:_MOST_NAMED]) + more
+    return ", ".join(n if n.isprintable() else ascii(n) for n in names[:_MOST_NAMED]) + more

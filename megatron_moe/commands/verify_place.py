@@ -8,6 +8,8 @@ from pathlib import Path
 
 from megatron_moe.checkpoint.folder import checkpoint_folders
 from megatron_moe.errors import CheckpointError
+from megatron_moe.experts.file import is_plan_file
+from megatron_moe.experts.solved import plan_of_folder
 from megatron_moe.hf.checksums import FILE
 from megatron_moe.regular_file import regular
 
@@ -19,7 +21,11 @@ _MOST_NEAR = 5
 def is_checkpoint(folder: Path) -> bool:
     """Return whether a folder has files that only checkpoints of a run have."""
     names = any(os.path.lexists(folder / name) for name in _OF_CHECKPOINT)
-    return names or any(folder.glob("*.distcp"))
+    return names or any(folder.glob("*.distcp")) or folder in _neighbors(folder)
+
+
+def _neighbors(folder: Path) -> list[Path]:
+    return checkpoint_folders(folder.parents[1]) if len(folder.parents) > 1 else []
 
 
 def is_one_folder(folder: Path) -> bool:
@@ -59,14 +65,19 @@ def _nothing_at(path: Path) -> str:
         names = sorted(entry.name for entry in parent.iterdir() if entry.is_dir())
     except OSError:
         names = []
-    near = difflib.get_close_matches(wanted, names, n=_MOST_NEAR, cutoff=0.5) or names[:_MOST_NEAR]
+    near = difflib.get_close_matches(wanted, names, n=_MOST_NEAR, cutoff=0.6)
     hint = f"; near it: {', '.join(str(parent / name) for name in near)}" if near else ""
+    if not near and names and parent != Path("/"):
+        more = " ..." if len(names) > _MOST_NEAR else ""
+        hint = f"; {parent} holds the folders {', '.join(names[:_MOST_NEAR])}{more}"
     return f"there is nothing at {path}.\n  check the path{hint}"
 
 
 def refusal(path: Path) -> str:
     """Return why a path that exists cannot be verified, and what can be."""
     if path.is_file():
+        if (plan := plan_of_folder(path.parent)) is not None and plan.is_file():
+            return f"{path} is a part of a plan.\n  verify the plan: {plan}"
         return (
             f"{path} is a file that is not a plan.\n"
             f"  to verify a file of a checkpoint or of a model, verify its folder: {path.parent}"
@@ -85,7 +96,11 @@ def refusal(path: Path) -> str:
 
 
 def _inside(folder: Path) -> str:
-    """Return the folders in a folder that can be verified, in words."""
-    inside = [path for path in sorted(folder.iterdir()) if path.is_dir()]
-    able = [str(path) for path in inside if is_one_folder(path) or is_run(path)][:_MOST_NEAR]
-    return f".\n  verify a folder in it: {', '.join(able)}" if able else ""
+    """Return what a folder holds that can be verified, in words."""
+    inside = sorted(folder.iterdir())
+    able = [
+        str(path)
+        for path in inside
+        if (is_one_folder(path) or is_run(path) if path.is_dir() else is_plan_file(path))
+    ]
+    return f".\n  verify what is in it: {', '.join(able[:_MOST_NEAR])}" if able else ""

@@ -67,6 +67,9 @@ class Counter:
         self.seen(min(self.done, self.total), self.total)
 
 
-def size_of(path: Path) -> int:
-    """Return the size of a file in bytes, or 0 if there is none."""
-    return path.stat().st_size if path.is_file() else 0
+def size_of(path: Path) -> int | None:
+    """Return the size of a file in bytes; None if there is none, or its name is too long."""
+    try:
+        return path.stat().st_size if path.is_file() else None
+    except OSError:
+        return None

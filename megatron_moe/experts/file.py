@@ -186,8 +186,12 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         raise CheckpointError(
             f"there is no plan file {path}.\n  create it: megatron-moe construct CONFIG.yaml"
         ) from error
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a plan file: {error!r}") from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    except KeyError as error:
+        raise CheckpointError(f"{path} is not a plan file: its header has no plan") from error
+    except (SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a plan file, or is damaged: {error}") from error
 
 
 _SETTINGS = {
