@@ -211,6 +211,10 @@ def test_the_command_reports_and_exits(run_dir: Path, tmp_path: Path):
     assert good.returncode == 0, good.stderr
     assert f"{run_dir / 'hf'}: intact (" in good.stdout
     shutil.copytree(run_dir / "hf", tmp_path / "hf")
+    (tmp_path / "hf" / ".gitattributes").write_text("")
+    noted = run_command("verify", tmp_path / "hf")
+    assert noted.returncode == 0
+    assert "\n  note: hidden and not listed in CHECKSUMS: .gitattributes\n" in noted.stdout
     (tmp_path / "hf" / "config.json").write_text("{}")
     bad = run_command("verify", tmp_path / "hf", "--json")
     assert bad.returncode == 2
@@ -441,14 +445,13 @@ def test_nothing_at_a_path_is_reported_with_similar_names(copy: Path):
 def test_what_cannot_be_verified_names_what_can(copy: Path, tmp_path: Path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "new" / "checkpoints").mkdir(parents=True)
+    export, a_file = copy / "hf", "is a file that is not a plan.\n.*, verify its folder:"
     expected = {
         tmp_path / "empty": "is an empty folder: there is nothing to verify",
         tmp_path / "new": "is a run without a checkpoint: there is nothing to verify yet",
         copy / "checkpoints": f"is a part of a run.\n  verify the run: {copy}",
-        copy
-        / "hf"
-        / "model.safetensors": f"is a file that is not a plan.\n.*, verify its folder: {copy / 'hf'}",
-        copy / "config.yaml": f"is a file that is not a plan.\n.*, verify its folder: {copy}",
+        export / "model.safetensors": f"{a_file} {export}",
+        copy / "config.yaml": f"{a_file} {copy}",
         tmp_path: f"is neither a run.*\n  verify what is in it: {copy}",
     }
     for path, message in expected.items():
