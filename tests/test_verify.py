@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -10,15 +11,18 @@ import pytest
 import torch
 import xxhash
 from commands import run_command
+from named_pipes import named_pipe
 from old_checkpoints import as_of_version_0_1
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny import save_dense
 from training_runs import run_training, tree, write_tokens
+from transformers import AutoModelForCausalLM
 
-from megatron_moe.checkpoint.folder import step_folder
+from megatron_moe.checkpoint.folder import newest, replaced_by, step_folder
 from megatron_moe.commands.export import export_checkpoint
 from megatron_moe.commands.verify import verify
 from megatron_moe.errors import CheckpointError
+from megatron_moe.hf.checksums import write_checksums
 from megatron_moe.hf.writer import FolderWriter
 
 pytestmark = pytest.mark.distributed
@@ -74,7 +78,7 @@ def test_every_flipped_bit_is_found_and_named(run_dir: Path, of: str):
             assert named == [True] or (path.name == "CHECKSUMS" and named[0])
             tried += 1
         path.unlink()
-        assert path.name == "CHECKSUMS" or [str(path) in p for p in problems_of(folder)] == [True]
+        assert [str(path) in p for p in problems_of(folder)] == [True]
         path.write_bytes(content)
     assert problems_of(folder) == []
     assert tried >= 11 * len(files_of(folder)) > 40
@@ -140,10 +144,11 @@ def test_shards_of_an_export_have_one_checksum_for_each_tensor(tmp_path: Path):
 def test_a_run_is_verified_with_all_its_checkpoints(run_dir: Path):
     results = verify(run_dir, lambda *_: None)
     names = [result.folder.name for result in results]
-    assert names == ["step_00000001", "step_00000002", "plan.safetensors", "dense"]
+    assert names == ["latest", "step_00000001", "step_00000002", "plan.safetensors", "dense"]
     compared = [result.compared_with for result in results]
     copy = "the newest checkpoint's copy"
-    assert compared == ["CHECKSUMS", "CHECKSUMS", copy, str(run_dir / "receipt.json")]
+    receipt = str(run_dir / "receipt.json")
+    assert compared == ["the checkpoints next to it", "CHECKSUMS", "CHECKSUMS", copy, receipt]
 
 
 def test_a_flipped_bit_of_a_runs_plan_is_named(run_dir: Path):
@@ -160,8 +165,7 @@ def test_progress_ends_at_the_total(run_dir: Path):
     shown: list[tuple[int, int]] = []
     verify(run_dir, lambda done, total: shown.append((done, total)))
     assert shown == sorted(shown)
-    own = sum(file.stat().st_size for file in run_dir.rglob("checkpoints/*/CHECKSUMS"))
-    assert shown[-1][0] == shown[-1][1] - own
+    assert shown[-1][0] == shown[-1][1]
 
 
 def test_a_checkpoint_of_version_0_1_is_read(run_dir: Path, tmp_path: Path):
@@ -207,6 +211,10 @@ def test_the_command_reports_and_exits(run_dir: Path, tmp_path: Path):
     assert good.returncode == 0, good.stderr
     assert f"{run_dir / 'hf'}: intact (" in good.stdout
     shutil.copytree(run_dir / "hf", tmp_path / "hf")
+    (tmp_path / "hf" / ".gitattributes").write_text("")
+    noted = run_command("verify", tmp_path / "hf")
+    assert noted.returncode == 0
+    assert "\n  note: hidden and not listed in CHECKSUMS: .gitattributes\n" in noted.stdout
     (tmp_path / "hf" / "config.json").write_text("{}")
     bad = run_command("verify", tmp_path / "hf", "--json")
     assert bad.returncode == 2
@@ -216,6 +224,236 @@ def test_the_command_reports_and_exits(run_dir: Path, tmp_path: Path):
     assert "Traceback" not in bad.stderr
 
 
-def test_a_folder_of_nothing_is_refused(tmp_path: Path):
-    with pytest.raises(CheckpointError, match="is neither a run with checkpoints, nor"):
-        verify(tmp_path, lambda *_: None)
+@pytest.fixture
+def copy(run_dir: Path, tmp_path: Path) -> Path:
+    """Return a copy of the run that a test may damage."""
+    shutil.copytree(run_dir, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def notes_of(folder: Path) -> list[str]:
+    return [note for result in verify(folder, lambda *_: None) for note in result.notes]
+
+
+@pytest.mark.parametrize("name", ["extra.json", "source/extra.json", "new/deep/extra.json"])
+def test_a_file_that_checksums_do_not_list_is_named_and_not_counted(copy: Path, name: str):
+    for folder in (copy / "hf", step_folder(copy, 1)):
+        (before,) = verify(folder, lambda *_: None)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+        (after,) = verify(folder, lambda *_: None)
+        assert (after.files, after.num_bytes) == (before.files, before.num_bytes)
+        assert len(after.problems) == 1
+        assert f"{folder} has files that are not listed in CHECKSUMS" in after.problems[0]
+        assert f": {name}.\n  move them out" in after.problems[0]
+
+
+def test_hidden_files_are_noted(copy: Path):
+    """The Hub adds .gitattributes to an export, and no program loads it."""
+    (copy / "hf" / ".gitattributes").write_text("")
+    assert problems_of(copy / "hf") == []
+    assert notes_of(copy / "hf") == ["hidden and not listed in CHECKSUMS: .gitattributes"]
+
+
+def test_without_checksums_only_weights_are_counted(tmp_path: Path):
+    folder = save_dense(tmp_path / "dense")
+    (folder / "original").mkdir()
+    (folder / "original" / "params.json").write_text("{}")
+    (result,) = verify(folder, lambda *_: None)
+    size = (folder / "model.safetensors").stat().st_size
+    assert (result.files, result.num_bytes) == (1, size)
+    assert "original/params.json" in result.notes[0]
+    assert "not checked, for lack of checksums: " in result.notes[0]
+    assert result.summary().startswith(f"{folder}: no damage found (1 file, ")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("step_00000099", "names step_00000099, but .* is not a complete checkpoint"),
+        ("2", "names '2', which is not a checkpoint next to it"),
+        ("", "names '', which is not a checkpoint next to it"),
+        (None, r"is missing: the run would start again at step 0 and replace its checkpoints, "
+         r"step_00000001, step_00000002\.\n  write step_00000002 into"),
+    ],
+    ids=["no_such_step", "a_number", "empty", "missing"],
+)  # fmt: skip
+def test_a_latest_from_which_no_resume_starts_is_named(
+    copy: Path, content: str | None, expected: str
+):
+    latest = copy / "checkpoints" / "latest"
+    latest.unlink() if content is None else latest.write_text(content)
+    (problem,) = problems_of(copy)
+    assert re.search(f"{re.escape(str(latest))} {expected}", problem), problem
+    if content is not None:
+        assert "until then, a resume ends with this error" in problem
+        assert "the newest complete checkpoint is step_00000002" in problem
+        with pytest.raises(CheckpointError, match=expected):  # as a resume does
+            newest(copy)
+
+
+@pytest.mark.parametrize("kind", ["folder", "link_to_a_checkpoint", "broken_link"])
+def test_a_latest_that_is_no_file_is_named(copy: Path, kind: str):
+    latest = copy / "checkpoints" / "latest"
+    latest.unlink()
+    if kind == "folder":
+        latest.mkdir()
+    else:
+        latest.symlink_to("step_00000002" if kind == "link_to_a_checkpoint" else "step_00000099")
+    (problem,) = problems_of(copy)
+    assert f"{latest} must be a file that holds the name of a checkpoint" in problem
+    with pytest.raises(CheckpointError, match="must be a file that holds the name"):
+        newest(copy)
+
+
+def test_a_latest_that_names_an_older_checkpoint_is_noted(copy: Path):
+    (copy / "checkpoints" / "latest").write_text("step_00000001\n")
+    assert problems_of(copy) == []
+    (note,) = notes_of(copy)
+    assert "names step_00000001, not the newest checkpoint: a resume starts there" in note
+    assert note.endswith(f"write step_00000002 into {copy / 'checkpoints' / 'latest'}")
+
+
+def test_the_checkpoint_of_a_killed_replacement_is_verified(copy: Path):
+    hidden = replaced_by(step_folder(copy, 2))
+    step_folder(copy, 2).rename(hidden)
+    assert problems_of(copy) == []
+    assert f"a resume starts from {hidden}" in notes_of(copy)[0]
+    (hidden / "config.yaml").write_text("")
+    assert str(hidden / "config.yaml") in problems_of(copy)[0]
+
+
+def test_a_checkpoint_without_checkpoint_json_is_named(copy: Path):
+    folder = step_folder(copy, 1)
+    (folder / "checkpoint.json").unlink()
+    assert [str(folder / "checkpoint.json") in problem for problem in problems_of(copy)] == [True]
+    shutil.rmtree(folder)
+    folder.mkdir()
+    assert f"{folder} is not a complete checkpoint" in problems_of(copy)[0]
+
+
+def test_an_export_that_lost_its_checksums_is_damaged(copy: Path):
+    folder = copy / "hf"
+    (folder / "CHECKSUMS").unlink()
+    (problem,) = problems_of(folder)
+    assert f"{folder / 'CHECKSUMS'} is missing: model.safetensors says" in problem
+    assert "\n  copy CHECKSUMS from where this folder was copied from, or export" in problem
+    AutoModelForCausalLM.from_pretrained(folder)  # other programs read it
+    again = folder.with_name("saved_again")
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(again)
+    assert problems_of(again) == []
+
+
+def test_an_export_of_an_earlier_version_may_have_lost_its_checksums(copy: Path):
+    """Its weights do not state that they had any."""
+    folder = copy / "hf"
+    (folder / "CHECKSUMS").unlink()
+    weights = folder / "model.safetensors"
+    save_file(load_file(weights), weights, metadata={"format": "pt"})
+    assert problems_of(folder) == []
+    assert "An earlier version wrote it, with or without that file" in notes_of(folder)[1]
+
+
+@pytest.mark.parametrize("of", ["checkpoint", "export", "source"])
+def test_a_pipe_is_refused_before_anything_is_read(copy: Path, tmp_path: Path, of: str):
+    of_kind = {"checkpoint": step_folder(copy, 2), "export": copy / "hf"}
+    folder = of_kind[of] if of != "source" else save_dense(tmp_path / "dense")
+    for name in ("config.json", "extra", "CHECKSUMS"):
+        copied = tmp_path / f"copy-{name}"
+        shutil.copytree(folder, copied)
+        with named_pipe(copied / name), pytest.raises(CheckpointError) as error:
+            verify(copied, lambda *_: pytest.fail("something was read"))
+        assert f"cannot read {copied / name}: it is a named pipe (FIFO)" in str(error.value)
+
+
+def test_an_export_refuses_a_pipe_in_a_checkpoint(copy: Path, tmp_path: Path):
+    shard = sorted(step_folder(copy, 2).glob("*.distcp"))[0]
+    for path in (shard, step_folder(copy, 2) / "source" / "config.json"):
+        with named_pipe(path), pytest.raises(CheckpointError, match=r"named pipe \(FIFO\)"):
+            export_checkpoint(copy, tmp_path / "out")
+        shutil.copy(step_folder(copy, 1) / path.relative_to(step_folder(copy, 2)), path)
+
+
+@pytest.mark.parametrize(
+    ("added", "expected"),
+    [
+        (b"9b00c1a2d3e4f501 0 5 /etc/passwd\n", "lists '/etc/passwd', which is outside"),
+        (b"9b00c1a2d3e4f501 0 5 a/../../x\n", "lists 'a/../../x', which is outside"),
+        (b"hello\n", "has a line that is no checksum: 'hello'"),
+        (b"9b00c1a2d3e4f501 0 5 config.json\n", "lists byte 0 of 'config.json' twice"),
+        (b"9b00c1a2d3e4f501 0 5 \xff\n", "No such file or directory"),
+        (b"9b00c1a2d3e4f501 0 5 " + 5000 * b"a" + b"\n", "File name too long"),
+    ],
+    ids=["absolute", "parent", "no_checksum", "twice", "not_utf8", "too_long"],
+)
+def test_lines_that_no_export_writes_are_named(copy: Path, added: bytes, expected: str):
+    """Whoever changes CHECKSUMS on purpose can compute its own checksum too."""
+    path = copy / "hf" / "CHECKSUMS"
+    text = path.read_bytes().partition(b"\n")[2] + added
+    title = f"megatron_moe checksums 1 xxh3_64 {xxhash.xxh3_64_hexdigest(text)}\n"
+    path.write_bytes(title.encode() + text)
+    assert expected in problems_of(copy / "hf")[0]
+
+
+def test_checksums_of_terabytes_are_not_read(copy: Path):
+    path = copy / "hf" / "CHECKSUMS"
+    os.truncate(path, 2**41)  # a hole, which takes no space
+    assert f"{path} is damaged: it has {2**41} bytes" in problems_of(copy / "hf")[0]
+
+
+def test_links_in_circles_and_to_nothing_are_named(copy: Path):
+    folder = copy / "hf"
+    (folder / "a").symlink_to("b")
+    (folder / "b").symlink_to("a")
+    (folder / "up").symlink_to("..")
+    (folder / "gone").symlink_to("nothing")
+    problems = "\n".join(problems_of(folder))
+    for expected in (
+        f"cannot read {folder / 'a'}: Too many levels", f"{folder / 'gone'} is a link to nothing",
+        "not listed in CHECKSUMS, so that nothing tells whether they belong there: up.",
+    ):  # fmt: skip
+        assert expected in problems
+
+
+def test_names_that_are_not_utf8_are_printed(copy: Path):
+    folder = copy / os.fsdecode(b"h\xff")
+    (copy / "hf").rename(folder)
+    assert run_command("verify", folder).returncode == 0
+    (folder / os.fsdecode(b"tok\xfe\nx")).touch()
+    done = run_command("verify", folder)
+    assert done.returncode == 2
+    assert "tok\\udcfe\\nx" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_checkpoint_with_a_name_that_is_not_utf8_is_intact(tmp_path: Path):
+    (tmp_path / os.fsdecode(b"tokenizer\xff\x0c\xe2\x80\xa8")).write_text("x")
+    (tmp_path / "config.json").write_text("{}")
+    write_checksums(tmp_path, {})
+    assert problems_of(tmp_path) == []
+
+
+def test_nothing_at_a_path_is_reported_with_similar_names(copy: Path):
+    for path in (copy.with_name("rum"), copy.with_name("rum") / "checkpoints" / "step_00000001"):
+        with pytest.raises(CheckpointError) as error:
+            verify(path, lambda *_: None)
+        assert str(error.value) == (
+            f"there is nothing at {path}.\n  check the path; near it: {copy}"
+        )
+
+
+def test_what_cannot_be_verified_names_what_can(copy: Path, tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "new" / "checkpoints").mkdir(parents=True)
+    export, a_file = copy / "hf", "is a file that is not a plan.\n.*, verify its folder:"
+    expected = {
+        tmp_path / "empty": "is an empty folder: there is nothing to verify",
+        tmp_path / "new": "is a run without a checkpoint: there is nothing to verify yet",
+        copy / "checkpoints": f"is a part of a run.\n  verify the run: {copy}",
+        export / "model.safetensors": f"{a_file} {export}",
+        copy / "config.yaml": f"{a_file} {copy}",
+        tmp_path: f"is neither a run.*\n  verify what is in it: {copy}",
+    }
+    for path, message in expected.items():
+        with pytest.raises(CheckpointError, match=f"^{path} {message}$"):
+            verify(path, lambda *_: None)

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from megatron_moe.errors import DataError
 from megatron_moe.hf.disk import write_text
 from megatron_moe.json_text import parse_json
+from megatron_moe.regular_file import regular
 
 
 class FrozenModel(BaseModel):
@@ -105,7 +106,7 @@ def read_analysis(path: Path) -> Analysis:
         DataError: The file is missing, or has another kind or schema.
     """
     try:
-        return Analysis.model_validate(parse_json(path.read_text(encoding="utf-8")))
+        return Analysis.model_validate(parse_json(regular(path).read_text(encoding="utf-8")))
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, ValidationError) as error:

@@ -12,6 +12,7 @@ run.dir/checkpoints/latest            name of the newest checkpoint, replaced at
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterable
@@ -31,6 +32,7 @@ from megatron_moe.hf.disk import fsync
 from megatron_moe.hf.source_files import source_files
 from megatron_moe.hf.spec import ModelSpec
 from megatron_moe.json_text import parse_json
+from megatron_moe.regular_file import regular
 
 _STEP = re.compile(r"step_(\d{8,})")
 
@@ -68,12 +70,19 @@ def newest(run_dir: Path) -> Path | None:
     """Return the newest complete checkpoint of a run, or None if there is none yet.
 
     Raises:
-        CheckpointError: ``latest`` does not name a complete checkpoint.
+        CheckpointError: ``latest`` cannot be read, or does not name a complete checkpoint.
     """
     pointer = run_dir / "checkpoints" / "latest"
-    if not pointer.exists():
+    if not os.path.lexists(pointer):
         return None
-    name = pointer.read_text(errors="replace").strip()
+    try:
+        name = regular(pointer).read_text(errors="replace").strip()
+    except OSError as error:
+        raise CheckpointError(
+            f"{pointer} must be a file that holds the name of a checkpoint next to it "
+            f"(step_00000010), but it cannot be read: {error.strerror}.\n"
+            f"  write such a file, or remove {pointer} to restart the run"
+        ) from error
     folder = pointer.parent / name
     if not _STEP.fullmatch(name):
         raise CheckpointError(
@@ -92,8 +101,13 @@ def newest(run_dir: Path) -> Path | None:
 
 def complete(run_dir: Path) -> list[Path]:
     """Return all complete checkpoints of a run, oldest first."""
-    files = (run_dir / "checkpoints").glob("step_*/checkpoint.json")
-    named = [file.parent for file in files if _STEP.fullmatch(file.parent.name)]
+    return [path for path in checkpoint_folders(run_dir) if (path / "checkpoint.json").exists()]
+
+
+def checkpoint_folders(run_dir: Path) -> list[Path]:
+    """Return the folders with the name of a checkpoint, damaged ones too, oldest first."""
+    folders = (run_dir / "checkpoints").glob("step_*/")
+    named = [folder for folder in folders if _STEP.fullmatch(folder.name)]
     return sorted(named, key=lambda folder: int(folder.name.removeprefix("step_")))
 
 
@@ -164,12 +178,19 @@ def read_progress(folder: Path) -> Progress:
         CheckpointError: It is damaged, or the checkpoint has been removed meanwhile.
     """
     try:
-        return Progress(**parse_json((folder / "checkpoint.json").read_text()))
+        return Progress(**parse_json(regular(folder / "checkpoint.json").read_text()))
     except FileNotFoundError:
+        if folder.is_dir():
+            raise CheckpointError(
+                f"{folder} is not a complete checkpoint: it has no checkpoint.json"
+            ) from None
         raise CheckpointError(
             f"{folder} has been removed while it was read: a running job keeps only its newest "
             "checkpoints (checkpoint.keep).\n  run the command again, or raise checkpoint.keep"
         ) from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise CheckpointError(f"cannot read {folder / 'checkpoint.json'}: {reason}") from error
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{folder / 'checkpoint.json'} is damaged: {error}") from error
 

@@ -14,6 +14,7 @@ from typing import BinaryIO, Self
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
@@ -24,6 +25,7 @@ from megatron_moe.checkpoint.folder import with_way_out
 from megatron_moe.checkpoint.index import SafeReader
 from megatron_moe.checkpoint.mapped import MappedTensor, map_tensor
 from megatron_moe.errors import CheckpointError
+from megatron_moe.regular_file import regular
 
 
 class GlobalTensors:
@@ -106,8 +108,7 @@ class GlobalTensors:
 
     def load(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
         """Read the elements of one chunk."""
-        assert self._metadata.storage_data is not None
-        where = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
+        where = self._where(key, chunk)
         file = self._files.get(where.relative_path)
         if file is None:
             file = self._files[where.relative_path] = self._open(where.relative_path)
@@ -123,17 +124,28 @@ class GlobalTensors:
 
     def mapped(self, key: str, chunk: ChunkStorageMetadata) -> MappedTensor:
         """Map one chunk into memory; its rows are read on access, and no checksum is checked."""
-        assert self._metadata.storage_data is not None
-        where = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
+        where = self._where(key, chunk)
         path = self.folder / where.relative_path
         try:
             return map_tensor(path, offset=where.offset, length=where.length)
         except Exception as error:
             raise CheckpointError(f"{path} is damaged at {key}: {error}") from error
 
+    def file_of(self, key: str, chunk: ChunkStorageMetadata) -> Path:
+        """Return the file that holds a chunk."""
+        return self.folder / self._where(key, chunk).relative_path
+
+    def _where(self, key: str, chunk: ChunkStorageMetadata) -> _StorageInfo:
+        stored: dict[MetadataIndex, _StorageInfo] = self._metadata.storage_data or {}
+        where = stored.get(MetadataIndex(key, chunk.offsets))
+        if where is None:
+            index = self.folder / ".metadata"
+            raise CheckpointError(f"{index} does not give the location of a part of {key}")
+        return where
+
     def _open(self, relative_path: str) -> BinaryIO:
         try:
-            return (self.folder / relative_path).open("rb")
+            return regular(self.folder / relative_path).open("rb")
         except OSError as error:
             raise CheckpointError(f"cannot read {self.folder / relative_path}: {error}") from error
 

@@ -6,18 +6,23 @@ prints warnings.
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
 import pickle
+from collections.abc import Iterator
+from io import IOBase
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.filesystem import FileSystem, _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_moe.errors import CheckpointError
 from megatron_moe.hf.checksums import Checksums, read_checksums
+from megatron_moe.regular_file import regular
 
 
 class SafeReader(FileSystemReader):
@@ -30,6 +35,10 @@ class SafeReader(FileSystemReader):
     checksums: Checksums | None = None
     """Checksums of the checkpoint, after `read_metadata`; None if it has none."""
 
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__(path)
+        self.fs = _RegularFiles()
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Read the index of the checkpoint, once.
 
@@ -41,7 +50,7 @@ class SafeReader(FileSystemReader):
         path = Path(self.path) / ".metadata"
         self.checksums = read_checksums(path.parent)
         try:
-            pickled = path.read_bytes()
+            pickled = regular(path).read_bytes()
         except OSError as error:
             raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
         if self.checksums is not None:
@@ -72,6 +81,13 @@ class SafeReader(FileSystemReader):
     def _slice_file(self, file: IO[bytes], sinfo: _StorageInfo) -> IO[bytes]:
         self.check(file, sinfo)
         return super()._slice_file(file, sinfo)
+
+
+class _RegularFiles(FileSystem):
+    @contextlib.contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[IOBase]:
+        with super().create_stream(regular(Path(path)), mode) as stream:
+            yield stream
 
 
 class _Unpickler(pickle.Unpickler):

@@ -26,6 +26,7 @@ from megatron_moe.errors import CheckpointError
 from megatron_moe.hf.checksums import checksum, file_checksum
 from megatron_moe.hf.disk import fsync
 from megatron_moe.json_text import parse_json
+from megatron_moe.regular_file import regular
 
 CHUNK_BYTES = 2**24
 """Bytes that are copied from or to a device, or sent to another rank, at once."""
@@ -79,7 +80,7 @@ def read_state(path: Path) -> RankState | None:
     Reads all bytes.
     """
     try:
-        digest, _, text = path.read_text().partition("\n")
+        digest, _, text = regular(path).read_text().partition("\n")
         if checksum(text.encode()) != digest:
             return None
         values: dict[str, Any] = parse_json(text)

@@ -6,6 +6,7 @@ Heavy imports are inside the commands, so that ``--help`` answers at once.
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import sys
@@ -445,6 +446,9 @@ def main() -> None:
     The status is 2 if the user has to correct something, and 1 if a job was lost, which launchers
     may restart.
     """
+    for stream in (sys.stdout, sys.stderr):  # names of files may be no text of the terminal
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         with disk_errors_in_words(Path.cwd()):
             app()

@@ -15,34 +15,40 @@ verifying = typer.Typer()
 
 @verifying.command()
 def verify(
-    folder: Annotated[
+    path: Annotated[
         Path,
         typer.Argument(
-            metavar="FOLDER", help="A run, a checkpoint, an export, a source or a plan."
+            metavar="PATH", help="A run, a checkpoint, an export, a Hugging Face folder or a plan."
         ),
     ],
     as_json: JsonFlag = False,
 ) -> None:
-    """Read every file of a checkpoint, model or plan once and compare it with its checksum.
+    """Find damaged, missing and unlisted files by reading every file once.
 
-    Of a run, all checkpoints are verified, and of a plan, its solved matrices. A folder without
-    checksums, such as a model of the Hub, is read too: sizes and headers must agree, and all values
-    must be finite. Exits with status 2 if anything is damaged.
+    A checkpoint and an export have a file CHECKSUMS, with which every byte of their files is
+    compared; a file that it does not list is reported. A plan (plan.safetensors, or the folder of
+    its matrices) has hashes of its own. A Hugging Face folder has no checksums: its headers must
+    fit its files, and all values must be finite, but a changed number is not noticed.
 
-    Example: megatron-moe verify runs/demo
+    For a run, this checks all checkpoints, the step that checkpoints/latest names (a resume starts
+    there), the plan, and the source model if it is still there. Nothing is changed.
+
+    Prints one line per folder, then all problems. The exit status is 0 if there are no problems,
+    and 2 if there is one or PATH cannot be verified. Notes do not change it.
+
+    Example: megatron-moe verify runs/demo && megatron-moe export runs/demo --out runs/demo/hf
     """
     from megatron_moe.commands.verify import verify as story
     from megatron_moe.log import BytesProgress
 
     with BytesProgress("verify", rank=int(as_json)) as progress:
-        results = story(folder, progress.show)
+        results = story(path, progress.show)
     if as_json:
         show([result.to_json() for result in results], as_json=True)
     else:
         for result in results:
-            state = "damaged" if result.problems else "intact"
-            size = f"{result.files} files, {result.num_bytes / 2**20:,.1f} MiB"
-            print(f"{result.folder}: {state} ({size}; compared with {result.compared_with})")
+            print(result.summary())
+            print("".join(f"  note: {note}\n" for note in result.notes), end="")
     problems = [problem for result in results for problem in result.problems]
     if problems:
         raise CheckpointError("\n".join(problems))

@@ -19,7 +19,7 @@ def plan_at(path: Path) -> Path | None:
         CheckpointError: The plan file of a folder of matrices, which has their hashes, is missing.
     """
     if path.is_file():
-        return path if is_plan_file(path) or path.suffix == ".safetensors" else None
+        return path if is_plan_file(path) or _may_be_damaged_plan(path) else None
     plan = plan_of_folder(path)
     if plan is None or not path.is_dir():
         return None
@@ -31,9 +31,33 @@ def plan_at(path: Path) -> Path | None:
     return plan
 
 
+def _may_be_damaged_plan(path: Path) -> bool:
+    """Return whether a file that is not known as a plan has the name of one."""
+    if path.suffix != ".safetensors" or path.match("model*.safetensors"):
+        return False
+    owner = plan_of_folder(path.parent)
+    return owner is None or not owner.is_file()  # else it is a matrix of that plan
+
+
 def files_of_plan(plan: Path) -> list[Path]:
-    """Return a plan file and the files of its solved matrices."""
-    return [plan, *sorted(path for path in solved_folder(plan).glob("*") if path.is_file())]
+    """Return a plan file and those files of its solved matrices that are there."""
+    folder = solved_folder(plan)
+    files = [folder / name for name in _names_of_plan(plan)]
+    return [plan, *(path for path in files if path.is_file())]
+
+
+def unlisted_of_plan(plan: Path) -> list[str]:
+    """Return what the folder of a plan's matrices holds besides them, such as an older plan's."""
+    own = set(_names_of_plan(plan))
+    return sorted(path.name for path in solved_folder(plan).glob("*") if path.name not in own)
+
+
+def _names_of_plan(plan: Path) -> list[str]:
+    try:
+        layers = check_plan(plan)
+    except CheckpointError:
+        return []
+    return [solved_file(solved_folder(plan), layer).name for layer in layers]
 
 
 def problems_of_plan(plan: Path, seen: Callable[[int], None]) -> Iterator[str]:

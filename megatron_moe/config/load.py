@@ -19,6 +19,7 @@ from pydantic_core import ErrorDetails
 
 from megatron_moe.config.synonyms import SETTING_OF
 from megatron_moe.errors import ConfigError
+from megatron_moe.regular_file import regular_or_shell_pipe
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -105,7 +106,8 @@ def load(
             values of a wrong type, listed together.
     """
     try:
-        tree: Any = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+        text = regular_or_shell_pipe(path).read_text(encoding="utf-8")
+        tree: Any = yaml.load(text, _Loader) or {}
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or thousands of digits

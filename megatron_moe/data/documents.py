@@ -24,6 +24,7 @@ from megatron_moe.data.packages import package_for
 from megatron_moe.data.tables import text_batches
 from megatron_moe.data.zstd import ZstdReader
 from megatron_moe.errors import DataError
+from megatron_moe.regular_file import regular_or_shell_pipe
 
 BLOCK_SIZE = 1 << 20
 _BOM = codecs.BOM_UTF8
@@ -107,7 +108,7 @@ def _file_blocks(path: Path, position: ReadPosition, text_key: str) -> Iterator[
     if compression_of(path) == "zst":
         damages += (package_for("zstandard", path).ZstdError,)
     try:
-        with path.open("rb") as raw:
+        with regular_or_shell_pipe(path).open("rb") as raw:
             yield from blocks(path, position, _decompressed(path, raw), raw)
     except damages as error:
         raise DataError(f"cannot read {path}: {error}") from error

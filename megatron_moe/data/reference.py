@@ -24,6 +24,7 @@ from megatron_moe.hf.dtypes import OF_PRECISION
 from megatron_moe.hf.load import load_model
 from megatron_moe.json_text import parse_json
 from megatron_moe.model.attention import document_mask
+from megatron_moe.regular_file import regular
 
 
 @torch.no_grad()
@@ -91,7 +92,7 @@ def read_reference_losses(
         DataError: The file cannot be read, was made with another tokenizer, or lacks a domain.
     """
     try:
-        content = parse_json(path.read_text(encoding="utf-8"))
+        content = parse_json(regular(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read the reference losses {path}: {error}") from error
     if not isinstance(content, dict):

@@ -16,6 +16,7 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 from numpy.typing import NDArray
 
 from megatron_moe.errors import DataError
+from megatron_moe.regular_file import regular
 
 Tokens = NDArray[np.int64]
 
@@ -164,7 +165,11 @@ def open_pair(prefix: Path, *, with_modes: bool = False) -> IndexedDataset:
         path = Path(f"{prefix}{suffix}")
         if not path.exists():
             raise DataError(f"{path} does not exist: a token file is a pair {prefix}.bin and .idx")
-        if not path.stat().st_size:
+        try:
+            size = regular(path).stat().st_size
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror}") from error
+        if not size:
             raise DataError(f"{path} is empty")
     if reason := _index_error(Path(f"{prefix}.idx"), with_modes):
         raise DataError(f"{prefix}.idx is not an index of a Megatron token file: {reason}")

@@ -9,6 +9,7 @@ from typing import Any
 from megatron_moe.data.files import suffix_of
 from megatron_moe.data.packages import package_for
 from megatron_moe.errors import DataError
+from megatron_moe.regular_file import regular
 
 _ROWS = 256
 _ARROW_FILE = b"ARROW1"
@@ -35,14 +36,14 @@ def text_batches(path: Path, text_key: str) -> Iterator[tuple[list[str | None], 
 
 
 def _parquet(_: Any, path: Path, text_key: str) -> Iterator[tuple[Any, int]]:
-    file = package_for("pyarrow.parquet", path).ParquetFile(path)
+    file = package_for("pyarrow.parquet", path).ParquetFile(regular(path))
     _check_column(path, file.schema_arrow, text_key)
     for batch in file.iter_batches(_ROWS, columns=[text_key]):
         yield batch.column(0), file.metadata.num_rows
 
 
 def _arrow(arrow: Any, path: Path, text_key: str) -> Iterator[tuple[Any, int]]:
-    with path.open("rb") as file:
+    with regular(path).open("rb") as file:
         is_file = file.read(len(_ARROW_FILE)) == _ARROW_FILE
     with arrow.memory_map(str(path)) as mapped:
         if is_file:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from sentencepiece import SentencePieceProcessor
 
 from megatron_moe.errors import DataError
+from megatron_moe.regular_file import regular
 
 # Files that can change an id. The fingerprint covers them: cached tokens depend on all of these.
 TOKENIZER_FILES = (
@@ -73,6 +74,20 @@ class Tokenizer(Protocol):
         ...
 
 
+def check_tokenizer_files(folder: Path) -> None:
+    """Refuse pipes, sockets and devices among the tokenizer's files, which libraries would open.
+
+    Raises:
+        DataError: A file is one of these.
+    """
+    for path in (folder / name for name in TOKENIZER_FILES):
+        try:
+            if path.exists():
+                regular(path)
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror}") from error
+
+
 def load_tokenizer(folder: Path, *, vocab_size: int | None = None) -> Tokenizer:
     """Load the tokenizer of a dense model's folder, offline and without running code from it.
 
@@ -83,6 +98,7 @@ def load_tokenizer(folder: Path, *, vocab_size: int | None = None) -> Tokenizer:
     Raises:
         DataError: No readable tokenizer, no end-of-text token, or more ids than rows.
     """
+    check_tokenizer_files(folder)
     if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
         tokenizer: Tokenizer = SentencePieceTokenizer(folder)
     else:
@@ -205,6 +221,7 @@ def auto_tokenizer(folder: Path) -> Any:
     Raises:
         DataError: The folder has no tokenizer that transformers can read, or a slow one.
     """
+    check_tokenizer_files(folder)
     # Any: the type annotations of AutoTokenizer do not cover fast tokenizers and their backend.
     if not (folder / "tokenizer.json").exists() and not (folder / "vocab.json").exists():
         raise DataError(
@@ -276,6 +293,7 @@ def check_same_vocabulary(first: Path, others: Sequence[Path]) -> None:
 
 def _token_of_id(folder: Path) -> dict[int, str]:
     """Return the token of each id, empty if the folder has no tokenizer."""
+    check_tokenizer_files(folder)
     if not ((folder / "tokenizer.json").exists() or (folder / "tokenizer.model").exists()):
         return {}
     if (path := folder / "tokenizer.json").exists():
@@ -287,6 +305,7 @@ def _token_of_id(folder: Path) -> dict[int, str]:
 
 def fingerprint_of(folder: Path) -> str:
     """Return a hash of the tokenizer's files in ``folder``, including the chat template."""
+    check_tokenizer_files(folder)
     digest = hashlib.sha256()
     for name in TOKENIZER_FILES:
         if (path := folder / name).exists():

@@ -23,6 +23,7 @@ from megatron_moe.experts.recipe import SCHEMA
 from megatron_moe.experts.solved import solved_folder
 from megatron_moe.hf.disk import replacing
 from megatron_moe.json_text import parse_json
+from megatron_moe.regular_file import regular
 
 PLAN_FILE = "plan.safetensors"
 _KEY = "megatron_moe.expert_plan"
@@ -116,7 +117,7 @@ def read_measured_on(path: Path) -> dict[str, Any] | None:
 def is_plan_file(path: Path) -> bool:
     """Return whether `write_plan` wrote this file, whatever its settings and its version."""
     try:
-        with safe_open(path, "numpy") as file:
+        with safe_open(regular(path), "numpy") as file:
             return _KEY in (file.metadata() or {})
     except (OSError, SafetensorError):
         return False
@@ -178,15 +179,19 @@ def _tables(arrays: dict[str, np.ndarray], down: dict[int, str]) -> dict[int, La
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     try:
-        with safe_open(path, "numpy") as file:
+        with safe_open(regular(path), "numpy") as file:
             header = parse_json((file.metadata() or {})[_KEY])
             return header, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except FileNotFoundError as error:
         raise CheckpointError(
             f"there is no plan file {path}.\n  create it: megatron-moe construct CONFIG.yaml"
         ) from error
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a plan file: {error!r}") from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    except KeyError as error:
+        raise CheckpointError(f"{path} is not a plan file: its header has no plan") from error
+    except (SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a plan file, or is damaged: {error}") from error
 
 
 _SETTINGS = {

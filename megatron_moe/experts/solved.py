@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 
 from megatron_moe.errors import CheckpointError
 from megatron_moe.hf.disk import replacing
+from megatron_moe.regular_file import regular
 
 _NAME = "down_ND"
 
@@ -70,7 +71,7 @@ def file_hash(path: Path) -> str:
         CheckpointError: The file cannot be read.
     """
     try:
-        with path.open("rb") as file:
+        with regular(path).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise CheckpointError(
@@ -101,7 +102,7 @@ def read_solved(folder: Path, layer: int, rows: slice) -> NDArray[np.float32]:
     """
     path = solved_file(folder, layer)
     try:
-        with safe_open(path, "np") as file:
+        with safe_open(regular(path), "np") as file:
             return file.get_slice(_NAME)[rows.start : rows.stop]
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot read {path}, a part of the plan: {error}") from error

@@ -12,6 +12,7 @@ without reading the rest of the file. All other files have one block.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,10 +22,15 @@ from typing import IO
 import xxhash
 
 from megatron_moe.errors import CheckpointError
+from megatron_moe.regular_file import regular
 
 FILE = "CHECKSUMS"
+MARK = {"megatron_moe.checksums": FILE}
+"""Metadata of weights that were written with ``CHECKSUMS`` beside them: without it, it is lost."""
 _TITLE = "megatron_moe checksums 1 xxh3_64"
-_LINE = re.compile(r"([0-9a-f]{16}) (\d{1,18}) (\d{1,18}) ([^\0]+)")
+_LINE = re.compile(r"([0-9a-f]{16}) ([0-9]{1,18}) ([0-9]{1,18}) ([^\0]+)")
+_MOST_BYTES = 2**30
+"""Upper bound for the size of ``CHECKSUMS``: lines of about ten million tensors."""
 _CHUNK_BYTES = 2**20
 """Bytes per read, few enough to be in the cache when they are hashed."""
 
@@ -64,7 +70,7 @@ def write_checksums(folder: Path, blocks: Blocks) -> None:
         assert "\n" not in name, f"{path} has a line break in its name"
         held = blocks[name].values() if name in blocks else [_whole(path)]
         lines += [f"{b.checksum} {b.offset} {b.length} {name}\n" for b in held]
-    text = "".join(lines).encode()
+    text = os.fsencode("".join(lines))
     (folder / FILE).write_bytes(f"{_TITLE} {checksum(text)}\n".encode() + text)
 
 
@@ -79,7 +85,7 @@ def file_checksum(path: Path, seen: Callable[[int], None] | None = None) -> tupl
         path: The file.
         seen: Called with the number of bytes after each part that was read.
     """
-    with path.open("rb") as file:
+    with regular(path).open("rb") as file:
         return _digest(file, path.stat().st_size, seen)
 
 
@@ -150,7 +156,7 @@ class Checksums:
         """
         path, end = self.folder / name, 0
         try:
-            with path.open("rb") as file:
+            with regular(path).open("rb") as file:
                 for _, block in sorted(self.blocks[name].items()):
                     if block.offset != end:
                         raise CheckpointError(f"{path} has no checksum at byte {end} in {FILE}")
@@ -192,37 +198,59 @@ def read_checksums(folder: Path) -> Checksums | None:
         CheckpointError: The file is damaged.
     """
     path = folder / FILE
-    try:
-        title, _, text = path.read_bytes().partition(b"\n")
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return None
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    title, _, text = _content(path).partition(b"\n")
     if title != f"{_TITLE} {checksum(text)}".encode():
         raise CheckpointError(f"{path} is damaged: its first line does not fit the others")
     blocks: dict[str, dict[int, Block]] = {}
-    for line in text.decode().splitlines():
-        digest, offset, length, name = line.split(" ", 3)
+    for line in os.fsdecode(text).split("\n")[:-1]:
+        if (parsed := _parse(line)) is None:
+            raise CheckpointError(f"{path} has a line that is no checksum: {line!r:.200}")
+        name, block = parsed
         if not _is_inside(name):
-            raise CheckpointError(f"{path} lists {name}, which is outside its folder")
-        blocks.setdefault(name, {})[int(offset)] = Block(int(offset), int(length), digest)
+            raise CheckpointError(f"{path} lists {name!r}, which is outside its folder")
+        if block.offset in blocks.setdefault(name, {}):
+            raise CheckpointError(f"{path} lists byte {block.offset} of {name!r} twice")
+        blocks[name][block.offset] = block
     return Checksums(folder, blocks)
 
 
 def readable_checksums(folder: Path) -> Checksums:
     """Return what can be read of a damaged ``CHECKSUMS``; its lines may be wrong."""
     try:
-        text = (folder / FILE).read_bytes().decode(errors="replace")
-    except OSError:
+        text = os.fsdecode(_content(folder / FILE))
+    except CheckpointError:
         text = ""
     blocks: dict[str, dict[int, Block]] = {}
-    for line in text.splitlines():
-        fields = _LINE.fullmatch(line)
-        if fields is None or not _is_inside(fields[4]) or not (folder / fields[4]).is_file():
-            continue
-        offset, length = int(fields[2]), int(fields[3])
-        blocks.setdefault(fields[4], {})[offset] = Block(offset, length, fields[1])
+    for name, block in filter(None, map(_parse, text.split("\n"))):
+        if _is_inside(name) and _is_file(folder / name):
+            blocks.setdefault(name, {})[block.offset] = block
     return Checksums(folder, blocks)
+
+
+def _content(path: Path) -> bytes:
+    try:
+        size = regular(path).stat().st_size
+        if size > _MOST_BYTES:
+            raise CheckpointError(f"{path} is damaged: it has {size} bytes, too many for checksums")
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _parse(line: str) -> tuple[str, Block] | None:
+    """Return the file and the block of a line; None if it is no line of ``CHECKSUMS``."""
+    if (fields := _LINE.fullmatch(line)) is None:
+        return None
+    return fields[4], Block(int(fields[2]), int(fields[3]), fields[1])
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a damaged name may be too long
+        return False
 
 
 def _is_inside(name: str) -> bool:

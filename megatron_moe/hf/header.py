@@ -19,6 +19,7 @@ import torch
 from megatron_moe.errors import CheckpointError
 from megatron_moe.hf.dtypes import OF_SAFETENSORS
 from megatron_moe.json_text import parse_json
+from megatron_moe.regular_file import regular
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -98,7 +99,7 @@ def index_of_shards(folder: Path) -> dict[str, str] | None:
 
 def _weights_file(folder: Path) -> Path:
     path = folder / SINGLE_FILE
-    if path.is_file():
+    if path.exists():
         return path
     if any(folder.glob("pytorch_model*.bin*")):
         raise CheckpointError(
@@ -118,7 +119,7 @@ def _weights_file(folder: Path) -> Path:
 
 def _read_shards(folder: Path, file_of: Mapping[str, str]) -> dict[str, TensorInfo]:
     files = sorted(set(file_of.values()))
-    if absent := [file for file in files if not (folder / file).is_file()]:
+    if absent := [file for file in files if not (folder / file).exists()]:
         raise CheckpointError(
             f"{folder} lacks files that its {INDEX_FILE} lists.\n"
             + "\n".join(listing(f"of {len(files)} missing", absent))
@@ -139,7 +140,7 @@ def _read_shards(folder: Path, file_of: Mapping[str, str]) -> dict[str, TensorIn
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        file_of = parse_json(path.read_text(encoding="utf-8"))["weight_map"]
+        file_of = parse_json(regular(path).read_text(encoding="utf-8"))["weight_map"]
         entries = [(str(name), str(file)) for name, file in file_of.items()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
@@ -188,11 +189,28 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Return the metadata in the header of a safetensors file, empty if it has none.
+
+    Raises:
+        CheckpointError: It is not a safetensors file.
+    """
+    metadata = _read_entries(path)[0].get("__metadata__")
+    return metadata if isinstance(metadata, dict) else {}
+
+
 def _parse_header(path: Path) -> tuple[dict[str, Any], int, int]:
-    """Return the header's entries, the byte where the tensors begin, and the size of the file."""
+    """Return the header's tensors, the byte where they begin, and the size of the file."""
+    entries, start, file_bytes = _read_entries(path)
+    entries.pop("__metadata__", None)
+    return entries, start, file_bytes
+
+
+def _read_entries(path: Path) -> tuple[dict[str, Any], int, int]:
+    """Return the header's entries, the byte where tensors begin, and the size of the file."""
     try:
         file_bytes = path.stat().st_size
-        with path.open("rb") as file:
+        with regular(path).open("rb") as file:
             prefix = file.read(8)
             header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
             if not 2 <= header_bytes <= min(_MOST_HEADER_BYTES, file_bytes - 8):
@@ -204,7 +222,6 @@ def _parse_header(path: Path) -> tuple[dict[str, Any], int, int]:
         raise _bad_header(path, f"a header that is not JSON ({error})") from error
     if not isinstance(entries, dict):
         raise _bad_header(path, "a header that is not a JSON object")
-    entries.pop("__metadata__", None)
     return entries, 8 + header_bytes, file_bytes
 
 

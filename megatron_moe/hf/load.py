@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_moe.errors import CheckpointError
 from megatron_moe.hf.header import INDEX_FILE, SINGLE_FILE, index_of_shards
+from megatron_moe.regular_file import regular
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +45,9 @@ def load_model(
 
     silence_progress_bars()
     try:
+        for path in folder.iterdir():
+            if path.exists():
+                regular(path)
         with _indexed(folder) as loadable:
             model: Any = AutoModelForCausalLM.from_pretrained(
                 loadable,

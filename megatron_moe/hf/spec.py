@@ -25,6 +25,7 @@ from megatron_moe.hf.rope import (
     unsupported_rope,
 )
 from megatron_moe.json_text import parse_json
+from megatron_moe.regular_file import regular
 
 COMMON_DEFAULTS: dict[str, Any] = {"rms_norm_eps": 1e-6, "initializer_range": 0.02}
 """Defaults of transformers 5 for keys missing in config.json; `FamilyRow.defaults` has others."""
@@ -103,7 +104,7 @@ def read_spec(folder: Path) -> ModelSpec:
     """
     path = folder / "config.json"
     try:
-        config = parse_json(path.read_text(encoding="utf-8"))
+        config = parse_json(regular(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(
             f"cannot read {path}: {error.strerror or error}.\n"

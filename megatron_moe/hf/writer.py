@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from megatron_moe.errors import CheckpointError
-from megatron_moe.hf.checksums import Block, checksum, write_checksums
+from megatron_moe.hf.checksums import MARK, Block, checksum, write_checksums
 from megatron_moe.hf.disk import fsync, make_folder, size_in_words
 from megatron_moe.hf.dtypes import NAME_IN_SAFETENSORS
 from megatron_moe.hf.header import INDEX_FILE, SINGLE_FILE
@@ -233,7 +233,7 @@ def _header(
 ) -> tuple[bytes, dict[str, int]]:
     """Return the header of a file, and the offset of each tensor after the header."""
     # transformers 4 rejects a file without the format of its framework.
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, object] = {"__metadata__": {"format": "pt", **MARK}}
     offsets, end = {}, 0
     for name, (shape, dtype) in tensors.items():
         offsets[name], end = end, end + _num_bytes(shape, dtype)

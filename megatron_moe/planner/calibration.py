@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_moe.errors import ConfigError
 from megatron_moe.json_text import parse_json
+from megatron_moe.regular_file import regular
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +42,7 @@ def read_constants(path: Path) -> Calibration:
     """
     names = {field.name for field in fields(Calibration)}
     try:
-        tree = parse_json(path.read_text(encoding="utf-8"))["constants"]
+        tree = parse_json(regular(path).read_text(encoding="utf-8"))["constants"]
         values = {name: float(tree[name]) for name in names}
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error

@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_moe.config.data import Data
 from megatron_moe.config.mixtures import SINGLE, starting_weights
 from megatron_moe.errors import ConfigError
+from megatron_moe.regular_file import regular
 
 _DTYPE_OFFSET = 17
 _BYTES_OF_DTYPE = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}
@@ -50,7 +51,7 @@ def _one(name: str, path: Path | None, tokens: int) -> Epochs:
 def tokens_in(prefix: Path) -> int | None:
     """Return the tokens of ``prefix.bin``, or None if there is no readable pair."""
     try:
-        with prefix.with_name(prefix.name + ".idx").open("rb") as file:
+        with regular(prefix.with_name(prefix.name + ".idx")).open("rb") as file:
             header = file.read(_DTYPE_OFFSET + 1)
         size = prefix.with_name(prefix.name + ".bin").stat().st_size
     except OSError:

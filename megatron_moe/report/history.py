@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from megatron_moe.errors import DataError
 from megatron_moe.json_text import parse_json
+from megatron_moe.regular_file import regular
 
 Numbers = dict[str, Any]
 Array = NDArray[np.float64]
@@ -95,7 +96,7 @@ def read_history(path: Path) -> History:
         DataError: The file cannot be read.
     """
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = regular(path).read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         return History()
     except OSError as error:

@@ -9,6 +9,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megatron_moe.analyze.record import Analysis
+from megatron_moe.regular_file import regular
 
 Record = TypeVar("Record", bound="Evaluation | TaskScores | Analysis")
 
@@ -65,7 +66,7 @@ def read_records(
     records, problems = [], []
     for path in sorted(folder.glob(pattern)):
         try:
-            record = kind.model_validate_json(path.read_text(encoding="utf-8"))
+            record = kind.model_validate_json(regular(path).read_text(encoding="utf-8"))
             if isinstance(record, Analysis):
                 _check_shapes(record)
             records.append(record)

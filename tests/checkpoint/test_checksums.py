@@ -1,5 +1,6 @@
 """Tests that a changed byte of a checkpoint is noticed, wherever it is, and named."""
 
+import contextlib
 import io
 import re
 import shutil
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from megatron.core.parallel_state import destroy_model_parallel
+from named_pipes import named_pipe
 from old_checkpoints import as_of_version_0_1
 from ranks import run_on_ranks
 from tiny import save_dense
@@ -120,6 +122,27 @@ def _resumes_refuse(world: World, settings: dict[str, Any]) -> None:
             list(damage)
         dist.barrier()
     assert newest(config.run.dir) == folder
+
+
+def test_a_resume_refuses_a_pipe_in_place_of_a_file(run: dict[str, Any]):
+    run_on_ranks(_resumes_refuse_pipes, run, world_size=2)
+
+
+def _resumes_refuse_pipes(world: World, settings: dict[str, Any]) -> None:
+    config, folder = build(RunConfig, settings), checkpoint_of(settings)
+    for name in ("__0_0.distcp", "__1_1.distcp", ".metadata", "config.yaml"):
+        path, content = folder / name, (folder / name).read_bytes()
+        dist.barrier()
+        with named_pipe(path) if world.rank == 0 else contextlib.nullcontext():
+            dist.barrier()
+            destroy_model_parallel()  # of the attempt before
+            with pytest.raises(CheckpointError, match=r"named pipe \(FIFO\)") as error:
+                train(config, world)
+            assert str(path) in str(error.value), str(error.value)
+            dist.barrier()
+        if world.rank == 0:
+            path.write_bytes(content)
+        dist.barrier()
 
 
 def test_an_export_refuses_a_flipped_bit(run: dict[str, Any], tmp_path: Path):

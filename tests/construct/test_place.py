@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from named_pipes import named_pipe
 from safetensors.numpy import save_file
 
 from megatron_moe.commands.verify import verify
@@ -211,3 +212,37 @@ def test_every_flipped_bit_of_a_plan_is_found(tmp_path: Path):
     path.unlink()
     with pytest.raises(CheckpointError, match=r"matrices of \S+q\.safetensors, which is missing"):
         verify(solved_folder(path), lambda *_: None)
+
+
+def test_files_beside_a_plans_matrices_are_noted_and_not_counted(tmp_path: Path):
+    """An earlier plan may have left them."""
+    path = tmp_path / "q.safetensors"
+    complete(path, 1.0)
+    publish(path)
+    (solved_folder(path) / "00007.safetensors").write_text("")
+    (result,) = verify(path, lambda *_: None)
+    assert (result.files, result.problems) == (3, [])
+    note = f"in {solved_folder(path)}, but not a part of this plan: 00007.safetensors"
+    assert result.notes == [note]
+
+
+def test_a_matrix_of_a_plan_and_a_folder_with_plans_name_the_plan(tmp_path: Path):
+    path = tmp_path / "q.safetensors"
+    complete(path, 1.0)
+    publish(path)
+    matrix = solved_folder(path) / "00001.safetensors"
+    for place, message in {
+        matrix: f"{matrix} is a part of a plan.\n  verify the plan: {path}",
+        tmp_path: f"{tmp_path} is neither a run.*\n  verify what is in it: {path}",
+    }.items():
+        with pytest.raises(CheckpointError, match=message):
+            verify(place, lambda *_: None)
+
+
+def test_a_pipe_among_the_matrices_of_a_plan_is_refused(tmp_path: Path):
+    path = tmp_path / "q.safetensors"
+    complete(path, 1.0)
+    publish(path)
+    with named_pipe(solved_folder(path) / "00001.safetensors"):
+        (result,) = verify(path, lambda *_: None)
+    assert "it is a named pipe (FIFO)" in result.problems[0]

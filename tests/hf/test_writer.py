@@ -78,7 +78,7 @@ def test_safetensors_reads_every_dtype_shape_and_the_metadata(tmp_path: Path):
         writer.add_file("note.txt", b"as given")
     assert (tmp_path / "out" / "note.txt").read_bytes() == b"as given"
     with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
-        assert file.metadata() == {"format": "pt"}
+        assert file.metadata() == {"format": "pt", "megatron_moe.checksums": "CHECKSUMS"}
         assert set(file.keys()) == set(TENSORS)
         assert all(torch.equal(file.get_tensor(name), TENSORS[name]) for name in TENSORS)
         assert all(file.get_tensor(name).dtype == TENSORS[name].dtype for name in TENSORS)
