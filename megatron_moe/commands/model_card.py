@@ -13,6 +13,7 @@ from megatron_moe.config.run import RunConfig
 from megatron_moe.config.train import Lora
 from megatron_moe.hf.names import MOE_NAMES
 from megatron_moe.hf.spec import ModelSpec
+from megatron_moe.report.history import read_history
 
 _LOSSES = ("loss/lm", "loss/validation", "perplexity/validation", "bits_per_byte/validation")
 
@@ -103,10 +104,7 @@ def _adapters(lora: Lora) -> dict[str, str]:
 def _losses(metrics: Path, step: int) -> dict[str, str]:
     """Return the last value of each loss up to ``step``."""
     result: dict[str, str] = {}
-    if not metrics.exists():
-        return result
-    for line in metrics.read_text().splitlines():
-        numbers = json.loads(line)
+    for numbers in read_history(metrics).lines:
         for key in _LOSSES:
             if numbers["step"] <= step and numbers.get(key) is not None:
                 result[f"{key}, step {numbers['step']}"] = f"{numbers[key]:.4f}"
