@@ -205,6 +205,8 @@ def _progress_in(folder: Path) -> Progress:
             f"{folder} has been removed while it was read: a running job keeps only its newest "
             "checkpoints (checkpoint.keep).\n  run the command again, or raise checkpoint.keep"
         ) from None
+    except OSError as error:
+        raise CheckpointError(f"cannot read {error.filename}: {error.strerror}") from error
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{folder / 'checkpoint.json'} is damaged: {error}") from error
 

@@ -11,6 +11,7 @@ from megatron_moe.checkpoint.folder import Progress
 from megatron_moe.config.moe import Upcycle
 from megatron_moe.config.run import RunConfig
 from megatron_moe.config.train import Lora
+from megatron_moe.errors import CheckpointError
 from megatron_moe.hf.names import MOE_NAMES
 from megatron_moe.hf.spec import ModelSpec
 from megatron_moe.report.history import read_history
@@ -117,7 +118,13 @@ def _receipt(path: Path) -> dict[str, str]:
     """Return what the receipt says about the upcycling's agreement with the source."""
     if not path.exists():
         return {}
-    receipt: dict[str, Any] = json.loads(path.read_text())
+    try:
+        receipt: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path}, which the model card quotes, is damaged: {error}\n"
+            "  move it away to export without it"
+        ) from error
     rows = {"tensors of the source": str(receipt.get("tensors_covered"))}
     if agreement := receipt.get("verification"):
         rows["max logit error against the source at step 0"] = (

@@ -31,7 +31,7 @@ _WAYS_OUT = {
     errno.EISDIR: "move it away, or choose another folder",
     errno.ENOTDIR: "move it away, or choose another folder",
 }
-"""What to do about errors that a file's owner, mode or kind has, and not its disk."""
+"""Ways out of errors that come from a file's owner, mode or kind, and not from its disk."""
 
 
 def make_folder(path: Path, setting: str) -> None:

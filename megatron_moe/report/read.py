@@ -5,6 +5,7 @@ Missing parts are None; damaged parts are listed on the page.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -91,8 +92,10 @@ def read_run(folder: Path) -> RunFiles:
     history = read_history(folder / "metrics.jsonl")
     if history.damaged:
         problems.append(f"metrics.jsonl: {history.damaged} damaged lines were skipped")
-    if missing := history.missing(last=0 if progress is None else progress.step):
+    last = 0 if progress is None else progress.step
+    if missing := history.missing(last=last):
         problems.append(f"metrics.jsonl lacks lines of steps that the run has taken: {missing}")
+    problems += _of_abandoned_steps([*evaluations, *tasks, *analyses], history, last)
     return RunFiles(
         path=folder,
         config=config,
@@ -108,13 +111,27 @@ def read_run(folder: Path) -> RunFiles:
     )
 
 
+def _of_abandoned_steps(
+    records: Sequence[Evaluation | TaskScores | Analysis], history: History, last: int
+) -> list[str]:
+    """Return a message for results of steps that the run went back from and has not taken again."""
+    last = max(last, history.last_step)
+    steps = sorted({record.step for record in records if record.step and record.step > last})
+    if not (steps and last):
+        return []
+    return [
+        f"evaluation/ or analysis/ has results of steps {', '.join(map(str, steps))}, but the run "
+        f"is at step {last}: they are of steps that were taken before it went back"
+    ]
+
+
 def _receipt(path: Path, problems: list[str]) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
         receipt = parse_json(path.read_text(encoding="utf-8"))
         receipt["ranks"][0]["bytes_read"]
-    except (ValueError, KeyError, TypeError, IndexError):
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
         problems.append("receipt.json is not shown: it is damaged")
         return None
     return receipt

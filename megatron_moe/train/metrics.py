@@ -194,7 +194,7 @@ class MetricsWriter:
         self._path, self._sinks = run_dir / "metrics.jsonl", sinks
         self._file, steps = _reopen(self._path, resumed_step)
         self.remark = _remark(steps, resumed_step)
-        """What is wrong with the lines of the steps before, for the log; empty if nothing is."""
+        """Remark for the log on missing or repeated lines; empty if there are none."""
         # The line of step 0 of a new run is written again as well.
         self._restart_sinks(resumed_step or -1)
 

@@ -82,6 +82,14 @@ def test_a_folder_with_the_name_of_another_step_is_refused(
         assert f"\n  {way_out}; then write the name of the checkpoint to resume from" in message
 
 
+def test_a_folder_in_the_place_of_checkpoint_json_is_named(run: Path):
+    path = step_folder(run, 8) / "checkpoint.json"
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(CheckpointError, match=rf"cannot read {path}: Is a directory"):
+        read_progress(path.parent)
+
+
 def test_the_way_out_of_a_renamed_folder_leads_out(run: Path):
     swap(run)
     swap(run)

@@ -144,6 +144,21 @@ def write_checkpoint(run: Path, number: int, *, name: int | None = None) -> None
     (folder.parent / "latest").write_text(f"{folder.name}\n")
 
 
+def test_results_of_steps_that_the_run_went_back_from_are_named(run: Path):
+    (run / "analysis").mkdir()
+    for number in (4, 8, 12):
+        record = analysis(np.random.default_rng(0), number, layers=2, experts=4)
+        (run / "analysis" / f"step-{number:06d}.json").write_text(json.dumps(record))
+    write_lines(run / "metrics.jsonl", *(step(number, 1.0) for number in range(6)))
+    (problem,) = read_run(run).problems
+    assert "results of steps 8, 12, but the run is at step 5" in problem
+
+
+def test_a_folder_in_the_place_of_the_receipt_is_listed(run: Path):
+    (run / "receipt.json").mkdir()
+    assert read_run(run).problems == ["receipt.json is not shown: it is damaged"]
+
+
 def test_a_renamed_checkpoint_is_listed_and_not_used(run: Path):
     write_checkpoint(run, 4, name=8)
     files = read_run(run)
