@@ -9,7 +9,7 @@ import pytest
 from named_pipes import named_pipe
 from tiny import save_dense
 
-from megatron_moe.checkpoint.folder import newest, read_progress
+from megatron_moe.checkpoint.folder import read_progress
 from megatron_moe.checkpoint.index import SafeReader
 from megatron_moe.config.load import load
 from megatron_moe.config.run import RunConfig
@@ -59,7 +59,6 @@ READERS: dict[str, tuple[str, Reader]] = {
     ),
     "index_of_a_checkpoint": (".metadata", lambda folder: SafeReader(folder).read_metadata()),
     "progress_of_a_checkpoint": ("checkpoint.json", read_progress),
-    "latest_checkpoint": ("checkpoints/latest", newest),
 }  # fmt: skip
 
 

@@ -11,15 +11,24 @@ run.dir/checkpoints/latest            name of the newest checkpoint, replaced at
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_moe.checkpoint.names import (
+    STEP,
+    complete_in,
+    name_of,
+    named_in,
+    names_back,
+    renamed,
+    step_in_name,
+)
 from megatron_moe.config.load import load
 from megatron_moe.config.moe import Source
 from megatron_moe.config.run import RunConfig
@@ -28,13 +37,11 @@ from megatron_moe.experts.file import PLAN_FILE, read_plan
 from megatron_moe.experts.plan import ExpertPlan, make_expert_plan
 from megatron_moe.hf.checksums import FILE as CHECKSUMS
 from megatron_moe.hf.checksums import Checksums, read_checksums
-from megatron_moe.hf.disk import fsync
+from megatron_moe.hf.disk import fsync, replacing, write_text
 from megatron_moe.hf.source_files import source_files
 from megatron_moe.hf.spec import ModelSpec
 from megatron_moe.json_text import parse_json
-from megatron_moe.regular_file import regular
-
-_STEP = re.compile(r"step_(\d{8,})")
+from megatron_moe.regular_file import obstacle, regular
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +70,7 @@ class Progress:
 
 def step_folder(run_dir: Path, step: int) -> Path:
     """Return the folder of the checkpoint of ``step``."""
-    return run_dir / "checkpoints" / f"step_{step:08d}"
+    return run_dir / "checkpoints" / name_of(step)
 
 
 def newest(run_dir: Path) -> Path | None:
@@ -73,42 +80,51 @@ def newest(run_dir: Path) -> Path | None:
         CheckpointError: ``latest`` cannot be read, or does not name a complete checkpoint.
     """
     pointer = run_dir / "checkpoints" / "latest"
-    if not os.path.lexists(pointer):
+    if (what := obstacle(pointer)) is not None:
+        raise CheckpointError(
+            f"{pointer} must be a text file with the name of a checkpoint (step_00000010), but is "
+            f"{what}.\n  move it away and {_another_name(pointer)}"
+        )
+    if not pointer.exists():
         return None
     try:
-        name = regular(pointer).read_text(errors="replace").strip()
+        name = pointer.read_text(errors="replace").strip()
     except OSError as error:
-        raise CheckpointError(
-            f"{pointer} must be a file that holds the name of a checkpoint next to it "
-            f"(step_00000010), but it cannot be read: {error.strerror}.\n"
-            f"  write such a file, or remove {pointer} to restart the run"
-        ) from error
+        raise CheckpointError(f"cannot read {pointer}: {error.strerror}") from error
     folder = pointer.parent / name
-    if not _STEP.fullmatch(name):
+    if not STEP.fullmatch(name):
         raise CheckpointError(
             f"{pointer} names {name!r}, which is not a checkpoint next to it (step_00000010).\n"
-            f"  write the name of one into {pointer}, or remove {pointer} to restart the run"
+            f"  {_another_name(pointer)}"
         )
     if not (folder / "checkpoint.json").exists():
         if (replaced_by(folder) / "checkpoint.json").exists():  # killed during replacement
             return replaced_by(folder)
         raise CheckpointError(
             f"{pointer} names {folder.name}, but {folder} is not a complete checkpoint.\n"
-            f"  write another name into {pointer}, or remove {pointer} to restart the run"
+            f"  {_another_name(pointer)}"
         )
     return folder
 
 
+def _another_name(pointer: Path) -> str:
+    """Return what to do about a ``latest`` that names no checkpoint."""
+    if not (others := complete_in(pointer.parent)):
+        return f"remove {pointer} to restart the run: there is no other checkpoint"
+    return (
+        f"write another name into {pointer}, such as {others[-1].name}, or remove {pointer} to "
+        "restart the run"
+    )
+
+
 def complete(run_dir: Path) -> list[Path]:
     """Return all complete checkpoints of a run, oldest first."""
-    return [path for path in checkpoint_folders(run_dir) if (path / "checkpoint.json").exists()]
+    return complete_in(run_dir / "checkpoints")
 
 
 def checkpoint_folders(run_dir: Path) -> list[Path]:
     """Return the folders with the name of a checkpoint, damaged ones too, oldest first."""
-    folders = (run_dir / "checkpoints").glob("step_*/")
-    named = [folder for folder in folders if _STEP.fullmatch(folder.name)]
-    return sorted(named, key=lambda folder: int(folder.name.removeprefix("step_")))
+    return named_in(run_dir / "checkpoints")
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -124,6 +140,7 @@ def find_checkpoint(path: Path) -> Path:
             "(no checkpoints/latest)"
         )
     check_small_files(checkpoint)
+    read_progress(checkpoint)
     return checkpoint
 
 
@@ -162,12 +179,14 @@ def checksums_of(folder: Path) -> Checksums | None:
 def with_way_out(error: CheckpointError, folder: Path) -> CheckpointError:
     """Return the error of a checkpoint that cannot be read, with another one to use instead."""
     latest = folder.parent / "latest"
-    if not _STEP.fullmatch(folder.name):  # not one of ours, or moved away from its run
+    if not STEP.fullmatch(folder.name):  # not one of ours, or moved away from its run
         return error
-    older = [path.name for path in complete(folder.parents[1]) if path != folder]
+    wrong = {folder, *renamed(folder.parent)}
+    others = [path for path in complete_in(folder.parent) if path not in wrong]
+    older = [path for path in others if step_in_name(path) < step_in_name(folder)] or others
     way_out = f"remove {latest} to restart the run: there is no other checkpoint"
     if older:
-        way_out = f"write {older[-1]} into {latest} to resume from it"
+        way_out = f"write {older[-1].name} into {latest} to resume from it"
     return CheckpointError(f"{error}\n  {way_out}")
 
 
@@ -175,8 +194,20 @@ def read_progress(folder: Path) -> Progress:
     """Read checkpoint.json of a complete checkpoint.
 
     Raises:
-        CheckpointError: It is damaged, or the checkpoint has been removed meanwhile.
+        CheckpointError: It is damaged, the folder has the name of another step, or the checkpoint
+            has been removed meanwhile.
     """
+    progress = _progress_in(folder)
+    if STEP.fullmatch(folder.name) and progress.step != step_in_name(folder):
+        raise CheckpointError(
+            f"{folder} must hold the checkpoint of the step in its name, but its checkpoint.json "
+            f"is of step {progress.step}: folders were renamed, swapped or copied over each other."
+            f"\n  {names_back(folder.parent)}"
+        )
+    return progress
+
+
+def _progress_in(folder: Path) -> Progress:
     try:
         return Progress(**parse_json(regular(folder / "checkpoint.json").read_text()))
     except FileNotFoundError:
@@ -232,13 +263,23 @@ def run_of(source: Path, overrides: Iterable[str] = ()) -> tuple[Path, RunConfig
         CheckpointError: There is no checkpoint at ``source``.
         ConfigError: An override is not a valid setting.
     """
-    checkpoint = find_checkpoint(source).resolve()
+    checkpoint = in_its_run(find_checkpoint(source))
     run_dir = f"run.dir={json.dumps(str(checkpoint.parents[1]))}"  # the run may have been moved
     settings = [run_dir, *overrides]
     config = load(RunConfig, checkpoint / "config.yaml", settings, from_checkpoint=True)
     if not (config.source.path / "config.json").exists():  # the checkpoint has copies
         config = config.model_copy(update={"source": Source(path=source_copy(checkpoint))})
     return checkpoint, config
+
+
+def in_its_run(checkpoint: Path) -> Path:
+    """Return the absolute path of a checkpoint, with its run as the second parent.
+
+    A checkpoint that was moved to another disk, with a link left behind, stays one of its run.
+    """
+    if STEP.fullmatch(checkpoint.name) and checkpoint.parent.name == "checkpoints":
+        return checkpoint.parent.resolve() / checkpoint.name
+    return checkpoint.resolve()
 
 
 def plan_of(folder: Path, spec: ModelSpec, config: RunConfig) -> ExpertPlan:
@@ -263,7 +304,7 @@ def start_folder(final: Path) -> Path:
     """Remove leftovers of killed saves; create and return an empty folder next to ``final``."""
     partial = partial_of(final)
     for leftover in final.parent.glob(".step_*.partial"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        _remove(leftover)
     partial.mkdir(parents=True)
     return partial
 
@@ -302,6 +343,26 @@ def keep_source_files(run_dir: Path, source_folder: Path) -> Path:
     return kept
 
 
+def keep_plan(run_dir: Path, checkpoint: Path) -> str:
+    """Let the run have the plan of the checkpoint, because saves copy the run's.
+
+    Returns:
+        What was done, for the log; empty if the plan was there.
+    """
+    plan, kept = checkpoint / PLAN_FILE, run_dir / PLAN_FILE
+    if not plan.exists() or (kept.exists() and filecmp.cmp(plan, kept, shallow=False)):
+        return ""
+    other = kept.with_name(f"{PLAN_FILE}.other")
+    was = (
+        f"was not that of the checkpoint, and is now {other.name}" if kept.exists() else "was gone"
+    )
+    if kept.exists():
+        kept.replace(other)
+    with replacing(kept) as staged:
+        shutil.copyfile(plan, staged)
+    return f"{kept} {was}; the plan of {checkpoint.name} is in its place"
+
+
 def _copy_source_files(source: Path, target: Path) -> None:
     for file in source_files(source):
         shutil.copyfile(file, target / file.name)
@@ -313,17 +374,20 @@ def publish(partial: Path, final: Path) -> None:
         fsync(file)
     fsync(partial)
     replaced = replaced_by(final)
-    if final.exists():  # a resumed run may save a step again
-        shutil.rmtree(replaced, ignore_errors=True)
+    if os.path.lexists(final):  # a resumed run may save a step again
+        _remove(replaced)
         final.rename(replaced)
     partial.rename(final)
-    shutil.rmtree(replaced, ignore_errors=True)
-    pointer = final.parent / "latest"
-    staged = pointer.with_name(".latest.partial")
-    staged.write_text(final.name + "\n")
-    fsync(staged)
-    staged.replace(pointer)
-    fsync(final.parent)
+    _remove(replaced)
+    write_text(final.parent / "latest", final.name + "\n")
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder, or whatever has its name; of a link to another disk, only the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def prune(run_dir: Path, keep: int) -> list[Path]:
@@ -335,11 +399,11 @@ def prune(run_dir: Path, keep: int) -> list[Path]:
     steps = {
         int(match[1]): folder
         for folder in (run_dir / "checkpoints").iterdir()
-        if (match := _STEP.fullmatch(folder.name))
+        if (match := STEP.fullmatch(folder.name))
     }
     latest = newest(run_dir)
-    last = max(steps, default=0) if latest is None else int(latest.name.removeprefix("step_"))
+    last = max(steps, default=0) if latest is None else step_in_name(latest)
     removed = [steps[step] for step in sorted(steps) if step <= last][:-keep]
     for folder in removed:
-        shutil.rmtree(folder)
+        _remove(folder)
     return removed

@@ -16,11 +16,12 @@ removed after that on all nodes. So there is a complete step at any time.
 
 from __future__ import annotations
 
+import contextlib
 import json
-import re
 import shutil
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_moe.checkpoint.disks import Disks, exchange, find_disks
 from megatron_moe.checkpoint.folder import newest
+from megatron_moe.checkpoint.names import STEP, name_of
 from megatron_moe.checkpoint.rank_file import (
     RankState,
     bytes_file,
@@ -49,10 +51,11 @@ from megatron_moe.checkpoint.sharded import (
 from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import CheckpointError
 from megatron_moe.hf.checksums import FILE, checksum
-from megatron_moe.hf.disk import fsync, make_folder
+from megatron_moe.hf.disk import fsync, make_folder, refusal
 from megatron_moe.train.state import TrainState
 
-_STEP = re.compile(r"step_\d{8,}")
+_REPORTED = 4
+"""Number of damaged files whose names are logged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,17 @@ class LocalStep:
     folder: Path
     state: RankState
     """State of this rank."""
+
+    @torch.no_grad()
+    def restore(self, state: TrainState, groups: ProcessGroupCollection) -> None:
+        """Restore the state of this rank.
+
+        Raises:
+            CheckpointError: The rank has other tensors than the file.
+        """
+        clear(state.model)  # rows that pad the vocabulary are in no box
+        read_rank_file(self.folder, self.state, all_boxes(state, groups))
+        adopt_progress(state, self.state.progress, tokens=self.state.progress.tokens or 0)
 
 
 class LocalCopies:
@@ -98,7 +112,7 @@ class LocalCopies:
         start, base = time.perf_counter(), self._base(newest(self._config.run.dir))
         if base is None:
             return
-        final = self._folder / f"step_{state.step:08d}"
+        final = self._folder / name_of(state.step)
         partial = final.with_name(f".{final.name}.partial")
         try:
             self._together(partial, lambda: self._start(partial), first=True)
@@ -118,43 +132,59 @@ class LocalCopies:
     def find(self, checkpoint: Path) -> LocalStep | None:
         """Return the newest complete step written since ``checkpoint``; None if there is none.
 
-        A rank whose disk has no file of it gets one from another node.
+        A rank whose disk has no undamaged file of it gets one from another node. Damaged files are
+        logged.
         """
         base = self._base(checkpoint)
-        own = [state for state in self._readable() if state.base == base]
-        listed: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(listed, own, group=self._group)
+        readable, damaged = self._readable()
+        listed = self._gathered([state for state in readable if state.base == base])
+        any_damaged = self._report(damaged)
         fitting = [[state for state in states if self._fits(state)] for states in listed]
         holders = _holders(fitting, self._disks)
         steps = [step for step, of_rank in holders.items() if len(of_rank) == len(listed)]
         if not steps:
-            if any(listed):
-                why = "are incomplete or damaged" if any(fitting) else "have another layout"
+            if any(listed) or any_damaged:
+                other = any(listed) and not any(fitting)
+                why = "have another layout" if other else "are incomplete or damaged"
                 self._say(f"Local copies in {self._folder} {why}: {checkpoint.name} is used")
             return None
-        step = max(steps)
-        folder = self._folder / f"step_{step:08d}"
-        lost = self._fetch(folder, holders[step])
-        state = read_state(bytes_file(folder, self._rank).with_suffix(".json"))
-        if state is None:
-            raise CheckpointError(
-                f"{bytes_file(folder, self._rank)} changed while it was read or copied.\n"
-                f"  remove {self._folder} on all nodes to resume from {checkpoint}"
-            )
+        return self._on_all_disks(max(steps), holders[max(steps)], checkpoint)
+
+    def _on_all_disks(
+        self, step: int, holders: dict[int, list[int]], checkpoint: Path
+    ) -> LocalStep | None:
+        """Copy missing files to their ranks; return the step, or None if that fails on a rank."""
+        folder, state, problems = self._folder / name_of(step), None, []
+        try:
+            self._fetch(folder, holders)
+            state = read_state(bytes_file(folder, self._rank).with_suffix(".json"))
+        except (OSError, CheckpointError) as error:
+            problems = [refusal(error, folder) if isinstance(error, OSError) else str(error)]
+        if self._report(problems):
+            self._say(f"Local copies of step {step} cannot be read: {checkpoint.name} is used")
+            return None
+        assert state is not None, "no rank has a problem"
+        lost = len(self._lost(holders))
         copied = f"; the files of {lost} ranks came from other nodes" if lost else ""
-        self._say(f"Local copies of step {step} are newer than {checkpoint.name}{copied}")
+        self._say(f"Local copies of step {step} were written after {checkpoint.name}{copied}")
         return LocalStep(folder, state)
 
-    @torch.no_grad()
-    def restore(self, state: TrainState, step: LocalStep, groups: ProcessGroupCollection) -> None:
-        """Restore the state of this rank.
+    def _report(self, problems: list[str]) -> bool:
+        """Log problems of all ranks, the first of them in words; return whether there are any."""
+        host = socket.gethostname()
+        gathered = self._gathered([f"{problem} ({host})" for problem in problems])
+        lines = [line for of_rank in gathered for line in of_rank]
+        for line in lines[:_REPORTED]:
+            self._say(f"Local copy not used: {line}")
+        if more := len(lines[_REPORTED:]):
+            self._say(f"{more} more local copies are not used, for such reasons")
+        return bool(lines)
 
-        Raises:
-            CheckpointError: The rank has other tensors than the file.
-        """
-        clear(state.model)  # rows that pad the vocabulary are in no box
-        read_rank_file(step.folder, step.state, all_boxes(state, groups))
-        adopt_progress(state, step.state.progress, tokens=step.state.progress.tokens or 0)
+    def _gathered[T](self, own: T) -> list[T]:
+        """Return the values of all ranks."""
+        values: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(values, own, group=self._group)
+        return values
 
     def _base(self, checkpoint: Path | None) -> str | None:
         """Return what identifies a checkpoint, as rank 0 sees it."""
@@ -180,13 +210,21 @@ class LocalCopies:
         progress = state.progress
         return (state.layout, progress.plan_hash) == (self._layout(progress.step), self._plan_hash)
 
-    def _readable(self) -> list[RankState]:
-        """Return the undamaged files of this disk; the ranks of the disk divide the reading."""
+    def _readable(self) -> tuple[list[RankState], list[str]]:
+        """Return the undamaged files of this disk, and the problems of all others.
+
+        The ranks of the disk divide the reading.
+        """
         ranks = self._disks.ranks[self._disks.of(self._rank)]
-        folders = [f for f in self._folder.glob("step_*") if _STEP.fullmatch(f.name)]
+        folders = [f for f in self._folder.glob("step_*") if STEP.fullmatch(f.name)]
         files = sorted(file for folder in folders for file in folder.glob("rank_*.json"))
-        share = files[ranks.index(self._rank) :: len(ranks)]
-        return [state for file in share if (state := read_state(file)) is not None]
+        states, problems = [], []
+        for file in files[ranks.index(self._rank) :: len(ranks)]:
+            try:
+                states.append(read_state(file))
+            except CheckpointError as error:
+                problems.append(str(error))
+        return states, problems
 
     def _start(self, partial: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
@@ -217,26 +255,46 @@ class LocalCopies:
                 bytes_file(partial, sender).with_suffix(suffix), sender, self._group,
             )  # fmt: skip
 
-    def _fetch(self, folder: Path, holders: dict[int, list[int]]) -> int:
-        """Copy files to ranks whose disk has none; return the number of such ranks."""
-        folder.mkdir(parents=True, exist_ok=True)
-        lost = [rank for rank in sorted(holders) if self._disks.of(rank) not in holders[rank]]
-        for rank in lost:
+    def _lost(self, holders: dict[int, list[int]]) -> list[int]:
+        """Return the ranks whose disk has no file of theirs."""
+        return [rank for rank in sorted(holders) if self._disks.of(rank) not in holders[rank]]
+
+    def _fetch(self, folder: Path, holders: dict[int, list[int]]) -> None:
+        """Copy files to ranks whose disk has none.
+
+        Raises:
+            OSError: This rank's disk refuses them. All ranks have completed their transfers.
+        """
+        failures: list[OSError] = []
+        with _kept(failures):
+            folder.mkdir(parents=True, exist_ok=True)
+        for rank in self._lost(holders):
             sender = self._disks.ranks[holders[rank][0]][0]
             if self._rank not in (rank, sender):
                 continue
             for suffix in (".bin", ".json"):
                 file = bytes_file(folder, rank).with_suffix(suffix)
-                if self._rank == sender:
-                    exchange(file, rank, None, sender, self._group)
-                else:
-                    exchange(None, sender, file, sender, self._group)
-        return len(lost)
+                with _kept(failures):
+                    if self._rank == sender:
+                        exchange(file, rank, None, sender, self._group)
+                    else:
+                        exchange(None, sender, file, sender, self._group)
+        if failures:
+            raise failures[0]
 
     def _together(self, folder: Path, do: Callable[[], object], *, first: bool = False) -> None:
         """Run ``do`` on every rank, or on the first of each disk; if it fails on one, all raise."""
         runs = not first or self._disks.leads(self._rank)
         together(self._group, folder, lambda: do() if runs else None)
+
+
+@contextlib.contextmanager
+def _kept(failures: list[OSError]) -> Iterator[None]:
+    """Add an error of the disk to a list instead of raising it."""
+    try:
+        yield
+    except OSError as error:
+        failures.append(error)
 
 
 def _publish(partial: Path, final: Path) -> None:

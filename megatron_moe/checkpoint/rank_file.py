@@ -21,12 +21,12 @@ from torch import Tensor
 
 from megatron_moe.checkpoint.folder import Progress
 from megatron_moe.checkpoint.host import on_host
+from megatron_moe.checkpoint.names import name_of
 from megatron_moe.checkpoint.storage import Boxes
 from megatron_moe.errors import CheckpointError
 from megatron_moe.hf.checksums import checksum, file_checksum
 from megatron_moe.hf.disk import fsync
 from megatron_moe.json_text import parse_json
-from megatron_moe.regular_file import regular
 
 CHUNK_BYTES = 2**24
 """Bytes that are copied from or to a device, or sent to another rank, at once."""
@@ -74,21 +74,42 @@ def write_rank_file(
     fsync(path.with_suffix(".json"))
 
 
-def read_state(path: Path) -> RankState | None:
-    """Return the contents of a rank's JSON file; None if they or the bytes next to it are damaged.
+def read_state(path: Path) -> RankState:
+    """Return the contents of a rank's JSON file, after a comparison with all bytes next to it.
 
-    Reads all bytes.
+    Raises:
+        CheckpointError: One of the two files is missing, damaged, or of another rank or step than
+            its name says.
     """
+    data = path.with_suffix(".bin")
+    for file in (path, data):
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing")
     try:
-        digest, _, text = regular(path).read_text().partition("\n")
-        if checksum(text.encode()) != digest:
-            return None
-        values: dict[str, Any] = parse_json(text)
-        state = RankState(**{**values, "progress": Progress(**values["progress"])})
-        written = (state.num_bytes, state.checksum)
-        return state if file_checksum(path.with_suffix(".bin")) == written else None
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
+        state = _state_in(path)
+        if file_checksum(data) != (state.num_bytes, state.checksum):
+            raise CheckpointError(
+                f"{data} is not what was written together with {path.name}: it has another size or "
+                "checksum"
+            )
+    except OSError as error:
+        raise CheckpointError(f"cannot read {error.filename}: {error.strerror}") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    step = state.progress.step
+    if (path.parent.name, data) != (name_of(step), bytes_file(path.parent, state.rank)):
+        raise CheckpointError(
+            f"{path} was renamed: it was written for rank {state.rank} and step {step}"
+        )
+    return state
+
+
+def _state_in(path: Path) -> RankState:
+    digest, _, text = path.read_text().partition("\n")
+    if checksum(text.encode()) != digest:
+        raise ValueError("it does not have the checksum in its first line")
+    values: dict[str, Any] = parse_json(text)
+    return RankState(**{**values, "progress": Progress(**values["progress"])})
 
 
 def read_rank_file(folder: Path, state: RankState, boxes: Boxes) -> None:

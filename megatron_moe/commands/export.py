@@ -142,7 +142,7 @@ def _card(
 ) -> str:
     """Return the model card of an export to ``out``."""
     progress = folders.read_progress(checkpoint)
-    run_dir, folder = checkpoint.resolve().parents[1], out.resolve()
+    run_dir, folder = folders.in_its_run(checkpoint).parents[1], out.resolve()
     # A folder in that of its run, such as runs/demo/hf, is called like every other run's.
     title = run_dir.name if name is None and folder.parent == run_dir else None
     return model_card(

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_moe.checkpoint.folder import find_checkpoint, read_progress
+from megatron_moe.checkpoint.folder import find_checkpoint, in_its_run, read_progress
 from megatron_moe.commands.export import export_checkpoint
 from megatron_moe.evaluate.harness import Exported
 
@@ -26,7 +26,7 @@ def exported(source: Path) -> Iterator[Exported]:
     if (source / "config.json").exists():
         yield Exported(source, source, None, source / "evaluation")
         return
-    checkpoint = find_checkpoint(source).resolve()
+    checkpoint = in_its_run(find_checkpoint(source))
     step = read_progress(checkpoint).step
     with tempfile.TemporaryDirectory(prefix="megatron-moe-") as name:
         folder = Path(name) / "hf"

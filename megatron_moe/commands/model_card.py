@@ -11,8 +11,10 @@ from megatron_moe.checkpoint.folder import Progress
 from megatron_moe.config.moe import Upcycle
 from megatron_moe.config.run import RunConfig
 from megatron_moe.config.train import Lora
+from megatron_moe.errors import CheckpointError
 from megatron_moe.hf.names import MOE_NAMES
 from megatron_moe.hf.spec import ModelSpec
+from megatron_moe.report.history import read_history
 
 _LOSSES = ("loss/lm", "loss/validation", "perplexity/validation", "bits_per_byte/validation")
 
@@ -103,10 +105,7 @@ def _adapters(lora: Lora) -> dict[str, str]:
 def _losses(metrics: Path, step: int) -> dict[str, str]:
     """Return the last value of each loss up to ``step``."""
     result: dict[str, str] = {}
-    if not metrics.exists():
-        return result
-    for line in metrics.read_text().splitlines():
-        numbers = json.loads(line)
+    for numbers in read_history(metrics).lines:
         for key in _LOSSES:
             if numbers["step"] <= step and numbers.get(key) is not None:
                 result[f"{key}, step {numbers['step']}"] = f"{numbers[key]:.4f}"
@@ -119,7 +118,13 @@ def _receipt(path: Path) -> dict[str, str]:
     """Return what the receipt says about the upcycling's agreement with the source."""
     if not path.exists():
         return {}
-    receipt: dict[str, Any] = json.loads(path.read_text())
+    try:
+        receipt: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path}, which the model card quotes, is damaged: {error}\n"
+            "  move it away to export without it"
+        ) from error
     rows = {"tensors of the source": str(receipt.get("tensors_covered"))}
     if agreement := receipt.get("verification"):
         rows["max logit error against the source at step 0"] = (

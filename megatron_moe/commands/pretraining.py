@@ -61,6 +61,7 @@ def continue_pretraining(
     resumed_step, writer = state.step, None
     if job.world.rank == 0:
         writer = MetricsWriter(config.run.dir, sinks, resumed_step=resumed_step)
+        job.say(writer.remark)
     if resumed_step == 0:
         numbers: Numbers = {"step": 0}
         _validate(job, state, feed, numbers)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_moe.checkpoint.folder import newest, read_progress
-from megatron_moe.checkpoint.local import LocalCopies
+from megatron_moe.checkpoint.local import LocalStep
 from megatron_moe.checkpoint.sharded import restore
 from megatron_moe.commands.job import Job
 from megatron_moe.commands.upcycling import empty_model
@@ -27,23 +27,20 @@ def restored_state(
     spec: ModelSpec,
     plan: ExpertPlan,
     checkpoint: Path,
-    copies: LocalCopies | None = None,
+    local: LocalStep | None = None,
 ) -> TrainState:
-    """Build this rank's part of the model and restore it from a checkpoint, to train on from there.
-
-    If there are newer local copies, the model is restored from them.
+    """Build this rank's part of the model and restore it from a checkpoint or from local copies.
 
     Raises:
         CheckpointError: The checkpoint has another model or precision, or is damaged.
     """
-    local = None if copies is None else copies.find(checkpoint)
     progress = read_progress(checkpoint) if local is None else local.state.progress
     model = empty_model(job, spec, plan)
     state = make_state(
         job.config, model, job.groups, step=progress.step, updates=progress.updates_by_role
     )
-    if copies is not None and local is not None:
-        copies.restore(state, local, job.groups)
+    if local is not None:
+        local.restore(state, job.groups)
     else:
         restore(state, checkpoint, job.config, job.groups, plan_hash=plan.hash)
     return state

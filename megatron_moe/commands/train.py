@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_moe.checkpoint.folder import (
     complete,
+    keep_plan,
     keep_source_files,
     plan_of,
     read_config,
@@ -106,6 +107,8 @@ def _train(job: Job, sinks: list[Sink]) -> bool:
     if job.world.rank == 0 and config.source.path != config.run.dir / "source":
         kept = config.source.path if resume_from is None else source_copy(resume_from)
         keep_source_files(config.run.dir, kept)
+    if job.world.rank == 0 and resume_from is not None:
+        job.say(keep_plan(config.run.dir, resume_from))
     dense, spec, plan = _source(job, resume_from)  # 1. read, 2. which neurons each expert takes
     if job.world.device.type == "cpu":
         job.watch.predicted_memory = _predicted_memory(config, spec, job.world.size)
@@ -129,8 +132,9 @@ def _train(job: Job, sinks: list[Sink]) -> bool:
             take_optimizer_state(job, state, inherited, plan)
     else:
         assert resume_from is not None
-        state = restored_state(job, spec, plan, resume_from, copies)
-        _report_resume(job, state, resume_from, changes)
+        local = None if copies is None else copies.find(resume_from)
+        state = restored_state(job, spec, plan, resume_from, local)
+        _report_resume(job, state, "local copies" if local else resume_from, changes)
         _take_configured_weights(job, state)
 
     if (kernel := kernel_in(state.model.modules)) is not None:
@@ -173,10 +177,9 @@ def _predicted_memory(config: RunConfig, spec: ModelSpec, world_size: int) -> st
     )
 
 
-def _report_resume(job: Job, state: TrainState, folder: Path, changes: list[Change]) -> None:
+def _report_resume(job: Job, state: TrainState, resumed: Path | str, changes: list[Change]) -> None:
     """Log where the run resumes, and what is different from the checkpoint."""
-    local = folder.name != f"step_{state.step:08d}"
-    job.say(f"Resumed {'local copies' if local else folder} at step {state.step}")
+    job.say(f"Resumed {resumed} at step {state.step}")
     job.say(change_table(changes, step=state.step))
     if job.world.rank == 0:
         record_changes(job.config.run.dir, changes, step=state.step)

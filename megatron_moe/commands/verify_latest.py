@@ -12,7 +12,6 @@ from megatron_moe.errors import CheckpointError
 def problem_of_latest(run_dir: Path) -> str | None:
     """Return why a resume would not start from a checkpoint, and how to change that."""
     pointer, checkpoints = run_dir / "checkpoints" / "latest", complete(run_dir)
-    ours = f"\n  the newest complete checkpoint is {checkpoints[-1].name}" if checkpoints else ""
     if not os.path.lexists(pointer):
         if not checkpoints:
             return None
@@ -24,7 +23,7 @@ def problem_of_latest(run_dir: Path) -> str | None:
     try:
         newest(run_dir)
     except CheckpointError as error:
-        return f"{error}\n  until then, a resume ends with this error{ours}"
+        return f"{error}\n  until then, a resume ends with this error"
     return None
 
 

@@ -22,10 +22,16 @@ _REASONS = {
     errno.EROFS: "the file system is mounted read-only",
     errno.EIO: "the device reports an input/output error",
     errno.ESTALE: "the file server no longer knows this folder",
-    errno.EACCES: "this user may not write there",
+    errno.EACCES: "this user may not read or write there",
+    errno.EISDIR: "a folder is in the place of a file",
+    errno.ENOTDIR: "a file is in the place of a folder",
 }
-_FAILURES = _REASONS.keys() - {errno.EACCES}
-"""Errors that mean a failing disk wherever they occur; EACCES may be a file that is only read."""
+_WAYS_OUT = {
+    errno.EACCES: "change its owner or its mode, or choose another folder",
+    errno.EISDIR: "move it away, or choose another folder",
+    errno.ENOTDIR: "move it away, or choose another folder",
+}
+"""Ways out of errors that come from a file's owner, mode or kind, and not from its disk."""
 
 
 def make_folder(path: Path, setting: str) -> None:
@@ -115,7 +121,7 @@ def refusal(error: OSError, folder: Path, *, needed: int | None = None) -> str:
         folder: Folder that was written to.
         needed: Number of bytes that were to be written, if known.
     """
-    path = error.filename or folder
+    path = error.filename2 or error.filename or folder
     reason = _REASONS.get(error.errno or 0, error.strerror or str(error))
     if error.errno != errno.ENOSPC:
         return f"{reason} ({path})"
@@ -137,7 +143,8 @@ def disk_errors_in_words(folder: Path) -> Iterator[None]:
         folder: Folder whose free space is reported if the error names no file.
 
     Raises:
-        DiskError: A disk is full, read-only, over its quota, or fails.
+        DiskError: A disk is full, read-only, over its quota, or fails; or the user may not use a
+            file, or a folder is in its place.
     """
     try:
         yield
@@ -146,19 +153,21 @@ def disk_errors_in_words(folder: Path) -> Iterator[None]:
         if failure is None:
             raise
         folder = Path(failure.filename).parent if failure.filename else folder
+        way_out = "free space or repair the disk, or choose another folder"
+        way_out = _WAYS_OUT.get(failure.errno or 0, way_out)
         raise DiskError(
-            f"{refusal(failure, folder)}.\n"
-            "  free space or repair the disk, or choose another folder, and run the command again"
+            f"{refusal(failure, folder)}.\n  {way_out}, and run the command again"
         ) from error
 
 
 def _disk_failure(error: Exception) -> OSError | None:
     """Return the system's error behind an exception; safetensors has it in its message only."""
     if isinstance(error, OSError):
-        return error if error.errno in _FAILURES else None
+        named = error.filename is not None or error.errno not in _WAYS_OUT
+        return error if error.errno in _REASONS and named else None
     match = re.search(r"\(os error (\d+)\)", str(error))
     number = int(match[1]) if match else 0
-    return OSError(number, os.strerror(number)) if number in _FAILURES else None
+    return OSError(number, os.strerror(number)) if number in _REASONS else None
 
 
 def size_in_words(count: int) -> str:

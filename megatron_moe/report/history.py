@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from megatron_moe.errors import DataError
 from megatron_moe.json_text import parse_json
-from megatron_moe.regular_file import regular
+from megatron_moe.regular_file import obstacle
+from megatron_moe.train.missing_steps import missing_steps
 
 Numbers = dict[str, Any]
 Array = NDArray[np.float64]
@@ -48,6 +49,12 @@ class History:
     def last_step(self) -> int:
         """The last logged step, or 0."""
         return self.lines[-1]["step"] if self.lines else 0
+
+    def missing(self, *, last: int) -> str:
+        """Return the steps up to ``last`` without a line, in words; empty if there are none."""
+        if not self.lines:
+            return ""
+        return missing_steps([line["step"] for line in self.lines], last=max(last, self.last_step))
 
     def names(self, prefix: str = "") -> list[str]:
         """Return the metrics whose names start with ``prefix``, in order of appearance."""
@@ -95,8 +102,10 @@ def read_history(path: Path) -> History:
     Raises:
         DataError: The file cannot be read.
     """
+    if (what := obstacle(path)) is not None:
+        raise DataError(f"{path} must be a file, but is {what}.\n  move it away")
     try:
-        lines = regular(path).read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         return History()
     except OSError as error:
@@ -109,10 +118,15 @@ def read_history(path: Path) -> History:
 def kept(lines: Iterable[Numbers]) -> Iterator[Numbers]:
     """Return the lines without rolled-back steps: a repeated step discards all from it on.
 
+    If no step is repeated, nothing was rolled back, and the lines are only put in order.
+
     >>> [line["loss"] for line in kept({"step": s, "loss": l} for s, l in
     ...     [(1, "a"), (2, "b"), (3, "c"), (2, "d")])]
     ['a', 'd']
     """
+    lines = list(lines)
+    if len({line["step"] for line in lines}) == len(lines):
+        return iter(sorted(lines, key=lambda line: line["step"]))
     stack: list[Numbers] = []
     for line in lines:
         while stack and stack[-1]["step"] >= line["step"]:

@@ -5,13 +5,14 @@ Missing parts are None; damaged parts are listed on the page.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from megatron_moe.analyze.record import Analysis
-from megatron_moe.checkpoint.folder import newest, read_progress, source_copy
+from megatron_moe.checkpoint.folder import Progress, newest, read_progress, source_copy
 from megatron_moe.config.load import load
 from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import ConfigError, UserError
@@ -84,13 +85,17 @@ def read_run(folder: Path) -> RunFiles:
     config = load(RunConfig, folder / "config.yaml", from_checkpoint=True)
     problems: list[str] = []
     receipt = _receipt(folder / "receipt.json", problems)
-    checkpoint = _newest(folder, problems)
+    checkpoint, progress = _newest(folder, problems)
     evaluations, *damaged = read_records(folder / "evaluation", Evaluation)
     tasks, *damaged_tasks = read_records(folder / "evaluation", TaskScores, "tasks-*.json")
     analyses, *damaged_analyses = read_records(folder / "analysis", Analysis)
     history = read_history(folder / "metrics.jsonl")
     if history.damaged:
         problems.append(f"metrics.jsonl: {history.damaged} damaged lines were skipped")
+    last = 0 if progress is None else progress.step
+    if missing := history.missing(last=last):
+        problems.append(f"metrics.jsonl lacks lines of steps that the run has taken: {missing}")
+    problems += _of_abandoned_steps([*evaluations, *tasks, *analyses], history, last)
     return RunFiles(
         path=folder,
         config=config,
@@ -101,9 +106,23 @@ def read_run(folder: Path) -> RunFiles:
         tasks=tasks,
         analyses=analyses,
         spec=_spec(config, checkpoint),
-        world_size=_world_size(receipt, checkpoint),
+        world_size=_world_size(receipt, progress),
         problems=[*problems, *chain(*damaged, *damaged_tasks, *damaged_analyses)],
     )
+
+
+def _of_abandoned_steps(
+    records: Sequence[Evaluation | TaskScores | Analysis], history: History, last: int
+) -> list[str]:
+    """Return a message for results of steps that the run went back from and has not taken again."""
+    last = max(last, history.last_step)
+    steps = sorted({record.step for record in records if record.step and record.step > last})
+    if not (steps and last):
+        return []
+    return [
+        f"evaluation/ or analysis/ has results of steps {', '.join(map(str, steps))}, but the run "
+        f"is at step {last}: they are of steps that were taken before it went back"
+    ]
 
 
 def _receipt(path: Path, problems: list[str]) -> dict[str, Any] | None:
@@ -112,18 +131,20 @@ def _receipt(path: Path, problems: list[str]) -> dict[str, Any] | None:
     try:
         receipt = parse_json(path.read_text(encoding="utf-8"))
         receipt["ranks"][0]["bytes_read"]
-    except (ValueError, KeyError, TypeError, IndexError):
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
         problems.append("receipt.json is not shown: it is damaged")
         return None
     return receipt
 
 
-def _newest(folder: Path, problems: list[str]) -> Path | None:
+def _newest(folder: Path, problems: list[str]) -> tuple[Path, Progress] | tuple[None, None]:
+    """Return the newest checkpoint and its checkpoint.json; add what is wrong with it, if it is."""
     try:
-        return newest(folder)
+        checkpoint = newest(folder)
+        return (None, None) if checkpoint is None else (checkpoint, read_progress(checkpoint))
     except UserError as error:
         problems.append(str(error).splitlines()[0])
-        return None
+        return None, None
 
 
 def _spec(config: RunConfig, checkpoint: Path | None) -> ModelSpec | None:
@@ -134,7 +155,7 @@ def _spec(config: RunConfig, checkpoint: Path | None) -> ModelSpec | None:
     return None
 
 
-def _world_size(receipt: dict[str, Any] | None, checkpoint: Path | None) -> int | None:
-    if checkpoint is not None:
-        return read_progress(checkpoint).world_size
+def _world_size(receipt: dict[str, Any] | None, progress: Progress | None) -> int | None:
+    if progress is not None:
+        return progress.world_size
     return None if receipt is None else len(receipt["ranks"])

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from megatron_moe.errors import ConfigError
 from megatron_moe.runtime.environment import user_name
+from megatron_moe.train.run_folder import misplaced
 
 
 @contextlib.contextmanager
@@ -27,12 +28,15 @@ def only_job(run_dir: Path) -> Iterator[None]:
     """Lock the run folder for this job; all ranks must enter together.
 
     Raises:
-        ConfigError: On every rank, if another job holds the lock; the message names the owner.
+        ConfigError: On every rank, if another job holds the lock, or if something else is in the
+            place of a file or folder of the run.
     """
     problem: list[str | None] = [None]
     with contextlib.ExitStack() as stack:
         if dist.get_rank() == 0:
-            problem = [_lock(stack.enter_context((run_dir / "lock").open("a+")), run_dir)]
+            problem = [misplaced(run_dir)]
+            if problem[0] is None:
+                problem = [_lock(stack.enter_context((run_dir / "lock").open("a+")), run_dir)]
         dist.broadcast_object_list(problem, src=0)
         if problem[0] is not None:
             raise ConfigError(problem[0])

@@ -62,6 +62,7 @@ from megatron_moe.data.held_out import HeldOut
 from megatron_moe.hf.disk import naming, write_text
 from megatron_moe.planner.flops import SequenceFlops
 from megatron_moe.runtime.memory import peak_bytes
+from megatron_moe.train.missing_steps import missing_steps, repeated_steps
 from megatron_moe.train.sinks import Sink
 from megatron_moe.train.step import StepResult
 
@@ -191,14 +192,16 @@ class MetricsWriter:
 
     def __init__(self, run_dir: Path, sinks: Sequence[Sink], *, resumed_step: int) -> None:
         self._path, self._sinks = run_dir / "metrics.jsonl", sinks
-        self._file = _reopen(self._path, resumed_step)
+        self._file, steps = _reopen(self._path, resumed_step)
+        self.remark = _remark(steps, resumed_step)
+        """Remark for the log on missing or repeated lines; empty if there are none."""
         # The line of step 0 of a new run is written again as well.
         self._restart_sinks(resumed_step or -1)
 
     def roll_back(self, step: int) -> None:
         """Drop the lines after ``step``, because these steps are taken again."""
         self._file.close()
-        self._file = _reopen(self._path, step)
+        self._file, _ = _reopen(self._path, step)
         self._restart_sinks(step)
 
     def _restart_sinks(self, step: int) -> None:
@@ -239,12 +242,30 @@ def _finite(numbers: Mapping[str, Any]) -> dict[str, Any]:
     return {name: finite(value) for name, value in numbers.items()}
 
 
-def _reopen(path: Path, resumed_step: int) -> TextIO:
+def _reopen(path: Path, resumed_step: int) -> tuple[TextIO, list[int]]:
+    """Drop the lines after a step; return the file, to append to, and the steps of its lines."""
+    kept: list[str] = []
     if path.exists():
         lines = path.read_text(errors="replace").splitlines()
         kept = [line for line in lines if resumed_step and _step_of(line) <= resumed_step]
         write_text(path, "".join(line + "\n" for line in kept))
-    return path.open("a")
+    return path.open("a"), [int(_step_of(line)) for line in kept]
+
+
+def _remark(steps: list[int], resumed_step: int) -> str:
+    """Return which steps up to the resumed one have no line, or several."""
+    if resumed_step == 0:
+        return ""
+    if not steps:
+        return f"metrics.jsonl begins with step {resumed_step + 1}: it has no line of a step before"
+    remarks = []
+    if missing := missing_steps(steps, last=resumed_step):
+        remarks.append(f"metrics.jsonl lacks lines of steps that the run has taken: {missing}")
+    if repeated := repeated_steps(steps):
+        remarks.append(
+            f"metrics.jsonl has several lines of steps {repeated}; reports show the last ones"
+        )
+    return "\n".join(remarks)
 
 
 def _step_of(line: str) -> float:

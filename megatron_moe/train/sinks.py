@@ -20,9 +20,9 @@ from itertools import batched
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_moe.config.load import leaves
+from megatron_moe.config.load import leaves, load
 from megatron_moe.config.run import RunConfig
-from megatron_moe.errors import ConfigError
+from megatron_moe.errors import ConfigError, UserError
 from megatron_moe.hf.disk import write_text
 
 Say = Callable[[str], None]
@@ -99,7 +99,7 @@ class WeightsAndBiases:
         try:
             self._run = wandb.init(
                 project=config.log.wandb_project,
-                id=wandb_id(config.run.dir),
+                id=wandb_id(config.run.dir, say),
                 name=config.run.dir.name,
                 dir=str(config.run.dir),
                 config=config.model_dump(mode="json"),
@@ -140,7 +140,7 @@ class Mlflow:
         try:
             with _few_retries():
                 self._client = mlflow.MlflowClient(tracking_uri=uri)
-                self._run_id = _mlflow_run(self._client, config)
+                self._run_id = _mlflow_run(self._client, config, say)
         except mlflow.MlflowException as error:
             raise ConfigError(
                 f"log.mlflow_experiment ({name}): MLflow at MLFLOW_TRACKING_URI ({uri}) cannot "
@@ -208,21 +208,45 @@ SINKS: tuple[tuple[Callable[[RunConfig], bool], Callable[[RunConfig, Say], Sink]
 """Whether a run has the sink, and how it is opened."""
 
 
-def wandb_id(run_dir: Path) -> str:
+def wandb_id(run_dir: Path, say: Say) -> str:
     """Return the id of the run at Weights & Biases, the same for every job that resumes it."""
     path = run_dir / "wandb_id"
+    if (kept := _kept_id(path, say)) is not None:
+        return kept
+    write_text(path, (new := secrets.token_hex(8)) + "\n")
+    return new
+
+
+def _kept_id(path: Path, say: Say) -> str | None:
+    """Return the id in a file of the run; None if there is none, or only that of a copied run.
+
+    A copy of a run would otherwise write into the run of the original at the service.
+    """
     if not path.exists():
-        write_text(path, secrets.token_hex(8) + "\n")
-    return path.read_text().strip()
+        return None
+    kept, original = path.read_text().strip(), _earlier_folder(path.parent)
+    if original is None or original.resolve() == path.parent.resolve():
+        return kept
+    of_original = original / path.name
+    if not of_original.is_file() or of_original.read_text().strip() != kept:
+        return kept  # the run was moved
+    say(f"{path.parent} is a copy of {original}: it becomes another run than {kept} ({path.name})")
+    return None
 
 
-def _mlflow_run(client: Any, config: RunConfig) -> str:
+def _earlier_folder(run_dir: Path) -> Path | None:
+    """Return the run.dir of the job before, if its configuration is there."""
+    with suppress(OSError, UserError):
+        return load(RunConfig, run_dir / "config.yaml", from_checkpoint=True).run.dir
+    return None
+
+
+def _mlflow_run(client: Any, config: RunConfig, say: Say) -> str:
     """Return the id of the run at MLflow, which is created by the first job."""
     from mlflow.entities import Param
 
     path = config.run.dir / "mlflow_run_id"
-    if path.exists():
-        run_id = path.read_text().strip()
+    if (run_id := _kept_id(path, say)) is not None:
         client.update_run(run_id, status="RUNNING")  # fails if the run is not there
         return run_id
     name = config.log.mlflow_experiment

@@ -5,47 +5,21 @@ import shutil
 from pathlib import Path
 
 import pytest
+from small_checkpoints import CONFIG, progress, save, saved_steps
 
 from megatron_moe.checkpoint.folder import (
-    Progress,
     describe,
     find_checkpoint,
     newest,
     prune,
-    publish,
     read_config,
     read_progress,
     run_of,
     start_folder,
     step_folder,
 )
-from megatron_moe.config.load import build, dump
-from megatron_moe.config.run import RunConfig
+from megatron_moe.config.load import dump
 from megatron_moe.errors import CheckpointError, ConfigError
-
-CONFIG = build(
-    RunConfig,
-    {
-        "run": {"dir": "run"},
-        "source": {"path": "dense"},
-        "moe": {"num_moe_experts": 4, "moe_layers": [0, 2]},
-        "data": {"path": "text"},
-        "train": {"steps": 3},
-        "optimizer": {"lr": 3e-4},
-    },
-)
-
-
-def progress(step: int) -> Progress:
-    return Progress(
-        step=step,
-        samples=8 * step,
-        plan_hash="abc",
-        optimizer_updates=step,
-        world_size=4,
-        precision="fp32",
-        blend={},
-    )
 
 
 @pytest.fixture
@@ -59,20 +33,6 @@ def dense(tmp_path: Path) -> Path:
     ):  # fmt: skip
         (folder / name).write_text(name)
     return folder
-
-
-def save(run: Path, step: int, dense: Path) -> Path:
-    """Save like `Saver.save`, but with one file in place of the tensors."""
-    final = step_folder(run, step)
-    partial = start_folder(final)
-    (partial / "tensors.distcp").write_text(f"tensors of {step}")
-    describe(partial, progress(step), dump(CONFIG), dense)
-    publish(partial, final)
-    return final
-
-
-def saved_steps(run: Path) -> list[str]:
-    return sorted(path.name for path in (run / "checkpoints").iterdir() if path.is_dir())
 
 
 def test_a_run_without_checkpoints_has_no_newest(tmp_path: Path):
@@ -178,7 +138,8 @@ def test_a_latest_that_names_a_missing_folder_says_what_to_do(tmp_path: Path, de
         CheckpointError, match=r"names step_00000010, but .* is not a complete"
     ) as e:
         newest(tmp_path)
-    assert "\n  write another name into" in str(e.value)
+    assert "\n  remove " in str(e.value)
+    assert "to restart the run: there is no other checkpoint" in str(e.value)
 
 
 @pytest.mark.parametrize("name", ["../../other/checkpoints/step_00000010", "/etc", "", "step_1"])

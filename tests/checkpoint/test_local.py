@@ -5,6 +5,7 @@ folder is shown by removing them there.
 """
 
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from megatron_moe.checkpoint.disks import Disks
 from megatron_moe.checkpoint.rank_file import read_state
 from megatron_moe.config.load import build
 from megatron_moe.config.run import Parallel, RunConfig
-from megatron_moe.errors import ConfigError, JobError, UserError
+from megatron_moe.errors import CheckpointError, ConfigError, JobError, UserError
 from megatron_moe.runtime.world import World
 
 pytestmark = pytest.mark.distributed
@@ -142,29 +143,76 @@ def lose_both_disks(run: Path, nodes: list[Path]) -> None:
         shutil.rmtree(node)
 
 
-@pytest.mark.parametrize(
-    ("damage", "first"),
-    [
-        (lose_tensors_of_the_run, 6),
-        (lose_tensors_and_a_disk, 6),
-        (flip_a_bit, 6),
-        (partial(flip_a_bit, suffix=".json"), 6),
-        (partial(flip_a_bit, of=2), 4),  # both copies: back to the checkpoint
-        (lose_both_disks, 4),
-    ],
-    ids=lambda value: getattr(value, "__name__", "") or "",
-)
+def swap_ranks(run: Path, nodes: list[Path], *, on: int, suffixes: tuple[str, ...]) -> None:
+    """Exchange the files of ranks 0 and 1 on some nodes."""
+    for suffix in suffixes:
+        for first, second in zip(
+            files_of(nodes[:on], 0, suffix), files_of(nodes[:on], 1, suffix), strict=True
+        ):
+            kept = first.rename(first.with_name("kept"))
+            second.rename(first)
+            kept.rename(second)
+
+
+def rename_steps(run: Path, nodes: list[Path], *, on: int) -> None:
+    for path in files_of(nodes[:on], 0, ".bin"):
+        path.parent.rename(path.parent.with_name("step_00000009"))
+
+
+def put_a_folder(run: Path, nodes: list[Path], *, on: int) -> None:
+    """Put a folder in the place of a file."""
+    for path in files_of(nodes[:on], 0, ".bin"):
+        path.unlink()
+        path.mkdir()
+
+
+SWAPPED_BYTES = r"rank_00000\.bin is not what was written together with rank_00000\.json"
+SWAPPED_FILES = r"rank_00000\.json was renamed: it was written for rank 1 and step 5"
+RENAMED = r"step_00000009/rank_00000\.json was renamed: it was written for rank 0 and step 5"
+DAMAGES = {
+    "lost-tensors": (lose_tensors_of_the_run, 6, None),
+    "lost-tensors-and-a-disk": (lose_tensors_and_a_disk, 6, None),
+    "bit": (flip_a_bit, 6, r"rank_00000\.bin is not what was written"),
+    "bit-of-json": (partial(flip_a_bit, suffix=".json"), 6, r"rank_00000\.json is damaged"),
+    "bits-of-both": (partial(flip_a_bit, of=2), 4, r"rank_00000\.bin is not what was written"),
+    "both-disks": (lose_both_disks, 4, None),
+    "swapped-bytes": (partial(swap_ranks, on=1, suffixes=(".bin",)), 6, SWAPPED_BYTES),
+    "swapped-bytes-of-both": (partial(swap_ranks, on=2, suffixes=(".bin",)), 4, SWAPPED_BYTES),
+    "swapped-files": (partial(swap_ranks, on=1, suffixes=(".bin", ".json")), 6, SWAPPED_FILES),
+    "swapped-files-of-both": (
+        partial(swap_ranks, on=2, suffixes=(".bin", ".json")), 4, SWAPPED_FILES,
+    ),
+    "renamed-step": (partial(rename_steps, on=1), 6, RENAMED),
+    "renamed-steps-of-both": (partial(rename_steps, on=2), 4, RENAMED),
+    "a-folder": (partial(put_a_folder, on=2), 4, r"rank_00000\.bin is missing"),
+}  # fmt: skip
+"""Damage, the first step after it, and what the log says of the file.
+
+Two damaged copies of a file lead back to the checkpoint of step 3.
+"""
+
+
+@pytest.mark.parametrize(("damage", "first", "logged"), DAMAGES.values(), ids=DAMAGES)
 def test_a_restart_from_local_copies_equals_the_undisturbed_run(
-    killed: Killed, expected: list[dict[str, Any]],
-    damage: Callable[[Path, list[Path]], None], first: int,
+    killed: Killed, expected: list[dict[str, Any]], capfd: pytest.CaptureFixture[str],
+    damage: Callable[[Path, list[Path]], None], first: int, logged: str | None,
 ):  # fmt: skip
     config, nodes = killed
     copies = files_of(nodes, 0, ".json")
     assert [path.parents[2].name for path in copies] == ["node0", "node1"]
     assert {path.parent.name for path in copies} == {"step_00000005"}, "only the newest is kept"
     damage(config.run.dir, nodes)
+    capfd.readouterr()
     assert job(config, nodes) == first
     assert exact(config.run.dir) == expected
+    log = capfd.readouterr().out
+    if logged is None:
+        assert "Local copy not used" not in log
+    else:
+        assert re.search(rf"^Local copy not used: .*{logged}", log, re.MULTILINE), log
+    came_from = "local copies" if first == 6 else f"{config.run.dir}/checkpoints/step_00000003"
+    assert f"Resumed {came_from} at step {first - 1}\n" in log
+    assert (first == 4 and logged is not None) == ("step_00000003 is used\n" in log)
 
 
 def test_an_operator_who_goes_back_gets_the_older_checkpoint(
@@ -229,4 +277,5 @@ def test_neighbors_are_on_the_next_disk():
 
 
 def test_a_missing_file_is_not_read(tmp_path: Path):
-    assert read_state(tmp_path / "rank_00000.json") is None
+    with pytest.raises(CheckpointError, match=r"rank_00000\.json is missing"):
+        read_state(tmp_path / "rank_00000.json")

@@ -363,7 +363,8 @@ def test_one_wandb_run_for_all_jobs_of_a_run(tmp_path: Path):
 
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    assert wandb_id(tmp_path / "a") == wandb_id(tmp_path / "a") != wandb_id(tmp_path / "b")
+    first, again, other = (wandb_id(tmp_path / name, print) for name in ("a", "a", "b"))
+    assert first == again != other
 
 
 def test_a_killed_tokenizing_process_is_named(

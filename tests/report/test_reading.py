@@ -1,6 +1,7 @@
 """Test reading of runs: repeated steps, and missing or damaged files."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import yaml
 from synthetic_runs import DOMAINS, analysis
 from training_runs import tree
 
+from megatron_moe.checkpoint.folder import Progress, step_folder
 from megatron_moe.errors import ConfigError
 from megatron_moe.report.evaluation import evaluation
 from megatron_moe.report.history import Series, read_history
@@ -32,6 +34,12 @@ def test_a_repeated_step_discards_the_steps_after_it(tmp_path):
     series = read_history(write_lines(tmp_path / "metrics.jsonl", *lines)).series("loss/lm")
     assert series is not None
     assert dict(zip(series.steps.tolist(), series.values.tolist(), strict=True)) == {1: 1.0, 2: 2.5}
+
+
+def test_lines_that_were_put_back_at_the_end_are_in_order(tmp_path):
+    lines = [step(1, 1.0), step(3, 3.0), step(4, 4.0), step(2, 2.0)]
+    history = read_history(write_lines(tmp_path / "metrics.jsonl", *lines))
+    assert [line["loss/lm"] for line in history.lines] == [1.0, 2.0, 3.0, 4.0]
 
 
 def test_damaged_lines_are_counted_and_null_is_nan(tmp_path):
@@ -103,6 +111,59 @@ def test_a_run_that_has_just_begun_is_read(run):
     files = read_run(run)
     assert (files.receipt, files.spec, files.world_size, files.problems) == (None, None, None, [])
     assert files.history.last_step == 0
+
+
+@pytest.mark.parametrize(
+    ("steps", "checkpoint", "missing"),
+    [
+        ([0, 1, 2, 3], 2, None),
+        ([0, 3, 4, 7], 4, "1 to 2, 5 to 6"),
+        ([0, 1, 2], 5, "3 to 5"),
+        ([4, 5, 6], 6, None),  # a run that was started from a checkpoint of another one
+        ([], 6, None),
+    ],
+)
+def test_steps_without_a_line_are_named(
+    run: Path, steps: list[int], checkpoint: int, missing: str | None
+):
+    write_lines(run / "metrics.jsonl", *(step(number, 1.0) for number in steps))
+    write_checkpoint(run, checkpoint)
+    problems = read_run(run).problems
+    line = f"metrics.jsonl lacks lines of steps that the run has taken: {missing}"
+    assert problems == ([] if missing is None else [line])
+
+
+def write_checkpoint(run: Path, number: int, *, name: int | None = None) -> None:
+    folder = step_folder(run, number if name is None else name)
+    folder.mkdir(parents=True)
+    progress = Progress(
+        step=number, samples=0, tokens=0, plan_hash="", optimizer_updates=0, world_size=2,
+        precision="fp32", blend={},
+    )  # fmt: skip
+    (folder / "checkpoint.json").write_text(json.dumps(asdict(progress)))
+    (folder.parent / "latest").write_text(f"{folder.name}\n")
+
+
+def test_results_of_steps_that_the_run_went_back_from_are_named(run: Path):
+    (run / "analysis").mkdir()
+    for number in (4, 8, 12):
+        record = analysis(np.random.default_rng(0), number, layers=2, experts=4)
+        (run / "analysis" / f"step-{number:06d}.json").write_text(json.dumps(record))
+    write_lines(run / "metrics.jsonl", *(step(number, 1.0) for number in range(6)))
+    (problem,) = read_run(run).problems
+    assert "results of steps 8, 12, but the run is at step 5" in problem
+
+
+def test_a_folder_in_the_place_of_the_receipt_is_listed(run: Path):
+    (run / "receipt.json").mkdir()
+    assert read_run(run).problems == ["receipt.json is not shown: it is damaged"]
+
+
+def test_a_renamed_checkpoint_is_listed_and_not_used(run: Path):
+    write_checkpoint(run, 4, name=8)
+    files = read_run(run)
+    assert files.world_size is None
+    assert "its checkpoint.json is of step 4" in files.problems[0]
 
 
 def test_damaged_files_are_reported_and_the_rest_is_read(run):

@@ -107,3 +107,46 @@ def test_a_line_is_strict_json_whatever_was_measured(tmp_path: Path):
     assert line == {
         "step": 1, "loss/lm": None, "router/entropy_by_layer": [None, 1.0, [None, None, 2.0]],
     }  # fmt: skip
+
+
+def remark(folder: Path, resumed_step: int) -> str:
+    writer = MetricsWriter(folder, [], resumed_step=resumed_step)
+    writer.close()
+    return writer.remark
+
+
+def remove_lines(folder: Path, *steps: int) -> None:
+    path = folder / "metrics.jsonl"
+    kept = [line for line in lines(folder) if line["step"] not in steps]
+    path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+
+@pytest.mark.parametrize("steps", [range(9), range(4, 9)], ids=["whole", "of-a-copied-checkpoint"])
+@pytest.mark.parametrize("resumed_step", [5, 8])
+def test_a_whole_file_gets_no_remark(tmp_path: Path, steps: range, resumed_step: int):
+    write_steps(tmp_path, steps, resumed_step=0)
+    assert remark(tmp_path, resumed_step) == ""
+    assert remark(tmp_path, 0) == "", "a new run"
+
+
+def test_a_file_that_was_removed_is_missed_once(tmp_path: Path):
+    assert (
+        remark(tmp_path, 8) == "metrics.jsonl begins with step 9: it has no line of a step before"
+    )
+    write_steps(tmp_path, range(9, 11), resumed_step=8)
+    assert remark(tmp_path, 10) == ""
+
+
+def test_removed_lines_are_missed_up_to_the_resumed_step(tmp_path: Path):
+    write_steps(tmp_path, range(13), resumed_step=0)
+    remove_lines(tmp_path, 2, 4, 5, 6, 8, 11)
+    expected = "metrics.jsonl lacks lines of steps that the run has taken: 2, 4 to 6, 8"
+    assert remark(tmp_path, 8) == expected
+
+
+def test_lines_that_were_copied_into_the_file_are_named(tmp_path: Path):
+    write_steps(tmp_path, range(5), resumed_step=0)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + path.read_text())
+    expected = "metrics.jsonl has several lines of steps 0 to 4; reports show the last ones"
+    assert remark(tmp_path, 4) == expected

@@ -4,6 +4,7 @@ What they wrote is read back with their own readers.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from megatron_moe.config.data import Data
+from megatron_moe.config.load import dump
 from megatron_moe.config.moe import Moe, Source
 from megatron_moe.config.run import Log, Run, RunConfig
 from megatron_moe.config.train import Train
@@ -73,6 +75,33 @@ def test_a_missing_package_is_refused_with_the_way_out(
         "mlflow": "pip install 'megatron-moe[mlflow]', or log.mlflow_experiment=null",
     }
     assert str(error.value).splitlines()[1] == "  " + way_out[package]  # fmt: skip
+
+
+def test_a_copied_run_gets_an_id_of_its_own_and_a_moved_one_keeps_it(tmp_path: Path):
+    """Jobs of a copy used to write into the original's run at the service."""
+    said: list[str] = []
+    first = tmp_path / "first"
+    first.mkdir()
+    (first / "config.yaml").write_text(dump(config(first)))
+    original = sinks.wandb_id(first, said.append)
+    assert sinks.wandb_id(first, said.append) == original
+    linked = tmp_path / "linked"
+    linked.symlink_to(first)
+    assert sinks.wandb_id(linked, said.append) == original
+    assert said == []
+
+    copy = Path(shutil.copytree(first, tmp_path / "copy"))
+    own = sinks.wandb_id(copy, said.append)
+    assert own != original
+    assert said == [
+        f"{copy} is a copy of {first}: it becomes another run than {original} (wandb_id)"
+    ]
+    assert sinks.wandb_id(copy, said.append) == own
+    assert sinks.wandb_id(first, said.append) == original
+
+    moved = Path(shutil.move(first, tmp_path / "moved"))
+    assert sinks.wandb_id(moved, said.append) == original
+    assert len(said) == 1
 
 
 # ---- TensorBoard ---------------------------------------------------------------------------------
