@@ -49,7 +49,7 @@ project=$$($(PYTHON) -c "$$packages"); own=$$($(1) -c "$$packages"); \
 printf '%s\n' "$$project" "$(CURDIR)" > "$$own/project.pth" && ln -s "$$project/nvidia" "$$own/nvidia"
 endef
 
-.PHONY: help install demo test test-gpu test-slurm test-te fuzz test-oldest test-all golden check format clean chaos \
+.PHONY: help install demo test test-failed test-gpu test-slurm test-te fuzz test-oldest test-all golden check format clean chaos \
     study recovery bench docs package
 
 help: ## this list
@@ -64,6 +64,9 @@ test: $(INSTALLED) ## the tests, real weights included; about 15 minutes on 2 co
 	@if $(INDEX_ANSWERS); then marks='$(FAST)'; else marks='$(OFFLINE)'; \
 	    echo "make test: no package index answers, so tests marked network are left out"; fi; \
 	$(PYTHON) -m pytest -q $(SIDE_BY_SIDE) -m "$$marks"
+
+test-failed: $(INSTALLED) ## the tests that failed last time, one at a time
+	@$(PYTHON) -m pytest -q --last-failed --last-failed-no-failures none
 
 test-all: $(INSTALLED) ## all tests, including slow ones, with new examples of random inputs
 	@$(PYTHON) -m pytest -q $(SIDE_BY_SIDE) --hypothesis-profile=new
