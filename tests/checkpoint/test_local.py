@@ -190,9 +190,20 @@ DAMAGES = {
 
 Two damaged copies of a file lead back to the checkpoint of step 3.
 """
+SLOW = {
+    "lost-tensors", "bit-of-json", "swapped-bytes", "swapped-files-of-both",
+    "renamed-steps-of-both", "a-folder",
+}  # fmt: skip
+"""Damage that is close to another in the table."""
 
 
-@pytest.mark.parametrize(("damage", "first", "logged"), DAMAGES.values(), ids=DAMAGES)
+@pytest.mark.parametrize(
+    ("damage", "first", "logged"),
+    [
+        pytest.param(*row, id=name, marks=[pytest.mark.slow] if name in SLOW else [])
+        for name, row in DAMAGES.items()
+    ],
+)
 def test_a_restart_from_local_copies_equals_the_undisturbed_run(
     killed: Killed, expected: list[dict[str, Any]], capfd: pytest.CaptureFixture[str],
     damage: Callable[[Path, list[Path]], None], first: int, logged: str | None,
