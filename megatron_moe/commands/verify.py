@@ -8,7 +8,7 @@ from megatron_moe.checkpoint.folder import checkpoint_folders, newest
 from megatron_moe.commands.verify_folder import verified_folder
 from megatron_moe.commands.verify_latest import problem_of_latest, remark_on_latest
 from megatron_moe.commands.verify_listing import in_words, list_folder, refuse_irregular
-from megatron_moe.commands.verify_place import check_place, is_one_folder, is_run, refusal
+from megatron_moe.commands.verify_place import check_place, is_one_folder, is_run, why_unverifiable
 from megatron_moe.commands.verify_plan import (
     files_of_plan,
     plan_at,
@@ -46,7 +46,7 @@ def verify(path: Path, seen: Seen) -> list[Verified]:
     single = path.is_dir() and is_one_folder(path)
     if not single and not is_run(path):
         if (plan := plan_at(path)) is None:
-            raise CheckpointError(refusal(path))
+            raise CheckpointError(why_unverifiable(path))
         return [_verified_plan(plan, seen)]
     listings = [list_folder(folder) for folder in ([path] if single else _checkpoints(path))]
     refuse_irregular(listings)

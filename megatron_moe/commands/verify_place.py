@@ -73,7 +73,7 @@ def _nothing_at(path: Path) -> str:
     return f"there is nothing at {path}.\n  check the path{hint}"
 
 
-def refusal(path: Path) -> str:
+def why_unverifiable(path: Path) -> str:
     """Return why a path that exists cannot be verified, and what can be."""
     if path.is_file():
         if (plan := plan_of_folder(path.parent)) is not None and plan.is_file():

@@ -1,7 +1,7 @@
 """Check that files and folders of a run are what they should be, before anything is computed.
 
 People move and link parts of a run folder by hand. A folder in the place of a file would otherwise
-end the job after the model was built, and a named pipe would block it for ever.
+end the job after the model was built, and a named pipe would block it forever.
 """
 
 from __future__ import annotations

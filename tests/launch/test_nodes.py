@@ -121,15 +121,19 @@ def test_no_host_tries_a_refused_setting_again(hosts: list[str], tmp_path: Path)
         assert "Traceback" not in output, output
 
 
-def test_a_host_ends_if_only_the_other_refuses_its_input(hosts: list[str], tmp_path: Path):
-    """Its ranks would wait ten minutes for those of the other."""
+@pytest.mark.parametrize("refuses", [0, 1], ids=["keeper", "other"])
+def test_a_host_ends_if_only_the_other_refuses_its_input(
+    hosts: list[str], tmp_path: Path, refuses: int
+):
+    """Its ranks would wait ten minutes for those of the other; host 0 keeps the rendezvous."""
     settings = tree(
         tmp_path / "run", save_dense(tmp_path / "dense"), write_tokens(tmp_path / "tokens")
     )
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
-    changes = ("train.steps=3", "train.steps=-1")
-    started = launch(hosts, tmp_path / "run.yaml", restarts=3, changes=changes)
-    waiting, refusing = (process.communicate(timeout=300)[0] for process in started)
+    first, second = (f"train.steps={-1 if host == refuses else 3}" for host in (0, 1))
+    started = launch(hosts, tmp_path / "run.yaml", restarts=3, changes=(first, second))
+    outputs = [process.communicate(timeout=300)[0] for process in started]
+    refusing, waiting = outputs[refuses], outputs[1 - refuses]
     assert [process.returncode for process in started] == [1, 1]
     assert "train.steps is -1" in refusing
     assert "another machine of the job, have refused a setting or a file" in waiting
